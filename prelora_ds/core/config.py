@@ -1,0 +1,246 @@
+"""The strict config tree: every value of a run, validated before anything expensive starts.
+
+Frozen pydantic models; an unknown key is an error. This module reads nothing: `prelora_ds.configuring` makes the
+tree from a recipe, overrides and a DeepSpeed JSON.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+
+FAMILIES = ("q", "k", "v", "o", "fc1", "fc2")
+
+
+class Duration:
+    """A stretch of training: ``"500 steps"``, ``"10 epochs"``, or ``"5 %"`` of the whole run.
+
+    A string and not a mapping, so that an override replaces the unit together with the number.
+    """
+
+    _PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(steps?|epochs?|%)\s*")
+
+    def __init__(self, text: str) -> None:
+        match = self._PATTERN.fullmatch(text) if isinstance(text, str) else None
+        if match is None:
+            raise ValueError(f'{text!r} is no duration; write "500 steps", "10 epochs" or "5 %"')
+        number, unit = match.groups()
+        self.value = Fraction(number)
+        self.unit: Literal["step", "epoch", "%"] = unit.rstrip("s")  # type: ignore[assignment]
+        if self.unit == "step" and self.value.denominator != 1:
+            raise ValueError(f"{text!r}: a number of steps is whole")
+        if self.unit == "%" and self.value > 100:
+            raise ValueError(f"{text!r}: a share is at most 100 %")
+
+    def __str__(self) -> str:
+        # Not float's "g", which rounds to six digits and writes 1000000 as 1e+06.
+        number = f"{Decimal(self.value.numerator) / self.value.denominator:f}"
+        return f"{number} %" if self.unit == "%" else f"{number} {self.unit}{'' if number == '1' else 's'}"
+
+    def __repr__(self) -> str:
+        return f"Duration({str(self)!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Duration) and (self.value, self.unit) == (other.value, other.unit)
+
+    def __hash__(self) -> int:
+        return hash((self.value, self.unit))
+
+
+def _as_duration(value: Any) -> Duration:
+    return value if isinstance(value, Duration) else Duration(value)
+
+
+DurationField = Annotated[Duration, BeforeValidator(_as_duration), PlainSerializer(str)]
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, allow_inf_nan=False)
+
+
+class RunConfig(_Strict):
+    name: str
+    output_dir: str
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class ModelConfig(_Strict):
+    """Sizes in the names of transformers' ViTConfig; or ``factory`` for any other torch module.
+
+    ``factory`` is ``"package.module:function"``, called with ``factory_args`` and ``num_labels``; it returns a module
+    that maps images ``[batch, channels, height, width]`` to logits ``[batch, num_labels]`` (or to an object with
+    ``.logits``). ``families`` maps a family to a regular expression over module paths with a group ``layer``.
+    """
+
+    image_size: Positive = 224
+    patch_size: Positive = 16
+    num_channels: Literal[1, 3] = 3
+    hidden_size: Positive = 768
+    num_hidden_layers: Positive = 12
+    num_attention_heads: Positive = 12
+    intermediate_size: Positive = 3072
+    hidden_dropout_prob: Share = 0.0
+    attention_probs_dropout_prob: Share = 0.0
+    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
+    factory: str | None = None
+    factory_args: dict[str, Any] = Field(default_factory=dict)
+    families: dict[str, str] | None = None
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> ModelConfig:
+        if self.factory is None and self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
+        if self.factory is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not divisible by num_attention_heads "
+                             f"{self.num_attention_heads}")
+        if self.factory is not None and not re.fullmatch(r"[\w.]+:\w+", self.factory):
+            raise ValueError(f'factory {self.factory!r} is not of the form "package.module:function"')
+        if self.factory is not None and self.families is None:
+            raise ValueError("a model.factory needs model.families: family -> regular expression over module paths")
+        for family, pattern in (self.families or {}).items():
+            try:
+                groups = re.compile(pattern).groupindex
+            except re.error as exc:
+                raise ValueError(f"families.{family}: {pattern!r} is no regular expression: {exc}") from exc
+            if "layer" not in groups:
+                raise ValueError(f"families.{family}: {pattern!r} has no group (?P<layer>...)")
+        return self
+
+
+class DataConfig(_Strict):
+    """``train`` and ``val`` are folders of WebDataset shards with a manifest.json (`prelora shards`)."""
+
+    train: str
+    val: str
+    crop: Literal["inception", "pad", "none"] = "inception"
+    flip: bool = True
+    workers: Annotated[int, Field(ge=0)] = 2
+
+
+class OptimizerConfig(_Strict):
+    """AdamW, a linear warm-up and one cosine to ``min_lr_ratio`` of ``lr``. Decay on matrices only."""
+
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    warmup: DurationField = Duration("10000 steps")
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    clip_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+
+
+class TrainConfig(_Strict):
+    duration: DurationField
+    global_batch_size: Positive
+    micro_batch_size: Positive
+    label_smoothing: Share = 0.0
+    log_every: Positive = 1
+    eval_every: DurationField = Duration("1 epoch")
+
+    @model_validator(mode="after")
+    def _duration_is_absolute(self) -> TrainConfig:
+        if self.duration.unit == "%":
+            raise ValueError("duration: a run cannot last a share of itself; give steps or epochs")
+        if self.duration.value == 0:
+            raise ValueError("duration: a run of no steps trains nothing")
+        return self
+
+
+class ConvergenceConfig(_Strict):
+    """PreLoRA Algorithm 1: k windows of m measurements, ``tau`` and ``zeta`` in per cent."""
+
+    tau: Annotated[float, Field(gt=0)]
+    zeta: Annotated[float, Field(gt=0)]
+    k: Annotated[int, Field(ge=2)] = 3
+    m: Positive = 3
+    every: DurationField = Duration("1 epoch")
+    statistic: Literal["mean", "last"] = "mean"
+    aggregate: Literal["norm_of_mean", "mean_of_layers"] = "norm_of_mean"
+
+
+class LoraConfig(_Strict):
+    """Adapters, their ranks by PreLoRA Algorithm 2, and how they train.
+
+    ``alpha_over_r`` is LoRA's scaling, the same for every rank. ``train_rest`` keeps head, LayerNorms and embeddings
+    (whatever is no adapted linear) trainable in the LoRA phase.
+    """
+
+    families: tuple[str, ...] = FAMILIES
+    r_min: Positive = 8
+    r_max: Positive = 64
+    warmup: DurationField = Duration("10 epochs")
+    alpha_over_r: Annotated[float, Field(gt=0)] = 1.0
+    dropout: Share = 0.0
+    lr_scale: Annotated[float, Field(gt=0)] = 1.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    train_rest: bool = True
+
+    @model_validator(mode="after")
+    def _ranks_are_powers_of_two(self) -> LoraConfig:
+        for name, rank in (("r_min", self.r_min), ("r_max", self.r_max)):
+            if rank & (rank - 1):
+                raise ValueError(f"{name} {rank} is no power of two; Algorithm 2 chooses among powers of two, "
+                                 f"for example {1 << rank.bit_length() - 1} or {1 << rank.bit_length()}")
+        if self.r_min > self.r_max:
+            raise ValueError(f"r_min {self.r_min} is larger than r_max {self.r_max}")
+        if not self.families or len(set(self.families)) != len(self.families):
+            raise ValueError("families must name each family once")
+        return self
+
+
+@dataclass(frozen=True)
+class ZeroSettings:
+    """The keys of a DeepSpeed config's ``zero_optimization`` that decide bytes; DeepSpeed's defaults, in elements."""
+
+    stage: int
+    offload_optimizer: bool = False
+    reduce_bucket_size: int = 500_000_000
+    persistence_threshold: int = 100_000
+
+
+class Config(_Strict):
+    """One run. ``convergence: null`` trains all parameters to the end (the baseline)."""
+
+    run: RunConfig
+    model: ModelConfig = ModelConfig()
+    data: DataConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig
+    convergence: ConvergenceConfig | None = None
+    lora: LoraConfig = LoraConfig()
+    deepspeed: dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 0}})
+
+    @property
+    def zero(self) -> ZeroSettings:
+        """What of the DeepSpeed config the rest of the code reads."""
+        zero = self.deepspeed.get("zero_optimization", {})
+        defaults = ZeroSettings(stage=int(zero.get("stage", 0)))
+        return ZeroSettings(
+            stage=defaults.stage,
+            offload_optimizer=(zero.get("offload_optimizer") or {}).get("device", "none") == "cpu",
+            reduce_bucket_size=int(zero.get("reduce_bucket_size", defaults.reduce_bucket_size)),
+            persistence_threshold=int(zero.get("stage3_param_persistence_threshold", defaults.persistence_threshold)),
+        )
+
+    def grad_accum_steps(self, world_size: int) -> int:
+        """Micro-batches per rank and optimizer step.
+
+        Raises ValueError when the global batch is no multiple of ``micro_batch_size * world_size``, or when ZeRO stage
+        0, which accumulates in BF16, would have to accumulate.
+        """
+        per_pass = self.train.micro_batch_size * world_size
+        if self.train.global_batch_size % per_pass:
+            raise ValueError(f"train.global_batch_size {self.train.global_batch_size} is not divisible by "
+                             f"train.micro_batch_size {self.train.micro_batch_size} x {world_size} ranks = {per_pass}")
+        accum = self.train.global_batch_size // per_pass
+        if accum > 1 and self.zero.stage == 0:
+            raise ValueError(f"ZeRO stage 0 accumulates gradients in BF16, and {accum} micro-batches a step would lose "
+                             "bits; DeepSpeed has no fp32 accumulator there")
+        return accum

@@ -1,0 +1,221 @@
+"""Partial convergence (PreLoRA, Algorithm 1): have weight norms and loss settled?
+
+``m`` observations make a window, and the last ``k`` windows are compared pair by pair. All changes are in per cent of
+the earlier value, signed; thresholds bound their magnitude.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, TypeVar
+
+Norms = Mapping[str, Mapping[int, float]]
+
+# Per cent. A change of exactly tau must pass, and float64 leaves about 1e-14 of it uncertain.
+_NOISE = 1e-9
+
+_Layer = TypeVar("_Layer", int, str)
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One measurement, already reduced over ranks.
+
+    ``loss`` is the sample-weighted mean over the ``samples`` seen since the observation before; ``norms`` are
+    Frobenius norms of the effective weights at ``step``, family -> layer -> norm.
+    """
+
+    step: int
+    samples: int
+    loss: float
+    norms: Norms
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of plain JSON types; layers become strings, as JSON has no other keys."""
+        return {"step": self.step, "samples": self.samples, "loss": self.loss, "norms": _with_keys(self.norms, str)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Observation:
+        return cls(data["step"], data["samples"], data["loss"], _with_keys(data["norms"], int))
+
+
+@dataclass(frozen=True)
+class WindowStats:
+    """One window of ``m`` observations: the unit that Algorithm 1 compares.
+
+    ``loss`` is the mean over the window's samples; ``norms`` are Frobenius norms, family -> layer -> norm.
+    """
+
+    index: int
+    last_step: int
+    loss: float
+    norms: Norms
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of plain JSON types; layers become strings, as JSON has no other keys."""
+        return {"index": self.index, "last_step": self.last_step, "loss": self.loss,
+                "norms": _with_keys(self.norms, str)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> WindowStats:
+        return cls(data["index"], data["last_step"], data["loss"], _with_keys(data["norms"], int))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer of Algorithm 1, in words and figures.
+
+    ``norm_changes`` holds per family, and ``loss_changes`` for the loss, the k-1 changes in per cent, oldest first;
+    both are empty while windows are missing.
+    """
+
+    passed: bool
+    reason: str
+    norm_changes: Mapping[str, tuple[float, ...]]
+    loss_changes: tuple[float, ...]
+
+
+def close_window(index: int, observations: Sequence[Observation], statistic: str) -> WindowStats:
+    """Reduce a window's observations, oldest first, to what Algorithm 1 compares.
+
+    ``statistic`` says what a window's norm is: the ``"mean"`` of its measurements or the ``"last"`` of them (the paper
+    leaves it open). The loss is the sample-weighted mean over the whole window either way.
+
+    Raises ValueError for an unknown statistic, for no observations or one without samples, and where families or
+    layers differ between observations.
+    """
+    if statistic not in ("mean", "last"):
+        raise ValueError(f"statistic {statistic!r} is unknown; choose 'mean' or 'last'")
+    if not observations:
+        raise ValueError(f"window {index} has no observations")
+    if any(seen.samples < 1 for seen in observations):
+        raise ValueError(f"window {index} has an observation without samples: {[o.samples for o in observations]}")
+    layout = _common_layout([seen.norms for seen in observations])
+    measured = observations if statistic == "mean" else observations[-1:]
+    norms = {family: {layer: _mean(seen.norms[family][layer] for seen in measured) for layer in layers}
+             for family, layers in layout.items()}
+    loss = sum(seen.loss * seen.samples for seen in observations) / sum(seen.samples for seen in observations)
+    return WindowStats(index, observations[-1].step, loss, norms)
+
+
+def partially_converged(
+    windows: Sequence[WindowStats], *, k: int, tau: float, zeta: float, aggregate: str = "norm_of_mean"
+) -> Verdict:
+    """PreLoRA, Algorithm 1, over the last ``k`` of ``windows`` (oldest first).
+
+    Passes when in each of the k-1 comparisons every family's norm changed by at most ``tau`` and the loss by at most
+    ``zeta`` per cent, up or down. A family's change is that of its layer-averaged norm (``aggregate``
+    ``"norm_of_mean"``, the paper) or the mean of its layers' absolute changes (``"mean_of_layers"``). NaN and infinity
+    fail; so does a change from zero.
+
+    Raises ValueError for ``k`` < 2, thresholds that are not positive, an unknown aggregate, windows without families
+    or layers, and windows whose families or layers differ.
+    """
+    if k < 2:
+        raise ValueError(f"k {k} leaves nothing to compare; use at least 2 windows")
+    for name, threshold in (("tau", tau), ("zeta", zeta)):
+        if not threshold > 0:
+            raise ValueError(f"{name} {threshold} is not a positive number of per cent")
+    if aggregate not in _AGGREGATES:
+        raise ValueError(f"aggregate {aggregate!r} is unknown; choose one of {', '.join(_AGGREGATES)}")
+    recent = windows[-k:]
+    layout = _common_layout([window.norms for window in recent])
+    if len(recent) < k:
+        return Verdict(False, f"{len(recent)} of {k} windows seen, {k - len(recent)} missing", {}, ())
+
+    pairs = list(pairwise(recent))
+    family_change = _AGGREGATES[aggregate]
+    norm_changes = {family: tuple(family_change(before.norms[family], after.norms[family]) for before, after in pairs)
+                    for family in layout}
+    loss_changes = tuple(_change(before.loss, after.loss) for before, after in pairs)
+
+    judged = [(family, change, pair, "tau", tau)
+              for family, changes in norm_changes.items() for change, pair in zip(changes, pairs, strict=True)]
+    judged += [("loss", change, pair, "zeta", zeta) for change, pair in zip(loss_changes, pairs, strict=True)]
+    failed = [entry for entry in judged if not _within(entry[1], entry[4])]
+    if failed:
+        what, change, (before, after), name, threshold = max(failed, key=lambda entry: _excess(entry[1], entry[4]))
+        reason = (f"{what} changed by {change:.4g} % between windows {before.index} and {after.index} "
+                  f"({name} {threshold:g} %)")
+    else:
+        norm_peak = max(abs(change) for changes in norm_changes.values() for change in changes)
+        loss_peak = max(map(abs, loss_changes))
+        reason = (f"all |dW| <= {norm_peak:.4g} % (tau {tau:g} %), all |dL| <= {loss_peak:.4g} % (zeta {zeta:g} %) "
+                  f"over windows {recent[0].index}-{recent[-1].index}")
+    return Verdict(not failed, reason, norm_changes, loss_changes)
+
+
+def changes_by_layer(previous: WindowStats, last: WindowStats) -> dict[str, dict[int, float]]:
+    """|dW| of each layer between two windows in per cent, family -> layer -> change: the input of Algorithm 2.
+
+    Raises ValueError for a change that is not finite, and where families or layers differ.
+    """
+    layout = _common_layout([previous.norms, last.norms])
+    changes = {family: {layer: abs(_change(previous.norms[family][layer], last.norms[family][layer]))
+                        for layer in layers} for family, layers in layout.items()}
+    for family, layers in changes.items():
+        for layer, change in layers.items():
+            if not math.isfinite(change):
+                raise ValueError(f"norm of {family}.{layer:02d} went from {previous.norms[family][layer]} to "
+                                 f"{last.norms[family][layer]} between windows {previous.index} and {last.index}: "
+                                 "no finite change")
+    return changes
+
+
+def _change(before: float, after: float) -> float:
+    if before == 0:
+        return 0.0 if after == 0 else after * math.inf
+    return (after - before) / before * 100
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    # Not math.fsum: it raises on overflow and on mixed infinities, where a diverged run must simply not pass.
+    return sum(values) / len(values)
+
+
+def _norm_of_mean(before: Mapping[int, float], after: Mapping[int, float]) -> float:
+    return _change(*(_mean(norms[layer] for layer in sorted(norms)) for norms in (before, after)))
+
+
+def _mean_of_layers(before: Mapping[int, float], after: Mapping[int, float]) -> float:
+    return _mean(abs(_change(before[layer], after[layer])) for layer in sorted(before))
+
+
+_AGGREGATES: dict[str, Callable[[Mapping[int, float], Mapping[int, float]], float]] = {
+    "norm_of_mean": _norm_of_mean,
+    "mean_of_layers": _mean_of_layers,
+}
+
+
+def _within(change: float, threshold: float) -> bool:
+    return math.isfinite(change) and abs(change) <= threshold + _NOISE
+
+
+def _excess(change: float, threshold: float) -> float:
+    return abs(change) / threshold if math.isfinite(change) else math.inf
+
+
+def _common_layout(measured: Sequence[Norms]) -> dict[str, list[int]]:
+    """The families and layers that all of ``measured`` have, sorted, so that no result hangs on a dict's order."""
+    layouts = [{family: sorted(norms[family]) for family in sorted(norms)} for norms in measured]
+    for layout in layouts:
+        if not layout or not all(layout.values()):
+            raise ValueError(f"norms without families, or a family without layers: {layout}")
+        odd = _names(layout) ^ _names(layouts[0])
+        if odd:
+            raise ValueError(f"not measured every time: {', '.join(sorted(odd))}; windows of different models?")
+    return layouts[0] if layouts else {}
+
+
+def _names(layout: Mapping[str, Sequence[int]]) -> set[str]:
+    return {f"{family}.{layer:02d}" for family, layers in layout.items() for layer in layers}
+
+
+def _with_keys(
+    norms: Mapping[str, Mapping[Any, float]], key: Callable[[Any], _Layer]
+) -> dict[str, dict[_Layer, float]]:
+    return {family: {key(layer): norm for layer, norm in layers.items()} for family, layers in norms.items()}

@@ -1,0 +1,126 @@
+"""What a phase is: which adapters exist, their ranks, and what trains. Everything is data and round-trips JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class Phase(StrEnum):
+    """The three phases of PreLoRA, in their order."""
+
+    FULL = "full"
+    WARMUP = "warmup"
+    LORA = "lora"
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """LoRA of rank ``rank``, scaled by ``alpha / rank``."""
+
+    rank: int
+    alpha: float
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the algorithms need to know of a model; made by `prelora_ds.model.families`.
+
+    parameters: parameter name -> shape, in the module's order, without adapters.
+    targets: family -> layer -> path of the linear module that an adapter wraps.
+    """
+
+    parameters: Mapping[str, tuple[int, ...]]
+    targets: Mapping[str, Mapping[int, str]]
+
+    def modules(self) -> tuple[str, ...]:
+        """Paths of all linears that can carry an adapter."""
+        return tuple(path for layers in self.targets.values() for path in layers.values())
+
+    def adapter_shapes(self, module: str, rank: int) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the LoRA parameters of ``module``: A [rank, in], B [out, rank]."""
+        out_features, in_features = self.parameters[f"{module}.weight"]
+        return {f"{module}.lora_A.weight": (rank, in_features), f"{module}.lora_B.weight": (out_features, rank)}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that fixes the parameter set; the engine builder reads nothing else of the phase.
+
+    Names are those of the model without adapters (``x.weight``), with ``x.lora_A.weight`` and ``x.lora_B.weight``
+    beside it. ``active`` are the adapters that train now (all, until DynaLoRA chooses). ``since_step`` is the optimizer
+    step at which this plan began.
+    """
+
+    phase: Phase
+    trainable: frozenset[str]
+    adapter: str | None = None
+    adapters: Mapping[str, AdapterSpec] = field(default_factory=dict)
+    active: frozenset[str] = frozenset()
+    init_seed: int = 0
+    cycle: int = 0
+    since_step: int = 0
+
+    def parameters(self, layout: Layout) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every parameter that exists under this plan, base first."""
+        shapes = dict(layout.parameters)
+        for module, spec in self.adapters.items():
+            shapes |= layout.adapter_shapes(module, spec.rank)
+        return shapes
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "phase": self.phase.value,
+            "adapter": self.adapter,
+            "adapters": {module: {"rank": s.rank, "alpha": s.alpha} for module, s in self.adapters.items()},
+            "trainable": sorted(self.trainable),
+            "active": sorted(self.active),
+            "init_seed": self.init_seed,
+            "cycle": self.cycle,
+            "since_step": self.since_step,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Plan:
+        return cls(
+            phase=Phase(data["phase"]),
+            adapter=data["adapter"],
+            adapters={module: AdapterSpec(**spec) for module, spec in data["adapters"].items()},
+            trainable=frozenset(data["trainable"]),
+            active=frozenset(data["active"]),
+            init_seed=data["init_seed"],
+            cycle=data["cycle"],
+            since_step=data["since_step"],
+        )
+
+
+def full_plan(layout: Layout, *, init_seed: int) -> Plan:
+    """All parameters train, no adapters."""
+    return Plan(Phase.FULL, trainable=frozenset(layout.parameters), init_seed=init_seed)
+
+
+def warmup_plan(layout: Layout, ranks: Mapping[str, Mapping[int, int]], *, alpha_over_r: float, init_seed: int,
+                since_step: int) -> Plan:
+    """Adapters of Algorithm 2's ranks beside the weights; everything trains (PreLoRA, warm-up)."""
+    adapters = {
+        layout.targets[family][layer]: AdapterSpec(rank, rank * alpha_over_r)
+        for family, layers in ranks.items() for layer, rank in layers.items()
+    }
+    names = [name for module, spec in adapters.items() for name in layout.adapter_shapes(module, spec.rank)]
+    return Plan(Phase.WARMUP, adapter="lora", adapters=adapters, trainable=frozenset(layout.parameters) | set(names),
+                active=frozenset(adapters), init_seed=init_seed, since_step=since_step)
+
+
+def lora_plan(layout: Layout, warmup: Plan, *, train_rest: bool, since_step: int) -> Plan:
+    """The adapters alone train, and with ``train_rest`` whatever is no adapted linear (head, norms, embeddings)."""
+    adapter_names = warmup.trainable - set(layout.parameters)
+    adapted = {f"{module}.{leaf}" for module in warmup.adapters for leaf in ("weight", "bias")}
+    rest = set(layout.parameters) - adapted if train_rest else set()
+    return Plan(Phase.LORA, adapter=warmup.adapter, adapters=warmup.adapters, trainable=frozenset(adapter_names | rest),
+                active=warmup.active, init_seed=warmup.init_seed, cycle=warmup.cycle, since_step=since_step)

@@ -1,0 +1,77 @@
+"""Where a step lies in a run, and the learning rate there."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+from prelora_ds.core.config import Duration, OptimizerConfig
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Steps and epochs of a run of ``samples`` per epoch and ``global_batch`` per optimizer step.
+
+    The stream of samples is endless: the batch that holds the last sample of an epoch holds the first of the next, so
+    epoch e ends at optimizer step ``ceil((e + 1) * samples / global_batch)``.
+    """
+
+    samples: int
+    global_batch: int
+    duration: Duration
+
+    @property
+    def total_steps(self) -> int:
+        if self.duration.unit == "%":
+            raise ValueError("the run's own duration is given in steps or epochs")
+        return self._steps(self.duration)
+
+    def step_after(self, start: int, duration: Duration) -> int:
+        """The step at which ``duration``, begun at step ``start``, has passed.
+
+        Epochs are counted from the last epoch that ended at or before ``start``.
+        """
+        if duration.unit == "epoch":
+            return self._epochs_to_steps(self.epochs_done(start) + duration.value)
+        return start + self._steps(duration)
+
+    def epochs_done(self, step: int) -> int:
+        """Whole epochs whose every sample has been trained on after ``step`` optimizer steps."""
+        return step * self.global_batch // self.samples
+
+    def epoch_at(self, step: int) -> float:
+        """Epochs, with fraction, after ``step`` optimizer steps."""
+        return step * self.global_batch / self.samples
+
+    def ticks(self, every: Duration) -> frozenset[int]:
+        """The steps at which a measurement that recurs each ``every`` is due, the last step of the run among them."""
+        total, steps, i = self.total_steps, set(), 1
+        while (step := max(i, self._epochs_to_steps(i * every.value)) if every.unit == "epoch"
+               else i * max(1, self._steps(every))) < total:
+            steps.add(step)
+            i += 1
+        return frozenset(steps | {total})
+
+    def _epochs_to_steps(self, epochs: Fraction) -> int:
+        return math.ceil(epochs * self.samples / self.global_batch)
+
+    def _steps(self, duration: Duration) -> int:
+        if duration.unit == "epoch":
+            return self._epochs_to_steps(duration.value)
+        if duration.unit == "%":
+            return math.ceil(duration.value * self.total_steps / 100)
+        return int(duration.value)
+
+
+def lr_at(step: int, *, timeline: Timeline, config: OptimizerConfig) -> float:
+    """The learning rate of the ``step``-th optimizer step (the first is 1): linear warm-up, then one cosine.
+
+    The last step of the warm-up has ``config.lr``, the last step of the run ``min_lr_ratio * config.lr``.
+    """
+    total, warmup = timeline.total_steps, timeline.step_after(0, config.warmup)
+    if step <= warmup:
+        return config.lr * step / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)

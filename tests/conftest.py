@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from support.pool import RankPool
+
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(os.getcwd(), ".venv", "torch_extensions"))
+
+
+class Pools:
+    """Rank pools by world size, made when first asked for, remade when a test has broken one."""
+
+    def __init__(self) -> None:
+        self._pools: dict[int, RankPool] = {}
+
+    def __call__(self, world_size: int) -> RankPool:
+        if world_size not in self._pools or not self._pools[world_size].alive:
+            self._pools[world_size] = RankPool(world_size)
+        return self._pools[world_size]
+
+    def close(self) -> None:
+        for pool in self._pools.values():
+            pool.close()
+
+
+@pytest.fixture(scope="session")
+def pools() -> Iterator[Pools]:
+    pools = Pools()
+    yield pools
+    pools.close()
+
+
+@pytest.fixture
+def ranks(pools: Pools) -> RankPool:
+    """Two real ranks."""
+    return pools(2)
+
+
+@pytest.fixture(scope="module")
+def own_ranks() -> Iterator[RankPool]:
+    """Two ranks for what the heap that other tests leave would blur."""
+    pool = RankPool(2)
+    yield pool
+    pool.close()

@@ -1,0 +1,35 @@
+"""A model that is no ViT, with a buffer."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+class Mlp(nn.Module):
+    """Images [B, 3, 8, 8] -> logits [B, num_labels]; inputs are scaled by a buffer."""
+
+    def __init__(self, num_labels: int, width: int, depth: int) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.full((1,), 0.5))
+        self.embed, self.head = nn.Linear(3 * 64, width), nn.Linear(width, num_labels)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.embed(images.flatten(1) * self.scale.to(images.dtype))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def mlp(num_labels: int, width: int = 32, depth: int = 2) -> nn.Module:
+    return Mlp(num_labels, width, depth)

@@ -1,0 +1,118 @@
+"""Real rank processes that stay alive between tests, so that torch and deepspeed are imported once.
+
+Each rank is a process of its own with gloo between them. A function that fails or hangs ends the pool; the next test
+gets a fresh one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+TIMEOUT_S = 240.0
+
+
+class RankFailure(AssertionError):
+    """What went wrong in which rank."""
+
+
+class RankPool:
+    """``world_size`` ranks; `run` calls a module-level function of a test file in all of them."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        context = multiprocessing.get_context("spawn")
+        port = free_port()
+        self._ranks = []
+        for rank in range(world_size):
+            mine, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank, world_size, port), daemon=True)
+            process.start()
+            theirs.close()
+            self._ranks.append((process, mine))
+
+    def run(self, function: Callable[..., Any], **arguments: Any) -> list[Any]:
+        """The results of ``function(**arguments)``, by rank. Raises RankFailure with the traceback of a rank."""
+        path = sys.modules[function.__module__].__file__
+        for _, pipe in self._ranks:
+            pipe.send((path, function.__name__, arguments))
+        results: dict[Connection, Any] = {}
+        while len(results) < self.world_size:
+            pending = [pipe for _, pipe in self._ranks if pipe not in results]
+            ready = wait(pending, timeout=TIMEOUT_S)
+            if not ready:
+                self.close()
+                raise RankFailure(f"no answer from {len(pending)} ranks after {TIMEOUT_S:.0f} s")
+            for pipe in ready:
+                try:
+                    ok, value = pipe.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    ok, value = False, "the rank's process died"
+                if not ok:
+                    rank = [p for _, p in self._ranks].index(pipe)  # type: ignore[arg-type]
+                    self.close()
+                    raise RankFailure(f"rank {rank}: {value}")
+                results[pipe] = value  # type: ignore[index]
+        return [results[pipe] for _, pipe in self._ranks]
+
+    @property
+    def alive(self) -> bool:
+        return all(process.is_alive() for process, _ in self._ranks)
+
+    def close(self) -> None:
+        """End the ranks, by their own handles."""
+        for process, pipe in self._ranks:
+            pipe.close()
+            process.kill()
+            process.join()
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1",
+                   "LOCAL_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                   "GLOO_SOCKET_IFNAME": "lo"}
+    from prelora_ds.engine.runtime import choose_accelerator, init_process_group
+
+    choose_accelerator()
+    import torch
+
+    torch.set_num_threads(1)
+    init_process_group()
+    while True:
+        try:
+            path, name, arguments = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((True, getattr(_module(path), name)(**arguments)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+
+
+def _module(path: str) -> Any:
+    from prelora_ds.engine.runtime import freeze_imports
+
+    name = f"_ranks_{Path(path).stem}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        import prelora_ds.train  # noqa: F401 (what a run imports)
+
+        freeze_imports()
+    return sys.modules[name]

@@ -1,0 +1,278 @@
+"""The controller, driven with synthetic measurements at the ends of epochs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prelora_ds.core.config import ConvergenceConfig, Duration, LoraConfig
+from prelora_ds.core.controller import PhaseController, PhaseState
+from prelora_ds.core.convergence import Observation, partially_converged
+from prelora_ds.core.plan import Layout, Phase, lora_plan
+from prelora_ds.core.schedule import Timeline
+
+LAYERS = 4
+LAYOUT = Layout(
+    {name: shape for layer in range(LAYERS) for name, shape in (
+        (f"{layer}.q.weight", (8, 8)), (f"{layer}.q.bias", (8,)), (f"{layer}.v.weight", (8, 8)))} | {"head": (2, 8)},
+    {"q": {layer: f"{layer}.q" for layer in range(LAYERS)}, "v": {layer: f"{layer}.v" for layer in range(LAYERS)}},
+)
+SAMPLES, BATCH = 100, 16  # epochs end at 7, 13, 19, 25, 32, ...
+
+
+def controller(*, warmup: str = "3 epochs", epochs: int = 40, samples: int = SAMPLES, batch: int = BATCH,
+               lora: Mapping[str, Any] | None = None, **convergence: Any) -> PhaseController:
+    settings = {"tau": 1.0, "zeta": 5.0, "k": 3, "m": 2} | convergence
+    return PhaseController(layout=LAYOUT, timeline=Timeline(samples, batch, Duration(f"{epochs} epochs")), seed=11,
+                           lora=LoraConfig(families=("q", "v"), warmup=Duration(warmup), **(lora or {})),
+                           convergence=ConvergenceConfig(**settings))
+
+
+def epoch_end(epoch: int, samples: int = SAMPLES, batch: int = BATCH) -> int:
+    return math.ceil(epoch * samples / batch)
+
+
+def observe(step: int, norm: Callable[[str, int], float] = lambda family, layer: 10.0, *, loss: float = 1.0,
+            samples: int = SAMPLES) -> Observation:
+    return Observation(step, samples, loss, {f: {i: norm(f, i) for i in range(LAYERS)} for f in ("q", "v")})
+
+
+# Per cent of each layer between the last two windows, and the ranks that Algorithm 2 makes of them.
+LATE = {"q": [0, .125, .5, 1], "v": [.8, .2, .0, .6]}
+RANKS = {"q": [8, 8, 16, 64], "v": [64, 8, 8, 32]}
+
+
+def settling(epoch: int) -> Observation:
+    """Measurement of epoch 1, 2, ...: norms grow by 10 % a window up to epoch 6 and are still from epoch 7 on, but for
+    the small changes EARLY (window 4 to 5) and LATE (5 to 6). With m = 2 and k = 3, windows 4 to 6 are the first that
+    pass, at epoch 12."""
+    window = (epoch + 1) // 2
+
+    def norm(family: str, layer: int) -> float:
+        early = LATE[family][::-1][layer]  # other ranks, should Algorithm 2 look at the wrong windows
+        return 10 * 1.1 ** min(window, 4) * (1 + early / 100) ** (window >= 5) * (
+            1 + LATE[family][layer] / 100) ** (window >= 6)
+
+    return observe(epoch_end(epoch), norm)
+
+
+def drive(control: PhaseController, measure: Callable[[int], Observation], epochs: int,
+          state: PhaseState | None = None, begin: int = 1) -> list[PhaseState]:
+    """The states after each measurement of epochs ``begin`` to ``epochs``."""
+    states = [state or control.initial()]
+    for epoch in range(begin, epochs + 1):
+        states.append(control.next(states[-1], measure(epoch)))
+    return states[1:]
+
+
+def reloaded(state: PhaseState) -> PhaseState:
+    return PhaseState.from_json(json.loads(json.dumps(state.to_json())))
+
+
+# ---- the walk through the phases
+
+def test_the_run_begins_in_full_with_nothing_seen() -> None:
+    state = controller().initial()
+    assert state.plan.phase is Phase.FULL
+    assert (state.plan.init_seed, state.plan.trainable) == (11, set(LAYOUT.parameters))
+    assert (state.windows, state.open, state.tests) == ((), (), 0)
+    assert state.reason == "training begins with all parameters"
+
+
+def test_full_warmup_and_lora_begin_at_the_exact_measurements() -> None:
+    states = drive(controller(), settling, 40)
+    phases = [state.plan.phase for state in states]
+    assert phases == [Phase.FULL] * 11 + [Phase.WARMUP] * 3 + [Phase.LORA] * 26
+    assert states[11].plan.since_step == epoch_end(12) == 75
+    assert states[14].plan.since_step == epoch_end(15) == 94
+
+
+def test_ranks_come_from_the_changes_between_the_last_two_windows() -> None:
+    plan = drive(controller(), settling, 12)[-1].plan
+    assert {f: [plan.adapters[f"{i}.{f}"].rank for i in range(LAYERS)] for f in RANKS} == RANKS
+    assert {spec.scaling for spec in plan.adapters.values()} == {1.0}
+    assert plan.init_seed == 11
+
+
+def test_lora_settings_reach_the_plans() -> None:
+    control = controller(lora={"r_min": 2, "r_max": 4, "alpha_over_r": 2.0, "train_rest": False})
+    states = drive(control, settling, 15)
+    warmup, lora = states[11].plan, states[14].plan
+    assert [warmup.adapters[f"{i}.q"].rank for i in range(LAYERS)] == [2, 2, 2, 4]
+    assert {spec.scaling for spec in warmup.adapters.values()} == {2.0}
+    assert lora == lora_plan(LAYOUT, warmup, train_rest=False, since_step=94)
+    assert lora.trainable == {name for name in warmup.trainable if "lora_" in name}
+
+
+def test_the_lora_plan_is_made_of_the_warmup_plan_and_stays() -> None:
+    states = drive(controller(), settling, 40)
+    assert states[14].plan == lora_plan(LAYOUT, states[13].plan, train_rest=True, since_step=94)
+    assert all(state.plan is states[14].plan for state in states[15:])
+
+
+def test_the_plan_changes_at_transitions_only() -> None:
+    control = controller()
+    states = [control.initial(), *drive(control, settling, 40)]
+    changed = [epoch for epoch in range(1, 41) if states[epoch].plan != states[epoch - 1].plan]
+    assert changed == [12, 15]
+
+
+@pytest.mark.parametrize(("warmup", "last"), [("1 epoch", 13), ("5 epochs", 17), ("15 epochs", 27)])
+def test_the_warmup_lasts_exactly_its_epochs(warmup: str, last: int) -> None:
+    states = drive(controller(warmup=warmup), settling, 40)
+    assert [s.plan.phase for s in states].count(Phase.WARMUP) == last - 12
+    assert states[-1].plan.since_step == epoch_end(last)
+
+
+@given(st.integers(10, 300), st.integers(1, 60), st.integers(1, 9))
+def test_the_warmup_ends_at_an_epoch_end_whatever_the_batch(samples: int, batch: int, epochs: int) -> None:
+    batch = min(batch, samples)
+    control = controller(warmup=f"{epochs} epochs", samples=samples, batch=batch, k=2, m=1)
+    state, begun, over = control.initial(), None, None
+    for epoch in range(1, 30):
+        step = epoch_end(epoch, samples, batch)
+        state = control.next(state, observe(step, samples=samples))
+        if state.plan.phase is Phase.WARMUP and begun is None:
+            begun = epoch
+        if state.plan.phase is Phase.LORA and over is None:
+            over = epoch
+            assert state.plan.since_step == step
+    assert (begun, over) == (2, 2 + epochs)
+
+
+# The warm-up begins at step 75; the next epochs end at 82, 88 and 94.
+@pytest.mark.parametrize(("steps", "end"), [(1, 82), (7, 82), (8, 88), (13, 88), (14, 94)])
+def test_a_warmup_in_steps_ends_at_the_first_measurement_at_or_after_it(steps: int, end: int) -> None:
+    plan = drive(controller(warmup=f"{steps} steps"), settling, 20)[-1].plan
+    assert (plan.phase, plan.since_step) == (Phase.LORA, end)
+
+
+# ---- Algorithm 1 is asked when a window closes, in FULL
+
+def test_algorithm_1_is_evaluated_only_when_a_window_closes_and_only_in_full() -> None:
+    tests = [state.tests for state in drive(controller(), settling, 40)]
+    # Windows close at even epochs; the third is the first that can be tested, and the fourth test passes.
+    assert tests == [0] * 5 + [1, 1, 2, 2, 3, 3] + [4] * 29
+
+
+def test_a_run_that_never_settles_stays_in_full() -> None:
+    states = drive(controller(), lambda epoch: observe(epoch_end(epoch), lambda f, i: 1.02 ** epoch), 40)
+    assert {state.plan.phase for state in states} == {Phase.FULL}
+    assert states[-1].tests == 18
+
+
+@pytest.mark.parametrize("factor", [.95, 1.05])
+def test_a_loss_that_moves_holds_the_transition_back(factor: float) -> None:
+    state = drive(controller(), lambda epoch: observe(epoch_end(epoch), loss=factor ** epoch), 40)[-1]
+    assert (state.plan.phase, state.tests) == (Phase.FULL, 18)
+
+
+def test_a_loss_that_is_nan_once_holds_back_until_its_window_is_out_of_sight() -> None:
+    states = drive(controller(), lambda epoch: observe(epoch_end(epoch), loss=math.nan if epoch == 5 else 1.0), 20)
+    assert [s.plan.phase for s in states[:12]] == [Phase.FULL] * 11 + [Phase.WARMUP]  # windows 3, 4 and 5
+
+
+@pytest.mark.parametrize(("m", "k"), [(1, 2), (1, 3), (2, 3), (3, 3), (3, 2), (4, 5)])
+def test_still_norms_pass_at_the_first_test_when_k_windows_of_m_are_full(m: int, k: int) -> None:
+    states = drive(controller(m=m, k=k), lambda epoch: observe(epoch_end(epoch)), m * k)
+    assert [s.plan.phase for s in states] == [Phase.FULL] * (m * k - 1) + [Phase.WARMUP]
+    assert states[-1].tests == 1
+    assert all(spec.rank == 8 for spec in states[-1].plan.adapters.values())  # all changes equal
+
+
+# ---- windows
+
+@pytest.mark.parametrize("m", [1, 2, 3, 5])
+def test_windows_are_disjoint_of_m_measurements_and_go_on_through_all_phases(m: int) -> None:
+    states = drive(controller(m=m), lambda epoch: observe(epoch_end(epoch), loss=1 + epoch / 1e4), 40)
+    assert states[-1].plan.phase is Phase.LORA
+    for epoch, state in enumerate(states, 1):
+        assert [o.step for o in state.open] == [epoch_end(e) for e in range(epoch - epoch % m + 1, epoch + 1)]
+        assert [w.index for w in state.windows] == list(range(epoch // m))
+        assert [w.last_step for w in state.windows] == [epoch_end(m * (i + 1)) for i in range(epoch // m)]
+        for i, window in enumerate(state.windows):
+            members = range(m * i + 1, m * (i + 1) + 1)
+            assert window.loss == pytest.approx(1 + sum(members) / m / 1e4, rel=1e-12)
+
+
+def test_the_window_statistic_is_the_configs() -> None:
+    for statistic, expected in (("mean", 102.5), ("last", 103.0)):
+        control = controller(statistic=statistic)
+        states = drive(control, lambda epoch: observe(epoch_end(epoch), lambda f, i: 101.0 + epoch), 2)
+        assert states[-1].windows[0].norms["q"] == dict.fromkeys(range(LAYERS), expected)
+
+
+def test_the_aggregate_is_the_configs() -> None:
+    def measure(epoch: int) -> Observation:  # the change of the mean is .636 %, the mean of the changes 2.6 %
+        return observe(epoch_end(epoch), lambda f, i: [[10, 100], [10.5, 100.2]][epoch - 1][i % 2])
+
+    phases = {a: drive(controller(m=1, k=2, aggregate=a), measure, 2)[-1].plan.phase
+              for a in ("norm_of_mean", "mean_of_layers")}
+    assert phases == {"norm_of_mean": Phase.WARMUP, "mean_of_layers": Phase.FULL}
+
+
+# ---- the baseline
+
+def test_without_convergence_nothing_changes_ever() -> None:
+    control = PhaseController(layout=LAYOUT, timeline=Timeline(SAMPLES, BATCH, Duration("40 epochs")),
+                              lora=LoraConfig(families=("q", "v")), convergence=None, seed=11)
+    state = control.initial()
+    assert all(after == state for after in drive(control, lambda epoch: observe(epoch_end(epoch)), 40))
+    assert state.plan.phase is Phase.FULL
+
+
+# ---- reasons
+
+def test_reasons_say_what_was_decided_and_by_which_figures() -> None:
+    reasons = [state.reason for state in drive(controller(), settling, 20)]
+    assert reasons[:5] == ["training begins with all parameters"] * 5
+    assert reasons[5] == reasons[6]
+    assert reasons[5].startswith("q changed by 10 % between windows ")
+    assert reasons[9] == reasons[10] == "q changed by 10 % between windows 2 and 3 (tau 1 %)"
+    assert reasons[11].startswith("Algorithm 1 passed at test 4: all |dW| <= 0.40")
+    assert reasons[11].endswith("(tau 1 %), all |dL| <= 0 % (zeta 5 %) over windows 3-5")
+    assert reasons[12] == reasons[13] == reasons[11]
+    assert reasons[14:] == ["the warm-up of 3 epochs is over"] * 6
+
+
+def test_the_reason_names_the_loss_when_the_loss_moved() -> None:
+    state = drive(controller(), lambda epoch: observe(epoch_end(epoch), loss=2.0 ** -((epoch + 1) // 2)), 6)[-1]
+    assert state.reason == "loss changed by -50 % between windows 0 and 1 (zeta 5 %)"
+
+
+# ---- PhaseState as JSON
+
+@pytest.mark.parametrize("stop", range(0, 21))
+def test_a_state_read_back_from_json_goes_on_just_the_same(stop: int) -> None:
+    control = controller()
+    states = [control.initial(), *drive(control, settling, 20)]
+    assert reloaded(states[stop]) == states[stop]
+    assert drive(control, settling, 20, reloaded(states[stop]), stop + 1) == states[stop + 1:]
+
+
+@given(st.lists(st.tuples(st.sampled_from([.9, 1.0, 1.003, 1.03]), st.sampled_from([.9, 1.0, 1.001])), min_size=1,
+                max_size=25), st.integers(1, 3), st.integers(2, 4), st.sampled_from(["mean", "last"]))
+def test_a_run_whose_state_goes_through_json_every_time_is_the_same_run(
+    moves: list[tuple[float, float]], m: int, k: int, statistic: str
+) -> None:
+    control = controller(m=m, k=k, statistic=statistic, warmup="2 epochs")
+    norm, loss, measured = 10.0, 1.0, []
+    for epoch, (norm_factor, loss_factor) in enumerate(moves, 1):
+        norm, loss = norm * norm_factor, loss * loss_factor
+        measured.append(observe(epoch_end(epoch), lambda f, i, norm=norm: norm * (1 + i / 7), loss=loss))
+    straight, through_json, passed = control.initial(), control.initial(), False
+    for n, observation in enumerate(measured, 1):
+        straight = control.next(straight, observation)
+        through_json = control.next(reloaded(through_json), observation)
+        assert through_json == straight
+        assert len(straight.windows) == n // m
+        passed = passed or (n % m == 0 and n >= m * k and partially_converged(
+            straight.windows, k=k, tau=1.0, zeta=5.0).passed)
+        assert (straight.plan.phase is not Phase.FULL) == passed
+        assert straight.tests <= max(0, n // m - k + 1)
