@@ -1,0 +1,194 @@
+"""Recipe YAML + ``a.b=c`` overrides + DeepSpeed JSON -> a validated Config. The only reader of files for it."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+from yaml import YAMLError
+
+from prelora_ds.core.config import Config
+from prelora_ds.core.errors import ConfigError
+
+# Keys of a DeepSpeed JSON that have another owner, and that owner.
+OWNED_BY_RECIPE = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size / (train.micro_batch_size x ranks)",
+    "gradient_clipping": "optimizer.clip_grad_norm",
+    "optimizer": "optimizer",
+    "scheduler": "optimizer.warmup and optimizer.min_lr_ratio",
+    "fp16": "nothing: the engine trains in BF16",
+    "data_types": "nothing: gradients are accumulated in fp32",
+    "communication_data_type": "nothing: gradients are reduced in fp32",
+    "tensorboard": "run.output_dir",
+}
+# What else a JSON may hold. DeepSpeed itself says nothing of a misspelt key here.
+KNOWN_KEYS = ("zero_optimization", "bf16", "zero_force_ds_cpu_optimizer", "comms_logger", "wall_clock_breakdown",
+              "memory_breakdown", "prescale_gradients", "gradient_predivide_factor")
+BF16_KEYS = ("enabled", "immediate_grad_update", "check_grad_overflow")
+# Keys of zero_optimization that a switch does not carry over, and the value that leaves each off.
+UNSUPPORTED_ZERO_KEYS = {"offload_param": None, "zenflow": None, "zero_hpz_partition_size": 1, "mics_shard_size": -1,
+                         "zero_quantized_weights": False, "zero_quantized_gradients": False,
+                         "zero_quantized_nontrainable_weights": False, "cpu_offload": False, "compute_grad_norm": True}
+
+
+def load_config(recipe: str | Path, overrides: Sequence[str] = (),
+                deepspeed_config: str | Path | None = None) -> Config:
+    """The validated config of a run.
+
+    Raises ConfigError with key, value and remedy: a missing or unreadable file, an unknown key, a bad value, or a
+    DeepSpeed JSON that sets what the recipe owns.
+    """
+    tree = _read_recipe(Path(recipe))
+    if deepspeed_config is not None:
+        tree["deepspeed"] = read_deepspeed_json(Path(deepspeed_config))  # the overrides have the last word
+    for override in overrides:
+        key, separator, _ = override.partition("=")
+        if not separator or not key:
+            raise ConfigError("override", override, "is not of the form a.b=c", "write for example train.log_every=10")
+    try:
+        merged = OmegaConf.merge(OmegaConf.create(tree), OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, YAMLError, ValueError) as exc:
+        raise ConfigError("recipe and overrides", " ".join([str(recipe), *overrides]), str(exc).splitlines()[0],
+                          "mend the override or the ${...} of the recipe") from exc
+    assert isinstance(values, dict)
+    return validate(values, str(recipe))
+
+
+def validate(values: Mapping[str, Any], source: str) -> Config:
+    """A Config of a plain mapping; raises ConfigError that names the first offending key of ``source``."""
+    if isinstance(values.get("deepspeed"), dict):
+        values = {**values, "deepspeed": _without_auto(values["deepspeed"])}
+        check_deepspeed(values["deepspeed"], "the DeepSpeed config")
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as exc:
+        raise _config_error(exc, source) from exc
+    return config
+
+
+def check_world(config: Config, world_size: int) -> None:
+    """Raise ConfigError when the batch does not divide over ``world_size`` ranks."""
+    try:
+        config.grad_accum_steps(world_size)
+    except ValueError as exc:
+        raise ConfigError("train.micro_batch_size", config.train.micro_batch_size, str(exc),
+                          "choose a micro-batch so that global_batch_size = micro_batch_size x ranks x a whole number "
+                          "(1 at ZeRO stage 0), or another ZeRO stage") from exc
+
+
+def read_deepspeed_json(path: Path) -> dict[str, Any]:
+    """A checked DeepSpeed JSON, "auto" left out; raises ConfigError when it is missing, no object, or refused."""
+    if not path.is_file():
+        raise ConfigError("--deepspeed_config", str(path), "there is no such file", "see ds_configs/")
+    try:
+        values = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as exc:
+        raise ConfigError("--deepspeed_config", str(path), f"is no JSON: {exc}", "mend the file") from exc
+    if not isinstance(values, dict):
+        raise ConfigError("--deepspeed_config", str(path), "is no JSON object", "see ds_configs/")
+    values = _without_auto(values)
+    check_deepspeed(values, str(path))
+    return values  # type: ignore[no-any-return]
+
+
+def check_deepspeed(values: Mapping[str, Any], source: str) -> None:
+    """Raise ConfigError when a DeepSpeed config without "auto" sets what the recipe owns or is not supported."""
+    for key, owner in OWNED_BY_RECIPE.items():
+        if key in values:
+            raise ConfigError(f"{source}: {key}", values[key], f"this key is owned by the recipe ({owner})",
+                              f'remove "{key}" from {source} and set it in the recipe')
+    zero, bf16 = _section(values, "zero_optimization", source), _section(values, "bf16", source)
+    _only(values, (*OWNED_BY_RECIPE, *KNOWN_KEYS), source)
+    _only(bf16, BF16_KEYS, f"{source}: bf16")
+    if bf16.get("enabled", True) is not True:
+        raise ConfigError(f"{source}: bf16.enabled", False, "training runs in BF16", "set it to true")
+    stage = zero.get("stage", 0)
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
+        raise ConfigError(f"{source}: zero_optimization.stage", stage, "is no ZeRO stage", "choose 0, 1, 2 or 3")
+    for key in ("reduce_bucket_size", "stage3_param_persistence_threshold"):
+        if not isinstance(zero.get(key, 0), int | float):
+            raise ConfigError(f"{source}: zero_optimization.{key}", zero[key], "is no number", "write it as a number")
+    for key, off in UNSUPPORTED_ZERO_KEYS.items():
+        if zero.get(key, off) not in (None, off, {"device": "none"}):
+            raise ConfigError(f"{source}: zero_optimization.{key}", zero[key], "is not supported across a switch",
+                              "remove it")
+    target = _section(zero, "offload_optimizer", source).get("device", "none")
+    if target not in ("none", "cpu") or (target == "cpu" and stage not in (2, 3)):
+        raise ConfigError(f"{source}: zero_optimization.offload_optimizer.device", target,
+                          f"is not supported at stage {stage}", 'offload to "cpu" at stage 2 or 3')
+
+
+def _only(values: Mapping[str, Any], known: Sequence[str], source: str) -> None:
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise ConfigError(f"{source}: {key}", values[key], "unknown key",
+                              f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}")
+
+
+def _section(values: Mapping[str, Any], key: str, source: str) -> Mapping[str, Any]:
+    section = values.get(key)
+    if section is None:
+        return {}
+    if not isinstance(section, dict):
+        raise ConfigError(f"{source}: {key}", section, "is no mapping of keys", "see ds_configs/")
+    return section
+
+
+def dump_yaml(config: Config) -> str:
+    """The resolved config as YAML that `load_config` reads back to the same Config."""
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        raise ConfigError("--recipe", str(path), "there is no such file",
+                          f"did you mean {path.parent / near[0]}?" if near else "see launch/recipes/")
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path))
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as exc:
+        raise ConfigError("--recipe", str(path), f"is no YAML: {str(exc).splitlines()[0]}", "mend the file") from exc
+    if not isinstance(tree, dict):
+        raise ConfigError("--recipe", str(path), "is no mapping of keys", "see launch/recipes/")
+    return tree  # type: ignore[return-value]
+
+
+def _config_error(exc: ValidationError, source: str) -> ConfigError:
+    # A misspelt key that is required is missing as well; the unknown key says more.
+    error = min(exc.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    key = ".".join(str(part) for part in error["loc"]) or source
+    if error["type"] == "extra_forbidden":
+        known = _keys_at(error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        return ConfigError(key, error["input"], f"unknown key (in {source})",
+                           f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}")
+    if error["type"] == "missing":
+        return ConfigError(key, None, f"is required (in {source})", f"set {key}")
+    message = error["msg"].removeprefix("Value error, ")
+    value = error["input"] if not isinstance(error["input"], dict) else "..."
+    return ConfigError(key, value, f"{message[0].lower()}{message[1:]} (in {source})", f"set another {key}")
+
+
+def _keys_at(path: Sequence[str | int]) -> list[str]:
+    model: Any = Config
+    for part in path:
+        annotation = model.model_fields[part].annotation
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+    return list(model.model_fields)
+
+
+def _without_auto(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_auto(v) for k, v in value.items() if v != "auto"}
+    return value
