@@ -1,0 +1,1 @@
+"""Building a model, finding its families, and attaching LoRA in peft's layout."""

@@ -1,0 +1,54 @@
+"""The model of a run, built from config."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import ViTConfig, ViTForImageClassification
+
+from prelora_ds.core.config import ModelConfig
+from prelora_ds.core.errors import ConfigError
+
+
+def build_model(config: ModelConfig, num_labels: int) -> nn.Module:
+    """An fp32 module with values drawn from torch's global generator (or none, under ``torch.device("meta")``).
+
+    Raises ConfigError when ``model.factory`` cannot be imported or returns no module.
+    """
+    if config.factory is not None:
+        factory = _load_factory(config.factory)
+        try:
+            model = factory(num_labels=num_labels, **config.factory_args)
+        except TypeError as exc:
+            raise ConfigError("model.factory_args", config.factory_args, f"{config.factory} refuses them: {exc}",
+                              "pass what the factory takes; num_labels comes by itself") from exc
+        if not isinstance(model, nn.Module):
+            raise ConfigError("model.factory", config.factory, f"returned a {type(model).__name__}",
+                              "return a torch.nn.Module")
+        return model
+    return ViTForImageClassification(vit_config(config, num_labels))
+
+
+def vit_config(config: ModelConfig, num_labels: int) -> ViTConfig:
+    """The transformers config of a run's ViT."""
+    sizes = config.model_dump(exclude={"factory", "factory_args", "families"})
+    return ViTConfig(**sizes, num_labels=num_labels)
+
+
+def logits_of(output: Any) -> torch.Tensor:
+    """Logits [batch, labels] of a module's output, be it a tensor or a transformers output."""
+    return output if isinstance(output, torch.Tensor) else output.logits
+
+
+def _load_factory(spec: str) -> Callable[..., nn.Module]:
+    module_name, function = spec.split(":")
+    try:
+        factory = getattr(importlib.import_module(module_name), function)
+    except (ImportError, AttributeError) as exc:
+        raise ConfigError("model.factory", spec, f"cannot be imported ({exc})",
+                          'name an importable "package.module:function"') from exc
+    return factory  # type: ignore[no-any-return]
