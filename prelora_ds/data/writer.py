@@ -1,0 +1,172 @@
+"""Writing shards, and the images at hand to fill them: digits, a folder of images, photographs.
+
+A source yields samples ``(key, image bytes, extension, label)``.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+from uuid import uuid4
+
+import numpy as np
+from PIL import Image
+
+from prelora_ds.core.errors import ConfigError
+from prelora_ds.data.manifest import IMAGE_EXTENSIONS, Manifest, Shard, index_shard
+
+RawSample = tuple[str, bytes, str, int]
+
+DIGIT_CLASSES = tuple(map(str, range(10)))
+PHOTOGRAPH_CLASSES = tuple(f"imagenet-{label:03d}" for label in range(1000))
+_DIGITS_IN_VAL = 360
+# The colour photographs in scikit-image's wheel (all others are fetched), with the ImageNet class that fits best.
+_SKIMAGE_LABELS = {
+    "astronaut.png": 812, "chelsea.png": 282, "coffee.png": 967, "hubble_deep_field.jpg": 727,
+    "motorcycle_left.png": 670, "rocket.jpg": 744,
+}
+
+
+def write_shards(samples: Iterable[RawSample], folder: str | Path, *, samples_per_shard: int,
+                 class_names: Sequence[str]) -> Manifest:
+    """Write ``shard-000000.tar``, ... and their manifest into the new ``folder``; the same samples give the same bytes.
+
+    ``folder`` appears whole or not at all. Raises ConfigError when it exists, for no samples, and for a sample that
+    a reader would lose: a key twice or with a dot, an unknown extension, a label without a class name.
+    """
+    folder = Path(folder).absolute()
+    if samples_per_shard < 1:
+        raise ConfigError("samples_per_shard", samples_per_shard, "a shard holds at least one sample", "give 1 or more")
+    if folder.exists():
+        raise ConfigError("folder", str(folder), "exists already", "remove it, or give another folder")
+    partial = folder.with_name(f".{folder.name}.{uuid4().hex}")
+    partial.mkdir(parents=True)
+    try:
+        rest = _checked(samples, len(class_names))
+        shards: list[Shard] = []
+        while chunk := list(islice(rest, samples_per_shard)):
+            path = partial / f"shard-{len(shards):06d}.tar"
+            _write_shard(path, chunk)
+            shards.append(index_shard(path, "folder"))
+        if not shards:
+            raise ConfigError("samples", 0, "the source has no samples", "give a source with images")
+        Manifest(partial, tuple(class_names), tuple(shards)).save()
+        if folder.exists():  # an empty folder made meanwhile would be replaced by the rename
+            raise ConfigError("folder", str(folder), "was made by another process meanwhile", "give another folder")
+        os.rename(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Manifest.load(folder, "folder")
+
+
+def _write_shard(path: Path, samples: Sequence[RawSample]) -> None:
+    from webdataset import TarWriter  # slow to import, and only needed here
+
+    # A fixed time, and raw bytes: webdataset's encoder would compress the image again.
+    with path.open("wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
+        for key, image, extension, label in samples:
+            tar.write({"__key__": key, extension: image, "cls": str(label).encode()})
+
+
+def _checked(samples: Iterable[RawSample], classes: int) -> Iterator[RawSample]:
+    seen = set()
+    for sample in samples:
+        key, _, extension, label = sample
+        if key in seen or not key or "." in key:
+            raise ConfigError("samples", key, "a key is unique, not empty and has no dot", "number the samples")
+        if extension not in IMAGE_EXTENSIONS:
+            raise ConfigError("samples", f"{key}.{extension}", "unknown image format", f"use one of {IMAGE_EXTENSIONS}")
+        if not 0 <= label < classes:
+            raise ConfigError("samples", key, f"label {label} is of none of the {classes} classes", "name all classes")
+        seen.add(key)
+        yield sample
+
+
+def digits(split: Literal["train", "val"], seed: int = 0) -> Iterator[RawSample]:
+    """scikit-learn's handwritten digits as grey 8x8 PNGs: 1,437 samples in train, 360 in val, stratified by class."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    if split not in ("train", "val"):
+        raise ConfigError("split", split, "no such split of the digits", 'give "train" or "val"')
+    images, labels = load_digits(return_X_y=True)
+    train, val = train_test_split(np.arange(len(labels)), test_size=_DIGITS_IN_VAL, random_state=seed, stratify=labels)
+    for index in train if split == "train" else val:
+        pixels = np.rint(images[index].reshape(8, 8) * (255 / 16)).astype(np.uint8)
+        yield f"{index:06d}", _encode(Image.fromarray(pixels), "PNG"), "png", int(labels[index])
+
+
+def folder_classes(path: str | Path) -> tuple[str, ...]:
+    """The class names of `image_folder`: the sub-folders in alphabetical order. Raises ConfigError if there are none.
+    """
+    path = Path(path)
+    classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir()) if path.is_dir() else []
+    if not classes:
+        raise ConfigError("source", str(path), "no folder with a sub-folder per class", "name the folder of the split")
+    return tuple(classes)
+
+
+def image_folder(path: str | Path, classes: Sequence[str] | None = None, seed: int = 0) -> Iterator[RawSample]:
+    """The images below ``path/CLASS/``, their bytes untouched, shuffled by ``seed`` so that shards mix the classes.
+
+    ``classes`` fixes the labels (give those of train for val); `folder_classes` by default. Raises ConfigError for a
+    sub-folder that is not among them.
+    """
+    found = folder_classes(path)
+    labels = {name: label for label, name in enumerate(found if classes is None else classes)}
+    if unknown := [name for name in found if name not in labels]:
+        raise ConfigError("source", str(path), f"sub-folders {unknown} are no classes", "remove or rename them")
+    files = [(file, labels[name]) for name in found for file in sorted((Path(path) / name).rglob("*"))
+             if file.suffix[1:].lower() in IMAGE_EXTENSIONS and file.is_file()]
+    for number, index in enumerate(np.random.default_rng(seed).permutation(len(files))):
+        file, label = files[index]
+        yield f"{number:08d}", file.read_bytes(), file.suffix[1:].lower(), label
+
+
+def photographs(count: int, seed: int = 0, short_side: int = 400) -> Iterator[RawSample]:
+    """``count`` different JPEGs like ImageNet's, crops of photographs; the short side is ``short_side`` +- 10 %.
+
+    The photographs are those in the wheels of scikit-image and, where it is installed, of foolbox (20 of ImageNet):
+    nothing is downloaded. Labels are ImageNet's 0..999. Raises ConfigError when neither package is installed.
+    """
+    files = _photograph_files()
+    pictures = [Image.open(file).convert("RGB") for file, _ in files]
+    for number in range(count):
+        rng, chosen = np.random.default_rng((seed, number)), number % len(files)
+        picture = pictures[chosen]
+        share, ratio = rng.uniform(0.3, 1.0), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+        width = min(np.sqrt(share * picture.width * picture.height * ratio), picture.width)
+        height = min(width / ratio, picture.height)
+        left, top = rng.uniform(0, picture.width - width), rng.uniform(0, picture.height - height)
+        scale = short_side * rng.uniform(0.9, 1.1) / min(width, height)
+        size = (round(width * scale), round(height * scale))
+        crop = picture.resize(size, Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
+        yield f"{number:08d}", _encode(crop, "JPEG", quality=92), "jpg", files[chosen][1]
+
+
+def _photograph_files() -> list[tuple[Path, int]]:
+    """Found by their package's place on disk: to import foolbox would import its dependencies."""
+    skimage, foolbox = (
+        Path(spec.submodule_search_locations[0]) / "data"
+        if (spec := find_spec(package)) and spec.submodule_search_locations else None
+        for package in ("skimage", "foolbox")
+    )
+    files = [(skimage / name, label) for name, label in _SKIMAGE_LABELS.items()] if skimage else []
+    if foolbox:  # imagenet_NUMBER_LABEL.jpg
+        files += [(file, int(file.stem.rpartition("_")[2])) for file in sorted(foolbox.glob("imagenet_*.jpg"))]
+    if not files:
+        raise ConfigError("source", "photographs", "needs the pictures in scikit-image or foolbox",
+                          "pip install scikit-image, or pip install --no-deps foolbox==3.3.4")
+    return files
+
+
+def _encode(image: Image.Image, form: str, **options: int) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
