@@ -1,0 +1,208 @@
+"""A DeepSpeed engine from a plan: `build_engine(config, plan, state)`."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import comm
+from deepspeed.runtime.zero.partition_parameters import Init
+from torch import nn
+
+from prelora_ds.core.config import Config
+from prelora_ds.core.plan import Layout, Phase, Plan
+from prelora_ds.data.transforms import to_float
+from prelora_ds.engine.runtime import device
+from prelora_ds.engine.state import EngineState, adam_steps_of, restore_state
+from prelora_ds.model.adapters import attach_adapters, check_adapters
+from prelora_ds.model.families import named_parameters
+from prelora_ds.model.vit import build_model, logits_of
+
+MicroBatches = Sequence[tuple[torch.Tensor, torch.Tensor]]  # (images uint8 [B,C,H,W], labels int64 [B])
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What DeepSpeed counts in an engine and we carry from one to the next."""
+
+    global_steps: int = 0
+    global_samples: int = 0
+    micro_steps: int = 0
+    skipped_steps: int = 0
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """One optimizer step, reduced over ranks. loss: mean over the global batch; grad_norm: before clipping."""
+
+    loss: float
+    grad_norm: float
+    skipped: bool
+
+
+class Engine:
+    """One DeepSpeed engine under one plan. The step knows no phase."""
+
+    def __init__(self, config: Config, plan: Plan, layout: Layout, num_labels: int, ds: Any) -> None:
+        self.config, self.plan, self.layout, self.num_labels, self.ds = config, plan, layout, num_labels, ds
+        self._loss = torch.zeros(())
+
+    @property
+    def module(self) -> nn.Module:
+        module: nn.Module = self.ds.module
+        return module
+
+    def counters(self) -> Counters:
+        return Counters(**{name: getattr(self.ds, name) for name in Counters.__dataclass_fields__})
+
+    def train_step(self, micro_batches: MicroBatches, *, lr: float) -> StepStats:
+        """One optimizer step over this rank's micro-batches. Collective."""
+        self.backward(micro_batches)
+        return self.finish_step(lr=lr)
+
+    def backward(self, micro_batches: MicroBatches) -> None:
+        """Forward and backward of all micro-batches; gradients are accumulated and reduced in fp32 (stages 1 to 3).
+
+        Raises ValueError when their number is not the engine's accumulation.
+        """
+        if len(micro_batches) != self.ds.gradient_accumulation_steps():
+            raise ValueError(f"{len(micro_batches)} micro-batches for {self.ds.gradient_accumulation_steps()} steps "
+                             "of accumulation")
+        self.ds.train()
+        losses = []
+        for images, labels in micro_batches:
+            if losses:
+                self.ds.step()  # only counts the micro-step; the last one is taken in finish_step
+            logits = logits_of(self.ds(self.prepare(images)))
+            loss = nn.functional.cross_entropy(logits.float(), labels.to(self.ds.device),
+                                               label_smoothing=self.config.train.label_smoothing)
+            self.ds.backward(loss)
+            losses.append(loss.detach())
+        self._loss = torch.stack(losses).mean()
+
+    def finish_step(self, *, lr: float) -> StepStats:
+        """The optimizer's part of a step, with each group's rate (``lr`` times its scale) written into it."""
+        for group in self.ds.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        skipped_before = self.ds.skipped_steps
+        self.ds.step()
+        comm.all_reduce(self._loss)
+        norm = self.ds.get_global_grad_norm()
+        return StepStats(loss=float(self._loss) / comm.get_world_size(),
+                         grad_norm=float("nan") if norm is None else float(norm),
+                         skipped=self.ds.skipped_steps > skipped_before)
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        """A context whose value maps uint8 images [B,C,H,W] to fp32 logits [B, labels], without gradients."""
+        self.ds.eval()
+        try:
+            with torch.no_grad():
+                yield lambda images: logits_of(self.ds(self.prepare(images))).float()
+        finally:
+            self.ds.train()
+            if self.config.zero.stage == 3:
+                # A forward pass without backward leaves parameters gathered, and the next gathering would fail.
+                self.ds.empty_partition_cache()
+
+    def prepare(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 [B,C,H,W] on the host -> bf16 in [-1, 1] on the device."""
+        return to_float(images.to(self.ds.device), torch.bfloat16)
+
+
+def build_engine(config: Config, plan: Plan, layout: Layout, num_labels: int, state: EngineState,
+                 counters: Counters = Counters()) -> Engine:
+    """An engine for ``plan`` that holds ``state`` (consumed). Collective.
+
+    The module is always a fresh one: DeepSpeed leaves hooks and attributes of a former engine on a module.
+    """
+    ds_config = deepspeed_config(config, plan, layout, comm.get_world_size())
+    with torch.random.fork_rng(devices=[]):
+        module = _empty_module(config, plan, num_labels, ds_config)
+    optimizer = _optimizer(config, plan, layout, module, adam_steps_of(state, plan))
+    with contextlib.redirect_stdout(io.StringIO()):  # the stage 1 optimizer prints its memory use line by line
+        ds, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config, dist_init_required=False)
+    check_adapters(ds.module, plan)
+    restore_state(ds, plan, layout, state)
+    for name, value in vars(counters).items():
+        setattr(ds, name, value)
+    return Engine(config, plan, layout, num_labels, ds)
+
+
+def deepspeed_config(config: Config, plan: Plan, layout: Layout, world_size: int) -> dict[str, Any]:
+    """The DeepSpeed config of one phase: the user's ZeRO section, and what the recipe owns."""
+    ds = copy.deepcopy(config.deepspeed)
+    zero = ds.setdefault("zero_optimization", {})
+    shapes = plan.parameters(layout)
+    trained = sum(math.prod(shapes[name]) for name in plan.trainable)
+    # A bucket never holds more than what trains; ZeRO-3 allocates it whole.
+    zero["reduce_bucket_size"] = min(config.zero.reduce_bucket_size, trained)
+    ds |= {
+        "train_batch_size": config.train.global_batch_size,
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": config.grad_accum_steps(world_size),
+        "gradient_clipping": config.optimizer.clip_grad_norm,
+        "bf16": {**ds.get("bf16", {}), "enabled": True},
+        "communication_data_type": "fp32",  # DeepSpeed's default is bf16, here and for accumulation
+        "steps_per_print": None,
+    }
+    if config.zero.stage > 0:  # stage 0 knows no other accumulator than BF16, and we refuse to accumulate there
+        ds["data_types"] = {"grad_accum_dtype": "fp32"}
+    return ds
+
+
+def _empty_module(config: Config, plan: Plan, num_labels: int, ds_config: Mapping[str, Any]) -> nn.Module:
+    """A bf16 module of zeros on the device, adapters attached, partitioned as it is made at stage 3."""
+    with torch.device("meta"):
+        module = build_model(config.model, num_labels)
+    attach_adapters(module, plan, dropout=config.lora.dropout)
+    module.to(torch.bfloat16)
+    shard = Init(module=nn.Module(), config_dict_or_path=dict(ds_config)) if config.zero.stage == 3 else None
+    for submodule in module.modules():
+        for key, p in submodule.named_parameters(recurse=False):
+            zeros = nn.Parameter(torch.zeros_like(p, device=device()))
+            setattr(submodule, key, zeros)
+            if shard is not None:
+                shard._convert_to_zero_parameters([zeros])
+        for key, b in submodule.named_buffers(recurse=False):
+            submodule.register_buffer(key, torch.zeros_like(b, device=device()),
+                                      persistent=key not in submodule._non_persistent_buffers_set)
+    for name, p in named_parameters(module).items():
+        p.requires_grad_(name in plan.trainable)
+    return module
+
+
+def _optimizer(config: Config, plan: Plan, layout: Layout, module: nn.Module,
+               adam_steps: Mapping[str, int]) -> torch.optim.Optimizer:
+    """AdamW with one group per (Adam step, decay, adapter): a flat ZeRO group has one step and one rate.
+
+    Decay is for matrices of the base only, `lora.weight_decay` for adapters.
+    """
+    o, lora = config.optimizer, config.lora
+    groups: dict[tuple[int, float, float], list[nn.Parameter]] = {}
+    for name, p in named_parameters(module).items():
+        if name not in plan.trainable:
+            continue
+        is_adapter = name not in layout.parameters
+        decay = lora.weight_decay if is_adapter else o.weight_decay * _is_matrix(name, layout)
+        scale = lora.lr_scale if is_adapter or plan.phase is Phase.LORA else 1.0
+        groups.setdefault((adam_steps[name], decay, scale), []).append(p)
+    param_groups = [{"params": params, "weight_decay": decay, "lr_scale": scale}
+                    for (_, decay, scale), params in groups.items()]
+    if config.zero.offload_optimizer and config.deepspeed.get("zero_force_ds_cpu_optimizer", True):
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(param_groups, lr=o.lr, betas=o.betas, eps=o.eps)
+    return torch.optim.AdamW(param_groups, lr=o.lr, betas=o.betas, eps=o.eps)
+
+
+def _is_matrix(name: str, layout: Layout) -> bool:
+    """Weights of linears and convolutions; not biases, norms, the class token or position embeddings."""
+    return name.endswith(".weight") and len(layout.parameters[name]) >= 2

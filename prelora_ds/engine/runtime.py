@@ -1,0 +1,98 @@
+"""The process group and the device of this rank."""
+
+from __future__ import annotations
+
+import gc
+import os
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prelora_ds.core.errors import ConfigError
+
+
+def choose_accelerator(environ: dict[str, str] | os._Environ[str] = os.environ) -> None:
+    """Without a GPU take DeepSpeed's CPU accelerator; to be called before deepspeed is imported."""
+    if not torch.cuda.is_available():
+        environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def check_zero_config(zero: dict[str, Any]) -> None:
+    """Let DeepSpeed validate the keys and values of ``zero_optimization``; raises ConfigError. Makes nothing."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValidationError as exc:
+        error = exc.errors()[0]
+        key = ".".join(map(str, ("zero_optimization", *error["loc"])))
+        raise ConfigError(key, error["input"], f"DeepSpeed refuses it: {error['msg']}",
+                          "mend the DeepSpeed config") from exc
+
+
+def init_process_group(timeout_s: float = 1800.0) -> None:
+    """Make the default process group from RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
+
+    Idempotent. On a CPU the backend is gloo, and the JIT build of DeepSpeed's shared-memory collectives (over 90 s,
+    on every node, at first use) is skipped: gloo does the same work.
+    """
+    import deepspeed
+    from deepspeed import comm
+    from deepspeed.accelerator import get_accelerator
+
+    if comm.is_initialized():
+        return
+    missing = [k for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if k not in os.environ]
+    if missing:
+        raise ConfigError("environment", ", ".join(missing), "not set: this is no launched process",
+                          "start with `deepspeed launch/pretrain.py ...`")
+    # DeepSpeed 0.19 calls collectives by names that torch 2.14 renames; a line a call would drown a run's output.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
+    if get_accelerator().device_name() == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if "OMP_NUM_THREADS" not in os.environ:
+            # Else every rank takes all cores, and ranks on one host spend their time waiting for each other.
+            local_size = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    else:
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    comm.init_distributed(auto_mpi_discovery=False, timeout=timedelta(seconds=timeout_s), verbose=False)
+
+
+def freeze_imports() -> None:
+    """Take everything that lives now (modules, code) out of garbage collection, which a switch and a census walk.
+
+    To be called when all is imported and before a model is made: frozen tensors would escape the census.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def make_monitor(folder: Path) -> Any | None:
+    """DeepSpeed's monitor writing TensorBoard events to ``folder/tensorboard``, on rank 0; None on the others."""
+    from deepspeed import comm
+    from deepspeed.monitor.config import get_monitor_config
+    from deepspeed.monitor.monitor import MonitorMaster
+
+    if comm.get_rank() != 0:
+        return None
+    tensorboard = {"enabled": True, "output_path": str(folder), "job_name": "tensorboard"}
+    return MonitorMaster(get_monitor_config({"tensorboard": tensorboard}))
+
+
+def device() -> torch.device:
+    """This rank's device."""
+    from deepspeed.accelerator import get_accelerator
+
+    return torch.device(get_accelerator().current_device_name())
+
+
+def synchronize() -> None:
+    """Wait for the device's queued work; nothing on a CPU."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().synchronize()

@@ -1,0 +1,203 @@
+"""Exported state: each rank's slices of every parameter, on the host; and its way into a new engine.
+
+A rank holds 1/world of everything. Restoring assembles one tensor of one parameter at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from deepspeed import comm
+
+from prelora_ds.core.plan import Layout, Plan
+from prelora_ds.engine.fragments import adam_state, bit16_groups, flat_masters, fragments
+from prelora_ds.model.adapters import fresh_adapter
+from prelora_ds.model.families import named_parameters
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+    from torch import nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class Slice:
+    """Elements [start, start + len) of a flattened parameter: fp32 master and moments, or the bf16 value if frozen."""
+
+    start: int
+    value: torch.Tensor
+    moments: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class EngineState:
+    """What one rank carries from engine to engine.
+
+    slices: this rank's part of each parameter (absent where other ranks hold it all).
+    adam_steps: for every parameter with Adam moments, the steps they have seen; the same on all ranks.
+    buffers: the module's buffers, persistent or not (a fresh module has none of their values).
+    """
+
+    slices: dict[str, Slice]
+    adam_steps: dict[str, int] = field(default_factory=dict)
+    buffers: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def host_bytes(self) -> int:
+        """Bytes of the slices."""
+        return sum(t.nbytes for s in self.slices.values() for t in (s.value, *s.moments.values()))
+
+
+def even_share(numel: int, rank: int, world_size: int) -> tuple[int, int]:
+    """This rank's [start, stop) of ``numel`` elements that all ranks hold alike."""
+    return numel * rank // world_size, numel * (rank + 1) // world_size
+
+
+def initial_state(module: nn.Module, rank: int, world_size: int) -> EngineState:
+    """The state of a freshly built fp32 module that is the same on all ranks."""
+    slices = {}
+    for name, p in named_parameters(module).items():
+        start, stop = even_share(p.numel(), rank, world_size)
+        slices[name] = Slice(start, p.detach().float().view(-1)[start:stop].clone())
+    return EngineState(slices, buffers=_buffers(module))
+
+
+@torch.no_grad()
+def export_state(engine: DeepSpeedEngine) -> EngineState:
+    """Move this rank's part of the state to the host, tensor by tensor, leaving ``engine`` unusable.
+
+    The optimizer's storage is given back as it is copied, so engine and export together never hold more than the
+    engine did, plus one tensor.
+    """
+    rank, world = comm.get_rank(), comm.get_world_size()
+    inner = adam_state(engine)
+    trained, by_flat = _trained_names(engine), {}
+    for fragment in fragments(engine):
+        by_flat.setdefault(id(fragment.flat), []).append(fragment)
+
+    slices: dict[str, Slice] = {}
+    adam_steps: dict[str, int] = {}
+    replicated = engine.zero_optimization_stage() == 0
+    for flat, names in trained:
+        tensors = {"value": flat} | {key: inner[flat][key] for key in MOMENTS if key in inner.get(flat, {})}
+        if "exp_avg" in tensors:
+            adam_steps |= dict.fromkeys(names, int(inner[flat]["step"]))
+        for key, tensor in tensors.items():
+            for f in by_flat.get(id(flat), ()):
+                start, stop = even_share(f.stop, rank, world) if replicated else (f.start, f.stop)
+                part = f.of(tensor)[start - f.start: stop - f.start].to("cpu", copy=True)
+                if key == "value":
+                    slices[f.name] = Slice(start, part)
+                else:
+                    slices[f.name].moments[key] = part
+            tensor.untyped_storage().resize_(0)
+
+    for name, p in named_parameters(engine.module).items():
+        if name not in adam_steps and not p.requires_grad:
+            slices[name] = _frozen_slice(p, rank, world)
+    return EngineState(slices, adam_steps, _buffers(engine.module))
+
+
+def _trained_names(engine: DeepSpeedEngine) -> list[tuple[torch.Tensor, list[str]]]:
+    """Each flat master with the names of all parameters in its group, also of those that lie with other ranks."""
+    names = {id(p): name for name, p in named_parameters(engine.module).items()}
+    groups = bit16_groups(engine)
+    if engine.zero_optimization_stage() == 0:
+        groups = [[p] for group in groups for p in group]
+    return [(flat, [names[id(p)] for p in group]) for flat, group in zip(flat_masters(engine), groups, strict=True)]
+
+
+def _frozen_slice(p: nn.Parameter, rank: int, world: int) -> Slice:
+    if hasattr(p, "ds_tensor"):
+        partition: int = p.ds_tensor.ds_numel
+        start = partition * rank
+        return Slice(start, p.ds_tensor.detach()[: max(0, min(partition, p.ds_numel - start))].to("cpu", copy=True))
+    start, stop = even_share(p.numel(), rank, world)
+    return Slice(start, p.detach().view(-1)[start:stop].to("cpu", copy=True))
+
+
+def _buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: b.detach().to("cpu", copy=True) for name, b in module.named_buffers()}
+
+
+@torch.no_grad()
+def restore_state(engine: DeepSpeedEngine, plan: Plan, layout: Layout, state: EngineState) -> None:
+    """Write ``state`` into a newly built engine, consuming it: bf16 weights, fp32 masters, Adam moments and steps.
+
+    Parameters of the plan that the state does not know are adapters and get their first value. Collective.
+    """
+    parameters = named_parameters(engine.module)
+    inner = adam_state(engine)
+    inner.clear()  # stage 0 has stepped once on zero gradients
+    owned: dict[str, Any] = {f.name: f for f in fragments(engine)}
+    for flat, names in _trained_names(engine):
+        flat.detach().zero_()  # padding included
+        steps = {state.adam_steps.get(name, 0) for name in names}
+        if len(steps) != 1:
+            raise RuntimeError(f"one optimizer group with several Adam steps {sorted(steps)}: {names[:3]}")
+        if step := steps.pop():
+            inner[flat] = {"step": _step_like(engine, step)} | {key: torch.zeros_like(flat.detach()) for key in MOMENTS}
+
+    known = _known_names(state)
+    for name, shape in plan.parameters(layout).items():
+        full = (assemble(state, name, "value", shape, engine.device) if name in known
+                else fresh_adapter(name, shape, plan.init_seed).to(engine.device))
+        _set_weight(parameters[name], full)
+        fragment = owned.get(name)
+        if fragment is not None:
+            fragment.of(fragment.flat).copy_(full.view(-1)[fragment.start: fragment.stop])
+        if name in plan.trainable and name in state.adam_steps:
+            for key in MOMENTS:
+                full = assemble(state, name, key, shape, engine.device)
+                if fragment is not None:
+                    fragment.of(inner[fragment.flat][key]).copy_(full.view(-1)[fragment.start: fragment.stop])
+        state.slices.pop(name, None)
+    for name, buffer in engine.module.named_buffers():
+        buffer.copy_(state.buffers[name])
+
+
+def _step_like(engine: DeepSpeedEngine, step: int) -> torch.Tensor | int:
+    # torch's AdamW counts in a tensor, DeepSpeedCPUAdam in an int.
+    return torch.tensor(float(step)) if isinstance(engine.optimizer.optimizer, torch.optim.AdamW) else step
+
+
+def _known_names(state: EngineState) -> set[str]:
+    """Names that any rank holds a slice of; collective."""
+    gathered: list[Any] = [None] * comm.get_world_size()
+    torch.distributed.all_gather_object(gathered, sorted(state.slices))
+    return {name for names in gathered for name in names}
+
+
+def assemble(state: EngineState, name: str, key: str, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """The whole fp32 tensor ``key`` ("value" or a moment) of parameter ``name``, on all ranks. Collective.
+
+    The slices of the ranks are disjoint, so a sum of their bits as integers puts them together exactly, negative zeros
+    and NaN payloads included.
+    """
+    full = torch.zeros(math.prod(shape), device=device)
+    part = state.slices.get(name)
+    if part is not None:
+        values = part.value if key == "value" else part.moments[key]
+        full[part.start: part.start + values.numel()].copy_(values)
+    comm.all_reduce(full.view(torch.int32))
+    return full.view(shape)
+
+
+def _set_weight(p: nn.Parameter, full: torch.Tensor) -> None:
+    if hasattr(p, "ds_tensor"):
+        start = p.ds_tensor.ds_numel * comm.get_rank()
+        part = full.view(-1)[start: start + p.ds_tensor.ds_numel]
+        p.ds_tensor.detach()[: part.numel()].copy_(part)
+        if p.data.numel() == p.ds_numel:  # small parameters stay gathered
+            p.data.copy_(full)
+    else:
+        p.data.copy_(full)
+
+
+def adam_steps_of(state: EngineState, plan: Plan) -> Mapping[str, int]:
+    """Adam steps of every parameter that trains under ``plan``; 0 for those that begin."""
+    return {name: state.adam_steps.get(name, 0) for name in plan.trainable}

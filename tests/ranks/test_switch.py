@@ -1,0 +1,226 @@
+"""Both switches at every ZeRO stage: what is given back, what is carried, what must not move."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from support.runs import MEDIUM, ZEROS, Trainer, config, same
+
+from prelora_ds.core.budget import predict_bytes
+from prelora_ds.engine import build as build_module
+from prelora_ds.engine import state as state_module
+from prelora_ds.engine.census import OWNERS, census, engine_storages, live_storages, rss_bytes
+from prelora_ds.engine.measure import check_ranks_agree
+from prelora_ds.engine.release import release, trim_memory
+from prelora_ds.engine.state import export_state
+from prelora_ds.model.adapters import check_adapters
+
+ALL = pytest.mark.parametrize("zero", ZEROS)
+
+
+@ALL
+def test_outputs_masters_moments_and_counters_are_carried_bitwise(ranks, zero):
+    ranks.run(carry_over_both_switches, zero=zero)
+
+
+def carry_over_both_switches(zero):
+    t = Trainer(config(zero))
+    t.train(3)
+    for plan in (t.warmup, t.lora):
+        before, state, counters = t.outputs(), t.whole_state(), t.engine.counters()
+        t.switch(plan)
+        assert torch.equal(before, t.outputs())
+        assert t.engine.counters() == counters
+        assert counters.global_steps == t.step and counters.global_samples == t.step * t.cfg.train.global_batch_size
+        carried = {key: value for key, value in state.items() if key[0] in plan.trainable}
+        after = t.whole_state()
+        fresh = {key for key in after if key not in carried}
+        if plan is t.warmup:  # the new adapters: a first value, no moments yet
+            assert {what for _, what in fresh} == {"master"} and all(".lora_" in name for name, _ in fresh)
+            assert {name for name, _ in fresh} == plan.trainable - set(t.layout.parameters)
+        else:
+            assert not fresh
+        assert same(carried, {key: after[key] for key in carried}) == []
+        check_adapters(t.engine.module, plan)
+        t.train(3)
+    steps = {name: value for (name, what), value in t.whole_state().items() if what == "step"}
+    assert steps.keys() == t.lora.trainable
+    # Adapters began at step 3, what trained before goes on from there.
+    assert {value for name, value in steps.items() if ".lora_" in name} == {6}
+    assert {value for name, value in steps.items() if ".lora_" not in name} == {9}
+    t.close()
+
+
+@ALL
+def test_bytes_of_every_owner_are_as_predicted(ranks, zero):
+    ranks.run(bytes_as_predicted, zero=zero)
+
+
+def bytes_as_predicted(zero):
+    t = Trainer(config(zero, model=MEDIUM))
+    for plan in (t.full, t.warmup, t.lora):
+        if plan is not t.full:
+            t.switch(plan)
+        t.train(2)
+        batches = t.batches()
+        t.engine.backward(batches)
+        at_backward = census(t.engine)
+        t.engine.finish_step(lr=1e-3)
+        t.step += 1
+        del batches
+        for measured, after_backward in ((at_backward, True), (census(t.engine), False)):
+            predicted = predict_bytes(plan, t.layout, t.cfg.zero, t.world, after_backward=after_backward).to_json()
+            for owner, expected in predicted.items():
+                assert abs(measured[owner] - expected) <= 0.02 * expected, (plan.phase, owner, after_backward,
+                                                                            predicted, measured)
+            total = sum(measured.values())
+            assert measured["other"] <= 0.02 * total, (plan.phase, measured)
+            assert measured["state"] == 0 and set(measured) == set(OWNERS)
+    t.close()
+
+
+@ALL
+def test_the_old_engine_is_gone_and_its_pages_are_given_back(own_ranks, zero):
+    own_ranks.run(old_engine_is_gone, zero=zero)
+
+
+def old_engine_is_gone(zero):
+    """The engines that the two switches leave: of the full phase, and of the warm-up."""
+    cfg = config(zero, model={**MEDIUM, "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 8})
+    for warm in (False, True):
+        t = Trainer(cfg)
+        if warm:
+            t.switch(t.warmup)
+        t.train(3)
+        dead, held = weakref.ref(t.engine.ds), engine_storages(t.engine)
+        trim_memory()
+        rss = rss_bytes()
+        release(t.engine)
+        assert dead() is None
+        assert not held.keys() & live_storages().keys()
+        freed = sum(held.values())
+        assert freed > 100e6 and rss - rss_bytes() >= 0.9 * freed, (warm, freed, rss - rss_bytes())
+
+
+@ALL
+def test_memory_during_a_switch_stays_below_the_full_phase(ranks, zero):
+    ranks.run(memory_during_a_switch, zero=zero)
+
+
+def memory_during_a_switch(zero):
+    t = Trainer(config(zero, model=MEDIUM, micro=8, batch=16))
+    t.train(2)
+    peak = peak_of_a_step(t)
+    for plan in (t.warmup, t.lora):
+        shapes = t.engine.plan.parameters(t.layout)
+        # A rank's share of 12 bytes a trained parameter, and one whole parameter.
+        share = 12 * sum(torch.Size(shapes[name]).numel() for name in t.engine.plan.trainable) / t.world
+        largest = 4 * max(torch.Size(shape).numel() for shape in shapes.values())
+        samples = []
+        original = state_module.assemble
+
+        def sampled(state, name, *args, samples=samples, original=original):
+            full = original(state, name, *args)
+            if name.endswith("weight") and ".layers.1." not in name:  # often enough; a census takes its time
+                samples.append(census(None, state) | {"staging": full.nbytes})
+            return full
+
+        restore = build_module.restore_state
+
+        def sampled_first(ds, plan, layout, state, samples=samples, restore=restore):
+            samples.append(census(None, state) | {"staging": 0})  # the new engine as DeepSpeed has made it
+            restore(ds, plan, layout, state)
+
+        state_module.assemble, build_module.restore_state = sampled, sampled_first
+        try:
+            t.switch(plan)
+        finally:
+            state_module.assemble, build_module.restore_state = original, restore
+        assert len(samples) > 50
+        for s in samples:
+            device = sum(s.values()) - s["staging"] - s["state"]
+            assert device <= peak, (plan.phase, device, peak)
+            assert s["state"] + s["staging"] <= 1.01 * share + largest + 4096, (s, share, largest)
+        t.train(3)
+    t.close()
+
+
+def peak_of_a_step(t):
+    """Live bytes between forward and backward, activations included (which Python's collector cannot see)."""
+    weights = {p.untyped_storage()._cdata for p in t.engine.module.parameters()}
+    saved = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage()._cdata not in weights:
+            saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        t.engine.backward(t.batches())
+    at_rest = sum(census(t.engine).values())
+    t.engine.finish_step(lr=1e-3)
+    assert sum(saved.values()) > 1e6
+    return at_rest + sum(saved.values())
+
+
+@pytest.mark.parametrize("zero", ["zero0", "zero2", "zero3"])
+def test_an_export_is_one_rank_s_share(ranks, zero):
+    shares = ranks.run(export_bytes, zero=zero)
+    assert sum(n for n, _ in shares) == shares[0][1]  # disjoint and whole
+    assert max(n for n, _ in shares) < 0.51 * shares[0][1]
+
+
+def export_bytes(zero):
+    t = Trainer(config(zero))
+    t.train(1)
+    total = 12 * sum(torch.Size(s).numel() for s in t.layout.parameters.values())
+    exported = export_state(t.engine.ds)
+    release(t.engine)
+    gc.collect()
+    return exported.host_bytes(), total
+
+
+def test_ranks_that_differ_are_told_apart(ranks):
+    messages = ranks.run(one_rank_differs)
+    assert all("ranks [1] hold other parameters than rank 0" in message for message in messages)
+
+
+def one_rank_differs():
+    t = Trainer(config("zero2"))
+    check_ranks_agree(t.engine)
+    if t.rank == 1:
+        next(t.engine.module.parameters()).data.view(-1)[0] += 1
+    with pytest.raises(RuntimeError) as caught:
+        check_ranks_agree(t.engine)
+    t.close()
+    return str(caught.value)
+
+
+def test_optimizer_groups_are_one_per_step_origin_decay_and_adapter(ranks):
+    ranks.run(optimizer_groups)
+
+
+def optimizer_groups():
+    t = Trainer(config("zero2", optimizer={"weight_decay": 0.3}, lora={"weight_decay": 0.01, "lr_scale": 4.0}))
+    settings = []
+    for plan in (t.full, t.warmup, t.lora):
+        if plan is not t.full:
+            t.switch(plan)
+        t.train(1)
+        settings.append(sorted((g["weight_decay"], g["lr"]) for g in t.engine.ds.optimizer.param_groups))
+    # decayed matrices, the rest, and adapters with a rate of their own; in the LoRA phase all at that rate
+    assert settings[0] == [(0.0, 1e-3), (0.3, 1e-3)]
+    assert settings[1] == [(0.0, 1e-3), (0.01, 4e-3), (0.3, 1e-3)]
+    assert settings[2] == [(0.0, 4e-3), (0.01, 4e-3), (0.3, 4e-3)]
+    t.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("check", ["carry_over_both_switches", "bytes_as_predicted"])
+@ALL
+def test_on_a_gpu(pools, check, zero):
+    pools(1).run(globals()[check], zero=zero)
