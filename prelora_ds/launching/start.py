@@ -1,0 +1,107 @@
+"""From a recipe to a run: everything that can be wrong is checked first, then the process group is made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from prelora_ds.configuring import check_world, dump_yaml, load_config
+from prelora_ds.core.config import Config
+from prelora_ds.core.errors import ConfigError
+from prelora_ds.core.schedule import Timeline
+from prelora_ds.data.manifest import Manifest
+from prelora_ds.launching.ranks import Ranks
+
+
+def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config: str | None) -> None:
+    """Check, then train. Raises ConfigError before any process group or weight is made."""
+    config = load_config(recipe, overrides, deepspeed_config)
+    train_data, val_data = check_run(config, ranks.world_size)
+
+    # torch and DeepSpeed take seconds to import: only now, when the cheap mistakes are out
+    from prelora_ds.engine.runtime import check_zero_config, choose_accelerator, init_process_group
+
+    choose_accelerator()
+    check_zero_config(config.deepspeed.get("zero_optimization", {}))
+    if ranks.rank == 0:
+        claim_output(Path(config.run.output_dir), config)
+        print(dump_yaml(config), flush=True)
+        warn_of_a_short_run(config, len(train_data))
+
+    init_process_group()
+    from prelora_ds.reporting.table import print_report
+    from prelora_ds.train import train
+
+    train(config, train_data, val_data)
+    if ranks.rank == 0:
+        print_report(Path(config.run.output_dir))
+    close_process_group()
+
+
+def check_run(config: Config, world_size: int) -> tuple[Manifest, Manifest]:
+    """Hold the config against the world, the data and the model's names; returns both data sets.
+
+    Raises ConfigError.
+    """
+    check_world(config, world_size)
+    train_data = Manifest.load(config.data.train, key="data.train")
+    val_data = Manifest.load(config.data.val, key="data.val")
+    if train_data.classes != val_data.classes:
+        raise ConfigError("data.val", config.data.val, f"has {len(val_data.classes)} classes, and data.train "
+                          f"{len(train_data.classes)}, or other names", "name two parts of one data set")
+    check_families(config, len(train_data.classes))
+    return train_data, val_data
+
+
+def warn_of_a_short_run(config: Config, samples: int) -> None:
+    """Say when the warm-up of the rate is longer than the run: legal for a trial, and no training."""
+    timeline = Timeline(samples, config.train.global_batch_size, config.train.duration)
+    warmup = timeline.step_after(0, config.optimizer.warmup)
+    if warmup > timeline.total_steps:
+        print(f"warning: optimizer.warmup = {config.optimizer.warmup} takes {warmup} steps, and the run has "
+              f"{timeline.total_steps}: the rate never reaches optimizer.lr", flush=True)
+
+
+def check_families(config: Config, num_labels: int) -> None:
+    """Raise ConfigError when a family matches nothing or an adapter cannot be attached, now and not days into a run.
+
+    The model is built without weights (on the meta device).
+    """
+    import torch
+
+    from prelora_ds.core.plan import warmup_plan
+    from prelora_ds.model.adapters import attach_adapters
+    from prelora_ds.model.families import find_layout
+    from prelora_ds.model.vit import build_model
+
+    with torch.device("meta"):
+        module = build_model(config.model, num_labels)
+    layout = find_layout(module, config.lora.families, config.model.families)
+    ranks = {family: dict.fromkeys(layers, config.lora.r_min) for family, layers in layout.targets.items()}
+    trial = warmup_plan(layout, ranks, alpha_over_r=1.0, init_seed=0, since_step=0)
+    try:
+        attach_adapters(module, trial, dropout=config.lora.dropout)
+    except (RuntimeError, ValueError) as exc:
+        raise ConfigError("lora.families", list(config.lora.families), f"adapters cannot be attached: {exc}",
+                          "choose other lora.families, or narrow model.families") from exc
+
+
+def claim_output(folder: Path, config: Config) -> None:
+    """Make the output folder and write config.yaml into it; raises ConfigError when it holds anything already."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        what = "holds another run" if (folder / "config.yaml").exists() else "exists and is not empty"
+        raise ConfigError("run.output_dir", str(folder), what, "choose another run.output_dir, or move this one away")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(dump_yaml(config))
+    except OSError as exc:
+        raise ConfigError("run.output_dir", str(folder), f"cannot be written ({exc.strerror})",
+                          "choose a folder that you may write to") from exc
+
+
+def close_process_group() -> None:
+    """Leave the process group; a rank that just ends makes the others warn."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,1 @@
+"""What a run shows: progress, the final table, the exported model."""

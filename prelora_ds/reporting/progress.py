@@ -1,0 +1,52 @@
+"""Progress on rank 0: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+PLAIN_EVERY_S = 10.0
+
+
+class TrainProgress:
+    """Steps of ``total``, with phase, loss, images a second and the time that remains."""
+
+    def __init__(self, total: int, *, shown: bool) -> None:
+        self._total, self._shown, self._begun, self._spoke = total, shown, time.monotonic(), float("-inf")
+        self._bar: Progress | None = None
+        if shown and sys.stdout.isatty():
+            self._bar = Progress(TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(),
+                                 TimeRemainingColumn(), console=Console())
+            self._task = self._bar.add_task("starting", total=total)
+            self._bar.start()
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """Show a logged row (`RunLog.metrics`)."""
+        if not self._shown:
+            return
+        text = f"{row['phase']:<6} loss {row['train/loss']:.4f}  {row['img_s']:.3g} img/s"
+        if "val/acc1" in row:
+            text += f"  acc1 {row['val/acc1']:.2%}"
+        step, now = row["step"], time.monotonic()
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=text)
+        elif now - self._spoke >= PLAIN_EVERY_S or step == self._total:
+            self._spoke = now
+            eta = (now - self._begun) / step * (self._total - step)
+            print(f"step {step}/{self._total}  epoch {row['epoch']:.1f}  {text}  ETA {eta:.0f} s", flush=True)
+
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False, markup=False)
+        elif self._shown:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()

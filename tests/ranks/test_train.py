@@ -1,0 +1,267 @@
+"""The main job through the real launcher: three phases, the output folder, the exported model, and every kind of
+mistake a user can make."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from support.pool import free_port
+from support.runs import LABELS, Trainer, config
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import ViTForImageClassification
+
+from prelora_ds.configuring import load_config
+from prelora_ds.data.transforms import to_float
+from prelora_ds.data.writer import DIGIT_CLASSES, digits, write_shards
+from prelora_ds.metrics import read_lines
+from prelora_ds.reporting.export import export_model
+
+ROOT = Path(__file__).parents[2]
+DEBUG = "launch/recipes/vit_tiny_debug.yaml"
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("digits")
+    for split in ("train", "val"):
+        write_shards(digits(split), folder / split, samples_per_shard=512, class_names=DIGIT_CLASSES)
+    return folder
+
+
+def launch(*arguments, runner="deepspeed.launcher.runner", ranks=2, timeout=200):
+    """Run launch/pretrain.py under the launcher; with ``deepspeed.launcher.launch`` without its first stage."""
+    if runner == "deepspeed.launcher.runner":
+        options = ["--num_accelerators", str(ranks), "--master_port", str(free_port())]
+    else:
+        # {"localhost": [0, 1]} in base64, as the first stage passes it on
+        world = {1: "eyJsb2NhbGhvc3QiOiBbMF19", 2: "eyJsb2NhbGhvc3QiOiBbMCwgMV19"}[ranks]
+        options = [f"--world_info={world}", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    command = [sys.executable, "-m", runner, *options, "launch/pretrain.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, timeout=timeout, text=True, capture_output=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
+                                            "PYTHONPATH": str(ROOT / "tests")})
+
+
+@pytest.fixture(scope="module")
+def finished(shards, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "out"
+    done = launch("--recipe", DEBUG, "--deepspeed_config", "ds_configs/zero2.json", f"run.output_dir={out}",
+                  f"data.train={shards / 'train'}", f"data.val={shards / 'val'}")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return out, done.stdout
+
+
+def test_a_run_goes_through_all_phases_because_algorithm_1_passed(finished):
+    out, _ = finished
+    rows = read_lines(out / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 21))
+    assert [row["phase"] for row in rows] == ["full"] * 8 + ["warmup"] * 4 + ["lora"] * 8
+    assert all(row["epoch"] == pytest.approx(row["step"] * 64 / 1437) for row in rows)
+    assert all(row["train/loss"] > 0 and row["step_s"] > 0 for row in rows)
+    assert [row["step"] for row in rows if "val/acc1" in row] == [10, 20]
+    assert [row["step"] for row in rows if "norm/q.00" in row] == list(range(2, 21, 2))
+    plans = [e for e in read_lines(out / "plans.jsonl") if e["event"] == "plan"]
+    assert [p["step"] for p in plans] == [0, 8, 12]
+    assert "Algorithm 1 passed at test 1" in plans[1]["reason"] and "warm-up" in plans[2]["reason"]
+    assert plans[2]["trainable_parameters"] < plans[0]["trainable_parameters"] < plans[1]["trainable_parameters"]
+    assert {s["rank"] for s in plans[1]["plan"]["adapters"].values()} <= {2, 4}
+
+
+def test_predicted_and_measured_bytes_are_logged_side_by_side(finished):
+    out, printed = finished
+    measured = [e for e in read_lines(out / "plans.jsonl") if e["event"] == "bytes"]
+    assert [e["phase"] for e in measured] == ["full", "warmup", "lora"]
+    assert all(e["worst_deviation"] < 0.02 for e in measured)
+    assert "warning: bytes" not in printed
+
+
+def test_windows_are_disjoint_and_of_m_measurements(finished):
+    out, _ = finished
+    windows = read_lines(out / "windows.jsonl")
+    assert [w["last_step"] for w in windows] == [4, 8, 12, 16, 20]
+    assert [w["verdict"] is not None for w in windows] == [False, True, False, False, False]
+    losses = {row["step"]: row["train/loss"] for row in read_lines(out / "metrics.jsonl")}
+    assert windows[0]["loss"] == pytest.approx(sum(losses[s] for s in (1, 2, 3, 4)) / 4)
+
+
+def test_tensorboard_is_one_run_with_an_unbroken_axis(finished):
+    out, _ = finished
+    assert len(list((out / "tensorboard").iterdir())) == 1
+    events = EventAccumulator(str(out / "tensorboard")).Reload()
+    for tag in ("train/loss", "Train/Samples/lr"):  # ours, and one that DeepSpeed's engines write
+        assert [e.step for e in events.Scalars(tag)] == [64 * step for step in range(1, 21)]
+
+
+def test_the_resolved_config_is_printed_once_and_kept(finished):
+    out, printed = finished
+    assert printed.count("micro_batch_size: 16") == 1
+    kept = load_config(out / "config.yaml")
+    assert kept.deepspeed["zero_optimization"] == {"stage": 2} and kept.run.output_dir == str(out)
+
+
+def test_the_final_table_is_printed(finished):
+    _, printed = finished
+    for text in ("full", "warmup", "lora", "trainable parameters", "moments, KiB", "validation top-1", "Algorithm 1"):
+        assert text in printed, text
+
+
+def test_the_fp32_base_of_what_froze_is_kept_whole(finished):
+    out, _ = finished
+    parts, starts = {}, {}
+    for path in sorted((out / "base").glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name, start in file.metadata().items():
+                parts.setdefault(name, {})[int(start)] = file.get_tensor(name)
+    plan = [e for e in read_lines(out / "plans.jsonl") if e["event"] == "plan"]
+    assert parts.keys() == set(plan[1]["plan"]["trainable"]) - set(plan[2]["plan"]["trainable"]) != set()
+    vit = ViTForImageClassification.from_pretrained(out / "model")
+    for name, slices in parts.items():
+        whole = torch.cat([slices[start] for start in sorted(slices)])
+        assert whole.dtype is torch.float32 and whole.numel() == vit.get_parameter(name).numel()
+        starts[name] = sorted(slices)[0]
+        if name.endswith(".bias"):  # an adapted linear's bias is frozen and unmerged: the export has it as BF16 has it
+            assert torch.equal(whole.bfloat16().float(), vit.get_parameter(name).data)
+    assert set(starts.values()) == {0}
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_overwrites_nothing(finished):
+    out, _ = finished
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    done = launch("--recipe", DEBUG, f"run.output_dir={out}", runner="deepspeed.launcher.launch")
+    assert done.returncode == 2 and "holds another run" not in done.stdout
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+MISTAKES = {
+    "no such option": (["--recipes", "x"], "command line", "--recipes"),
+    "misspelt zero key": (["--deepspeed_config", "MISSPELT"], "zero_optimization.reduce_bucketsize", "refuses"),
+    "unknown key": (["train.micro_batch=8"], "train.micro_batch", "did you mean micro_batch_size?"),
+    "missing recipe": (["--recipe", "launch/recipes/nothing.yaml"], "--recipe", "there is no such file"),
+    "missing data": (["data.train=/nowhere"], "data.train", "/nowhere"),
+    "impossible batch": (["train.global_batch_size=50"], "train.micro_batch_size", "50"),
+    "tau": (["convergence.tau=0"], "convergence.tau = 0", "greater than 0"),
+    "r_min": (["lora.r_min=3"], "lora", "power of two"),
+    "unknown family": (["lora.families=[q,kk]"], "lora.families", "kk"),
+    "family that matches nothing": (
+        ["model.factory=support.models:mlp", "model.families={fc1: 'none_(?P<layer>\\d+)'}", "lora.families=[fc1]"],
+        "model.families.fc1", "matches no module"),
+    "owned key": (["--deepspeed_config", "OWNED"], "gradient_clipping", "optimizer.clip_grad_norm"),
+    "bad override": (["train.duration"], "override", "a.b=c"),
+    "stage 0 accumulates": (["--deepspeed_config", "ds_configs/zero0.json", "train.micro_batch_size=8"],
+                            "train.micro_batch_size", "BF16"),
+}
+
+
+@pytest.fixture(scope="module")
+def mistaken(shards, tmp_path_factory):
+    """All of them launched, three at a time: mistake -> (finished process, its output folder)."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    owned = folder / "owned.json"
+    owned.write_text(json.dumps({"gradient_clipping": 1.0, "zero_optimization": {"stage": 2}}))
+
+    misspelt = folder / "misspelt.json"
+    misspelt.write_text(json.dumps({"zero_optimization": {"stage": 2, "reduce_bucketsize": 1}}))
+    files = {"OWNED": str(owned), "MISSPELT": str(misspelt)}
+
+    def make(mistake):
+        arguments = [files.get(a, a) for a in MISTAKES[mistake][0]]
+        for option, default in (("--recipe", DEBUG), ("--deepspeed_config", "ds_configs/zero2.json")):
+            arguments = arguments if option in arguments else [option, default, *arguments]
+        out = folder / mistake
+        return mistake, (launch(f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", f"run.output_dir={out}",
+                                *arguments, runner="deepspeed.launcher.launch"), out)
+
+    with ThreadPoolExecutor(3) as pool:
+        return dict(pool.map(make, MISTAKES))
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_message_with_key_value_and_remedy_and_exit_code_2(mistake, mistaken):
+    _, key, problem = MISTAKES[mistake]
+    done, out = mistaken[mistake]
+    said = done.stderr + done.stdout
+    assert done.returncode == 2, said
+    assert said.count("error: ") == 1 and said.count("remedy: ") == 1, said
+    message = said[said.index("error: "): said.index("\n", said.index("remedy: "))]
+    assert key in message and problem in message, message
+    assert "Traceback" not in said and not out.exists()
+
+
+def test_a_run_that_diverges_stops_with_step_and_phase_named(shards, tmp_path):
+    done = launch("--recipe", DEBUG, "--deepspeed_config", "ds_configs/zero2.json",
+                  f"run.output_dir={tmp_path / 'out'}", f"data.train={shards / 'train'}", f"data.val={shards / 'val'}",
+                  "optimizer.lr=1e30", runner="deepspeed.launcher.launch")
+    said = done.stderr + done.stdout
+    assert done.returncode == 1 and said.count("error: ") == 1, said
+    assert "step 2, phase full: the loss is nan" in said or "step 3, phase full: the loss is nan" in said, said
+
+
+def test_twenty_times_one_message_and_exit_code_2(tmp_path):
+    """Whichever rank is first, and through the whole launcher once."""
+    arguments = ("--recipe", DEBUG, f"run.output_dir={tmp_path / 'out'}", "data.train=/nowhere")
+    outcomes = [launch(*arguments)]
+    with ThreadPoolExecutor(3) as pool:
+        outcomes += pool.map(lambda _: launch(*arguments, runner="deepspeed.launcher.launch"), range(20))
+    assert [o.returncode for o in outcomes] == [2] * 21
+    assert [(o.stderr + o.stdout).count("error: ") for o in outcomes] == [1] * 21
+
+
+@pytest.mark.parametrize("zero", ["zero0", "zero2", "zero3"])
+def test_the_exported_folder_gives_the_engine_s_logits(ranks, zero, tmp_path):
+    difference, scale = ranks.run(export_and_compare, zero=zero, folder=str(tmp_path / "model"))[0]
+    assert difference <= 2 ** -6 * scale  # BF16 has 8 bits, and the engine rounds after each of a dozen layers
+
+
+def export_and_compare(zero, folder):
+    t = Trainer(config(zero))
+    t.train(3)
+    t.switch(t.warmup)
+    t.train(3)
+    t.switch(t.lora)
+    t.train(5)
+    expected = t.outputs()
+    images = t.batches_of(10_000)
+    export_model(t.engine, Path(folder))
+    vit = ViTForImageClassification.from_pretrained(folder).eval()
+    assert not any("lora" in name for name in vit.state_dict())
+    with torch.no_grad():
+        got = vit(to_float(images, torch.float32)).logits
+    return float((got - expected).abs().max()), float(expected.abs().max())
+
+
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+def test_any_torch_module_goes_through_all_phases(ranks, zero, tmp_path):
+    ranks.run(not_a_vit, zero=zero, folder=str(tmp_path / "model"))
+
+
+def not_a_vit(zero, folder):
+    sys.path.insert(0, str(ROOT / "tests")) if str(ROOT / "tests") not in sys.path else None
+    from support.models import mlp
+
+    t = Trainer(config(zero, model={
+        "factory": "support.models:mlp", "factory_args": {"width": 32, "depth": 3}, "image_size": 8,
+        "families": {"up": r"blocks\.(?P<layer>\d+)\.up", "down": r"blocks\.(?P<layer>\d+)\.down"},
+    }, lora={"families": ["up", "down"]}))
+    assert {f: len(layers) for f, layers in t.layout.targets.items()} == {"up": 3, "down": 3}
+    for plan in (t.warmup, t.lora):
+        t.train(3)
+        before = t.outputs()
+        t.switch(plan)
+        assert torch.equal(before, t.outputs())
+    t.train(3)
+    expected, images = t.outputs(), t.batches_of(10_000)
+    export_model(t.engine, Path(folder))
+    if t.rank == 0:
+        model = mlp(num_labels=LABELS, width=32, depth=3)
+        with safe_open(Path(folder) / "model.safetensors", "pt") as file:
+            model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        got = model.eval()(to_float(images, torch.float32))
+        assert float((got - expected).abs().max()) <= 2 ** -6 * float(expected.abs().max())

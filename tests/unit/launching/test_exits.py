@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import pytest
+
+from prelora_ds.core.errors import ConfigError, TrainingDivergedError
+from prelora_ds.launching import exits
+from prelora_ds.launching.ranks import Ranks
+
+CONFIG_ERROR = ConfigError("train.log_every", -1, "is negative", "choose 1 or more")
+DIVERGED = TrainingDivergedError("step 7, phase lora: the loss is nan")
+
+
+@pytest.fixture(autouse=True)
+def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds slept; nobody really sleeps."""
+    naps: list[float] = []
+    monkeypatch.setattr(exits.time, "sleep", naps.append)
+    return naps
+
+
+@pytest.mark.parametrize(("error", "code"), [(CONFIG_ERROR, 2), (DIVERGED, 1)])
+def test_rank_0_speaks_once_and_at_once(
+    error, code: int, capsys: pytest.CaptureFixture[str], naps: list[float]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        exits.fail(error, Ranks(0, 0, 8))
+    out, err = capsys.readouterr()
+    assert ended.value.code == code
+    assert err == f"error: {error}\n"
+    assert out == ""
+    assert naps == []
+
+
+@pytest.mark.parametrize(("error", "code"), [(CONFIG_ERROR, 2), (DIVERGED, 1)])
+def test_the_first_rank_of_another_host_waits_for_the_grace_and_then_says_who_it_is(
+    error, code: int, capsys: pytest.CaptureFixture[str], naps: list[float]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        exits.fail(error, Ranks(4, 0, 8))
+    assert naps == [exits.GRACE_S]
+    assert ended.value.code == code
+    assert capsys.readouterr().err == f"error (rank 4): {error}\n"
+
+
+def test_the_other_ranks_of_a_host_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        exits.fail(CONFIG_ERROR, Ranks(5, 1, 8))
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_a_rank_that_the_launcher_ends_within_the_grace_says_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ended_by_the_launcher(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(exits.time, "sleep", ended_by_the_launcher)
+    with pytest.raises(KeyboardInterrupt):
+        exits.fail(CONFIG_ERROR, Ranks(1, 1, 8))
+    assert capsys.readouterr().err == ""
+
+
+def test_the_message_of_a_config_error_names_key_value_problem_and_remedy() -> None:
+    assert str(CONFIG_ERROR) == "train.log_every = -1: is negative\n  remedy: choose 1 or more"
+
+
+@pytest.mark.parametrize(("rank", "said"), [(0, "interrupted\n"), (1, "")])
+def test_an_interrupt_is_told_by_rank_0_alone_and_ends_every_rank_as_a_shell_reports_it(
+    rank: int, said: str, capsys: pytest.CaptureFixture[str], naps: list[float]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        exits.interrupted(Ranks(rank, rank, 2))
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == said
+    assert naps == []

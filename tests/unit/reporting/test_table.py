@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from prelora_ds.core.errors import ConfigError
+from prelora_ds.reporting.table import phase_rows, print_report
+
+KIB = 1024
+PASSED = "Algorithm 1 passed at test 4: all |dW| <= 0.7341 % (tau 1 %), all |dL| <= 4.627 % (zeta 5 %)"
+
+
+def step(number: int, phase: str, **more: Any) -> dict[str, Any]:
+    return {"step": number, "epoch": number / 2, "phase": phase, "train/loss": 3 - number / 10,
+            "step_s": number / 1000, "data_s": number / 5000, "img_s": 100.0, "lr": 1e-3, "grad_norm": 1.0} | more
+
+
+def of(weights: int, gradients: int, masters: int, moments: int, **more: int) -> dict[str, int]:
+    """Bytes, given in KiB."""
+    owners = {"weights": weights, "gradients": gradients, "masters": masters, "moments": moments} | more
+    return {owner: kib * KIB for owner, kib in owners.items()}
+
+
+def plan(number: int, phase: str, trainable: int, reason: str, seconds: float | None = None) -> dict[str, Any]:
+    switch = None if seconds is None else {"seconds": seconds, "released_bytes": 5}
+    return {"event": "plan", "step": number, "phase": phase, "reason": reason, "trainable_parameters": trainable,
+            "all_parameters": 9999, "switch": switch, "plan": {}}
+
+
+METRICS = [
+    *(step(n, "full") for n in (1, 2, 3)), step(4, "full", **{"val/acc1": 0.25, "val/loss": 2.0}),
+    step(5, "warmup"), step(6, "warmup"),
+    step(7, "lora"), step(8, "lora", **{"val/acc1": 0.5}), step(9, "lora"), step(10, "lora", **{"val/acc1": 0.6125}),
+]
+PLANS = [
+    plan(0, "full", 1234567, "training begins with all parameters"),
+    {"event": "bytes", "step": 3, "phase": "full", "worst_deviation": 0.0,
+     "predicted": of(100, 200, 300, 4000, buffers=7), "measured": of(101, 202, 303, 4004, buffers=9, state=1, other=2)},
+    plan(4, "warmup", 2345678, PASSED, 1.25),
+    plan(6, "lora", 34567, "the warm-up of 3 epochs is over", 2.5),
+    {"event": "bytes", "step": 9, "phase": "lora", "worst_deviation": 0.0,
+     "predicted": of(110, 20, 30, 40, buffers=0), "measured": of(111, 21, 31, 41, buffers=0)},
+]
+
+
+def write(folder: Path, metrics: list[dict[str, Any]], plans: list[dict[str, Any]]) -> Path:
+    for name, rows in (("metrics", metrics), ("plans", plans)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return write(tmp_path, METRICS, PLANS)
+
+
+def printed(folder: Path) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    print_report(folder, console)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def cells(text: str) -> dict[str, list[str]]:
+    """Label -> cells of the table's lines."""
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
+    return {line[0]: line[1:] for line in lines}
+
+
+def test_a_phase_goes_from_the_step_after_its_plan_to_the_step_of_the_next(run: Path) -> None:
+    rows = phase_rows(run)
+    assert [(r["phase"], r["first_step"], r["last_step"]) for r in rows] == [
+        ("full", 1, 4), ("warmup", 5, 6), ("lora", 7, 10)]
+    assert [r["epochs"] for r in rows] == [2.0, 1.0, 2.0]
+
+
+def test_times_losses_and_accuracy_are_of_the_phases_own_steps(run: Path) -> None:
+    full, warmup, lora = phase_rows(run)
+    assert [r["step_s"] for r in (full, warmup, lora)] == pytest.approx([.0025, .0055, .0085])
+    assert [r["data_s"] for r in (full, warmup, lora)] == pytest.approx([.0005, .0011, .0017])
+    assert [r["loss"] for r in (full, warmup, lora)] == pytest.approx([2.6, 2.4, 2.0])
+    assert [r["acc1"] for r in (full, warmup, lora)] == [0.25, None, 0.6125]
+
+
+def test_bytes_are_those_measured_under_the_phase_or_none(run: Path) -> None:
+    full, warmup, lora = phase_rows(run)
+    assert (full["predicted"], full["measured"]) == (PLANS[1]["predicted"], PLANS[1]["measured"])
+    assert (warmup["predicted"], warmup["measured"]) == (None, None)
+    assert (lora["predicted"], lora["measured"]) == (PLANS[4]["predicted"], PLANS[4]["measured"])
+
+
+def test_reasons_and_switches_are_the_plans(run: Path) -> None:
+    rows = phase_rows(run)
+    assert [r["reason"] for r in rows] == ["training begins with all parameters", PASSED,
+                                           "the warm-up of 3 epochs is over"]
+    assert [r["switch"] and r["switch"]["seconds"] for r in rows] == [None, 1.25, 2.5]
+    assert [r["trainable_parameters"] for r in rows] == [1234567, 2345678, 34567]
+
+
+def test_a_plan_that_begins_at_the_last_step_has_no_figures(tmp_path: Path) -> None:
+    lora = phase_rows(write(tmp_path, METRICS[:6], PLANS[:4]))[-1]
+    assert (lora["first_step"], lora["last_step"], lora["epochs"]) == (7, 6, 0.0)
+    assert [lora[key] for key in ("predicted", "measured", "step_s", "data_s", "loss", "acc1")] == [None] * 6
+    assert cells(printed(tmp_path))["training loss, last"] == ["2.6000", "2.4000", "-"]
+
+
+def test_the_printed_table_holds_every_figure(run: Path) -> None:
+    text = printed(run)
+    assert f"{run}: bytes per rank at the end of a backward pass, predicted / measured".replace(" ", "") in (
+        text.replace("\n", "").replace(" ", ""))
+    assert cells(text) == {
+        "epochs": ["2.0", "1.0", "2.0"],
+        "steps": ["1-4", "5-6", "7-10"],
+        "trainable parameters": ["1,234,567", "2,345,678", "34,567"],
+        "weights, KiB": ["100 / 101", "-", "110 / 111"],
+        "gradients, KiB": ["200 / 202", "-", "20 / 21"],
+        "masters, KiB": ["300 / 303", "-", "30 / 31"],
+        "moments, KiB": ["4,000 / 4,004", "-", "40 / 41"],
+        "sum of these, KiB": ["4,600 / 4,610", "-", "200 / 204"],
+        "step, ms (median)": ["2.5", "5.5", "8.5"],
+        "waiting for data, ms": ["0.5", "1.1", "1.7"],
+        "training loss, last": ["2.6000", "2.4000", "2.0000"],
+        "validation top-1, last": ["25.00 %", "-", "61.25 %"],
+    }
+
+
+def test_below_the_table_stands_why_each_phase_began(run: Path) -> None:
+    lines = printed(run).splitlines()
+    assert lines[-3:] == [
+        "full from step 1: training begins with all parameters",
+        f"warmup from step 5: {PASSED} (switch: 1.2 s)",
+        "lora from step 7: the warm-up of 3 epochs is over (switch: 2.5 s)",
+    ]
+
+
+def test_the_exported_models_accuracy_is_told_when_it_was_measured(run: Path) -> None:
+    assert "exported model" not in printed(run)
+    (run / "accuracy.json").write_text(json.dumps({"correct": 347, "samples": 360, "acc1": 347 / 360}))
+    assert printed(run).splitlines()[-1] == "exported model: 347 of 360 right, 96.39%"
+
+
+def test_the_peak_of_the_hungriest_rank_is_told_when_the_run_has_ended(run: Path) -> None:
+    assert "peak resident" not in printed(run)
+    write(run, METRICS, [*PLANS, {"event": "end", "step": 10, "peak_rss_bytes": [2**30, 3 * 2**29, 2**20]}])
+    assert printed(run).splitlines()[-1] == "peak resident memory of a rank: 1.50 GiB"
+    assert len(phase_rows(run)) == 3
+
+
+@pytest.mark.parametrize("there", [(), ("metrics.jsonl",), ("plans.jsonl",)])
+def test_a_folder_without_a_run_is_refused(tmp_path: Path, there: tuple[str, ...]) -> None:
+    for name in there:
+        (tmp_path / name).write_text("")
+    for read in (phase_rows, printed):
+        with pytest.raises(ConfigError) as caught:
+            read(tmp_path)
+        assert (caught.value.key, caught.value.value, caught.value.problem) == ("OUTPUT", str(tmp_path), "holds no run")
+
+
+def test_a_folder_that_is_missing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no run"):
+        phase_rows(tmp_path / "none")

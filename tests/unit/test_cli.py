@@ -1,0 +1,74 @@
+"""`prelora` as a user meets it: one message for a mistake, and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from prelora_ds import cli
+
+
+def prelora(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """Exit code of the entry point."""
+    monkeypatch.setattr(sys, "argv", ["prelora", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return 0 if ended.value.code is None else int(ended.value.code)
+
+
+def test_a_config_error_is_one_message_on_stderr_and_exit_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert prelora(monkeypatch, "report", tmp_path) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == (f"error: OUTPUT = {str(tmp_path)!r}: holds no run\n"
+                   "  remedy: name the run.output_dir of a run\n")
+
+
+def test_a_data_folder_that_is_missing_is_told_by_its_option(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert prelora(monkeypatch, "evaluate", tmp_path, "--data", tmp_path / "none") == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: --data = {str(tmp_path / 'none')!r}: no such folder\n  remedy: ")
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("arguments", [["no-such-command"], ["report"], ["report", "a", "b"], ["shards", "imagenet"],
+                                       ["shards", "digits", "x", "--samples-per-shard", "0"]])
+def test_a_command_line_that_is_wrong_ends_with_exit_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    assert prelora(monkeypatch, *arguments) == 2
+    assert "Error" in capsys.readouterr().err
+
+
+def test_help_lists_the_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert prelora(monkeypatch, "--help") == 0
+    out = capsys.readouterr().out
+    assert all(command in out for command in ("shards", "evaluate", "report"))
+
+
+def test_a_report_ends_well(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({
+        "step": 1, "epoch": 0.5, "phase": "full", "train/loss": 2.5, "step_s": 0.25, "data_s": 0.0}) + "\n")
+    (tmp_path / "plans.jsonl").write_text(json.dumps({
+        "event": "plan", "step": 0, "phase": "full", "reason": "training begins", "trainable_parameters": 4321,
+        "switch": None}) + "\n")
+    assert prelora(monkeypatch, "report", tmp_path) == 0
+    out = capsys.readouterr().out
+    assert "4,321" in out
+    assert "2.5000" in out
+    assert "full from step 1: training begins" in out
+
+
+def test_the_tools_start_without_torch_and_deepspeed() -> None:
+    code = "import sys, prelora_ds.cli; print([m for m in ('torch', 'deepspeed', 'transformers') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
