@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import gc
+import time
 import warnings
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 
 from prelora_ds.engine.build import Engine
 from prelora_ds.engine.state import EngineState
+
+T = TypeVar("T")
 
 OWNERS = ("weights", "gradients", "masters", "moments", "buffers", "state", "other")
 
@@ -43,6 +46,18 @@ def live_storages() -> dict[int, int]:
             storage = t.untyped_storage()
             found[storage._cdata] = storage.nbytes()
     return found
+
+
+def settled(count: Callable[[], T], done: Callable[[T], bool], seconds: float = 5.0) -> T:
+    """``count()`` as soon as it is ``done``, or its last value after ``seconds``.
+
+    A thread of gloo drops the tensors of a collective a moment after its wait() has returned, so bytes counted right
+    behind one may still hold its buffer; what is leaked stays for longer than that.
+    """
+    deadline = time.monotonic() + seconds
+    while not done(value := count()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return value
 
 
 def peak_rss_bytes() -> int:

@@ -11,7 +11,7 @@ from deepspeed import comm
 
 from prelora_ds.core.plan import Plan
 from prelora_ds.engine.build import Engine, build_engine
-from prelora_ds.engine.census import engine_storages, live_storages
+from prelora_ds.engine.census import engine_storages, live_storages, settled
 from prelora_ds.engine.checkpoint import save_slices
 from prelora_ds.engine.measure import check_ranks_agree
 from prelora_ds.engine.release import release
@@ -39,7 +39,7 @@ def transition(engine: Engine, plan: Plan, *, base_dir: Path | None = None) -> t
     held = engine_storages(engine)
     state, counters = export_state(engine.ds), engine.counters()
     release(engine)
-    left = sum(nbytes for key, nbytes in live_storages().items() if key in held)
+    left = settled(lambda: sum(nbytes for key, nbytes in live_storages().items() if key in held), lambda n: n == 0)
     if left:
         raise RuntimeError(f"{left} bytes of the old engine are still alive after its release")
     frozen = engine.plan.trainable - plan.trainable
