@@ -18,13 +18,14 @@ STEPS = 20
 
 
 @pytest.mark.parametrize("zero", ZEROS)
-def test_a_null_transition_after_each_of_20_steps_is_the_straight_run_bitwise_and_leaves_nothing(ranks, zero):
+def test_a_null_transition_after_each_of_20_steps_is_the_straight_run_bitwise_and_leaves_nothing(own_ranks, zero):
     """With torch's AdamW under offload too (zero_force_ds_cpu_optimizer false)."""
-    ranks.run(null_transitions, zero=zero)
+    own_ranks.run(null_transitions, zero=zero)
 
 
 def null_transitions(zero):
-    cfg = config(zero, model={**SMALL, "hidden_dropout_prob": 0.1}, deepspeed={"zero_force_ds_cpu_optimizer": False})
+    cfg = config(zero, model={**SMALL, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 2,
+                              "hidden_dropout_prob": 0.1}, deepspeed={"zero_force_ds_cpu_optimizer": False})
     torch.manual_seed(7)
     straight = Trainer(cfg)
     losses = straight.train(STEPS)
@@ -33,16 +34,20 @@ def null_transitions(zero):
 
     torch.manual_seed(7)
     t = Trainer(cfg)
-    rebuilt, left = [], []
+    rebuilt, left, rss = [], [], []
     for _ in range(STEPS):
         rebuilt += t.train(1)
         t.switch(t.full)
         left.append(what_lives())
+        trim_memory()
+        rss.append(rss_bytes())
     assert rebuilt == losses
     # Which Python objects torch keeps for its tensors varies by a few; one kept a rebuild would show as fifteen.
     for what in left[0]:
         counts = [here[what] for here in left]
         assert min(counts[-5:]) <= max(counts[:5]), (what, counts)
+    # An engine that stayed would add ten times its bytes between the two medians.
+    assert median(rss[-5:]) - median(rss[5:10]) < 0.5 * sum(census(t.engine).values()), rss
     assert same(t.whole_state(), state) == []
     assert len(state) == 4 * len(t.layout.parameters)
     t.close()
@@ -62,7 +67,7 @@ def cpu_adam(zero):
     t, rebuilt = Trainer(config(zero)), []
     for step in range(1, STEPS + 1):
         rebuilt += t.train(1)
-        if step in (1, 3, 6, 9, 12, 19):  # where running products of the betas and pow(beta, step) differ in fp32
+        if step in (1, 3, 9, 19):  # where running products of the betas and pow(beta, step) differ in fp32
             before = t.whole_state()
             t.switch(t.full)
             assert same(before, t.whole_state()) == []
@@ -78,29 +83,12 @@ def cpu_adam(zero):
 
 
 def what_lives():
-    """Everything a rebuild could leave behind, but memory."""
+    """Everything a rebuild could leave behind, but resident memory."""
     gc.collect()
     return {"tensors": sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()),
             "bytes": sum(census().values()), "python threads": threading.active_count(),
             "threads": len(os.listdir("/proc/self/task")), "files": len(os.listdir("/proc/self/fd")),
             "groups": len(torch.distributed.distributed_c10d._world.pg_map)}
-
-
-@pytest.mark.parametrize("zero", ["zero3"])  # the one with most to undo
-def test_memory_does_not_grow_over_rebuilds(own_ranks, zero):
-    own_ranks.run(twenty_rebuilds, zero=zero)
-
-
-def twenty_rebuilds(zero):
-    t, rss = Trainer(config(zero, model={**SMALL, "hidden_size": 256, "intermediate_size": 1024})), []
-    for _ in range(20):
-        t.train(1)
-        t.switch(t.full)
-        trim_memory()
-        rss.append(rss_bytes())
-    # An engine that stayed would add ten times its bytes between the two medians.
-    assert median(rss[-5:]) - median(rss[5:10]) < 0.5 * sum(census(t.engine).values()), rss
-    t.close()
 
 
 @pytest.mark.parametrize("zero", ["zero1", "zero2", "zero3"])

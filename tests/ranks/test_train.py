@@ -3,26 +3,32 @@ mistake a user can make."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from support.pool import free_port
-from support.runs import LABELS, Trainer, config
+from support.runs import LABELS, ZEROS, Trainer, config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import ViTForImageClassification
 
 from prelora_ds.configuring import load_config
+from prelora_ds.core.schedule import Timeline
+from prelora_ds.data.manifest import Manifest
 from prelora_ds.data.transforms import to_float
 from prelora_ds.data.writer import DIGIT_CLASSES, digits, write_shards
-from prelora_ds.metrics import read_lines
+from prelora_ds.metrics import RunLog, read_lines
 from prelora_ds.reporting.export import export_model
+from prelora_ds.reporting.progress import TrainProgress
+from prelora_ds.train import Run, _log_bytes
 
 ROOT = Path(__file__).parents[2]
 DEBUG = "launch/recipes/vit_tiny_debug.yaml"
@@ -214,10 +220,37 @@ def test_twenty_times_one_message_and_exit_code_2(tmp_path):
     assert [(o.stderr + o.stdout).count("error: ") for o in outcomes] == [1] * 21
 
 
-@pytest.mark.parametrize("zero", ["zero0", "zero2", "zero3"])
+@pytest.mark.parametrize("zero", ZEROS)
 def test_the_exported_folder_gives_the_engine_s_logits(ranks, zero, tmp_path):
     difference, scale = ranks.run(export_and_compare, zero=zero, folder=str(tmp_path / "model"))[0]
     assert difference <= 2 ** -6 * scale  # BF16 has 8 bits, and the engine rounds after each of a dozen layers
+
+
+def test_bytes_that_differ_by_more_than_5_percent_are_warned_of(ranks, tmp_path):
+    as_predicted, with_more = ranks.run(log_bytes, folder=str(tmp_path))[0]
+    assert as_predicted == ""
+    assert "warning: bytes of phase full differ by" in with_more and "predicted {'weights'" in with_more
+
+
+def log_bytes(folder):
+    """What rank 0 says of an engine as it is, and of one with a gradient too many."""
+    t, said = Trainer(config("zero2")), []
+    manifest = Manifest(Path(folder), ("a",), ())
+    run = Run(t.cfg, t.layout, Timeline(64, 8, t.cfg.train.duration), manifest, manifest, RunLog(Path(folder), None),
+              TrainProgress(100, shown=t.rank == 0), Path(folder))
+    t.train(2)
+    weight = next(t.engine.module.parameters())
+    t.engine.backward(t.batches())
+    kept = weight.grad_accum
+    for gradient in (kept, torch.zeros(1_000_000)):
+        weight.grad_accum = gradient
+        with redirect_stdout(io.StringIO()) as printed:
+            _log_bytes(run, t.engine, t.step)
+        said.append(printed.getvalue())
+    weight.grad_accum = kept
+    t.engine.finish_step(lr=1e-3)
+    t.close()
+    return said
 
 
 def export_and_compare(zero, folder):

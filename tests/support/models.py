@@ -16,16 +16,17 @@ class Block(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Images [B, 3, 8, 8] -> logits [B, num_labels]; inputs are scaled by a buffer."""
+    """Images [B, 3, 8, 8] -> logits [B, num_labels]; scaled by a buffer, shifted by one outside of the state."""
 
     def __init__(self, num_labels: int, width: int, depth: int) -> None:
         super().__init__()
         self.register_buffer("scale", torch.full((1,), 0.5))
+        self.register_buffer("shift", torch.full((1,), 0.25), persistent=False)
         self.embed, self.head = nn.Linear(3 * 64, width), nn.Linear(width, num_labels)
         self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        x = self.embed(images.flatten(1) * self.scale.to(images.dtype))
+        x = self.embed(images.flatten(1) * self.scale.to(images.dtype) + self.shift.to(images.dtype))
         for block in self.blocks:
             x = block(x)
         return self.head(x)

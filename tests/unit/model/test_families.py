@@ -150,6 +150,20 @@ def test_two_modules_of_one_layer_are_refused_by_name() -> None:
     assert error.problem == "matches both blocks.0.0 and blocks.0.2 for layer 0"
 
 
+def test_a_tied_parameter_is_refused_by_name() -> None:
+    module = Mixer()
+    module.blocks[1][0].weight = module.blocks[0][0].weight
+    error = mistake(module, ["up"], UP)
+    assert (error.key, error.value) == ("model.factory", "blocks.1.0.weight") and "tied" in error.problem
+
+
+def test_a_parameter_that_the_model_froze_is_refused_by_name() -> None:
+    module = Mixer()
+    module.head.bias.requires_grad_(False)
+    error = mistake(module, ["up"], UP)
+    assert (error.key, error.value) == ("model.factory", "head.bias") and "frozen" in error.problem
+
+
 # ---- names
 
 @pytest.mark.parametrize(("name", "canonical"), [

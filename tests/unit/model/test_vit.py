@@ -1,0 +1,42 @@
+"""Models built from config: a ViT of any size, or what a user's factory returns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from prelora_ds.core.config import ModelConfig
+from prelora_ds.core.errors import ConfigError
+from prelora_ds.model.vit import build_model, logits_of
+
+SIZES: dict[str, Any] = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 1,
+                         "num_attention_heads": 2, "intermediate_size": 32}
+FAMILY = {"up": r"blocks\.(?P<layer>\d+)\.up"}
+
+
+def test_a_vit_of_the_sizes_that_were_asked_for() -> None:
+    model = build_model(ModelConfig(**SIZES, num_channels=1), 7)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert logits_of(model(torch.zeros(2, 1, 8, 8))).shape == (2, 7)
+
+
+def test_a_factory_gets_its_arguments_and_the_number_of_labels() -> None:
+    model = build_model(ModelConfig(factory="support.models:mlp", factory_args={"width": 8, "depth": 1},
+                                   families=FAMILY), 7)
+    assert logits_of(model(torch.zeros(2, 3, 8, 8))).shape == (2, 7)
+    assert model.get_parameter("embed.weight").shape == (8, 192)
+
+
+@pytest.mark.parametrize(("factory", "args", "key", "problem"), [
+    ("support.models:mlp", {"height": 3}, "model.factory_args", "unexpected keyword argument 'height'"),
+    ("support.models:nothing", {}, "model.factory", "no attribute 'nothing'"),
+    ("support.nowhere:mlp", {}, "model.factory", "No module named 'support.nowhere'"),
+    ("platform:node", {}, "model.factory_args", "unexpected keyword argument 'num_labels'"),
+    ("builtins:dict", {}, "model.factory", "returned a dict"),
+])
+def test_a_factory_that_gives_no_model_is_named(factory: str, args: dict[str, Any], key: str, problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build_model(ModelConfig(factory=factory, factory_args=args, families=FAMILY), 7)
+    assert caught.value.key == key and problem in caught.value.problem
