@@ -35,7 +35,7 @@ data/digits/val/manifest.json: | setup
 	rm -rf data/digits
 	prelora shards digits data/digits
 
-smoke-vitl: setup data/photographs  ## ViT-L/16 at 224 px through all phases on 2 CPU ranks (about 10 minutes, 24 GiB)
+smoke-vitl: setup data/photographs  ## ViT-L/16 at 224 px through all phases on 2 CPU ranks (about 5 minutes, 24 GiB)
 	rm -rf $(SMOKE) && mkdir -p benchmarks/results
 	@{ date -u +%F; lscpu | grep -E '^(Model name|CPU\(s\))'; grep MemTotal /proc/meminfo; git rev-parse HEAD; \
 		pip list | grep -E '^(torch|deepspeed|transformers|peft) '; } | tee benchmarks/results/smoke_vitl.log
