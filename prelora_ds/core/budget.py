@@ -34,18 +34,22 @@ class Bytes:
         return dict(vars(self))
 
 
-def predict_bytes(plan: Plan, layout: Layout, zero: ZeroSettings, world_size: int, *, after_backward: bool) -> Bytes:
+def predict_bytes(plan: Plan, layout: Layout, zero: ZeroSettings, world_size: int, *, after_backward: bool,
+                  lora_mode: str = "auto") -> Bytes:
     """Live bytes of one rank from the third step of a plan on.
 
     Source of each term: ZeRO (Rajbhandari et al. 2020, section 3), and where DeepSpeed 0.19 keeps more, what its
     wrappers hold: at stage 1 with fp32 accumulation a whole fp32 gradient beside the bf16 one; at stage 3 small
     parameters whole, the reduction bucket allocated once; with offload a host copy of gradients and staging buffers.
+    The LoRA linear's mode "merged" keeps an fp32 base of each frozen weight.
     """
     sizes = {name: math.prod(shape) for name, shape in plan.parameters(layout).items()}
     trained = [sizes[name] for name in plan.trainable]
     n, t, w, stage = sum(sizes.values()), sum(trained), world_size, zero.stage
     sharded = w if stage else 1
     weights, buffers = BF16 * n, 0
+    if lora_mode == "merged":
+        weights += FP32 * sum(sizes[f"{module}.weight"] for module in plan.frozen_bases())
     if stage == 3:
         persistent = sum(size for size in sizes.values() if size <= zero.persistence_threshold)
         weights = BF16 * n // w + BF16 * persistent

@@ -169,7 +169,9 @@ class LoraConfig(_Strict):
     """Adapters, their ranks by PreLoRA Algorithm 2, and how they train.
 
     ``alpha_over_r`` is LoRA's scaling, the same for every rank. ``train_rest`` keeps head, LayerNorms and embeddings
-    (whatever is no adapted linear) trainable in the LoRA phase.
+    (whatever is no adapted linear) trainable in the LoRA phase. ``mode`` is how a linear with an adapter computes
+    (`prelora_ds.model.lora_linear`); ``fa`` freezes A from the first step on, ``peft`` is peft's own code, ``auto`` the
+    one that was measured to be fastest: ``branch``.
     """
 
     families: tuple[str, ...] = FAMILIES
@@ -181,6 +183,7 @@ class LoraConfig(_Strict):
     lr_scale: Annotated[float, Field(gt=0)] = 1.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     train_rest: bool = True
+    mode: Literal["auto", "peft", "branch", "merged", "fa"] = "auto"
 
     @model_validator(mode="after")
     def _ranks_are_powers_of_two(self) -> LoraConfig:
@@ -228,6 +231,13 @@ class Config(_Strict):
             reduce_bucket_size=int(zero.get("reduce_bucket_size", defaults.reduce_bucket_size)),
             persistence_threshold=int(zero.get("stage3_param_persistence_threshold", defaults.persistence_threshold)),
         )
+
+    @model_validator(mode="after")
+    def _merged_weights_are_whole(self) -> Config:
+        if self.lora.mode == "merged" and self.zero.stage == 3:
+            raise ValueError("lora.mode merged needs each weight whole on every rank, and ZeRO stage 3 splits them; "
+                             "choose lora.mode branch, or stage 0, 1 or 2")
+        return self
 
     def grad_accum_steps(self, world_size: int) -> int:
         """Micro-batches per rank and optimizer step.

@@ -76,7 +76,7 @@ class PhaseController:
         changes = changes_by_layer(*state.windows[-2:])
         ranks = assign_ranks({f: changes[f] for f in self.lora.families}, r_min=self.lora.r_min, r_max=self.lora.r_max)
         plan = warmup_plan(self.layout, ranks, alpha_over_r=self.lora.alpha_over_r, init_seed=self.seed,
-                           since_step=step)
+                           since_step=step, train_a=self.lora.mode != "fa")
         return replace(state, plan=plan, reason=f"Algorithm 1 passed at test {state.tests}: {verdict.reason}")
 
     def _after_warmup(self, state: PhaseState, step: int) -> PhaseState:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from itertools import takewhile
 from typing import Any
 
 
@@ -74,6 +75,10 @@ class Plan:
             shapes |= layout.adapter_shapes(module, spec.rank)
         return shapes
 
+    def frozen_bases(self) -> frozenset[str]:
+        """The adapted linears whose own weight does not train."""
+        return frozenset(module for module in self.adapters if f"{module}.weight" not in self.trainable)
+
     def to_json(self) -> dict[str, Any]:
         return {
             "phase": self.phase.value,
@@ -106,13 +111,17 @@ def full_plan(layout: Layout, *, init_seed: int) -> Plan:
 
 
 def warmup_plan(layout: Layout, ranks: Mapping[str, Mapping[int, int]], *, alpha_over_r: float, init_seed: int,
-                since_step: int) -> Plan:
-    """Adapters of Algorithm 2's ranks beside the weights; everything trains (PreLoRA, warm-up)."""
+                since_step: int, train_a: bool = True) -> Plan:
+    """Adapters of Algorithm 2's ranks beside the weights; everything trains (PreLoRA, warm-up).
+
+    Without ``train_a`` the A of each adapter keeps its first value (LoRA-FA).
+    """
     adapters = {
         layout.targets[family][layer]: AdapterSpec(rank, rank * alpha_over_r)
         for family, layers in ranks.items() for layer, rank in layers.items()
     }
-    names = [name for module, spec in adapters.items() for name in layout.adapter_shapes(module, spec.rank)]
+    names = [name for module, spec in adapters.items() for name in layout.adapter_shapes(module, spec.rank)
+             if train_a or ".lora_A." not in name]
     return Plan(Phase.WARMUP, adapter="lora", adapters=adapters, trainable=frozenset(layout.parameters) | set(names),
                 active=frozenset(adapters), init_seed=init_seed, since_step=since_step)
 
@@ -124,3 +133,29 @@ def lora_plan(layout: Layout, warmup: Plan, *, train_rest: bool, since_step: int
     rest = set(layout.parameters) - adapted if train_rest else set()
     return Plan(Phase.LORA, adapter=warmup.adapter, adapters=warmup.adapters, trainable=frozenset(adapter_names | rest),
                 active=warmup.active, init_seed=warmup.init_seed, cycle=warmup.cycle, since_step=since_step)
+
+
+def freeze_below(plan: Plan, layout: Layout, layer: int) -> Plan:
+    """``plan`` with everything frozen that the module defines before block ``layer``, and its adapters inactive:
+    embeddings, and LayerNorms, biases and adapters of the blocks below, so that the backward pass ends there.
+
+    Raises ValueError when the layout has no such layer.
+    """
+    block = _block(layout, layer)
+    names = list(layout.parameters)
+    below = set(names[: next(i for i, name in enumerate(names) if name.startswith(block))])
+    inactive = {module for module in plan.adapters if f"{module}.weight" in below}
+    below |= {name for module in inactive for name in layout.adapter_shapes(module, 1)}
+    return replace(plan, trainable=plan.trainable - below, active=plan.active - inactive)
+
+
+def _block(layout: Layout, layer: int) -> str:
+    """The dotted prefix of all parameters of a layer, ``vit.layers.3.``: up to where paths of layers differ."""
+    for layers in layout.targets.values():
+        if layer in layers:
+            own = layers[layer].split(".")
+            others = [path.split(".") for i, path in layers.items() if i != layer]
+            shared = min((sum(1 for _ in takewhile(lambda ab: ab[0] == ab[1], zip(own, other, strict=False)))
+                          for other in others), default=len(own) - 1)
+            return ".".join(own[: shared + 1]) + "."
+    raise ValueError(f"no family has a layer {layer}")

@@ -23,6 +23,7 @@ from prelora_ds.engine.runtime import device
 from prelora_ds.engine.state import EngineState, adam_steps_of, restore_state
 from prelora_ds.model.adapters import attach_adapters, check_adapters
 from prelora_ds.model.families import named_parameters
+from prelora_ds.model.lora_linear import lora_linears, merge_bases
 from prelora_ds.model.vit import build_model, logits_of
 
 MicroBatches = Sequence[tuple[torch.Tensor, torch.Tensor]]  # (images uint8 [B,C,H,W], labels int64 [B])
@@ -93,6 +94,7 @@ class Engine:
             group["lr"] = lr * group["lr_scale"]
         skipped_before = self.ds.skipped_steps
         self.ds.step()
+        merge_bases(self.module)
         comm.all_reduce(self._loss)
         norm = self.ds.get_global_grad_norm()
         return StepStats(loss=float(self._loss) / comm.get_world_size(),
@@ -162,7 +164,7 @@ def _empty_module(config: Config, plan: Plan, num_labels: int, ds_config: Mappin
     """A bf16 module of zeros on the device, adapters attached, partitioned as it is made at stage 3."""
     with torch.device("meta"):
         module = build_model(config.model, num_labels)
-    attach_adapters(module, plan, dropout=config.lora.dropout)
+    attach_adapters(module, plan, dropout=config.lora.dropout, fast=config.lora.mode != "peft")
     module.to(torch.bfloat16)
     shard = Init(module=nn.Module(), config_dict_or_path=dict(ds_config)) if config.zero.stage == 3 else None
     for submodule in module.modules():
@@ -176,6 +178,10 @@ def _empty_module(config: Config, plan: Plan, num_labels: int, ds_config: Mappin
                                       persistent=key not in submodule._non_persistent_buffers_set)
     for name, p in named_parameters(module).items():
         p.requires_grad_(name in plan.trainable)
+    if config.lora.mode == "merged":
+        for linear in lora_linears(module):
+            if not linear.get_base_layer().weight.requires_grad:
+                linear.keep_base()
     return module
 
 

@@ -11,7 +11,7 @@ from deepspeed import comm, zero
 from torch import nn
 
 from prelora_ds.engine.build import Engine
-from prelora_ds.model.adapters import merged_weight
+from prelora_ds.model.adapters import bases, merged_weight
 from prelora_ds.model.families import frobenius, named_parameters
 
 
@@ -21,7 +21,7 @@ def weight_norms(engine: Engine) -> dict[str, dict[int, float]]:
 
     Measured on the BF16 weights with fp32 sums; every rank computes the same from the same weights.
     """
-    parameters = named_parameters(engine.module)
+    parameters, fp32_bases = named_parameters(engine.module), bases(engine.module)
     norms: dict[str, dict[int, float]] = {}
     for family, layers in engine.layout.targets.items():
         norms[family] = {}
@@ -30,6 +30,7 @@ def weight_norms(engine: Engine) -> dict[str, dict[int, float]]:
             if path in engine.plan.adapters:
                 names += [f"{path}.lora_A.weight", f"{path}.lora_B.weight"]
             with whole(engine, [parameters[name] for name in names]) as (weight, *factors):
+                weight = fp32_bases.get(names[0], weight)
                 effective = merged_weight(weight, *factors, engine.plan.adapters[path].scaling) if factors else weight
                 norms[family][layer] = frobenius(effective)
     return norms

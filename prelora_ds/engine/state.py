@@ -15,8 +15,9 @@ from deepspeed import comm
 
 from prelora_ds.core.plan import Layout, Plan
 from prelora_ds.engine.fragments import adam_state, bit16_groups, flat_masters, fragments
-from prelora_ds.model.adapters import fresh_adapter
+from prelora_ds.model.adapters import bases, fresh_adapter
 from prelora_ds.model.families import named_parameters
+from prelora_ds.model.lora_linear import merge_bases
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -27,7 +28,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass
 class Slice:
-    """Elements [start, start + len) of a flattened parameter: fp32 master and moments, or the bf16 value if frozen."""
+    """Elements [start, start + len) of a flattened parameter: fp32 master and moments, or the value if frozen
+    (bf16; fp32 where a LoRA linear keeps a base)."""
 
     start: int
     value: torch.Tensor
@@ -96,9 +98,10 @@ def export_state(engine: DeepSpeedEngine) -> EngineState:
                     slices[f.name].moments[key] = part
             tensor.untyped_storage().resize_(0)
 
+    fp32_bases = bases(engine.module)
     for name, p in named_parameters(engine.module).items():
         if name not in adam_steps and not p.requires_grad:
-            slices[name] = _frozen_slice(p, rank, world)
+            slices[name] = _frozen_slice(fp32_bases.get(name, p), rank, world)
     return EngineState(slices, adam_steps, _buffers(engine.module))
 
 
@@ -111,7 +114,7 @@ def _trained_names(engine: DeepSpeedEngine) -> list[tuple[torch.Tensor, list[str
     return [(flat, [names[id(p)] for p in group]) for flat, group in zip(flat_masters(engine), groups, strict=True)]
 
 
-def _frozen_slice(p: nn.Parameter, rank: int, world: int) -> Slice:
+def _frozen_slice(p: torch.Tensor, rank: int, world: int) -> Slice:
     if hasattr(p, "ds_tensor"):
         partition: int = p.ds_tensor.ds_numel
         start = partition * rank
@@ -142,11 +145,13 @@ def restore_state(engine: DeepSpeedEngine, plan: Plan, layout: Layout, state: En
         if step := steps.pop():
             inner[flat] = {"step": _step_like(engine, step)} | {key: torch.zeros_like(flat.detach()) for key in MOMENTS}
 
-    known = _known_names(state)
+    known, fp32_bases = _known_names(state), bases(engine.module)
     for name, shape in plan.parameters(layout).items():
         full = (assemble(state, name, "value", shape, engine.device) if name in known
                 else fresh_adapter(name, shape, plan.init_seed).to(engine.device))
         _set_weight(parameters[name], full)
+        if name in fp32_bases:
+            fp32_bases[name].copy_(full)
         fragment = owned.get(name)
         if fragment is not None:
             fragment.of(fragment.flat).copy_(full.view(-1)[fragment.start: fragment.stop])
@@ -156,6 +161,7 @@ def restore_state(engine: DeepSpeedEngine, plan: Plan, layout: Layout, state: En
                 if fragment is not None:
                     fragment.of(inner[fragment.flat][key]).copy_(full.view(-1)[fragment.start: fragment.stop])
         state.slices.pop(name, None)
+    merge_bases(engine.module)
     for name, buffer in engine.module.named_buffers():
         buffer.copy_(state.buffers[name])
 

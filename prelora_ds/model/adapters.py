@@ -8,12 +8,12 @@ import math
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import inject_adapter_in_model
-from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import Linear as PeftLinear
 from torch import nn
 
 from prelora_ds.core.plan import Plan
-
-ADAPTER_NAME = "default"
+from prelora_ds.model.families import canonical_name
+from prelora_ds.model.lora_linear import ADAPTER_NAME, LoraLinear
 
 
 def peft_config(plan: Plan, dropout: float) -> PeftLoraConfig:
@@ -29,21 +29,27 @@ def peft_config(plan: Plan, dropout: float) -> PeftLoraConfig:
     )
 
 
-def attach_adapters(module: nn.Module, plan: Plan, *, dropout: float) -> nn.Module:
-    """Wrap the linears that ``plan`` names.
+def attach_adapters(module: nn.Module, plan: Plan, *, dropout: float, fast: bool = True) -> nn.Module:
+    """Wrap the linears that ``plan`` names, in our own LoRA linear or, if not ``fast``, in peft's.
 
     Raises RuntimeError when what peft made is not what the plan says: peft accepts a rank_pattern key that matches
     nothing in silence, and gives another scaling where an alpha_pattern is missing.
     """
     if plan.adapters:
-        inject_adapter_in_model(peft_config(plan, dropout), module, adapter_name=ADAPTER_NAME)
+        config = peft_config(plan, dropout)
+        if fast:
+            config._register_custom_module({nn.Linear: LoraLinear})  # peft's door for a layer of one's own
+        inject_adapter_in_model(config, module, adapter_name=ADAPTER_NAME)
+    for path, m in module.named_modules():
+        if isinstance(m, LoraLinear):
+            m.active = path in plan.active
     check_adapters(module, plan)
     return module
 
 
 def check_adapters(module: nn.Module, plan: Plan) -> None:
     """Assert each realised rank and scaling against ``plan``; raises RuntimeError that names the first difference."""
-    found = {path: m for path, m in module.named_modules() if isinstance(m, LoraLinear)}
+    found = {path: m for path, m in module.named_modules() if isinstance(m, PeftLinear)}
     if found.keys() != plan.adapters.keys():
         odd = sorted(found.keys() ^ plan.adapters.keys())
         raise RuntimeError(f"adapters of the model and of the plan differ, first at {odd[0]}")
@@ -73,3 +79,9 @@ def fresh_adapter(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
 def merged_weight(base: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
     """``W + s * B A`` in fp32, whatever the inputs' dtype. Shapes: W [out, in], A [rank, in], B [out, rank]."""
     return torch.addmm(base.float(), b.float(), a.float(), alpha=scaling)
+
+
+def bases(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Name of a weight -> its fp32 base, where the weight holds W + s B A (`LoraLinear.keep_base`)."""
+    return {canonical_name(f"{path}.weight"): m.base for path, m in module.named_modules()
+            if isinstance(m, LoraLinear) and m.base is not None}

@@ -13,10 +13,11 @@ from prelora_ds.core.budget import predict_bytes
 from prelora_ds.engine import build as build_module
 from prelora_ds.engine import state as state_module
 from prelora_ds.engine.census import OWNERS, census, engine_storages, live_storages, rss_bytes, settled
-from prelora_ds.engine.measure import check_ranks_agree
+from prelora_ds.engine.measure import check_ranks_agree, weight_norms, whole
 from prelora_ds.engine.release import release, trim_memory
 from prelora_ds.engine.state import export_state
-from prelora_ds.model.adapters import check_adapters
+from prelora_ds.model.adapters import bases, check_adapters, fresh_adapter
+from prelora_ds.model.families import named_parameters
 
 ALL = pytest.mark.parametrize("zero", ZEROS)
 
@@ -59,8 +60,8 @@ def test_bytes_of_every_owner_are_as_predicted(ranks, zero):
     ranks.run(bytes_as_predicted, zero=zero)
 
 
-def bytes_as_predicted(zero):
-    t = Trainer(config(zero, model=MEDIUM))
+def bytes_as_predicted(zero, mode="auto"):
+    t = Trainer(config(zero, model=MEDIUM, lora={"mode": mode}))
     for plan in (t.full, t.warmup, t.lora):
         if plan is not t.full:
             t.switch(plan)
@@ -73,13 +74,19 @@ def bytes_as_predicted(zero):
         del batches
         at_rest = settled(lambda: census(t.engine), only_owned)
         for measured, after_backward in ((at_backward, True), (at_rest, False)):
-            predicted = predict_bytes(plan, t.layout, t.cfg.zero, t.world, after_backward=after_backward).to_json()
+            predicted = predict_bytes(plan, t.layout, t.cfg.zero, t.world, after_backward=after_backward,
+                                      lora_mode=t.cfg.lora.mode).to_json()
             for owner, expected in predicted.items():
                 assert abs(measured[owner] - expected) <= 0.02 * expected, (plan.phase, owner, after_backward,
                                                                             predicted, measured)
             assert only_owned(measured), (plan.phase, measured)
             assert measured["state"] == 0 and set(measured) == set(OWNERS)
     t.close()
+
+
+@pytest.mark.parametrize(("mode", "zero"), [("merged", "zero0"), ("merged", "zero2"), ("fa", "zero2"), ("fa", "zero3")])
+def test_bytes_of_every_mode_are_as_predicted(ranks, mode, zero):
+    ranks.run(bytes_as_predicted, zero=zero, mode=mode)
 
 
 def only_owned(measured):
@@ -168,6 +175,64 @@ def peak_of_a_step(t):
     t.engine.finish_step(lr=1e-3)
     assert sum(saved.values()) > 1e6
     return at_rest + sum(saved.values())
+
+
+@pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2", "zero2_offload"])
+def test_merged_trains_on_the_fp32_base_and_loses_nothing_of_it(ranks, zero):
+    ranks.run(train_merged, zero=zero)
+
+
+def train_merged(zero):
+    """Against the same run in mode branch, which trains on bf16(W)."""
+    runs = {}
+    for mode in ("branch", "merged"):
+        t = Trainer(config(zero, lora={"mode": mode}))
+        t.train(3)
+        t.switch(t.warmup)
+        t.train(3)
+        before, masters = t.outputs(), t.whole_state()
+        t.switch(t.lora)
+        assert float((t.outputs() - before).abs().max()) <= (0 if mode == "branch" else 2 ** -6) * before.abs().max()
+        losses = t.train(6)
+        kept = {name: base.clone() for name, base in bases(t.engine.module).items()}
+        assert kept.keys() == ({f"{path}.weight" for path in t.lora.adapters} if mode == "merged" else set())
+        for name, base in kept.items():
+            assert torch.equal(base.view(-1), masters[name, "master"]), name
+        norms = weight_norms(t.engine)
+        if mode == "merged":  # a rebuild keeps the fp32 base, bit for bit, and what is trained on it
+            state, after = t.whole_state(), t.outputs()
+            t.switch(t.lora)
+            assert torch.equal(after, t.outputs()) and same(state, t.whole_state()) == []
+            assert all(torch.equal(base, kept[name]) for name, base in bases(t.engine.module).items())
+            assert norms == weight_norms(t.engine)
+        runs[mode] = losses, norms
+        t.close()
+    (branch, norms), (merged, merged_norms) = runs.values()
+    assert merged == pytest.approx(branch, rel=5e-3)
+    for family, layers in norms.items():
+        assert merged_norms[family] == pytest.approx(layers, rel=2 ** -9)
+
+
+@pytest.mark.parametrize("zero", ["zero0", "zero2", "zero3"])
+def test_lora_fa_leaves_every_a_as_it_was(ranks, zero):
+    ranks.run(train_fa, zero=zero)
+
+
+def train_fa(zero):
+    t = Trainer(config(zero, lora={"mode": "fa"}))
+    t.train(2)
+    for plan in (t.warmup, t.lora):
+        before = t.outputs()
+        t.switch(plan)
+        assert torch.equal(before, t.outputs())
+        names = [name for name in plan.parameters(t.layout) if ".lora_A." in name]
+        with whole(t.engine, [named_parameters(t.engine.module)[name] for name in names]) as values:
+            for name, value in zip(names, values, strict=True):
+                assert torch.equal(value, fresh_adapter(name, value.shape, plan.init_seed).bfloat16()), name
+        del values, value  # or they outlive the engine, and the next switch says so
+        assert not {name for name, _ in t.snapshot()} & set(names)
+        t.train(3)
+    t.close()
 
 
 @pytest.mark.parametrize("zero", ["zero0", "zero2", "zero3"])

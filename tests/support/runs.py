@@ -35,11 +35,12 @@ def config(zero: str = "zero2", *, model: dict[str, Any] | None = None, deepspee
     return validate(values, "test")
 
 
-def plans(layout: Layout, *, seed: int = 0) -> tuple[Plan, Plan, Plan]:
+def plans(layout: Layout, *, seed: int = 0, train_a: bool = True) -> tuple[Plan, Plan, Plan]:
     """FULL, WARMUP and LORA plans with ranks 8, 16 and 32 in turn, begun at steps 0, 3 and 6."""
     ranks = {family: {layer: 8 << (i + layer) % 3 for layer in layers}
              for i, (family, layers) in enumerate(layout.targets.items())}
-    warmup = warmup_plan(layout, ranks, alpha_over_r=1.0, init_seed=seed, since_step=3)
+    warmup = warmup_plan(layout, ranks, alpha_over_r=1.0, init_seed=seed, since_step=3,
+                         train_a=train_a)
     return full_plan(layout, init_seed=seed), warmup, lora_plan(layout, warmup, train_rest=True, since_step=6)
 
 
@@ -73,7 +74,7 @@ class Trainer:
         torch.manual_seed(0)
         module = build_model(cfg.model, LABELS)
         self.layout = find_layout(module, cfg.lora.families, cfg.model.families)
-        self.full, self.warmup, self.lora = plans(self.layout)
+        self.full, self.warmup, self.lora = plans(self.layout, train_a=cfg.lora.mode != "fa")
         self.engine = build_engine(cfg, self.full, self.layout, LABELS, initial_state(module, self.rank, self.world))
 
     def batches(self) -> list[Any]:
