@@ -1,4 +1,4 @@
-"""`prelora`: shards, evaluate, report."""
+"""`prelora`: shards, plan, evaluate, report."""
 
 from __future__ import annotations
 
@@ -84,6 +84,31 @@ def report(output: Path) -> None:
     from prelora_ds.reporting.table import print_report
 
     print_report(output)
+
+
+@app.command()
+def plan(recipe: Path, overrides: Annotated[list[str] | None, typer.Argument(help="a.b=c")] = None,
+         deepspeed_config: Annotated[Path | None, typer.Option()] = None,
+         hosts: Annotated[int, typer.Option(min=1)] = 1, gpus_per_host: Annotated[int, typer.Option(min=1)] = 4,
+         gpu: Annotated[str, typer.Option(help="A100-40, A100-80, H100, H200, MI250X (a die each) or CPU")] = "A100-40",
+         intra_bandwidth: Annotated[float | None, typer.Option(min=1e-3, help="GB/s of a GPU within its host")] = None,
+         inter_bandwidth: Annotated[float | None, typer.Option(min=1e-3, help="GB/s of a host to others")] = None,
+         walltime: Annotated[str | None, typer.Option(help="of one job: 6h, 90m or 06:00:00")] = None,
+         images: Annotated[int | None, typer.Option(min=1, help="an epoch's; else the manifest's, ImageNet's")] = None,
+         mean_rank: Annotated[int, typer.Option(min=1, help="LoRA rank of the adapters")] = 30,
+         json_file: Annotated[Path | None, typer.Option("--json", help="write the figures there")] = None,
+         calibration: Annotated[Path | None, typer.Option(help="of `python -m prelora_ds.calibrate`")] = None) -> None:
+    """Predict for RECIPE: bytes and step time per phase and ZeRO stage, what fits, epoch time, number of jobs."""
+    from prelora_ds.configuring import load_config
+    from prelora_ds.reporting.plan import Cluster, parse_walltime, predict_run, print_plan
+
+    result = predict_run(load_config(recipe, overrides or (), deepspeed_config),
+                         Cluster(hosts, gpus_per_host, gpu, intra_bandwidth, inter_bandwidth),
+                         walltime_s=None if walltime is None else parse_walltime(walltime), images=images,
+                         mean_rank=mean_rank, calibration=calibration)
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=2) + "\n")
+    print_plan(result)
 
 
 def main() -> None:

@@ -51,7 +51,7 @@ def test_a_command_line_that_is_wrong_ends_with_exit_code_2(
 def test_help_lists_the_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert prelora(monkeypatch, "--help") == 0
     out = capsys.readouterr().out
-    assert all(command in out for command in ("shards", "evaluate", "report"))
+    assert all(command in out for command in ("shards", "plan", "evaluate", "report"))
 
 
 def test_a_report_ends_well(

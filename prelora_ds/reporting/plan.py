@@ -1,0 +1,231 @@
+"""`prelora plan`: what a recipe would need and take on a machine that need not be there. Every figure is predicted."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from prelora_ds.configuring import check_world
+from prelora_ds.core import costs
+from prelora_ds.core.config import Config, ZeroSettings
+from prelora_ds.core.errors import ConfigError
+from prelora_ds.core.plan import Layout, Phase, Plan, full_plan, lora_plan, warmup_plan
+from prelora_ds.core.schedule import Timeline
+from prelora_ds.core.timing import GPUS, INTER_GB_S, LINK_EFFICIENCY, Rates, data_sheet_rates, step_work
+from prelora_ds.data.manifest import MANIFEST_NAME, Manifest
+from prelora_ds.model.families import find_layout
+from prelora_ds.model.vit import build_model
+
+IMAGENET_IMAGES, IMAGENET_LABELS = 1_281_167, 1000
+OWNERS = ("weights", "gradients", "masters", "moments", "buckets", "activations")
+USABLE = 0.9  # of a device's memory: the rest is left to the driver, the allocator's fragments and temporaries
+NOTES = (
+    "all figures are predicted; bytes are of one rank: states at the end of backward, activations when it begins",
+    "peak: the larger of the two moments, with staging copies and gathered weights; it fits if it takes at most "
+    f"{USABLE:.0%} of the memory",
+    "step: computing, optimizer and communication one after another; without loading, evaluation and checkpoints",
+    "jobs: of the walltime, one after another, without waiting, start-up and steps that are done again",
+)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where the run would be. gpu: a key of `GPUS`, or CPU; bandwidths in GB/s: of a GPU to the others of its host,
+    and of a host to the others."""
+
+    hosts: int
+    gpus_per_host: int
+    gpu: str
+    intra_gb_s: float | None = None
+    inter_gb_s: float | None = None
+
+    @property
+    def world_size(self) -> int:
+        return self.hosts * self.gpus_per_host
+
+
+def predict_run(config: Config, cluster: Cluster, *, walltime_s: float | None = None, images: int | None = None,
+                mean_rank: int = 30, calibration: Path | None = None) -> dict[str, Any]:
+    """Bytes, step and epoch seconds per ZeRO stage and phase, and hours and jobs of the run, as JSON.
+
+    ``images`` and the number of classes come from the manifest in ``data.train`` where there is one, else they are
+    ImageNet-1k's; every adapter has ``mean_rank``. Seconds and what fits are None where nothing is known of the
+    machine. Raises ConfigError for a batch that does not divide, an unknown GPU, a bad calibration, or a model that is
+    no ViT.
+    """
+    if config.model.factory is not None:
+        raise ConfigError("model.factory", config.model.factory, "only the costs of the ViT are known",
+                          "plan a recipe without model.factory")
+    world = cluster.world_size
+    check_world(config, world)
+    rates, memory_gib = _machine(cluster, calibration)
+    found = Manifest.load(config.data.train) if (Path(config.data.train) / MANIFEST_NAME).is_file() else None
+    images = images or (len(found) if found else IMAGENET_IMAGES)
+    labels = len(found.classes) if found else IMAGENET_LABELS
+    with torch.device("meta"):
+        layout = find_layout(build_model(config.model, labels), config.lora.families)
+    accum = config.grad_accum_steps(world)
+    timeline = Timeline(images, config.train.global_batch_size, config.train.duration)
+    rows, runs = [], []
+    for zero in _settings(config, accum):
+        own = [_row(config, plan, layout, zero, cluster, rates, memory_gib, images)
+               for plan in _plans(config, layout, mean_rank)]
+        rows += own
+        if rates is not None:
+            runs.append(_run(config, zero, own, timeline, walltime_s))
+    return {"predicted": True, "recipe": config.run.name, **asdict(cluster), "world_size": world, "images": images,
+            "labels": labels, "mean_rank": mean_rank, "micro_batch_size": config.train.micro_batch_size,
+            "grad_accum_steps": accum, "walltime_s": walltime_s, "memory_gib": memory_gib,
+            "rates": rates and asdict(rates), "rows": rows, "runs": runs, "notes": list(NOTES)}
+
+
+def parse_walltime(text: str) -> float:
+    """Seconds of ``6h``, ``90m`` or ``06:00:00``; raises ConfigError."""
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?)([hm])", text):
+        seconds = float(match[1]) * (3600 if match[2] == "h" else 60)
+    elif match := re.fullmatch(r"(\d+):([0-5]\d):([0-5]\d)", text):
+        seconds = 3600.0 * int(match[1]) + 60 * int(match[2]) + int(match[3])
+    else:
+        seconds = 0.0
+    if seconds == 0:
+        raise ConfigError("--walltime", text, "is no walltime", "write 6h, 90m or 06:00:00")
+    return seconds
+
+
+def print_plan(result: dict[str, Any], console: Console | None = None) -> None:
+    """Print what `predict_run` returned."""
+    console = console or Console(width=150)
+    unit, factor = ("GiB", 2**30) if max(row["peak_bytes"] for row in result["rows"]) > 2**28 else ("MiB", 2**20)
+    table = Table(title=escape(f"{result['recipe']}, predicted: {result['hosts']} x {result['gpus_per_host']} "
+                               f"{result['gpu']}, micro-batch {result['micro_batch_size']} x "
+                               f"{result['grad_accum_steps']}, LoRA rank {result['mean_rank']}; {unit} a rank"))
+    for column in ("ZeRO", "phase", *OWNERS, "peak", "fits", "largest batch", "step, ms", "epoch, min"):
+        table.add_column(column, justify="left" if column == "phase" else "right")
+    for row in result["rows"]:
+        table.add_row(_stage(row), row["phase"], *(f"{row[f'{c}_bytes'] / factor:.2f}" for c in (*OWNERS, "peak")),
+                      {True: "yes", False: "no", None: "-"}[row["fits"]],
+                      "-" if row["largest_micro_batch"] is None else str(row["largest_micro_batch"]),
+                      *("-" if row[key] is None else f"{row[key] * per_unit:.1f}"
+                        for key, per_unit in (("step_s", 1e3), ("epoch_s", 1 / 60))))
+    console.print(table)
+    for run in result["runs"]:
+        console.print(f"ZeRO {_stage(run)}: " + "; ".join(_sentence(name, run[name]) for name in ("earliest", "never")
+                                                          if run[name]), highlight=False)
+    rates = result["rates"]
+    source = rates["source"] if rates else "nothing is known of this machine: calibrate it (prelora_ds.calibrate)"
+    for line in (f"time: {source}", *result["notes"]):
+        console.print(line, highlight=False, markup=False)
+
+
+def _machine(cluster: Cluster, calibration: Path | None) -> tuple[Rates | None, float | None]:
+    if cluster.gpu != "CPU" and cluster.gpu not in GPUS:
+        near = difflib.get_close_matches(cluster.gpu, GPUS, n=1)
+        raise ConfigError("--gpu", cluster.gpu, "unknown",
+                          f"did you mean {near[0]}?" if near else f"choose among {', '.join([*GPUS, 'CPU'])}")
+    sheet = GPUS.get(cluster.gpu)
+    memory = sheet.memory_gib if sheet else None
+    if calibration is None:
+        return (data_sheet_rates(cluster.gpu, hosts=cluster.hosts, intra_gb_s=cluster.intra_gb_s,
+                                 inter_gb_s=cluster.inter_gb_s) if sheet else None), memory
+    try:
+        content = json.loads(calibration.read_text())
+        rates, memory = Rates(**content["rates"]), memory or float(content["memory_gib"])
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise ConfigError("--calibration", str(calibration), f"is no calibration: {exc!r}",
+                          "write one with `python -m prelora_ds.calibrate`") from exc
+    link = cluster.intra_gb_s if cluster.hosts == 1 else cluster.inter_gb_s or INTER_GB_S
+    if link:  # a calibration on one host has not seen this link
+        rates = replace(rates, seconds={**rates.seconds, "wire_gb": 1 / (link * LINK_EFFICIENCY)},
+                        source=f"{rates.source}; {LINK_EFFICIENCY:.0%} of {link:g} GB/s between ranks (assumed)")
+    return rates, memory
+
+
+def _settings(config: Config, accum: int) -> Iterator[ZeroSettings]:
+    """All stages that can train this recipe, and the configured one with offload if it has that."""
+    for stage in range(4):
+        if not (stage == 0 and accum > 1) and not (stage == 3 and config.lora.mode == "merged"):
+            yield replace(config.zero, stage=stage, offload_optimizer=False)
+    if config.zero.offload_optimizer:
+        yield config.zero
+
+
+def _plans(config: Config, layout: Layout, rank: int) -> list[Plan]:
+    full = full_plan(layout, init_seed=0)
+    if config.convergence is None:
+        return [full]
+    warmup = warmup_plan(layout, {family: dict.fromkeys(layers, rank) for family, layers in layout.targets.items()},
+                         alpha_over_r=config.lora.alpha_over_r, init_seed=0, since_step=0,
+                         train_a=config.lora.mode != "fa")
+    return [full, warmup, lora_plan(layout, warmup, train_rest=config.lora.train_rest, since_step=0)]
+
+
+def _row(config: Config, plan: Plan, layout: Layout, zero: ZeroSettings, cluster: Cluster, rates: Rates | None,
+         memory_gib: float | None, images: int) -> dict[str, Any]:
+    model, mode, world, batch = config.model, config.lora.mode, cluster.world_size, config.train.global_batch_size
+    reuse = int(config.deepspeed.get("zero_optimization", {}).get("stage3_max_reuse_distance", costs.REUSE_DISTANCE))
+    image = costs.micro_batch(model, plan, layout, 1, mode=mode)
+
+    def peak(micro: int) -> tuple[Any, int]:
+        return costs.peak_bytes(plan, layout, zero, world, math.ceil(batch / (micro * world)),
+                                micro * image.saved_bytes, mode=mode, reuse_distance=reuse)
+
+    micro = config.train.micro_batch_size
+    states, most = peak(micro)
+    room = None if memory_gib is None else USABLE * memory_gib * 2**30
+    sizes = [1 << i for i in range((batch // world).bit_length())]
+    work = step_work(model, plan, layout, zero, micro_batch_size=micro, world_size=world,
+                     accum=config.grad_accum_steps(world), mode=mode, reuse_distance=reuse)
+    step_s = rates and rates.step_seconds(work, cluster.gpus_per_host)
+    extra = costs.buckets_bytes(plan, layout, zero) + costs.gathered_bytes(plan, layout, zero, reuse_distance=reuse)
+    return {"stage": zero.stage, "offload_optimizer": zero.offload_optimizer, "phase": plan.phase.value,
+            **{f"{owner}_bytes": getattr(states, owner) for owner in ("weights", "gradients", "masters", "moments")},
+            "buckets_bytes": states.buffers + extra, "activations_bytes": micro * image.saved_bytes, "peak_bytes": most,
+            "fits": None if room is None else most <= room,
+            "largest_micro_batch": room and max((m for m in sizes if peak(m)[1] <= room), default=0),
+            "step_s": step_s, "epoch_s": step_s and step_s * images / batch, "wire_bytes": int(work.wire_gb * 1e9),
+            "gflop_per_image": image.flops / 1e9}
+
+
+def _run(config: Config, zero: ZeroSettings, rows: list[dict[str, Any]], timeline: Timeline,
+         walltime_s: float | None) -> dict[str, Any]:
+    step_s = {row["phase"]: row["step_s"] for row in rows}
+
+    def entry(steps: dict[Phase, int]) -> dict[str, Any]:
+        seconds = sum(step_s[phase] * count for phase, count in steps.items())
+        return {"steps": steps, "hours": seconds / 3600, "jobs": walltime_s and math.ceil(seconds / walltime_s)}
+
+    return {"stage": zero.stage, "offload_optimizer": zero.offload_optimizer,
+            "earliest": config.convergence and entry(_earliest(config, timeline)),
+            "never": entry({Phase.FULL: timeline.total_steps})}
+
+
+def _earliest(config: Config, timeline: Timeline) -> dict[Phase, int]:
+    """Steps of each phase when Algorithm 1 passes at its first test."""
+    assert config.convergence is not None
+    c, total = config.convergence, timeline.total_steps
+    ticks = sorted(timeline.ticks(c.every))
+    warm = ticks[c.k * c.m - 1] if len(ticks) >= c.k * c.m else total
+    due = max(warm + 1, timeline.step_after(warm, config.lora.warmup))
+    lora = next((tick for tick in ticks if tick >= due), total)
+    return {Phase.FULL: warm, Phase.WARMUP: lora - warm, Phase.LORA: total - lora}
+
+
+def _stage(row: dict[str, Any]) -> str:
+    return f"{row['stage']}{' offload' if row['offload_optimizer'] else ''}"
+
+
+def _sentence(name: str, run: dict[str, Any]) -> str:
+    jobs = "" if run["jobs"] is None else f", {run['jobs']} jobs"
+    return {"earliest": "switching as early as Algorithm 1 can", "never": "never switching"}[name] + (
+        f" {run['hours']:.3g} h{jobs}")

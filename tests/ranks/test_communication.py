@@ -1,0 +1,53 @@
+"""The payloads that `core.costs.communication` predicts, against what DeepSpeed hands to its backend."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from support.runs import MEDIUM, ZEROS, Trainer, config
+
+from prelora_ds.core.costs import communication
+
+SENT = {"all_reduce": "all_reduce", "all_gather": "all_gather_into_tensor", "reduce_scatter": "reduce_scatter_tensor"}
+
+
+@pytest.mark.parametrize(("zero", "accum", "keys"), [
+    ("zero0", 1, {}), ("zero1", 2, {}), ("zero2", 2, {}), ("zero3", 2, {}),
+    ("zero3", 1, {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0,
+                  "stage3_max_reuse_distance": 0}),
+])
+def test_payloads_are_as_predicted(ranks, zero, accum, keys):
+    ranks.run(payloads_as_predicted, zero=zero, accum=accum, keys=keys)
+
+
+def payloads_as_predicted(zero, accum, keys):
+    from deepspeed.comm import comm
+
+    t = Trainer(config(zero, model=MEDIUM, batch=8 * accum, deepspeed={"zero_optimization": ZEROS[zero] | keys}))
+    for plan in (t.full, t.lora):
+        if plan is not t.full:
+            t.switch(plan)
+        t.train(3)  # ZeRO-3 records its trace first
+        bytes_sent = Counter()
+        for name in SENT.values():
+            setattr(comm.cdb, name, counted(getattr(comm.cdb, name), name, bytes_sent))
+        try:
+            t.train(1)
+        finally:
+            for name in SENT.values():
+                delattr(comm.cdb, name)
+        predicted = communication(plan, t.layout, t.cfg.zero, accum,
+                                  reuse_distance=keys.get("stage3_max_reuse_distance", 10**9))
+        for term, name in SENT.items():
+            assert bytes_sent[name] == pytest.approx(getattr(predicted, term), rel=0.01, abs=100), (plan.phase, term)
+    t.close()
+
+
+def counted(collective, name, bytes_sent):
+    def run(*args, **kwargs):
+        tensors = [a for a in (*args, *kwargs.values()) if hasattr(a, "nbytes")]
+        bytes_sent[name] += max(tensor.nbytes for tensor in tensors)
+        return collective(*args, **kwargs)
+
+    return run
