@@ -1,0 +1,187 @@
+"""The loops that overhead.py compares: the same model, shards, batches, AdamW and DeepSpeed config in four of them.
+
+Each runs in its own ranks and takes its batches from a `Paced` loader, which is also the clock: a step lasts from one
+call of `next` to the following one, whatever a loop does in between.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prelora_ds.configuring import load_config
+from prelora_ds.core.config import Config
+from prelora_ds.data.loader import TrainLoader
+from prelora_ds.data.manifest import Manifest
+from prelora_ds.data.transforms import to_float
+from prelora_ds.model.vit import build_model
+
+LABELS = 10
+RECIPE = "recipe.yaml"
+ZERO = "ds_configs/zero2.json"
+
+
+class Paced:
+    """A loader that waits for the script before each turn of ``turn`` steps, and sends the seconds of the turn."""
+
+    def __init__(self, loader: TrainLoader, pipe: Connection, turn: int) -> None:
+        self._loader, self._pipe, self._turn, self._steps, self._begun = loader, pipe, turn, 0, 0.0
+
+    def next(self) -> Any:
+        now = time.perf_counter()
+        if self._steps % self._turn == 0:
+            if self._steps:
+                self._pipe.send(now - self._begun)
+            self._pipe.recv()
+            self._begun = time.perf_counter()
+        self._steps += 1
+        return self._loader.next()
+
+    def close(self) -> None:
+        self._loader.close()
+
+
+def ours(pipe: Connection, folder: Path, turn: int) -> list[float]:
+    """The whole of launch/pretrain.py behind its argument parser, with its logs, report and exported model."""
+    import prelora_ds.train as train_module
+    from prelora_ds.launching.ranks import discover_ranks
+    from prelora_ds.launching.start import start
+    from prelora_ds.metrics import read_lines
+
+    train_module.TrainLoader = lambda *args, **options: Paced(TrainLoader(*args, **options), pipe, turn)
+    train_module.build_model = in_bf16
+    start(discover_ranks(os.environ), str(folder / RECIPE), [], ZERO)
+    return [row["train/loss"] for row in read_lines(folder / "ours" / "metrics.jsonl")]
+
+
+def bare(pipe: Connection, folder: Path, turn: int) -> list[float]:
+    """What a DeepSpeed tutorial shows."""
+    import deepspeed
+
+    config, losses = load_config(folder / RECIPE, [], ZERO), []
+    loader, model = paced_loader(config, pipe, turn), first_model(config)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=adamw(config, model), config=deepspeed_config(config))
+    for _ in range(int(config.train.duration.value)):
+        [(images, labels)] = loader.next()
+        logits = engine(to_float(images.to(engine.device), torch.bfloat16)).logits
+        loss = torch.nn.functional.cross_entropy(logits.float(), labels.to(engine.device))
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    loader.close()
+    return losses
+
+
+def accelerate(pipe: Connection, folder: Path, turn: int) -> list[float]:
+    """accelerate's own loop with its DeepSpeedPlugin."""
+    from accelerate import Accelerator, DeepSpeedPlugin
+
+    tell_accelerate()
+    config, losses = load_config(folder / RECIPE, [], ZERO), []
+    loader, model = paced_loader(config, pipe, turn), first_model(config)
+    accelerator = Accelerator(mixed_precision="bf16",
+                              deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_config(config)))
+    model, optimizer = accelerator.prepare(model, adamw(config, model))
+    for _ in range(int(config.train.duration.value)):
+        [(images, labels)] = loader.next()
+        logits = model(to_float(images.to(accelerator.device), torch.bfloat16)).logits
+        loss = torch.nn.functional.cross_entropy(logits.float(), labels.to(accelerator.device))
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    loader.close()
+    return losses
+
+
+def hf_trainer(pipe: Connection, folder: Path, turn: int) -> list[float]:
+    """Hugging Face's Trainer; it logs each step to TensorBoard, as we do."""
+    from torch.utils.data import DataLoader, IterableDataset
+    from transformers import Trainer, TrainingArguments, training_args
+
+    config, losses = load_config(folder / RECIPE, [], ZERO), []
+    loader, model = paced_loader(config, pipe, turn), first_model(config)
+
+    class Batches(IterableDataset):
+        def __iter__(self) -> Any:
+            while True:
+                [(images, labels)] = loader.next()
+                yield {"pixel_values": to_float(images, torch.bfloat16), "labels": labels}
+
+    class SameRun(Trainer):
+        def get_train_dataloader(self) -> Any:  # batches come whole, one part for each rank: nothing to prepare
+            return DataLoader(self.train_dataset, batch_size=None)
+
+        def create_optimizer(self, model: Any = None) -> Any:  # under DeepSpeed, one given as an argument is dropped
+            self.optimizer = self.optimizer or adamw(config, self.model)
+            return self.optimizer
+
+    def loss_of(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
+        loss = torch.nn.functional.cross_entropy(outputs.logits.float(), labels, reduction="sum")
+        losses.append(loss.item() / len(labels))
+        return loss / num_items_in_batch
+
+    # Trainer refuses BF16 on a CPU unless it may leave DeepSpeed out; DeepSpeed itself trains in BF16 there.
+    training_args.is_torch_bf16_gpu_available = lambda: True
+    tell_accelerate()
+    arguments = TrainingArguments(
+        str(folder / "hf_trainer"), max_steps=int(config.train.duration.value), deepspeed=deepspeed_config(config),
+        per_device_train_batch_size=config.train.micro_batch_size, bf16=True, learning_rate=config.optimizer.lr,
+        max_grad_norm=config.optimizer.clip_grad_norm, lr_scheduler_type="constant", logging_steps=1,
+        save_strategy="no", report_to="tensorboard", disable_tqdm=True,
+        accelerator_config={"use_configured_state": True})
+    SameRun(model, arguments, train_dataset=Batches(), compute_loss_func=loss_of).train()
+    loader.close()
+    return losses
+
+
+def tell_accelerate() -> None:
+    """Name the backend: accelerate 1.15 knows none for DeepSpeed on a CPU, and every rank would think it is alone."""
+    from accelerate import PartialState
+
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(backend=torch.distributed.get_backend())
+
+
+def in_bf16(*args: Any) -> torch.nn.Module:
+    """The model with values that BF16 holds exactly: a bare engine's masters begin as float(bf16(w)), ours as w."""
+    model = build_model(*args)
+    return model if next(model.parameters()).is_meta else model.bfloat16().float()
+
+
+def first_model(config: Config) -> torch.nn.Module:
+    """The model that our loop begins with."""
+    torch.manual_seed(config.run.seed)
+    return in_bf16(config.model, LABELS)
+
+
+def paced_loader(config: Config, pipe: Connection, turn: int) -> Paced:
+    """The loader that our loop has."""
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return Paced(TrainLoader(
+        Manifest.load(config.data.train), seed=config.run.seed, global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size, rank=rank, world_size=world,
+        image_size=config.model.image_size, num_channels=config.model.num_channels, crop=config.data.crop,
+        flip=config.data.flip, workers=config.data.workers), pipe, turn)
+
+
+def adamw(config: Config, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """Our optimizer: decay on matrices only."""
+    o, groups = config.optimizer, {}
+    for name, p in model.named_parameters():
+        groups.setdefault(o.weight_decay if name.endswith(".weight") and p.ndim > 1 else 0.0, []).append(p)
+    return torch.optim.AdamW([{"params": params, "weight_decay": decay} for decay, params in groups.items()],
+                             lr=o.lr, betas=o.betas, eps=o.eps)
+
+
+def deepspeed_config(config: Config) -> dict[str, Any]:
+    """What our engine gives to DeepSpeed."""
+    return {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"},
+            "communication_data_type": "fp32", "train_batch_size": config.train.global_batch_size,
+            "train_micro_batch_size_per_gpu": config.train.micro_batch_size, "gradient_accumulation_steps": 1,
+            "gradient_clipping": config.optimizer.clip_grad_norm}

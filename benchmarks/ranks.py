@@ -1,0 +1,78 @@
+"""Rank processes for benchmarks: gloo or NCCL between them, one thread each on a CPU, a pipe to the script."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+
+class Ranks:
+    """``world`` processes that run ``function(pipe, *args)``, a function of a script, in one process group.
+
+    What the function returns is its last message.
+    """
+
+    def __init__(self, function: Callable[..., Any], *args: Any, world: int = 2) -> None:
+        from prelora_ds.engine.runtime import choose_accelerator
+
+        os.environ["OMP_NUM_THREADS"] = "1"  # ranks share the cores of one machine
+        choose_accelerator()
+        pipes = [torch.multiprocessing.Pipe() for _ in range(world)]
+        self._pipes = [mine for mine, _ in pipes]
+        self._context = torch.multiprocessing.start_processes(
+            _serve, (function, args, world, _free_port(), [theirs for _, theirs in pipes]), nprocs=world, join=False,
+            start_method="spawn", daemon=True)
+        for _, theirs in pipes:
+            theirs.close()  # else the end of a rank would not be seen
+
+    def send(self, message: Any) -> None:
+        """``message`` to all ranks. Raises what a rank has raised."""
+        self._each(lambda pipe: pipe.send(message))
+
+    def gather(self) -> list[Any]:
+        """The next message of each rank, by rank. Raises what a rank has raised."""
+        return self._each(lambda pipe: pipe.recv())
+
+    def _each(self, act: Callable[[Connection], Any]) -> list[Any]:
+        try:
+            return [act(pipe) for pipe in self._pipes]
+        except (EOFError, ConnectionError):  # a rank has ended: its error says more
+            self.join()
+            raise
+
+    def join(self) -> None:
+        """Wait for the end of the ranks. Raises what a rank has raised."""
+        while not self._context.join():
+            pass
+
+
+def _serve(rank: int, function: Callable[..., Any], args: tuple[Any, ...], world: int, port: int,
+           pipes: list[Connection]) -> None:
+    with open(os.devnull, "w") as nowhere:  # warnings and logs of all ranks at once; errors reach the script as such
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+    for other, pipe in enumerate(pipes):
+        if other != rank:
+            pipe.close()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_SIZE": str(world),
+                   "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if not torch.cuda.is_available():
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        torch.set_num_threads(1)
+    from prelora_ds.engine.runtime import init_process_group
+
+    init_process_group()
+    pipes[rank].send(function(pipes[rank], *args))
+    if torch.distributed.is_initialized():  # a run of ours has left it itself
+        torch.distributed.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
