@@ -109,7 +109,7 @@ def fit(samples: Sequence[tuple[Work, float]]) -> dict[str, float]:
 def case_config(config: Config, case: Case, world_size: int) -> Config:
     """The config of a case: the recipe's model with the case's blocks and batch."""
     values = config.model_dump(mode="json")
-    values["model"]["num_hidden_layers"] = case.layers
+    values["model"]["num_hidden_layers"], values["phases"] = case.layers, {}
     values["train"] |= {"micro_batch_size": case.micro_batch_size,
                         "global_batch_size": case.micro_batch_size * case.accum * world_size}
     return validate(values, "calibration")

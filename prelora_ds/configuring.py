@@ -15,6 +15,7 @@ from yaml import YAMLError
 
 from prelora_ds.core.config import Config
 from prelora_ds.core.errors import ConfigError
+from prelora_ds.core.plan import Phase
 
 # Keys of a DeepSpeed JSON that have another owner, and that owner.
 OWNED_BY_RECIPE = {
@@ -68,6 +69,12 @@ def validate(values: Mapping[str, Any], source: str) -> Config:
     if isinstance(values.get("deepspeed"), dict):
         values = {**values, "deepspeed": _without_auto(values["deepspeed"])}
         check_deepspeed(values["deepspeed"], "the DeepSpeed config")
+    phases = values.get("phases")
+    for phase, own in phases.items() if isinstance(phases, dict) else ():
+        if isinstance(own, dict) and isinstance(own.get("deepspeed"), dict):
+            own = {**own, "deepspeed": _without_auto(own["deepspeed"])}
+            check_deepspeed(own["deepspeed"], f"phases.{phase}.deepspeed")
+            values = {**values, "phases": {**values["phases"], phase: own}}
     try:
         config = Config.model_validate(values)
     except ValidationError as exc:
@@ -76,11 +83,17 @@ def validate(values: Mapping[str, Any], source: str) -> Config:
 
 
 def check_world(config: Config, world_size: int) -> None:
-    """Raise ConfigError when the batch does not divide over ``world_size`` ranks."""
+    """Raise ConfigError when the batch does not divide over ``world_size`` ranks, in any phase."""
+    for phase in Phase if config.convergence else (Phase.FULL,):
+        _check_phase(config.for_phase(phase), world_size, phase)
+
+
+def _check_phase(config: Config, world_size: int, phase: Phase) -> None:
+    key = "train.micro_batch_size" if phase is Phase.FULL else f"phases.{phase}.micro_batch_size"
     try:
         config.grad_accum_steps(world_size)
     except ValueError as exc:
-        raise ConfigError("train.micro_batch_size", config.train.micro_batch_size, str(exc),
+        raise ConfigError(key, config.train.micro_batch_size, str(exc),
                           "choose a micro-batch so that global_batch_size = micro_batch_size x ranks x a whole number "
                           "(1 at ZeRO stage 0), or another ZeRO stage") from exc
 

@@ -131,6 +131,7 @@ def _loop(run: Run, engine: Engine, phase: PhaseState, controller: PhaseControll
             logged.reset()
         if phase.plan != engine.plan and step < total:
             engine, switch = transition(engine, phase.plan, base_dir=run.out / "base")
+            loader.rebatch(engine.config.train.micro_batch_size)
             _begin_plan(run, engine, phase, switch)
     assert accuracy is not None, "the last step is a tick of every duration"
     return engine, accuracy
@@ -166,7 +167,7 @@ def _begin_plan(run: Run, engine: Engine, phase: PhaseState, switch: Switch | No
 
 def _log_bytes(run: Run, engine: Engine, step: int) -> None:
     """Predicted against measured bytes of this rank at the end of a backward pass; a warning where they differ."""
-    predicted = predict_bytes(engine.plan, run.layout, run.config.zero, dist.get_world_size(), after_backward=True,
+    predicted = predict_bytes(engine.plan, run.layout, engine.config.zero, dist.get_world_size(), after_backward=True,
                               lora_mode=run.config.lora.mode)
     measured = census(engine)
     off = worst_deviation(predicted, measured)

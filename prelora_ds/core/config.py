@@ -76,7 +76,8 @@ class ModelConfig(_Strict):
 
     ``factory`` is ``"package.module:function"``, called with ``factory_args`` and ``num_labels``; it returns a module
     that maps images ``[batch, channels, height, width]`` to logits ``[batch, num_labels]`` (or to an object with
-    ``.logits``). ``families`` maps a family to a regular expression over module paths with a group ``layer``.
+    ``.logits``). ``activation_checkpointing`` keeps only the input of each block for backward and runs its forward pass
+    twice. ``families`` maps a family to a regular expression over module paths with a group ``layer``.
     """
 
     image_size: Positive = 224
@@ -89,6 +90,7 @@ class ModelConfig(_Strict):
     hidden_dropout_prob: Share = 0.0
     attention_probs_dropout_prob: Share = 0.0
     attn_implementation: Literal["sdpa", "eager"] = "sdpa"
+    activation_checkpointing: bool = False
     factory: str | None = None
     factory_args: dict[str, Any] = Field(default_factory=dict)
     families: dict[str, str] | None = None
@@ -198,6 +200,24 @@ class LoraConfig(_Strict):
         return self
 
 
+class PhaseConfig(_Strict):
+    """What differs in a phase from the full one; the global batch never does.
+
+    ``zero_stage`` is short for a ``deepspeed`` section with another stage; ``deepspeed`` replaces the whole section.
+    """
+
+    micro_batch_size: Positive | None = None
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    deepspeed: dict[str, Any] | None = None
+
+
+class PhasesConfig(_Strict):
+    """Settings per phase, for the two that follow the full one."""
+
+    warmup: PhaseConfig = PhaseConfig()
+    lora: PhaseConfig = PhaseConfig()
+
+
 @dataclass(frozen=True)
 class ZeroSettings:
     """The keys of a DeepSpeed config's ``zero_optimization`` that decide bytes; DeepSpeed's defaults, in elements."""
@@ -219,6 +239,18 @@ class Config(_Strict):
     convergence: ConvergenceConfig | None = None
     lora: LoraConfig = LoraConfig()
     deepspeed: dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 0}})
+    phases: PhasesConfig = PhasesConfig()
+
+    def for_phase(self, phase: str) -> Config:
+        """The config that holds in ``phase``: micro-batch and DeepSpeed section as `phases` has them for it."""
+        own = getattr(self.phases, phase, PhaseConfig())
+        deepspeed = self.deepspeed if own.deepspeed is None else own.deepspeed
+        if own.zero_stage is not None:
+            zero = {**deepspeed.get("zero_optimization", {}), "stage": own.zero_stage}
+            deepspeed = {**deepspeed, "zero_optimization": zero}
+        micro = own.micro_batch_size or self.train.micro_batch_size
+        train = self.train.model_copy(update={"micro_batch_size": micro})
+        return self.model_copy(update={"train": train, "deepspeed": deepspeed, "phases": PhasesConfig()})
 
     @property
     def zero(self) -> ZeroSettings:
@@ -234,9 +266,9 @@ class Config(_Strict):
 
     @model_validator(mode="after")
     def _merged_weights_are_whole(self) -> Config:
-        if self.lora.mode == "merged" and self.zero.stage == 3:
+        if self.lora.mode == "merged" and self.for_phase("lora").zero.stage == 3:
             raise ValueError("lora.mode merged needs each weight whole on every rank, and ZeRO stage 3 splits them; "
-                             "choose lora.mode branch, or stage 0, 1 or 2")
+                             "choose lora.mode branch, or stage 0, 1 or 2 for the LoRA phase")
         return self
 
     def grad_accum_steps(self, world_size: int) -> int:

@@ -26,7 +26,7 @@ class MicroBatch:
     forward_flops: the forward pass alone. gemm_flops: all products of the step with weights, and attention's.
     adapter_flops: those with A and B. traffic_bytes: memory traffic of what is no large product (norms, GELU,
     residuals, softmax, adapters). calls: modules run and parameter hooks. saved_bytes: activations alive when backward
-    begins; recomputed_bytes: those of one block that come back under gradient checkpointing.
+    begins; recomputed_bytes: those of one block that come back under activation checkpointing.
     """
 
     forward_flops: int
@@ -42,14 +42,14 @@ class MicroBatch:
         return self.gemm_flops + self.adapter_flops
 
 
-def micro_batch(model: ModelConfig, plan: Plan, layout: Layout, size: int, *, mode: str = "auto",
-                checkpointing: bool = False) -> MicroBatch:
+def micro_batch(model: ModelConfig, plan: Plan, layout: Layout, size: int, *,
+                mode: str = "auto") -> MicroBatch:
     """Costs of a micro-batch of ``size`` images in bf16; ``mode`` is `lora.mode`, without `lora.dropout`.
 
     A module keeps its input for backward exactly if a gradient that needs it is computed: a frozen linear keeps
     nothing, and below the lowest parameter that trains nothing is kept at all. Products are counted as 2 FLOPs a
-    multiply-add; backward of one is twice its forward, less what needs no gradient. With ``checkpointing`` a block
-    keeps its input and runs forward twice. Mean and deviation of norms, and torch's random states, are left out.
+    multiply-add; backward of one is twice its forward, less what needs no gradient. With ``activation_checkpointing`` a
+    block keeps its input and runs forward twice. Mean and deviation of norms, and torch's random states, are left out.
 
     Source: PyTorch's autograd formulas of the operators that `transformers.ViTForImageClassification` (5.23) runs.
     """
@@ -65,7 +65,7 @@ def micro_batch(model: ModelConfig, plan: Plan, layout: Layout, size: int, *, mo
     for i in range(model.num_hidden_layers):
         before, forward, begun = w.saved, w.forward, w.flows
         _block(w, model, f"vit.layers.{i}", size, rows, dropped)
-        if checkpointing:
+        if model.activation_checkpointing:
             inner = max(inner, w.saved - before - (hidden if begun else 0))
             w.saved, w.gemm = before + hidden, w.gemm + w.forward - forward
     normed = w.norm("vit.layernorm", rows * d)

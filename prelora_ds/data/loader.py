@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -141,12 +142,28 @@ class TrainLoader:
                               f"no multiple of train.micro_batch_size {micro_batch_size} x {world_size} ranks",
                               f"use a multiple of {micro_batch_size * world_size}")
         share = global_batch_size // world_size
-        self._step, self._accum = start_step, share // micro_batch_size
-        owned = slice(rank * share, (rank + 1) * share)
-        rows = _rank_rows(seed, start_step, len(manifest), global_batch_size, owned, micro_batch_size)
+        self._step, self._workers, self._share = start_step, workers, share
+        self._rows = partial(_rank_rows, seed, samples=len(manifest), global_batch_size=global_batch_size,
+                             owned=slice(rank * share, (rank + 1) * share))
         self._images = _TrainImages(manifest, seed=seed, flip=flip, image_size=image_size, num_channels=num_channels,
                                     crop=crop)
-        self._batches: Iterator[MicroBatch] | None = _batches(self._images, rows, workers)
+        self._begin(micro_batch_size)
+
+    def _begin(self, micro_batch_size: int) -> None:
+        self._accum = self._share // micro_batch_size
+        rows = self._rows(self._step, micro_batch_size=micro_batch_size)
+        self._batches: Iterator[MicroBatch] | None = _batches(self._images, rows, self._workers)
+
+    def rebatch(self, micro_batch_size: int) -> None:
+        """Cut this and all later steps' rows, which stay the same, into micro-batches of another size.
+
+        Raises ValueError when it does not divide the rank's share of the global batch.
+        """
+        if self._share % micro_batch_size:
+            raise ValueError(f"{self._share} rows a rank and step are no multiple of {micro_batch_size}")
+        if self._accum != self._share // micro_batch_size:
+            self._batches = None  # ends the workers
+            self._begin(micro_batch_size)
 
     @property
     def step(self) -> int:

@@ -49,10 +49,14 @@ class StepStats:
 
 
 class Engine:
-    """One DeepSpeed engine under one plan. The step knows no phase."""
+    """One DeepSpeed engine under one plan. The step knows no phase.
+
+    run_config: of the whole run. config: the same with the settings of the plan's phase.
+    """
 
     def __init__(self, config: Config, plan: Plan, layout: Layout, num_labels: int, ds: Any) -> None:
-        self.config, self.plan, self.layout, self.num_labels, self.ds = config, plan, layout, num_labels, ds
+        self.run_config, self.config = config, config.for_phase(plan.phase)
+        self.plan, self.layout, self.num_labels, self.ds = plan, layout, num_labels, ds
         self._loss = torch.zeros(())
 
     @property
@@ -119,12 +123,13 @@ class Engine:
         return to_float(images.to(self.ds.device), torch.bfloat16)
 
 
-def build_engine(config: Config, plan: Plan, layout: Layout, num_labels: int, state: EngineState,
+def build_engine(run_config: Config, plan: Plan, layout: Layout, num_labels: int, state: EngineState,
                  counters: Counters = Counters()) -> Engine:
     """An engine for ``plan`` that holds ``state`` (consumed). Collective.
 
     The module is always a fresh one: DeepSpeed leaves hooks and attributes of a former engine on a module.
     """
+    config = run_config.for_phase(plan.phase)
     ds_config = deepspeed_config(config, plan, layout, comm.get_world_size())
     with torch.random.fork_rng(devices=[]):
         module = _empty_module(config, plan, num_labels, ds_config)
@@ -135,7 +140,7 @@ def build_engine(config: Config, plan: Plan, layout: Layout, num_labels: int, st
     restore_state(ds, plan, layout, state)
     for name, value in vars(counters).items():
         setattr(ds, name, value)
-    return Engine(config, plan, layout, num_labels, ds)
+    return Engine(run_config, plan, layout, num_labels, ds)
 
 
 def deepspeed_config(config: Config, plan: Plan, layout: Layout, world_size: int) -> dict[str, Any]:

@@ -45,6 +45,6 @@ def transition(engine: Engine, plan: Plan, *, base_dir: Path | None = None) -> t
     frozen = engine.plan.trainable - plan.trainable
     if base_dir is not None and frozen:
         save_slices(state, frozen, base_dir, comm.get_rank(), comm.get_world_size())
-    new = build_engine(engine.config, plan, engine.layout, engine.num_labels, state, counters)
+    new = build_engine(engine.run_config, plan, engine.layout, engine.num_labels, state, counters)
     check_ranks_agree(new)
     return new, Switch(time.perf_counter() - begun, sum(held.values()))

@@ -8,6 +8,7 @@ from pathlib import Path
 from prelora_ds.configuring import check_world, dump_yaml, load_config
 from prelora_ds.core.config import Config
 from prelora_ds.core.errors import ConfigError
+from prelora_ds.core.plan import Phase, warmup_plan
 from prelora_ds.core.schedule import Timeline
 from prelora_ds.data.manifest import Manifest
 from prelora_ds.launching.ranks import Ranks
@@ -22,7 +23,8 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
     from prelora_ds.engine.runtime import check_zero_config, choose_accelerator, init_process_group
 
     choose_accelerator()
-    check_zero_config(config.deepspeed.get("zero_optimization", {}))
+    for phase in Phase:
+        check_zero_config(config.for_phase(phase).deepspeed.get("zero_optimization", {}))
     if ranks.rank == 0:
         claim_output(Path(config.run.output_dir), config)
         print(dump_yaml(config), flush=True)
@@ -69,7 +71,6 @@ def check_families(config: Config, num_labels: int) -> None:
     """
     import torch
 
-    from prelora_ds.core.plan import warmup_plan
     from prelora_ds.model.adapters import attach_adapters
     from prelora_ds.model.families import find_layout
     from prelora_ds.model.vit import build_model

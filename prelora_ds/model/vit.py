@@ -17,7 +17,8 @@ from prelora_ds.core.errors import ConfigError
 def build_model(config: ModelConfig, num_labels: int) -> nn.Module:
     """An fp32 module with values drawn from torch's global generator (or none, under ``torch.device("meta")``).
 
-    Raises ConfigError when ``model.factory`` cannot be imported or returns no module.
+    Raises ConfigError when ``model.factory`` cannot be imported or returns no module, or one that cannot checkpoint
+    its activations and should.
     """
     if config.factory is not None:
         factory = _load_factory(config.factory)
@@ -29,13 +30,20 @@ def build_model(config: ModelConfig, num_labels: int) -> nn.Module:
         if not isinstance(model, nn.Module):
             raise ConfigError("model.factory", config.factory, f"returned a {type(model).__name__}",
                               "return a torch.nn.Module")
-        return model
-    return ViTForImageClassification(vit_config(config, num_labels))
+    else:
+        model = ViTForImageClassification(vit_config(config, num_labels))
+    if config.activation_checkpointing:
+        if not hasattr(model, "activation_checkpointing_enable"):
+            raise ConfigError("model.activation_checkpointing", True, f"a {type(model).__name__} has no method "
+                              "activation_checkpointing_enable()",
+                              "add one, as transformers' models have it, or set it to false")
+        model.activation_checkpointing_enable()
+    return model
 
 
 def vit_config(config: ModelConfig, num_labels: int) -> ViTConfig:
     """The transformers config of a run's ViT."""
-    sizes = config.model_dump(exclude={"factory", "factory_args", "families"})
+    sizes = config.model_dump(exclude={"factory", "factory_args", "families", "activation_checkpointing"})
     return ViTConfig(**sizes, num_labels=num_labels)
 
 

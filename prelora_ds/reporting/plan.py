@@ -172,13 +172,14 @@ def _plans(config: Config, layout: Layout, rank: int) -> list[Plan]:
 
 def _row(config: Config, plan: Plan, layout: Layout, zero: ZeroSettings, cluster: Cluster, rates: Rates | None,
          memory_gib: float | None, images: int) -> dict[str, Any]:
+    config = config.for_phase(plan.phase)
     model, mode, world, batch = config.model, config.lora.mode, cluster.world_size, config.train.global_batch_size
     reuse = int(config.deepspeed.get("zero_optimization", {}).get("stage3_max_reuse_distance", costs.REUSE_DISTANCE))
     image = costs.micro_batch(model, plan, layout, 1, mode=mode)
 
     def peak(micro: int) -> tuple[Any, int]:
         return costs.peak_bytes(plan, layout, zero, world, math.ceil(batch / (micro * world)),
-                                micro * image.saved_bytes, mode=mode, reuse_distance=reuse)
+                                micro * (image.saved_bytes + image.recomputed_bytes), mode=mode, reuse_distance=reuse)
 
     micro = config.train.micro_batch_size
     states, most = peak(micro)

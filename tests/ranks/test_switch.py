@@ -84,6 +84,54 @@ def bytes_as_predicted(zero, mode="auto"):
     t.close()
 
 
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+def test_checkpointed_activations_change_no_step_and_survive_switches(ranks, zero):
+    ranks.run(checkpointed_run, zero=zero)
+
+
+def checkpointed_run(zero):
+    runs = []
+    for checkpointed in (False, True):
+        t = Trainer(config(zero, model={**MEDIUM, "activation_checkpointing": checkpointed}))
+        losses = t.train(2)
+        for plan in (t.warmup, t.lora):
+            t.switch(plan)
+            losses += t.train(2)
+        runs.append((losses, t.whole_state()))
+        t.close()
+    assert runs[0][0] == runs[1][0] and same(runs[0][1], runs[1][1]) == []
+
+
+@pytest.mark.parametrize(("before", "after"), [("zero3", "zero1"), ("zero2", "zero3"), ("zero2_offload", "zero0")])
+def test_a_phase_may_have_its_own_stage_and_micro_batch(ranks, before, after):
+    ranks.run(own_settings, before=before, after=after)
+
+
+def own_settings(before, after):
+    """State is carried bitwise from stage to stage, and the bytes are those of the new one."""
+    own = {"deepspeed": {"zero_optimization": ZEROS[after]}, "micro_batch_size": 8}
+    t = Trainer(config(before, model=MEDIUM, batch=16, deepspeed={"zero_force_ds_cpu_optimizer": False},
+                       phases={"lora": own}))
+    t.train(2)
+    t.switch(t.warmup)
+    t.train(2)
+    outputs, state = t.outputs(), t.whole_state()
+    t.switch(t.lora)
+    assert torch.equal(outputs, t.outputs())
+    carried = {key: value for key, value in state.items() if key[0] in t.lora.trainable}
+    assert same(carried, t.whole_state()) == []
+    assert t.engine.config.zero.stage == ZEROS[after]["stage"] and t.engine.ds.gradient_accumulation_steps() == 1
+    t.cfg = t.engine.config  # micro-batches as the loader would cut them
+    t.train(3)
+    t.engine.backward(t.batches())
+    measured = settled(lambda: census(t.engine), only_owned)
+    predicted = predict_bytes(t.lora, t.layout, t.engine.config.zero, t.world, after_backward=True).to_json()
+    t.engine.finish_step(lr=1e-3)
+    for owner, expected in predicted.items():
+        assert abs(measured[owner] - expected) <= 0.02 * expected, (owner, predicted, measured)
+    t.close()
+
+
 @pytest.mark.parametrize(("mode", "zero"), [("merged", "zero0"), ("merged", "zero2"), ("fa", "zero2"), ("fa", "zero3")])
 def test_bytes_of_every_mode_are_as_predicted(ranks, mode, zero):
     ranks.run(bytes_as_predicted, zero=zero, mode=mode)

@@ -60,7 +60,8 @@ def launch(*arguments, runner="deepspeed.launcher.runner", ranks=2, timeout=200)
 def finished(shards, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "out"
     done = launch("--recipe", DEBUG, "--deepspeed_config", "ds_configs/zero2.json", f"run.output_dir={out}",
-                  f"data.train={shards / 'train'}", f"data.val={shards / 'val'}")
+                  f"data.train={shards / 'train'}", f"data.val={shards / 'val'}",
+                  "phases.lora.zero_stage=1", "phases.lora.micro_batch_size=32")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return out, done.stdout
 
@@ -161,6 +162,9 @@ MISTAKES = {
         "model.families.fc1", "matches no module"),
     "owned key": (["--deepspeed_config", "OWNED"], "gradient_clipping", "optimizer.clip_grad_norm"),
     "bad override": (["train.duration"], "override", "a.b=c"),
+    "impossible batch of a phase": (["phases.lora.micro_batch_size=25"], "phases.lora.micro_batch_size", "25"),
+    "owned key of a phase": (["phases.lora.deepspeed={gradient_clipping: 1}"], "phases.lora.deepspeed",
+                             "optimizer.clip_grad_norm"),
     "stage 0 accumulates": (["--deepspeed_config", "ds_configs/zero0.json", "train.micro_batch_size=8"],
                             "train.micro_batch_size", "BF16"),
 }

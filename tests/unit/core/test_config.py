@@ -22,6 +22,8 @@ from prelora_ds.core.config import (
     ZeroSettings,
 )
 
+VALUES: dict[str, Any] = {"run": {"name": "r", "output_dir": "o"}, "data": {"train": "t", "val": "v"},
+                          "train": {"duration": "10 epochs", "global_batch_size": 24, "micro_batch_size": 6}}
 TRAIN = {"duration": "10 epochs", "global_batch_size": 24, "micro_batch_size": 4}
 
 
@@ -223,3 +225,26 @@ def test_zero_settings(zero: dict[str, Any] | None, expected: ZeroSettings) -> N
 def test_without_a_zero_section_the_stage_is_0() -> None:
     cfg = Config.model_validate(config().model_dump() | {"deepspeed": {"bf16": {"enabled": True}}})
     assert cfg.zero == ZeroSettings(0)
+
+
+def test_a_phase_takes_its_own_settings_and_the_rest_from_the_run() -> None:
+    config = Config.model_validate(VALUES | {
+        "deepspeed": {"zero_optimization": {"stage": 3, "reduce_bucket_size": 7}},
+        "phases": {"lora": {"zero_stage": 1, "micro_batch_size": 4},
+                   "warmup": {"deepspeed": {"zero_optimization": {"stage": 2}}}}})
+    assert config.for_phase("full").zero.stage == 3
+    assert config.for_phase("full").train == config.train
+    lora, warmup = config.for_phase("lora"), config.for_phase("warmup")
+    assert (lora.zero.stage, lora.zero.reduce_bucket_size, lora.train.micro_batch_size) == (1, 7, 4)
+    assert (warmup.zero.stage, warmup.train) == (2, config.train)
+    assert warmup.zero.reduce_bucket_size != 7
+    assert lora.train.global_batch_size == config.train.global_batch_size
+    assert lora.for_phase("lora") == lora and config.zero.stage == 3
+
+
+def test_merged_weights_need_a_lora_phase_that_leaves_them_whole() -> None:
+    stage_3 = VALUES | {"deepspeed": {"zero_optimization": {"stage": 3}}, "lora": {"mode": "merged"}}
+    with pytest.raises(ValidationError, match="merged needs each weight whole"):
+        Config.model_validate(stage_3)
+    config = Config.model_validate(stage_3 | {"phases": {"lora": {"zero_stage": 1}}})
+    assert config.for_phase("lora").zero.stage == 1

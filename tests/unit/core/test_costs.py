@@ -72,7 +72,8 @@ def test_what_the_modes_of_the_lora_linear_compute() -> None:
 
 def test_checkpointing_runs_the_blocks_forward_once_more() -> None:
     layout, by_phase = plans(VIT_L, labels=1000)
-    plain, again = (micro_batch(VIT_L, by_phase["full"], layout, 1, checkpointing=c) for c in (False, True))
+    plain, again = (micro_batch(VIT_L.model_copy(update={"activation_checkpointing": c}), by_phase["full"], layout, 1)
+                    for c in (False, True))
     assert again.flops - plain.flops == pytest.approx(plain.forward_flops, rel=0.01)
     assert again.forward_flops == plain.forward_flops
 
@@ -98,12 +99,11 @@ def test_activation_bytes_of_each_lora_mode(mode: str, phase: str) -> None:
 
 @pytest.mark.parametrize("phase", ["full", "lora"])
 def test_activation_bytes_under_checkpointing(phase: str) -> None:
-    model = ModelConfig(**LONG)
+    model = ModelConfig(**LONG, activation_checkpointing=True)
     layout, by_phase = plans(model)
-    predicted = micro_batch(model, by_phase[phase], layout, 16, checkpointing=True)
-    assert predicted.saved_bytes == pytest.approx(activation_bytes(model, by_phase[phase], 16, checkpointing=True),
-                                                  rel=0.03)
-    whole = micro_batch(model, by_phase[phase], layout, 16).saved_bytes
+    predicted = micro_batch(model, by_phase[phase], layout, 16)
+    assert predicted.saved_bytes == pytest.approx(activation_bytes(model, by_phase[phase], 16), rel=0.03)
+    whole = micro_batch(ModelConfig(**LONG), by_phase[phase], layout, 16).saved_bytes
     assert predicted.recomputed_bytes < whole / model.num_hidden_layers
 
 
@@ -115,8 +115,7 @@ def test_activation_bytes_with_dropout() -> None:
     assert predicted == pytest.approx(activation_bytes(model, by_phase["full"], 4), rel=0.1)
 
 
-def activation_bytes(model: ModelConfig, plan: Plan, batch: int, *, mode: str = "auto",
-                     checkpointing: bool = False) -> int:
+def activation_bytes(model: ModelConfig, plan: Plan, batch: int, *, mode: str = "auto") -> int:
     """Bytes that torch's allocator has handed out in a forward pass and not got back at its end."""
     torch.manual_seed(0)
     module = build_model(model, 10)
@@ -128,8 +127,6 @@ def activation_bytes(model: ModelConfig, plan: Plan, batch: int, *, mode: str = 
         for linear in lora_linears(module):
             if not linear.get_base_layer().weight.requires_grad:
                 linear.keep_base()
-    if checkpointing:
-        module.gradient_checkpointing_enable()
     pixels, labels = torch.rand(batch, 3, model.image_size, model.image_size), torch.zeros(batch, dtype=torch.long)
     # The engine's bf16 images live as long as something keeps them.
     return allocated(lambda: nn.functional.cross_entropy(module(pixels.bfloat16()).logits.float(), labels))

@@ -133,6 +133,25 @@ def test_a_later_start_goes_on_with_the_same_batches(manifest):
     assert_same(steps(manifest, 6)[4:], steps(manifest, 2, start_step=4))
 
 
+@pytest.mark.parametrize("workers_", [0, 2])
+def test_another_micro_batch_under_way_cuts_the_same_rows(manifest, workers_):
+    loader = TrainLoader(manifest, **OPTIONS | {"global_batch_size": 12, "micro_batch_size": 2, "rank": 1,
+                                                "world_size": 2, "workers": workers_})
+    got = [loader.next(), loader.next()]
+    loader.rebatch(6)
+    got += [loader.next(), loader.next()]
+    loader.rebatch(3)
+    got.append(loader.next())
+    with pytest.raises(ValueError, match="no multiple of 4"):
+        loader.rebatch(4)
+    assert loader.step == 5
+    loader.close()
+    assert [len(step) for step in got] == [3, 3, 1, 1, 2]
+    assert_same(got, steps(manifest, 5, global_batch_size=12, micro_batch_size=6, rank=1, world_size=2))
+    ended()
+    assert not workers()
+
+
 def test_epochs_and_seeds_show_other_pixels_of_the_same_sample(manifest):
     def of_sample_0(seed, start):
         for step in steps(manifest, 3, seed=seed, start_step=start):

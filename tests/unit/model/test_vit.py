@@ -40,3 +40,18 @@ def test_a_factory_that_gives_no_model_is_named(factory: str, args: dict[str, An
     with pytest.raises(ConfigError) as caught:
         build_model(ModelConfig(factory=factory, factory_args=args, families=FAMILY), 7)
     assert caught.value.key == key and problem in caught.value.problem
+
+
+def test_activation_checkpointing_changes_no_gradient() -> None:
+    images, grads = torch.randn(2, 3, 8, 8), []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        model = build_model(ModelConfig(**SIZES, activation_checkpointing=checkpointed), 7).train()
+        logits_of(model(images)).square().sum().backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_a_factory_s_model_that_cannot_checkpoint_is_named() -> None:
+    with pytest.raises(ConfigError, match="activation_checkpointing_enable"):
+        build_model(ModelConfig(factory="support.models:mlp", families=FAMILY, activation_checkpointing=True), 7)
