@@ -1,0 +1,195 @@
+"""What a LoRA step costs against a full one: `python benchmarks/lora_step.py`.
+
+One process, blocks of ViT-L width at 224 px, BF16, batch 16, adapters of rank 8, 16, 32 and 64 in turn (mean 30). All
+variants take turns in one run; the figure is the median over rounds, as a ratio to the full step. The limit beside it
+counts FLOPs of matrix products only. A step is forward, backward and AdamW on fp32 masters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from statistics import median
+
+import torch
+from harness import interleaved, medians, print_table, record
+from torch import nn
+
+from prelora_ds.core.config import FAMILIES, ModelConfig
+from prelora_ds.core.plan import Layout, Plan, freeze_below, full_plan, lora_plan, warmup_plan
+from prelora_ds.model.adapters import attach_adapters
+from prelora_ds.model.families import find_layout, named_parameters
+from prelora_ds.model.lora_linear import lora_linears, merge_bases
+from prelora_ds.model.vit import build_model
+
+RANKS = (8, 16, 32, 64)
+
+
+@dataclass
+class Variant:
+    """A model under one plan; calling it takes a step and returns its seconds."""
+
+    module: nn.Module
+    layers: nn.Module
+    inputs: torch.Tensor
+    parts: dict[str, list[float]] = field(default_factory=lambda: {"forward": [], "backward": [], "optimizer": []})
+
+    def __post_init__(self) -> None:
+        self.trained = [p for p in self.module.parameters() if p.requires_grad]
+        self.masters = [p.detach().float().clone().requires_grad_() for p in self.trained]
+        self.adam = torch.optim.AdamW(self.masters, fused=True) if self.masters else None
+
+    def __call__(self) -> float:
+        begun = time.perf_counter()
+        output = self.layers(self.inputs)
+        loss = (output if isinstance(output, torch.Tensor) else output.logits).float().square().mean()
+        ran = time.perf_counter()
+        loss.backward()
+        backed = time.perf_counter()
+        for p, master in zip(self.trained, self.masters, strict=True):
+            master.grad, p.grad = p.grad.float(), None
+        if self.adam is not None:
+            self.adam.step()
+        with torch.no_grad():
+            for p, master in zip(self.trained, self.masters, strict=True):
+                p.copy_(master)
+        merge_bases(self.module)
+        self.inputs.grad = None
+        done = time.perf_counter()
+        for part, seconds in zip(self.parts, (ran - begun, backed - ran, done - backed), strict=True):
+            self.parts[part].append(seconds)
+        return done - begun
+
+
+class Blocks(nn.Module):
+    """The encoder blocks of a ViT alone: [batch, tokens, width] -> the same."""
+
+    def __init__(self, vit: nn.Module) -> None:
+        super().__init__()
+        self.layers = vit.vit.layers
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def make(config: ModelConfig, plan: Callable[[Layout], Plan], *, batch: int, whole: bool = False, fast: bool = True,
+         merged: bool = False, fp32_adapters: bool = False) -> Variant:
+    """A variant of the blocks alone, whose gradient flows on to what lies below if anything trains from the start, or
+    of the ``whole`` model."""
+    torch.manual_seed(0)
+    module = build_model(config, 1000)
+    layout = find_layout(module, FAMILIES)
+    the_plan = plan(layout)
+    attach_adapters(module, the_plan, dropout=0.0, fast=fast).to(torch.bfloat16)
+    for name, p in named_parameters(module).items():
+        p.requires_grad_(name in the_plan.trainable)
+        if fp32_adapters and ".lora_" in name:
+            p.data = p.data.float()
+    if merged:
+        for linear in lora_linears(module):
+            linear.keep_base()
+            linear.base.copy_(linear.get_base_layer().weight)
+    if whole:
+        return Variant(module, module, torch.randn(batch, 3, config.image_size, config.image_size).bfloat16())
+    blocks = Blocks(module)
+    tokens = (config.image_size // config.patch_size) ** 2 + 1
+    inputs = torch.randn(batch, tokens, config.hidden_size).bfloat16()
+    inputs.requires_grad_("vit.layers.0.layernorm_before.weight" in the_plan.trainable or not the_plan.trainable)
+    return Variant(blocks, blocks, inputs)
+
+
+def ranks_in_turn(layout: Layout) -> dict[str, dict[int, int]]:
+    """Each of RANKS equally often, in every layer and family."""
+    return {family: {layer: RANKS[(i + layer) % len(RANKS)] for layer in layers}
+            for i, (family, layers) in enumerate(layout.targets.items())}
+
+
+def full(layout: Layout) -> Plan:
+    return full_plan(layout, init_seed=0)
+
+
+def frozen(layout: Layout) -> Plan:
+    """Nothing trains, and the gradient still flows to the input: the floor of a LoRA step."""
+    return Plan(full(layout).phase, trainable=frozenset())
+
+
+def warm(layout: Layout, train_a: bool = True) -> Plan:
+    return warmup_plan(layout, ranks_in_turn(layout), alpha_over_r=1.0, init_seed=0, since_step=0, train_a=train_a)
+
+
+def lora(layout: Layout, train_a: bool = True) -> Plan:
+    return lora_plan(layout, warm(layout, train_a), train_rest=True, since_step=0)
+
+
+def top_half(layout: Layout) -> Plan:
+    layers = max(layer for family in layout.targets.values() for layer in family) + 1
+    return freeze_below(lora(layout), layout, layers // 2)
+
+
+def flops(config: ModelConfig, kind: str) -> float:
+    """Of the matrix products of one image and block, in units of one full step's. Source: count of 2 m n k each."""
+    tokens = (config.image_size // config.patch_size) ** 2 + 1
+    d, f, r = config.hidden_size, config.intermediate_size, sum(RANKS) / len(RANKS)
+    linear, attention = 2 * tokens * (4 * d * d + 2 * d * f), 4 * tokens * tokens * d
+    skinny = 2 * tokens * r * (4 * 2 * d + 2 * (d + f))  # x A^T and h B^T; r times (in + out) of each linear
+    one_way = 2 * linear + 3 * attention  # no gradient of a weight
+    branch = one_way + 3 * skinny
+    counted = {"full": 3 * (linear + attention), "frozen": one_way, "warmup": 3 * (linear + attention + skinny),
+               "branch": branch, "merged": one_way + 2 * skinny, "fa": one_way + 2.5 * skinny,
+               "half": (linear + attention + skinny + branch) / 2}
+    return counted[kind] / counted["full"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--whole-layers", type=int, default=24, help="of the whole model, for the top half")
+    parser.add_argument("--whole-rounds", type=int, default=3)
+    args = parser.parse_args()
+    config = ModelConfig(hidden_size=1024, intermediate_size=4096, num_attention_heads=16,
+                         num_hidden_layers=args.layers, attn_implementation="eager")
+    blocks = partial(make, config, batch=args.batch)
+    variants = {
+        "full step": (blocks(full), "full"), "warm-up step": (blocks(warm), "warmup"),
+        "frozen backbone": (blocks(frozen), "frozen"),
+        "LoRA, branch": (blocks(lora), "branch"), "LoRA, merged": (blocks(lora, merged=True), "merged"),
+        "LoRA, fa": (blocks(partial(lora, train_a=False)), "fa"),
+        "LoRA, branch, top half active": (blocks(top_half), "half"),
+        "peft, as it comes": (blocks(lora, fast=False, fp32_adapters=True), "branch"),
+        "peft, adapters in BF16": (blocks(lora, fast=False), "branch"),
+    }
+    seconds = interleaved({name: variant for name, (variant, _) in variants.items()}, args.rounds)
+    ratio = {name: s / medians(seconds)["full step"] for name, s in medians(seconds).items()}
+    rows = [{"variant": name, "step s": median(seconds[name]), "of full": ratio[name],
+             "limit by FLOPs": flops(config, kind),
+             **{f"{part} s": median(values[1:]) for part, values in variant.parts.items()}}
+            for name, (variant, kind) in variants.items()]
+    whole = partial(make, config.model_copy(update={"num_hidden_layers": args.whole_layers}), batch=args.batch,
+                    whole=True)
+    both = medians(interleaved({"full": whole(full), "half": whole(top_half)}, args.whole_rounds))
+    rows.append({"variant": f"whole model, {args.whole_layers} blocks, full", "step s": both["full"], "of full": 1.0})
+    rows.append({"variant": f"whole model, {args.whole_layers} blocks, top half active", "step s": both["half"],
+                 "of full": both["half"] / both["full"], "limit by FLOPs": flops(config, "half")})
+    print_table(rows, f"{args.layers} blocks of ViT-L width, batch {args.batch}, mean rank {sum(RANKS) / len(RANKS):g}")
+    record("lora_step", {
+        "lora_r30_vs_full": ratio["LoRA, branch"],
+        "lora_r30_vs_floor": ratio["LoRA, branch"] / ratio["frozen backbone"],
+        "merged_r30_vs_full": ratio["LoRA, merged"], "fa_r30_vs_full": ratio["LoRA, fa"],
+        "frozen_vs_full": ratio["frozen backbone"], "warmup_vs_full": ratio["warm-up step"],
+        "half_active_vs_full": ratio["LoRA, branch, top half active"],
+        "half_active_whole_vs_full": both["half"] / both["full"],
+        "peft_default_vs_full": ratio["peft, as it comes"],
+        "peft_same_dtype_vs_full": ratio["peft, adapters in BF16"],
+    }, rows, notes="Medians over rounds; all variants of the blocks interleaved in one run. The limit counts matrix "
+                   "products only: LayerNorm, GELU, softmax and the optimizer come on top.")
+
+
+if __name__ == "__main__":
+    main()
