@@ -1,0 +1,214 @@
+"""What the ranks of switch.py do: real switches with a stopwatch in them, and engines torn down in two ways."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+import deepspeed
+import torch
+
+from prelora_ds.configuring import validate
+from prelora_ds.core.plan import Layout, Plan, full_plan, lora_plan, warmup_plan
+from prelora_ds.engine import build as build_module
+from prelora_ds.engine import transition as transition_module
+from prelora_ds.engine.build import Engine, build_engine, deepspeed_config
+from prelora_ds.engine.census import engine_storages, live_storages, peak_rss_bytes, rss_bytes, settled
+from prelora_ds.engine.release import release, trim_memory
+from prelora_ds.engine.runtime import freeze_imports
+from prelora_ds.engine.state import initial_state
+from prelora_ds.engine.transition import transition
+from prelora_ds.model.families import find_layout
+from prelora_ds.model.vit import build_model
+
+LABELS = 1000
+SETTLE = 5  # rebuilds before growth is counted: caches fill, and glibc finds its size
+# Each function of a switch, where the switch looks it up, and the part of the switch it makes up.
+PARTS = {
+    "count what it owns": (transition_module, "engine_storages"),
+    "export": (transition_module, "export_state"),
+    "release": (transition_module, "release"),
+    "prove it gone": (transition_module, "settled"),
+    "write the base": (transition_module, "save_slices"),
+    "build: module": (build_module, "_empty_module"),
+    "build: initialize": (deepspeed, "initialize"),
+    "restore": (build_module, "restore_state"),
+    "do ranks agree": (transition_module, "check_ranks_agree"),
+}
+
+
+def switches(pipe: Connection, model: Mapping[str, Any], micro: int, steps: int, folder: Path) -> dict[str, Any]:
+    """Seconds of ``steps`` full-phase steps and of the parts of both switches; bytes at the peak of each, this rank."""
+    engine, (full, warmup, lora) = first_engine(model, micro, stage=2)
+    one_step(engine)  # the first one makes the moments
+    reset_peak()
+    report: dict[str, Any] = {"steps": [one_step(engine) for _ in range(steps)], "step_peak_rss": peak_rss_bytes(),
+                              "live_bytes": sum(live_storages().values()), "copy_bytes_s": copy_bytes_per_second(),
+                              "elements": elements(full, engine.layout)}
+    for name, plan in (("full -> warmup", warmup), ("warmup -> lora", lora)):
+        trained_before = elements(engine.plan, engine.layout)
+        reset_peak()
+        with stopwatch() as (seconds, live, spent_looking):
+            engine, switch = transition(engine, plan, base_dir=folder)
+        total = switch.seconds - sum(spent_looking)
+        report[name] = {"parts": {**seconds, "the rest": total - sum(seconds.values())}, "seconds": total,
+                        "peak_rss": peak_rss_bytes(), "live_bytes": max(live),
+                        "elements": (trained_before, elements(plan, engine.layout))}
+        if plan is warmup:
+            one_step(engine)  # the adapters need moments for the next switch to carry
+    return report
+
+
+@contextlib.contextmanager
+def stopwatch() -> Iterator[tuple[dict[str, float], list[int], list[float]]]:
+    """Seconds of each part of a switch, the live tensor bytes at the end of each, and the seconds to count those."""
+    seconds, live, looking = dict.fromkeys(PARTS, 0.0), [], []
+
+    def clocked(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            begun = time.perf_counter()
+            result = function(*args, **options)
+            done = time.perf_counter()
+            seconds[part] += done - begun
+            live.append(sum(live_storages().values()))
+            looking.append(time.perf_counter() - done)
+            return result
+        return call
+
+    with contextlib.ExitStack() as stack:
+        for part, (module, name) in PARTS.items():
+            stack.enter_context(patch.object(module, name, clocked(part, getattr(module, name))))
+        yield seconds, live, looking
+
+
+def freed_by_us(pipe: Connection, model: Mapping[str, Any], stage: int) -> tuple[int, float]:
+    """Bytes of an engine, weights included, and the share of them that `release` frees."""
+    engine, _ = first_engine(model, micro=4, stage=stage)
+    one_step(engine)
+    held = engine_storages(engine)
+    release(engine)
+    return sum(held.values()), freed_share(held)
+
+
+def freed_by_hand(pipe: Connection, model: Mapping[str, Any], stage: int, keep_module: bool) -> tuple[int, float]:
+    """Bytes of an engine beside its module's weights, which are wanted for the next one, and the share of them that
+    `engine.destroy(); del engine, optimizer; gc.collect()` frees."""
+    engine, _ = first_engine(model, micro=4, stage=stage)
+    one_step(engine)
+    module, ds = engine.module, engine.ds
+    weights = {p.untyped_storage()._cdata for p in module.parameters()}
+    held = {key: nbytes for key, nbytes in engine_storages(engine).items() if key not in weights}
+    ds.destroy()
+    del ds, engine
+    if not keep_module:
+        del module
+    gc.collect()
+    return sum(held.values()), freed_share(held)
+
+
+def rebuilt_by_us(pipe: Connection, model: Mapping[str, Any], rebuilds: int) -> tuple[float, float]:
+    """Seconds of a rebuild, and the resident bytes by which this rank grows over ``rebuilds``."""
+    engine, (full, *_) = first_engine(model, micro=4, stage=2)
+    rss, seconds = [], []
+    for _ in range(SETTLE + rebuilds):
+        one_step(engine)
+        engine, switch = transition(engine, full)
+        seconds.append(switch.seconds)
+        trim_memory()
+        rss.append(rss_bytes())
+    return median(seconds), growth(rss)
+
+
+def rebuilt_by_hand(pipe: Connection, model: Mapping[str, Any], rebuilds: int) -> tuple[float, float]:
+    """As `rebuilt_by_us`, with a new engine on the same module after each teardown by hand; no state is carried."""
+    engine, (full, *_) = first_engine(model, micro=4, stage=2)
+    module = engine.module
+    ds_config = deepspeed_config(engine.config, full, engine.layout, torch.distributed.get_world_size())
+    rss, seconds = [], []
+    for _ in range(SETTLE + rebuilds):
+        one_step(engine)
+        begun = time.perf_counter()
+        engine.ds.destroy()
+        engine.ds = None  # the last reference that we hold
+        gc.collect()
+        optimizer = torch.optim.AdamW([{"params": list(module.parameters()), "lr_scale": 1.0}])
+        engine.ds, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config,
+                                             dist_init_required=False)
+        del optimizer
+        seconds.append(time.perf_counter() - begun)
+        trim_memory()
+        rss.append(rss_bytes())
+    return median(seconds), growth(rss)
+
+
+def freed_share(held: Mapping[int, int]) -> float:
+    """The share of ``held`` (address -> bytes) whose storages are gone."""
+    left = settled(lambda: sum(nbytes for key, nbytes in live_storages().items() if key in held), lambda n: n == 0)
+    return 1 - left / sum(held.values())
+
+
+def growth(rss: list[int]) -> float:
+    """Resident bytes after the last rebuilds less those after the first ones."""
+    return median(rss[-3:]) - median(rss[SETTLE - 3:SETTLE])
+
+
+def first_engine(model: Mapping[str, Any], micro: int, stage: int) -> tuple[Engine, tuple[Plan, Plan, Plan]]:
+    """An engine in the full phase, and the plans of the three phases with ranks 8, 16 and 32 in turn."""
+    freeze_imports()
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    cfg = validate({"run": {"name": "switch", "output_dir": "-"}, "model": dict(model),
+                    "data": {"train": "-", "val": "-"}, "optimizer": {"warmup": "0 steps"},
+                    "train": {"duration": "100 steps", "global_batch_size": micro * world, "micro_batch_size": micro},
+                    "deepspeed": {"zero_optimization": {"stage": stage}}}, "benchmarks/switch.py")
+    torch.manual_seed(0)
+    module = build_model(cfg.model, LABELS)
+    layout = find_layout(module, cfg.lora.families, cfg.model.families)
+    ranks = {family: {layer: 8 << (i + layer) % 3 for layer in layers}
+             for i, (family, layers) in enumerate(layout.targets.items())}
+    full = full_plan(layout, init_seed=0)
+    warmup = warmup_plan(layout, ranks, alpha_over_r=1.0, init_seed=0, since_step=0)
+    lora = lora_plan(layout, warmup, train_rest=True, since_step=0)
+    state = initial_state(module, rank, world)
+    del module
+    return build_engine(cfg, full, layout, LABELS, state), (full, warmup, lora)
+
+
+def one_step(engine: Engine) -> float:
+    """Seconds of a training step on a random batch."""
+    m, micro = engine.config.model, engine.config.train.micro_batch_size
+    images = torch.randint(0, 256, (micro, m.num_channels, m.image_size, m.image_size), dtype=torch.uint8)
+    labels = torch.randint(0, LABELS, (micro,))
+    begun = time.perf_counter()
+    engine.train_step([(images, labels)], lr=1e-4)
+    return time.perf_counter() - begun
+
+
+def elements(plan: Plan, layout: Layout) -> int:
+    """Elements that train under ``plan``."""
+    shapes = plan.parameters(layout)
+    return sum(torch.Size(shapes[name]).numel() for name in plan.trainable)
+
+
+def copy_bytes_per_second(nbytes: int = 2**28) -> float:
+    """What this rank copies in memory while the others do so too."""
+    source = torch.zeros(nbytes, dtype=torch.uint8)
+    target = source.clone()
+    torch.distributed.barrier()
+    seconds = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        target.copy_(source)
+        seconds.append(time.perf_counter() - begun)
+    return nbytes / median(seconds)
+
+
+def reset_peak() -> None:
+    """Begin a new peak of the resident set (VmHWM)."""
+    Path("/proc/self/clear_refs").write_text("5")
