@@ -60,13 +60,15 @@ def calibration_cases(config: Config) -> list[Case]:
 
 def calibrate(config: Config, ranks: int) -> dict[str, Any]:
     """Rates of this machine with ``ranks`` ranks on it, and the samples they were fitted to, as JSON."""
+    from prelora_ds.engine.runtime import rank_memory_gib
+
     cases = calibration_cases(config)
     alone = measure(config, cases, 1, local_size=ranks)
     together = measure(config, cases[:1], ranks, local_size=ranks, reduces=True) if ranks > 1 else []
     rates = fit_rates(config, ranks, alone, together)
     rows = [{**asdict(case), "measured_s": s, "fitted_s": rates.step_seconds(case_work(config, case, 1))}
             for case, s in zip(cases, alone, strict=True)]
-    return {"rates": asdict(rates), "memory_gib": memory_gib(ranks), "samples": rows}
+    return {"rates": asdict(rates), "memory_gib": rank_memory_gib(ranks), "samples": rows}
 
 
 def fit_rates(config: Config, ranks: int, alone: Sequence[float], together: Sequence[float]) -> Rates:
@@ -220,15 +222,6 @@ def _seconds(run: Callable[[], object]) -> list[float]:
         synchronize()
         times.append(time.perf_counter() - begun)
     return times[2:]
-
-
-def memory_gib(ranks: int) -> float:
-    """Memory of a rank's device, or its share of the host's on a CPU, in GiB."""
-    import torch
-
-    if torch.cuda.is_available():
-        return float(torch.cuda.get_device_properties(0).total_memory) / 2**30
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 / ranks
 
 
 def main(recipe: Path, out: Path, overrides: Annotated[list[str] | None, typer.Argument()] = None,

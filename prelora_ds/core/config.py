@@ -204,18 +204,30 @@ class PhaseConfig(_Strict):
     """What differs in a phase from the full one; the global batch never does.
 
     ``zero_stage`` is short for a ``deepspeed`` section with another stage; ``deepspeed`` replaces the whole section.
+    ``auto`` is settled at the start of a run (`prelora_ds.launching.autosize`): the largest micro-batch that fits, and
+    the stage with the least predicted step time.
     """
 
-    micro_batch_size: Positive | None = None
-    zero_stage: Literal[0, 1, 2, 3] | None = None
+    micro_batch_size: Positive | Literal["auto"] | None = None
+    zero_stage: Literal[0, 1, 2, 3, "auto"] | None = None
     deepspeed: dict[str, Any] | None = None
+
+    @property
+    def is_auto(self) -> bool:
+        return "auto" in (self.micro_batch_size, self.zero_stage)
 
 
 class PhasesConfig(_Strict):
-    """Settings per phase, for the two that follow the full one."""
+    """Settings per phase, for the two that follow the full one.
+
+    ``auto`` there goes by ``memory_gib`` of a rank (by default its device's, or its share of the host's) and by the
+    rates in the file ``calibration`` (of `python -m prelora_ds.calibrate`; by default the GPU's data sheet).
+    """
 
     warmup: PhaseConfig = PhaseConfig()
     lora: PhaseConfig = PhaseConfig()
+    memory_gib: Annotated[float, Field(gt=0)] | None = None
+    calibration: str | None = None
 
 
 @dataclass(frozen=True)
@@ -242,13 +254,16 @@ class Config(_Strict):
     phases: PhasesConfig = PhasesConfig()
 
     def for_phase(self, phase: str) -> Config:
-        """The config that holds in ``phase``: micro-batch and DeepSpeed section as `phases` has them for it."""
-        own = getattr(self.phases, phase, PhaseConfig())
+        """The config that holds in ``phase``: micro-batch and DeepSpeed section as `phases` has them for it.
+
+        Where they are ``auto`` and not settled yet, those of the run.
+        """
+        own = PhaseConfig() if phase == "full" else getattr(self.phases, phase)
         deepspeed = self.deepspeed if own.deepspeed is None else own.deepspeed
-        if own.zero_stage is not None:
+        if own.zero_stage not in (None, "auto"):
             zero = {**deepspeed.get("zero_optimization", {}), "stage": own.zero_stage}
             deepspeed = {**deepspeed, "zero_optimization": zero}
-        micro = own.micro_batch_size or self.train.micro_batch_size
+        micro = self.train.micro_batch_size if own.micro_batch_size in (None, "auto") else own.micro_batch_size
         train = self.train.model_copy(update={"micro_batch_size": micro})
         return self.model_copy(update={"train": train, "deepspeed": deepspeed, "phases": PhasesConfig()})
 
@@ -266,7 +281,8 @@ class Config(_Strict):
 
     @model_validator(mode="after")
     def _merged_weights_are_whole(self) -> Config:
-        if self.lora.mode == "merged" and self.for_phase("lora").zero.stage == 3:
+        settled = self.phases.lora.zero_stage != "auto"
+        if self.lora.mode == "merged" and settled and self.for_phase("lora").zero.stage == 3:
             raise ValueError("lora.mode merged needs each weight whole on every rank, and ZeRO stage 3 splits them; "
                              "choose lora.mode branch, or stage 0, 1 or 2 for the LoRA phase")
         return self

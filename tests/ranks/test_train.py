@@ -61,7 +61,7 @@ def finished(shards, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "out"
     done = launch("--recipe", DEBUG, "--deepspeed_config", "ds_configs/zero2.json", f"run.output_dir={out}",
                   f"data.train={shards / 'train'}", f"data.val={shards / 'val'}",
-                  "phases.lora.zero_stage=1", "phases.lora.micro_batch_size=32")
+                  "phases.lora.zero_stage=auto", "phases.lora.micro_batch_size=auto")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return out, done.stdout
 
@@ -112,6 +112,9 @@ def test_the_resolved_config_is_printed_once_and_kept(finished):
     assert printed.count("micro_batch_size: 16") == 1
     kept = load_config(out / "config.yaml")
     assert kept.deepspeed["zero_optimization"] == {"stage": 2} and kept.run.output_dir == str(out)
+    # `auto`, settled before the first step: the whole share of a rank at once, at the stage that moves the fewest bytes
+    assert printed.count("auto: lora: ZeRO 0, micro-batch 32") == 1
+    assert (kept.for_phase("lora").zero.stage, kept.for_phase("lora").train.micro_batch_size) == (0, 32)
 
 
 def test_the_final_table_is_printed(finished):
