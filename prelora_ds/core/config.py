@@ -77,7 +77,8 @@ class ModelConfig(_Strict):
     ``factory`` is ``"package.module:function"``, called with ``factory_args`` and ``num_labels``; it returns a module
     that maps images ``[batch, channels, height, width]`` to logits ``[batch, num_labels]`` (or to an object with
     ``.logits``). ``activation_checkpointing`` keeps only the input of each block for backward and runs its forward pass
-    twice. ``families`` maps a family to a regular expression over module paths with a group ``layer``.
+    twice. ``compile`` compiles each block by torch.compile, anew in each phase. ``families`` maps a family to a regular
+    expression over module paths with a group ``layer``.
     """
 
     image_size: Positive = 224
@@ -91,6 +92,7 @@ class ModelConfig(_Strict):
     attention_probs_dropout_prob: Share = 0.0
     attn_implementation: Literal["sdpa", "eager"] = "sdpa"
     activation_checkpointing: bool = False
+    compile: bool = False
     factory: str | None = None
     factory_args: dict[str, Any] = Field(default_factory=dict)
     families: dict[str, str] | None = None

@@ -14,6 +14,7 @@ import deepspeed
 import torch
 from deepspeed import comm
 from deepspeed.runtime.zero.partition_parameters import Init
+from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 
 from prelora_ds.core.config import Config
@@ -24,7 +25,7 @@ from prelora_ds.engine.state import EngineState, adam_steps_of, restore_state
 from prelora_ds.model.adapters import attach_adapters, check_adapters
 from prelora_ds.model.families import named_parameters
 from prelora_ds.model.lora_linear import lora_linears, merge_bases
-from prelora_ds.model.vit import build_model, logits_of
+from prelora_ds.model.vit import build_model, compile_blocks, logits_of
 
 MicroBatches = Sequence[tuple[torch.Tensor, torch.Tensor]]  # (images uint8 [B,C,H,W], labels int64 [B])
 
@@ -132,7 +133,7 @@ def build_engine(run_config: Config, plan: Plan, layout: Layout, num_labels: int
     config = run_config.for_phase(plan.phase)
     ds_config = deepspeed_config(config, plan, layout, comm.get_world_size())
     with torch.random.fork_rng(devices=[]):
-        module = _empty_module(config, plan, num_labels, ds_config)
+        module = _empty_module(config, plan, layout, num_labels, ds_config)
     optimizer = _optimizer(config, plan, layout, module, adam_steps_of(state, plan))
     with contextlib.redirect_stdout(io.StringIO()):  # the stage 1 optimizer prints its memory use line by line
         ds, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config, dist_init_required=False)
@@ -165,7 +166,8 @@ def deepspeed_config(config: Config, plan: Plan, layout: Layout, world_size: int
     return ds
 
 
-def _empty_module(config: Config, plan: Plan, num_labels: int, ds_config: Mapping[str, Any]) -> nn.Module:
+def _empty_module(config: Config, plan: Plan, layout: Layout, num_labels: int,
+                  ds_config: Mapping[str, Any]) -> nn.Module:
     """A bf16 module of zeros on the device, adapters attached, partitioned as it is made at stage 3."""
     with torch.device("meta"):
         module = build_model(config.model, num_labels)
@@ -187,6 +189,12 @@ def _empty_module(config: Config, plan: Plan, num_labels: int, ds_config: Mappin
         for linear in lora_linears(module):
             if not linear.get_base_layer().weight.requires_grad:
                 linear.keep_base()
+    if config.model.compile:
+        blocks = [module.get_submodule(layout.block(layer).rstrip(".")) for layer in layout.layers()]
+        if config.zero.stage == 3:
+            # Gathered block by block: hooks on what is inside would break each block's graph.
+            set_z3_leaf_modules(module, list({type(block) for block in blocks}))
+        compile_blocks(blocks)
     return module
 
 
