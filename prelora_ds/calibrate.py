@@ -137,7 +137,7 @@ def case_work(config: Config, case: Case, world_size: int) -> Work:
     with torch.device("meta"):
         layout = find_layout(build_model(own.model, LABELS), own.lora.families)
     return step_work(own.model, case_plan(own, case, layout), layout, own.zero, world_size=world_size,
-                     micro_batch_size=case.micro_batch_size, accum=case.accum, mode=own.lora.mode)
+                     micro_batch_size=case.micro_batch_size, accum=case.accum, mode=own.lora_mode())
 
 
 def measure(config: Config, cases: Sequence[Case], ranks: int, *, local_size: int,

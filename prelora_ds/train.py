@@ -168,7 +168,7 @@ def _begin_plan(run: Run, engine: Engine, phase: PhaseState, switch: Switch | No
 def _log_bytes(run: Run, engine: Engine, step: int) -> None:
     """Predicted against measured bytes of this rank at the end of a backward pass; a warning where they differ."""
     predicted = predict_bytes(engine.plan, run.layout, engine.config.zero, dist.get_world_size(), after_backward=True,
-                              lora_mode=run.config.lora.mode)
+                              lora_mode=engine.config.lora_mode())
     measured = census(engine)
     off = worst_deviation(predicted, measured)
     run.log.plans({"event": "bytes", "step": step, "phase": engine.plan.phase, "predicted": predicted.to_json(),

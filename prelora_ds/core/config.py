@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
+MERGED_UP_TO = 384  # hidden size
 FAMILIES = ("q", "k", "v", "o", "fc1", "fc2")
 
 
@@ -175,7 +176,7 @@ class LoraConfig(_Strict):
     ``alpha_over_r`` is LoRA's scaling, the same for every rank. ``train_rest`` keeps head, LayerNorms and embeddings
     (whatever is no adapted linear) trainable in the LoRA phase. ``mode`` is how a linear with an adapter computes
     (`prelora_ds.model.lora_linear`); ``fa`` freezes A from the first step on, ``peft`` is peft's own code, ``auto`` the
-    one that was measured to be fastest: ``branch``.
+    one that was measured to be fastest (`Config.lora_mode`).
     """
 
     families: tuple[str, ...] = FAMILIES
@@ -268,6 +269,19 @@ class Config(_Strict):
         micro = self.train.micro_batch_size if own.micro_batch_size in (None, "auto") else own.micro_batch_size
         train = self.train.model_copy(update={"micro_batch_size": micro})
         return self.model_copy(update={"train": train, "deepspeed": deepspeed, "phases": PhasesConfig()})
+
+    def lora_mode(self, stage: int | None = None) -> str:
+        """``lora.mode`` as it is computed at ZeRO ``stage`` (by default the config's own).
+
+        ``auto`` goes by what was measured (benchmarks/lora_step.py): narrow blocks spend their time in calls, of which
+        ``merged`` has fewer; from a width of 768 on the two are equal, and ``branch`` needs no fp32 base. Only
+        ``branch`` has dropout.
+        """
+        mode = self.lora.mode
+        if mode == "auto":
+            narrow = self.model.factory is None and self.model.hidden_size <= MERGED_UP_TO
+            mode = "merged" if narrow and (self.zero.stage if stage is None else stage) != 3 else "branch"
+        return "branch" if mode == "merged" and self.lora.dropout else mode
 
     @property
     def zero(self) -> ZeroSettings:

@@ -32,7 +32,7 @@ class Setting:
 def setting(config: Config, plan: Plan, layout: Layout, zero: ZeroSettings, world_size: int,
             micro_batch_size: int) -> Setting:
     """``config`` (of the plan's phase) with ``zero`` and ``micro_batch_size`` in the place of its own."""
-    mode, reuse = config.lora.mode, reuse_distance(config)
+    mode, reuse = config.lora_mode(zero.stage), reuse_distance(config)
     image = costs.micro_batch(config.model, plan, layout, 1, mode=mode)
     accum = config.train.global_batch_size // (micro_batch_size * world_size)
     states, peak = costs.peak_bytes(plan, layout, zero, world_size, accum,

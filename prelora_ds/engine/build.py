@@ -185,7 +185,7 @@ def _empty_module(config: Config, plan: Plan, layout: Layout, num_labels: int,
                                       persistent=key not in submodule._non_persistent_buffers_set)
     for name, p in named_parameters(module).items():
         p.requires_grad_(name in plan.trainable)
-    if config.lora.mode == "merged":
+    if config.lora_mode() == "merged":
         for linear in lora_linears(module):
             if not linear.get_base_layer().weight.requires_grad:
                 linear.keep_base()

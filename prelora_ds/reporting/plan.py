@@ -169,7 +169,7 @@ def _row(config: Config, plan: Plan, layout: Layout, zero: ZeroSettings, cluster
          memory_gib: float | None, images: int) -> dict[str, Any]:
     config = config.for_phase(plan.phase)
     world, batch, micro = cluster.world_size, config.train.global_batch_size, config.train.micro_batch_size
-    image = costs.micro_batch(config.model, plan, layout, 1, mode=config.lora.mode)
+    image = costs.micro_batch(config.model, plan, layout, 1, mode=config.lora_mode(zero.stage))
     own, every = setting(config, plan, layout, zero, world, micro), settings(config, plan, layout, zero, world)
     step_s = rates and rates.step_seconds(own.work, cluster.gpus_per_host)
     extra = costs.buckets_bytes(plan, layout, zero) + costs.gathered_bytes(plan, layout, zero,

@@ -76,7 +76,7 @@ def bytes_as_predicted(zero, mode="auto"):
         at_rest = settled(lambda: census(t.engine), only_owned)
         for measured, after_backward in ((at_backward, True), (at_rest, False)):
             predicted = predict_bytes(plan, t.layout, t.cfg.zero, t.world, after_backward=after_backward,
-                                      lora_mode=t.cfg.lora.mode).to_json()
+                                      lora_mode=t.cfg.lora_mode()).to_json()
             for owner, expected in predicted.items():
                 assert abs(measured[owner] - expected) <= 0.02 * expected, (plan.phase, owner, after_backward,
                                                                             predicted, measured)

@@ -29,6 +29,7 @@ def config(zero: str = "zero2", *, model: dict[str, Any] | None = None, deepspee
         "optimizer": {"lr": 1e-3, "warmup": "0 steps"},
         "train": {"duration": "100 steps", "global_batch_size": batch, "micro_batch_size": micro},
         "deepspeed": {"zero_optimization": ZEROS[zero], **(deepspeed or {})},
+        "lora": {"mode": "branch"},  # so narrow a model would train merged, and a switch round its outputs anew
     }
     for name, section in sections.items():
         values[name] = {**values.get(name, {}), **section}

@@ -242,6 +242,20 @@ def test_a_phase_takes_its_own_settings_and_the_rest_from_the_run() -> None:
     assert lora.for_phase("lora") == lora and config.zero.stage == 3
 
 
+@pytest.mark.parametrize(("width", "stage", "lora", "mode"), [
+    (96, 2, {}, "merged"), (384, 0, {}, "merged"), (96, 3, {}, "branch"), (768, 2, {}, "branch"),
+    (1024, 0, {}, "branch"), (96, 2, {"dropout": 0.1}, "branch"), (1024, 2, {"mode": "merged"}, "merged"),
+    (1024, 2, {"mode": "merged", "dropout": 0.1}, "branch"), (96, 2, {"mode": "branch"}, "branch"),
+    (96, 2, {"mode": "fa"}, "fa"), (96, 2, {"mode": "peft"}, "peft"),
+])
+def test_how_an_adapter_computes_goes_by_width_stage_and_dropout(width: int, stage: int, lora: dict[str, Any],
+                                                                 mode: str) -> None:
+    config = Config.model_validate(VALUES | {"model": {"hidden_size": width, "num_attention_heads": 2}, "lora": lora,
+                                             "deepspeed": {"zero_optimization": {"stage": stage}}})
+    assert config.lora_mode() == mode
+    assert config.lora_mode(3) == ("branch" if lora == {} else mode)
+
+
 def test_merged_weights_need_a_lora_phase_that_leaves_them_whole() -> None:
     stage_3 = VALUES | {"deepspeed": {"zero_optimization": {"stage": 3}}, "lora": {"mode": "merged"}}
     with pytest.raises(ValidationError, match="merged needs each weight whole"):
