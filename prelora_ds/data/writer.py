@@ -19,7 +19,8 @@ import numpy as np
 from PIL import Image
 
 from prelora_ds.core.errors import ConfigError
-from prelora_ds.data.manifest import IMAGE_EXTENSIONS, Manifest, Shard, index_shard
+from prelora_ds.data.manifest import EXTENSIONS, Manifest, save_manifest
+from prelora_ds.data.scan import ScannedShard, index_shard
 
 RawSample = tuple[str, bytes, str, int]
 
@@ -49,14 +50,14 @@ def write_shards(samples: Iterable[RawSample], folder: str | Path, *, samples_pe
     partial.mkdir(parents=True)
     try:
         rest = _checked(samples, len(class_names))
-        shards: list[Shard] = []
+        shards: list[ScannedShard] = []
         while chunk := list(islice(rest, samples_per_shard)):
             path = partial / f"shard-{len(shards):06d}.tar"
             _write_shard(path, chunk)
             shards.append(index_shard(path, "folder"))
         if not shards:
             raise ConfigError("samples", 0, "the source has no samples", "give a source with images")
-        Manifest(partial, tuple(class_names), tuple(shards)).save()
+        save_manifest(partial, class_names, [scan.shard for scan in shards], [scan.rows for scan in shards])
         if folder.exists():  # an empty folder made meanwhile would be replaced by the rename
             raise ConfigError("folder", str(folder), "was made by another process meanwhile", "give another folder")
         os.rename(partial, folder)
@@ -80,8 +81,8 @@ def _checked(samples: Iterable[RawSample], classes: int) -> Iterator[RawSample]:
         key, _, extension, label = sample
         if key in seen or not key or "." in key:
             raise ConfigError("samples", key, "a key is unique, not empty and has no dot", "number the samples")
-        if extension not in IMAGE_EXTENSIONS:
-            raise ConfigError("samples", f"{key}.{extension}", "unknown image format", f"use one of {IMAGE_EXTENSIONS}")
+        if extension not in EXTENSIONS:
+            raise ConfigError("samples", f"{key}.{extension}", "unknown image format", f"use one of {EXTENSIONS}")
         if not 0 <= label < classes:
             raise ConfigError("samples", key, f"label {label} is of none of the {classes} classes", "name all classes")
         seen.add(key)
@@ -123,7 +124,7 @@ def image_folder(path: str | Path, classes: Sequence[str] | None = None, seed: i
     if unknown := [name for name in found if name not in labels]:
         raise ConfigError("source", str(path), f"sub-folders {unknown} are no classes", "remove or rename them")
     files = [(file, labels[name]) for name in found for file in sorted((Path(path) / name).rglob("*"))
-             if file.suffix[1:].lower() in IMAGE_EXTENSIONS and file.is_file()]
+             if file.suffix[1:].lower() in EXTENSIONS and file.is_file()]
     for number, index in enumerate(np.random.default_rng(seed).permutation(len(files))):
         file, label = files[index]
         yield f"{number:08d}", file.read_bytes(), file.suffix[1:].lower(), label

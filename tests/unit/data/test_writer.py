@@ -56,7 +56,7 @@ def test_the_same_samples_give_the_same_bytes_and_nothing_else_is_left(tmp_path)
         write(some(7), tmp_path / "deep" / name)
     assert contents(tmp_path / "deep" / "a") == contents(tmp_path / "deep" / "b")
     assert sorted(contents(tmp_path / "deep" / "a")) == [
-        "manifest.json", "shard-000000.tar", "shard-000001.tar", "shard-000002.tar"]
+        "index.npy", "manifest.json", "shard-000000.tar", "shard-000001.tar", "shard-000002.tar"]
     assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["a", "b"]
 
 
