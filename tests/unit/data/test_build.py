@@ -24,6 +24,7 @@ from prelora_ds.data import build as building
 from prelora_ds.data.build import Options, StalledError, build
 from prelora_ds.data.images import UnreadableImageError, prepare
 from prelora_ds.data.manifest import EXTENSIONS, Manifest
+from prelora_ds.data.parallel import WorkerDiedError, unordered
 from prelora_ds.data.sources.listing import ITEM, Request
 from prelora_ds.data.transforms import decode
 from prelora_ds.sharding import place_in_job
@@ -202,6 +203,16 @@ def test_a_build_goes_on_by_its_plan_and_not_by_what_the_source_has_become(tree,
         extra.unlink()
 
 
+def test_other_ranks_leave_the_message_to_rank_0(tree, interrupted):
+    for out in (interrupted, tree[0]):
+        assert build(Request(tree[0]), out, Options(8, seed=4), rank=1, world_size=2) is None
+
+
+def test_a_worker_that_is_killed_is_told_of():
+    with pytest.raises(WorkerDiedError, match="run the same command again"):
+        list(unordered(os._exit, [1, 1, 1], 2))
+
+
 def test_an_existing_folder_is_refused_and_untouched(tree, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(ConfigError, match="exists already"):
@@ -228,6 +239,7 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path, damage, workers):
 
 def test_ranks_that_stop_are_told_of_with_the_shard_that_is_missing(tree, tmp_path, monkeypatch):
     monkeypatch.setattr(building, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(building, "PLAN_PATIENCE_S", 0.5)
     assert build(Request(tree[0]), tmp_path / "none", OPTIONS, rank=1, world_size=2) is None  # rank 0 never began
     with pytest.raises(StalledError, match=r"2 shards are missing, the first is number 1(.|\n)*same command again"):
         build(Request(tree[0]), tmp_path / "out", OPTIONS, rank=0, world_size=2)
