@@ -74,7 +74,8 @@ def _verify_shard(check: _ShardCheck) -> list[Problem]:
             size, crc32 = path.stat().st_size, file_crc32(path)
             if (size, crc32) == (shard.size_bytes, shard.crc32):
                 return []
-            found, lost = [], int((rows["offset"] + rows["length"] > size).sum())
+            found: list[Problem] = []
+            lost = int((rows["offset"] + rows["length"] > size).sum())
             if size != shard.size_bytes:
                 found.append(problem(f"{size} bytes, and {shard.size_bytes} in the manifest; {lost} images are lost",
                                      shard.first + shard.samples - lost if lost else None,
