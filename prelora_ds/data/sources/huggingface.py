@@ -83,7 +83,7 @@ def _files(request: Request) -> list[Path]:
         match = _PARQUET.fullmatch(path.name)
         splits.setdefault(match["split"] if match and match[2] else path.parent.name if path.parent != folder
                           else path.stem, []).append(path)
-    return splits[choose_split(list(splits), request)] if splits else []
+    return splits[choose_split(list(splits), request)]
 
 
 def _labels(file: Path) -> tuple[tuple[str, ...] | None, list[int | None], NDArray[np.int64]]:

@@ -25,12 +25,14 @@ from prelora_ds.data.build import Options, StalledError, build
 from prelora_ds.data.images import UnreadableImageError, prepare
 from prelora_ds.data.manifest import EXTENSIONS, Manifest
 from prelora_ds.data.parallel import WorkerDiedError, unordered
+from prelora_ds.data.sources.arrays import idx_array
 from prelora_ds.data.sources.listing import ITEM, Request
 from prelora_ds.data.transforms import decode
 from prelora_ds.sharding import place_in_job
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves the shards to the collector
 IMAGES = 40
+FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 
 def picture(number, form="JPEG", size=(24, 20), mode="RGB"):
@@ -300,6 +302,15 @@ def write_idx(folder, labels):
     (folder / "images-idx3-ubyte").write_bytes(b"\0\0\x08\x03" + count + b"\0\0\0\x02" * 2 + bytes(4 * len(labels)))
     (folder / "labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + count + bytes(labels))
     return folder
+
+
+@pytest.mark.skipif(not FASHION.is_dir(), reason="needs the Debian package dataset-fashion-mnist")
+def test_debians_fashion_mnist_through_the_webdataset_package(tmp_path):
+    manifest = build(Request(FASHION, "test"), tmp_path / "out", Options(samples_per_shard=4000), workers=2)
+    pixels, labels = (idx_array(str(FASHION / f"t10k-{name}-ubyte.gz")) for name in ("images-idx3", "labels-idx1"))
+    read = read_by_webdataset(manifest.folder)
+    assert sorted((np.asarray(Image.open(io.BytesIO(data))).tobytes(), label) for data, label in read) == sorted(
+        (image.tobytes(), int(label)) for image, label in zip(pixels, labels, strict=True))
 
 
 def test_a_label_out_of_range_is_named(tmp_path):

@@ -92,6 +92,8 @@ def test_sources_that_are_missing_empty_or_of_no_kind_are_named(tmp_path):
     refuse(r"--labels.*no such file", tmp_path, labels=tmp_path / "none")
     (tmp_path / "file").write_bytes(b"")
     refuse(r"--format = 'idx'", tmp_path / "file", kind="idx")
+    for kind in ("idx", "cifar", "huggingface", "ilsvrc2012"):
+        refuse("holds none of the files", tmp_path, kind=kind)
 
 
 WNIDS = ("n01440764", "n02099601", "n03888257")
