@@ -32,14 +32,11 @@ class CorruptSampleError(ExpectedError, RuntimeError):
 
 
 class _Images(Dataset[Any]):
-    """The decoded images of a manifest. Arrays in place of the manifest's objects: it is copied to every worker."""
+    """The decoded images of a manifest, which each worker maps anew."""
 
     def __init__(self, manifest: Manifest, *, image_size: int, num_channels: int, crop: Crop) -> None:
         self.image_size, self.num_channels, self.crop = image_size, num_channels, crop
-        self._paths = [str(manifest.folder / shard.name) for shard in manifest.shards]
-        self._rows = np.array(
-            [(number, offset, length, label)
-             for number, shard in enumerate(manifest.shards) for offset, length, _, label in shard.samples], np.int64)
+        self._manifest = manifest
         self._files: dict[str, int] = {}  # path -> descriptor
 
     def __getstate__(self) -> dict[str, Any]:
@@ -47,14 +44,14 @@ class _Images(Dataset[Any]):
 
     def read(self, sample: int) -> tuple[Tensor, int]:
         """(uint8 [C, H, W], label) of sample ``sample``. Raises CorruptSampleError."""
-        number, offset, length, label = self._rows[sample].tolist()
-        path, data = self._paths[number], bytearray(length)
+        row = self._manifest.rows[sample]
+        path, data = self._manifest.place(row["shard"]), bytearray(row["length"])
         try:
-            if (got := os.preadv(self._descriptor(path), [data], offset)) != length:
+            if (got := os.preadv(self._descriptor(path), [data], row["offset"])) != len(data):
                 raise OSError(f"only {got} bytes there")
-            return decode(data, self.num_channels), label
+            return decode(data, self.num_channels), int(row["label"])
         except (OSError, RuntimeError) as error:
-            problem = f"sample {sample}, {length} bytes from byte {offset} of {path}: {error}"
+            problem = f"sample {sample}, {len(data)} bytes from byte {row['offset']} of {path}: {error}"
             raise CorruptSampleError(problem + "\n  remedy: write the shards again with `prelora shards`") from error
 
     def _descriptor(self, path: str) -> int:

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -242,7 +243,7 @@ def test_bytes_that_differ_by_more_than_5_percent_are_warned_of(ranks, tmp_path)
 def log_bytes(folder):
     """What rank 0 says of an engine as it is, and of one with a gradient too many."""
     t, said = Trainer(config("zero2")), []
-    manifest = Manifest(Path(folder), ("a",), ())
+    manifest = Manifest(Path(folder), ("a",), (), 0, np.empty(0), Path(folder))
     run = Run(t.cfg, t.layout, Timeline(64, 8, t.cfg.train.duration), manifest, manifest, RunLog(Path(folder), None),
               TrainProgress(100, shown=t.rank == 0), Path(folder))
     t.train(2)

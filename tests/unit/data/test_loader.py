@@ -221,7 +221,7 @@ def test_evaluation_with_workers_gives_the_same_and_ends_them_even_when_left_ear
 def test_a_sample_that_cannot_be_decoded_is_named_by_shard_and_offset(tmp_path, workers):
     samples = [(str(i), b"no image at all" if i == 3 else encode(noise(i), "PNG"), "png", 0) for i in range(4)]
     bad = write_shards(samples, tmp_path / "bad", samples_per_shard=2, class_names=["one"])
-    place = rf"from byte {bad.shards[1].samples[1].offset} of .*shard-000001\.tar"
+    place = rf"from byte {bad.rows['offset'][3]} of .*shard-000001\.tar"
     loader = TrainLoader(bad, **OPTIONS | {"global_batch_size": 4, "micro_batch_size": 4, "workers": workers})
     with pytest.raises(CorruptSampleError, match=place):
         loader.next()
@@ -233,7 +233,7 @@ def test_a_shard_cut_short_under_way_is_named(tmp_path):
     cut = write_shards([("0", encode(noise(0), "PNG"), "png", 0)], tmp_path / "cut", samples_per_shard=1,
                        class_names=["one"])
     path = cut.folder / "shard-000000.tar"
-    path.write_bytes(path.read_bytes()[:cut.shards[0].samples[0].offset + 10])
+    path.write_bytes(path.read_bytes()[:cut.rows[0]["offset"] + 10])
     with pytest.raises(CorruptSampleError, match=r"shard-000000\.tar: only 10 bytes there"):
         list(eval_batches(cut, **EVAL))
     with pytest.raises(ConfigError, match=r"shard-000000\.tar"):
