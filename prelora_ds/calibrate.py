@@ -180,6 +180,7 @@ def _rank(sender: Any, rank: int, world_size: int, local_size: int, port: int, c
 def _steps(config: Config, case: Case, rank: int, world_size: int) -> list[float]:
     import torch
 
+    from prelora_ds.data.batch import MicroBatch
     from prelora_ds.engine.build import build_engine
     from prelora_ds.engine.release import release
     from prelora_ds.engine.state import initial_state
@@ -193,7 +194,7 @@ def _steps(config: Config, case: Case, rank: int, world_size: int) -> list[float
     engine = build_engine(own, case_plan(own, case, layout), layout, LABELS, initial_state(module, rank, world_size))
     m, size = own.model, case.micro_batch_size
     images = torch.randint(0, 256, (size, m.num_channels, m.image_size, m.image_size), dtype=torch.uint8)
-    batches = [(images, torch.randint(0, LABELS, (size,)))] * case.accum
+    batches = [MicroBatch(images, torch.randint(0, LABELS, (size,)))] * case.accum
     seconds = _seconds(lambda: engine.train_step(batches, lr=1e-5))
     release(engine)
     return seconds

@@ -56,11 +56,20 @@ def init_process_group(timeout_s: float = 1800.0) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if "OMP_NUM_THREADS" not in os.environ:
             # Else every rank takes all cores, and ranks on one host spend their time waiting for each other.
-            local_size = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size()))
     else:
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     comm.init_distributed(auto_mpi_discovery=False, timeout=timedelta(seconds=timeout_s), verbose=False)
+
+
+def local_world_size() -> int:
+    """Ranks on this host, as the launcher says; 1 where it does not."""
+    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+
+
+def accelerator_name() -> str | None:
+    """The GPU's name as its driver gives it; None without one."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def freeze_imports() -> None:
