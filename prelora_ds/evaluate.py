@@ -57,7 +57,7 @@ def evaluate_folder(model: Path, data: Path, *, batch_size: int = 64, workers: i
     """
     from transformers import ViTForImageClassification
 
-    from prelora_ds.data.images import Look
+    from prelora_ds.data.datasets import Look
     from prelora_ds.data.loader import eval_batches
     from prelora_ds.data.manifest import Manifest
     from prelora_ds.data.transforms import to_float

@@ -21,7 +21,7 @@ from prelora_ds.core.plan import Layout
 from prelora_ds.core.schedule import Timeline, lr_at
 from prelora_ds.data.batch import MicroBatch
 from prelora_ds.data.budget import CorruptBudget
-from prelora_ds.data.images import Look
+from prelora_ds.data.datasets import Look
 from prelora_ds.data.loader import Loader, eval_batches
 from prelora_ds.data.manifest import Manifest
 from prelora_ds.data.setup import TrainData, count_workers, make_loader, samples_per_epoch

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from prelora_ds.core.errors import ConfigError, ExpectedError
 from prelora_ds.data.batch import MicroBatch
 from prelora_ds.data.cache import ShardCache, Stager
-from prelora_ds.data.images import PADDING, EvalImages, Look, Rows, TrainImages, as_is
+from prelora_ds.data.datasets import PADDING, EvalImages, Look, Rows, TrainImages, as_is
 from prelora_ds.data.manifest import Manifest
 from prelora_ds.data.order import Position, Stream, Tail
 from prelora_ds.data.store import SampleStore

@@ -9,7 +9,7 @@ import time
 from prelora_ds.core.config import Config
 from prelora_ds.core.errors import ConfigError
 from prelora_ds.data.cache import ShardCache
-from prelora_ds.data.images import Look, keyed, load
+from prelora_ds.data.datasets import Look, keyed, load
 from prelora_ds.data.loader import Loader, TrainLoader
 from prelora_ds.data.manifest import Manifest
 from prelora_ds.data.order import Stream

@@ -17,8 +17,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from prelora_ds.core.errors import ConfigError
 from prelora_ds.data.batch import MicroBatch
+from prelora_ds.data.datasets import Look, keyed
 from prelora_ds.data.decode import UndecodableError, decode
-from prelora_ds.data.images import Look, keyed
 from prelora_ds.data.loader import Loader, Workers, WorkerStart, rank_share
 from prelora_ds.data.manifest import EXTENSIONS
 from prelora_ds.data.order import Position, Stream

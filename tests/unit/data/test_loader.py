@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from prelora_ds.core.errors import ConfigError
-from prelora_ds.data.images import Look
+from prelora_ds.data.datasets import Look
 from prelora_ds.data.loader import TrainLoader, eval_batches
 from prelora_ds.data.order import Stream
 from prelora_ds.data.writer import write_shards

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from prelora_ds.core.errors import ConfigError
+from prelora_ds.data.datasets import keyed
 from prelora_ds.data.decode import UndecodableError, decode
-from prelora_ds.data.images import keyed
 from prelora_ds.data.transforms import eval_transform, to_float, train_crop
 
 
