@@ -97,18 +97,18 @@ class TrainImages(Dataset[MicroBatch]):
 
         The other one is a function of (seed, epoch, sample), so all world sizes take the same.
         """
-        faults: list[str] = []
+        try:
+            return *load(self.store, sample, self._look.num_channels), []
+        except CorruptSampleError as error:
+            fault = error.problem
         rng = keyed(self._seed, epoch, sample, _REPLACEMENT_KEY)
-        taken = sample
-        for _ in range(1 + _REPLACEMENTS):
+        for other in rng.integers(len(self.store.manifest), size=_REPLACEMENTS).tolist():
             try:
-                pixels, label = load(self.store, taken, self._look.num_channels)
-                return pixels, label, [f"{fault}; sample {taken} is in its place" for fault in faults]
+                return *load(self.store, other, self._look.num_channels), [f"{fault}; sample {other} is in its place"]
             except CorruptSampleError as error:
-                faults = faults or [error.problem]
-                last, taken = error, int(rng.integers(len(self.store.manifest)))
-        raise CorruptSampleError(f"{last.problem}; nor could {_REPLACEMENTS} others be read that were to take the "
-                                 f"place of: {faults[0]}")
+                last = error.problem
+        raise CorruptSampleError(f"{fault}; nor could {_REPLACEMENTS} others be read that were to take its place, the "
+                                 f"last: {last}")
 
 
 class EvalImages(Dataset[tuple[Tensor, Tensor, Tensor]]):
