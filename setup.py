@@ -56,6 +56,8 @@ setup(
             "aiohttp>=3.14,<4",
             "datasets>=5.2,<6",
         ],
+        # only for benchmarks/loader.py
+        "benchmarks": ["timm>=1.0.31,<2"],
     },
     entry_points={"console_scripts": ["prelora = prelora_ds.cli:main"]},
 )

@@ -1,6 +1,6 @@
 """How many images does a CPU-second give, against other loaders and the ideal; how soon does an epoch begin?
 
-    pip install 'timm>=1.0.31,<2' && python benchmarks/loader.py [--images 256] [--rounds 5]
+    pip install -e '.[benchmarks]' && python benchmarks/loader.py [--images 256] [--rounds 7]
 
 Photographs of the scikit-image and foolbox wheels as JPEGs of ImageNet's mean size in pixels, in shards; one process of
 one thread, all variants in turn, seconds of the CPU. Crops are 224 pixels, of 5-100 % of the area. Goals: crop + flip
@@ -52,7 +52,7 @@ CROP, RANDAUGMENT = "crop + flip", "crop + flip + RandAugment"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "The image decoding")

@@ -183,7 +183,7 @@ class TrainLoader(Loader):
 
     @property
     def state(self) -> Position:
-        """Where the next batch begins; `Stream.step_at` gives its step, and a loader of any world size goes on there."""
+        """Where the next batch begins: `Stream.step_at` gives its step, and any world size goes on there."""
         return self.stream.position(self._step)
 
     def close(self) -> None:
