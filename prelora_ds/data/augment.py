@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
 from prelora_ds.core.config import AUGMENT_LEVELS, Augment
@@ -43,11 +43,10 @@ def _rotate(image: Image.Image, x: float, rng: np.random.Generator) -> Image.Ima
 
 def _cutout(image: Image.Image, x: float, rng: np.random.Generator) -> Image.Image:
     """A grey square of twice ``40 x`` pixels (on 224), its centre anywhere in the picture."""
-    half = int(x * _CUTOUT) * image.width / _SIZE
-    cx, cy = rng.random(2) * image.size
+    half = round(int(x * _CUTOUT) * image.width / _SIZE)
+    cx, cy = (rng.random(2) * image.size).astype(int).tolist()
     image = image.copy()
-    ImageDraw.Draw(image).rectangle((int(cx - half), int(cy - half), math.ceil(cx + half) - 1,
-                                     math.ceil(cy + half) - 1), fill=(_GREY,) * len(image.getbands()))
+    image.paste((_GREY,) * len(image.getbands()), (cx - half, cy - half, cx + half, cy + half))
     return image
 
 
