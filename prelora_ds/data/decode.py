@@ -7,7 +7,7 @@ import io
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from prelora_ds.core.errors import ConfigError
 
@@ -39,6 +39,8 @@ def decode(data: bytes | bytearray, num_channels: int) -> Pixels:
             if image.mode.startswith("I"):  # a PNG of 16 bits a channel, which Pillow's own conversion would clip
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             pixels = np.asarray(image.convert("RGB" if num_channels == 3 else "L"))
+    except UnidentifiedImageError as error:
+        raise UndecodableError(f"neither of {', '.join(_FORMATS)}") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UndecodableError(str(error)) from error
     return pixels if num_channels == 3 else pixels[..., None]

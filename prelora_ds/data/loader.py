@@ -48,10 +48,13 @@ class Workers:
     def __next__(self) -> Any:
         try:
             return next(self._batches)
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
+        except (RuntimeError, OSError, EOFError) as error:
+            # What a data set raises itself is no OSError, and a message cut off in the middle is one.
+            gone = {w.pid: w.exitcode for w in getattr(self._batches, "_workers", ()) if w.exitcode is not None}
+            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
                 raise
-            raise WorkerLostError(f"{error}\n  remedy: where memory ran out, fewer data.workers or a smaller "
+            raise WorkerLostError(f"a data worker is gone (process: exit code {gone}; {type(error).__name__}: {error})"
+                                  "\n  remedy: where memory ran out, fewer data.workers or a smaller "
                                   "train.micro_batch_size; else look into the system's log") from error
 
     def close(self) -> None:
