@@ -98,3 +98,50 @@ def build(source: Path, out: Path,
     if manifest is not None:
         typer.echo(f"{out}: {len(manifest)} samples of {len(manifest.classes)} classes in {len(manifest.shards)} "
                    "shards")
+
+
+@shards_app.command()
+def verify(folder: str, workers: Workers = None) -> None:
+    """Find every cut and every flipped bit in the shards of FOLDER, a path or a URL; exit code 1 if there is one."""
+    from prelora_ds.data import check
+    from prelora_ds.data.parallel import cores
+    from prelora_ds.reporting.progress import CountProgress
+
+    with CountProgress("shards", shown=True) as progress:
+        problems = check.verify(folder, workers=workers or cores(), progress=progress.show)
+    for problem in problems:
+        typer.echo(f"{folder}: {problem}")
+    if problems:
+        typer.echo(f"{folder}: {len({problem.shard for problem in problems})} damaged shards")
+        raise typer.Exit(1)
+    typer.echo(f"{folder}: every shard is as in the manifest")
+
+
+@shards_app.command()
+def index(source: str,
+          out: Annotated[Path | None, typer.Option(help="folder of the manifest; beside the shards, else")] = None,
+          classes: Annotated[Path | None, typer.Option(exists=True, dir_okay=False,
+                                                       help="a file with a class name a line")] = None,
+          like: Like = None,
+          label_key: Annotated[str, typer.Option(help="of the label in .json")] = "label",
+          workers: Workers = None) -> None:
+    """Make the manifest of shards that others wrote: a folder or a pattern like URL/train-{0000..1023}.tar.
+
+    Samples are an image (.jpg, .jpeg, .png, .webp) and a label, in .cls or .json. Nothing pickled is ever decoded.
+    """
+    from prelora_ds.data import check
+    from prelora_ds.data.manifest import Manifest
+    from prelora_ds.data.parallel import cores
+    from prelora_ds.reporting.progress import CountProgress
+
+    if classes is not None and like is not None:
+        raise ConfigError("--classes", str(classes), "--like names the classes too", "give one of them")
+    names = Manifest.load(like, "--like").classes if like is not None else \
+        tuple(classes.read_text().splitlines()) if classes is not None else None
+    with CountProgress("shards", shown=True) as progress:
+        made = check.index(source, out, classes=names, label_key=label_key, workers=workers or cores(),
+                           progress=progress.show)
+    if made.pickled:
+        typer.echo(f"{source}: {made.pickled} pickled members were passed over, and not decoded", err=True)
+    typer.echo(f"{made.manifest.index_file.parent}: {len(made.manifest)} samples of {len(made.manifest.classes)} "
+               f"classes in {len(made.manifest.shards)} shards")

@@ -35,7 +35,7 @@ from prelora_ds.data.writer import write_tar
 
 Progress = Callable[[int, int], None]
 PATIENCE_S = 600.0  # how long rank 0 waits for other ranks while none of them writes anything
-_POLL_S = 0.2
+PLAN_PATIENCE_S = 4 * 3600.0  # how long these wait for rank 0, which may have a million files to list
 _WINDOW = 16  # blocks of a file that are shuffled together
 _AGAIN = "run the same command again: it goes on where it stopped"
 
@@ -82,9 +82,12 @@ def build(request: Request, out: Path, options: Options, *, kind: str | None = N
         if rank == 0:
             if not (work / "plan.json").exists():
                 _write_plan(work, asked, find_images(request, kind), options, like)
-        elif not _await(lambda: (work / "plan.json").exists() or out.exists(), partial) or out.exists():
+        elif not _await(lambda: (work / "plan.json").exists() or out.exists(), partial, PLAN_PATIENCE_S) \
+                or out.exists():
             return None
         plan = json.loads((work / "plan.json").read_text())
+        if rank and plan["asked"] != asked:
+            return None
         _check_same(asked, plan["asked"], partial)
         if rank == 0 and plan["passed_over"]:
             say(f"passed over, as no images: {plan['passed_over']}")
@@ -92,7 +95,7 @@ def build(request: Request, out: Path, options: Options, *, kind: str | None = N
         shards = -(-len(items) // options.samples_per_shard)
 
         def done() -> int:
-            return sum((work / f"{number:06d}.npz").exists() for number in range(shards))
+            return sum(name.endswith(".npz") for name in os.listdir(work))
 
         progress(done(), shards)
         mine = (number for number in range(rank, shards, world_size) if not (work / f"{number:06d}.npz").exists())
@@ -105,7 +108,7 @@ def build(request: Request, out: Path, options: Options, *, kind: str | None = N
             progress(now := done(), shards)
             return now == shards
 
-        if not _await(all_done, partial):
+        if not _await(all_done, partial, PATIENCE_S):
             missing = [n for n in range(shards) if not (work / f"{n:06d}.npz").exists()]
             raise StalledError(f"{partial}: other ranks have written nothing for {PATIENCE_S:.0f} s, and "
                                f"{len(missing)} shards are missing, the first is number {missing[0]}\n"
@@ -220,7 +223,7 @@ def _samples(job: _Job) -> Iterator[tuple[str, bytes, str, int]]:
                 raise
             where = "" if length < 0 else f" at {offset}"
             raise ConfigError("SOURCE", file, f"the image{where} cannot be read ({error})",
-                              f"mend or remove it, remove {job.folder}, and begin anew") from error
+                              f"mend it, and {_AGAIN}; or remove it and {job.folder}, and begin anew") from error
         yield key, data, extension, label
 
 
@@ -236,16 +239,17 @@ def _finish(partial: Path, count: int, classes: Sequence[str]) -> None:
     save_manifest(partial, classes, shards, rows)
 
 
-def _await(condition: Callable[[], bool], folder: Path) -> bool:
+def _await(condition: Callable[[], bool], folder: Path, patience_s: float) -> bool:
     """Whether ``condition`` came true while files in ``folder`` still changed."""
-    newest, since = None, time.monotonic()
+    newest, since, pause_s = None, time.monotonic(), 0.1
     while not condition():
         now = _newest(folder)
         if now != newest:
             newest, since = now, time.monotonic()
-        elif time.monotonic() - since > PATIENCE_S:
+        elif time.monotonic() - since > patience_s:
             return False
-        time.sleep(_POLL_S)
+        time.sleep(pause_s)
+        pause_s = min(1.3 * pause_s, 5.0)
     return True
 
 

@@ -71,12 +71,12 @@ class Manifest:
         return f"{self.folder}/{self.shards[shard].name}"
 
     @classmethod
-    def load(cls, folder: str | Path, key: str = "data.train") -> Manifest:
+    def load(cls, folder: str | Path, key: str = "data.train", *, sizes: bool = True) -> Manifest:
         """Map the index of ``folder``, a path or an fsspec URL, and hold every shard on a local disk against it.
 
         ``key`` is the setting that named the folder. Raises ConfigError for a missing folder, a missing or invalid
         manifest, an index that is not its own, no samples at all, a missing shard, and a shard of another size. Those
-        of a URL are not looked at.
+        of a URL are not looked at, nor any without ``sizes``.
         """
         here = _fetched(str(folder), key) if is_url(folder) else Path(folder)
         if not here.is_dir():
@@ -98,7 +98,7 @@ class Manifest:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ConfigError(key, str(path), f"invalid manifest ({type(error).__name__}: {error})", _REWRITE) \
                 from error
-        if not is_url(manifest.folder):
+        if sizes and not is_url(manifest.folder):
             _check_sizes(manifest, key)
         return manifest
 

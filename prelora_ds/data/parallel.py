@@ -12,7 +12,8 @@ from typing import TypeVar
 
 from prelora_ds.core.errors import ExpectedError
 
-Job, Result = TypeVar("Job"), TypeVar("Result")
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 
 class WorkerDiedError(ExpectedError, RuntimeError):

@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
+from prelora_ds.core.errors import ConfigError
 from prelora_ds.data.sources.listing import Listing, Request, broken, choose_split, items
 
 KIND = "imagefolder"
@@ -25,7 +26,8 @@ def find(request: Request) -> Listing:
         top = top / choose_split(names, request)
         names = _folders(top)
     elif request.split is not None:
-        choose_split([], request)
+        raise ConfigError("--split", request.split, f"{top} is not divided into {', '.join(sorted(_SPLITS))}",
+                          "leave it out, and name the folder of the split")
     if not names:
         raise broken(top, "no folder with a sub-folder per class")
     files, labels, others = [], [], Counter[str]()

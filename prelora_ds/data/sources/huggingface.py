@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from prelora_ds.core.errors import ConfigError
 from prelora_ds.data.sources.listing import Listing, Request, broken, choose_split, items, read_range
@@ -82,15 +83,15 @@ def _files(request: Request) -> list[Path]:
         match = _PARQUET.fullmatch(path.name)
         splits.setdefault(match["split"] if match and match[2] else path.parent.name if path.parent != folder
                           else path.stem, []).append(path)
-    return splits[choose_split(list(splits), request)] if splits else []
+    return splits[choose_split(list(splits), request)]
 
 
-def _labels(file: Path) -> tuple[tuple[str, ...] | None, list[int | None], Any]:
+def _labels(file: Path) -> tuple[tuple[str, ...] | None, list[int | None], NDArray[np.int64]]:
     """(class names, labels, number of the part that is read at once) of a file's rows."""
     pa = _arrow()
     if file.suffix == ".arrow":
         table = _table(str(file))
-        features, blocks = _features(table.schema.metadata), 0
+        features, blocks = _features(table.schema.metadata), np.zeros(1, np.int64)
         _, label = _columns(features, table.schema.names)
         column = table[label]
     else:

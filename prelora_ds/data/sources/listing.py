@@ -52,9 +52,11 @@ def items(file: Any, label: Any, offset: Any, length: Any, block: Any = 0) -> ND
 
 def choose_split(found: Sequence[str], request: Request) -> str:
     """The split asked for, or the only one. Raises ConfigError for none, and for one of many."""
+    if not found:
+        raise broken(request.source, "holds none of the files that this format has")
     if request.split is None and len(found) == 1:
         return found[0]
-    if request.split not in found:
+    if request.split is None or request.split not in found:
         raise ConfigError("--split", request.split, f"{request.source} has the splits {', '.join(sorted(found))}",
                           "give one of these")
     return request.split

@@ -24,12 +24,15 @@ from prelora_ds.data import build as building
 from prelora_ds.data.build import Options, StalledError, build
 from prelora_ds.data.images import UnreadableImageError, prepare
 from prelora_ds.data.manifest import EXTENSIONS, Manifest
+from prelora_ds.data.parallel import WorkerDiedError, unordered
+from prelora_ds.data.sources.arrays import idx_array
 from prelora_ds.data.sources.listing import ITEM, Request
 from prelora_ds.data.transforms import decode
 from prelora_ds.sharding import place_in_job
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves the shards to the collector
 IMAGES = 40
+FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 
 def picture(number, form="JPEG", size=(24, 20), mode="RGB"):
@@ -202,6 +205,16 @@ def test_a_build_goes_on_by_its_plan_and_not_by_what_the_source_has_become(tree,
         extra.unlink()
 
 
+def test_other_ranks_leave_the_message_to_rank_0(tree, interrupted):
+    for out in (interrupted, tree[0]):
+        assert build(Request(tree[0]), out, Options(8, seed=4), rank=1, world_size=2) is None
+
+
+def test_a_worker_that_is_killed_is_told_of():
+    with pytest.raises(WorkerDiedError, match="run the same command again"):
+        list(unordered(os._exit, [1, 1, 1], 2))
+
+
 def test_an_existing_folder_is_refused_and_untouched(tree, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(ConfigError, match="exists already"):
@@ -228,6 +241,7 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path, damage, workers):
 
 def test_ranks_that_stop_are_told_of_with_the_shard_that_is_missing(tree, tmp_path, monkeypatch):
     monkeypatch.setattr(building, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(building, "PLAN_PATIENCE_S", 0.5)
     assert build(Request(tree[0]), tmp_path / "none", OPTIONS, rank=1, world_size=2) is None  # rank 0 never began
     with pytest.raises(StalledError, match=r"2 shards are missing, the first is number 1(.|\n)*same command again"):
         build(Request(tree[0]), tmp_path / "out", OPTIONS, rank=0, world_size=2)
@@ -288,6 +302,15 @@ def write_idx(folder, labels):
     (folder / "images-idx3-ubyte").write_bytes(b"\0\0\x08\x03" + count + b"\0\0\0\x02" * 2 + bytes(4 * len(labels)))
     (folder / "labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + count + bytes(labels))
     return folder
+
+
+@pytest.mark.skipif(not FASHION.is_dir(), reason="needs the Debian package dataset-fashion-mnist")
+def test_debians_fashion_mnist_through_the_webdataset_package(tmp_path):
+    manifest = build(Request(FASHION, "test"), tmp_path / "out", Options(samples_per_shard=4000), workers=2)
+    pixels, labels = (idx_array(str(FASHION / f"t10k-{name}-ubyte.gz")) for name in ("images-idx3", "labels-idx1"))
+    read = read_by_webdataset(manifest.folder)
+    assert sorted((np.asarray(Image.open(io.BytesIO(data))).tobytes(), label) for data, label in read) == sorted(
+        (image.tobytes(), int(label)) for image, label in zip(pixels, labels, strict=True))
 
 
 def test_a_label_out_of_range_is_named(tmp_path):

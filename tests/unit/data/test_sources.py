@@ -92,6 +92,8 @@ def test_sources_that_are_missing_empty_or_of_no_kind_are_named(tmp_path):
     refuse(r"--labels.*no such file", tmp_path, labels=tmp_path / "none")
     (tmp_path / "file").write_bytes(b"")
     refuse(r"--format = 'idx'", tmp_path / "file", kind="idx")
+    for kind in ("idx", "cifar", "huggingface", "ilsvrc2012"):
+        refuse("holds none of the files", tmp_path, kind=kind)
 
 
 WNIDS = ("n01440764", "n02099601", "n03888257")
@@ -233,6 +235,20 @@ def test_cifar_100_takes_the_fine_labels(tmp_path, binary):
     classes, images = found(tmp_path, "cifar", "test")
     assert classes == tuple(names)
     assert_cifar(images, arrays, fine)
+
+
+def test_a_batch_in_the_very_form_of_the_makers_files(tmp_path):
+    """As Python 2 and NumPy 1 pickled it: byte strings, and NumPy's module by its old name."""
+    array = cifar_pixels(2)
+    dtype = b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    (tmp_path / "test_batch").write_bytes(
+        b"\x80\x02}U\x04datacnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
+        b"(K\x01K\x02M\x00\x0c\x86"
+        + dtype + b"\x89T" + struct.pack("<I", array.nbytes) + array.tobytes() + b"tbsU\x06labels](K\x06K\x03es.")
+    (tmp_path / "batches.meta").write_bytes(b"\x80\x02}U\x0blabel_names](U\x03catU\x03doges.")
+    classes, images = found(tmp_path, "cifar")
+    assert classes == ("cat", "dog")
+    assert_cifar(images, array, [6, 3])
 
 
 class Malicious:
