@@ -110,6 +110,7 @@ def case_config(config: Config, case: Case, world_size: int) -> Config:
     """The config of a case: the recipe's model with the case's blocks and batch."""
     values = config.model_dump(mode="json")
     values["model"]["num_hidden_layers"], values["phases"] = case.layers, {}
+    values["data"] |= {"augment": "none", "mixup": None, "cutmix": 0.0}  # pairs would refuse a case's odd micro-batch
     values["train"] |= {"micro_batch_size": case.micro_batch_size,
                         "global_batch_size": case.micro_batch_size * case.accum * world_size}
     return validate(values, "calibration")

@@ -75,7 +75,7 @@ def test_above_the_budget_all_ranks_stop_with_one_message(tmp_path):
                   f"data.train={tmp_path / 'train'}", f"data.val={tmp_path / 'val'}", "train.duration=2 epochs")
     said = done.stdout + done.stderr
     assert done.returncode == 1 and said.count("error: ") == 1, said
-    assert re.search(r"error: 2 unreadable samples in epoch 0 are more than data\.corrupt_budget = 0\.001 of 1437 "
+    assert re.search(r"error: 3 unreadable samples in epoch 0 are more than data\.corrupt_budget = 0\.001 of 1437 "
                      r"samples allows; one of them: sample 60[0-3], \d+ bytes from byte \d+ of \S+shard-000001\.tar: "
                      r"checksum \w+, and \w+ in the manifest; sample \d+ is in its place\n  remedy: ", said), said
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -10,14 +10,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from prelora_ds.core.errors import ConfigError
 from prelora_ds.data.datasets import Look
 from prelora_ds.data.loader import TrainLoader, eval_batches
-from prelora_ds.data.order import Stream
+from prelora_ds.data.order import Stream, epoch_order
 from prelora_ds.data.writer import write_shards
 
 SAMPLES = 50
@@ -112,6 +112,36 @@ def test_the_ranks_together_get_the_global_batch_in_its_order(manifest, world_si
         assert torch.cat([images_and_labels(rank[number])[1] for rank in ranks]).tolist() == expected
 
 
+@given(data=st.data(), world_size=st.integers(1, 8), micro=st.integers(1, 3), accum=st.integers(1, 3),
+       tail=st.sampled_from(["continue", "drop"]), epoch=st.integers(0, 300), seed=st.integers(0, 2**40))
+@settings(deadline=None, max_examples=60)
+def test_the_union_of_ranks_is_the_sequence_disjoint_and_whole(manifest, data, world_size, micro, accum, tail, epoch,
+                                                               seed):
+    size = world_size * micro * accum
+    assume(tail == "continue" or size <= SAMPLES)
+    stream = Stream(SAMPLES, size, tail)
+    start = -(-epoch * stream.samples_per_epoch // size) + data.draw(st.integers(0, SAMPLES // size), "steps into it")
+    ranks = []
+    for rank in range(world_size):
+        loader = TrainLoader(manifest, LOOK, seed=seed, global_batch_size=size, micro_batch_size=micro, rank=rank,
+                             world_size=world_size, workers=0, tail=tail,
+                             start_step=stream.step_at(stream.position(start)))
+        assert loader.state == stream.position(start)
+        ranks.append(loader._rows(start))
+    count = 2 * -(-SAMPLES // size)  # at least two epochs
+    places, seen = [], []
+    for _ in range(count):
+        for rows in (next(rank) for rank in ranks for _ in range(accum)):
+            assert len(rows.samples) == micro
+            places += range(rows.first, rows.first + micro)
+            seen += zip(rows.epochs.tolist(), rows.samples.tolist(), strict=True)
+    assert places == list(range(start * size, (start + count) * size))
+    per_epoch = stream.samples_per_epoch
+    assert seen == [(place // per_epoch, int(epoch_order(seed, place // per_epoch, SAMPLES)[place % per_epoch]))
+                    for place in places]
+    assert len(set(seen)) == len(seen)
+
+
 @pytest.mark.parametrize("crop", ["inception", "pad", "none"])
 def test_pixels_do_not_depend_on_the_world_size(manifest, crop):
     look = replace(LOOK, crop=crop)
@@ -129,8 +159,17 @@ def test_pixels_do_not_depend_on_workers_and_these_end_with_the_loader(manifest)
     assert_same(parallel, steps(manifest, 3))
 
 
-def test_a_later_start_goes_on_with_the_same_batches(manifest):
-    assert_same(steps(manifest, 6)[4:], steps(manifest, 2, start_step=4))
+@pytest.mark.parametrize("workers_", [0, 1])
+def test_a_loader_of_another_world_goes_on_where_the_state_says(manifest, workers_):
+    loader = TrainLoader(manifest, **OPTIONS)
+    before = [loader.next() for _ in range(4)]
+    epoch, offset = state = loader.state
+    assert (epoch, offset) == divmod(4 * 24, SAMPLES)
+    loader.close()
+    start = Stream(SAMPLES, 24).step_at(state)
+    ranks = [steps(manifest, 2, start_step=start, world_size=3, rank=rank, micro_batch_size=4, workers=workers_)
+             for rank in range(3)]
+    assert_same(steps(manifest, 6), before + [sum(parts, []) for parts in zip(*ranks, strict=True)])  # noqa: RUF017
 
 
 @pytest.mark.parametrize("workers_", [0, 2])
