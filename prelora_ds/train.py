@@ -13,10 +13,11 @@ import torch
 import torch.distributed as dist
 
 from prelora_ds.core.budget import predict_bytes, worst_deviation
-from prelora_ds.core.config import Config, Duration
+from prelora_ds.core.config import Config
 from prelora_ds.core.controller import PhaseController, PhaseState
 from prelora_ds.core.convergence import Observation
 from prelora_ds.core.errors import TrainingDivergedError
+from prelora_ds.core.fields import Duration
 from prelora_ds.core.plan import Layout
 from prelora_ds.core.schedule import Timeline, lr_at
 from prelora_ds.data.batch import MicroBatch

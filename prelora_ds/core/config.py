@@ -8,70 +8,23 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from decimal import Decimal
-from fractions import Fraction
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
+from pydantic import Field, model_validator
+
+from prelora_ds.core.data_config import DataConfig
+from prelora_ds.core.fields import Duration, DurationField, Positive, Share, Strict
 
 FAMILIES = ("q", "k", "v", "o", "fc1", "fc2")
 
 
-class Duration:
-    """A stretch of training: ``"500 steps"``, ``"10 epochs"``, or ``"5 %"`` of the whole run.
-
-    A string and not a mapping, so that an override replaces the unit together with the number.
-    """
-
-    _PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(steps?|epochs?|%)\s*")
-
-    def __init__(self, text: str) -> None:
-        match = self._PATTERN.fullmatch(text) if isinstance(text, str) else None
-        if match is None:
-            raise ValueError(f'{text!r} is no duration; write "500 steps", "10 epochs" or "5 %"')
-        number, unit = match.groups()
-        self.value = Fraction(number)
-        self.unit: Literal["step", "epoch", "%"] = unit.rstrip("s")  # type: ignore[assignment]
-        if self.unit == "step" and self.value.denominator != 1:
-            raise ValueError(f"{text!r}: a number of steps is whole")
-        if self.unit == "%" and self.value > 100:
-            raise ValueError(f"{text!r}: a share is at most 100 %")
-
-    def __str__(self) -> str:
-        # Not float's "g", which rounds to six digits and writes 1000000 as 1e+06.
-        number = f"{Decimal(self.value.numerator) / self.value.denominator:f}"
-        return f"{number} %" if self.unit == "%" else f"{number} {self.unit}{'' if number == '1' else 's'}"
-
-    def __repr__(self) -> str:
-        return f"Duration({str(self)!r})"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Duration) and (self.value, self.unit) == (other.value, other.unit)
-
-    def __hash__(self) -> int:
-        return hash((self.value, self.unit))
-
-
-def _as_duration(value: Any) -> Duration:
-    return value if isinstance(value, Duration) else Duration(value)
-
-
-DurationField = Annotated[Duration, BeforeValidator(_as_duration), PlainSerializer(str)]
-Positive = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, allow_inf_nan=False)
-
-
-class RunConfig(_Strict):
+class RunConfig(Strict):
     name: str
     output_dir: str
     seed: Annotated[int, Field(ge=0)] = 0
 
 
-class ModelConfig(_Strict):
+class ModelConfig(Strict):
     """Sizes in the names of transformers' ViTConfig; or ``factory`` for any other torch module.
 
     ``factory`` is ``"package.module:function"``, called with ``factory_args`` and ``num_labels``; it returns a module
@@ -116,80 +69,7 @@ class ModelConfig(_Strict):
         return self
 
 
-class AugmentLevel(NamedTuple):
-    """RandAugment's number of operations and magnitude (of 10), and the Beta parameter of Mixup."""
-
-    layers: int
-    magnitude: int
-    mixup: float
-
-
-Crop = Literal["inception", "pad", "none"]
-Augment = Literal["none", "light1", "light2", "medium1", "medium2", "strong1", "strong2", "trivial"]
-# Steiner et al. (2022); `trivial` is TrivialAugment (Mueller and Hutter 2021), which has no level.
-AUGMENT_LEVELS: dict[str, AugmentLevel] = {
-    "none": AugmentLevel(0, 0, 0.0), "trivial": AugmentLevel(0, 0, 0.0), "light1": AugmentLevel(2, 0, 0.0),
-    "light2": AugmentLevel(2, 10, 0.2), "medium1": AugmentLevel(2, 15, 0.2), "medium2": AugmentLevel(2, 15, 0.5),
-    "strong1": AugmentLevel(2, 20, 0.5), "strong2": AugmentLevel(2, 20, 0.8),
-}
-
-
-def _as_workers(value: Any) -> int | Literal["auto"]:
-    if value == "auto" or (type(value) is int and value >= 0):
-        return value  # type: ignore[no-any-return]
-    raise ValueError(f'{value!r} is no number of workers: give "auto", or an integer greater than or equal to 0')
-
-
-# Not a union that pydantic checks part by part: it would report both parts.
-Workers = Annotated[int | Literal["auto"], PlainValidator(_as_workers)]
-
-
-class DataConfig(_Strict):
-    """``train`` and ``val`` are folders or URLs of WebDataset shards with a manifest (`prelora shards`).
-
-    With ``reader: webdataset``, ``train`` is a pattern of shards without one (docs/data.md says what is lost) and
-    ``samples_per_epoch`` their number of samples. ``tail``: the last samples of an epoch, too few for a batch, go on
-    into the next one or are dropped. ``augment`` is a level of Steiner et al.; ``mixup`` null takes the level's.
-    ``cutmix`` and ``mixup`` are Beta parameters, ``random_erasing`` a probability. ``corrupt_budget`` is the share of
-    an epoch's samples that may be unreadable before the run stops. ``cache_dir`` is a node-local folder that keeps
-    whole shards, ``cache_gib`` of them. ``workers: auto`` counts them by the cores of a rank and the LoRA phase's rate.
-    """
-
-    train: str
-    val: str
-    reader: Literal["manifest", "webdataset"] = "manifest"
-    samples_per_epoch: Positive | None = None
-    tail: Literal["continue", "drop"] = "continue"
-    crop: Crop = "inception"
-    flip: bool = True
-    augment: Augment = "none"
-    mixup: Annotated[float, Field(ge=0)] | None = None
-    cutmix: Annotated[float, Field(ge=0)] = 0.0
-    random_erasing: Annotated[float, Field(ge=0, le=1)] = 0.0
-    corrupt_budget: Share = 0.001
-    cache_dir: str | None = None
-    cache_gib: Annotated[float, Field(gt=0)] = 200.0
-    workers: Workers = 2
-    worker_start: Literal["forkserver", "spawn", "fork"] = "forkserver"
-
-    @model_validator(mode="after")
-    def _webdataset_has_a_length(self) -> DataConfig:
-        if (self.reader == "webdataset") != (self.samples_per_epoch is not None):
-            raise ValueError("samples_per_epoch is what data.reader webdataset, and only that, cannot know: set both "
-                             "or none")
-        return self
-
-    @property
-    def mixup_alpha(self) -> float:
-        return AUGMENT_LEVELS[self.augment].mixup if self.mixup is None else self.mixup
-
-    @property
-    def mixes(self) -> bool:
-        """Whether rows are mixed in pairs."""
-        return self.mixup_alpha > 0 or self.cutmix > 0
-
-
-class OptimizerConfig(_Strict):
+class OptimizerConfig(Strict):
     """AdamW, a linear warm-up and one cosine to ``min_lr_ratio`` of ``lr``. Decay on matrices only."""
 
     lr: Annotated[float, Field(gt=0)] = 1e-3
@@ -201,7 +81,7 @@ class OptimizerConfig(_Strict):
     clip_grad_norm: Annotated[float, Field(ge=0)] = 1.0
 
 
-class TrainConfig(_Strict):
+class TrainConfig(Strict):
     duration: DurationField
     global_batch_size: Positive
     micro_batch_size: Positive
@@ -219,7 +99,7 @@ class TrainConfig(_Strict):
         return self
 
 
-class ConvergenceConfig(_Strict):
+class ConvergenceConfig(Strict):
     """PreLoRA Algorithm 1: k windows of m measurements, ``tau`` and ``zeta`` in per cent."""
 
     tau: Annotated[float, Field(gt=0)]
@@ -231,7 +111,7 @@ class ConvergenceConfig(_Strict):
     aggregate: Literal["norm_of_mean", "mean_of_layers"] = "norm_of_mean"
 
 
-class LoraConfig(_Strict):
+class LoraConfig(Strict):
     """Adapters, their ranks by PreLoRA Algorithm 2, and how they train.
 
     ``alpha_over_r`` is LoRA's scaling, the same for every rank. ``train_rest`` keeps head, LayerNorms and embeddings
@@ -264,7 +144,7 @@ class LoraConfig(_Strict):
         return self
 
 
-class PhaseConfig(_Strict):
+class PhaseConfig(Strict):
     """What differs in a phase from the full one; the global batch never does.
 
     ``zero_stage`` is short for a ``deepspeed`` section with another stage; ``deepspeed`` replaces the whole section.
@@ -275,7 +155,7 @@ class PhaseConfig(_Strict):
     deepspeed: dict[str, Any] | None = None
 
 
-class PhasesConfig(_Strict):
+class PhasesConfig(Strict):
     """Settings per phase, for the two that follow the full one."""
 
     warmup: PhaseConfig = PhaseConfig()
@@ -292,7 +172,7 @@ class ZeroSettings:
     persistence_threshold: int = 100_000
 
 
-class Config(_Strict):
+class Config(Strict):
     """One run. ``convergence: null`` trains all parameters to the end (the baseline)."""
 
     run: RunConfig

@@ -36,9 +36,10 @@ def decode(data: bytes | bytearray, num_channels: int) -> Pixels:
             pass  # Pillow has the last word
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            plain: Image.Image = image
             if image.mode.startswith("I"):  # a PNG of 16 bits a channel, which Pillow's own conversion would clip
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            pixels = np.asarray(image.convert("RGB" if num_channels == 3 else "L"))
+                plain = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            pixels = np.asarray(plain.convert("RGB" if num_channels == 3 else "L"))
     except UnidentifiedImageError as error:
         raise UndecodableError(f"neither of {', '.join(_FORMATS)}") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

@@ -27,8 +27,9 @@ def open_data(config: Config) -> tuple[TrainData, Manifest]:
     val = Manifest.load(data.val, key="data.val")
     if data.reader == "webdataset":
         assert data.samples_per_epoch is not None, "the config holds both or none"
-        train: TrainData = Unindexed(data.train, data.samples_per_epoch, val.classes)
-        train.shards()
+        unindexed = Unindexed(data.train, data.samples_per_epoch, val.classes)
+        unindexed.shards()  # none is an error now and not later
+        train: TrainData = unindexed
     else:
         train = Manifest.load(data.train, key="data.train")
     if train.classes != val.classes:

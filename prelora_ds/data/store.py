@@ -6,12 +6,13 @@ import errno
 import os
 import time
 import zlib
-from typing import Any
+from typing import Any, TypeVar
 
 from prelora_ds.core.errors import ExpectedError
 from prelora_ds.data.cache import ShardCache
 from prelora_ds.data.manifest import Manifest, is_url
 
+_Bytes = TypeVar("_Bytes", bytes, bytearray)
 _OPEN_FILES = 256  # a process may open 1,024 files, and a data set has more shards than that
 _TRIES, _WAIT_S = 3, 0.5  # of a read that fails: remote stores and parallel file systems have bad moments
 _REMEDY = "`prelora shards verify` lists what is damaged; write or copy those shards again"
@@ -97,7 +98,7 @@ class SampleStore:
         return self._whole(data, length)
 
     @staticmethod
-    def _whole(data: Any, length: int) -> Any:
+    def _whole(data: _Bytes, length: int) -> _Bytes:
         if len(data) != length:
             raise OSError(errno.ENODATA, f"only {len(data)} bytes there")
         return data
