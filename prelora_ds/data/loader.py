@@ -31,6 +31,8 @@ _FAULTS_SAID = 20
 class WorkerLostError(ExpectedError, RuntimeError):
     """A worker process that ended before its work was done."""
 
+    of_one_rank = True
+
 
 class Workers:
     """A batch for each key, in their order, made by ``count`` processes that end when this is closed or dropped.

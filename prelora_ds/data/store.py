@@ -21,6 +21,8 @@ _REMEDY = "`prelora shards verify` lists what is damaged; write or copy those sh
 class CorruptSampleError(ExpectedError, RuntimeError):
     """An image that cannot be read or decoded; names its shard and byte offset."""
 
+    of_one_rank = True
+
     def __init__(self, text: str) -> None:
         super().__init__(text if _REMEDY in text else f"{text}\n  remedy: {_REMEDY}")
         self.problem = text

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
-from support.launch import launch
+from support.launch import ROOT, launch, launch_command
 from support.runs import LABELS, Trainer, config
 
 from prelora_ds.data.batch import MicroBatch, draw_mix
@@ -102,3 +105,36 @@ def test_a_run_bears_what_the_budget_allows_and_goes_on_with_mixup_and_sigmoid(t
     assert "data workers: the cores of a rank less one" in done.stdout
     assert "data/corrupt" not in done.stderr and "waiting for data, ms" in done.stdout
     assert len(list((tmp_path / "cache").glob("*shard-*.tar"))) == 2  # the damaged one is not kept
+
+
+def test_a_worker_that_is_killed_is_named_by_its_rank_and_ends_the_run(tmp_path):
+    for split in ("train", "val"):
+        write_shards(digits(split), tmp_path / split, samples_per_shard=512, class_names=DIGIT_CLASSES)
+    out = tmp_path / "out"
+    command, environ = launch_command(
+        "--recipe", DEBUG, "--deepspeed_config", "ds_configs/zero1.json", f"run.output_dir={out}",
+        f"data.train={tmp_path / 'train'}", f"data.val={tmp_path / 'val'}", "train.duration=100000 steps",
+        "train.eval_every=100000 steps", "convergence=null", "data.workers=1")
+    with subprocess.Popen(command, cwd=ROOT, env=environ, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT) as run:
+        try:
+            until = time.monotonic() + 150
+            while not ((out / "metrics.jsonl").is_file() and (out / "metrics.jsonl").stat().st_size):
+                assert time.monotonic() < until and run.poll() is None
+                time.sleep(0.2)
+            worker = worker_of_rank_1(psutil.Process(run.pid))
+            worker.kill()
+            said, _ = run.communicate(timeout=100)
+        finally:
+            for process in (*psutil.Process(run.pid).children(recursive=True), run) if run.poll() is None else ():
+                process.kill()
+    assert run.returncode == 1, said
+    assert (said.count("error: "), said.count("error (rank 1): ")) == (0, 1), said
+    assert re.search(rf"error \(rank 1\): a data worker is gone \(process: exit code {{{worker.pid}: -9}}", said), said
+
+
+def worker_of_rank_1(launcher):
+    """The data worker: the fork server of rank 1 has one child."""
+    [rank] = [p for p in launcher.children(recursive=True) if "--local_rank=1" in p.cmdline()
+              and "launch/pretrain.py" in p.cmdline() and "deepspeed.launcher.launch" not in p.cmdline()]
+    return next(child for process in rank.children() for child in process.children())
