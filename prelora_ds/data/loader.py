@@ -6,6 +6,7 @@ What a rank gets depends on seed, step and world size alone; how many workers ma
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -26,6 +27,7 @@ from prelora_ds.data.store import SampleStore
 
 WorkerStart = Literal["forkserver", "spawn", "fork"]
 _FAULTS_SAID = 20
+_WORKER_ENDS_S = 5.0
 
 
 class WorkerLostError(ExpectedError, RuntimeError):
@@ -51,9 +53,14 @@ class Workers:
         try:
             return next(self._batches)
         except (RuntimeError, OSError, EOFError) as error:
-            # What a data set raises itself is no OSError, and a message cut off in the middle is one.
-            gone = {w.pid: w.exitcode for w in getattr(self._batches, "_workers", ()) if w.exitcode is not None}
-            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
+            # DataLoader says so itself, unless the worker died in the middle of a message: that is an OSError.
+            said = isinstance(error, RuntimeError)
+            if said and not str(error).startswith("DataLoader worker"):
+                raise
+            workers = getattr(self._batches, "_workers", [])
+            multiprocessing.connection.wait([worker.sentinel for worker in workers], _WORKER_ENDS_S)
+            gone = {worker.pid: worker.exitcode for worker in workers if worker.exitcode is not None}
+            if not said and not gone:
                 raise
             raise WorkerLostError(f"a data worker is gone (process: exit code {gone}; {type(error).__name__}: {error})"
                                   "\n  remedy: where memory ran out, fewer data.workers or a smaller "
