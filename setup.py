@@ -21,6 +21,7 @@ setup(
         "deepspeed>=0.19.8,<0.20",
         "torch>=2.14.1,<2.15",
         "torchvision>=0.29.1,<0.30",
+        "simplejpeg>=1.9,<2",
         "transformers>=5.23,<6",
         "peft>=0.21.2,<0.22",
         "webdataset>=1.0.2,<2",
@@ -55,6 +56,8 @@ setup(
             "aiohttp>=3.14,<4",
             "datasets>=5.2,<6",
         ],
+        # only for benchmarks/loader.py
+        "benchmarks": ["timm>=1.0.31,<2"],
     },
     entry_points={"console_scripts": ["prelora = prelora_ds.cli:main"]},
 )

@@ -17,6 +17,7 @@ import torch
 
 from prelora_ds.configuring import validate
 from prelora_ds.core.plan import Layout, Plan, full_plan, lora_plan, warmup_plan
+from prelora_ds.data.batch import MicroBatch
 from prelora_ds.engine import build as build_module
 from prelora_ds.engine import transition as transition_module
 from prelora_ds.engine.build import Engine, build_engine, deepspeed_config
@@ -186,7 +187,7 @@ def one_step(engine: Engine) -> float:
     images = torch.randint(0, 256, (micro, m.num_channels, m.image_size, m.image_size), dtype=torch.uint8)
     labels = torch.randint(0, LABELS, (micro,))
     begun = time.perf_counter()
-    engine.train_step([(images, labels)], lr=1e-4)
+    engine.train_step([MicroBatch(images, labels)], lr=1e-4)
     return time.perf_counter() - begun
 
 

@@ -19,6 +19,8 @@ from prelora_ds.core.budget import predict_bytes, worst_deviation
 from prelora_ds.core.config import FAMILIES, Config
 from prelora_ds.core.costs import communication, micro_batch
 from prelora_ds.core.plan import Layout, Plan, full_plan, lora_plan, warmup_plan
+from prelora_ds.data.batch import MicroBatch
+from prelora_ds.data.datasets import Look
 from prelora_ds.data.loader import TrainLoader
 from prelora_ds.data.manifest import Manifest
 from prelora_ds.engine.build import Engine, build_engine
@@ -59,9 +61,8 @@ def phases(pipe: Connection, model: Mapping[str, Any], zero: Mapping[str, Any], 
             bytes_after_backward(engine, layout, world, size=1)
         predicted, measured = bytes_after_backward(engine, layout, world, size=sizes[0])
         for size in sizes:
-            loader = TrainLoader(Manifest.load(shards), seed=0, global_batch_size=size * world, micro_batch_size=size,
-                                 rank=rank, world_size=world, image_size=config.model.image_size, num_channels=3,
-                                 crop="inception", flip=True, workers=0)
+            loader = TrainLoader(Manifest.load(shards), Look.of(config.model, config.data), seed=0, workers=0,
+                                 global_batch_size=size * world, micro_batch_size=size, rank=rank, world_size=world)
             timed = [step(engine, loader) for _ in range(1 + steps)][1:]
             seconds[size] = {part: median(t[part] for t in timed) for part in ("step", *PARTS)}
             sent = timed[-1]["bytes"]
@@ -136,7 +137,7 @@ def bytes_after_backward(engine: Engine, layout: Layout, world: int, *, size: in
     """Predicted and measured bytes at the end of a backward pass of ``size`` images; takes a step."""
     m = engine.config.model
     images = torch.randint(0, 256, (size, 3, m.image_size, m.image_size), dtype=torch.uint8)
-    engine.backward([(images, torch.randint(0, LABELS, (size,)))])
+    engine.backward([MicroBatch(images, torch.randint(0, LABELS, (size,)))])
     measured = settled(lambda: census(engine), lambda count: count["other"] <= 0.02 * sum(count.values()))
     engine.finish_step(lr=1e-6)
     predicted = predict_bytes(engine.plan, layout, engine.config.zero, world, after_backward=True,

@@ -112,6 +112,7 @@ def case_config(config: Config, case: Case, world_size: int) -> Config:
     """The config of a case: the recipe's model with the case's blocks and batch."""
     values = config.model_dump(mode="json")
     values["model"]["num_hidden_layers"], values["phases"] = case.layers, {}
+    values["data"] |= {"augment": "none", "mixup": None, "cutmix": 0.0}  # pairs would refuse a case's odd micro-batch
     values["train"] |= {"micro_batch_size": case.micro_batch_size,
                         "global_batch_size": case.micro_batch_size * case.accum * world_size}
     return validate(values, "calibration")
@@ -182,6 +183,7 @@ def _rank(sender: Any, rank: int, world_size: int, local_size: int, port: int, c
 def _steps(config: Config, case: Case, rank: int, world_size: int) -> list[float]:
     import torch
 
+    from prelora_ds.data.batch import MicroBatch
     from prelora_ds.engine.build import build_engine
     from prelora_ds.engine.release import release
     from prelora_ds.engine.state import initial_state
@@ -195,7 +197,7 @@ def _steps(config: Config, case: Case, rank: int, world_size: int) -> list[float
     engine = build_engine(own, case_plan(own, case, layout), layout, LABELS, initial_state(module, rank, world_size))
     m, size = own.model, case.micro_batch_size
     images = torch.randint(0, 256, (size, m.num_channels, m.image_size, m.image_size), dtype=torch.uint8)
-    batches = [(images, torch.randint(0, LABELS, (size,)))] * case.accum
+    batches = [MicroBatch(images, torch.randint(0, LABELS, (size,)))] * case.accum
     seconds = _seconds(lambda: engine.train_step(batches, lr=1e-5))
     release(engine)
     return seconds

@@ -70,18 +70,18 @@ class RunLog:
 
 
 class Meter:
-    """Sums since the last reset: the sample-weighted loss, seconds of steps, seconds of waiting for data."""
+    """Since the last reset: the sample-weighted loss, seconds of steps and of waiting for data, corrupt samples."""
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
         self._losses: list[float] = []
-        self.samples, self.steps, self.step_s, self.data_s = 0, 0, 0.0, 0.0
+        self.samples, self.steps, self.corrupt, self.step_s, self.data_s = 0, 0, 0, 0.0, 0.0
 
-    def add(self, loss: float, samples: int, *, step_s: float, data_s: float) -> None:
+    def add(self, loss: float, samples: int, *, step_s: float, data_s: float, corrupt: int = 0) -> None:
         self._losses.append(loss * samples)
-        self.samples, self.steps = self.samples + samples, self.steps + 1
+        self.samples, self.steps, self.corrupt = self.samples + samples, self.steps + 1, self.corrupt + corrupt
         self.step_s, self.data_s = self.step_s + step_s, self.data_s + data_s
 
     @property
@@ -94,6 +94,7 @@ class Meter:
         return Observation(step=step, samples=self.samples, loss=self.loss, norms=norms)
 
     def row(self) -> dict[str, float]:
-        """Means of a step since the last reset; ``img_s`` over all ranks, waiting for data included."""
+        """Means of a step since the last reset, and the sum of corrupt samples; ``img_s`` over all ranks, waiting for
+        data included."""
         return {"train/loss": self.loss, "step_s": self.step_s / self.steps, "data_s": self.data_s / self.steps,
-                "img_s": self.samples / (self.step_s + self.data_s)}
+                "img_s": self.samples / (self.step_s + self.data_s), "data/corrupt": self.corrupt}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,25 +13,40 @@ import torch
 import torch.distributed as dist
 
 from prelora_ds.core.budget import predict_bytes, worst_deviation
-from prelora_ds.core.config import Config, Duration
+from prelora_ds.core.config import Config
 from prelora_ds.core.controller import PhaseController, PhaseState
 from prelora_ds.core.convergence import Observation
 from prelora_ds.core.errors import TrainingDivergedError
+from prelora_ds.core.fields import Duration
 from prelora_ds.core.plan import Layout
 from prelora_ds.core.schedule import Timeline, lr_at
-from prelora_ds.data.loader import TrainLoader, eval_batches
+from prelora_ds.core.timing import gpu_named
+from prelora_ds.data.batch import MicroBatch
+from prelora_ds.data.budget import CorruptBudget
+from prelora_ds.data.datasets import Look
+from prelora_ds.data.loader import Loader, eval_batches
 from prelora_ds.data.manifest import Manifest
+from prelora_ds.data.setup import TrainData, count_workers, make_loader, samples_per_epoch
 from prelora_ds.engine.build import Engine, StepStats, build_engine
 from prelora_ds.engine.census import census, peak_rss_bytes
 from prelora_ds.engine.measure import check_ranks_agree, weight_norms
-from prelora_ds.engine.runtime import freeze_imports, make_monitor, synchronize
+from prelora_ds.engine.runtime import (
+    accelerator_name,
+    freeze_imports,
+    local_world_size,
+    make_monitor,
+    rank_memory_gib,
+    synchronize,
+)
 from prelora_ds.engine.state import initial_state
 from prelora_ds.engine.transition import Switch, transition
 from prelora_ds.evaluate import Accuracy, evaluate
 from prelora_ds.metrics import Meter, RunLog
 from prelora_ds.model.families import find_layout
+from prelora_ds.model.losses import begin_sigmoid_head
 from prelora_ds.model.vit import build_model
 from prelora_ds.reporting.export import export_model
+from prelora_ds.reporting.plan import fastest_images_per_s
 from prelora_ds.reporting.progress import TrainProgress
 
 BYTES_MEASURED_AT = 3  # steps into a plan: ZeRO-3 frees parameters otherwise while it records its trace
@@ -44,14 +60,15 @@ class Run:
     config: Config
     layout: Layout
     timeline: Timeline
-    train_data: Manifest
     val_data: Manifest
+    corrupt: CorruptBudget
+    workers: int
     log: RunLog
     progress: TrainProgress
     out: Path
 
 
-def train(config: Config, train_data: Manifest, val_data: Manifest) -> Accuracy:
+def train(config: Config, train_data: TrainData, val_data: Manifest) -> Accuracy:
     """Train from scratch to the end and export the model to ``run.output_dir/model``. Collective.
 
     Returns the accuracy of the last step's engine. Raises TrainingDivergedError when the loss or the gradient norm is
@@ -61,23 +78,26 @@ def train(config: Config, train_data: Manifest, val_data: Manifest) -> Accuracy:
     rank, world, labels = dist.get_rank(), dist.get_world_size(), len(train_data.classes)
     torch.manual_seed(config.run.seed)
     module = build_model(config.model, labels)
+    if config.train.loss == "sigmoid":
+        begin_sigmoid_head(module, labels)
     layout = find_layout(module, config.lora.families, config.model.families)
     state = initial_state(module, rank, world)
     del module
     torch.manual_seed(config.run.seed + 1 + rank)  # dropout differs from rank to rank
 
-    out, timeline = Path(config.run.output_dir), Timeline(len(train_data), config.train.global_batch_size,
+    samples = samples_per_epoch(config, len(train_data))
+    out, timeline = Path(config.run.output_dir), Timeline(samples, config.train.global_batch_size,
                                                           config.train.duration)
     controller = PhaseController(layout=layout, timeline=timeline, lora=config.lora, convergence=config.convergence,
                                  seed=config.run.seed)
-    run = Run(config, layout, timeline, train_data, val_data, RunLog(out, make_monitor(out)),
-              TrainProgress(timeline.total_steps, shown=rank == 0), out)
+    progress = TrainProgress(timeline.total_steps, shown=rank == 0)
+    workers = _count_workers(config, train_data, progress)
+    run = Run(config, layout, timeline, val_data, CorruptBudget(config.data.corrupt_budget, samples), workers,
+              RunLog(out, make_monitor(out)), progress, out)
     phase = controller.initial()
     engine = build_engine(config, phase.plan, layout, labels, state)
     check_ranks_agree(engine)
-    loader = TrainLoader(train_data, seed=config.run.seed, global_batch_size=config.train.global_batch_size,
-                         micro_batch_size=config.train.micro_batch_size, rank=rank, world_size=world,
-                         flip=config.data.flip, workers=config.data.workers, **_image_options(config))
+    loader = make_loader(config, train_data, rank=rank, world_size=world, workers=workers)
     try:
         engine, accuracy = _loop(run, engine, phase, controller, loader)
         export_model(engine, out / "model")
@@ -92,7 +112,7 @@ def train(config: Config, train_data: Manifest, val_data: Manifest) -> Accuracy:
 
 
 def _loop(run: Run, engine: Engine, phase: PhaseState, controller: PhaseController,
-          loader: TrainLoader) -> tuple[Engine, Accuracy]:
+          loader: Loader) -> tuple[Engine, Accuracy]:
     config, timeline, total = run.config, run.timeline, run.timeline.total_steps
     normed_at = timeline.ticks(Duration("1 epoch"))
     measured_at = timeline.ticks(config.convergence.every) if config.convergence else frozenset()
@@ -112,9 +132,10 @@ def _loop(run: Run, engine: Engine, phase: PhaseState, controller: PhaseControll
         synchronize()
         for meter in (window, logged):
             meter.add(stats.loss, config.train.global_batch_size, step_s=time.perf_counter() - fetched,
-                      data_s=fetched - begun)
+                      data_s=fetched - begun, corrupt=stats.corrupt)
         row: dict[str, Any] = {"step": step, "epoch": timeline.epoch_at(step), "phase": phase.plan.phase}
         _stop_if_diverged(run, stats, row | logged.row())
+        _stop_if_corrupt(run, stats, micro_batches, row | logged.row())
         if step in evaluated_at:
             accuracy = _evaluate(run, engine)
             row |= {"val/acc1": accuracy.acc1, "val/loss": accuracy.loss}
@@ -186,13 +207,33 @@ def _stop_if_diverged(run: Run, stats: StepStats, row: dict[str, Any]) -> None:
                                     "optimizer.warmup, or a smaller optimizer.clip_grad_norm")
 
 
+def _stop_if_corrupt(run: Run, stats: StepStats, micro_batches: Sequence[MicroBatch], row: dict[str, Any]) -> None:
+    """All ranks stop at the same step: they hold the same counts."""
+    faults = [fault for batch in micro_batches for fault in batch.faults]
+    if run.corrupt.spent(run.timeline.epochs_done(row["step"] - 1), stats.corrupt, faults):
+        run.log.metrics(row, samples=row["step"] * run.config.train.global_batch_size)
+        last = [""] * dist.get_world_size()
+        dist.all_gather_object(last, run.corrupt.last_fault)
+        raise run.corrupt.error(last)
+
+
 def _evaluate(run: Run, engine: Engine) -> Accuracy:
-    batches = eval_batches(run.val_data, batch_size=run.config.train.micro_batch_size, rank=dist.get_rank(),
-                           world_size=dist.get_world_size(), workers=run.config.data.workers,
-                           **_image_options(run.config))
+    batches = eval_batches(run.val_data, Look.of(run.config.model, run.config.data), rank=dist.get_rank(),
+                           world_size=dist.get_world_size(), batch_size=run.config.train.micro_batch_size,
+                           workers=run.workers, worker_start=run.config.data.worker_start)
     with engine.evaluating() as logits:
         return evaluate(logits, batches, samples=len(run.val_data), reduce=dist.all_reduce, device=engine.ds.device)
 
 
-def _image_options(config: Config) -> dict[str, Any]:
-    return {"image_size": config.model.image_size, "num_channels": config.model.num_channels, "crop": config.data.crop}
+def _count_workers(config: Config, data: TrainData, progress: TrainProgress) -> int:
+    """The same on all ranks, by rank 0's measurement."""
+    chosen = [(0, "")]
+    if dist.get_rank() == 0:
+        here = local_world_size()
+        gpu = gpu_named(accelerator_name(), rank_memory_gib(here))
+        chosen = [count_workers(config, data, ranks_here=here, images_per_s=fastest_images_per_s(
+            config, here, dist.get_world_size(), gpu))]
+    dist.broadcast_object_list(chosen, src=0)
+    if config.data.workers == "auto":
+        progress.say(chosen[0][1])
+    return chosen[0][0]

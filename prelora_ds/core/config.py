@@ -8,71 +8,24 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from decimal import Decimal
-from fractions import Fraction
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import Field, model_validator
+
+from prelora_ds.core.data_config import DataConfig
+from prelora_ds.core.fields import Duration, DurationField, Positive, Share, Strict
 
 MERGED_UP_TO = 384  # hidden size
 FAMILIES = ("q", "k", "v", "o", "fc1", "fc2")
 
 
-class Duration:
-    """A stretch of training: ``"500 steps"``, ``"10 epochs"``, or ``"5 %"`` of the whole run.
-
-    A string and not a mapping, so that an override replaces the unit together with the number.
-    """
-
-    _PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(steps?|epochs?|%)\s*")
-
-    def __init__(self, text: str) -> None:
-        match = self._PATTERN.fullmatch(text) if isinstance(text, str) else None
-        if match is None:
-            raise ValueError(f'{text!r} is no duration; write "500 steps", "10 epochs" or "5 %"')
-        number, unit = match.groups()
-        self.value = Fraction(number)
-        self.unit: Literal["step", "epoch", "%"] = unit.rstrip("s")  # type: ignore[assignment]
-        if self.unit == "step" and self.value.denominator != 1:
-            raise ValueError(f"{text!r}: a number of steps is whole")
-        if self.unit == "%" and self.value > 100:
-            raise ValueError(f"{text!r}: a share is at most 100 %")
-
-    def __str__(self) -> str:
-        # Not float's "g", which rounds to six digits and writes 1000000 as 1e+06.
-        number = f"{Decimal(self.value.numerator) / self.value.denominator:f}"
-        return f"{number} %" if self.unit == "%" else f"{number} {self.unit}{'' if number == '1' else 's'}"
-
-    def __repr__(self) -> str:
-        return f"Duration({str(self)!r})"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Duration) and (self.value, self.unit) == (other.value, other.unit)
-
-    def __hash__(self) -> int:
-        return hash((self.value, self.unit))
-
-
-def _as_duration(value: Any) -> Duration:
-    return value if isinstance(value, Duration) else Duration(value)
-
-
-DurationField = Annotated[Duration, BeforeValidator(_as_duration), PlainSerializer(str)]
-Positive = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, allow_inf_nan=False)
-
-
-class RunConfig(_Strict):
+class RunConfig(Strict):
     name: str
     output_dir: str
     seed: Annotated[int, Field(ge=0)] = 0
 
 
-class ModelConfig(_Strict):
+class ModelConfig(Strict):
     """Sizes in the names of transformers' ViTConfig; or ``factory`` for any other torch module.
 
     ``factory`` is ``"package.module:function"``, called with ``factory_args`` and ``num_labels``; it returns a module
@@ -119,17 +72,7 @@ class ModelConfig(_Strict):
         return self
 
 
-class DataConfig(_Strict):
-    """``train`` and ``val`` are folders of WebDataset shards with a manifest.json (`prelora shards`)."""
-
-    train: str
-    val: str
-    crop: Literal["inception", "pad", "none"] = "inception"
-    flip: bool = True
-    workers: Annotated[int, Field(ge=0)] = 2
-
-
-class OptimizerConfig(_Strict):
+class OptimizerConfig(Strict):
     """AdamW, a linear warm-up and one cosine to ``min_lr_ratio`` of ``lr``. Decay on matrices only."""
 
     lr: Annotated[float, Field(gt=0)] = 1e-3
@@ -141,10 +84,11 @@ class OptimizerConfig(_Strict):
     clip_grad_norm: Annotated[float, Field(ge=0)] = 1.0
 
 
-class TrainConfig(_Strict):
+class TrainConfig(Strict):
     duration: DurationField
     global_batch_size: Positive
     micro_batch_size: Positive
+    loss: Literal["softmax", "sigmoid"] = "softmax"
     label_smoothing: Share = 0.0
     log_every: Positive = 1
     eval_every: DurationField = Duration("1 epoch")
@@ -158,7 +102,7 @@ class TrainConfig(_Strict):
         return self
 
 
-class ConvergenceConfig(_Strict):
+class ConvergenceConfig(Strict):
     """PreLoRA Algorithm 1: k windows of m measurements, ``tau`` and ``zeta`` in per cent."""
 
     tau: Annotated[float, Field(gt=0)]
@@ -170,7 +114,7 @@ class ConvergenceConfig(_Strict):
     aggregate: Literal["norm_of_mean", "mean_of_layers"] = "norm_of_mean"
 
 
-class LoraConfig(_Strict):
+class LoraConfig(Strict):
     """Adapters, their ranks by PreLoRA Algorithm 2, and how they train.
 
     ``alpha_over_r`` is LoRA's scaling, the same for every rank. ``train_rest`` keeps head, LayerNorms and embeddings
@@ -203,7 +147,7 @@ class LoraConfig(_Strict):
         return self
 
 
-class PhaseConfig(_Strict):
+class PhaseConfig(Strict):
     """What differs in a phase from the full one; the global batch never does.
 
     ``zero_stage`` is short for a ``deepspeed`` section with another stage; ``deepspeed`` replaces the whole section.
@@ -220,7 +164,7 @@ class PhaseConfig(_Strict):
         return "auto" in (self.micro_batch_size, self.zero_stage)
 
 
-class PhasesConfig(_Strict):
+class PhasesConfig(Strict):
     """Settings per phase, for the two that follow the full one.
 
     ``auto`` there goes by ``memory_gib`` of a rank (by default its device's, or its share of the host's) and by the
@@ -243,7 +187,7 @@ class ZeroSettings:
     persistence_threshold: int = 100_000
 
 
-class Config(_Strict):
+class Config(Strict):
     """One run. ``convergence: null`` trains all parameters to the end (the baseline)."""
 
     run: RunConfig
@@ -306,13 +250,16 @@ class Config(_Strict):
     def grad_accum_steps(self, world_size: int) -> int:
         """Micro-batches per rank and optimizer step.
 
-        Raises ValueError when the global batch is no multiple of ``micro_batch_size * world_size``, or when ZeRO stage
-        0, which accumulates in BF16, would have to accumulate.
+        Raises ValueError when the global batch is no multiple of ``micro_batch_size * world_size``, when pairs are
+        mixed and a micro-batch is odd, or when ZeRO stage 0, which accumulates in BF16, would have to accumulate.
         """
         per_pass = self.train.micro_batch_size * world_size
         if self.train.global_batch_size % per_pass:
             raise ValueError(f"train.global_batch_size {self.train.global_batch_size} is not divisible by "
                              f"train.micro_batch_size {self.train.micro_batch_size} x {world_size} ranks = {per_pass}")
+        if self.data.mixes and self.train.micro_batch_size % 2:
+            raise ValueError(f"train.micro_batch_size {self.train.micro_batch_size} is odd, and Mixup and CutMix need "
+                             "whole pairs; data.mixup=0 data.cutmix=0 leaves them out")
         accum = self.train.global_batch_size // per_pass
         if accum > 1 and self.zero.stage == 0:
             raise ValueError(f"ZeRO stage 0 accumulates gradients in BF16, and {accum} micro-batches a step would lose "

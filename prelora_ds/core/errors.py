@@ -6,9 +6,13 @@ USAGE_EXIT_CODE = 2
 
 
 class ExpectedError(Exception):
-    """An error whose text is the whole message: no traceback. ``exit_code`` is what the process ends with."""
+    """An error whose text is the whole message: no traceback. ``exit_code`` is what the process ends with.
+
+    ``of_one_rank``: other ranks do not meet it, so the one that does has to say it.
+    """
 
     exit_code = 1
+    of_one_rank = False
 
 
 class ConfigError(ExpectedError, ValueError):

@@ -44,10 +44,10 @@ def setting(config: Config, plan: Plan, layout: Layout, zero: ZeroSettings, worl
 
 
 def settings(config: Config, plan: Plan, layout: Layout, zero: ZeroSettings, world_size: int) -> list[Setting]:
-    """One for each micro-batch that divides a rank's share of the global batch, smallest first; at stage 0, which does
-    not accumulate, the whole share alone."""
-    share = config.train.global_batch_size // world_size
-    sizes = [size for size in range(1, share + 1) if share % size == 0] if zero.stage else [share]
+    """One for each micro-batch that divides a rank's share of the global batch, smallest first (even ones where pairs
+    are mixed); at stage 0, which does not accumulate, the whole share alone."""
+    share, pair = config.train.global_batch_size // world_size, 2 if config.data.mixes else 1
+    sizes = [size for size in range(pair, share + 1, pair) if share % size == 0] if zero.stage else [share]
     return [setting(config, plan, layout, zero, world_size, size) for size in sizes]
 
 

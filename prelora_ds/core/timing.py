@@ -86,9 +86,9 @@ HOST_GB_S = 25.0  # PCIe 4 x16 and a rank's share of the host's memory
 PRODUCT_EFFICIENCY, MEMORY_EFFICIENCY, LINK_EFFICIENCY = 0.45, 0.7, 0.8
 
 
-def gpu_named(device_name: str, memory_gib: float) -> str | None:
+def gpu_named(device_name: str | None, memory_gib: float) -> str | None:
     """The key of `GPUS` for a device as its driver names it ("NVIDIA A100-SXM4-40GB"), or None."""
-    known = [key for key in GPUS if re.search(rf"\b{key.partition('-')[0]}\b", device_name)]
+    known = [key for key in GPUS if device_name and re.search(rf"\b{key.partition('-')[0]}\b", device_name)]
     return min(known, key=lambda key: abs(GPUS[key].memory_gib - memory_gib), default=None)
 
 

@@ -19,15 +19,15 @@ from torch import nn
 
 from prelora_ds.core.config import Config
 from prelora_ds.core.plan import Layout, Phase, Plan
+from prelora_ds.data.batch import MicroBatch, mix_images, mix_labels
 from prelora_ds.data.transforms import to_float
 from prelora_ds.engine.runtime import device
 from prelora_ds.engine.state import EngineState, adam_steps_of, restore_state
 from prelora_ds.model.adapters import attach_adapters, check_adapters
 from prelora_ds.model.families import named_parameters
 from prelora_ds.model.lora_linear import lora_linears, merge_bases
+from prelora_ds.model.losses import classification_loss
 from prelora_ds.model.vit import build_model, compile_blocks, logits_of
-
-MicroBatches = Sequence[tuple[torch.Tensor, torch.Tensor]]  # (images uint8 [B,C,H,W], labels int64 [B])
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,13 @@ class Counters:
 
 @dataclass(frozen=True)
 class StepStats:
-    """One optimizer step, reduced over ranks. loss: mean over the global batch; grad_norm: before clipping."""
+    """One optimizer step, reduced over ranks. loss: mean over the global batch; grad_norm: before clipping; corrupt:
+    samples that could not be read."""
 
     loss: float
     grad_norm: float
     skipped: bool
+    corrupt: int
 
 
 class Engine:
@@ -58,7 +60,7 @@ class Engine:
     def __init__(self, config: Config, plan: Plan, layout: Layout, num_labels: int, ds: Any) -> None:
         self.run_config, self.config = config, config.for_phase(plan.phase)
         self.plan, self.layout, self.num_labels, self.ds = plan, layout, num_labels, ds
-        self._loss = torch.zeros(())
+        self._sums = torch.zeros(2)
 
     @property
     def module(self) -> nn.Module:
@@ -68,12 +70,12 @@ class Engine:
     def counters(self) -> Counters:
         return Counters(**{name: getattr(self.ds, name) for name in Counters.__dataclass_fields__})
 
-    def train_step(self, micro_batches: MicroBatches, *, lr: float) -> StepStats:
+    def train_step(self, micro_batches: Sequence[MicroBatch], *, lr: float) -> StepStats:
         """One optimizer step over this rank's micro-batches. Collective."""
         self.backward(micro_batches)
         return self.finish_step(lr=lr)
 
-    def backward(self, micro_batches: MicroBatches) -> None:
+    def backward(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Forward and backward of all micro-batches; gradients are accumulated and reduced in fp32 (stages 1 to 3).
 
         Raises ValueError when their number is not the engine's accumulation.
@@ -83,15 +85,19 @@ class Engine:
                              "of accumulation")
         self.ds.train()
         losses = []
-        for images, labels in micro_batches:
+        for batch in micro_batches:
             if losses:
                 self.ds.step()  # only counts the micro-step; the last one is taken in finish_step
-            logits = logits_of(self.ds(self.prepare(images)))
-            loss = nn.functional.cross_entropy(logits.float(), labels.to(self.ds.device),
-                                               label_smoothing=self.config.train.label_smoothing)
+            logits = logits_of(self.ds(self.prepare(batch.images, batch.mix))).float()
+            targets = batch.labels.to(self.ds.device)
+            if batch.mix is not None:
+                targets = mix_labels(targets, batch.mix, logits.shape[-1])
+            loss = classification_loss(logits, targets, kind=self.config.train.loss,
+                                       label_smoothing=self.config.train.label_smoothing)
             self.ds.backward(loss)
             losses.append(loss.detach())
-        self._loss = torch.stack(losses).mean()
+        corrupt = sum(len(batch.faults) for batch in micro_batches)
+        self._sums = torch.stack([torch.stack(losses).mean(), losses[0].new_tensor(corrupt)])
 
     def finish_step(self, *, lr: float) -> StepStats:
         """The optimizer's part of a step, with each group's rate (``lr`` times its scale) written into it."""
@@ -100,9 +106,10 @@ class Engine:
         skipped_before = self.ds.skipped_steps
         self.ds.step()
         merge_bases(self.module)
-        comm.all_reduce(self._loss)
+        comm.all_reduce(self._sums)
+        loss, corrupt = self._sums.tolist()
         norm = self.ds.get_global_grad_norm()
-        return StepStats(loss=float(self._loss) / comm.get_world_size(),
+        return StepStats(loss=loss / comm.get_world_size(), corrupt=int(corrupt),
                          grad_norm=float("nan") if norm is None else float(norm),
                          skipped=self.ds.skipped_steps > skipped_before)
 
@@ -119,9 +126,12 @@ class Engine:
                 # A forward pass without backward leaves parameters gathered, and the next gathering would fail.
                 self.ds.empty_partition_cache()
 
-    def prepare(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 [B,C,H,W] on the host -> bf16 in [-1, 1] on the device."""
-        return to_float(images.to(self.ds.device), torch.bfloat16)
+    def prepare(self, images: torch.Tensor, mix: torch.Tensor | None = None) -> torch.Tensor:
+        """uint8 [B,C,H,W] on the host -> bf16 in [-1, 1] on the device, pairs mixed by ``mix`` in fp32 before."""
+        images = images.to(self.ds.device)
+        if mix is None:
+            return to_float(images, torch.bfloat16)
+        return mix_images(to_float(images, torch.float32), mix).to(torch.bfloat16)
 
 
 def build_engine(run_config: Config, plan: Plan, layout: Layout, num_labels: int, state: EngineState,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import warnings
-from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -57,7 +56,7 @@ def init_process_group(timeout_s: float = 1800.0) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if "OMP_NUM_THREADS" not in os.environ:
             # Else every rank takes all cores, and ranks on one host spend their time waiting for each other.
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size()))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size()))
     else:
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     comm.init_distributed(auto_mpi_discovery=False, timeout=timedelta(seconds=timeout_s), verbose=False)
@@ -70,9 +69,14 @@ def ranks_that_differ(text: str) -> list[int]:
     return [rank for rank, other in enumerate(texts) if other != texts[0]]
 
 
-def local_size(environ: Mapping[str, str] = os.environ) -> int:
-    """Ranks of this job on this host, as its launcher says; 1 where it says nothing."""
-    return int(environ.get("LOCAL_SIZE") or environ.get("LOCAL_WORLD_SIZE") or 1)
+def local_world_size() -> int:
+    """Ranks on this host, as the launcher says; 1 where it does not."""
+    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+
+
+def accelerator_name() -> str | None:
+    """The GPU's name as its driver gives it; None without one."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def rank_memory_gib(ranks_per_host: int) -> float:

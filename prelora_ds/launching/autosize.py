@@ -11,15 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from prelora_ds.configuring import read_calibration
 from prelora_ds.core.config import Config, PhaseConfig, ZeroSettings
 from prelora_ds.core.errors import ConfigError
 from prelora_ds.core.fitting import Setting, fastest, setting, settings
 from prelora_ds.core.plan import Layout, Phase, Plan, lora_plan, warmup_plan
 from prelora_ds.core.timing import Rates, data_sheet_rates, gpu_named
-from prelora_ds.engine.runtime import local_size, rank_memory_gib
+from prelora_ds.engine.runtime import accelerator_name, local_world_size, rank_memory_gib
 from prelora_ds.launching.ranks import Ranks
 
 
@@ -29,7 +27,7 @@ def settle(config: Config, layout: Layout, ranks: Ranks) -> Config:
     Adapters are taken to have rank `lora.r_max`, the most that Algorithm 2 gives. Raises ConfigError when nothing fits,
     when the calibration cannot be read, and for a model that is no ViT, whose costs are not known.
     """
-    phases, world_size, ranks_per_host = config.phases, ranks.world_size, local_size()
+    phases, world_size, ranks_per_host = config.phases, ranks.world_size, local_world_size()
     if config.convergence is None or not (phases.warmup.is_auto or phases.lora.is_auto):
         return config
     if config.model.factory is not None:
@@ -57,7 +55,7 @@ def settle(config: Config, layout: Layout, ranks: Ranks) -> Config:
 def _machine(config: Config, world_size: int, ranks_per_host: int) -> tuple[float, Rates | None]:
     """GiB of this rank, and the rates of its device where they are known."""
     memory_gib = rank_memory_gib(ranks_per_host)
-    gpu = gpu_named(torch.cuda.get_device_name(), memory_gib) if torch.cuda.is_available() else None
+    gpu = gpu_named(accelerator_name(), memory_gib)
     rates = data_sheet_rates(gpu, hosts=max(1, world_size // ranks_per_host)) if gpu else None
     if config.phases.calibration is not None:
         rates, _ = read_calibration(Path(config.phases.calibration), "phases.calibration")

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prelora_ds.configuring import check_world, dump_yaml, load_config
 from prelora_ds.core.config import Config
 from prelora_ds.core.errors import ConfigError
 from prelora_ds.core.plan import Layout, Phase, warmup_plan
 from prelora_ds.core.schedule import Timeline
-from prelora_ds.data.manifest import Manifest
 from prelora_ds.launching.ranks import Ranks
+
+if TYPE_CHECKING:
+    from prelora_ds.data.manifest import Manifest
+    from prelora_ds.data.setup import TrainData
 
 
 def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config: str | None) -> None:
@@ -20,6 +24,7 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
     config, train_data, val_data = check_run(config, ranks)
 
     # torch and DeepSpeed take seconds to import: only now, when the cheap mistakes are out
+    from prelora_ds.data.setup import samples_per_epoch
     from prelora_ds.engine.runtime import (
         check_zero_config,
         choose_accelerator,
@@ -33,7 +38,7 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
     if ranks.rank == 0:
         claim_output(Path(config.run.output_dir), config)
         print(dump_yaml(config), flush=True)
-        warn_of_a_short_run(config, len(train_data))
+        warn_of_a_short_run(config, samples_per_epoch(config, len(train_data)))
 
     init_process_group()
     if odd := ranks_that_differ(dump_yaml(config)):
@@ -48,20 +53,17 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
     close_process_group()
 
 
-def check_run(config: Config, ranks: Ranks) -> tuple[Config, Manifest, Manifest]:
+def check_run(config: Config, ranks: Ranks) -> tuple[Config, TrainData, Manifest]:
     """Hold the config against the world, the data and the model's names; returns it, with every `auto` settled, and
     both data sets.
 
     Raises ConfigError.
     """
+    check_world(config, ranks.world_size)
+    from prelora_ds.data.setup import open_data
     from prelora_ds.launching.autosize import settle
 
-    check_world(config, ranks.world_size)
-    train_data = Manifest.load(config.data.train, key="data.train")
-    val_data = Manifest.load(config.data.val, key="data.val")
-    if train_data.classes != val_data.classes:
-        raise ConfigError("data.val", config.data.val, f"has {len(val_data.classes)} classes, and data.train "
-                          f"{len(train_data.classes)}, or other names", "name two parts of one data set")
+    train_data, val_data = open_data(config)
     layout = check_families(config, len(train_data.classes))
     return settle(config, layout, ranks), train_data, val_data
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
@@ -16,13 +14,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from support.pool import free_port
+from support.launch import launch
 from support.runs import LABELS, ZEROS, Trainer, config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import ViTForImageClassification
 
 from prelora_ds.configuring import load_config
 from prelora_ds.core.schedule import Timeline
+from prelora_ds.data.budget import CorruptBudget
 from prelora_ds.data.manifest import Manifest
 from prelora_ds.data.transforms import to_float
 from prelora_ds.data.writer import DIGIT_CLASSES, digits, write_shards
@@ -41,20 +40,6 @@ def shards(tmp_path_factory):
     for split in ("train", "val"):
         write_shards(digits(split), folder / split, samples_per_shard=512, class_names=DIGIT_CLASSES)
     return folder
-
-
-def launch(*arguments, runner="deepspeed.launcher.runner", ranks=2, timeout=200):
-    """Run launch/pretrain.py under the launcher; with ``deepspeed.launcher.launch`` without its first stage."""
-    if runner == "deepspeed.launcher.runner":
-        options = ["--num_accelerators", str(ranks), "--master_port", str(free_port())]
-    else:
-        # {"localhost": [0, 1]} in base64, as the first stage passes it on
-        world = {1: "eyJsb2NhbGhvc3QiOiBbMF19", 2: "eyJsb2NhbGhvc3QiOiBbMCwgMV19"}[ranks]
-        options = [f"--world_info={world}", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
-    command = [sys.executable, "-m", runner, *options, "launch/pretrain.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, timeout=timeout, text=True, capture_output=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
-                                            "PYTHONPATH": str(ROOT / "tests")})
 
 
 @pytest.fixture(scope="module")
@@ -244,8 +229,8 @@ def log_bytes(folder):
     """What rank 0 says of an engine as it is, and of one with a gradient too many."""
     t, said = Trainer(config("zero2")), []
     manifest = Manifest(Path(folder), ("a",), (), 0, np.empty(0), Path(folder))
-    run = Run(t.cfg, t.layout, Timeline(64, 8, t.cfg.train.duration), manifest, manifest, RunLog(Path(folder), None),
-              TrainProgress(100, shown=t.rank == 0), Path(folder))
+    run = Run(t.cfg, t.layout, Timeline(64, 8, t.cfg.train.duration), manifest, CorruptBudget(0.001, 64), 0,
+              RunLog(Path(folder), None), TrainProgress(100, shown=t.rank == 0), Path(folder))
     t.train(2)
     weight = next(t.engine.module.parameters())
     t.engine.backward(t.batches())

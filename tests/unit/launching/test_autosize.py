@@ -12,8 +12,8 @@ import torch
 from prelora_ds.configuring import validate
 from prelora_ds.core.config import FAMILIES, Config, ModelConfig
 from prelora_ds.core.errors import ConfigError
-from prelora_ds.core.fitting import USABLE, setting
-from prelora_ds.core.plan import Layout, lora_plan, warmup_plan
+from prelora_ds.core.fitting import USABLE, setting, settings
+from prelora_ds.core.plan import Layout, full_plan, lora_plan, warmup_plan
 from prelora_ds.core.timing import KINDS
 from prelora_ds.launching.autosize import settle
 from prelora_ds.launching.ranks import Ranks
@@ -103,6 +103,14 @@ def test_a_phase_that_needs_no_offload_has_none_and_one_that_does_keeps_it(layou
     tight = min(setting(base, lora, layout, config({}, {**zero, "stage": s}).zero, 4, 2).peak_bytes for s in (2, 3))
     offloaded = settle(config(phases | {"memory_gib": tight * 1.0001 / 2**30 / USABLE}, zero), layout, FIRST)
     assert offloaded.for_phase("lora").zero.offload_optimizer
+
+
+def test_micro_batches_are_even_where_pairs_are_mixed(layout: Layout) -> None:
+    cfg = config({"lora": {"micro_batch_size": "auto"}, "memory_gib": 64},
+                 train={"duration": "9 steps", "global_batch_size": 24, "micro_batch_size": 2},
+                 data={"train": "-", "val": "-", "mixup": 0.2})
+    sizes = [s.micro_batch_size for s in settings(cfg, full_plan(layout, init_seed=0), layout, cfg.zero, 2)]
+    assert sizes == [2, 4, 6, 12]
 
 
 def test_merged_weights_are_never_split(layout: Layout) -> None:
