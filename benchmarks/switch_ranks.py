@@ -18,6 +18,7 @@ import torch
 
 from prelora_ds.configuring import validate
 from prelora_ds.core.plan import Layout, Plan, full_plan, lora_plan, warmup_plan
+from prelora_ds.data.batch import MicroBatch
 from prelora_ds.engine import build as build_module
 from prelora_ds.engine import checkpoint as checkpoint_module
 from prelora_ds.engine import transition as transition_module
@@ -25,7 +26,7 @@ from prelora_ds.engine.build import Engine, build_engine, deepspeed_config
 from prelora_ds.engine.census import engine_storages, live_storages, peak_rss_bytes, rss_bytes, settled
 from prelora_ds.engine.release import release, trim_memory
 from prelora_ds.engine.runtime import freeze_imports
-from prelora_ds.engine.state import EngineState, initial_state
+from prelora_ds.engine.state import EngineState, Slice, initial_state
 from prelora_ds.engine.transition import transition
 from prelora_ds.model.families import find_layout
 from prelora_ds.model.vit import build_model
@@ -70,7 +71,8 @@ def switches(pipe: Connection, model: Mapping[str, Any], micro: int, steps: int,
 
 def write_base(folder: Path, state: EngineState, plan: Plan) -> None:
     """What freezes, as a run writes it (but for the vote of the ranks)."""
-    frozen = EngineState({name: s for name, s in state.slices.items() if name not in plan.trainable})
+    frozen = EngineState({name: Slice(s.start, s.value) for name, s in state.slices.items()
+                          if name not in plan.trainable})
     if frozen.slices:
         name = checkpoint_module.part_name(torch.distributed.get_rank(), torch.distributed.get_world_size())
         checkpoint_module.write_part(frozen, folder / name)
@@ -196,7 +198,7 @@ def one_step(engine: Engine) -> float:
     images = torch.randint(0, 256, (micro, m.num_channels, m.image_size, m.image_size), dtype=torch.uint8)
     labels = torch.randint(0, LABELS, (micro,))
     begun = time.perf_counter()
-    engine.train_step([(images, labels)], lr=1e-4)
+    engine.train_step([MicroBatch(images, labels)], lr=1e-4)
     return time.perf_counter() - begun
 
 

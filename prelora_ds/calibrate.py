@@ -60,13 +60,15 @@ def calibration_cases(config: Config) -> list[Case]:
 
 def calibrate(config: Config, ranks: int) -> dict[str, Any]:
     """Rates of this machine with ``ranks`` ranks on it, and the samples they were fitted to, as JSON."""
+    from prelora_ds.engine.runtime import rank_memory_gib
+
     cases = calibration_cases(config)
     alone = measure(config, cases, 1, local_size=ranks)
     together = measure(config, cases[:1], ranks, local_size=ranks, reduces=True) if ranks > 1 else []
     rates = fit_rates(config, ranks, alone, together)
     rows = [{**asdict(case), "measured_s": s, "fitted_s": rates.step_seconds(case_work(config, case, 1))}
             for case, s in zip(cases, alone, strict=True)]
-    return {"rates": asdict(rates), "memory_gib": memory_gib(ranks), "samples": rows}
+    return {"rates": asdict(rates), "memory_gib": rank_memory_gib(ranks), "samples": rows}
 
 
 def fit_rates(config: Config, ranks: int, alone: Sequence[float], together: Sequence[float]) -> Rates:
@@ -110,6 +112,7 @@ def case_config(config: Config, case: Case, world_size: int) -> Config:
     """The config of a case: the recipe's model with the case's blocks and batch."""
     values = config.model_dump(mode="json")
     values["model"]["num_hidden_layers"], values["phases"] = case.layers, {}
+    values["data"] |= {"augment": "none", "mixup": None, "cutmix": 0.0}  # pairs would refuse a case's odd micro-batch
     values["train"] |= {"micro_batch_size": case.micro_batch_size,
                         "global_batch_size": case.micro_batch_size * case.accum * world_size}
     return validate(values, "calibration")
@@ -135,7 +138,7 @@ def case_work(config: Config, case: Case, world_size: int) -> Work:
     with torch.device("meta"):
         layout = find_layout(build_model(own.model, LABELS), own.lora.families)
     return step_work(own.model, case_plan(own, case, layout), layout, own.zero, world_size=world_size,
-                     micro_batch_size=case.micro_batch_size, accum=case.accum, mode=own.lora.mode)
+                     micro_batch_size=case.micro_batch_size, accum=case.accum, mode=own.lora_mode())
 
 
 def measure(config: Config, cases: Sequence[Case], ranks: int, *, local_size: int,
@@ -180,6 +183,7 @@ def _rank(sender: Any, rank: int, world_size: int, local_size: int, port: int, c
 def _steps(config: Config, case: Case, rank: int, world_size: int) -> list[float]:
     import torch
 
+    from prelora_ds.data.batch import MicroBatch
     from prelora_ds.engine.build import build_engine
     from prelora_ds.engine.release import release
     from prelora_ds.engine.state import initial_state
@@ -193,7 +197,7 @@ def _steps(config: Config, case: Case, rank: int, world_size: int) -> list[float
     engine = build_engine(own, case_plan(own, case, layout), layout, LABELS, initial_state(module, rank, world_size))
     m, size = own.model, case.micro_batch_size
     images = torch.randint(0, 256, (size, m.num_channels, m.image_size, m.image_size), dtype=torch.uint8)
-    batches = [(images, torch.randint(0, LABELS, (size,)))] * case.accum
+    batches = [MicroBatch(images, torch.randint(0, LABELS, (size,)))] * case.accum
     seconds = _seconds(lambda: engine.train_step(batches, lr=1e-5))
     release(engine)
     return seconds
@@ -220,15 +224,6 @@ def _seconds(run: Callable[[], object]) -> list[float]:
         synchronize()
         times.append(time.perf_counter() - begun)
     return times[2:]
-
-
-def memory_gib(ranks: int) -> float:
-    """Memory of a rank's device, or its share of the host's on a CPU, in GiB."""
-    import torch
-
-    if torch.cuda.is_available():
-        return float(torch.cuda.get_device_properties(0).total_memory) / 2**30
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 / ranks
 
 
 def main(recipe: Path, out: Path, overrides: Annotated[list[str] | None, typer.Argument()] = None,

@@ -4,66 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from prelora_ds.core.errors import ConfigError
+from prelora_ds.core.errors import ExpectedError
+from prelora_ds.sharding import shards_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Tools around prelora_ds runs; training itself starts with launch/pretrain.py.")
-shards_app = typer.Typer(no_args_is_help=True, help="Write WebDataset shards with a manifest.")
 app.add_typer(shards_app, name="shards")
-
-
-class Split(StrEnum):
-    """Parts of a data set."""
-
-    TRAIN = "train"
-    VAL = "val"
-
-
-SamplesPerShard = Annotated[int, typer.Option(min=1)]
-
-
-@shards_app.command()
-def digits(out: Path, samples_per_shard: SamplesPerShard = 512) -> None:
-    """Write scikit-learn's digits (1,797 real 8x8 images) to OUT/train and OUT/val."""
-    from prelora_ds.data import writer
-
-    for split in Split:
-        manifest = writer.write_shards(writer.digits(split.value), out / split.value,
-                                       samples_per_shard=samples_per_shard, class_names=writer.DIGIT_CLASSES)
-        typer.echo(f"{out / split.value}: {len(manifest)} samples in {len(manifest.shards)} shards")
-
-
-@shards_app.command()
-def photographs(out: Path, train: int = 256, val: int = 64, short_side: int = 384, seed: int = 0,
-                samples_per_shard: SamplesPerShard = 128) -> None:
-    """Write JPEGs cut from the photographs of the scikit-image and foolbox wheels, labelled as in ImageNet."""
-    from prelora_ds.data import writer
-
-    for split, count in ((Split.TRAIN, train), (Split.VAL, val)):
-        samples = writer.photographs(count, seed + (split is Split.VAL), short_side)
-        manifest = writer.write_shards(samples, out / split.value, samples_per_shard=samples_per_shard,
-                                       class_names=writer.PHOTOGRAPH_CLASSES)
-        typer.echo(f"{out / split.value}: {len(manifest)} samples in {len(manifest.shards)} shards")
-
-
-@shards_app.command()
-def folder(images: Path, out: Path, samples_per_shard: SamplesPerShard = 1024, seed: int = 0,
-           like: Annotated[Path | None, typer.Option(help="a folder of shards whose classes to take (for val)")] = None,
-           ) -> None:
-    """Write a tree IMAGES/CLASS/*.jpg|png, bytes untouched, shuffled by seed, to OUT."""
-    from prelora_ds.data import writer
-    from prelora_ds.data.manifest import Manifest
-
-    classes = writer.folder_classes(images) if like is None else Manifest.load(like, key="--like").classes
-    manifest = writer.write_shards(writer.image_folder(images, classes, seed), out,
-                                   samples_per_shard=samples_per_shard, class_names=classes)
-    typer.echo(f"{out}: {len(manifest)} samples of {len(classes)} classes in {len(manifest.shards)} shards")
 
 
 @app.command()
@@ -90,6 +41,7 @@ def report(output: Path) -> None:
 def checkpoints(run: Path) -> None:
     """The checkpoints of RUN, newest first, each verified."""
     from prelora_ds.checkpoints.folder import FOLDER, describe, list_checkpoints
+    from prelora_ds.core.errors import ConfigError
 
     found = list_checkpoints(run / FOLDER)
     if not found:
@@ -137,9 +89,9 @@ def plan(recipe: Path, overrides: Annotated[list[str] | None, typer.Argument(hel
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one message and exit code 2."""
+    """Entry point: what a user can expect to happen is one message; a mistake of the user's is exit code 2."""
     try:
         app()
-    except ConfigError as error:
+    except ExpectedError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -16,6 +16,7 @@ from yaml import YAMLError
 from prelora_ds.core.config import Config
 from prelora_ds.core.errors import ConfigError
 from prelora_ds.core.plan import Phase
+from prelora_ds.core.timing import Rates
 
 # Keys of a DeepSpeed JSON that have another owner, and that owner.
 OWNED_BY_RECIPE = {
@@ -79,6 +80,8 @@ def validate(values: Mapping[str, Any], source: str) -> Config:
         config = Config.model_validate(values)
     except ValidationError as exc:
         raise _config_error(exc, source) from exc
+    for phase in (Phase.WARMUP, Phase.LORA):  # a zero_stage of its own goes with the offloading of the run's section
+        check_deepspeed(config.for_phase(phase).deepspeed, f"the DeepSpeed config with phases.{phase}")
     return config
 
 
@@ -155,6 +158,16 @@ def _section(values: Mapping[str, Any], key: str, source: str) -> Mapping[str, A
     if not isinstance(section, dict):
         raise ConfigError(f"{source}: {key}", section, "is no mapping of keys", "see ds_configs/")
     return section
+
+
+def read_calibration(path: Path, key: str) -> tuple[Rates, float]:
+    """Rates, and GiB of memory of a rank, that `prelora_ds.calibrate` wrote to ``path``; raises ConfigError."""
+    try:
+        content = json.loads(path.read_text())
+        return Rates(**content["rates"]), float(content["memory_gib"])
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise ConfigError(key, str(path), f"is no calibration: {exc!r}",
+                          "write one with `python -m prelora_ds.calibrate`") from exc
 
 
 def dump_yaml(config: Config) -> str:

@@ -57,6 +57,7 @@ def evaluate_folder(model: Path, data: Path, *, batch_size: int = 64, workers: i
     """
     from transformers import ViTForImageClassification
 
+    from prelora_ds.data.datasets import Look
     from prelora_ds.data.loader import eval_batches
     from prelora_ds.data.manifest import Manifest
     from prelora_ds.data.transforms import to_float
@@ -67,7 +68,7 @@ def evaluate_folder(model: Path, data: Path, *, batch_size: int = 64, workers: i
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vit = ViTForImageClassification.from_pretrained(model).eval().to(device)
     crop = getattr(vit.config, "eval_crop", "inception")
-    batches = eval_batches(manifest, batch_size=batch_size, rank=0, world_size=1, image_size=vit.config.image_size,
-                           num_channels=vit.config.num_channels, crop=crop, workers=workers)
+    batches = eval_batches(manifest, Look(vit.config.image_size, vit.config.num_channels, crop), batch_size=batch_size,
+                           rank=0, world_size=1, workers=workers)
     return evaluate(lambda images: vit(to_float(images.to(device), torch.float32)).logits, batches,
                     samples=len(manifest), device=device)

@@ -96,30 +96,30 @@ class RunLog:
 
 
 class Meter:
-    """Sums since the last reset: the sample-weighted loss, seconds of steps, seconds of waiting for data."""
+    """Since the last reset: the sample-weighted loss, seconds of steps and of waiting for data, corrupt samples."""
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
         self._losses: list[float] = []
-        self.samples, self.steps, self.step_s, self.data_s = 0, 0, 0.0, 0.0
+        self.samples, self.steps, self.corrupt, self.step_s, self.data_s = 0, 0, 0, 0.0, 0.0
 
-    def add(self, loss: float, samples: int, *, step_s: float, data_s: float) -> None:
+    def add(self, loss: float, samples: int, *, step_s: float, data_s: float, corrupt: int = 0) -> None:
         self._losses.append(loss * samples)
-        self.samples, self.steps = self.samples + samples, self.steps + 1
+        self.samples, self.steps, self.corrupt = self.samples + samples, self.steps + 1, self.corrupt + corrupt
         self.step_s, self.data_s = self.step_s + step_s, self.data_s + data_s
 
     def to_json(self) -> dict[str, Any]:
         """All of it, exactly."""
         return {"losses": self._losses, "samples": self.samples, "steps": self.steps, "step_s": self.step_s,
-                "data_s": self.data_s}
+                "data_s": self.data_s, "corrupt": self.corrupt}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Meter:
         meter = cls()
         meter._losses, meter.samples, meter.steps = list(data["losses"]), data["samples"], data["steps"]
-        meter.step_s, meter.data_s = data["step_s"], data["data_s"]
+        meter.step_s, meter.data_s, meter.corrupt = data["step_s"], data["data_s"], data["corrupt"]
         return meter
 
     @property
@@ -132,8 +132,9 @@ class Meter:
         return Observation(step=step, samples=self.samples, loss=self.loss, norms=norms)
 
     def row(self) -> dict[str, float]:
-        """Means of a step since the last reset, if there was one; ``img_s`` over all ranks, waiting included."""
+        """Means of a step since the last reset, if there was one, and the sum of corrupt samples; ``img_s`` over all
+        ranks, waiting for data included."""
         if not self.steps:
             return {}
         return {"train/loss": self.loss, "step_s": self.step_s / self.steps, "data_s": self.data_s / self.steps,
-                "img_s": self.samples / (self.step_s + self.data_s)}
+                "img_s": self.samples / (self.step_s + self.data_s), "data/corrupt": self.corrupt}

@@ -1,4 +1,4 @@
-"""What a run records of itself beside its steps: each plan, why it began, and its bytes."""
+"""What stays the same in a run, and what it records beside its steps: each plan, why it began, and its bytes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,17 @@ from prelora_ds.core.config import Config
 from prelora_ds.core.controller import PhaseState
 from prelora_ds.core.plan import Layout, Plan
 from prelora_ds.core.schedule import Timeline
+from prelora_ds.core.timing import gpu_named
+from prelora_ds.data.budget import CorruptBudget
 from prelora_ds.data.manifest import Manifest
+from prelora_ds.data.setup import TrainData, count_workers
 from prelora_ds.engine.build import Engine
 from prelora_ds.engine.census import census
+from prelora_ds.engine.runtime import accelerator_name, local_world_size, rank_memory_gib
 from prelora_ds.engine.transition import Switch
 from prelora_ds.launching.guard import Guard
 from prelora_ds.metrics import RunLog
+from prelora_ds.reporting.plan import fastest_images_per_s
 from prelora_ds.reporting.progress import TrainProgress
 
 BYTES_MEASURED_AT = 3  # steps into a plan: ZeRO-3 frees parameters otherwise while it records its trace
@@ -33,8 +38,10 @@ class Run:
     config: Config
     layout: Layout
     timeline: Timeline
-    train_data: Manifest
+    train_data: TrainData
     val_data: Manifest
+    corrupt: CorruptBudget
+    workers: int
     log: RunLog
     progress: TrainProgress
     out: Path
@@ -70,7 +77,7 @@ def bytes_due(plan: Plan, resumed_at: int) -> int:
 def log_bytes(run: Run, engine: Engine, step: int) -> None:
     """Predicted against measured bytes of this rank at the end of a backward pass; a warning where they differ."""
     predicted = predict_bytes(engine.plan, run.layout, engine.config.zero, dist.get_world_size(), after_backward=True,
-                              lora_mode=run.config.lora.mode)
+                              lora_mode=engine.config.lora_mode())
     measured = census(engine)
     off = worst_deviation(predicted, measured)
     run.log.plans({"event": "bytes", "step": step, "phase": engine.plan.phase, "predicted": predicted.to_json(),
@@ -78,3 +85,17 @@ def log_bytes(run: Run, engine: Engine, step: int) -> None:
     if off > DEVIATION_WARNING:
         run.progress.say(f"warning: bytes of phase {engine.plan.phase} differ by {off:.1%} from the prediction: "
                          f"predicted {predicted.to_json()}, measured {measured}")
+
+
+def settle_workers(config: Config, data: TrainData, progress: TrainProgress) -> int:
+    """The same on all ranks, by rank 0's measurement."""
+    chosen = [(0, "")]
+    if dist.get_rank() == 0:
+        here = local_world_size()
+        gpu = gpu_named(accelerator_name(), rank_memory_gib(here))
+        chosen = [count_workers(config, data, ranks_here=here, images_per_s=fastest_images_per_s(
+            config, here, dist.get_world_size(), gpu))]
+    dist.broadcast_object_list(chosen, src=0)
+    if config.data.workers == "auto":
+        progress.say(chosen[0][1])
+    return chosen[0][0]

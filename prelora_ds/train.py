@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,28 @@ from prelora_ds.checkpoints.divergence import problem_of, way_back
 from prelora_ds.checkpoints.resume import Checkpoint, candidates, load_newest, prepare
 from prelora_ds.checkpoints.run_state import RunState
 from prelora_ds.checkpoints.saver import Saver
-from prelora_ds.core.config import Config, Duration
+from prelora_ds.core.config import Config
 from prelora_ds.core.controller import PhaseController, PhaseState
 from prelora_ds.core.convergence import Observation
 from prelora_ds.core.divergence import DivergenceWatch
 from prelora_ds.core.errors import TrainingDivergedError
+from prelora_ds.core.fields import Duration
 from prelora_ds.core.schedule import Timeline, lr_at
-from prelora_ds.data.loader import TrainLoader, eval_batches
+from prelora_ds.data.batch import MicroBatch
+from prelora_ds.data.budget import CorruptBudget
+from prelora_ds.data.datasets import Look
+from prelora_ds.data.loader import Loader, eval_batches
 from prelora_ds.data.manifest import Manifest
+from prelora_ds.data.setup import TrainData, make_loader, samples_per_epoch
 from prelora_ds.engine.build import Engine, StepStats, build_engine
 from prelora_ds.engine.census import peak_rss_bytes
 from prelora_ds.engine.measure import check_ranks_agree, weight_norms
 from prelora_ds.engine.release import release
-from prelora_ds.engine.runtime import freeze_imports, make_monitor, synchronize
+from prelora_ds.engine.runtime import (
+    freeze_imports,
+    make_monitor,
+    synchronize,
+)
 from prelora_ds.engine.state import initial_state
 from prelora_ds.engine.transition import transition
 from prelora_ds.evaluate import Accuracy, evaluate
@@ -35,13 +45,14 @@ from prelora_ds.launching.guard import Guard
 from prelora_ds.launching.stop import StopRequest
 from prelora_ds.metrics import RunLog
 from prelora_ds.model.families import find_layout
+from prelora_ds.model.losses import begin_sigmoid_head
 from prelora_ds.model.vit import build_model
-from prelora_ds.recording import Run, begin_plan, bytes_due, lend_monitor, log_bytes
+from prelora_ds.recording import Run, begin_plan, bytes_due, lend_monitor, log_bytes, settle_workers
 from prelora_ds.reporting.export import export_model
 from prelora_ds.reporting.progress import TrainProgress
 
 
-def train(config: Config, train_data: Manifest, val_data: Manifest, *, resume: str = "auto",
+def train(config: Config, train_data: TrainData, val_data: Manifest, *, resume: str = "auto",
           stop: StopRequest | None = None, guard: Guard | None = None) -> Accuracy:
     """Train to the end, from scratch or a checkpoint, and export the model to ``run.output_dir/model``. Collective.
 
@@ -50,17 +61,20 @@ def train(config: Config, train_data: Manifest, val_data: Manifest, *, resume: s
     """
     freeze_imports()
     out, rank = Path(config.run.output_dir), dist.get_rank()
-    timeline = Timeline(len(train_data), config.train.global_batch_size, config.train.duration)
+    samples = samples_per_epoch(config, len(train_data))
+    timeline = Timeline(samples, config.train.global_batch_size, config.train.duration)
     with torch.device("meta"):
         layout = find_layout(build_model(config.model, len(train_data.classes)), config.lora.families,
                              config.model.families)
     saver = Saver(out, config, timeline, say=partial(print, flush=True) if rank == 0 else lambda text: None)
     found = load_newest(candidates(out, resume), layout, saver.say)
     done = prepare(out, found)
-    run = Run(config, layout, timeline, train_data, val_data,
-              RunLog(out, make_monitor(out, done * config.train.global_batch_size)),
-              TrainProgress(timeline.total_steps, shown=rank == 0, done=done), out, guard or Guard(math.inf))
-    saver.say = run.progress.say
+    progress = TrainProgress(timeline.total_steps, shown=rank == 0, done=done)
+    saver.say = progress.say
+    run = Run(config, layout, timeline, train_data, val_data, CorruptBudget(config.data.corrupt_budget, samples),
+              settle_workers(config, train_data, progress),
+              RunLog(out, make_monitor(out, done * config.train.global_batch_size)), progress, out,
+              guard or Guard(math.inf))
     try:
         engine, state = _begin(run, saver, found)
         engine, state = _loop(run, saver, stop or StopRequest(), engine, state)
@@ -83,6 +97,8 @@ def _begin(run: Run, saver: Saver, found: Checkpoint | None) -> tuple[Engine, Ru
     if found is None:
         torch.manual_seed(config.run.seed)
         module = build_model(config.model, labels)
+        if config.train.loss == "sigmoid":
+            begin_sigmoid_head(module, labels)
         host = initial_state(module, dist.get_rank(), dist.get_world_size())
         del module
         torch.manual_seed(config.run.seed + 1 + dist.get_rank())  # dropout differs from rank to rank
@@ -92,6 +108,7 @@ def _begin(run: Run, saver: Saver, found: Checkpoint | None) -> tuple[Engine, Ru
         state, saver.base, saver.last_step = found.run, found.manifest.base, found.run.step
         engine = build_engine(config, state.phase.plan, run.layout, labels, found.engine, found.counters)
         found.restore_rng(config.run.seed)
+        run.corrupt.go_on_from(*state.corrupt)
         run.log.plans({"event": "resume", "step": state.step, "checkpoint": found.folder.name,
                        "world_size": dist.get_world_size(), "zero_stage": engine.config.zero.stage})
         run.progress.say(f"goes on after step {state.step}, from {found.folder}")
@@ -135,7 +152,9 @@ def _loop(run: Run, saver: Saver, stop: StopRequest, engine: Engine, state: RunS
         else:
             state.watch = state.watch.sound(stats.loss, config.train.divergence)
             for meter in (state.window, state.logged):
-                meter.add(stats.loss, config.train.global_batch_size, **seconds)
+                meter.add(stats.loss, config.train.global_batch_size, **seconds, corrupt=stats.corrupt)
+        _stop_if_corrupt(run, stats, micro_batches, row | state.logged.row())
+        state.corrupt = run.corrupt.position
         if step in evaluated_at:
             state.accuracy = _evaluate(run, engine)
             row |= {"val/acc1": state.accuracy.acc1, "val/loss": state.accuracy.loss}
@@ -191,21 +210,28 @@ def _decide(run: Run, controller: PhaseController, phase: PhaseState, observatio
     return after
 
 
+def _stop_if_corrupt(run: Run, stats: StepStats, micro_batches: Sequence[MicroBatch], row: dict[str, Any]) -> None:
+    """All ranks stop at the same step: they hold the same counts."""
+    faults = [fault for batch in micro_batches for fault in batch.faults]
+    if run.corrupt.spent(run.timeline.epochs_done(row["step"] - 1), stats.corrupt, faults):
+        run.log.metrics(row, samples=row["step"] * run.config.train.global_batch_size)
+        last = [""] * dist.get_world_size()
+        dist.all_gather_object(last, run.corrupt.last_fault)
+        raise run.corrupt.error(last)
+
+
 def _evaluate(run: Run, engine: Engine) -> Accuracy:
-    batches = eval_batches(run.val_data, batch_size=run.config.train.micro_batch_size, rank=dist.get_rank(),
-                           world_size=dist.get_world_size(), workers=run.config.data.workers,
-                           **_image_options(run.config))
+    batches = eval_batches(run.val_data, Look.of(run.config.model, run.config.data), rank=dist.get_rank(),
+                           world_size=dist.get_world_size(), batch_size=run.config.train.micro_batch_size,
+                           workers=run.workers, worker_start=run.config.data.worker_start)
     with engine.evaluating() as logits:
         return evaluate(lambda images: run.guard.beat() or logits(images), batches,
                         samples=len(run.val_data), reduce=dist.all_reduce, device=engine.ds.device)
 
 
-def _loader(run: Run, engine: Engine, start_step: int) -> TrainLoader:
-    config = run.config
-    loader = TrainLoader(run.train_data, seed=config.run.seed, global_batch_size=config.train.global_batch_size,
-                       micro_batch_size=engine.config.train.micro_batch_size, rank=dist.get_rank(),
-                       world_size=dist.get_world_size(), flip=config.data.flip, workers=config.data.workers,
-                       start_step=start_step, **_image_options(config))
+def _loader(run: Run, engine: Engine, start_step: int) -> Loader:
+    loader = make_loader(engine.config, run.train_data, rank=dist.get_rank(), world_size=dist.get_world_size(),
+                         workers=run.workers, start_step=start_step)
     run.opened.callback(loader.close)
     return loader
 
@@ -213,7 +239,3 @@ def _loader(run: Run, engine: Engine, start_step: int) -> TrainLoader:
 def _controller(run: Run) -> PhaseController:
     return PhaseController(layout=run.layout, timeline=run.timeline, lora=run.config.lora,
                            convergence=run.config.convergence, seed=run.config.run.seed)
-
-
-def _image_options(config: Config) -> dict[str, Any]:
-    return {"image_size": config.model.image_size, "num_channels": config.model.num_channels, "crop": config.data.crop}

@@ -18,7 +18,7 @@ class RunState:
     """After ``step`` optimizer steps.
 
     window, logged: what has been measured since the last measurement and the last logged row.
-    accuracy: of the last evaluation.
+    accuracy: of the last evaluation. corrupt: the epoch, and its samples that could not be read.
     """
 
     step: int
@@ -27,15 +27,16 @@ class RunState:
     window: Meter = field(default_factory=Meter)
     logged: Meter = field(default_factory=Meter)
     accuracy: Accuracy | None = None
+    corrupt: tuple[int, int] = (0, 0)
 
     def to_json(self, plan: Plan) -> dict[str, Any]:
         """``plan`` is the engine's: at the last step of a run a new one may be decided and never begun."""
         return {"step": self.step, "phase": replace(self.phase, plan=plan).to_json(), "watch": self.watch.to_json(),
                 "window": self.window.to_json(), "logged": self.logged.to_json(),
-                "accuracy": self.accuracy and asdict(self.accuracy)}
+                "accuracy": self.accuracy and asdict(self.accuracy), "corrupt": list(self.corrupt)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> RunState:
         return cls(data["step"], PhaseState.from_json(data["phase"]), DivergenceWatch.from_json(data["watch"]),
                    Meter.from_json(data["window"]), Meter.from_json(data["logged"]),
-                   data["accuracy"] and Accuracy(**data["accuracy"]))
+                   data["accuracy"] and Accuracy(**data["accuracy"]), (data["corrupt"][0], data["corrupt"][1]))

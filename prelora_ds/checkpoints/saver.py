@@ -33,7 +33,7 @@ from prelora_ds.core.schedule import Timeline
 from prelora_ds.engine.build import Engine
 from prelora_ds.engine.checkpoint import part_name, write_part
 from prelora_ds.engine.rng import capture_rng
-from prelora_ds.engine.state import EngineState, copy_state
+from prelora_ds.engine.state import EngineState, Slice, copy_state
 
 Files = dict[str, FileRecord]
 
@@ -63,6 +63,7 @@ class Saver:
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: _Pending | None = None
+        self._removal: Future[None] | None = None
         self._spare: EngineState | None = None  # the host memory of the last copy
 
     base: str | None
@@ -144,8 +145,11 @@ class Saver:
 
         When it cannot be written, each checkpoint holds it itself.
         """
+        if self._removal is not None:
+            self._removal.result()  # it would not know the new base
         self.base, partial = None, self.root / ".base.partial"
-        mine = EngineState({name: s for name, s in state.slices.items() if name not in plan.trainable})
+        mine = EngineState({name: Slice(s.start, s.value) for name, s in state.slices.items()
+                            if name not in plan.trainable})  # its moments are history
 
         def write() -> Files:
             partial.mkdir(parents=True, exist_ok=True)
@@ -210,7 +214,9 @@ class Saver:
         commit(pending.partial, final, manifest)
         write_text(self.root / LATEST, final.name + "\n")
         ticks = frozenset() if c.keep_every is None else self._timeline.ticks(c.keep_every)
-        retain(self.root, last=c.keep_last, best=c.keep_best, ticks=ticks, in_use=self.base)
+        # Gigabytes take seconds to remove: not while the ranks wait.
+        self._removal = self._executor.submit(retain, self.root, last=c.keep_last, best=c.keep_best, ticks=ticks,
+                                              in_use=self.base)
 
     def _commit_base(self, partial: Path, files: Files, plan: Plan) -> str:
         digest = hashlib.sha256(json.dumps({name: asdict(files[name]) for name in sorted(files)}).encode())

@@ -8,94 +8,31 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from decimal import Decimal
-from fractions import Fraction
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import Field, model_validator
 
+from prelora_ds.core.data_config import DataConfig
+from prelora_ds.core.fields import Duration, DurationField, Positive, Seconds, Share, Strict
+
+MERGED_UP_TO = 384  # hidden size
 FAMILIES = ("q", "k", "v", "o", "fc1", "fc2")
 
 
-class Duration:
-    """A stretch of training: ``"500 steps"``, ``"10 epochs"``, or ``"5 %"`` of the whole run.
-
-    A string and not a mapping, so that an override replaces the unit together with the number.
-    """
-
-    _PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(steps?|epochs?|%)\s*")
-
-    def __init__(self, text: str) -> None:
-        match = self._PATTERN.fullmatch(text) if isinstance(text, str) else None
-        if match is None:
-            raise ValueError(f'{text!r} is no duration; write "500 steps", "10 epochs" or "5 %"')
-        number, unit = match.groups()
-        self.value = Fraction(number)
-        self.unit: Literal["step", "epoch", "%"] = unit.rstrip("s")  # type: ignore[assignment]
-        if self.unit == "step" and self.value.denominator != 1:
-            raise ValueError(f"{text!r}: a number of steps is whole")
-        if self.unit == "%" and self.value > 100:
-            raise ValueError(f"{text!r}: a share is at most 100 %")
-
-    def __str__(self) -> str:
-        # Not float's "g", which rounds to six digits and writes 1000000 as 1e+06.
-        number = f"{Decimal(self.value.numerator) / self.value.denominator:f}"
-        return f"{number} %" if self.unit == "%" else f"{number} {self.unit}{'' if number == '1' else 's'}"
-
-    def __repr__(self) -> str:
-        return f"Duration({str(self)!r})"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Duration) and (self.value, self.unit) == (other.value, other.unit)
-
-    def __hash__(self) -> int:
-        return hash((self.value, self.unit))
-
-
-def _as_duration(value: Any) -> Duration:
-    return value if isinstance(value, Duration) else Duration(value)
-
-
-def parse_seconds(text: object) -> float:
-    """Seconds of ``"6 h"``, ``"90 min"``, ``"30 s"`` or ``"06:00:00"`` (a number is seconds already); above 0.
-
-    Raises ValueError.
-    """
-    seconds = float(text) if isinstance(text, int | float) else 0.0
-    if isinstance(text, str):
-        if match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(h|min|m|s)\s*", text):
-            seconds = float(match[1]) * {"h": 3600, "min": 60, "m": 60, "s": 1}[match[2]]
-        elif match := re.fullmatch(r"(\d+):([0-5]\d):([0-5]\d)", text):
-            seconds = 3600.0 * int(match[1]) + 60 * int(match[2]) + int(match[3])
-    if seconds <= 0:
-        raise ValueError(f'{text!r} is no time; write "6 h", "90 min", "30 s" or "06:00:00"')
-    return seconds
-
-
-Seconds = Annotated[float, BeforeValidator(parse_seconds)]
-DurationField = Annotated[Duration, BeforeValidator(_as_duration), PlainSerializer(str)]
-Positive = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, allow_inf_nan=False,
-                              serialize_by_alias=True)
-
-
-class RunConfig(_Strict):
+class RunConfig(Strict):
     name: str
     output_dir: str
     seed: Annotated[int, Field(ge=0)] = 0
 
 
-class ModelConfig(_Strict):
+class ModelConfig(Strict):
     """Sizes in the names of transformers' ViTConfig; or ``factory`` for any other torch module.
 
     ``factory`` is ``"package.module:function"``, called with ``factory_args`` and ``num_labels``; it returns a module
     that maps images ``[batch, channels, height, width]`` to logits ``[batch, num_labels]`` (or to an object with
     ``.logits``). ``activation_checkpointing`` keeps only the input of each block for backward and runs its forward pass
-    twice. ``families`` maps a family to a regular expression over module paths with a group ``layer``.
+    twice. ``compile`` compiles each block by torch.compile, anew in each phase. ``families`` maps a family to a regular
+    expression over module paths with a group ``layer``.
     """
 
     image_size: Positive = 224
@@ -109,6 +46,7 @@ class ModelConfig(_Strict):
     attention_probs_dropout_prob: Share = 0.0
     attn_implementation: Literal["sdpa", "eager"] = "sdpa"
     activation_checkpointing: bool = False
+    compile: bool = False
     factory: str | None = None
     factory_args: dict[str, Any] = Field(default_factory=dict)
     families: dict[str, str] | None = None
@@ -134,17 +72,7 @@ class ModelConfig(_Strict):
         return self
 
 
-class DataConfig(_Strict):
-    """``train`` and ``val`` are folders of WebDataset shards with a manifest.json (`prelora shards`)."""
-
-    train: str
-    val: str
-    crop: Literal["inception", "pad", "none"] = "inception"
-    flip: bool = True
-    workers: Annotated[int, Field(ge=0)] = 2
-
-
-class OptimizerConfig(_Strict):
+class OptimizerConfig(Strict):
     """AdamW, a linear warm-up and one cosine to ``min_lr_ratio`` of ``lr``. Decay on matrices only."""
 
     lr: Annotated[float, Field(gt=0)] = 1e-3
@@ -156,7 +84,7 @@ class OptimizerConfig(_Strict):
     clip_grad_norm: Annotated[float, Field(ge=0)] = 1.0
 
 
-class DivergenceConfig(_Strict):
+class DivergenceConfig(Strict):
     """What happens at a loss or gradient norm that is not finite, or at a loss above ``spike`` times the mean of the
     last ``over`` steps (null: no loss is too high).
 
@@ -170,10 +98,11 @@ class DivergenceConfig(_Strict):
     tries: Positive = 3
 
 
-class TrainConfig(_Strict):
+class TrainConfig(Strict):
     duration: DurationField
     global_batch_size: Positive
     micro_batch_size: Positive
+    loss: Literal["softmax", "sigmoid"] = "softmax"
     label_smoothing: Share = 0.0
     log_every: Positive = 1
     eval_every: DurationField = Duration("1 epoch")
@@ -188,7 +117,7 @@ class TrainConfig(_Strict):
         return self
 
 
-class ConvergenceConfig(_Strict):
+class ConvergenceConfig(Strict):
     """PreLoRA Algorithm 1: k windows of m measurements, ``tau`` and ``zeta`` in per cent."""
 
     tau: Annotated[float, Field(gt=0)]
@@ -200,13 +129,13 @@ class ConvergenceConfig(_Strict):
     aggregate: Literal["norm_of_mean", "mean_of_layers"] = "norm_of_mean"
 
 
-class LoraConfig(_Strict):
+class LoraConfig(Strict):
     """Adapters, their ranks by PreLoRA Algorithm 2, and how they train.
 
     ``alpha_over_r`` is LoRA's scaling, the same for every rank. ``train_rest`` keeps head, LayerNorms and embeddings
     (whatever is no adapted linear) trainable in the LoRA phase. ``mode`` is how a linear with an adapter computes
     (`prelora_ds.model.lora_linear`); ``fa`` freezes A from the first step on, ``peft`` is peft's own code, ``auto`` the
-    one that was measured to be fastest: ``branch``.
+    one that was measured to be fastest (`Config.lora_mode`).
     """
 
     families: tuple[str, ...] = FAMILIES
@@ -233,25 +162,37 @@ class LoraConfig(_Strict):
         return self
 
 
-class PhaseConfig(_Strict):
+class PhaseConfig(Strict):
     """What differs in a phase from the full one; the global batch never does.
 
     ``zero_stage`` is short for a ``deepspeed`` section with another stage; ``deepspeed`` replaces the whole section.
+    ``auto`` is settled at the start of a run (`prelora_ds.launching.autosize`): the largest micro-batch that fits, and
+    the stage with the least predicted step time.
     """
 
-    micro_batch_size: Positive | None = None
-    zero_stage: Literal[0, 1, 2, 3] | None = None
+    micro_batch_size: Positive | Literal["auto"] | None = None
+    zero_stage: Literal[0, 1, 2, 3, "auto"] | None = None
     deepspeed: dict[str, Any] | None = None
 
+    @property
+    def is_auto(self) -> bool:
+        return "auto" in (self.micro_batch_size, self.zero_stage)
 
-class PhasesConfig(_Strict):
-    """Settings per phase, for the two that follow the full one."""
+
+class PhasesConfig(Strict):
+    """Settings per phase, for the two that follow the full one.
+
+    ``auto`` there goes by ``memory_gib`` of a rank (by default its device's, or its share of the host's) and by the
+    rates in the file ``calibration`` (of `python -m prelora_ds.calibrate`; by default the GPU's data sheet).
+    """
 
     warmup: PhaseConfig = PhaseConfig()
     lora: PhaseConfig = PhaseConfig()
+    memory_gib: Annotated[float, Field(gt=0)] | None = None
+    calibration: str | None = None
 
 
-class CheckpointConfig(_Strict):
+class CheckpointConfig(Strict):
     """Checkpoints in ``run.output_dir/checkpoints``, each ``every`` and at the end (null: only when asked to stop).
 
     keep_last, keep_best: so many of the newest and of the most accurate; keep_every: those that lie on its ticks, too.
@@ -268,7 +209,7 @@ class CheckpointConfig(_Strict):
     deepspeed_format: bool = False
 
 
-class GuardConfig(_Strict):
+class GuardConfig(Strict):
     """hang_limit: a rank that takes no step for so long ends itself with all stacks and exit code 85."""
 
     hang_limit: Seconds = 1800.0
@@ -284,7 +225,7 @@ class ZeroSettings:
     persistence_threshold: int = 100_000
 
 
-class Config(_Strict):
+class Config(Strict):
     """One run. ``convergence: null`` trains all parameters to the end (the baseline)."""
 
     run: RunConfig
@@ -300,15 +241,31 @@ class Config(_Strict):
     guard: GuardConfig = GuardConfig()
 
     def for_phase(self, phase: str) -> Config:
-        """The config that holds in ``phase``: micro-batch and DeepSpeed section as `phases` has them for it."""
-        own = getattr(self.phases, phase, PhaseConfig())
+        """The config that holds in ``phase``: micro-batch and DeepSpeed section as `phases` has them for it.
+
+        Where they are ``auto`` and not settled yet, those of the run.
+        """
+        own = PhaseConfig() if phase == "full" else getattr(self.phases, phase)
         deepspeed = self.deepspeed if own.deepspeed is None else own.deepspeed
-        if own.zero_stage is not None:
+        if own.zero_stage not in (None, "auto"):
             zero = {**deepspeed.get("zero_optimization", {}), "stage": own.zero_stage}
             deepspeed = {**deepspeed, "zero_optimization": zero}
-        micro = own.micro_batch_size or self.train.micro_batch_size
+        micro = self.train.micro_batch_size if own.micro_batch_size in (None, "auto") else own.micro_batch_size
         train = self.train.model_copy(update={"micro_batch_size": micro})
         return self.model_copy(update={"train": train, "deepspeed": deepspeed, "phases": PhasesConfig()})
+
+    def lora_mode(self, stage: int | None = None) -> str:
+        """``lora.mode`` as it is computed at ZeRO ``stage`` (by default the config's own).
+
+        ``auto`` goes by what was measured (benchmarks/lora_step.py): narrow blocks spend their time in calls, of which
+        ``merged`` has fewer; from a width of 768 on the two are equal, and ``branch`` needs no fp32 base. Only
+        ``branch`` has dropout.
+        """
+        mode = self.lora.mode
+        if mode == "auto":
+            narrow = self.model.factory is None and self.model.hidden_size <= MERGED_UP_TO
+            mode = "merged" if narrow and (self.zero.stage if stage is None else stage) != 3 else "branch"
+        return "branch" if mode == "merged" and self.lora.dropout else mode
 
     @property
     def zero(self) -> ZeroSettings:
@@ -324,7 +281,8 @@ class Config(_Strict):
 
     @model_validator(mode="after")
     def _merged_weights_are_whole(self) -> Config:
-        if self.lora.mode == "merged" and self.for_phase("lora").zero.stage == 3:
+        settled = self.phases.lora.zero_stage != "auto"
+        if self.lora.mode == "merged" and settled and self.for_phase("lora").zero.stage == 3:
             raise ValueError("lora.mode merged needs each weight whole on every rank, and ZeRO stage 3 splits them; "
                              "choose lora.mode branch, or stage 0, 1 or 2 for the LoRA phase")
         return self
@@ -332,13 +290,16 @@ class Config(_Strict):
     def grad_accum_steps(self, world_size: int) -> int:
         """Micro-batches per rank and optimizer step.
 
-        Raises ValueError when the global batch is no multiple of ``micro_batch_size * world_size``, or when ZeRO stage
-        0, which accumulates in BF16, would have to accumulate.
+        Raises ValueError when the global batch is no multiple of ``micro_batch_size * world_size``, when pairs are
+        mixed and a micro-batch is odd, or when ZeRO stage 0, which accumulates in BF16, would have to accumulate.
         """
         per_pass = self.train.micro_batch_size * world_size
         if self.train.global_batch_size % per_pass:
             raise ValueError(f"train.global_batch_size {self.train.global_batch_size} is not divisible by "
                              f"train.micro_batch_size {self.train.micro_batch_size} x {world_size} ranks = {per_pass}")
+        if self.data.mixes and self.train.micro_batch_size % 2:
+            raise ValueError(f"train.micro_batch_size {self.train.micro_batch_size} is odd, and Mixup and CutMix need "
+                             "whole pairs; data.mixup=0 data.cutmix=0 leaves them out")
         accum = self.train.global_batch_size // per_pass
         if accum > 1 and self.zero.stage == 0:
             raise ValueError(f"ZeRO stage 0 accumulates gradients in BF16, and {accum} micro-batches a step would lose "

@@ -14,9 +14,13 @@ INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells report it
 
 
 class ExpectedError(Exception):
-    """An error whose text is the whole message: no traceback. ``exit_code`` is what the process ends with."""
+    """An error whose text is the whole message: no traceback. ``exit_code`` is what the process ends with.
+
+    ``of_one_rank``: other ranks do not meet it, so the one that does has to say it.
+    """
 
     exit_code = DIVERGED_EXIT_CODE
+    of_one_rank = False
 
 
 class ConfigError(ExpectedError, ValueError):

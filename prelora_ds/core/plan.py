@@ -44,6 +44,24 @@ class Layout:
         """Paths of all linears that can carry an adapter."""
         return tuple(path for layers in self.targets.values() for path in layers.values())
 
+    def layers(self) -> tuple[int, ...]:
+        """The numbers of all layers."""
+        return tuple(sorted({layer for layers in self.targets.values() for layer in layers}))
+
+    def block(self, layer: int) -> str:
+        """The dotted prefix of all parameters of a layer, ``vit.layers.3.``: up to where paths of layers differ.
+
+        Raises ValueError when there is no such layer.
+        """
+        for layers in self.targets.values():
+            if layer in layers:
+                own = layers[layer].split(".")
+                others = [path.split(".") for i, path in layers.items() if i != layer]
+                shared = min((sum(1 for _ in takewhile(lambda ab: ab[0] == ab[1], zip(own, other, strict=False)))
+                              for other in others), default=len(own) - 1)
+                return ".".join(own[: shared + 1]) + "."
+        raise ValueError(f"no family has a layer {layer}")
+
     def adapter_shapes(self, module: str, rank: int) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the LoRA parameters of ``module``: A [rank, in], B [out, rank]."""
         out_features, in_features = self.parameters[f"{module}.weight"]
@@ -141,21 +159,9 @@ def freeze_below(plan: Plan, layout: Layout, layer: int) -> Plan:
 
     Raises ValueError when the layout has no such layer.
     """
-    block = _block(layout, layer)
+    block = layout.block(layer)
     names = list(layout.parameters)
     below = set(names[: next(i for i, name in enumerate(names) if name.startswith(block))])
     inactive = {module for module in plan.adapters if f"{module}.weight" in below}
     below |= {name for module in inactive for name in layout.adapter_shapes(module, 1)}
     return replace(plan, trainable=plan.trainable - below, active=plan.active - inactive)
-
-
-def _block(layout: Layout, layer: int) -> str:
-    """The dotted prefix of all parameters of a layer, ``vit.layers.3.``: up to where paths of layers differ."""
-    for layers in layout.targets.values():
-        if layer in layers:
-            own = layers[layer].split(".")
-            others = [path.split(".") for i, path in layers.items() if i != layer]
-            shared = min((sum(1 for _ in takewhile(lambda ab: ab[0] == ab[1], zip(own, other, strict=False)))
-                          for other in others), default=len(own) - 1)
-            return ".".join(own[: shared + 1]) + "."
-    raise ValueError(f"no family has a layer {layer}")

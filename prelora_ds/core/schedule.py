@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
-from prelora_ds.core.config import Duration, OptimizerConfig
+from prelora_ds.core.config import OptimizerConfig
+from prelora_ds.core.fields import Duration
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ overlaps them (`overlap_comm`, stage 3's prefetching).
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
@@ -83,6 +84,12 @@ LATENCY_S = 10e-6
 HOST_GB_S = 25.0  # PCIe 4 x16 and a rank's share of the host's memory
 # Shares of the data sheet that training is taken to reach: assumptions, not measurements.
 PRODUCT_EFFICIENCY, MEMORY_EFFICIENCY, LINK_EFFICIENCY = 0.45, 0.7, 0.8
+
+
+def gpu_named(device_name: str | None, memory_gib: float) -> str | None:
+    """The key of `GPUS` for a device as its driver names it ("NVIDIA A100-SXM4-40GB"), or None."""
+    known = [key for key in GPUS if device_name and re.search(rf"\b{key.partition('-')[0]}\b", device_name)]
+    return min(known, key=lambda key: abs(GPUS[key].memory_gib - memory_gib), default=None)
 
 
 def data_sheet_rates(name: str, *, hosts: int, intra_gb_s: float | None = None,

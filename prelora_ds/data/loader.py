@@ -6,210 +6,238 @@ What a rank gets depends on seed, step and world size alone; how many workers ma
 from __future__ import annotations
 
 import multiprocessing
-import os
+import multiprocessing.connection
+import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from functools import partial
 from itertools import count
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
 from prelora_ds.core.errors import ConfigError, ExpectedError
+from prelora_ds.data.batch import MicroBatch
+from prelora_ds.data.cache import ShardCache, Stager
+from prelora_ds.data.datasets import PADDING, EvalImages, Look, Rows, TrainImages, as_is
 from prelora_ds.data.manifest import Manifest
-from prelora_ds.data.order import global_batch
-from prelora_ds.data.transforms import Crop, decode, eval_transform, train_transform
+from prelora_ds.data.order import Position, Stream, Tail
+from prelora_ds.data.store import SampleStore
 
-MicroBatch = tuple[Tensor, Tensor]
-_OPEN_FILES = 256  # a process may open 1,024 files, and a data set has more shards than that
-_PADDING = -1
-
-
-class CorruptSampleError(ExpectedError, RuntimeError):
-    """An image that cannot be read or decoded; names its shard and byte offset."""
+WorkerStart = Literal["forkserver", "spawn", "fork"]
+_FAULTS_SAID = 20
+_WORKER_ENDS_S = 5.0
 
 
-class _Images(Dataset[Any]):
-    """The decoded images of a manifest. Arrays in place of the manifest's objects: it is copied to every worker."""
+class WorkerLostError(ExpectedError, RuntimeError):
+    """A worker process that ended before its work was done."""
 
-    def __init__(self, manifest: Manifest, *, image_size: int, num_channels: int, crop: Crop) -> None:
-        self.image_size, self.num_channels, self.crop = image_size, num_channels, crop
-        self._paths = [str(manifest.folder / shard.name) for shard in manifest.shards]
-        self._rows = np.array(
-            [(number, offset, length, label)
-             for number, shard in enumerate(manifest.shards) for offset, length, _, label in shard.samples], np.int64)
-        self._files: dict[str, int] = {}  # path -> descriptor
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_files": {}}
-
-    def read(self, sample: int) -> tuple[Tensor, int]:
-        """(uint8 [C, H, W], label) of sample ``sample``. Raises CorruptSampleError."""
-        number, offset, length, label = self._rows[sample].tolist()
-        path, data = self._paths[number], bytearray(length)
-        try:
-            if (got := os.preadv(self._descriptor(path), [data], offset)) != length:
-                raise OSError(f"only {got} bytes there")
-            return decode(data, self.num_channels), label
-        except (OSError, RuntimeError) as error:
-            problem = f"sample {sample}, {length} bytes from byte {offset} of {path}: {error}"
-            raise CorruptSampleError(problem + "\n  remedy: write the shards again with `prelora shards`") from error
-
-    def _descriptor(self, path: str) -> int:
-        if path not in self._files:
-            if len(self._files) == _OPEN_FILES:
-                os.close(self._files.pop(next(iter(self._files))))
-            self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        return self._files[path]
-
-    def close(self) -> None:
-        while self._files:
-            os.close(self._files.popitem()[1])
+    of_one_rank = True
 
 
-class _TrainImages(_Images):
-    def __init__(self, manifest: Manifest, *, seed: int, flip: bool, **options: Any) -> None:
-        super().__init__(manifest, **options)
-        self._seed, self._flip = seed, flip
+class Workers:
+    """A batch for each key, in their order, made by ``count`` processes that end when this is closed or dropped.
 
-    def __getitem__(self, row: tuple[int, int]) -> tuple[Tensor, int]:
-        epoch, sample = row
-        image, label = self.read(sample)
-        # Keyed by the sample and not by the worker; the 1 keeps it apart from the key of `epoch_order`.
-        key = np.random.SeedSequence((self._seed, epoch, sample, 1)).generate_state(1)[0]
-        image = train_transform(image, image_size=self.image_size, crop=self.crop, flip=self._flip,
-                                generator=torch.Generator().manual_seed(int(key)))
-        return image, label
-
-
-class _EvalImages(_Images):
-    def __getitem__(self, sample: int) -> tuple[Tensor, int, bool]:
-        if sample == _PADDING:
-            return torch.zeros((self.num_channels, self.image_size, self.image_size), dtype=torch.uint8), 0, False
-        image, label = self.read(sample)
-        return eval_transform(image, image_size=self.image_size, crop=self.crop), label, True
-
-
-def _batches(dataset: _Images, keys: Iterable[list[Any]], workers: int) -> Iterator[Any]:
-    """A batch for each list of keys, in their order. ``workers`` processes end when the iterator is dropped."""
-    if workers == 0:
-        return (_in_process(dataset, batch) for batch in keys)
-    # A fork of this process would copy gloo's and OpenMP's locks without the threads that release them. The fork server
-    # is a clean process; it imports torch once, and its forks are the workers (of one thread each, by DataLoader).
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torchvision.io", __name__])
-    return iter(DataLoader(
-        dataset, batch_sampler=keys, num_workers=workers, multiprocessing_context=context,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # else it draws from the global generator, and dropout would depend on workers
-    ))
-
-
-def _in_process(dataset: _Images, batch: list[Any]) -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # an image is too little to share: on two busy cores, two threads were 15 times slower
-    try:
-        return default_collate([dataset[key] for key in batch])
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _rank_rows(seed: int, step: int, samples: int, global_batch_size: int, owned: slice,
-               micro_batch_size: int) -> Iterator[list[tuple[int, int]]]:
-    """The rows (epoch, sample) of one rank's micro-batches from ``step`` on, without end."""
-    for now in count(step):
-        rows = global_batch(seed, now, samples, global_batch_size)[owned].tolist()
-        yield from (rows[start:start + micro_batch_size] for start in range(0, len(rows), micro_batch_size))
-
-
-class TrainLoader:
-    """This rank's part of the global batches, from ``start_step`` on.
-
-    Rank r owns the rows r*G/W to (r+1)*G/W of a global batch; micro-batch j is the j-th slice of these. With workers,
-    the program's entry needs its ``if __name__ == "__main__"``. Raises ConfigError when the global batch is no multiple
-    of micro-batch x ranks, ValueError for a rank outside of the world.
+    0 makes them here. ``keys`` None is for a data set that has its own order. Raises what the data set raises, and
+    WorkerLostError.
     """
 
-    def __init__(self, manifest: Manifest, *, seed: int, global_batch_size: int, micro_batch_size: int, rank: int,
-                 world_size: int, image_size: int, num_channels: int, crop: Crop, flip: bool, workers: int,
-                 start_step: int = 0) -> None:
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} is not in a world of {world_size}")
-        if global_batch_size % (micro_batch_size * world_size):
-            raise ConfigError("train.global_batch_size", global_batch_size,
-                              f"no multiple of train.micro_batch_size {micro_batch_size} x {world_size} ranks",
-                              f"use a multiple of {micro_batch_size * world_size}")
-        share = global_batch_size // world_size
-        self._step, self._workers, self._share = start_step, workers, share
-        self._rows = partial(_rank_rows, seed, samples=len(manifest), global_batch_size=global_batch_size,
-                             owned=slice(rank * share, (rank + 1) * share))
-        self._images = _TrainImages(manifest, seed=seed, flip=flip, image_size=image_size, num_channels=num_channels,
-                                    crop=crop)
-        self._begin(micro_batch_size)
+    def __init__(self, dataset: Dataset[Any], keys: Iterable[Any] | None, count: int, start: WorkerStart) -> None:
+        self._batches = _in_process(dataset, keys) if count == 0 else iter(_loader(dataset, keys, count, start))
 
-    def _begin(self, micro_batch_size: int) -> None:
-        self._accum = self._share // micro_batch_size
-        rows = self._rows(self._step, micro_batch_size=micro_batch_size)
-        self._batches: Iterator[MicroBatch] | None = _batches(self._images, rows, self._workers)
+    def __iter__(self) -> Iterator[Any]:
+        return self
 
-    def rebatch(self, micro_batch_size: int) -> None:
-        """Cut this and all later steps' rows, which stay the same, into micro-batches of another size.
+    def __next__(self) -> Any:
+        try:
+            return next(self._batches)
+        except (RuntimeError, OSError, EOFError) as error:
+            # DataLoader says so itself, unless the worker died in the middle of a message: that is an OSError.
+            said = isinstance(error, RuntimeError)
+            if said and not str(error).startswith("DataLoader worker"):
+                raise
+            workers = getattr(self._batches, "_workers", [])
+            multiprocessing.connection.wait([worker.sentinel for worker in workers], _WORKER_ENDS_S)
+            gone = {worker.pid: worker.exitcode for worker in workers if worker.exitcode is not None}
+            if not said and not gone:
+                raise
+            raise WorkerLostError(f"a data worker is gone (process: exit code {gone}; {type(error).__name__}: {error})"
+                                  "\n  remedy: where memory ran out, fewer data.workers or a smaller "
+                                  "train.micro_batch_size; else look into the system's log") from error
 
-        Raises ValueError when it does not divide the rank's share of the global batch.
-        """
-        if self._share % micro_batch_size:
-            raise ValueError(f"{self._share} rows a rank and step are no multiple of {micro_batch_size}")
-        if self._accum != self._share // micro_batch_size:
-            self._batches = None  # ends the workers
-            self._begin(micro_batch_size)
+    def close(self) -> None:
+        self._batches = iter(())
+
+
+def _loader(dataset: Dataset[Any], keys: Iterable[Any] | None, count: int, start: WorkerStart) -> DataLoader[Any]:
+    # A fork of this process would copy gloo's and OpenMP's locks without the threads that release them. The fork server
+    # is a clean process; it imports torch once, and its forks are the workers (of one thread each, by DataLoader).
+    context = multiprocessing.get_context(start)
+    if start == "forkserver":
+        context.set_forkserver_preload([__name__])
+    return DataLoader(
+        dataset, **({"batch_size": None} if keys is None else {"batch_sampler": keys}), collate_fn=as_is,
+        num_workers=count, multiprocessing_context=context, pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else it draws from the global generator, and dropout would depend on workers
+    )
+
+
+def _in_process(dataset: Any, keys: Iterable[Any] | None) -> Iterator[Any]:
+    batches = iter(dataset) if keys is None else map(dataset.__getitems__, keys)
+    while True:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # an image is too little to share: on two busy cores, two threads were 15 times slower
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        finally:
+            torch.set_num_threads(threads)
+        yield batch
+
+
+class Loader(ABC):
+    """A rank's micro-batches, step after step; what they are made of is for `_open` to say.
+
+    With workers, the program's entry needs its ``if __name__ == "__main__"``.
+    """
+
+    def __init__(self, look: Look, *, rank: int, global_batch_size: int, share: int, micro_batch_size: int,
+                 workers: int, worker_start: WorkerStart, step: int) -> None:
+        self._look, self._rank, self._global_batch_size, self._share = look, rank, global_batch_size, share
+        self._micro, self._workers, self._worker_start, self._step = micro_batch_size, workers, worker_start, step
+        self._said = 0
+        self._batches: Workers | None = self._open()
+
+    @abstractmethod
+    def _open(self) -> Workers:
+        """The micro-batches of ``_micro`` rows from ``_step`` on."""
+
+    @property
+    @abstractmethod
+    def state(self) -> Position:
+        """Where the next batch begins."""
 
     @property
     def step(self) -> int:
         """The optimizer step whose batch `next` returns; with ``start_step``, a new loader goes on from here."""
         return self._step
 
-    def next(self) -> list[MicroBatch]:
-        """The step's micro-batches, each (images uint8 [B, C, S, S], labels int64 [B]).
+    def rebatch(self, micro_batch_size: int) -> None:
+        """Cut this and all later steps' rows into micro-batches of another size.
 
-        Raises CorruptSampleError, after which the loader is closed, and ValueError on a closed loader.
+        Raises ValueError when it does not divide the rank's share of the global batch, or would cut a pair.
+        """
+        if self._share % micro_batch_size or (self._look.mixes and micro_batch_size % 2):
+            raise ValueError(f"{self._share} rows a rank and step are no multiple of {micro_batch_size}, or it is odd "
+                             "and pairs are mixed")
+        if self._micro != micro_batch_size:
+            self._batches = None  # ends the workers
+            self._micro = micro_batch_size
+            self._batches = self._open()
+
+    def next(self) -> list[MicroBatch]:
+        """The step's micro-batches.
+
+        A sample that cannot be read is named on stderr and in `MicroBatch.faults`, and has another in its place.
+        Raises CorruptSampleError where there is no other, WorkerLostError, and ValueError on a closed loader; after
+        the first two it is closed.
         """
         if self._batches is None:
             raise ValueError("the loader is closed")
         try:
-            micro_batches = []
-            for _ in range(self._accum):
-                images, labels = next(self._batches)
-                micro_batches.append((images, labels))
+            micro_batches = [next(self._batches) for _ in range(self._share // self._micro)]
         except Exception:
             self.close()  # part of the step is consumed, and the next call would give a shifted batch
             raise
         self._step += 1
+        for fault in (fault for batch in micro_batches for fault in batch.faults):
+            if self._said < _FAULTS_SAID:
+                print(f"warning (rank {self._rank}, step {self._step}): {fault}", file=sys.stderr, flush=True)
+            self._said += 1
         return micro_batches
 
     def close(self) -> None:
-        """End the workers and close the shards; a second call does nothing."""
+        """End the workers; a second call does nothing."""
         self._batches = None
-        self._images.close()
 
 
-def eval_batches(manifest: Manifest, *, batch_size: int, rank: int, world_size: int, image_size: int,
-                 num_channels: int, crop: Crop, workers: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+class TrainLoader(Loader):
+    """This rank's part of the global batches of a manifest, from ``start_step`` on.
+
+    Rank r owns the rows r*G/W to (r+1)*G/W of a global batch; micro-batch j is the j-th slice of these. Raises
+    ConfigError when the global batch is no multiple of micro-batch x ranks, or when pairs are mixed and the micro-batch
+    is odd, ValueError for a rank outside of the world.
+    """
+
+    def __init__(self, manifest: Manifest, look: Look, *, seed: int, global_batch_size: int, micro_batch_size: int,
+                 rank: int, world_size: int, workers: int, worker_start: WorkerStart = "forkserver",
+                 start_step: int = 0, tail: Tail = "continue", cache: ShardCache | None = None) -> None:
+        share = rank_share(rank, world_size, global_batch_size, micro_batch_size, look)
+        self.stream, self._seed = Stream(len(manifest), global_batch_size, tail), seed
+        self._images = TrainImages(SampleStore(manifest, cache), look, seed)
+        super().__init__(look, rank=rank, global_batch_size=global_batch_size, share=share, workers=workers,
+                         micro_batch_size=micro_batch_size, worker_start=worker_start, step=start_step)
+        self._stager = None if cache is None else Stager(manifest, cache)
+
+    def _open(self) -> Workers:
+        return Workers(self._images, self._rows(self._step), self._workers, self._worker_start)
+
+    def _rows(self, start_step: int) -> Iterator[Rows]:
+        """The rows of this rank's micro-batches from ``start_step`` on, without end."""
+        micro, first_owned = self._micro, self._rank * self._share
+        for step in count(start_step):
+            rows = self.stream.batch(self._seed, step)
+            for first in range(first_owned, first_owned + self._share, micro):
+                epochs, samples = rows[first:first + micro].T.copy()
+                yield Rows(epochs, samples, step * self._global_batch_size + first)
+
+    @property
+    def state(self) -> Position:
+        """Where the next batch begins: `Stream.step_at` gives its step, and any world size goes on there."""
+        return self.stream.position(self._step)
+
+    def close(self) -> None:
+        """End the workers, stop copying and close the shards; a second call does nothing."""
+        super().close()
+        self._images.store.close()
+        if self._stager is not None:
+            self._stager.close()
+
+
+def rank_share(rank: int, world_size: int, global_batch_size: int, micro_batch_size: int, look: Look) -> int:
+    """A rank's rows of a global batch. Raises ConfigError and ValueError as `TrainLoader` does."""
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} is not in a world of {world_size}")
+    if global_batch_size % (micro_batch_size * world_size):
+        raise ConfigError("train.global_batch_size", global_batch_size,
+                          f"no multiple of train.micro_batch_size {micro_batch_size} x {world_size} ranks",
+                          f"use a multiple of {micro_batch_size * world_size}")
+    if look.mixes and micro_batch_size % 2:
+        raise ConfigError("train.micro_batch_size", micro_batch_size, "odd, and Mixup and CutMix need whole pairs",
+                          "use an even one, or data.mixup=0 data.cutmix=0")
+    return global_batch_size // world_size
+
+
+def eval_batches(manifest: Manifest, look: Look, *, batch_size: int, rank: int, world_size: int, workers: int,
+                 worker_start: WorkerStart = "forkserver") -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(images uint8 [B, C, S, S], labels int64 [B], mask bool [B]) over this rank's contiguous share of the samples.
 
     Every rank gets the same number of batches of exactly ``batch_size`` rows; where samples run out, images are black
-    and the mask is False. True masks over all ranks count every sample once. Raises CorruptSampleError,
-    and ValueError for a rank outside of the world.
+    and the mask is False. True masks over all ranks count every sample once. Raises CorruptSampleError: an exact count
+    has no room for another sample. Raises ValueError for a rank outside of the world.
     """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} is not in a world of {world_size}")
     share = -(-len(manifest) // world_size)
     start, stop = min(rank * share, len(manifest)), min((rank + 1) * share, len(manifest))
     rows = -(-share // batch_size) * batch_size
-    samples = [*range(start, stop), *[_PADDING] * (rows - (stop - start))]
-    dataset = _EvalImages(manifest, image_size=image_size, num_channels=num_channels, crop=crop)
+    samples = [*range(start, stop), *[PADDING] * (rows - (stop - start))]
+    dataset = EvalImages(SampleStore(manifest), look)
+    batches = Workers(dataset, [samples[i:i + batch_size] for i in range(0, rows, batch_size)], workers, worker_start)
     try:
-        yield from _batches(dataset, [samples[i:i + batch_size] for i in range(0, rows, batch_size)], workers)
+        yield from batches
     finally:
-        dataset.close()
+        batches.close()
+        dataset.store.close()

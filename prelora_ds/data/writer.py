@@ -1,4 +1,4 @@
-"""Writing shards, and the images at hand to fill them: digits, a folder of images, photographs.
+"""Writing shards, and the images in Python packages to fill them: digits and photographs.
 
 A source yields samples ``(key, image bytes, extension, label)``.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from itertools import islice
@@ -19,7 +20,9 @@ import numpy as np
 from PIL import Image
 
 from prelora_ds.core.errors import ConfigError
-from prelora_ds.data.manifest import IMAGE_EXTENSIONS, Manifest, Shard, index_shard
+from prelora_ds.data.images import encode
+from prelora_ds.data.manifest import EXTENSIONS, Manifest, save_manifest
+from prelora_ds.data.scan import ScannedShard, index_shard
 
 RawSample = tuple[str, bytes, str, int]
 
@@ -49,14 +52,14 @@ def write_shards(samples: Iterable[RawSample], folder: str | Path, *, samples_pe
     partial.mkdir(parents=True)
     try:
         rest = _checked(samples, len(class_names))
-        shards: list[Shard] = []
+        shards: list[ScannedShard] = []
         while chunk := list(islice(rest, samples_per_shard)):
             path = partial / f"shard-{len(shards):06d}.tar"
-            _write_shard(path, chunk)
+            write_tar(path, chunk)
             shards.append(index_shard(path, "folder"))
         if not shards:
             raise ConfigError("samples", 0, "the source has no samples", "give a source with images")
-        Manifest(partial, tuple(class_names), tuple(shards)).save()
+        save_manifest(partial, class_names, [scan.shard for scan in shards], [scan.rows for scan in shards])
         if folder.exists():  # an empty folder made meanwhile would be replaced by the rename
             raise ConfigError("folder", str(folder), "was made by another process meanwhile", "give another folder")
         os.rename(partial, folder)
@@ -65,13 +68,18 @@ def write_shards(samples: Iterable[RawSample], folder: str | Path, *, samples_pe
     return Manifest.load(folder, "folder")
 
 
-def _write_shard(path: Path, samples: Sequence[RawSample]) -> None:
-    from webdataset import TarWriter  # slow to import, and only needed here
-
-    # A fixed time, and raw bytes: webdataset's encoder would compress the image again.
-    with path.open("wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
-        for key, image, extension, label in samples:
-            tar.write({"__key__": key, extension: image, "cls": str(label).encode()})
+def write_tar(path: Path, samples: Iterable[RawSample]) -> None:
+    """Write a shard to the new file ``path``, and to the disk. Owner and time are fixed, so that bytes are."""
+    # Not with webdataset's TarWriter, which imports torch: 3 s and 200 MB in each worker process.
+    with path.open("xb") as file:
+        with tarfile.open(fileobj=file, mode="w") as tar:
+            for key, image, extension, label in samples:
+                for name, data in ((f"{key}.{extension}", image), (f"{key}.cls", str(label).encode())):
+                    member = tarfile.TarInfo(name)
+                    member.size, member.mode = len(data), 0o444
+                    tar.addfile(member, io.BytesIO(data))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _checked(samples: Iterable[RawSample], classes: int) -> Iterator[RawSample]:
@@ -80,8 +88,8 @@ def _checked(samples: Iterable[RawSample], classes: int) -> Iterator[RawSample]:
         key, _, extension, label = sample
         if key in seen or not key or "." in key:
             raise ConfigError("samples", key, "a key is unique, not empty and has no dot", "number the samples")
-        if extension not in IMAGE_EXTENSIONS:
-            raise ConfigError("samples", f"{key}.{extension}", "unknown image format", f"use one of {IMAGE_EXTENSIONS}")
+        if extension not in EXTENSIONS:
+            raise ConfigError("samples", f"{key}.{extension}", "unknown image format", f"use one of {EXTENSIONS}")
         if not 0 <= label < classes:
             raise ConfigError("samples", key, f"label {label} is of none of the {classes} classes", "name all classes")
         seen.add(key)
@@ -99,34 +107,7 @@ def digits(split: Literal["train", "val"], seed: int = 0) -> Iterator[RawSample]
     train, val = train_test_split(np.arange(len(labels)), test_size=_DIGITS_IN_VAL, random_state=seed, stratify=labels)
     for index in train if split == "train" else val:
         pixels = np.rint(images[index].reshape(8, 8) * (255 / 16)).astype(np.uint8)
-        yield f"{index:06d}", _encode(Image.fromarray(pixels), "PNG"), "png", int(labels[index])
-
-
-def folder_classes(path: str | Path) -> tuple[str, ...]:
-    """The class names of `image_folder`: the sub-folders in alphabetical order. Raises ConfigError if there are none.
-    """
-    path = Path(path)
-    classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir()) if path.is_dir() else []
-    if not classes:
-        raise ConfigError("source", str(path), "no folder with a sub-folder per class", "name the folder of the split")
-    return tuple(classes)
-
-
-def image_folder(path: str | Path, classes: Sequence[str] | None = None, seed: int = 0) -> Iterator[RawSample]:
-    """The images below ``path/CLASS/``, their bytes untouched, shuffled by ``seed`` so that shards mix the classes.
-
-    ``classes`` fixes the labels (give those of train for val); `folder_classes` by default. Raises ConfigError for a
-    sub-folder that is not among them.
-    """
-    found = folder_classes(path)
-    labels = {name: label for label, name in enumerate(found if classes is None else classes)}
-    if unknown := [name for name in found if name not in labels]:
-        raise ConfigError("source", str(path), f"sub-folders {unknown} are no classes", "remove or rename them")
-    files = [(file, labels[name]) for name in found for file in sorted((Path(path) / name).rglob("*"))
-             if file.suffix[1:].lower() in IMAGE_EXTENSIONS and file.is_file()]
-    for number, index in enumerate(np.random.default_rng(seed).permutation(len(files))):
-        file, label = files[index]
-        yield f"{number:08d}", file.read_bytes(), file.suffix[1:].lower(), label
+        yield f"{index:06d}", encode(Image.fromarray(pixels), "PNG"), "png", int(labels[index])
 
 
 def photographs(count: int, seed: int = 0, short_side: int = 400) -> Iterator[RawSample]:
@@ -147,7 +128,7 @@ def photographs(count: int, seed: int = 0, short_side: int = 400) -> Iterator[Ra
         scale = short_side * rng.uniform(0.9, 1.1) / min(width, height)
         size = (round(width * scale), round(height * scale))
         crop = picture.resize(size, Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
-        yield f"{number:08d}", _encode(crop, "JPEG", quality=92), "jpg", files[chosen][1]
+        yield f"{number:08d}", encode(crop, "JPEG", quality=92), "jpg", files[chosen][1]
 
 
 def _photograph_files() -> list[tuple[Path, int]]:
@@ -164,9 +145,3 @@ def _photograph_files() -> list[tuple[Path, int]]:
         raise ConfigError("source", "photographs", "needs the pictures in scikit-image or foolbox",
                           "pip install scikit-image, or pip install --no-deps foolbox==3.3.4")
     return files
-
-
-def _encode(image: Image.Image, form: str, **options: int) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, form, **options)
-    return buffer.getvalue()

@@ -14,10 +14,12 @@ import deepspeed
 import torch
 from deepspeed import comm
 from deepspeed.runtime.zero.partition_parameters import Init
+from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 
 from prelora_ds.core.config import Config
 from prelora_ds.core.plan import Layout, Phase, Plan
+from prelora_ds.data.batch import MicroBatch, mix_images, mix_labels
 from prelora_ds.data.transforms import to_float
 from prelora_ds.engine.leave_out import update_left_out
 from prelora_ds.engine.runtime import device
@@ -25,9 +27,8 @@ from prelora_ds.engine.state import EngineState, adam_steps_of, restore_state
 from prelora_ds.model.adapters import attach_adapters, check_adapters
 from prelora_ds.model.families import named_parameters
 from prelora_ds.model.lora_linear import lora_linears, merge_bases
-from prelora_ds.model.vit import build_model, logits_of
-
-MicroBatches = Sequence[tuple[torch.Tensor, torch.Tensor]]  # (images uint8 [B,C,H,W], labels int64 [B])
+from prelora_ds.model.losses import classification_loss
+from prelora_ds.model.vit import build_model, compile_blocks, logits_of
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,12 @@ class Counters:
 @dataclass(frozen=True)
 class StepStats:
     """One optimizer step, reduced over ranks. loss: mean over the global batch; grad_norm: before clipping; skipped:
-    the update was left out; flags: how many ranks raised each."""
+    the update was left out; corrupt: samples that could not be read; flags: how many ranks raised each."""
 
     loss: float
     grad_norm: float
     skipped: bool
+    corrupt: int
     flags: tuple[int, ...] = ()
 
 
@@ -60,7 +62,7 @@ class Engine:
     def __init__(self, config: Config, plan: Plan, layout: Layout, num_labels: int, ds: Any) -> None:
         self.run_config, self.config = config, config.for_phase(plan.phase)
         self.plan, self.layout, self.num_labels, self.ds = plan, layout, num_labels, ds
-        self._loss = torch.zeros(())
+        self._sums = torch.zeros(2)
 
     @property
     def module(self) -> nn.Module:
@@ -70,12 +72,12 @@ class Engine:
     def counters(self) -> Counters:
         return Counters(**{name: getattr(self.ds, name) for name in Counters.__dataclass_fields__})
 
-    def train_step(self, micro_batches: MicroBatches, *, lr: float) -> StepStats:
+    def train_step(self, micro_batches: Sequence[MicroBatch], *, lr: float) -> StepStats:
         """One optimizer step over this rank's micro-batches. Collective."""
         self.backward(micro_batches)
         return self.finish_step(lr=lr)
 
-    def backward(self, micro_batches: MicroBatches) -> None:
+    def backward(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Forward and backward of all micro-batches; gradients are accumulated and reduced in fp32 (stages 1 to 3).
 
         Raises ValueError when their number is not the engine's accumulation.
@@ -85,15 +87,19 @@ class Engine:
                              "of accumulation")
         self.ds.train()
         losses = []
-        for images, labels in micro_batches:
+        for batch in micro_batches:
             if losses:
                 self.ds.step()  # only counts the micro-step; the last one is taken in finish_step
-            logits = logits_of(self.ds(self.prepare(images)))
-            loss = nn.functional.cross_entropy(logits.float(), labels.to(self.ds.device),
-                                               label_smoothing=self.config.train.label_smoothing)
+            logits = logits_of(self.ds(self.prepare(batch.images, batch.mix))).float()
+            targets = batch.labels.to(self.ds.device)
+            if batch.mix is not None:
+                targets = mix_labels(targets, batch.mix, logits.shape[-1])
+            loss = classification_loss(logits, targets, kind=self.config.train.loss,
+                                       label_smoothing=self.config.train.label_smoothing)
             self.ds.backward(loss)
             losses.append(loss.detach())
-        self._loss = torch.stack(losses).mean()
+        corrupt = sum(len(batch.faults) for batch in micro_batches)
+        self._sums = torch.stack([torch.stack(losses).mean(), losses[0].new_tensor(corrupt)])
 
     def finish_step(self, *, lr: float, flags: Sequence[bool] = (),
                     accept: Callable[[float], bool] = lambda loss: True) -> StepStats:
@@ -104,16 +110,17 @@ class Engine:
         """
         for group in self.ds.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        reduced = torch.stack([self._loss, *(torch.tensor(float(f), device=self._loss.device) for f in flags)])
+        reduced = torch.cat([self._sums, self._sums.new_tensor([float(flag) for flag in flags])])
         comm.all_reduce(reduced)
-        total, *raised = reduced.tolist()
+        total, corrupt, *raised = reduced.tolist()
         loss, skipped_before = total / comm.get_world_size(), self.ds.skipped_steps
         with contextlib.nullcontext() if accept(loss) else update_left_out(self.ds.optimizer):
             self.ds.step()
         merge_bases(self.module)
         norm = self.ds.get_global_grad_norm()
         return StepStats(loss=loss, grad_norm=float("nan") if norm is None else float(norm),
-                         skipped=self.ds.skipped_steps > skipped_before, flags=tuple(map(int, raised)))
+                         skipped=self.ds.skipped_steps > skipped_before, corrupt=int(corrupt),
+                         flags=tuple(map(int, raised)))
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
@@ -128,9 +135,12 @@ class Engine:
                 # A forward pass without backward leaves parameters gathered, and the next gathering would fail.
                 self.ds.empty_partition_cache()
 
-    def prepare(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 [B,C,H,W] on the host -> bf16 in [-1, 1] on the device."""
-        return to_float(images.to(self.ds.device), torch.bfloat16)
+    def prepare(self, images: torch.Tensor, mix: torch.Tensor | None = None) -> torch.Tensor:
+        """uint8 [B,C,H,W] on the host -> bf16 in [-1, 1] on the device, pairs mixed by ``mix`` in fp32 before."""
+        images = images.to(self.ds.device)
+        if mix is None:
+            return to_float(images, torch.bfloat16)
+        return mix_images(to_float(images, torch.float32), mix).to(torch.bfloat16)
 
 
 def build_engine(run_config: Config, plan: Plan, layout: Layout, num_labels: int, state: EngineState,
@@ -142,7 +152,7 @@ def build_engine(run_config: Config, plan: Plan, layout: Layout, num_labels: int
     config = run_config.for_phase(plan.phase)
     ds_config = deepspeed_config(config, plan, layout, comm.get_world_size())
     with torch.random.fork_rng(devices=[]):
-        module = _empty_module(config, plan, num_labels, ds_config)
+        module = _empty_module(config, plan, layout, num_labels, ds_config)
     optimizer = _optimizer(config, plan, layout, module, adam_steps_of(state, plan))
     with contextlib.redirect_stdout(io.StringIO()):  # the stage 1 optimizer prints its memory use line by line
         ds, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config, dist_init_required=False)
@@ -175,7 +185,8 @@ def deepspeed_config(config: Config, plan: Plan, layout: Layout, world_size: int
     return ds
 
 
-def _empty_module(config: Config, plan: Plan, num_labels: int, ds_config: Mapping[str, Any]) -> nn.Module:
+def _empty_module(config: Config, plan: Plan, layout: Layout, num_labels: int,
+                  ds_config: Mapping[str, Any]) -> nn.Module:
     """A bf16 module of zeros on the device, adapters attached, partitioned as it is made at stage 3."""
     with torch.device("meta"):
         module = build_model(config.model, num_labels)
@@ -193,10 +204,16 @@ def _empty_module(config: Config, plan: Plan, num_labels: int, ds_config: Mappin
                                       persistent=key not in submodule._non_persistent_buffers_set)
     for name, p in named_parameters(module).items():
         p.requires_grad_(name in plan.trainable)
-    if config.lora.mode == "merged":
+    if config.lora_mode() == "merged":
         for linear in lora_linears(module):
             if not linear.get_base_layer().weight.requires_grad:
                 linear.keep_base()
+    if config.model.compile:
+        blocks = [module.get_submodule(layout.block(layer).rstrip(".")) for layer in layout.layers()]
+        if config.zero.stage == 3:
+            # Gathered block by block: hooks on what is inside would break each block's graph.
+            set_z3_leaf_modules(module, list({type(block) for block in blocks}))
+        compile_blocks(blocks)
     return module
 
 

@@ -56,11 +56,34 @@ def init_process_group(timeout_s: float = 1800.0) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if "OMP_NUM_THREADS" not in os.environ:
             # Else every rank takes all cores, and ranks on one host spend their time waiting for each other.
-            local_size = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size()))
     else:
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     comm.init_distributed(auto_mpi_discovery=False, timeout=timedelta(seconds=timeout_s), verbose=False)
+
+
+def ranks_that_differ(text: str) -> list[int]:
+    """Ranks whose ``text`` is not rank 0's. Collective."""
+    texts = [""] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(texts, text)
+    return [rank for rank, other in enumerate(texts) if other != texts[0]]
+
+
+def local_world_size() -> int:
+    """Ranks on this host, as the launcher says; 1 where it does not."""
+    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+
+
+def accelerator_name() -> str | None:
+    """The GPU's name as its driver gives it; None without one."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def rank_memory_gib(ranks_per_host: int) -> float:
+    """Memory of this rank's device, or its share of the host's where there is no GPU, in GiB."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.get_device_properties(0).total_memory) / 2**30
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 / ranks_per_host
 
 
 def freeze_imports() -> None:

@@ -62,11 +62,12 @@ def fail(error: ExpectedError, ranks: Ranks) -> NoReturn:
     """Say ``error`` once and end with its exit code.
 
     The launcher ends all ranks at the first one that exits, so the others keep still and let rank 0 speak. A host that
-    is still there after the grace had a mistake of its own, and its first rank says it.
+    is still there after the grace had a mistake of its own, and its first rank says it. What one rank
+    alone has met it says at once.
     """
-    if ranks.rank != 0:
+    if ranks.rank != 0 and not error.of_one_rank:
         time.sleep(GRACE_S)
-    if ranks.rank == 0 or ranks.local_rank == 0:
+    if ranks.rank == 0 or ranks.local_rank == 0 or error.of_one_rank:
         where = "" if ranks.rank == 0 else f" (rank {ranks.rank})"
         print(f"error{where}: {error}", file=sys.stderr, flush=True)
     sys.exit(error.exit_code)

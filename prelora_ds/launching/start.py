@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prelora_ds.configuring import check_world, dump_yaml, load_config
 from prelora_ds.core.config import Config
 from prelora_ds.core.errors import ConfigError, Stopped
-from prelora_ds.core.plan import Phase, warmup_plan
+from prelora_ds.core.plan import Layout, Phase, warmup_plan
 from prelora_ds.core.schedule import Timeline
-from prelora_ds.data.manifest import Manifest
 from prelora_ds.launching.guard import Guard
 from prelora_ds.launching.ranks import Ranks
 from prelora_ds.launching.stop import StopRequest
+
+if TYPE_CHECKING:
+    from prelora_ds.data.manifest import Manifest
+    from prelora_ds.data.setup import TrainData
 
 
 def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config: str | None,
@@ -23,10 +27,16 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
     resume: auto (go on with what run.output_dir holds), never, or a checkpoint or run to begin from.
     """
     config = load_config(recipe, overrides, deepspeed_config)
-    train_data, val_data = check_run(config, ranks.world_size)
+    config, train_data, val_data = check_run(config, ranks)
 
     # torch and DeepSpeed take seconds to import: only now, when the cheap mistakes are out
-    from prelora_ds.engine.runtime import check_zero_config, choose_accelerator, init_process_group
+    from prelora_ds.data.setup import samples_per_epoch
+    from prelora_ds.engine.runtime import (
+        check_zero_config,
+        choose_accelerator,
+        init_process_group,
+        ranks_that_differ,
+    )
 
     choose_accelerator()
     for phase in Phase:
@@ -39,8 +49,12 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
         if lease is not None:
             guard.checks.append(lease.check)
             print(dump_yaml(config), flush=True)
-            warn_of_a_short_run(config, len(train_data))
+            warn_of_a_short_run(config, samples_per_epoch(config, len(train_data)))
         init_process_group()
+        if odd := ranks_that_differ(dump_yaml(config)):
+            raise ConfigError("phases", "auto", f"ranks {odd} settle on other settings than rank 0 (another device, "
+                              "memory or file)", "give phases.memory_gib, or micro_batch_size and zero_stage as "
+                              "numbers")
         from prelora_ds.reporting.table import print_report
         from prelora_ds.train import train
 
@@ -58,19 +72,19 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
             lease.release()
 
 
-def check_run(config: Config, world_size: int) -> tuple[Manifest, Manifest]:
-    """Hold the config against the world, the data and the model's names; returns both data sets.
+def check_run(config: Config, ranks: Ranks) -> tuple[Config, TrainData, Manifest]:
+    """Hold the config against the world, the data and the model's names; returns it, with every `auto` settled, and
+    both data sets.
 
     Raises ConfigError.
     """
-    check_world(config, world_size)
-    train_data = Manifest.load(config.data.train, key="data.train")
-    val_data = Manifest.load(config.data.val, key="data.val")
-    if train_data.classes != val_data.classes:
-        raise ConfigError("data.val", config.data.val, f"has {len(val_data.classes)} classes, and data.train "
-                          f"{len(train_data.classes)}, or other names", "name two parts of one data set")
-    check_families(config, len(train_data.classes))
-    return train_data, val_data
+    check_world(config, ranks.world_size)
+    from prelora_ds.data.setup import open_data
+    from prelora_ds.launching.autosize import settle
+
+    train_data, val_data = open_data(config)
+    layout = check_families(config, len(train_data.classes))
+    return settle(config, layout, ranks), train_data, val_data
 
 
 def warn_of_a_short_run(config: Config, samples: int) -> None:
@@ -82,10 +96,10 @@ def warn_of_a_short_run(config: Config, samples: int) -> None:
               f"{timeline.total_steps}: the rate never reaches optimizer.lr", flush=True)
 
 
-def check_families(config: Config, num_labels: int) -> None:
+def check_families(config: Config, num_labels: int) -> Layout:
     """Raise ConfigError when a family matches nothing or an adapter cannot be attached, now and not days into a run.
 
-    The model is built without weights (on the meta device).
+    The model is built without weights (on the meta device); returns its layout.
     """
     import torch
 
@@ -103,6 +117,7 @@ def check_families(config: Config, num_labels: int) -> None:
     except (RuntimeError, ValueError) as exc:
         raise ConfigError("lora.families", list(config.lora.families), f"adapters cannot be attached: {exc}",
                           "choose other lora.families, or narrow model.families") from exc
+    return layout
 
 
 def close_process_group() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,9 +41,22 @@ def build_model(config: ModelConfig, num_labels: int) -> nn.Module:
     return model
 
 
+def compile_blocks(blocks: Sequence[nn.Module]) -> None:
+    """Compile the forward pass of each block, at its first call; what was compiled before is forgotten.
+
+    Blocks of the same shapes share their code. A block, and not the model: ranks differ from block to block, and
+    whatever the engine hooks onto a block stays outside.
+    """
+    torch._dynamo.reset()
+    limit = torch._dynamo.config.recompile_limit  # beyond it torch goes on uncompiled
+    torch._dynamo.config.recompile_limit = max(limit, 2 * len(blocks))  # training and evaluation
+    for block in blocks:
+        block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+
+
 def vit_config(config: ModelConfig, num_labels: int) -> ViTConfig:
     """The transformers config of a run's ViT."""
-    sizes = config.model_dump(exclude={"factory", "factory_args", "families", "activation_checkpointing"})
+    sizes = config.model_dump(exclude={"factory", "factory_args", "families", "activation_checkpointing", "compile"})
     return ViTConfig(**sizes, num_labels=num_labels)
 
 

@@ -77,7 +77,8 @@ def export_checkpoint(source: Path, out: Path, form: str) -> Path:
 
 def _values(found: Checkpoint, plan: Plan, layout: Layout, config: Config) -> dict[str, torch.Tensor]:
     """Whole parameters in fp32, as the model computes with them (but for the rounding of what trains)."""
-    kept_in_fp32 = {f"{path}.weight" for path in plan.frozen_bases()} if config.lora.mode == "merged" else set()
+    merged = config.for_phase(plan.phase).lora_mode() == "merged"
+    kept_in_fp32 = {f"{path}.weight" for path in plan.frozen_bases()} if merged else set()
     values = {}
     for name, shape in plan.parameters(layout).items():
         held = found.engine.slices.get(name)

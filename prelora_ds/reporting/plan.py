@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -15,20 +14,21 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from prelora_ds.configuring import check_world
+from prelora_ds.configuring import check_world, read_calibration
 from prelora_ds.core import costs
-from prelora_ds.core.config import Config, ZeroSettings, parse_seconds
+from prelora_ds.core.config import Config, ZeroSettings
 from prelora_ds.core.errors import ConfigError
+from prelora_ds.core.fields import parse_seconds
+from prelora_ds.core.fitting import USABLE, reuse_distance, setting, settings
 from prelora_ds.core.plan import Layout, Phase, Plan, full_plan, lora_plan, warmup_plan
 from prelora_ds.core.schedule import Timeline
-from prelora_ds.core.timing import GPUS, INTER_GB_S, LINK_EFFICIENCY, Rates, data_sheet_rates, step_work
+from prelora_ds.core.timing import GPUS, INTER_GB_S, LINK_EFFICIENCY, Rates, data_sheet_rates
 from prelora_ds.data.manifest import MANIFEST_NAME, Manifest
 from prelora_ds.model.families import find_layout
 from prelora_ds.model.vit import build_model
 
 IMAGENET_IMAGES, IMAGENET_LABELS = 1_281_167, 1000
 OWNERS = ("weights", "gradients", "masters", "moments", "buckets", "activations")
-USABLE = 0.9  # of a device's memory: the rest is left to the driver, the allocator's fragments and temporaries
 NOTES = (
     "all figures are predicted; bytes are of one rank: states at the end of backward, activations when it begins",
     "peak: the larger of the two moments, with staging copies and gathered weights; it fits if it takes at most "
@@ -89,6 +89,19 @@ def predict_run(config: Config, cluster: Cluster, *, walltime_s: float | None = 
             "rates": rates and asdict(rates), "rows": rows, "runs": runs, "notes": list(NOTES)}
 
 
+def fastest_images_per_s(config: Config, ranks_per_host: int, world_size: int, gpu: str | None) -> float | None:
+    """Images a second that one rank takes in its fastest phase, as predicted for ``gpu``, a key of `GPUS`.
+
+    None without one, and for a model that is no ViT.
+    """
+    if gpu is None or config.model.factory is not None:
+        return None
+    cluster = Cluster(max(1, world_size // ranks_per_host), min(ranks_per_host, world_size), gpu)
+    rows = predict_run(config, cluster)["rows"]
+    step_s = min(row["step_s"] for row in rows if row["stage"] == config.for_phase(row["phase"]).zero.stage)
+    return config.train.global_batch_size / world_size / float(step_s)
+
+
 def parse_walltime(text: str) -> float:
     """Seconds of ``6h``, ``90m`` or ``06:00:00``; raises ConfigError."""
     try:
@@ -132,12 +145,8 @@ def _machine(cluster: Cluster, calibration: Path | None) -> tuple[Rates | None, 
     if calibration is None:
         return (data_sheet_rates(cluster.gpu, hosts=cluster.hosts, intra_gb_s=cluster.intra_gb_s,
                                  inter_gb_s=cluster.inter_gb_s) if sheet else None), memory
-    try:
-        content = json.loads(calibration.read_text())
-        rates, memory = Rates(**content["rates"]), memory or float(content["memory_gib"])
-    except (OSError, ValueError, KeyError, TypeError) as exc:
-        raise ConfigError("--calibration", str(calibration), f"is no calibration: {exc!r}",
-                          "write one with `python -m prelora_ds.calibrate`") from exc
+    rates, calibrated_gib = read_calibration(calibration, "--calibration")
+    memory = memory or calibrated_gib
     link = cluster.intra_gb_s if cluster.hosts == 1 else cluster.inter_gb_s or INTER_GB_S
     if link:  # a calibration on one host has not seen this link
         rates = replace(rates, seconds={**rates.seconds, "wire_gb": 1 / (link * LINK_EFFICIENCY)},
@@ -167,29 +176,21 @@ def _plans(config: Config, layout: Layout, rank: int) -> list[Plan]:
 def _row(config: Config, plan: Plan, layout: Layout, zero: ZeroSettings, cluster: Cluster, rates: Rates | None,
          memory_gib: float | None, images: int) -> dict[str, Any]:
     config = config.for_phase(plan.phase)
-    model, mode, world, batch = config.model, config.lora.mode, cluster.world_size, config.train.global_batch_size
-    reuse = int(config.deepspeed.get("zero_optimization", {}).get("stage3_max_reuse_distance", costs.REUSE_DISTANCE))
-    image = costs.micro_batch(model, plan, layout, 1, mode=mode)
-
-    def peak(micro: int) -> tuple[Any, int]:
-        return costs.peak_bytes(plan, layout, zero, world, math.ceil(batch / (micro * world)),
-                                micro * (image.saved_bytes + image.recomputed_bytes), mode=mode, reuse_distance=reuse)
-
-    micro = config.train.micro_batch_size
-    states, most = peak(micro)
-    room = None if memory_gib is None else USABLE * memory_gib * 2**30
-    sizes = [1 << i for i in range((batch // world).bit_length())]
-    work = step_work(model, plan, layout, zero, micro_batch_size=micro, world_size=world,
-                     accum=config.grad_accum_steps(world), mode=mode, reuse_distance=reuse)
-    step_s = rates and rates.step_seconds(work, cluster.gpus_per_host)
-    extra = costs.buckets_bytes(plan, layout, zero) + costs.gathered_bytes(plan, layout, zero, reuse_distance=reuse)
+    world, batch, micro = cluster.world_size, config.train.global_batch_size, config.train.micro_batch_size
+    image = costs.micro_batch(config.model, plan, layout, 1, mode=config.lora_mode(zero.stage))
+    own, every = setting(config, plan, layout, zero, world, micro), settings(config, plan, layout, zero, world)
+    step_s = rates and rates.step_seconds(own.work, cluster.gpus_per_host)
+    extra = costs.buckets_bytes(plan, layout, zero) + costs.gathered_bytes(plan, layout, zero,
+                                                                           reuse_distance=reuse_distance(config))
     return {"stage": zero.stage, "offload_optimizer": zero.offload_optimizer, "phase": plan.phase.value,
-            **{f"{owner}_bytes": getattr(states, owner) for owner in ("weights", "gradients", "masters", "moments")},
-            "buckets_bytes": states.buffers + extra, "activations_bytes": micro * image.saved_bytes, "peak_bytes": most,
-            "fits": None if room is None else most <= room,
-            "largest_micro_batch": room and max((m for m in sizes if peak(m)[1] <= room), default=0),
-            "step_s": step_s, "epoch_s": step_s and step_s * images / batch, "wire_bytes": int(work.wire_gb * 1e9),
-            "gflop_per_image": image.flops / 1e9}
+            **{f"{owner}_bytes": getattr(own.states, owner)
+               for owner in ("weights", "gradients", "masters", "moments")},
+            "buckets_bytes": own.states.buffers + extra, "activations_bytes": micro * image.saved_bytes,
+            "peak_bytes": own.peak_bytes, "fits": None if memory_gib is None else own.fits(memory_gib),
+            "largest_micro_batch": memory_gib and max((s.micro_batch_size for s in every if s.fits(memory_gib)),
+                                                      default=0),
+            "step_s": step_s, "epoch_s": step_s and step_s * images / batch,
+            "wire_bytes": int(own.work.wire_gb * 1e9), "gflop_per_image": image.flops / 1e9}
 
 
 def _run(config: Config, zero: ZeroSettings, rows: list[dict[str, Any]], timeline: Timeline,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
+from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -52,3 +53,39 @@ class TrainProgress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+class CountProgress:
+    """How many of a number of ``things`` are done: a bar on a terminal's stderr, plain lines elsewhere."""
+
+    def __init__(self, things: str, *, shown: bool) -> None:
+        self._things, self._shown, self._spoke = things, shown, float("-inf")
+        self._console, self._bar = Console(stderr=True), None
+        if shown and self._console.is_terminal:
+            self._bar = Progress(TextColumn("{task.description}", markup=False), BarColumn(),
+                                 TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn(),
+                                 console=self._console, transient=True)
+            self._task = self._bar.add_task(things, total=None)
+
+    def __enter__(self) -> CountProgress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def show(self, done: int, total: int) -> None:
+        """``done`` of ``total``; what was done before the first call took none of the time."""
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, total=total)
+        elif self._shown and now - self._spoke >= PLAIN_EVERY_S:
+            self._spoke = now
+            print(f"{done}/{total} {self._things}", file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        if self._shown:
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -115,7 +115,7 @@ def gradient_sums(zero):
     expected = {n: torch.zeros_like(g) for n, g in got.items()}
     worst_bf16 = {n: torch.zeros_like(g, dtype=torch.bfloat16) for n, g in got.items()}
     module = alone.engine.module
-    for images, labels in batches:
+    for images, labels, *_ in batches:
         module.zero_grad()
         logits = module(alone.engine.prepare(images)).logits
         (torch.nn.functional.cross_entropy(logits.float(), labels) / 2).backward()

@@ -5,23 +5,23 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from support.pool import free_port
+from support.launch import launch
 from support.runs import LABELS, ZEROS, Trainer, config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import ViTForImageClassification
 
 from prelora_ds.configuring import load_config
 from prelora_ds.core.schedule import Timeline
+from prelora_ds.data.budget import CorruptBudget
 from prelora_ds.data.manifest import Manifest
 from prelora_ds.data.transforms import to_float
 from prelora_ds.data.writer import DIGIT_CLASSES, digits, write_shards
@@ -44,26 +44,12 @@ def shards(tmp_path_factory):
     return folder
 
 
-def launch(*arguments, runner="deepspeed.launcher.runner", ranks=2, timeout=200):
-    """Run launch/pretrain.py under the launcher; with ``deepspeed.launcher.launch`` without its first stage."""
-    if runner == "deepspeed.launcher.runner":
-        options = ["--num_accelerators", str(ranks), "--master_port", str(free_port())]
-    else:
-        # {"localhost": [0, 1]} in base64, as the first stage passes it on
-        world = {1: "eyJsb2NhbGhvc3QiOiBbMF19", 2: "eyJsb2NhbGhvc3QiOiBbMCwgMV19"}[ranks]
-        options = [f"--world_info={world}", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
-    command = [sys.executable, "-m", runner, *options, "launch/pretrain.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, timeout=timeout, text=True, capture_output=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
-                                            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"})
-
-
 @pytest.fixture(scope="module")
 def finished(shards, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "out"
     done = launch("--recipe", DEBUG, "--deepspeed_config", "ds_configs/zero2.json", f"run.output_dir={out}",
                   f"data.train={shards / 'train'}", f"data.val={shards / 'val'}",
-                  "phases.lora.zero_stage=1", "phases.lora.micro_batch_size=32")
+                  "phases.lora.zero_stage=auto", "phases.lora.micro_batch_size=auto")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return out, done.stdout
 
@@ -114,6 +100,9 @@ def test_the_resolved_config_is_printed_once_and_kept(finished):
     assert printed.count("micro_batch_size: 16") == 1
     kept = load_config(out / "config.yaml")
     assert kept.deepspeed["zero_optimization"] == {"stage": 2} and kept.run.output_dir == str(out)
+    # `auto`, settled before the first step: the whole share of a rank at once, at the stage that moves the fewest bytes
+    assert printed.count("auto: lora: ZeRO 0, micro-batch 32") == 1
+    assert (kept.for_phase("lora").zero.stage, kept.for_phase("lora").train.micro_batch_size) == (0, 32)
 
 
 def test_the_final_table_is_printed(finished):
@@ -129,6 +118,7 @@ def test_the_fp32_base_of_what_froze_is_kept_whole(finished):
         with safe_open(path, "pt") as file:
             for name, start in json.loads(file.metadata()["starts"]).items():
                 parts.setdefault(name, {})[start] = file.get_tensor(f"value/{name}")
+            assert len(file.keys()) == len(json.loads(file.metadata()["starts"]))  # and no moments
     plan = [e for e in read_lines(out / "plans.jsonl") if e["event"] == "plan"]
     assert parts.keys() == set(plan[1]["plan"]["trainable"]) - set(plan[2]["plan"]["trainable"]) != set()
     vit = ViTForImageClassification.from_pretrained(out / "model")
@@ -242,9 +232,9 @@ def test_bytes_that_differ_by_more_than_5_percent_are_warned_of(ranks, tmp_path)
 def log_bytes(folder):
     """What rank 0 says of an engine as it is, and of one with a gradient too many."""
     t, said = Trainer(config("zero2")), []
-    manifest = Manifest(Path(folder), ("a",), ())
-    run = Run(t.cfg, t.layout, Timeline(64, 8, t.cfg.train.duration), manifest, manifest, RunLog(Path(folder), None),
-              TrainProgress(100, shown=t.rank == 0), Path(folder), Guard(60))
+    manifest = Manifest(Path(folder), ("a",), (), 0, np.empty(0), Path(folder))
+    run = Run(t.cfg, t.layout, Timeline(64, 8, t.cfg.train.duration), manifest, manifest, CorruptBudget(0.001, 64), 0,
+              RunLog(Path(folder), None), TrainProgress(100, shown=t.rank == 0), Path(folder), Guard(60))
     t.train(2)
     weight = next(t.engine.module.parameters())
     t.engine.backward(t.batches())

@@ -29,6 +29,7 @@ def config(zero: str = "zero2", *, model: dict[str, Any] | None = None, deepspee
         "optimizer": {"lr": 1e-3, "warmup": "0 steps"},
         "train": {"duration": "100 steps", "global_batch_size": batch, "micro_batch_size": micro},
         "deepspeed": {"zero_optimization": ZEROS[zero], **(deepspeed or {})},
+        "lora": {"mode": "branch"},  # so narrow a model would train merged, and a switch round its outputs anew
     }
     for name, section in sections.items():
         values[name] = {**values.get(name, {}), **section}
@@ -48,6 +49,8 @@ def micro_batches(cfg: Config, step: int, rank: int, world: int) -> list[Any]:
     """This rank's micro-batches of random images, rows of one global batch that is a function of ``step``."""
     import torch
 
+    from prelora_ds.data.batch import MicroBatch
+
     generator = torch.Generator().manual_seed(1000 + step)
     m, g = cfg.model, cfg.train.global_batch_size
     images = torch.randint(0, 256, (g, m.num_channels, m.image_size, m.image_size), dtype=torch.uint8,
@@ -55,7 +58,7 @@ def micro_batches(cfg: Config, step: int, rank: int, world: int) -> list[Any]:
     labels = torch.randint(0, LABELS, (g,), generator=generator)
     share, micro = g // world, cfg.train.micro_batch_size
     rows = range(rank * share, (rank + 1) * share, micro)
-    return [(images[i:i + micro], labels[i:i + micro]) for i in rows]
+    return [MicroBatch(images[i:i + micro], labels[i:i + micro]) for i in rows]
 
 
 class Trainer:

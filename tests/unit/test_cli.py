@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from prelora_ds import cli
 
@@ -72,3 +73,27 @@ def test_a_report_ends_well(
 def test_the_tools_start_without_torch_and_deepspeed() -> None:
     code = "import sys, prelora_ds.cli; print([m for m in ('torch', 'deepspeed', 'transformers') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_shards_are_built_verified_and_indexed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        Image.new("RGB", (9, 7)).save(tmp_path / "in" / name / "1.png")
+    out = tmp_path / "out"
+    assert prelora(monkeypatch, "shards", "build", tmp_path / "in", out, "--quality", "90") == 2
+    assert "--quality = 90" in capsys.readouterr().err
+    assert prelora(monkeypatch, "shards", "build", tmp_path / "in", out, "--workers", "1") == 0
+    assert f"{out}: 2 samples of 2 classes in 1 shards" in capsys.readouterr().out
+    assert prelora(monkeypatch, "shards", "verify", out, "--workers", "1") == 0
+    (out / "manifest.json").unlink()
+    (out / "index.npy").unlink()
+    (tmp_path / "names").write_text("cat\ndog\n")
+    assert prelora(monkeypatch, "shards", "index", out, "--classes", tmp_path / "names", "--workers", "1") == 0
+    shard = out / "shard-000000.tar"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    capsys.readouterr()
+    assert prelora(monkeypatch, "shards", "verify", out, "--workers", "1") == 1
+    said = capsys.readouterr().out
+    assert "shard-000000.tar" in said and "1 damaged shards" in said

@@ -121,7 +121,8 @@ def test_an_override_that_cannot_be_read_is_named(recipe: Path, override: str) -
     ("train.micro_batch_sise=4", "train.micro_batch_sise", 4, "did you mean micro_batch_size?"),
     ("convergence.taus=4", "convergence.taus", 4, "did you mean tau?"),
     ("trane.log_every=4", "trane", {"log_every": 4}, "did you mean train?"),
-    ("data.xyzzy=1", "data.xyzzy", 1, "known here: train, val, crop, flip, workers"),
+    ("data.xyzzy=1", "data.xyzzy", 1, "known here: train, val, reader, samples_per_epoch, tail, "
+     "crop, flip, augment, mixup, cutmix, random_erasing, corrupt_budget, cache_dir, cache_gib, workers, worker_start"),
     ("lora.rmin=1", "lora.rmin", 1, "did you mean r_min?"),
 ])
 def test_an_unknown_key_is_named_with_its_value_and_what_may_be_meant(

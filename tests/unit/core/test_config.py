@@ -148,6 +148,12 @@ def test_durations_of_another_unit_or_number_differ() -> None:
     (OptimizerConfig, {"weight_decay": math.nan}, "finite number"),
     (DataConfig, {"train": "a", "val": "b", "crop": "centre"}, "'inception', 'pad' or 'none'"),
     (DataConfig, {"train": "a", "val": "b", "workers": -1}, "greater than or equal to 0"),
+    (DataConfig, {"train": "a", "val": "b", "workers": "many"}, "'many' is no number of workers"),
+    (DataConfig, {"train": "a", "val": "b", "augment": "medium3"}, "'medium2'"),
+    (DataConfig, {"train": "a", "val": "b", "reader": "webdataset"}, "samples_per_epoch"),
+    (DataConfig, {"train": "a", "val": "b", "samples_per_epoch": 9}, "samples_per_epoch"),
+    (DataConfig, {"train": "a", "val": "b", "corrupt_budget": 1}, "less than 1"),
+    (TrainConfig, TRAIN | {"loss": "hinge"}, "'softmax' or 'sigmoid'"),
     (RunConfig, {"name": "t"}, "Field required"),
 ])
 def test_bad_values_are_refused(model: type, values: dict[str, Any], message: str) -> None:
@@ -205,6 +211,24 @@ def test_stage_0_does_not_accumulate() -> None:
     assert cfg.grad_accum_steps(6) == 1
 
 
+@pytest.mark.parametrize(("data", "mixup", "mixes"), [
+    ({}, 0.0, False), ({"augment": "light1"}, 0.0, False), ({"augment": "medium2"}, 0.5, True),
+    ({"augment": "strong2"}, 0.8, True), ({"augment": "medium2", "mixup": 0}, 0.0, False),
+    ({"mixup": 0.3}, 0.3, True), ({"cutmix": 1.0}, 0.0, True), ({"augment": "trivial"}, 0.0, False)])
+def test_mixup_is_that_of_the_level_unless_it_is_given(data: dict[str, Any], mixup: float, mixes: bool) -> None:
+    cfg = DataConfig(train="a", val="b", **data)
+    assert (cfg.mixup_alpha, cfg.mixes) == (mixup, mixes)
+
+
+def test_pairs_are_not_cut_by_a_micro_batch() -> None:
+    odd = {**VALUES["train"], "micro_batch_size": 1}
+    mixed = Config.model_validate(VALUES | {"train": odd, "data": VALUES["data"] | {"augment": "medium2"},
+                                            "deepspeed": {"zero_optimization": {"stage": 2}}})
+    with pytest.raises(ValueError, match="micro_batch_size 1 is odd"):
+        mixed.grad_accum_steps(1)
+    assert mixed.for_phase("full").data.mixes
+
+
 # ---- what is read of the DeepSpeed config
 
 @pytest.mark.parametrize(("zero", "expected"), [
@@ -240,6 +264,20 @@ def test_a_phase_takes_its_own_settings_and_the_rest_from_the_run() -> None:
     assert warmup.zero.reduce_bucket_size != 7
     assert lora.train.global_batch_size == config.train.global_batch_size
     assert lora.for_phase("lora") == lora and config.zero.stage == 3
+
+
+@pytest.mark.parametrize(("width", "stage", "lora", "mode"), [
+    (96, 2, {}, "merged"), (384, 0, {}, "merged"), (96, 3, {}, "branch"), (768, 2, {}, "branch"),
+    (1024, 0, {}, "branch"), (96, 2, {"dropout": 0.1}, "branch"), (1024, 2, {"mode": "merged"}, "merged"),
+    (1024, 2, {"mode": "merged", "dropout": 0.1}, "branch"), (96, 2, {"mode": "branch"}, "branch"),
+    (96, 2, {"mode": "fa"}, "fa"), (96, 2, {"mode": "peft"}, "peft"),
+])
+def test_how_an_adapter_computes_goes_by_width_stage_and_dropout(width: int, stage: int, lora: dict[str, Any],
+                                                                 mode: str) -> None:
+    config = Config.model_validate(VALUES | {"model": {"hidden_size": width, "num_attention_heads": 2}, "lora": lora,
+                                             "deepspeed": {"zero_optimization": {"stage": stage}}})
+    assert config.lora_mode() == mode
+    assert config.lora_mode(3) == ("branch" if lora == {} else mode)
 
 
 def test_merged_weights_need_a_lora_phase_that_leaves_them_whole() -> None:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prelora_ds.core.timing import GPUS, KINDS, SHARED, Rates, Work, data_sheet_rates
+from prelora_ds.core.timing import GPUS, KINDS, SHARED, Rates, Work, data_sheet_rates, gpu_named
 
 amounts = st.floats(0, 1e3)
 works = st.builds(Work, **dict.fromkeys(KINDS, amounts))
@@ -43,3 +43,12 @@ def test_the_slowest_link_of_the_ring_decides() -> None:
     assert seconds_per_gb(1) == seconds_per_gb(1, inter_gb_s=1.0) < seconds_per_gb(2)
     assert seconds_per_gb(2, inter_gb_s=100.0) == pytest.approx(seconds_per_gb(2, inter_gb_s=50.0) / 2)
     assert seconds_per_gb(2, intra_gb_s=10.0, inter_gb_s=100.0) == seconds_per_gb(1, intra_gb_s=10.0)
+
+
+@pytest.mark.parametrize(("device", "memory_gib", "gpu"), [
+    ("NVIDIA A100-SXM4-40GB", 39.4, "A100-40"), ("NVIDIA A100 80GB PCIe", 79.3, "A100-80"),
+    ("NVIDIA H100 80GB HBM3", 79.1, "H100"), ("NVIDIA H200", 139.8, "H200"), ("AMD Instinct MI250X", 64.0, "MI250X"),
+    ("NVIDIA GH200 480GB", 95.0, None), ("NVIDIA GeForce GTX 1080", 8.0, None), (None, 23.0, None),
+])
+def test_a_device_is_known_by_its_driver_s_name(device: str | None, memory_gib: float, gpu: str | None) -> None:
+    assert gpu_named(device, memory_gib) == gpu

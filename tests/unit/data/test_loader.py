@@ -5,28 +5,26 @@ from __future__ import annotations
 import io
 import multiprocessing
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from prelora_ds.core.errors import ConfigError
-from prelora_ds.data.loader import CorruptSampleError, TrainLoader, eval_batches
-from prelora_ds.data.manifest import Manifest
-from prelora_ds.data.order import global_batch
-from prelora_ds.data.transforms import decode, eval_transform, to_float, train_transform
+from prelora_ds.data.datasets import Look
+from prelora_ds.data.loader import TrainLoader, eval_batches
+from prelora_ds.data.order import Stream, epoch_order
 from prelora_ds.data.writer import write_shards
 
-pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")  # in favour of TorchCodec
-
 SAMPLES = 50
-OPTIONS = {"seed": 5, "global_batch_size": 24, "micro_batch_size": 2, "rank": 0, "world_size": 1, "image_size": 16,
-           "num_channels": 3, "crop": "inception", "flip": True, "workers": 0}
-EVAL = {"batch_size": 4, "rank": 0, "world_size": 1, "image_size": 16, "num_channels": 3, "crop": "inception",
-        "workers": 0}
+LOOK = Look(16, 3, "inception", flip=True)
+OPTIONS = {"look": LOOK, "seed": 5, "global_batch_size": 24, "micro_batch_size": 2, "rank": 0, "world_size": 1,
+           "workers": 0}
+EVAL = {"look": LOOK, "batch_size": 4, "rank": 0, "world_size": 1, "workers": 0}
 
 
 def noise(number):
@@ -59,7 +57,7 @@ def steps(manifest, count, **changes):
 
 
 def images_and_labels(step):
-    return torch.cat([images for images, _ in step]), torch.cat([labels for _, labels in step])
+    return torch.cat([batch.images for batch in step]), torch.cat([batch.labels for batch in step])
 
 
 def assert_same(one, other):
@@ -86,7 +84,8 @@ def test_shapes_types_and_step(manifest):
     assert loader.step == 4
     step = loader.next()
     assert loader.step == 5 and len(step) == 24 // 3 // 2
-    for images, labels in step:
+    for images, labels, mix, faults in step:
+        assert mix is None and faults == ()
         assert images.shape == (2, 3, 16, 16) and images.dtype == torch.uint8 and images.is_contiguous()
         assert labels.shape == (2,) and labels.dtype == torch.int64
     loader.close()
@@ -109,14 +108,45 @@ def test_the_ranks_together_get_the_global_batch_in_its_order(manifest, world_si
     ranks = [steps(manifest, 2, seed=seed, world_size=world_size, rank=rank, micro_batch_size=micro, start_step=start)
              for rank in range(world_size)]
     for number in range(2):
-        expected = global_batch(seed, start + number, SAMPLES, 24)[:, 1].tolist()
+        expected = Stream(SAMPLES, 24).batch(seed, start + number)[:, 1].tolist()
         assert torch.cat([images_and_labels(rank[number])[1] for rank in ranks]).tolist() == expected
+
+
+@given(data=st.data(), world_size=st.integers(1, 8), micro=st.integers(1, 3), accum=st.integers(1, 3),
+       tail=st.sampled_from(["continue", "drop"]), epoch=st.integers(0, 300), seed=st.integers(0, 2**40))
+@settings(deadline=None, max_examples=60)
+def test_the_union_of_ranks_is_the_sequence_disjoint_and_whole(manifest, data, world_size, micro, accum, tail, epoch,
+                                                               seed):
+    size = world_size * micro * accum
+    assume(tail == "continue" or size <= SAMPLES)
+    stream = Stream(SAMPLES, size, tail)
+    start = -(-epoch * stream.samples_per_epoch // size) + data.draw(st.integers(0, SAMPLES // size), "steps into it")
+    ranks = []
+    for rank in range(world_size):
+        loader = TrainLoader(manifest, LOOK, seed=seed, global_batch_size=size, micro_batch_size=micro, rank=rank,
+                             world_size=world_size, workers=0, tail=tail,
+                             start_step=stream.step_at(stream.position(start)))
+        assert loader.state == stream.position(start)
+        ranks.append(loader._rows(start))
+    count = 2 * -(-SAMPLES // size)  # at least two epochs
+    places, seen = [], []
+    for _ in range(count):
+        for rows in (next(rank) for rank in ranks for _ in range(accum)):
+            assert len(rows.samples) == micro
+            places += range(rows.first, rows.first + micro)
+            seen += zip(rows.epochs.tolist(), rows.samples.tolist(), strict=True)
+    assert places == list(range(start * size, (start + count) * size))
+    per_epoch = stream.samples_per_epoch
+    assert seen == [(place // per_epoch, int(epoch_order(seed, place // per_epoch, SAMPLES)[place % per_epoch]))
+                    for place in places]
+    assert len(set(seen)) == len(seen)
 
 
 @pytest.mark.parametrize("crop", ["inception", "pad", "none"])
 def test_pixels_do_not_depend_on_the_world_size(manifest, crop):
-    whole = steps(manifest, 3, crop=crop)
-    halves = [steps(manifest, 3, crop=crop, world_size=2, rank=rank, micro_batch_size=4) for rank in range(2)]
+    look = replace(LOOK, crop=crop)
+    whole = steps(manifest, 3, look=look)
+    halves = [steps(manifest, 3, look=look, world_size=2, rank=rank, micro_batch_size=4) for rank in range(2)]
     assert_same(whole, [first + second for first, second in zip(*halves, strict=True)])
 
 
@@ -129,8 +159,17 @@ def test_pixels_do_not_depend_on_workers_and_these_end_with_the_loader(manifest)
     assert_same(parallel, steps(manifest, 3))
 
 
-def test_a_later_start_goes_on_with_the_same_batches(manifest):
-    assert_same(steps(manifest, 6)[4:], steps(manifest, 2, start_step=4))
+@pytest.mark.parametrize("workers_", [0, 1])
+def test_a_loader_of_another_world_goes_on_where_the_state_says(manifest, workers_):
+    loader = TrainLoader(manifest, **OPTIONS)
+    before = [loader.next() for _ in range(4)]
+    epoch, offset = state = loader.state
+    assert (epoch, offset) == divmod(4 * 24, SAMPLES)
+    loader.close()
+    start = Stream(SAMPLES, 24).step_at(state)
+    ranks = [steps(manifest, 2, start_step=start, world_size=3, rank=rank, micro_batch_size=4, workers=workers_)
+             for rank in range(3)]
+    assert_same(steps(manifest, 6), before + [sum(parts, []) for parts in zip(*ranks, strict=True)])  # noqa: RUF017
 
 
 @pytest.mark.parametrize("workers_", [0, 2])
@@ -180,7 +219,7 @@ def test_impossible_batches_and_ranks_are_refused(manifest):
     with pytest.raises(ValueError, match="rank 2"):
         next(eval_batches(manifest, **EVAL | {"world_size": 2, "rank": 2}))
     with pytest.raises(ConfigError, match=r"model\.num_channels = 4"):
-        steps(manifest, 1, num_channels=4)
+        steps(manifest, 1, look=replace(LOOK, num_channels=4))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
@@ -217,97 +256,10 @@ def test_evaluation_with_workers_gives_the_same_and_ends_them_even_when_left_ear
     assert ended()
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_sample_that_cannot_be_decoded_is_named_by_shard_and_offset(tmp_path, workers):
-    samples = [(str(i), b"no image at all" if i == 3 else encode(noise(i), "PNG"), "png", 0) for i in range(4)]
-    bad = write_shards(samples, tmp_path / "bad", samples_per_shard=2, class_names=["one"])
-    place = rf"from byte {bad.shards[1].samples[1].offset} of .*shard-000001\.tar"
-    loader = TrainLoader(bad, **OPTIONS | {"global_batch_size": 4, "micro_batch_size": 4, "workers": workers})
-    with pytest.raises(CorruptSampleError, match=place):
-        loader.next()
-    with pytest.raises(ValueError, match="closed"):  # and not the batch after the broken one
-        loader.next()
-
-
-def test_a_shard_cut_short_under_way_is_named(tmp_path):
-    cut = write_shards([("0", encode(noise(0), "PNG"), "png", 0)], tmp_path / "cut", samples_per_shard=1,
-                       class_names=["one"])
-    path = cut.folder / "shard-000000.tar"
-    path.write_bytes(path.read_bytes()[:cut.shards[0].samples[0].offset + 10])
-    with pytest.raises(CorruptSampleError, match=r"shard-000000\.tar: only 10 bytes there"):
-        list(eval_batches(cut, **EVAL))
-    with pytest.raises(ConfigError, match=r"shard-000000\.tar"):
-        Manifest.load(cut.folder)
-
-
 def test_more_shards_than_files_kept_open(tmp_path, monkeypatch):
-    monkeypatch.setattr("prelora_ds.data.loader._OPEN_FILES", 2)
+    monkeypatch.setattr("prelora_ds.data.store._OPEN_FILES", 2)
     many = write_shards([(str(i), encode(noise(i), "PNG"), "png", i) for i in range(7)], tmp_path / "many",
                         samples_per_shard=1, class_names="abcdefg")
     for _ in range(2):
         labels = torch.cat([labels[mask] for _, labels, mask in eval_batches(many, **EVAL)])
         assert labels.tolist() == list(range(7))
-
-
-@pytest.mark.parametrize(("mode", "channels"), [("L", 3), ("RGB", 1), ("RGBA", 3), ("P", 3), ("1", 1), ("CMYK", 3)])
-def test_other_channel_counts_are_converted(mode, channels):
-    image = Image.new("RGB", (12, 10), (200, 30, 90)).convert(mode)
-    tensor = decode(bytearray(encode(image, "JPEG" if mode == "CMYK" else "PNG")), channels)
-    expected = np.asarray(image.convert("RGB" if channels == 3 else "L")).reshape(10, 12, channels).transpose(2, 0, 1)
-    assert tensor.shape == (channels, 10, 12) and tensor.dtype == torch.uint8
-    assert np.abs(tensor.numpy().astype(int) - expected).max() <= 2
-
-
-def test_the_inception_crop_stays_within_5_to_100_per_cent_and_its_ratios():
-    """On a picture whose pixels are their own coordinates, a crop tells its box."""
-    height, width, size = 200, 240, 224
-    grid = torch.stack([torch.arange(height)[:, None].expand(height, width),
-                        torch.arange(width).expand(height, width), torch.zeros(height, width)]).to(torch.uint8)
-    shares, flipped = [], 0
-    for seed in range(400):
-        generator = torch.Generator().manual_seed(seed)
-        crop = train_transform(grid, image_size=size, crop="inception", flip=True, generator=generator).int()
-        rows, columns = crop[0, :, 0], crop[1, 0]
-        flipped += int(columns[0] > columns[-1])
-        h, w = int(rows.max() - rows.min()) + 1, int(columns.max() - columns.min()) + 1
-        shares.append(h * w / (height * width))
-        assert 0.68 < w / h < 1.47  # 3/4 to 4/3, with the rounding of the box and of the resize
-    assert 0.04 < min(shares) < 0.08 and 0.9 < max(shares) <= 1.0
-    assert 0.4 < np.mean(shares) < 0.55  # uniform in 0.05..1, the largest fitting less often
-    assert 160 < flipped < 240
-
-
-def test_the_pad_crop_moves_the_picture_by_at_most_the_margin():
-    picture = torch.arange(1, 65, dtype=torch.uint8).reshape(1, 8, 8)
-    padded = torch.nn.functional.pad(picture, (1,) * 4)
-    windows = {tuple(padded[0, top:top + 8, left:left + 8].flatten().tolist()) for top in range(3) for left in range(3)}
-    seen = {tuple(train_transform(picture, image_size=8, crop="pad", flip=False,
-                                  generator=torch.Generator().manual_seed(seed)).flatten().tolist())
-            for seed in range(200)}
-    assert seen == windows
-
-
-def test_none_and_the_plain_evaluation_leave_a_picture_of_the_size_as_it_is():
-    picture = torch.arange(64, dtype=torch.uint8).reshape(1, 8, 8)
-    generator = torch.Generator()
-    assert torch.equal(train_transform(picture, image_size=8, crop="none", flip=False, generator=generator), picture)
-    assert torch.equal(eval_transform(picture, image_size=8, crop="pad"), picture)
-    assert eval_transform(picture, image_size=4, crop="none").shape == (1, 4, 4)
-
-
-@pytest.mark.parametrize(("height", "width"), [(300, 400), (400, 300), (73, 73), (64, 64), (30, 500)])
-def test_evaluation_resizes_and_crops_as_torchvision_does(height, width):
-    from torchvision.transforms.v2.functional import center_crop, resize
-
-    picture = torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    expected = center_crop(resize(picture, [73], antialias=True), [64, 64])
-    assert torch.equal(eval_transform(picture, image_size=64, crop="inception"), expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_to_float_maps_bytes_to_minus_one_to_one_rounded_once(dtype):
-    values = torch.arange(256, dtype=torch.uint8)
-    expected = (torch.arange(256, dtype=torch.float64) / 127.5 - 1)
-    result = to_float(values, dtype)
-    assert result.dtype == dtype and (result[0], result[255]) == (-1, 1)
-    assert (result.double() - expected).abs().max() <= torch.finfo(dtype).eps / 2

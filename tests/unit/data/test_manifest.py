@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import io
 import json
-import tarfile
+import pickle
+import zlib
 
+import fsspec
+import numpy as np
+import psutil
 import pytest
 
 from prelora_ds.core.errors import ConfigError
-from prelora_ds.data.manifest import MANIFEST_NAME, Manifest, index_shard
+from prelora_ds.data.manifest import EXTENSIONS, INDEX_NAME, MANIFEST_NAME, ROW, Manifest, Shard, save_manifest
 from prelora_ds.data.writer import DIGIT_CLASSES, digits, write_shards
 
 
 @pytest.fixture
 def shards(tmp_path):
     return write_shards(digits("val"), tmp_path / "val", samples_per_shard=100, class_names=DIGIT_CLASSES)
-
-
-def write_tar(path, members, **options):
-    with tarfile.open(path, "w", **options) as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
 
 
 def change(folder, edit):
@@ -36,18 +30,68 @@ def change(folder, edit):
 def test_load_gives_back_what_was_saved(shards):
     loaded = Manifest.load(shards.folder)
     assert loaded == shards
-    assert len(loaded) == 360 and [len(shard.samples) for shard in loaded.shards] == [100, 100, 100, 60]
+    assert len(loaded) == 360 and [shard.samples for shard in loaded.shards] == [100, 100, 100, 60]
     assert loaded.classes == DIGIT_CLASSES
 
 
-def test_every_entry_points_at_its_image(shards):
-    for shard, start in zip(shards.shards, range(0, 360, 100), strict=True):
+def test_every_row_points_at_its_image_and_tells_its_checksum(shards):
+    written = list(digits("val"))
+    for number, shard in enumerate(shards.shards):
         data = (shards.folder / shard.name).read_bytes()
-        assert shard.size_bytes == len(data)
-        for number, (_, image, extension, label) in enumerate(list(digits("val"))[start:start + 100]):
-            sample = shard.samples[number]
-            assert data[sample.offset:sample.offset + sample.length] == image
-            assert (sample.extension, sample.label) == (extension, label)
+        assert (shard.size_bytes, shard.crc32) == (len(data), zlib.crc32(data))
+        for index in range(shard.first, shard.first + shard.samples):
+            row, (_, image, extension, label) = shards.rows[index], written[index]
+            assert data[row["offset"]:row["offset"] + row["length"]] == image
+            assert (row["shard"], row["label"], row["crc32"]) == (number, label, zlib.crc32(image))
+            assert EXTENSIONS[row["extension"]] == extension
+
+
+def test_a_pickled_manifest_takes_the_path_along_and_not_the_rows(shards):
+    data = pickle.dumps(shards)
+    assert len(data) < shards.rows.nbytes / 4
+    copy = pickle.loads(data)
+    assert copy == shards and np.array_equal(copy.rows, shards.rows) and not copy.rows.flags.writeable
+
+
+def large(folder, samples=1_281_167, samples_per_shard=1000):
+    """A manifest as large as ImageNet's, of shards that are not there."""
+    rows = np.zeros(samples, ROW)
+    rows["offset"], rows["length"] = np.arange(samples) % samples_per_shard * 2048 + 512, 1024
+    rows = np.split(rows, range(samples_per_shard, samples, samples_per_shard))
+    shards = [Shard(f"shard-{i:06d}.tar", samples_per_shard * 2048 + 1024, len(of), 0, 0) for i, of in enumerate(rows)]
+    save_manifest(folder, ["one"], shards, rows)
+    return shards
+
+
+def test_an_index_of_1_28_million_samples_is_mapped_not_read_and_small(tmp_path):
+    for shard in large(tmp_path):
+        with (tmp_path / shard.name).open("wb") as file:
+            file.truncate(shard.size_bytes)
+    private = psutil.Process().memory_full_info().uss
+    manifest = Manifest.load(tmp_path)
+    copies = [pickle.loads(pickle.dumps(manifest)) for _ in range(8)]
+    assert len(manifest) == 1_281_167 and manifest.rows["offset"][::1000].sum() == 512 * 1282
+    assert all(copy.rows["length"].min() == 1024 for copy in copies)  # every page of every copy is touched
+    assert psutil.Process().memory_full_info().uss - private < manifest.rows.nbytes + (20 << 20)
+    assert manifest.rows.nbytes < 33e6 and len(pickle.dumps(manifest)) < 100_000
+
+
+def test_a_manifest_is_read_from_a_url_and_its_index_kept(shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    remote = Manifest.load(f"file://{shards.folder}")
+    assert remote.place(1) == f"file://{shards.folder}/shard-000001.tar" and np.array_equal(remote.rows, shards.rows)
+    assert pickle.loads(pickle.dumps(remote)) == remote
+    assert remote.index_file.is_relative_to(tmp_path / "cache")
+    fsspec.filesystem("memory").pipe("/copy/manifest.json", (shards.folder / MANIFEST_NAME).read_bytes())
+    with pytest.raises(ConfigError, match=r"data\.val = 'memory://copy': cannot be read.*index\.npy"):
+        Manifest.load("memory://copy", "data.val")
+    assert not (tmp_path / "cache" / "prelora_ds" / "manifests" / "index.npy").exists()
+
+
+def test_a_manifest_of_version_1_says_what_to_do(shards):
+    change(shards.folder, lambda c: c.update(version=1))
+    with pytest.raises(ConfigError, match=r"version 1(.|\n)*remedy: run `prelora shards index"):
+        Manifest.load(shards.folder)
 
 
 def test_a_missing_folder_and_a_folder_without_manifest_name_the_setting(tmp_path):
@@ -63,16 +107,43 @@ def test_a_missing_folder_and_a_folder_without_manifest_name_the_setting(tmp_pat
     lambda c: c.update(shards=[]),
     lambda c: c.update(classes=["only one"]),
     lambda c: c["shards"][0].update(name="../elsewhere.tar"),
-    lambda c: c["shards"][0]["samples"].append([512, 10]),
-    lambda c: c["shards"][0]["samples"].append([-512, 10, "png", 0]),
-    lambda c: c["shards"][0]["samples"].append([10**9, 10, "png", 0]),
-    lambda c: c["shards"][0]["samples"].append(["512", 10, "png", 0]),
+    lambda c: c["shards"][0].update(samples=99),
+    lambda c: c["shards"][0].update(samples="many"),
+    lambda c: c["shards"].pop(),
+    lambda c: c["shards"].reverse(),
+    lambda c: c["shards"][0].update(size_bytes=2000),
+    lambda c: c.update(index_crc32=1),
 ])
 def test_an_invalid_manifest_is_refused(shards, edit):
     change(shards.folder, edit)
     with pytest.raises(ConfigError, match=r"invalid manifest") as caught:
         Manifest.load(shards.folder, "data.train")
     assert caught.value.key == "data.train" and MANIFEST_NAME in caught.value.value
+
+
+@pytest.mark.parametrize(("field", "value"), [("offset", -512), ("offset", 10**9), ("label", -1), ("label", 10),
+                                              ("shard", 1), ("extension", len(EXTENSIONS))])
+def test_an_index_that_points_outside_is_refused_and_the_shard_named(shards, field, value):
+    rows = [shards.rows[s.first:s.first + s.samples].copy() for s in shards.shards]
+    rows[2][field][7] = value
+    with pytest.MonkeyPatch.context() as patch:
+        if field == "shard":  # else it is set on writing
+            patch.setattr("prelora_ds.data.manifest.enumerate", lambda _: [], raising=False)
+        save_manifest(shards.folder, shards.classes, shards.shards, rows)
+    with pytest.raises(ConfigError, match=r"invalid manifest.*shard-000002\.tar"):
+        Manifest.load(shards.folder)
+
+
+def test_the_index_of_other_shards_a_damaged_and_a_missing_one_are_refused(shards, tmp_path):
+    other = write_shards(digits("val", seed=1), tmp_path / "other", samples_per_shard=100, class_names=DIGIT_CLASSES)
+    own = (shards.folder / INDEX_NAME).read_bytes()
+    for data in ((other.folder / INDEX_NAME).read_bytes(), own[:-1], own[:5000] + b"x" + own[5001:], b""):
+        (shards.folder / INDEX_NAME).write_bytes(data)
+        with pytest.raises(ConfigError, match=r"index\.npy has the checksum"):
+            Manifest.load(shards.folder)
+    (shards.folder / INDEX_NAME).unlink()
+    with pytest.raises(ConfigError, match=r"holds no index\.npy"):
+        Manifest.load(shards.folder)
 
 
 def test_a_manifest_cut_short_is_refused(shards):
@@ -95,51 +166,3 @@ def test_a_shard_of_another_size_is_named(shards, change_bytes):
     path.write_bytes(data[:change_bytes] if change_bytes < 0 else data + b"\0")
     with pytest.raises(ConfigError, match=rf"shard-000001\.tar.*{len(data) + change_bytes} bytes, and {len(data)}"):
         Manifest.load(shards.folder)
-
-
-def test_a_shard_cut_short_anywhere_is_never_indexed(shards, tmp_path):
-    """Python's tarfile, and webdataset on top of it, ends at most of these cuts without an error."""
-    data = (shards.folder / "shard-000003.tar").read_bytes()
-    used = max(sample.offset + sample.length for sample in shards.shards[3].samples)
-    path = tmp_path / "cut.tar"
-    for size in [0, 1, 511, 512, *range(513, used + 512, 1777), used - 1, used]:
-        path.write_bytes(data[:size])
-        with pytest.raises(ConfigError, match=r"cut\.tar"):
-            index_shard(path)
-
-
-def test_a_flipped_bit_in_any_header_is_never_passed_over(shards, tmp_path):
-    data = (shards.folder / "shard-000003.tar").read_bytes()
-    path = tmp_path / "flipped.tar"
-    for sample in shards.shards[3].samples[::7]:
-        damaged = bytearray(data)
-        damaged[sample.offset - 512 + 130] ^= 1  # in the header of the image, its size
-        path.write_bytes(damaged)
-        with pytest.raises(ConfigError, match=r"flipped\.tar"):
-            index_shard(path)
-
-
-def test_other_members_folders_and_long_names_are_no_obstacle(tmp_path):
-    long = "x" * 200
-    members = [("readme", b"text"), ("a/1.cls", b"3"), ("a/1.JPG", b"jpeg"), ("a/1.json", b"{}"), ("b.d/1.png", b"png"),
-               ("b.d/1.cls", b"4\n"), ("b.d/1.mask.png", b"no"), (f"{long}.cls", b"5"), (f"{long}.jpg", b"j" * 1000)]
-    with pytest.raises(ConfigError, match="readme"):  # a sample of its own, to webdataset too
-        index_shard(write_tar(tmp_path / "a.tar", members, format=tarfile.PAX_FORMAT))
-    for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
-        path = write_tar(tmp_path / "a.tar", members[1:], format=form)
-        shard, data = index_shard(path), path.read_bytes()
-        assert [(sample.extension, sample.label) for sample in shard.samples] == [("jpg", 3), ("png", 4), ("jpg", 5)]
-        assert [data[s.offset:s.offset + s.length] for s in shard.samples] == [b"jpeg", b"png", b"j" * 1000]
-
-
-@pytest.mark.parametrize("members", [
-    [("1.jpg", b"image")],
-    [("1.cls", b"3")],
-    [("1.cls", b"3"), ("1.jpg", b"image"), ("1.png", b"image")],
-    [("1.cls", b"three"), ("1.jpg", b"image")],
-    [("1.cls", b"3"), ("1.jpg", b"")],
-    [("1.cls", b"3"), ("2.cls", b"3"), ("1.jpg", b"image"), ("2.jpg", b"image")],
-])
-def test_a_sample_that_is_not_one_image_and_one_label_is_refused(tmp_path, members):
-    with pytest.raises(ConfigError, match=r"1\.tar"):
-        index_shard(write_tar(tmp_path / "1.tar", members))

@@ -16,8 +16,6 @@ from prelora_ds.data.writer import (
     DIGIT_CLASSES,
     PHOTOGRAPH_CLASSES,
     digits,
-    folder_classes,
-    image_folder,
     photographs,
     write_shards,
 )
@@ -56,7 +54,7 @@ def test_the_same_samples_give_the_same_bytes_and_nothing_else_is_left(tmp_path)
         write(some(7), tmp_path / "deep" / name)
     assert contents(tmp_path / "deep" / "a") == contents(tmp_path / "deep" / "b")
     assert sorted(contents(tmp_path / "deep" / "a")) == [
-        "manifest.json", "shard-000000.tar", "shard-000001.tar", "shard-000002.tar"]
+        "index.npy", "manifest.json", "shard-000000.tar", "shard-000001.tar", "shard-000002.tar"]
     assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["a", "b"]
 
 
@@ -133,32 +131,6 @@ def test_a_digit_keeps_its_pixels_and_its_label():
         assert np.abs(pixels - images[int(key)].reshape(8, 8) * 255 / 16).max() <= 0.5
     with pytest.raises(ConfigError, match="split = 'test'"):
         next(digits("test"))
-
-
-def test_an_image_folder_keeps_bytes_and_takes_labels_from_sorted_folders(tmp_path):
-    files = {("dog", "a.JPEG"): picture("red", "JPEG"), ("dog", "sub/b.png"): picture("blue", "PNG"),
-             ("cat", "a.jpg"): picture("green", "JPEG")}
-    for (name, file), data in files.items():
-        path = tmp_path / name / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    (tmp_path / "cat" / "notes.txt").write_text("no image")
-    assert folder_classes(tmp_path) == CLASSES
-    samples = list(image_folder(tmp_path))
-    assert {(data, extension, label) for _, data, extension, label in samples} == {
-        (files["dog", "a.JPEG"], "jpeg", 1), (files["dog", "sub/b.png"], "png", 1), (files["cat", "a.jpg"], "jpg", 0)}
-    assert samples == list(image_folder(tmp_path))
-    assert len(write(samples, tmp_path / "shards")) == 3
-
-
-def test_an_image_folder_of_val_takes_the_labels_of_train(tmp_path):
-    (tmp_path / "dog").mkdir()
-    (tmp_path / "dog" / "1.png").write_bytes(picture("red", "PNG"))
-    assert [label for *_, label in image_folder(tmp_path, CLASSES)] == [1]
-    with pytest.raises(ConfigError, match=r"\['dog'\] are no classes"):
-        next(image_folder(tmp_path, ("cat",)))
-    with pytest.raises(ConfigError, match="no folder with a sub-folder per class"):
-        folder_classes(tmp_path / "dog")
 
 
 def test_photographs_are_different_jpegs_of_the_asked_size_and_always_the_same():

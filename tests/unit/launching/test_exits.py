@@ -3,6 +3,8 @@ from __future__ import annotations
 import pytest
 
 from prelora_ds.core.errors import ConfigError, TrainingDivergedError
+from prelora_ds.data.loader import WorkerLostError
+from prelora_ds.data.store import CorruptSampleError
 from prelora_ds.launching import exits
 from prelora_ds.launching.ranks import Ranks
 
@@ -47,6 +49,16 @@ def test_the_other_ranks_of_a_host_say_nothing(capsys: pytest.CaptureFixture[str
         exits.fail(CONFIG_ERROR, Ranks(5, 1, 8))
     assert ended.value.code == 2
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("error", [CorruptSampleError("sample 3 of shard-000001.tar"), WorkerLostError("it is gone")])
+def test_what_one_rank_alone_has_met_it_says_at_once(
+    error, capsys: pytest.CaptureFixture[str], naps: list[float]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        exits.fail(error, Ranks(5, 1, 8))
+    assert (ended.value.code, naps) == (1, [])
+    assert capsys.readouterr().err == f"error (rank 5): {error}\n"
 
 
 def test_a_rank_that_the_launcher_ends_within_the_grace_says_nothing(

@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from prelora_ds.core.config import ModelConfig
+from prelora_ds.core.config import FAMILIES, ModelConfig
 from prelora_ds.core.errors import ConfigError
-from prelora_ds.model.vit import build_model, logits_of
+from prelora_ds.core.plan import warmup_plan
+from prelora_ds.model.adapters import attach_adapters
+from prelora_ds.model.families import find_layout, named_parameters
+from prelora_ds.model.vit import build_model, compile_blocks, logits_of
 
 SIZES: dict[str, Any] = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 1,
                          "num_attention_heads": 2, "intermediate_size": 32}
@@ -50,6 +53,28 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
         logits_of(model(images)).square().sum().backward()
         grads.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_compiled_blocks_give_the_same_losses_and_gradients() -> None:
+    images, grads = torch.randn(2, 3, 8, 8), []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = build_model(ModelConfig(**SIZES), 7).train()
+        layout = find_layout(model, FAMILIES)
+        plan = warmup_plan(layout, {family: {0: 4} for family in FAMILIES}, alpha_over_r=1.0, init_seed=0, since_step=0)
+        attach_adapters(model, plan, dropout=0.0)
+        for name, p in named_parameters(model).items():
+            torch.nn.init.normal_(p, std=0.1)
+            p.requires_grad_(".lora_" in name)  # the fast LoRA linear under the compiler, as in the LoRA phase
+        if compiled:
+            compile_blocks(list(model.vit.layers))
+            torch._dynamo.utils.counters.clear()
+        logits_of(model(images)).square().sum().backward()
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_a_factory_s_model_that_cannot_checkpoint_is_named() -> None:

@@ -1,0 +1,202 @@
+"""What the ranks of zero_stages.py do."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from lora_step import ranks_in_turn
+
+from prelora_ds.configuring import validate
+from prelora_ds.core.budget import predict_bytes, worst_deviation
+from prelora_ds.core.config import FAMILIES, Config
+from prelora_ds.core.costs import communication, micro_batch
+from prelora_ds.core.plan import Layout, Plan, full_plan, lora_plan, warmup_plan
+from prelora_ds.data.batch import MicroBatch
+from prelora_ds.data.datasets import Look
+from prelora_ds.data.loader import TrainLoader
+from prelora_ds.data.manifest import Manifest
+from prelora_ds.engine.build import Engine, build_engine
+from prelora_ds.engine.census import census, peak_rss_bytes, settled
+from prelora_ds.engine.release import release
+from prelora_ds.engine.runtime import freeze_imports, synchronize
+from prelora_ds.engine.state import initial_state
+from prelora_ds.engine.transition import transition
+from prelora_ds.model.families import find_layout
+from prelora_ds.model.vit import build_model
+
+LABELS, GIB = 1000, 2**30
+WARM = 2  # ZeRO-3 records its trace, and the moments are made
+OWNERS = ("weights", "gradients", "masters", "moments", "buffers")
+PARTS = ("data", "forward", "backward", "communication", "optimizer")
+SENT = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor")
+
+
+def phases(pipe: Connection, model: Mapping[str, Any], zero: Mapping[str, Any], sizes: Sequence[int], steps: int,
+           shards: Path) -> list[dict[str, Any]]:
+    """A row for each phase, of this rank. ``sizes``: images of a rank, each a run of steps of its own."""
+    world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    config = config_of(model, zero, sizes[0], world)
+    freeze_imports()
+    torch.manual_seed(0)
+    module = build_model(config.model, LABELS)
+    layout = find_layout(module, FAMILIES)
+    full, *later = plans(layout)
+    engine = build_engine(config, full, layout, LABELS, initial_state(module, rank, world))
+    del module
+    rows, switch_s = [], None
+    for plan in (full, *later):
+        if plan is not full:
+            engine, switch = transition(engine, plan)
+            switch_s = switch.seconds
+        seconds: dict[int, dict[str, float]] = {}
+        for _ in range(WARM):
+            bytes_after_backward(engine, layout, world, size=1)
+        predicted, measured = bytes_after_backward(engine, layout, world, size=sizes[0])
+        for size in sizes:
+            loader = TrainLoader(Manifest.load(shards), Look.of(config.model, config.data), seed=0, workers=0,
+                                 global_batch_size=size * world, micro_batch_size=size, rank=rank, world_size=world)
+            timed = [step(engine, loader) for _ in range(1 + steps)][1:]
+            seconds[size] = {part: median(t[part] for t in timed) for part in ("step", *PARTS)}
+            sent = timed[-1]["bytes"]
+            loader.close()
+        comm = communication(plan, layout, config.zero, 1)
+        payload = comm.all_reduce + comm.all_gather + comm.reduce_scatter
+        flops = {p.phase: micro_batch(config.model, p, layout, 1).flops for p in (full, plan)}
+        rows.append({"phase": plan.phase.value, **{f"{part} s": s for part, s in seconds[sizes[0]].items()},
+                     "switch s": switch_s, **owners(measured), "states off by": worst_deviation(predicted, measured),
+                     "sent GB": sent / 1e9, "sent off by": abs(sent - payload) / payload,
+                     "peak GiB": peak_bytes() / GIB, "FLOPs of full": flops[plan.phase] / flops[full.phase],
+                     "seconds": seconds, "predicted": predicted.to_json(), "measured": measured})
+    return rows
+
+
+def states_at_world(pipe: Connection, model: Mapping[str, Any], zero: Mapping[str, Any],
+                    world: int) -> list[dict[str, Any]]:
+    """A row for each phase, of rank 0 of ``world``, whose other ranks are fake."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.destroy_process_group()
+    torch.distributed.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+    config = config_of(model, zero, 1, world)
+    freeze_imports()
+    rows = []
+    with patch.object(torch.distributed, "all_gather_object", _everyone_says_the_same):
+        layout = find_layout(build_model(config.model, LABELS), FAMILIES)
+        for plan in plans(layout):
+            state = initial_state(build_model(config.model, LABELS), 0, world)
+            engine = build_engine(config, plan, layout, LABELS, state)
+            for _ in range(2):
+                bytes_after_backward(engine, layout, world, size=1)
+            predicted, measured = bytes_after_backward(engine, layout, world, size=1)
+            rows.append({"phase": plan.phase.value, **owners(measured),
+                         "predicted GiB": sum(predicted.to_json().values()) / GIB,
+                         "states off by": worst_deviation(predicted, measured),
+                         "predicted": predicted.to_json(), "measured": measured})
+            release(engine)
+    torch.distributed.destroy_process_group()
+    return rows
+
+
+def _everyone_says_the_same(gathered: list[Any], mine: Any) -> None:
+    gathered[:] = [mine] * len(gathered)  # the fake group gathers nothing, and pickled nothing cannot be read
+
+
+def config_of(model: Mapping[str, Any], zero: Mapping[str, Any], micro: int, world: int) -> Config:
+    """A run of one micro-batch a step."""
+    return validate({
+        "run": {"name": "zero_stages", "output_dir": "-"}, "model": dict(model), "data": {"train": "-", "val": "-"},
+        "train": {"duration": "1 epoch", "global_batch_size": micro * world, "micro_batch_size": micro},
+        "deepspeed": {"zero_optimization": dict(zero)}}, "zero_stages.py")
+
+
+def plans(layout: Layout) -> tuple[Plan, Plan, Plan]:
+    """Full, warm-up, LoRA."""
+    warmup = warmup_plan(layout, ranks_in_turn(layout), alpha_over_r=1.0, init_seed=0, since_step=0)
+    return (full_plan(layout, init_seed=0), warmup, lora_plan(layout, warmup, train_rest=True, since_step=0))
+
+
+def owners(measured: Mapping[str, int]) -> dict[str, float]:
+    """Columns of the table: GiB by owner."""
+    return {owner: measured[owner] / GIB for owner in OWNERS}
+
+
+def peak_bytes() -> int:
+    """Of the device, or resident where there is none."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_rss_bytes()
+
+
+def bytes_after_backward(engine: Engine, layout: Layout, world: int, *, size: int) -> tuple[Any, dict[str, int]]:
+    """Predicted and measured bytes at the end of a backward pass of ``size`` images; takes a step."""
+    m = engine.config.model
+    images = torch.randint(0, 256, (size, 3, m.image_size, m.image_size), dtype=torch.uint8)
+    engine.backward([MicroBatch(images, torch.randint(0, LABELS, (size,)))])
+    measured = settled(lambda: census(engine), lambda count: count["other"] <= 0.02 * sum(count.values()))
+    engine.finish_step(lr=1e-6)
+    predicted = predict_bytes(engine.plan, layout, engine.config.zero, world, after_backward=True,
+                              lora_mode=engine.config.lora_mode())
+    return predicted, measured
+
+
+def step(engine: Engine, loader: TrainLoader) -> dict[str, float]:
+    """Seconds of a step by part, and the bytes its collectives carried."""
+    begun = time.perf_counter()
+    batch = loader.next()
+    data = time.perf_counter() - begun
+    with Clock(engine.ds) as clock:
+        engine.train_step(batch, lr=1e-6)
+        synchronize()
+    return {"data": data, "step": time.perf_counter() - begun, **clock.parts()}
+
+
+class Clock:
+    """Seconds of DeepSpeed's forward, backward and step, of the collectives in each, and what those carried."""
+
+    def __init__(self, ds: Any) -> None:
+        from deepspeed.comm import comm
+
+        self._seconds, self._inside, self._part = Counter[str](), Counter[str](), ""
+        self._places = [(ds, "forward", "forward"), (ds, "backward", "backward"), (ds, "step", "optimizer"),
+                        *((comm.cdb, name, "communication") for name in SENT)]
+
+    def __enter__(self) -> Clock:
+        for holder, name, part in self._places:
+            setattr(holder, name, self._timed(getattr(holder, name), part))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for holder, name, _part in self._places:
+            delattr(holder, name)  # the class has the real one
+
+    def _timed(self, function: Any, part: str) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            if part == "communication":
+                tensors = [a for a in (*args, *options.values()) if isinstance(a, torch.Tensor)]
+                self._seconds["bytes"] += max(t.nbytes for t in tensors)
+            else:
+                self._part = part
+            synchronize()
+            begun = time.perf_counter()
+            result = function(*args, **options)
+            if part == "communication" and hasattr(result, "wait"):
+                result.wait()
+            synchronize()
+            spent = time.perf_counter() - begun
+            self._seconds[part] += spent
+            if part == "communication":
+                self._inside[self._part] += spent
+            return result
+
+        return call
+
+    def parts(self) -> dict[str, float]:
+        """Seconds by part, communication taken out of the others, and ``bytes``."""
+        own = {part: self._seconds[part] - self._inside[part] for part in ("forward", "backward", "optimizer")}
+        return {**own, "communication": self._seconds["communication"], "bytes": self._seconds["bytes"]}

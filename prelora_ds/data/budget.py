@@ -1,0 +1,52 @@
+"""How many unreadable samples a run bears."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prelora_ds.core.errors import ExpectedError
+
+
+class CorruptBudgetError(ExpectedError, RuntimeError):
+    """More samples of an epoch could not be read than `data.corrupt_budget` allows."""
+
+
+class CorruptBudget:
+    """At most ``share`` of the ``samples`` of an epoch may be unreadable; the count begins anew with each epoch."""
+
+    def __init__(self, share: float, samples: int) -> None:
+        self._share, self._samples = share, samples
+        self._epoch, self._count, self._last = 0, 0, ""
+
+    def spent(self, epoch: int, corrupt: int, faults: Sequence[str]) -> bool:
+        """Whether the budget is used up after a step of ``epoch`` with ``corrupt`` unreadable samples on all ranks.
+
+        ``faults`` are this rank's own. Ranks that are given the same counts give the same answers.
+        """
+        if epoch != self._epoch:
+            self._epoch, self._count = epoch, 0
+        self._count += corrupt
+        self._last = next(iter(faults), self._last)
+        return self._count > self._share * self._samples
+
+    def error(self, last_of_ranks: Sequence[str]) -> CorruptBudgetError:
+        """What to raise then, with a fault out of `last_fault` of all ranks."""
+        fault = next(filter(None, last_of_ranks), "")
+        return CorruptBudgetError(
+            f"{self._count} unreadable samples in epoch {self._epoch} are more than data.corrupt_budget "
+            f"= {self._share:g} of {self._samples} samples allows; one of them: {fault}\n  remedy: `prelora shards "
+            "verify` lists what is damaged; write those shards again, or raise data.corrupt_budget")
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """The epoch, and its unreadable samples so far: what `go_on_from` takes in a resumed run."""
+        return self._epoch, self._count
+
+    def go_on_from(self, epoch: int, count: int) -> None:
+        """Count on from a `position`."""
+        self._epoch, self._count = epoch, count
+
+    @property
+    def last_fault(self) -> str:
+        """The last one of this rank, or nothing."""
+        return self._last

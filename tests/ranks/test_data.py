@@ -1,0 +1,140 @@
+"""Data in the step: pairs mixed on the device, unreadable samples counted over ranks, one message above the budget."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from support.launch import ROOT, launch, launch_command
+from support.runs import LABELS, Trainer, config
+
+from prelora_ds.data.batch import MicroBatch, draw_mix
+from prelora_ds.data.manifest import Manifest
+from prelora_ds.data.writer import DIGIT_CLASSES, digits, write_shards
+
+DEBUG = "launch/recipes/vit_tiny_debug.yaml"
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_a_step_trains_on_mixed_pixels_and_targets(ranks, loss):
+    ours, by_hand = ranks.run(mixed_step, loss=loss)[0]
+    assert ours == pytest.approx(by_hand, rel=1e-6)
+
+
+def mixed_step(loss):
+    """The loss of a step with mixing, and the same with pixels and targets mixed by hand, row by row."""
+    from deepspeed import comm
+
+    from prelora_ds.model.vit import logits_of
+
+    t = Trainer(config("zero2", train={"loss": loss, "label_smoothing": 0.1}, micro=4, batch=16))
+    first, plain = t.rank * 8, t.batches()
+    batches = [MicroBatch(b.images, b.labels, draw_mix(0, torch.zeros(4).numpy(), first + 4 * i, mixup=0.5, cutmix=1.0,
+                                                      size=16), ("a fault",) * t.rank) for i, b in enumerate(plain)]
+    losses = []
+    with t.engine.evaluating():
+        for batch in batches:
+            images = batch.images.float() / 127.5 - 1
+            mixed, shares = images.clone(), torch.zeros(4, LABELS)
+            for row in range(4):
+                share, own, top, left, bottom, right = batch.mix[row // 2].tolist()
+                partner = images[row ^ 1]
+                mixed[row] = own * images[row] + (1 - own) * partner
+                box = (slice(None), slice(int(top), int(bottom)), slice(int(left), int(right)))
+                mixed[row][box] = partner[box]
+                shares[row, batch.labels[row]] += share
+                shares[row, batch.labels[row ^ 1]] += 1 - share
+            shares = 0.9 * shares + 0.1 / LABELS
+            logits = logits_of(t.engine.ds(mixed.to(torch.bfloat16))).float()
+            if loss == "softmax":
+                losses.append(-(shares * logits.log_softmax(-1)).sum(-1).mean())
+            else:
+                p = torch.sigmoid(logits)
+                losses.append(-(shares * p.log() + (1 - shares) * (1 - p).log()).sum(-1).mean())
+    by_hand = torch.stack(losses).mean()
+    comm.all_reduce(by_hand)
+    stats = t.engine.train_step(batches, lr=1e-3)
+    assert stats.corrupt == 2  # rank 1 has one in each of its two micro-batches, and rank 0 knows
+    t.close()
+    return stats.loss, float(by_hand) / t.world
+
+
+def test_above_the_budget_all_ranks_stop_with_one_message(tmp_path):
+    for split in ("train", "val"):
+        write_shards(digits(split), tmp_path / split, samples_per_shard=512, class_names=DIGIT_CLASSES)
+    manifest = Manifest.load(tmp_path / "train")
+    with Path(manifest.place(1)).open("r+b") as shard:
+        for row in manifest.rows[600:604]:
+            shard.seek(int(row["offset"]) + 30)
+            shard.write(b"\0\0\0\0")
+    out = tmp_path / "out"
+    done = launch("--recipe", DEBUG, "--deepspeed_config", "ds_configs/zero1.json", f"run.output_dir={out}",
+                  f"data.train={tmp_path / 'train'}", f"data.val={tmp_path / 'val'}", "train.duration=2 epochs")
+    said = done.stdout + done.stderr
+    assert done.returncode == 1 and said.count("error: ") == 1, said
+    assert re.search(r"error: 3 unreadable samples in epoch 0 are more than data\.corrupt_budget = 0\.001 of 1437 "
+                     r"samples allows; one of them: sample 60[0-3], \d+ bytes from byte \d+ of \S+shard-000001\.tar: "
+                     r"checksum \w+, and \w+ in the manifest; sample \d+ is in its place\n  remedy: ", said), said
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert sum(row["data/corrupt"] for row in rows) >= 2
+
+
+def test_a_run_bears_what_the_budget_allows_and_goes_on_with_mixup_and_sigmoid(tmp_path):
+    for split in ("train", "val"):
+        write_shards(digits(split), tmp_path / split, samples_per_shard=512, class_names=DIGIT_CLASSES)
+    manifest = Manifest.load(tmp_path / "train")
+    row = manifest.rows[600]
+    with Path(manifest.place(1)).open("r+b") as shard:
+        shard.seek(int(row["offset"]) + 30)
+        shard.write(b"\0\0\0\0")
+    out = tmp_path / "out"
+    done = launch("--recipe", DEBUG, "--deepspeed_config", "ds_configs/zero1.json", f"run.output_dir={out}",
+                  f"data.train={tmp_path / 'train'}", f"data.val={tmp_path / 'val'}", "train.duration=1 epoch",
+                  "data.augment=medium2", "data.tail=drop", "data.workers=auto", "train.loss=sigmoid",
+                  f"data.cache_dir={tmp_path / 'cache'}")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 23))  # 1437 // 64
+    assert sum(row["data/corrupt"] for row in rows) == 1 and rows[-1]["epoch"] == 1.0
+    assert "data workers: the cores of a rank less one" in done.stdout
+    assert "data/corrupt" not in done.stderr and "waiting for data, ms" in done.stdout
+    assert len(list((tmp_path / "cache").glob("*shard-*.tar"))) == 2  # the damaged one is not kept
+
+
+def test_a_worker_that_is_killed_is_named_by_its_rank_and_ends_the_run(tmp_path):
+    for split in ("train", "val"):
+        write_shards(digits(split), tmp_path / split, samples_per_shard=512, class_names=DIGIT_CLASSES)
+    out = tmp_path / "out"
+    command, environ = launch_command(
+        "--recipe", DEBUG, "--deepspeed_config", "ds_configs/zero1.json", f"run.output_dir={out}",
+        f"data.train={tmp_path / 'train'}", f"data.val={tmp_path / 'val'}", "train.duration=100000 steps",
+        "train.eval_every=100000 steps", "convergence=null", "data.workers=1")
+    with subprocess.Popen(command, cwd=ROOT, env=environ, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT) as run:
+        try:
+            until = time.monotonic() + 150
+            while not ((out / "metrics.jsonl").is_file() and (out / "metrics.jsonl").stat().st_size):
+                assert time.monotonic() < until and run.poll() is None
+                time.sleep(0.2)
+            worker = worker_of_rank_1(psutil.Process(run.pid))
+            worker.kill()
+            said, _ = run.communicate(timeout=100)
+        finally:
+            for process in (*psutil.Process(run.pid).children(recursive=True), run) if run.poll() is None else ():
+                process.kill()
+    assert run.returncode == 1, said
+    assert (said.count("error: "), said.count("error (rank 1): ")) == (0, 1), said
+    assert re.search(rf"error \(rank 1\): a data worker is gone \(process: exit code {{{worker.pid}: -9}}", said), said
+
+
+def worker_of_rank_1(launcher):
+    """The data worker: the fork server of rank 1 has one child."""
+    [rank] = [p for p in launcher.children(recursive=True) if "--local_rank=1" in p.cmdline()
+              and "launch/pretrain.py" in p.cmdline() and "deepspeed.launcher.launch" not in p.cmdline()]
+    return next(child for process in rank.children() for child in process.children())

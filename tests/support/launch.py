@@ -1,0 +1,31 @@
+"""launch/pretrain.py as a user starts it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from support.pool import free_port
+
+ROOT = Path(__file__).parents[2]
+
+
+def launch(*arguments, runner="deepspeed.launcher.runner", ranks=2, timeout=200):
+    """Run launch/pretrain.py under the launcher; with ``deepspeed.launcher.launch`` without its first stage."""
+    command, environ = launch_command(*arguments, runner=runner, ranks=ranks)
+    return subprocess.run(command, cwd=ROOT, timeout=timeout, text=True, capture_output=True, env=environ)
+
+
+def launch_command(*arguments, runner="deepspeed.launcher.runner", ranks=2):
+    """(command, environment) of `launch`."""
+    if runner == "deepspeed.launcher.runner":
+        options = ["--num_accelerators", str(ranks), "--master_port", str(free_port())]
+    else:
+        # {"localhost": [0, 1]} in base64, as the first stage passes it on
+        world = {1: "eyJsb2NhbGhvc3QiOiBbMF19", 2: "eyJsb2NhbGhvc3QiOiBbMCwgMV19"}[ranks]
+        options = [f"--world_info={world}", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    command = [sys.executable, "-m", runner, *options, "launch/pretrain.py", *map(str, arguments)]
+    return command, os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
+                                  "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}

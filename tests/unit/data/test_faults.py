@@ -1,0 +1,275 @@
+"""What is broken is named, by shard and offset; it is replaced the same at any world size, counted, and bounded."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from prelora_ds.core.errors import ConfigError
+from prelora_ds.data.budget import CorruptBudget, CorruptBudgetError
+from prelora_ds.data.datasets import Look
+from prelora_ds.data.loader import TrainLoader, WorkerLostError, eval_batches
+from prelora_ds.data.manifest import Manifest
+from prelora_ds.data.store import CorruptSampleError
+from prelora_ds.data.writer import write_shards
+
+SAMPLES, BATCH = 30, 12
+LOOK = Look(16, 3, "inception", flip=True)
+
+
+def png(number: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(number).integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """30 samples in 3 shards, each of a class of its own; sample 17 is no picture, though whole."""
+    images = [b"no picture at all" if i == 17 else png(i) for i in range(SAMPLES)]
+    write_shards(((f"{i:03d}", image, "png", i) for i, image in enumerate(images)), tmp_path / "train",
+                 samples_per_shard=10, class_names=list(map(str, range(SAMPLES))))
+    return tmp_path / "train"
+
+
+def flip(folder: Path, sample: int, byte: int = 40) -> str:
+    """Flip a bit of the sample's picture; returns a pattern of its name and place."""
+    row = Manifest.load(folder).rows[sample]
+    path = folder / f"shard-{row['shard']:06d}.tar"
+    data = bytearray(path.read_bytes())
+    data[row["offset"] + byte] ^= 4
+    path.write_bytes(data)
+    return rf"sample {sample}, {row['length']} bytes from byte {row['offset']} of \S+{path.name}: "
+
+
+def loader(folder: Path, *, look: Look = LOOK, **options: object) -> TrainLoader:
+    defaults = {"seed": 1, "global_batch_size": BATCH, "micro_batch_size": 2, "rank": 0, "world_size": 1,
+                "workers": 0}
+    return TrainLoader(Manifest.load(folder), look, **defaults | options)
+
+
+def epoch_of(folder: Path, **options: object) -> tuple[torch.Tensor, list[int], list[str]]:
+    """Pixels, labels and faults of 5 steps: two epochs."""
+    made = loader(folder, **options)
+    batches = [batch for _ in range(5) for batch in made.next()]
+    made.close()
+    return (torch.cat([b.images for b in batches]), torch.cat([b.labels for b in batches]).tolist(),
+            [fault for b in batches for fault in b.faults])
+
+
+def test_a_picture_that_cannot_be_decoded_is_named_and_replaced_and_counted(folder, capfd):
+    row = Manifest.load(folder).rows[17]
+    _, labels, faults = epoch_of(folder)
+    place = rf"sample 17, 17 bytes from byte {row['offset']} of \S+shard-000001\.tar: no picture: .*; " \
+            r"sample (\d+) is in its place"
+    found = [re.fullmatch(place, fault, re.DOTALL) for fault in faults]
+    assert len(found) == 2 and all(found), faults  # once an epoch
+    assert 17 not in labels and len(labels) == 60
+    counts = np.bincount(labels, minlength=SAMPLES)
+    for match in found:
+        counts[int(match[1])] -= 1
+    counts[17] += 2
+    assert (counts == 2).all()
+    assert capfd.readouterr().err.count("warning (rank 0, step ") == 2
+
+
+@pytest.mark.parametrize("byte", [0, 40, -1])
+def test_a_flipped_bit_is_seen_by_the_checksum(folder, byte):
+    place = flip(folder, 4, byte if byte >= 0 else int(Manifest.load(folder).rows[4]["length"]) - 1)
+    _, labels, faults = epoch_of(folder)
+    assert 4 not in labels and any(re.match(place + "checksum", fault) for fault in faults)
+
+
+def test_a_flipped_bit_in_a_header_costs_no_sample(folder):
+    """A tar reader loses the rest of the shard there; we read by place."""
+    row = Manifest.load(folder).rows[4]
+    path = folder / "shard-000000.tar"
+    data = bytearray(path.read_bytes())
+    data[row["offset"] - 512 + 148] ^= 1  # in the header's own checksum
+    path.write_bytes(data)
+    _, labels, faults = epoch_of(folder)
+    assert sorted(set(labels)) == [i for i in range(SAMPLES) if i != 17] and len(faults) == 2
+
+
+@settings(deadline=None, max_examples=8)
+@given(world_size=st.sampled_from([1, 2, 3, 6]), workers=st.sampled_from([0, 0, 0, 2]))
+def test_all_world_sizes_replace_by_the_same(tmp_path_factory, world_size, workers):
+    folder = broken_folder(tmp_path_factory)
+    whole = loader(folder, micro_batch_size=12)
+    ranks = [loader(folder, rank=rank, world_size=world_size, workers=workers) for rank in range(world_size)]
+    for _ in range(3):
+        [batch] = whole.next()
+        parts = [part for rank in ranks for part in rank.next()]
+        assert torch.equal(batch.images, torch.cat([part.images for part in parts]))
+        assert batch.labels.tolist() == torch.cat([part.labels for part in parts]).tolist()
+        assert batch.faults == tuple(fault for part in parts for fault in part.faults)
+    for made in (whole, *ranks):
+        made.close()
+
+
+_BROKEN: list[Path] = []
+
+
+def broken_folder(tmp_path_factory) -> Path:
+    if not _BROKEN:
+        folder = tmp_path_factory.mktemp("broken") / "train"
+        write_shards(((f"{i:03d}", png(i), "png", i) for i in range(SAMPLES)), folder, samples_per_shard=10,
+                     class_names=list(map(str, range(SAMPLES))))
+        for sample in range(0, SAMPLES, 3):
+            flip(folder, sample)
+        _BROKEN.append(folder)
+    return _BROKEN[0]
+
+
+def test_a_shard_cut_short_or_gone_under_way_is_named(folder):
+    made = loader(folder)
+    path = folder / "shard-000002.tar"
+    row = Manifest.load(folder).rows[25]
+    os.truncate(path, int(row["offset"]) + 10)
+    faults = [fault for _ in range(3) for batch in made.next() for fault in batch.faults]
+    made.close()
+    assert any(re.search(r"sample 25, .*shard-000002\.tar: OSError: \[Errno \d+\] only 10 bytes there", f)
+               for f in faults)
+    assert {int(re.match(r"sample (\d+)", f)[1]) for f in faults} >= {17, 25, 26, 27, 28, 29}
+    with pytest.raises(ConfigError, match=r"shard-000002\.tar.*bytes"):
+        Manifest.load(folder)
+
+    os.truncate(path, size_in_manifest(folder, path.name))
+    made = loader(folder)
+    path.unlink()
+    faults = [fault for _ in range(3) for batch in made.next() for fault in batch.faults]
+    made.close()
+    assert any(re.search(r"shard-000002\.tar: FileNotFoundError", fault) for fault in faults)
+    with pytest.raises(ConfigError, match=r"shard-000002\.tar.*missing"):
+        Manifest.load(folder)
+
+
+def size_in_manifest(folder: Path, name: str) -> int:
+    shards = json.loads((folder / "manifest.json").read_text())["shards"]
+    return next(int(shard["size_bytes"]) for shard in shards if shard["name"] == name)
+
+
+def test_shards_of_another_data_set_are_seen_by_size_or_checksum(folder, tmp_path):
+    other = tmp_path / "other"
+    write_shards(((f"{i:03d}", png(100 + i), "png", i) for i in range(SAMPLES)), other, samples_per_shard=10,
+                 class_names=list(map(str, range(SAMPLES))))
+    shutil.copy(other / "shard-000001.tar", folder / "shard-000001.tar")
+    with pytest.raises(ConfigError, match=r"shard-000001\.tar"):
+        Manifest.load(folder)
+    os.truncate(folder / "shard-000001.tar", size_in_manifest(folder, "shard-000001.tar"))  # of the right size, then
+    _, labels, faults = epoch_of(folder)
+    assert {int(re.match(r"sample (\d+)", fault)[1]) for fault in faults} == set(range(10, 20))
+    assert not set(labels) & set(range(10, 20))
+
+
+def test_evaluation_replaces_nothing(folder):
+    place = flip(folder, 4)
+    with pytest.raises(CorruptSampleError, match=place):
+        list(eval_batches(Manifest.load(folder), LOOK, batch_size=4, rank=0, world_size=1, workers=0))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_data_set_without_any_readable_sample_ends_the_loader(tmp_path, workers):
+    write_shards(((str(i), b"nothing", "png", 0) for i in range(12)), tmp_path / "bad", samples_per_shard=6,
+                 class_names=["one"])
+    made = loader(tmp_path / "bad", workers=workers)
+    with pytest.raises(CorruptSampleError, match=r"(?s)shard-00000[01]\.tar.*nor could 10 others be read"):
+        made.next()
+    with pytest.raises(ValueError, match="closed"):  # and not the batch after the broken one
+        made.next()
+
+
+def test_a_pickle_in_the_place_of_a_picture_is_never_opened(tmp_path):
+    class Bomb:
+        def __reduce__(self) -> tuple:
+            return os.mkdir, (str(tmp_path / "opened"),)
+
+    data = [png(0), pickle.dumps(Bomb()), png(2), png(3)]
+    write_shards(((str(i), image, "png", i) for i, image in enumerate(data)), tmp_path / "set", samples_per_shard=4,
+                 class_names="abcd")
+    made = loader(tmp_path / "set", global_batch_size=4)
+    faults = [fault for batch in made.next() for fault in batch.faults]
+    assert len(faults) == 1 and "no picture" in faults[0] and not (tmp_path / "opened").exists()
+
+
+# ---- the budget
+
+def test_the_budget_is_a_share_of_an_epoch_and_begins_anew_with_each():
+    budget = CorruptBudget(0.001, 5000)
+    assert not budget.spent(0, 5, ["a"])
+    assert not budget.spent(1, 5, [])
+    assert not budget.spent(2, 4, ["b", "c"])
+    assert budget.spent(2, 2, [])
+    error = budget.error(["", budget.last_fault])
+    assert isinstance(error, CorruptBudgetError)
+    assert str(error).startswith("6 unreadable samples in epoch 2 are more than data.corrupt_budget = 0.001 of 5000 "
+                                 "samples allows; one of them: b\n  remedy: ")
+
+
+def test_a_budget_of_nothing_bears_nothing():
+    budget = CorruptBudget(0.0, 10)
+    assert not budget.spent(0, 0, [])
+    assert budget.spent(0, 1, ["a"])
+
+
+# ---- workers
+
+def test_workers_give_the_same_however_they_are_started(folder):
+    """In a process of its own: a fork of this one would copy the locks of other tests' threads."""
+    script = f"""
+from prelora_ds.data.datasets import Look
+from prelora_ds.data.loader import TrainLoader
+from prelora_ds.data.manifest import Manifest
+
+if __name__ == "__main__":
+    made = []
+    for workers, start in ((0, "fork"), (2, "fork"), (2, "forkserver"), (2, "spawn")):
+        loader = TrainLoader(Manifest.load({str(folder)!r}), Look(16, 3, "inception", True, "medium2", 0.5, 0.5),
+                             seed=1, global_batch_size=12, micro_batch_size=2, rank=0, world_size=1, workers=workers,
+                             worker_start=start)
+        batches = [batch for _ in range(4) for batch in loader.next()]
+        made.append([(b.images.numpy().tobytes(), b.labels.tolist(), b.mix.tolist(), b.faults) for b in batches])
+        loader.close()
+    print([one == made[0] for one in made], any(faults for *_, faults in made[0]))
+"""
+    path = folder / "script.py"
+    path.write_text(script)
+    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=200,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.stdout == "[True, True, True, True] True\n", done.stderr[-2000:]
+
+
+def test_a_killed_worker_is_named_and_ends_the_loader(folder):
+    made = loader(folder, workers=2, micro_batch_size=12)
+    made.next()
+    [killed, _] = made._batches._batches._workers
+    os.kill(killed.pid, signal.SIGKILL)
+    with pytest.raises(WorkerLostError, match=rf"(?s){killed.pid}: -9.*remedy: .* fewer data\.workers"):
+        for _ in range(50):
+            made.next()
+    with pytest.raises(ValueError, match="closed"):
+        made.next()
+
+
+def test_mixing_goes_on_over_a_replaced_sample(folder):
+    flip(folder, 3)
+    look = replace(LOOK, mixup=0.5)
+    one = epoch_of(folder, look=look, micro_batch_size=12)
+    other = epoch_of(folder, look=look, micro_batch_size=4)
+    assert torch.equal(one[0], other[0]) and one[1:] == other[1:]
