@@ -10,8 +10,9 @@ import sys
 from typing import NoReturn
 
 from prelora_ds.core.errors import ConfigError, ExpectedError
-from prelora_ds.launching.exits import fail, interrupted
-from prelora_ds.launching.ranks import Ranks, discover_ranks
+from prelora_ds.launching.exits import crash, fail, interrupted
+from prelora_ds.launching.mpi import find_ranks
+from prelora_ds.launching.ranks import Ranks
 
 
 class _Parser(argparse.ArgumentParser):
@@ -27,7 +28,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="overrides of the recipe")
     ranks = Ranks(rank=0, local_rank=0, world_size=1)
     try:
-        ranks = discover_ranks(os.environ)
+        ranks = find_ranks(os.environ)
         args = parser.parse_intermixed_args(argv)
         from prelora_ds.launching.start import start  # heavy imports only once the launch itself is sound
 
@@ -36,6 +37,8 @@ def main(argv: list[str]) -> None:
         fail(error, ranks)
     except KeyboardInterrupt:
         interrupted(ranks)
+    except Exception:
+        crash(ranks)
 
 
 if __name__ == "__main__":

@@ -218,6 +218,16 @@ class PhasesConfig(_Strict):
     lora: PhaseConfig = PhaseConfig()
 
 
+class LaunchConfig(_Strict):
+    """``interface``: the network interface of gloo, NCCL and MPI (null: gloo takes the one towards the master).
+
+    ``timeout_s``: seconds within which all ranks have to come before the process group is made.
+    """
+
+    interface: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,15}$")] | None = None
+    timeout_s: Annotated[float, Field(gt=0)] = 300.0
+
+
 @dataclass(frozen=True)
 class ZeroSettings:
     """The keys of a DeepSpeed config's ``zero_optimization`` that decide bytes; DeepSpeed's defaults, in elements."""
@@ -240,6 +250,7 @@ class Config(_Strict):
     lora: LoraConfig = LoraConfig()
     deepspeed: dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 0}})
     phases: PhasesConfig = PhasesConfig()
+    launch: LaunchConfig = LaunchConfig()
 
     def for_phase(self, phase: str) -> Config:
         """The config that holds in ``phase``: micro-batch and DeepSpeed section as `phases` has them for it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 USAGE_EXIT_CODE = 2
+TRY_AGAIN_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h
 
 
 class ExpectedError(Exception):
@@ -29,3 +30,9 @@ class ConfigError(ExpectedError, ValueError):
 
 class TrainingDivergedError(ExpectedError, RuntimeError):
     """The loss or the gradient norm became NaN or infinite; names step and phase."""
+
+
+class LaunchError(ExpectedError, RuntimeError):
+    """A host, a network or a port failed the run, not the recipe: another try, or another host, may work."""
+
+    exit_code = TRY_AGAIN_EXIT_CODE

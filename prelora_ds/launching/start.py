@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,10 @@ from prelora_ds.core.errors import ConfigError
 from prelora_ds.core.plan import Phase, warmup_plan
 from prelora_ds.core.schedule import Timeline
 from prelora_ds.data.manifest import Manifest
+from prelora_ds.launching.mpi import complete
+from prelora_ds.launching.network import choose_interface
 from prelora_ds.launching.ranks import Ranks
+from prelora_ds.launching.rollcall import call_the_roll, make_of
 
 
 def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config: str | None) -> None:
@@ -23,6 +27,10 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
     from prelora_ds.engine.runtime import check_zero_config, choose_accelerator, init_process_group
 
     choose_accelerator()
+    ranks = complete(ranks, config.launch.interface)
+    choose_interface(config.launch.interface, ranks.master_addr, os.environ)
+    ranks.export(os.environ)
+    call_the_roll(ranks, make_of(dump_yaml(config)), os.environ, config.launch.timeout_s)
     for phase in Phase:
         check_zero_config(config.for_phase(phase).deepspeed.get("zero_optimization", {}))
     if ranks.rank == 0:

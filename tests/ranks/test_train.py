@@ -53,7 +53,7 @@ def launch(*arguments, runner="deepspeed.launcher.runner", ranks=2, timeout=200)
     command = [sys.executable, "-m", runner, *options, "launch/pretrain.py", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, timeout=timeout, text=True, capture_output=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
-                                            "PYTHONPATH": str(ROOT / "tests")})
+                                            "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"})
 
 
 @pytest.fixture(scope="module")
