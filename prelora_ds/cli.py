@@ -1,4 +1,4 @@
-"""`prelora`: shards, plan, evaluate, report."""
+"""`prelora`: shards, plan, evaluate, report, and for many hosts preflight, supervise and job."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from typing import Annotated
 
 import typer
 
-from prelora_ds.core.errors import ConfigError
+from prelora_ds.core.errors import ExpectedError
+from prelora_ds.launching import commands
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Tools around prelora_ds runs; training itself starts with launch/pretrain.py.")
 shards_app = typer.Typer(no_args_is_help=True, help="Write WebDataset shards with a manifest.")
 app.add_typer(shards_app, name="shards")
+app.command()(commands.preflight)
+app.command()(commands.supervise)
+app.command()(commands.job)
 
 
 class Split(StrEnum):
@@ -115,6 +119,10 @@ def main() -> None:
     """Entry point: a user's mistake is one message and exit code 2."""
     try:
         app()
-    except ConfigError as error:
+    except ExpectedError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()
