@@ -56,13 +56,31 @@ def _as_duration(value: Any) -> Duration:
     return value if isinstance(value, Duration) else Duration(value)
 
 
+def parse_seconds(text: object) -> float:
+    """Seconds of ``"6 h"``, ``"90 min"``, ``"30 s"`` or ``"06:00:00"`` (a number is seconds already); above 0.
+
+    Raises ValueError.
+    """
+    seconds = float(text) if isinstance(text, int | float) else 0.0
+    if isinstance(text, str):
+        if match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(h|min|m|s)\s*", text):
+            seconds = float(match[1]) * {"h": 3600, "min": 60, "m": 60, "s": 1}[match[2]]
+        elif match := re.fullmatch(r"(\d+):([0-5]\d):([0-5]\d)", text):
+            seconds = 3600.0 * int(match[1]) + 60 * int(match[2]) + int(match[3])
+    if seconds <= 0:
+        raise ValueError(f'{text!r} is no time; write "6 h", "90 min", "30 s" or "06:00:00"')
+    return seconds
+
+
+Seconds = Annotated[float, BeforeValidator(parse_seconds)]
 DurationField = Annotated[Duration, BeforeValidator(_as_duration), PlainSerializer(str)]
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, allow_inf_nan=False,
+                              serialize_by_alias=True)
 
 
 class RunConfig(_Strict):
@@ -138,6 +156,20 @@ class OptimizerConfig(_Strict):
     clip_grad_norm: Annotated[float, Field(ge=0)] = 1.0
 
 
+class DivergenceConfig(_Strict):
+    """What happens at a loss or gradient norm that is not finite, or at a loss above ``spike`` times the mean of the
+    last ``over`` steps (null: no loss is too high).
+
+    stop: end the run. skip: leave that update out, at most ``tries`` times in a row. rollback: go back to the last
+    checkpoint, and leave that update out when the run comes to it again; at most ``tries`` times.
+    """
+
+    action: Literal["stop", "skip", "rollback"] = "stop"
+    spike: Annotated[float, Field(gt=1)] | None = None
+    over: Positive = 50
+    tries: Positive = 3
+
+
 class TrainConfig(_Strict):
     duration: DurationField
     global_batch_size: Positive
@@ -145,6 +177,7 @@ class TrainConfig(_Strict):
     label_smoothing: Share = 0.0
     log_every: Positive = 1
     eval_every: DurationField = Duration("1 epoch")
+    divergence: DivergenceConfig = DivergenceConfig()
 
     @model_validator(mode="after")
     def _duration_is_absolute(self) -> TrainConfig:
@@ -218,6 +251,29 @@ class PhasesConfig(_Strict):
     lora: PhaseConfig = PhaseConfig()
 
 
+class CheckpointConfig(_Strict):
+    """Checkpoints in ``run.output_dir/checkpoints``, each ``every`` and at the end (null: only when asked to stop).
+
+    keep_last, keep_best: so many of the newest and of the most accurate; keep_every: those that lie on its ticks, too.
+    walltime: the job's time limit, counted from the start of the process; the run stops with a checkpoint before it.
+    async: write while training goes on. deepspeed_format: write DeepSpeed's own folder into each checkpoint as well.
+    """
+
+    every: DurationField | None = Duration("1 epoch")
+    keep_last: Positive = 2
+    keep_best: Annotated[int, Field(ge=0)] = 1
+    keep_every: DurationField | None = None
+    walltime: Seconds | None = None
+    async_: bool = Field(default=True, alias="async")
+    deepspeed_format: bool = False
+
+
+class GuardConfig(_Strict):
+    """hang_limit: a rank that takes no step for so long ends itself with all stacks and exit code 85."""
+
+    hang_limit: Seconds = 1800.0
+
+
 class LaunchConfig(_Strict):
     """``interface``: the network interface of gloo, NCCL and MPI (null: gloo takes the one towards the master).
 
@@ -250,6 +306,8 @@ class Config(_Strict):
     lora: LoraConfig = LoraConfig()
     deepspeed: dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 0}})
     phases: PhasesConfig = PhasesConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
     launch: LaunchConfig = LaunchConfig()
 
     def for_phase(self, phase: str) -> Config:

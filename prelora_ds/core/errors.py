@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+# How a process ends. 75, 87 and 88 are for whoever watches over a job.
+DIVERGED_EXIT_CODE = 1
 USAGE_EXIT_CODE = 2
-TRY_AGAIN_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h
+TRY_AGAIN_EXIT_CODE = 75  # nothing is lost, and the same command may succeed
+HANG_EXIT_CODE = 85
+ORPHAN_EXIT_CODE = 87
+FENCED_EXIT_CODE = 88
+STOPPED_EXIT_CODE = 99  # as asked, with a checkpoint; the same command goes on
+INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells report it
 
 
 class ExpectedError(Exception):
     """An error whose text is the whole message: no traceback. ``exit_code`` is what the process ends with."""
 
-    exit_code = 1
+    exit_code = DIVERGED_EXIT_CODE
 
 
 class ConfigError(ExpectedError, ValueError):
@@ -30,6 +37,16 @@ class ConfigError(ExpectedError, ValueError):
 
 class TrainingDivergedError(ExpectedError, RuntimeError):
     """The loss or the gradient norm became NaN or infinite; names step and phase."""
+
+
+class Stopped(Exception):
+    """The run ended as it was asked to, with a checkpoint."""
+
+
+class NotSavedError(ExpectedError, RuntimeError):
+    """The run was asked to stop, and its last checkpoint could not be written."""
+
+    exit_code = TRY_AGAIN_EXIT_CODE
 
 
 class LaunchError(ExpectedError, RuntimeError):

@@ -19,6 +19,7 @@ from torch import nn
 from prelora_ds.core.config import Config
 from prelora_ds.core.plan import Layout, Phase, Plan
 from prelora_ds.data.transforms import to_float
+from prelora_ds.engine.leave_out import update_left_out
 from prelora_ds.engine.runtime import device
 from prelora_ds.engine.state import EngineState, adam_steps_of, restore_state
 from prelora_ds.model.adapters import attach_adapters, check_adapters
@@ -41,11 +42,13 @@ class Counters:
 
 @dataclass(frozen=True)
 class StepStats:
-    """One optimizer step, reduced over ranks. loss: mean over the global batch; grad_norm: before clipping."""
+    """One optimizer step, reduced over ranks. loss: mean over the global batch; grad_norm: before clipping; skipped:
+    the update was left out; flags: how many ranks raised each."""
 
     loss: float
     grad_norm: float
     skipped: bool
+    flags: tuple[int, ...] = ()
 
 
 class Engine:
@@ -92,18 +95,25 @@ class Engine:
             losses.append(loss.detach())
         self._loss = torch.stack(losses).mean()
 
-    def finish_step(self, *, lr: float) -> StepStats:
-        """The optimizer's part of a step, with each group's rate (``lr`` times its scale) written into it."""
+    def finish_step(self, *, lr: float, flags: Sequence[bool] = (),
+                    accept: Callable[[float], bool] = lambda loss: True) -> StepStats:
+        """The optimizer's part of a step, with each group's rate (``lr`` times its scale) written into it.
+
+        flags: of this rank; they travel with the loss and cost no collective of their own. accept: an update whose
+        loss it refuses is left out.
+        """
         for group in self.ds.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        skipped_before = self.ds.skipped_steps
-        self.ds.step()
+        reduced = torch.stack([self._loss, *(torch.tensor(float(f), device=self._loss.device) for f in flags)])
+        comm.all_reduce(reduced)
+        total, *raised = reduced.tolist()
+        loss, skipped_before = total / comm.get_world_size(), self.ds.skipped_steps
+        with contextlib.nullcontext() if accept(loss) else update_left_out(self.ds.optimizer):
+            self.ds.step()
         merge_bases(self.module)
-        comm.all_reduce(self._loss)
         norm = self.ds.get_global_grad_norm()
-        return StepStats(loss=float(self._loss) / comm.get_world_size(),
-                         grad_norm=float("nan") if norm is None else float(norm),
-                         skipped=self.ds.skipped_steps > skipped_before)
+        return StepStats(loss=loss, grad_norm=float("nan") if norm is None else float(norm),
+                         skipped=self.ds.skipped_steps > skipped_before, flags=tuple(map(int, raised)))
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:

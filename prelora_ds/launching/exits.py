@@ -7,16 +7,14 @@ import socket
 import sys
 import time
 import traceback
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn, TextIO
 
-from prelora_ds.core.errors import ExpectedError
+from prelora_ds.core.errors import INTERRUPTED_EXIT_CODE, STOPPED_EXIT_CODE, ExpectedError, Stopped
 from prelora_ds.launching.ranks import Ranks
 
 # Long enough for rank 0 to speak and for the launcher to end the others; every rank finds the same mistake.
 GRACE_S = 20.0
-
-
-INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells report it
 
 
 def interrupted(ranks: Ranks) -> NoReturn:
@@ -24,6 +22,42 @@ def interrupted(ranks: Ranks) -> NoReturn:
     if ranks.rank == 0:
         print("interrupted", file=sys.stderr, flush=True)
     sys.exit(INTERRUPTED_EXIT_CODE)
+
+
+def stopped(why: Stopped, ranks: Ranks) -> NoReturn:
+    """End after a checkpoint; every rank comes here."""
+    if ranks.rank == 0:
+        print(why, flush=True)
+    sys.exit(STOPPED_EXIT_CODE)
+
+
+def outlive_pipes() -> None:
+    """Let a standard stream whose reader is gone swallow what is written: a launcher that is ended closes the pipe
+    before its ranks have saved, and no checkpoint may be lost to a line of text."""
+    sys.stdout, sys.stderr = _Outliving(sys.stdout), _Outliving(sys.stderr)  # type: ignore[assignment]
+
+
+class _Outliving:
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return self._try(lambda: self._stream.write(text)) or 0
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, act: Callable[[], int | None]) -> int | None:
+        try:
+            return act()
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())  # what is still buffered, and what C code writes, goes there too
+            os.close(nowhere)
+            return None
 
 
 def fail(error: ExpectedError, ranks: Ranks) -> NoReturn:

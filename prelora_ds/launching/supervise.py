@@ -31,6 +31,7 @@ from prelora_ds.launching.network import interface_environment
 from prelora_ds.launching.supervised import LEASE, read_json, write_json
 
 TICK_S = 0.5
+FENCE_S = 6.0  # a rank's guard looks at the lease every 5 s
 _NO_PROBE: Future[list[str]] | None = None
 FORWARDED = ("OMP_NUM_THREADS", "DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR", "LD_LIBRARY_PATH", "PATH")
 PROBE = "ssh -o BatchMode=yes -o ConnectTimeout=5 {host} true"
@@ -151,7 +152,7 @@ class Supervisor:
             return 0 if (own / "DONE").exists() else STOPPED_EXIT_CODE
         failure = self._diagnose(own, process.returncode, hosts, silent)
         # Ranks that the launcher lost end when they see that their attempt is over, or see nothing of it any more.
-        self._renew_for(self.policy.patience_s if silent else self.policy.grace_s / 3, attempt + 1)
+        self._renew_for(self.policy.patience_s if silent else FENCE_S, attempt + 1)
         return failure
 
     def _launch(self, own: Path, hosts: Sequence[Host], attempt: int, log: IO[bytes]) -> subprocess.Popen[bytes]:

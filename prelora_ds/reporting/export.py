@@ -64,4 +64,5 @@ def _write(weights: Mapping[str, torch.Tensor], config: Config, num_labels: int,
         save_file({name: t.contiguous() for name, t in weights.items()}, partial / "model.safetensors")
         (partial / "factory.json").write_text(json.dumps(
             {"factory": config.model.factory, "args": config.model.factory_args, "num_labels": num_labels}, indent=2))
+    shutil.rmtree(folder, ignore_errors=True)  # of this run, if it was cut off right here and resumed
     partial.rename(folder)
