@@ -33,7 +33,11 @@ def why_not() -> str | None:
 
 
 class Cluster:
-    """``host1`` to ``hostN`` at 10.77.0.1 to .N on eth0; ``state`` is a folder that all share, ``scratch`` is not."""
+    """``host1`` to ``hostN`` at 10.77.0.1 to .N on eth0.
+
+    ``state`` is a folder that all share; in it, ``scratch`` (a small disk) and ``site`` (first in PYTHONPATH) are each
+    host's own, and a file faults/HOST makes that host's rank raise, where faulty.py runs.
+    """
 
     def __init__(self, size: int, state: Path) -> None:
         self.names = [f"host{i}" for i in range(1, size + 1)]
@@ -43,7 +47,8 @@ class Cluster:
         self._switch = 0
 
     def __enter__(self) -> Cluster:
-        self.scratch.mkdir(parents=True)
+        for shared in (self.scratch, self.state / "site", self.state / "faults"):
+            shared.mkdir(parents=True)
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.state / "key")], check=True)
         public = " ".join((self.state / "key.pub").read_text().split()[:2])
         (self.state / "known_hosts").write_text("".join(
@@ -98,10 +103,14 @@ class Cluster:
     def environ(self) -> dict[str, str]:
         """What a command on a host finds: nothing of this machine's own environment but the paths."""
         return {"PATH": f"{VENV_BIN}:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "TMPDIR": f"{self.scratch}/tmp",
-                "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONUNBUFFERED": "1",
+                "PYTHONPATH": f"{self.state}/site:{ROOT}", "FAULTS": f"{self.state}/faults",
+                "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONUNBUFFERED": "1",
                 "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", str(ROOT / ".venv/torch_extensions")),
                 "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
                 "PDSH_SSH_ARGS_APPEND": "-o ServerAliveInterval=5 -o ServerAliveCountMax=3"}
+
+    def alive(self, name: str) -> bool:
+        return os.path.exists(f"/proc/{self._inits[name]}/ns/pid") and _namespace(self._inits[name]) is not None
 
     # Faults
 

@@ -23,6 +23,8 @@ def main(state: Path, name: str) -> None:
     for file, target in (("hosts", "/etc/hosts"), ("ssh_config", "/etc/ssh/ssh_config"), ("bashrc", "/root/.bashrc")):
         if Path(target).exists():
             run("mount", "--bind", str(own / file), target)
+    (own / "site").mkdir()
+    run("mount", "--bind", str(own / "site"), str(state / "site"))
     for target, size in (("/dev/shm", "1g"), ("/run", "16m"), (str(state / "scratch"), "64m")):
         run("mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", target)
     os.mkdir("/run/sshd", 0o755)
