@@ -118,10 +118,9 @@ class Fault:
 
 
 def rank_pids(site: Site, name: str) -> list[int]:
-    """Ranks on a host; the launchers above them have the same words in their command lines."""
+    """Ranks on a host: Python with the script; the launchers above them have it further behind."""
     return [pid for pid in site.cluster.pids(name, FAULTY)
-            if not any(word in Path(f"/proc/{pid}/cmdline").read_text() for word in ("launcher", "supervise", "bash",
-                                                                                    "srun", "pdsh"))]
+            if FAULTY in Path(f"/proc/{pid}/cmdline").read_text().split("\0")[1:3]]
 
 
 def _signal_rank(number: int) -> Callable[[Site], None]:
@@ -220,6 +219,52 @@ def refused(site: Site, name: str, command: Sequence[str | Path], words: Sequenc
     line = next((line for line in done.stdout.splitlines() if words[0] in line), "")
     return {"what": name, "hosts": 2, "ended_s": round(took, 1), "exit_code": done.returncode, "named": True,
             "says": line[:160], "result": "refused"}
+
+
+def preflight(site: Site) -> dict[str, Any]:
+    """All hosts are fit, in less than a minute."""
+    folder = site.new("preflight")
+    begun = time.monotonic()
+    done = site.cluster.run("host1", [
+        "prelora", "preflight", "--hostfile", site.cluster.hostfile(folder / "hosts"), "--recipe", RECIPE,
+        f"run.output_dir={folder}/out", f"data.train={site.shards}/train", f"data.val={site.shards}/val"], timeout=200)
+    assert done.returncode == 0, done.stdout
+    return {"what": f"preflight, {len(site.cluster.names)} hosts", "hosts": len(site.cluster.names),
+            "total_s": round(time.monotonic() - begun, 1), "exit_code": 0, "result": "all fit"}
+
+
+def slurm_chain(site: Site) -> dict[str, Any]:
+    """The script of `prelora job` in a real Slurm: the warning, a checkpoint, 99, requeued, resumed to the end."""
+    assert site.slurm is not None
+    folder, begun = site.new("chain"), time.monotonic()
+    profile = Path("prelora_ds/launching/profiles/slurm.yaml").read_text()
+    (folder / "mine.yaml").write_text(profile.replace("ranks_per_node: 4", "ranks_per_node: 1").replace(
+        "--ntasks-per-node=4", "--ntasks-per-node=1"))
+    arguments = site.arguments(folder / "out", "launch.interface=eth0", "train.duration=150 steps",
+                               "train.eval_every=50 steps", "checkpoint.every=10 steps")
+    script = folder / "job.sh"
+    done = site.cluster.run("host1", ["prelora", "job", *arguments[1:2], "--profile", folder / "mine.yaml",
+                                      "--deepspeed-config", arguments[3], "--nodes", "2", "--spares", "1", "--walltime",
+                                      "30m", "--out", script, *arguments[4:]])
+    assert done.returncode == 0, done.stdout
+    script.write_text(script.read_text().replace("#!/bin/bash -l", "#!/bin/bash"))
+    job = site.slurm.run(f"sbatch --parsable --chdir={folder} {script}").strip()
+    checkpoint = folder / "out" / "checkpoints" / "latest"
+    _until(checkpoint.exists, 150)
+    warned = time.monotonic()
+    site.slurm.run(f"scancel --batch --signal=USR1 {job}")
+    _until(lambda: "Restarts=1" in site.slurm.run(f"scontrol show job {job}").split(), 120)
+    requeued = time.monotonic() - warned
+    log = next(folder.glob("*.log"))
+    _until(lambda: "ended with 0" in log.read_text(), 200)
+    rows = read_lines(folder / "out" / "plans.jsonl")
+    resumed = [row["step"] for row in rows if row["event"] == "resume"]
+    steps = [row["step"] for row in read_lines(folder / "out" / "metrics.jsonl")]
+    assert resumed and steps == list(range(1, 151)), (resumed, len(steps))
+    assert "the run ended with 99" in log.read_text()
+    return {"what": "a Slurm chain: signal, checkpoint, 99, requeue, resumed to the end", "hosts": 3,
+            "total_s": round(time.monotonic() - begun, 1),
+            "result": f"requeued after {requeued:.0f} s, resumed at step {resumed[0]} of 150"}
 
 
 def _steps(out: Path) -> int:
