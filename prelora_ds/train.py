@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import socket
 import time
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from prelora_ds.core.convergence import Observation
 from prelora_ds.core.divergence import DivergenceWatch
 from prelora_ds.core.errors import TrainingDivergedError
 from prelora_ds.core.schedule import Timeline, lr_at
+from prelora_ds.core.stragglers import StragglerWatch
 from prelora_ds.data.loader import TrainLoader, eval_batches
 from prelora_ds.data.manifest import Manifest
 from prelora_ds.engine.build import Engine, StepStats, build_engine
@@ -107,6 +109,7 @@ def _loop(run: Run, saver: Saver, stop: StopRequest, engine: Engine, state: RunS
     measured_at = timeline.ticks(config.convergence.every) if config.convergence else frozenset()
     evaluated_at, saved_at = timeline.ticks(config.train.eval_every), saver.ticks
     loader, resumed_at = _loader(run, engine, state.step), state.step
+    stragglers = StragglerWatch(_hosts())
 
     while state.step < total:
         step, begun = state.step + 1, time.perf_counter()
@@ -116,10 +119,13 @@ def _loop(run: Run, saver: Saver, stop: StopRequest, engine: Engine, state: RunS
         engine.backward(micro_batches)
         if step == bytes_due(engine.plan, resumed_at):
             log_bytes(run, engine, step)
-        stats = engine.finish_step(lr=lr, flags=(stop.asked(saver.slowest_s), saver.writing),
+        stats = engine.finish_step(lr=lr, flags=(stop.asked(saver.slowest_s), saver.writing), data_s=fetched - begun,
                                    accept=partial(state.watch.accepts, step, config=config.train.divergence))
         synchronize()
         seconds = {"step_s": time.perf_counter() - fetched, "data_s": fetched - begun}
+        for slow in stragglers.add(sum(seconds.values()), forward=stats.forward_s, data=stats.data_s):
+            run.progress.say(f"warning: {slow}")
+            run.log.plans({"event": "straggler", "step": step, **vars(slow)})
         row: dict[str, Any] = {"step": step, "epoch": timeline.epoch_at(step), "phase": engine.plan.phase}
         if problem := problem_of(state.watch, step, stats, config.train.divergence):
             back = _way_back(run, saver, state, stats, row, problem)
@@ -198,6 +204,13 @@ def _evaluate(run: Run, engine: Engine) -> Accuracy:
     with engine.evaluating() as logits:
         return evaluate(lambda images: run.guard.beat() or logits(images), batches,
                         samples=len(run.val_data), reduce=dist.all_reduce, device=engine.ds.device)
+
+
+def _hosts() -> list[str]:
+    """The host of each rank."""
+    names = [""] * dist.get_world_size()
+    dist.all_gather_object(names, socket.gethostname())
+    return names
 
 
 def _loader(run: Run, engine: Engine, start_step: int) -> TrainLoader:
