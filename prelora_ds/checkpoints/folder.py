@@ -60,25 +60,25 @@ class CheckpointManifest:
     format: int = field(default=FORMAT)
 
     def write(self, folder: Path) -> None:
-        write_text(folder / MANIFEST, json.dumps(asdict(self), indent=1))
+        data = asdict(self)
+        write_text(folder / MANIFEST, json.dumps({**data, "sha256": _digest(data)}, indent=1))
 
     @classmethod
     def load(cls, folder: Path) -> CheckpointManifest:
         """Raises BrokenCheckpointError, and ConfigError when it is of another format."""
         try:
             data = json.loads((folder / MANIFEST).read_text())
-            found = data["format"]
+            found, digest = data["format"], data.pop("sha256", None)
         except FileNotFoundError as exc:
             raise BrokenCheckpointError(f"{folder}: has no {MANIFEST}") from exc
-        except (OSError, ValueError, KeyError, TypeError) as exc:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
             raise BrokenCheckpointError(f"{folder / MANIFEST}: cannot be read ({exc})") from exc
+        if digest != _digest(data):
+            raise BrokenCheckpointError(f"{folder / MANIFEST}: its checksum is not that of what was written")
         if found != FORMAT:
             raise ConfigError("checkpoint", str(folder), f"is of format {found}, and this version reads {FORMAT}",
                               "resume with the version of prelora_ds that wrote it, or start in another run.output_dir")
-        try:
-            return cls(**{**data, "files": {name: FileRecord(**record) for name, record in data["files"].items()}})
-        except (AttributeError, TypeError) as exc:
-            raise BrokenCheckpointError(f"{folder / MANIFEST}: is no manifest ({exc})") from exc
+        return cls(**{**data, "files": {name: FileRecord(**record) for name, record in data["files"].items()}})
 
     def verify(self, folder: Path, share: slice = slice(None)) -> None:
         """Hold the files of ``share`` (of their sorted names) against sizes and checksums.
@@ -95,6 +95,10 @@ class CheckpointManifest:
                     raise BrokenCheckpointError(f"{path}: its checksum is not that of what was written")
             except OSError as exc:
                 raise BrokenCheckpointError(f"{path}: cannot be read ({exc.strerror})") from exc
+
+
+def _digest(data: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def step_folder(root: Path, step: int) -> Path:

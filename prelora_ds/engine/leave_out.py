@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 
 @contextlib.contextmanager
 def update_left_out(optimizer: Any) -> Iterator[None]:
@@ -20,6 +22,9 @@ def update_left_out(optimizer: Any) -> Iterator[None]:
             stack.enter_context(_with(optimizer.overflow_checker, "check", overflow))
         elif hasattr(optimizer, "_overflow_check_and_loss_scale_update"):  # stage 3; BF16 does not call check_overflow
             stack.enter_context(_with(optimizer, "_overflow_check_and_loss_scale_update", overflow))
+        elif hasattr(optimizer, "get_grads_for_norm"):  # stage 1 with fp32 accumulation
+            nan = torch.full((1,), float("nan"), device=optimizer.fp32_groups_flat_partition[0].device)
+            stack.enter_context(_with(optimizer, "get_grads_for_norm", lambda **_: ([nan], {})))
         else:
             stack.enter_context(_with(optimizer, "check_grad_overflow", True))
             stack.enter_context(_with(optimizer, "check_overflow", overflow))

@@ -68,14 +68,21 @@ class Job:
     """One launch on ``world`` ranks; like a launcher it ends all ranks when one ends otherwise than with 0."""
 
     def __init__(self, zygote: Zygote, out: Path, shards: Path, *arguments: str, zero: int = 2, world: int = 2,
-                 faults: dict[int, dict[str, Any]] | None = None, resume: str = "auto") -> None:
-        self.zygote, self.log = zygote, out.with_name(f"{out.name}.{time.monotonic_ns()}.log")
+                 faults: dict[int, dict[str, Any]] | None = None, resume: str = "auto", log: str | None = None) -> None:
+        self.zygote, self.log = zygote, Path(log or out.with_name(f"{out.name}.{time.monotonic_ns()}.log"))
         argv = ["--recipe", DEBUG, "--deepspeed_config", f"ds_configs/zero{zero}.json", "--resume", resume,
                 f"run.output_dir={out}", f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", *arguments]
         env = {"WORLD_SIZE": str(world), "LOCAL_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
                "MASTER_PORT": str(free_port())}
         self.pids = [zygote.fork(env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}, argv=argv, log=str(self.log),
                                  fault=(faults or {}).get(r)) for r in range(world)]
+
+    def wait_for(self, path: Path, timeout: float = 120.0) -> None:
+        """Until ``path`` exists."""
+        deadline = time.monotonic() + timeout
+        while not path.exists():
+            assert time.monotonic() < deadline and not self.zygote.wait(self.pids, 0, every=False), self.said()[-3000:]
+            time.sleep(0.02)
 
     def end(self, timeout: float = 120.0, grace: float = 0.5) -> list[int]:
         """Exit codes by rank."""
