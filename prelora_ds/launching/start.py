@@ -46,13 +46,14 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
     ranks = complete(ranks, config.launch.interface)
     choose_interface(config.launch.interface, ranks.master_addr, os.environ)
     ranks.export(os.environ)
-    call_the_roll(ranks, make_of(dump_yaml(config)), os.environ, config.launch.timeout_s)
     lease = claim_output(Path(config.run.output_dir), config, resume) if ranks.rank == 0 else None
     try:
         if lease is not None:
             guard.checks.append(lease.check)
             print(dump_yaml(config), flush=True)
             warn_of_a_short_run(config, len(train_data))
+        # After the claim: a rank 0 that is refused its folder has not yet let the others in, and its exit code counts.
+        call_the_roll(ranks, make_of(dump_yaml(config)), os.environ, config.launch.timeout_s)
         init_process_group()
         from prelora_ds.reporting.table import print_report
         from prelora_ds.train import train
