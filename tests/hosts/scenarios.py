@@ -140,6 +140,7 @@ FAULTS = [
     Fault("the host is killed", lambda site: site.cluster.kill("host2")),
     Fault("the host is powered off", lambda site: site.cluster.power_off("host2")),
 ]
+NO_SPARE = Fault("no spare: fewer hosts", FAULTS[-1].strike)
 STEPS = ["train.duration=40 steps", "train.eval_every=20 steps", "checkpoint.every=5 steps"]
 
 
