@@ -108,9 +108,9 @@ def main() -> None:
         sys.exit(f"{failed} of {len(rows)} failed")
 
 
-NOTES = ("Hosts are namespaces on one machine with 2 cores, gloo over veth: no GPU, no NCCL, no site was seen. start_s: "
-         "from the launcher's start to the first step's line; total_s: to its end; ended_s: from a fault to the end of the "
-         "attempt, or of the last rank.")
+NOTES = ("Hosts are namespaces on one machine with 2 cores, gloo over veth: no GPU, no NCCL, no site was seen. "
+         "start_s: from the launcher's start to the first step's line; total_s: to its end; ended_s: from a fault to "
+         "the end of the attempt, or of the last rank. Other work may have shared the cores.")
 
 if __name__ == "__main__":
     main()
