@@ -59,11 +59,15 @@ class Policy:
 
 @dataclass(frozen=True)
 class Failure:
-    """How an attempt ended: the exit code to pass on, why, and the host that began it (None: unknown)."""
+    """How an attempt ended: the exit code to pass on, why, and the host that began it (None: unknown).
+
+    kind: the same for two failures that are one, on whatever host; by default the first line of ``why``.
+    """
 
     code: int
     why: str
     host: str | None = None
+    kind: str = ""
 
 
 @dataclass
@@ -98,7 +102,7 @@ class Supervisor:
             write_json(self.folder / f"attempt-{attempt}" / "failure.json", vars(outcome))
             if outcome.code == USAGE_EXIT_CODE or self.stop_asked:
                 return outcome.code
-            now = ((outcome.code, outcome.host, outcome.why.splitlines()[0]), self.progress())
+            now = ((outcome.code, outcome.kind or outcome.why.splitlines()[0]), self.progress())
             if now == former:
                 self.say("the same failure twice, and no checkpoint between: given up")
                 return outcome.code
@@ -209,22 +213,25 @@ class Supervisor:
         """Why an attempt failed: a silent host, else the first record that is no echo of another rank's end."""
         if silent:
             return Failure(TRY_AGAIN_EXIT_CODE, f"host {', '.join(silent)} does not answer", silent[0])
-        by_age = sorted(own.glob("exit-*.json"), key=lambda path: path.stat().st_mtime_ns)
+        by_age = sorted(own.glob("exit-*.json"), key=lambda path: (path.stat().st_mtime_ns, path.name))
         records = [read_json(path) for path in by_age]
         ranks = {read_json(path).get("rank"): read_json(path).get("host") for path in own.glob("rank-*.json")}
         lost = {ranks[rank] for rank in ranks if rank not in {record.get("rank") for record in records}}
         own_fault = [record for record in records if not is_echo(record)]
         if own_fault:
             first = own_fault[0]
-            return Failure(int(first["code"]), f"rank {first['rank']}: {first['why']}", first["host"])
+            return Failure(int(first["code"]), f"rank {first['rank']}: {first['why']}", first["host"],
+                           str(first["why"]).splitlines()[0])
         if len(ranks) < sum(host.slots for host in hosts):
             absent = sorted({host.name for host in hosts} - {str(name) for name in ranks.values()})
             if absent:
                 return Failure(TRY_AGAIN_EXIT_CODE, f"no rank came on host {', '.join(absent)}; the launcher says: "
-                               + _tail(own / "launcher.log"), absent[0])
+                               + _tail(own / "launcher.log"), absent[0], "no rank came")
         if len(lost) == 1:
             host = str(next(iter(lost)))
-            return Failure(TRY_AGAIN_EXIT_CODE, f"a rank on host {host} was ended from outside", host)
+            code = int(records[0]["code"]) if records else TRY_AGAIN_EXIT_CODE
+            return Failure(code, f"the rank on host {host} left no record of its end: killed, frozen or cut off", host,
+                           "no record")
         if records:
             return Failure(int(records[0]["code"]), str(records[0]["why"]), None)
         return Failure(TRY_AGAIN_EXIT_CODE, f"the launcher ended with {returncode}, and no rank says why: "
