@@ -45,13 +45,14 @@ class Guard:
         while not self._ended.wait(min(5.0, self.limit_s / 10)):
             for check in self.checks:
                 if (verdict := check()) is not None:
-                    self._end(*verdict)
+                    self.end(*verdict)
             still = time.monotonic() - self._beat
             if still > self.limit_s:
-                self._end(HANG_EXIT_CODE, f"error (rank {self.rank}): no step for {still:.0f} s (guard.hang_limit is "
+                self.end(HANG_EXIT_CODE, f"error (rank {self.rank}): no step for {still:.0f} s (guard.hang_limit is "
                         f"{self.limit_s:.0f} s); where this process stands:", stacks=True)
 
-    def _end(self, code: int, why: str, *, stacks: bool = False) -> NoReturn:
+    def end(self, code: int, why: str, *, stacks: bool = False) -> NoReturn:
+        """End the process, from any thread."""
         self.last_words(code, why)
         end_now(code, why, stacks=stacks)
 

@@ -9,8 +9,9 @@ import hashlib
 import json
 import platform
 import socket
+import threading
 import time
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from prelora_ds.core.errors import ConfigError, LaunchError
+from prelora_ds.launching.guard import end_now
 from prelora_ds.launching.network import is_mine
 from prelora_ds.launching.ranks import Ranks
 
@@ -37,9 +39,11 @@ class Card:
     make: Mapping[str, str]
 
 
-def call_the_roll(ranks: Ranks, make: Mapping[str, str], environ: MutableMapping[str, str],
-                  timeout_s: float) -> list[str]:
+def call_the_roll(ranks: Ranks, make: Mapping[str, str], environ: MutableMapping[str, str], timeout_s: float,
+                  end: Callable[[int, str], None] = end_now) -> list[str]:
     """Wait for every rank and compare; returns the host of each rank. Collective.
+
+    end: how this process ends when torch's store itself hangs, as it does where something else listens at the port.
 
     Raises LaunchError when ranks are missing after ``timeout_s``, the master cannot be reached or its port is taken;
     ConfigError when a rank is there twice or a host has other versions, code or config. All ranks raise alike.
@@ -53,14 +57,20 @@ def call_the_roll(ranks: Ranks, make: Mapping[str, str], environ: MutableMapping
         check_master(ranks)
     where = f"MASTER_ADDR:MASTER_PORT = {ranks.master_addr}:{ranks.master_port}"
     remedy = "is this rank 0's address on the network that all hosts share? set MASTER_ADDR (deepspeed: --master_addr)"
+    failed = f"{where}: host {here} (rank {ranks.rank}) did not get through to rank 0 in {timeout_s:g} s"
+    last_words = (LaunchError.exit_code, f"error: {failed}\n  remedy: {remedy}")
+    overdue = threading.Timer(timeout_s + 3 * READ_S, end, last_words)
+    overdue.daemon = True
+    overdue.start()
     try:
         _store = store = TCPStore(ranks.master_addr, ranks.master_port, is_master=ranks.rank == 0 and not agent,
                                   timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
         verdict = _exchange(store, ranks, Card(ranks.rank, ranks.local_rank, here, make), timeout_s,
                             f"roll/{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}")
     except (DistError, RuntimeError) as exc:
-        raise LaunchError(f"{where}: host {here} (rank {ranks.rank}) did not get through to rank 0 in {timeout_s:g} s: "
-                          f"{str(exc).splitlines()[0]}\n  remedy: {remedy}") from exc
+        raise LaunchError(f"{failed}: {str(exc).splitlines()[0]}\n  remedy: {remedy}") from exc
+    finally:
+        overdue.cancel()
     if verdict["missing"]:
         raise LaunchError(verdict["missing"])
     if verdict["mistake"]:

@@ -53,7 +53,7 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
             print(dump_yaml(config), flush=True)
             warn_of_a_short_run(config, len(train_data))
         # After the claim: a rank 0 that is refused its folder has not yet let the others in, and its exit code counts.
-        call_the_roll(ranks, make_of(dump_yaml(config)), os.environ, config.launch.timeout_s)
+        call_the_roll(ranks, make_of(dump_yaml(config)), os.environ, config.launch.timeout_s, guard.end)
         init_process_group()
         from prelora_ds.reporting.table import print_report
         from prelora_ds.train import train

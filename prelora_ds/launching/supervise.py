@@ -149,12 +149,12 @@ class Supervisor:
         with (own / "launcher.log").open("wb") as log, ThreadPoolExecutor(1) as pool:
             process = self._launch(own, hosts, attempt, log)
             try:
-                silent = self._watch(process, own, hosts, attempt, pool)
+                silent, unheard = self._watch(process, own, hosts, attempt, pool)
             finally:
                 self._end(process, attempt)
         if succeeded(own):
             return 0 if (own / "DONE").exists() else STOPPED_EXIT_CODE
-        failure = self._diagnose(own, process.returncode, hosts, silent)
+        failure = self._diagnose(own, process.returncode, hosts, silent, unheard)
         # Ranks that the launcher lost end when they see that their attempt is over, or see nothing of it any more.
         self._renew_for(self.policy.patience_s if silent else FENCE_S, attempt + 1)
         return failure
@@ -175,8 +175,9 @@ class Supervisor:
                                 start_new_session=True)
 
     def _watch(self, process: subprocess.Popen[bytes], own: Path, hosts: Sequence[Host], attempt: int,
-               pool: ThreadPoolExecutor) -> list[str]:
-        """Until the launcher ends or the grace after an end is over; returns hosts that fell silent."""
+               pool: ThreadPoolExecutor) -> tuple[list[str], set[str]]:
+        """Until the launcher ends or the grace after an end is over; returns hosts that fell silent, and hosts of ranks
+        that left no record by then (a frozen one wakes, and leaves one, when the launcher ends it)."""
         ending: float | None = None
         suspects: list[str] = []
         probed, probe = time.monotonic(), _NO_PROBE
@@ -192,10 +193,12 @@ class Supervisor:
             if probe is not None and probe.done():
                 silent, probed, probe = probe.result(), now, None
                 if both := [name for name in silent if name in suspects]:
-                    return both
+                    return both, set()
                 suspects = silent
             time.sleep(TICK_S)
-        return [] if succeeded(own) else self._silent(hosts)
+        told = {read_json(path).get("rank") for path in own.glob("exit-*.json")}
+        unheard = {str(rank["host"]) for rank in map(read_json, own.glob("rank-*.json")) if rank.get("rank") not in told}
+        return ([] if succeeded(own) else self._silent(hosts)), unheard
 
     def _end(self, process: subprocess.Popen[bytes], attempt: int) -> None:
         for number in (signal.SIGTERM, signal.SIGKILL):
@@ -209,26 +212,26 @@ class Supervisor:
                 time.sleep(TICK_S)
         process.wait()
 
-    def _diagnose(self, own: Path, returncode: int, hosts: Sequence[Host], silent: Sequence[str]) -> Failure:
+    def _diagnose(self, own: Path, returncode: int, hosts: Sequence[Host], silent: Sequence[str],
+                  unheard: set[str]) -> Failure:
         """Why an attempt failed: a silent host, else the first record that is no echo of another rank's end."""
         if silent:
             return Failure(TRY_AGAIN_EXIT_CODE, f"host {', '.join(silent)} does not answer", silent[0])
         by_age = sorted(own.glob("exit-*.json"), key=lambda path: (path.stat().st_mtime_ns, path.name))
         records = [read_json(path) for path in by_age]
-        ranks = {read_json(path).get("rank"): read_json(path).get("host") for path in own.glob("rank-*.json")}
-        lost = {ranks[rank] for rank in ranks if rank not in {record.get("rank") for record in records}}
+        came = [str(read_json(path).get("host")) for path in own.glob("rank-*.json")]
         own_fault = [record for record in records if not is_echo(record)]
         if own_fault:
             first = own_fault[0]
             return Failure(int(first["code"]), f"rank {first['rank']}: {first['why']}", first["host"],
                            str(first["why"]).splitlines()[0])
-        if len(ranks) < sum(host.slots for host in hosts):
-            absent = sorted({host.name for host in hosts} - {str(name) for name in ranks.values()})
+        if len(came) < sum(host.slots for host in hosts):
+            absent = sorted({host.name for host in hosts} - set(came))
             if absent:
                 return Failure(TRY_AGAIN_EXIT_CODE, f"no rank came on host {', '.join(absent)}; the launcher says: "
                                + _tail(own / "launcher.log"), absent[0], "no rank came")
-        if len(lost) == 1:
-            host = str(next(iter(lost)))
+        if len(unheard) == 1:
+            host, = unheard
             code = int(records[0]["code"]) if records else TRY_AGAIN_EXIT_CODE
             return Failure(code, f"the rank on host {host} left no record of its end: killed, frozen or cut off", host,
                            "no record")

@@ -26,10 +26,4 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 @pytest.fixture(scope="session")
 def expected(site: Site) -> list[float]:
     """Losses of two ranks on one host."""
-    return local(site, 2)
-
-
-@pytest.fixture(scope="session")
-def expected_long(site: Site) -> list[float]:
-    """The same of the longer run that faults befall."""
     return local(site, 2, *STEPS)

@@ -23,7 +23,7 @@ def port_in_use(site: Site) -> dict[str, Any]:
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
     try:
         return refused(site, "the port is in use", [*command, "--master_port", "29777", *_pretrain(site, folder)],
-                       ["MASTER_PORT = 29777: is in use on host host1"], environ)
+                       ["MASTER_PORT = 29777: is in use on host host1"], environ, 90)
     finally:
         for pid in site.cluster.pids("host1", "29777"):
             os.kill(pid, signal.SIGKILL)

@@ -14,8 +14,8 @@ from hosts.scenarios import Site
 
 @pytest.mark.parametrize("launcher", ["pdsh", "mpirun", "srun"])
 def test_two_hosts_train_as_two_local_ranks(site: Site, expected: list[float], launcher: str) -> None:
-    assert len(expected) == 20
-    scenarios.launch(site, launcher, expected)
+    assert len(expected) == 40
+    scenarios.launch(site, launcher, expected, 2, *scenarios.STEPS)
 
 
 def test_preflight_names_what_is_wrong_with_each_host(site: Site) -> None:
@@ -54,7 +54,7 @@ def test_preflight_names_what_is_wrong_with_each_host(site: Site) -> None:
 
 
 def test_a_host_that_falls_silent_is_named_and_replaced_and_the_run_goes_on_bitwise(
-        site: Site, expected_long: list[float]) -> None:
+        site: Site, expected: list[float]) -> None:
     cut = next(fault for fault in scenarios.FAULTS if "cut" in fault.name)
-    row = scenarios.strike(site, cut, expected_long)
+    row = scenarios.strike(site, cut, expected)
     assert row["named"] and row["result"] == "resumed, bitwise"

@@ -87,3 +87,18 @@ def test_two_configs_in_one_job_are_a_mistake_for_all() -> None:
         return str(caught.value)
     with ThreadPoolExecutor(2) as pool:
         assert all("(rank 1)" in text for text in pool.map(call, range(2)))
+
+
+def test_a_port_where_something_else_listens_holds_no_rank_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prelora_ds.launching.rollcall.READ_S", 0.3)
+    said: list[tuple[int, str]] = []
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        ranks = Ranks(1, 1, 2, 2, "127.0.0.1", other.getsockname()[1])
+
+        def end(code: int, why: str) -> None:
+            said.append((code, why))
+            other.accept()[0].close()  # in place of the end of the process
+
+        with pytest.raises(LaunchError):
+            call_the_roll(ranks, MAKE, {}, 1.0, end)
+    assert len(said) <= 1 and all(code == 75 and "did not get through to rank 0" in why for code, why in said)
