@@ -49,6 +49,7 @@ setup(
             "scikit-image>=0.26,<0.27",
             "foolbox>=3.3.4,<4",
             "psutil>=7,<8",
+            "timm>=1.0.31,<2",
         ],
     },
     entry_points={"console_scripts": ["prelora = prelora_ds.cli:main"]},

@@ -192,6 +192,23 @@ def _manifest_or_none(folder: Path) -> CheckpointManifest | None:
         return None
 
 
+def describe(folder: Path) -> str:
+    """A line: step, phase, ranks and stage, bytes without the base, and whether all of it verifies."""
+    try:
+        manifest = CheckpointManifest.load(folder)
+        manifest.verify(folder)
+        if manifest.base is not None:
+            CheckpointManifest.load(folder.parent / manifest.base).verify(folder.parent / manifest.base)
+        verdict = "verified"
+    except (BrokenCheckpointError, ConfigError) as exc:
+        return f"{folder.name}  BROKEN: {exc}"
+    mib = sum(record.bytes for record in manifest.files.values()) / 2**20
+    accuracy = "" if manifest.acc1 is None else f"  acc1 {manifest.acc1:.2%}"
+    base = f" + {manifest.base}" if manifest.base else ""
+    return (f"{folder.name}  {manifest.phase:<6}  {manifest.world_size} ranks, ZeRO {manifest.zero_stage}  "
+            f"{mib:,.1f} MiB{base}{accuracy}  {verdict}")
+
+
 def read_run_state(folder: Path) -> dict[str, Any]:
     """The JSON of a checkpoint's state.json. Raises BrokenCheckpointError."""
     try:

@@ -101,12 +101,16 @@ def load_newest(folders: Sequence[Path], layout: Layout, say: Callable[[str], No
 
 def _attempt(folder: Path, layout: Layout) -> tuple[Checkpoint | None, Exception | None]:
     try:
-        return _load(folder, layout, dist.get_rank(), dist.get_world_size()), None
+        return read_checkpoint(folder, layout, dist.get_rank(), dist.get_world_size()), None
     except (BrokenCheckpointError, ConfigError, OSError) as exc:
         return None, exc
 
 
-def _load(folder: Path, layout: Layout, rank: int, world_size: int) -> Checkpoint:
+def read_checkpoint(folder: Path, layout: Layout, rank: int, world_size: int) -> Checkpoint:
+    """This rank's part of the checkpoint, its share of the files verified.
+
+    Raises BrokenCheckpointError or OSError; ConfigError for another format.
+    """
     manifest, share = CheckpointManifest.load(folder), slice(rank, None, world_size)
     manifest.verify(folder, share)
     parts = [(folder, manifest.world_size)]

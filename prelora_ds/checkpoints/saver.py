@@ -117,7 +117,7 @@ class Saver:
         if self._rank == 0:
             document = json.dumps({
                 "run": state.to_json(engine.plan), "adam_steps": copied.adam_steps, "counters": vars(engine.counters()),
-                "samples_seen": state.step * self._config.train.global_batch_size,
+                "num_labels": engine.num_labels, "samples_seen": state.step * self._config.train.global_batch_size,
                 "config": self._config.model_dump(mode="json")})
         manifest = CheckpointManifest(self._world, engine.config.zero.stage, engine.plan.phase, {}, state.step,
                                       self.base, state.accuracy and state.accuracy.acc1)

@@ -197,7 +197,8 @@ class Supervisor:
                 suspects = silent
             time.sleep(TICK_S)
         told = {read_json(path).get("rank") for path in own.glob("exit-*.json")}
-        unheard = {str(rank["host"]) for rank in map(read_json, own.glob("rank-*.json")) if rank.get("rank") not in told}
+        ranks = map(read_json, own.glob("rank-*.json"))
+        unheard = {str(rank["host"]) for rank in ranks if rank.get("rank") not in told}
         return ([] if succeeded(own) else self._silent(hosts)), unheard
 
     def _end(self, process: subprocess.Popen[bytes], attempt: int) -> None:

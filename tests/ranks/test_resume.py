@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -73,8 +74,8 @@ def copied(stopped, tmp_path):
 # ---- killed
 
 KILLS = {  # where, in which rank, at which call, how many seconds later; one after another in one run
-    2: [("write", 1, 2, 0.0), ("switch", 0, 1, 0.2), ("evaluate", 1, 1, 0.01), ("export", 0, 1, 0.02)],
-    3: [("step", 0, 5, 0.01), ("window", 1, 3, 0.0), ("commit", 0, 2, 0.0)],
+    2: [("write", 1, 2, 0.0), ("switch", 0, 1, 0.2), ("evaluate", 1, 1, 0.01)],
+    3: [("step", 0, 5, 0.01), ("commit", 0, 2, 0.0)],
 }
 
 
@@ -116,10 +117,25 @@ def test_a_dead_pipe_costs_no_checkpoint(job, tmp_path):
 
 
 def test_a_run_stops_before_its_walltime_is_over(job, tmp_path):
-    ended = job(tmp_path / "out", "checkpoint.walltime=4 s", "train.duration=5000 steps", "checkpoint.every=null")
+    """And with DeepSpeed's own folder in its checkpoint, which DeepSpeed opens."""
+    import torch
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    from safetensors import safe_open
+
+    ended = job(tmp_path / "out", "checkpoint.walltime=4 s", "train.duration=5000 steps", "checkpoint.every=null",
+                "convergence=null", "checkpoint.deepspeed_format=true")
     assert ended.end() == [99, 99], ended.said()[-3000:]
     assert "checkpoint.walltime" in ended.said() or "another rank" in ended.said()
-    assert len(list_checkpoints(tmp_path / "out/checkpoints")) == 1
+    [folder] = list_checkpoints(tmp_path / "out/checkpoints")
+    CheckpointManifest.load(folder).verify(folder)
+    weights, seen = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag="deepspeed"), 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for name, start in json.loads(file.metadata()["starts"]).items():
+                mine = file.get_tensor(f"value/{name}")
+                assert torch.equal(weights[name].reshape(-1)[start: start + mine.numel()], mine), name
+                seen += mine.numel()
+    assert seen == sum(w.numel() for w in weights.values()) > 0
 
 
 def test_a_rank_that_stands_still_ends_the_other_with_85_and_its_stacks(job, tmp_path):
@@ -326,3 +342,209 @@ def test_skip_and_rollback_get_a_run_over_a_spike(job, tmp_path):
         assert left_out and all("train/loss" not in row for row in rows if "left_out" in row)
     assert "the update is left out" in jobs["skip"].said()
     assert "; back to step" in jobs["rollback"].said() and "goes on after step" in jobs["rollback"].said()
+
+
+# ---- exported
+
+@pytest.fixture(scope="module")
+def logits_of_the_run(reference):
+    """Images, and what the model that the run itself has exported makes of them."""
+    import torch
+    from transformers import ViTForImageClassification
+
+    images = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    vit = ViTForImageClassification.from_pretrained(reference(2) / "model").eval()
+    with torch.no_grad():
+        return images, vit(images).logits
+
+
+def exported(run, out, form):
+    from prelora_ds.reporting.convert import export_checkpoint
+
+    assert export_checkpoint(run, out, form).name == "step-00000020"
+    return out
+
+
+def test_hf_from_a_checkpoint_is_the_run_s_own_export_bit_for_bit(reference, tmp_path):
+    out = exported(reference(2), tmp_path / "hf", "hf")
+    assert (out / "model.safetensors").read_bytes() == (reference(2) / "model/model.safetensors").read_bytes()
+
+
+def test_peft_opens_adapter_and_base_with_the_same_logits(reference, tmp_path, logits_of_the_run):
+    import torch
+    from peft import PeftModel
+    from transformers import ViTForImageClassification
+
+    out, (images, expected) = exported(reference(2), tmp_path / "peft", "peft"), logits_of_the_run
+    base = ViTForImageClassification.from_pretrained(out / "base").eval()
+    with torch.no_grad():
+        assert (base(images).logits - expected).abs().max() > 1e-4  # the adapter says something
+        got = PeftModel.from_pretrained(base, out).eval()(images).logits
+    assert torch.allclose(got, expected, atol=1e-5)
+
+
+def test_timm_opens_the_state_dict_with_the_same_logits(reference, tmp_path, logits_of_the_run):
+    from functools import partial
+
+    import timm
+    import torch
+    from safetensors.torch import load_file
+
+    out, (images, expected) = exported(reference(2), tmp_path / "timm", "timm"), logits_of_the_run
+    model = timm.models.VisionTransformer(**json.loads((out / "timm.json").read_text())["arguments"],
+                                          norm_layer=partial(torch.nn.LayerNorm, eps=1e-12))
+    model.load_state_dict(load_file(out / "model.safetensors"))
+    with torch.no_grad():
+        assert torch.allclose(model.eval()(images), expected, atol=1e-5)
+
+
+def test_deepspeed_opens_its_folder_with_weights_and_moments(reference, pools, tmp_path):
+    pools(1).run(open_with_deepspeed, run=str(reference(2)), out=str(tmp_path / "deepspeed"))
+
+
+def open_with_deepspeed(run, out):
+    """Loaded by an engine with other weights, masters and moments are those of the checkpoint."""
+    import torch
+
+    from prelora_ds.checkpoints.resume import read_checkpoint
+    from prelora_ds.configuring import load_config
+    from prelora_ds.engine.build import build_engine
+    from prelora_ds.engine.fragments import adam_state, fragments
+    from prelora_ds.engine.state import EngineState
+    from prelora_ds.model.families import find_layout
+    from prelora_ds.model.vit import build_model
+    from prelora_ds.reporting.convert import export_checkpoint
+
+    folder = export_checkpoint(Path(run), Path(out), "deepspeed")
+    config = load_config(Path(run) / "config.yaml",
+                         ["train.micro_batch_size=64", "deepspeed.zero_optimization.stage=1"])
+    module = build_model(config.model, 10)
+    layout = find_layout(module, config.lora.families)
+    found, zeros = read_checkpoint(folder, layout, 0, 1), read_checkpoint(folder, layout, 0, 1)
+    for s in zeros.engine.slices.values():
+        s.value, s.moments = torch.zeros_like(s.value), {key: torch.zeros_like(m) for key, m in s.moments.items()}
+    engine = build_engine(config, found.run.phase.plan, layout, 10,
+                          EngineState(zeros.engine.slices, found.engine.adam_steps, found.engine.buffers))
+    path, _ = engine.ds.load_checkpoint(out)
+    assert path is not None
+    inner, seen = adam_state(engine.ds), 0
+    for f in fragments(engine.ds):
+        held = found.engine.slices[f.name]
+        assert torch.equal(f.of(f.flat), held.value), f.name
+        assert torch.equal(f.of(inner[f.flat]["exp_avg_sq"]), held.moments["exp_avg_sq"]), f.name
+        seen += 1
+    assert seen == len(found.engine.adam_steps) > 0
+    from prelora_ds.engine.release import release
+
+    release(engine)
+
+
+def test_an_export_that_cannot_be_is_told(stopped, tmp_path, capsys):
+    from prelora_ds.core.errors import ConfigError
+    from prelora_ds.reporting.convert import export_checkpoint
+
+    full = stopped[0] / "checkpoints/step-00000003"
+    with pytest.raises(ConfigError, match="is of phase full, which has no adapters\n  remedy: choose hf"):
+        export_checkpoint(full, tmp_path / "out", "peft")
+    with pytest.raises(ConfigError, match="is no format"):
+        export_checkpoint(full, tmp_path / "out", "onnx")
+    with pytest.raises(ConfigError, match=r"OUT = .* exists"):
+        export_checkpoint(full, tmp_path, "hf")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_list_of_checkpoints_verifies_each(stopped, tmp_path):
+    out = copied(stopped, tmp_path)
+    (out / "checkpoints/step-00000012/state.json").write_text("{}")
+    from typer.testing import CliRunner
+
+    from prelora_ds.cli import app
+
+    lines = CliRunner().invoke(app, ["checkpoints", str(out)]).output.splitlines()
+    assert [line.split()[0] for line in lines] == [f"step-{step:08d}" for step in (15, 12, 9, 6, 3)]
+    assert "lora" in lines[0] and "2 ranks, ZeRO 2" in lines[0] and "+ base-" in lines[0] and "verified" in lines[0]
+    assert "BROKEN: " in lines[1] and "state.json: holds 2 bytes" in lines[1] and "full" in lines[-1]
+
+
+# ---- read at another world size, and at another stage
+
+@pytest.mark.parametrize(("before", "after"), [((2, "zero2"), (1, "zero3")), ((4, "zero3"), (2, "zero0")),
+                                               ((1, "zero1"), (2, "zero2_offload"))])
+def test_state_is_read_bitwise_at_another_world_size_and_stage(pools, tmp_path, before, after):
+    """Masters, moments and steps of the LoRA phase, and what is frozen: from slices, base and all."""
+    whole = pools(before[0]).run(save_in_lora_phase, zero=before[1], folder=str(tmp_path))[0]
+    for state, digest, held in pools(after[0]).run(load_elsewhere, zero=after[1], folder=str(tmp_path)):
+        assert same_state(whole[0], state) == []
+        assert whole[1] == digest
+        assert held <= whole[2] / after[0] + 64 * len(whole[0])  # no rank reads more than its part
+
+
+def same_state(a, b):
+    from support.runs import same
+
+    return same(a, b)
+
+
+def run_state(plan, step):
+    from prelora_ds.checkpoints.run_state import RunState
+    from prelora_ds.core.controller import PhaseState
+    from prelora_ds.core.divergence import DivergenceWatch
+
+    return RunState(step, PhaseState(plan), DivergenceWatch())
+
+
+def save_in_lora_phase(zero, folder):
+    from support.runs import Trainer, config
+
+    from prelora_ds.checkpoints.saver import Saver
+    from prelora_ds.core.schedule import Timeline
+    from prelora_ds.engine.transition import transition
+
+    t = Trainer(config(zero, micro=2))
+    saver = Saver(Path(folder), t.cfg, Timeline(1000, 8, t.cfg.train.duration), print)
+    for plan in (t.warmup, t.lora):
+        t.train(2)
+        t.engine, _ = transition(t.engine, plan, keep_frozen=saver.keep_frozen)
+    t.train(2)
+    assert saver.base is not None and saver.save(t.engine, run_state(t.engine.plan, 6), wait=True)
+    state, digest = t.whole_state(), weights_digest(t.engine)
+    nbytes = sum(f.stat().st_size for f in Path(folder).rglob("*.safetensors"))
+    t.close()
+    saver.close()
+    return state, digest, nbytes
+
+
+def weights_digest(engine):
+    """Of all BF16 weights, the frozen ones included."""
+    import hashlib
+
+    import torch
+
+    from prelora_ds.engine.measure import whole
+    from prelora_ds.model.families import named_parameters
+
+    digest = hashlib.sha256()
+    for p in named_parameters(engine.module).values():
+        with whole(engine, [p]) as (value,):
+            digest.update(value.contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def load_elsewhere(zero, folder):
+    import torch.distributed as dist
+    from support.runs import LABELS, Trainer, config
+
+    from prelora_ds.checkpoints.resume import candidates, load_newest
+    from prelora_ds.engine.build import build_engine
+    from prelora_ds.engine.release import release
+
+    world = dist.get_world_size()
+    t = Trainer(config(zero, micro=8 // world))
+    release(t.engine)
+    found = load_newest(candidates(Path(folder), "auto"), t.layout, print)
+    held = found.engine.host_bytes()
+    t.engine = build_engine(t.cfg, found.run.phase.plan, t.layout, LABELS, found.engine, found.counters)
+    assert t.engine.counters().global_steps == 6 == found.run.step
+    state, digest = t.whole_state(), weights_digest(t.engine)
+    t.close()
+    return state, digest, held
