@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from prelora_ds.core.errors import ExpectedError
+from prelora_ds.core.errors import ConfigError, ExpectedError
 from prelora_ds.launching import commands
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
