@@ -6,6 +6,7 @@ import contextlib
 import gc
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
@@ -19,12 +20,13 @@ from prelora_ds.configuring import validate
 from prelora_ds.core.plan import Layout, Plan, full_plan, lora_plan, warmup_plan
 from prelora_ds.data.batch import MicroBatch
 from prelora_ds.engine import build as build_module
+from prelora_ds.engine import checkpoint as checkpoint_module
 from prelora_ds.engine import transition as transition_module
 from prelora_ds.engine.build import Engine, build_engine, deepspeed_config
 from prelora_ds.engine.census import engine_storages, live_storages, peak_rss_bytes, rss_bytes, settled
 from prelora_ds.engine.release import release, trim_memory
 from prelora_ds.engine.runtime import freeze_imports
-from prelora_ds.engine.state import initial_state
+from prelora_ds.engine.state import EngineState, initial_state
 from prelora_ds.engine.transition import transition
 from prelora_ds.model.families import find_layout
 from prelora_ds.model.vit import build_model
@@ -37,7 +39,7 @@ PARTS = {
     "export": (transition_module, "export_state"),
     "release": (transition_module, "release"),
     "prove it gone": (transition_module, "settled"),
-    "write the base": (transition_module, "save_slices"),
+    "write the base": (checkpoint_module, "write_part"),
     "build: module": (build_module, "_empty_module"),
     "build: initialize": (deepspeed, "initialize"),
     "restore": (build_module, "restore_state"),
@@ -57,7 +59,7 @@ def switches(pipe: Connection, model: Mapping[str, Any], micro: int, steps: int,
         trained_before = elements(engine.plan, engine.layout)
         reset_peak()
         with stopwatch() as (seconds, live, spent_looking):
-            engine, switch = transition(engine, plan, base_dir=folder)
+            engine, switch = transition(engine, plan, keep_frozen=partial(write_base, folder))
         total = switch.seconds - sum(spent_looking)
         report[name] = {"parts": {**seconds, "the rest": total - sum(seconds.values())}, "seconds": total,
                         "peak_rss": peak_rss_bytes(), "live_bytes": max(live),
@@ -65,6 +67,14 @@ def switches(pipe: Connection, model: Mapping[str, Any], micro: int, steps: int,
         if plan is warmup:
             one_step(engine)  # the adapters need moments for the next switch to carry
     return report
+
+
+def write_base(folder: Path, state: EngineState, plan: Plan) -> None:
+    """What freezes, as a run writes it (but for the vote of the ranks)."""
+    frozen = EngineState({name: s for name, s in state.slices.items() if name not in plan.trainable})
+    if frozen.slices:
+        name = checkpoint_module.part_name(torch.distributed.get_rank(), torch.distributed.get_world_size())
+        checkpoint_module.write_part(frozen, folder / name)
 
 
 @contextlib.contextmanager

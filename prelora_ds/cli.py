@@ -1,4 +1,4 @@
-"""`prelora`: shards, plan, evaluate, report."""
+"""`prelora`: shards, plan, evaluate, report, checkpoints, export; for many hosts preflight, supervise, job."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from typing import Annotated
 
 import typer
 
-from prelora_ds.core.errors import ExpectedError
+from prelora_ds.core.errors import ConfigError, ExpectedError
+from prelora_ds.launching import commands
 from prelora_ds.sharding import shards_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Tools around prelora_ds runs; training itself starts with launch/pretrain.py.")
 app.add_typer(shards_app, name="shards")
+app.command()(commands.preflight)
+app.command()(commands.supervise)
+app.command()(commands.job)
 
 
 @app.command()
@@ -35,6 +39,31 @@ def report(output: Path) -> None:
     from prelora_ds.reporting.table import print_report
 
     print_report(output)
+
+
+@app.command()
+def checkpoints(run: Path) -> None:
+    """The checkpoints of RUN, newest first, each verified."""
+    from prelora_ds.checkpoints.folder import FOLDER, describe, list_checkpoints
+
+    found = list_checkpoints(run / FOLDER)
+    if not found:
+        raise ConfigError("RUN", str(run), "has no checkpoints", "name the run.output_dir of a run")
+    for folder in found:
+        typer.echo(describe(folder))
+
+
+@app.command()
+def export(run_or_checkpoint: Path, out: Path,
+           format: Annotated[str, typer.Option(help="hf, peft, timm or deepspeed")] = "hf") -> None:
+    """Write a checkpoint (of a run its newest) to OUT, for transformers, peft, timm or DeepSpeed."""
+    from prelora_ds.engine.runtime import choose_accelerator
+
+    choose_accelerator()
+    from prelora_ds.reporting.convert import export_checkpoint
+
+    folder = export_checkpoint(run_or_checkpoint, out, format)
+    typer.echo(f"{out}: {folder} as {format}")
 
 
 @app.command()
@@ -69,3 +98,7 @@ def main() -> None:
     except ExpectedError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

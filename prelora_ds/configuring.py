@@ -211,7 +211,7 @@ def _keys_at(path: Sequence[str | int]) -> list[str]:
         annotation = model.model_fields[part].annotation
         options = [annotation, *getattr(annotation, "__args__", ())]
         model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
-    return list(model.model_fields)
+    return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def _without_auto(value: Any) -> Any:

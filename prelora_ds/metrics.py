@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from prelora_ds.core.convergence import Observation
+
+LOGS = ("metrics", "plans", "windows")
 
 
 class JsonLines:
@@ -33,6 +35,21 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             if line.endswith("\n")]
 
 
+def cut_back(folder: Path, step: int) -> None:
+    """Take rows after ``step`` out of a run's files: it goes on from there, and each step shall be there once."""
+    for name in LOGS:
+        path = folder / f"{name}.jsonl"
+        if path.is_file():
+            rows = read_lines(path)
+            kept = [row for row in rows if row.get("step", row.get("last_step", 0)) <= step]
+            partial = path.with_suffix(".partial")
+            with partial.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in kept)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+
+
 class RunLog:
     """The record of a run in its output folder, written by rank 0 alone (``monitor`` is None elsewhere).
 
@@ -41,9 +58,13 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, monitor: Any | None) -> None:
+        self._folder = folder
+        self._open(monitor)
+
+    def _open(self, monitor: Any | None) -> None:
         self.monitor = monitor
-        names = ("metrics", "plans", "windows") if monitor is not None else ()
-        self._files = {name: JsonLines(folder / f"{name}.jsonl") for name in names}
+        names = LOGS if monitor is not None else ()
+        self._files = {name: JsonLines(self._folder / f"{name}.jsonl") for name in names}
 
     def metrics(self, row: Mapping[str, Any], samples: int) -> None:
         """One logged step; its numbers also go to TensorBoard, at ``samples``."""
@@ -61,6 +82,11 @@ class RunLog:
         """A closed window, and what Algorithm 1 said."""
         if self.monitor is not None:
             self._files["windows"].write(row)
+
+    def rewind(self, cut: Callable[[], Any | None]) -> None:
+        """Go on with the monitor that ``cut`` returns, in the files as it leaves them."""
+        self.close()
+        self._open(cut())
 
     def close(self) -> None:
         for file in self._files.values():
@@ -84,6 +110,18 @@ class Meter:
         self.samples, self.steps, self.corrupt = self.samples + samples, self.steps + 1, self.corrupt + corrupt
         self.step_s, self.data_s = self.step_s + step_s, self.data_s + data_s
 
+    def to_json(self) -> dict[str, Any]:
+        """All of it, exactly."""
+        return {"losses": self._losses, "samples": self.samples, "steps": self.steps, "step_s": self.step_s,
+                "data_s": self.data_s, "corrupt": self.corrupt}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Meter:
+        meter = cls()
+        meter._losses, meter.samples, meter.steps = list(data["losses"]), data["samples"], data["steps"]
+        meter.step_s, meter.data_s, meter.corrupt = data["step_s"], data["data_s"], data["corrupt"]
+        return meter
+
     @property
     def loss(self) -> float:
         """Mean loss of a sample."""
@@ -94,7 +132,9 @@ class Meter:
         return Observation(step=step, samples=self.samples, loss=self.loss, norms=norms)
 
     def row(self) -> dict[str, float]:
-        """Means of a step since the last reset, and the sum of corrupt samples; ``img_s`` over all ranks, waiting for
-        data included."""
+        """Means of a step since the last reset, if there was one, and the sum of corrupt samples; ``img_s`` over all
+        ranks, waiting for data included."""
+        if not self.steps:
+            return {}
         return {"train/loss": self.loss, "step_s": self.step_s / self.steps, "data_s": self.data_s / self.steps,
                 "img_s": self.samples / (self.step_s + self.data_s), "data/corrupt": self.corrupt}

@@ -3,159 +3,199 @@
 from __future__ import annotations
 
 import math
+import socket
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from prelora_ds.core.budget import predict_bytes, worst_deviation
+from prelora_ds.checkpoints.divergence import problem_of, way_back
+from prelora_ds.checkpoints.resume import Checkpoint, candidates, load_newest, prepare
+from prelora_ds.checkpoints.run_state import RunState
+from prelora_ds.checkpoints.saver import Saver
 from prelora_ds.core.config import Config
 from prelora_ds.core.controller import PhaseController, PhaseState
 from prelora_ds.core.convergence import Observation
+from prelora_ds.core.divergence import DivergenceWatch
 from prelora_ds.core.errors import TrainingDivergedError
 from prelora_ds.core.fields import Duration
-from prelora_ds.core.plan import Layout
 from prelora_ds.core.schedule import Timeline, lr_at
-from prelora_ds.core.timing import gpu_named
+from prelora_ds.core.stragglers import StragglerWatch
 from prelora_ds.data.batch import MicroBatch
 from prelora_ds.data.budget import CorruptBudget
 from prelora_ds.data.datasets import Look
 from prelora_ds.data.loader import Loader, eval_batches
 from prelora_ds.data.manifest import Manifest
-from prelora_ds.data.setup import TrainData, count_workers, make_loader, samples_per_epoch
+from prelora_ds.data.setup import TrainData, make_loader, samples_per_epoch
 from prelora_ds.engine.build import Engine, StepStats, build_engine
-from prelora_ds.engine.census import census, peak_rss_bytes
+from prelora_ds.engine.census import peak_rss_bytes
 from prelora_ds.engine.measure import check_ranks_agree, weight_norms
-from prelora_ds.engine.runtime import (
-    accelerator_name,
-    freeze_imports,
-    local_world_size,
-    make_monitor,
-    rank_memory_gib,
-    synchronize,
-)
+from prelora_ds.engine.release import release
+from prelora_ds.engine.runtime import freeze_imports, make_monitor, synchronize
 from prelora_ds.engine.state import initial_state
-from prelora_ds.engine.transition import Switch, transition
+from prelora_ds.engine.transition import transition
 from prelora_ds.evaluate import Accuracy, evaluate
-from prelora_ds.metrics import Meter, RunLog
+from prelora_ds.launching.guard import Guard
+from prelora_ds.launching.stop import StopRequest
+from prelora_ds.metrics import RunLog
 from prelora_ds.model.families import find_layout
 from prelora_ds.model.losses import begin_sigmoid_head
 from prelora_ds.model.vit import build_model
+from prelora_ds.recording import Run, begin_plan, bytes_due, lend_monitor, log_bytes, workers_of
 from prelora_ds.reporting.export import export_model
-from prelora_ds.reporting.plan import fastest_images_per_s
 from prelora_ds.reporting.progress import TrainProgress
 
-BYTES_MEASURED_AT = 3  # steps into a plan: ZeRO-3 frees parameters otherwise while it records its trace
-DEVIATION_WARNING = 0.05
 
-
-@dataclass(frozen=True)
-class Run:
-    """What stays the same from the first step to the last."""
-
-    config: Config
-    layout: Layout
-    timeline: Timeline
-    val_data: Manifest
-    corrupt: CorruptBudget
-    workers: int
-    log: RunLog
-    progress: TrainProgress
-    out: Path
-
-
-def train(config: Config, train_data: TrainData, val_data: Manifest) -> Accuracy:
-    """Train from scratch to the end and export the model to ``run.output_dir/model``. Collective.
+def train(config: Config, train_data: TrainData, val_data: Manifest, *, resume: str = "auto",
+          stop: StopRequest | None = None, guard: Guard | None = None) -> Accuracy:
+    """Train to the end, from scratch or a checkpoint, and export the model to ``run.output_dir/model``. Collective.
 
     Returns the accuracy of the last step's engine. Raises TrainingDivergedError when the loss or the gradient norm is
-    not finite.
+    not as it should be, Stopped when ``stop`` asked for it and a checkpoint was written, NotSavedError when it was not.
     """
     freeze_imports()
-    rank, world, labels = dist.get_rank(), dist.get_world_size(), len(train_data.classes)
-    torch.manual_seed(config.run.seed)
-    module = build_model(config.model, labels)
-    if config.train.loss == "sigmoid":
-        begin_sigmoid_head(module, labels)
-    layout = find_layout(module, config.lora.families, config.model.families)
-    state = initial_state(module, rank, world)
-    del module
-    torch.manual_seed(config.run.seed + 1 + rank)  # dropout differs from rank to rank
-
+    out, rank = Path(config.run.output_dir), dist.get_rank()
     samples = samples_per_epoch(config, len(train_data))
-    out, timeline = Path(config.run.output_dir), Timeline(samples, config.train.global_batch_size,
-                                                          config.train.duration)
-    controller = PhaseController(layout=layout, timeline=timeline, lora=config.lora, convergence=config.convergence,
-                                 seed=config.run.seed)
-    progress = TrainProgress(timeline.total_steps, shown=rank == 0)
-    workers = _count_workers(config, train_data, progress)
-    run = Run(config, layout, timeline, val_data, CorruptBudget(config.data.corrupt_budget, samples), workers,
-              RunLog(out, make_monitor(out)), progress, out)
-    phase = controller.initial()
-    engine = build_engine(config, phase.plan, layout, labels, state)
-    check_ranks_agree(engine)
-    loader = make_loader(config, train_data, rank=rank, world_size=world, workers=workers)
+    timeline = Timeline(samples, config.train.global_batch_size, config.train.duration)
+    with torch.device("meta"):
+        layout = find_layout(build_model(config.model, len(train_data.classes)), config.lora.families,
+                             config.model.families)
+    saver = Saver(out, config, timeline, say=partial(print, flush=True) if rank == 0 else lambda text: None)
+    found = load_newest(candidates(out, resume), layout, saver.say)
+    done = prepare(out, found)
+    progress = TrainProgress(timeline.total_steps, shown=rank == 0, done=done)
+    saver.say = progress.say
+    run = Run(config, layout, timeline, train_data, val_data, CorruptBudget(config.data.corrupt_budget, samples),
+              workers_of(config, train_data, progress),
+              RunLog(out, make_monitor(out, done * config.train.global_batch_size)), progress, out,
+              guard or Guard(math.inf))
     try:
-        engine, accuracy = _loop(run, engine, phase, controller, loader)
+        engine, state = _begin(run, saver, found)
+        engine, state = _loop(run, saver, stop or StopRequest(), engine, state)
         export_model(engine, out / "model")
-        peaks = [0] * world
+        peaks = [0] * dist.get_world_size()
         dist.all_gather_object(peaks, peak_rss_bytes())
         run.log.plans({"event": "end", "step": timeline.total_steps, "peak_rss_bytes": peaks})
     finally:
-        loader.close()
+        saver.close()
         run.progress.close()
         run.log.close()
-    return accuracy
+    assert state.accuracy is not None, "the last step is a tick of every duration"
+    return state.accuracy
 
 
-def _loop(run: Run, engine: Engine, phase: PhaseState, controller: PhaseController,
-          loader: Loader) -> tuple[Engine, Accuracy]:
-    config, timeline, total = run.config, run.timeline, run.timeline.total_steps
+def _begin(run: Run, saver: Saver, found: Checkpoint | None) -> tuple[Engine, RunState]:
+    """Engine and state at the first step of all, or as ``found`` has them."""
+    config, labels = run.config, len(run.train_data.classes)
+    if found is None:
+        torch.manual_seed(config.run.seed)
+        module = build_model(config.model, labels)
+        if config.train.loss == "sigmoid":
+            begin_sigmoid_head(module, labels)
+        host = initial_state(module, dist.get_rank(), dist.get_world_size())
+        del module
+        torch.manual_seed(config.run.seed + 1 + dist.get_rank())  # dropout differs from rank to rank
+        state = RunState(0, _controller(run).initial(), DivergenceWatch())
+        engine = build_engine(config, state.phase.plan, run.layout, labels, host)
+    else:
+        state, saver.base, saver.last_step = found.run, found.manifest.base, found.run.step
+        engine = build_engine(config, state.phase.plan, run.layout, labels, found.engine, found.counters)
+        found.restore_rng(config.run.seed)
+        run.corrupt.go_on(*state.corrupt)
+        run.log.plans({"event": "resume", "step": state.step, "checkpoint": found.folder.name,
+                       "world_size": dist.get_world_size(), "zero_stage": engine.config.zero.stage})
+        run.progress.say(f"goes on after step {state.step}, from {found.folder}")
+    check_ranks_agree(engine)
+    lend_monitor(run, engine)
+    if found is None or found.folder.parent.resolve() != saver.root.resolve():
+        begin_plan(run, engine, state.phase, switch=None)
+    return engine, state
+
+
+def _loop(run: Run, saver: Saver, stop: StopRequest, engine: Engine, state: RunState) -> tuple[Engine, RunState]:
+    config, timeline, total, controller = run.config, run.timeline, run.timeline.total_steps, _controller(run)
     normed_at = timeline.ticks(Duration("1 epoch"))
     measured_at = timeline.ticks(config.convergence.every) if config.convergence else frozenset()
-    evaluated_at = timeline.ticks(config.train.eval_every)
-    window, logged, accuracy = Meter(), Meter(), None
-    _begin_plan(run, engine, phase, switch=None)
+    evaluated_at, saved_at = timeline.ticks(config.train.eval_every), saver.ticks
+    loader, resumed_at = _loader(run, engine, state.step), state.step
+    stragglers = StragglerWatch(_hosts())
 
-    for step in range(1, total + 1):
-        begun = time.perf_counter()
+    while state.step < total:
+        step, begun = state.step + 1, time.perf_counter()
         micro_batches = loader.next()
         fetched = time.perf_counter()
         lr = lr_at(step, timeline=timeline, config=config.optimizer)
         engine.backward(micro_batches)
-        if step == phase.plan.since_step + BYTES_MEASURED_AT:
-            _log_bytes(run, engine, step)
-        stats = engine.finish_step(lr=lr)
+        if step == bytes_due(engine.plan, resumed_at):
+            log_bytes(run, engine, step)
+        stats = engine.finish_step(lr=lr, flags=(stop.asked(saver.slowest_s), saver.writing), data_s=fetched - begun,
+                                   accept=partial(state.watch.accepts, step, config=config.train.divergence))
         synchronize()
-        for meter in (window, logged):
-            meter.add(stats.loss, config.train.global_batch_size, step_s=time.perf_counter() - fetched,
-                      data_s=fetched - begun, corrupt=stats.corrupt)
-        row: dict[str, Any] = {"step": step, "epoch": timeline.epoch_at(step), "phase": phase.plan.phase}
-        _stop_if_diverged(run, stats, row | logged.row())
-        _stop_if_corrupt(run, stats, micro_batches, row | logged.row())
+        seconds = {"step_s": time.perf_counter() - fetched, "data_s": fetched - begun}
+        for slow in stragglers.add(sum(seconds.values()), forward=stats.forward_s, data=stats.data_s):
+            run.progress.say(f"warning: {slow}")
+            run.log.plans({"event": "straggler", "step": step, **vars(slow)})
+        row: dict[str, Any] = {"step": step, "epoch": timeline.epoch_at(step), "phase": engine.plan.phase}
+        _stop_if_corrupt(run, stats, micro_batches, row)
+        if problem := problem_of(state.watch, step, stats, config.train.divergence):
+            back = _way_back(run, saver, state, stats, row, problem)
+            if back is not None:
+                loader.close()
+                engine, state = _go_back(run, saver, engine, back)
+                loader, resumed_at = _loader(run, engine, state.step), state.step
+                continue
+        if stats.skipped:
+            state.watch = state.watch.skipped()
+            row |= {"left_out": state.watch.left_out, "left_out_loss": stats.loss}
+        else:
+            state.watch = state.watch.sound(stats.loss, config.train.divergence)
+            for meter in (state.window, state.logged):
+                meter.add(stats.loss, config.train.global_batch_size, corrupt=stats.corrupt, **seconds)
         if step in evaluated_at:
-            accuracy = _evaluate(run, engine)
-            row |= {"val/acc1": accuracy.acc1, "val/loss": accuracy.loss}
+            state.accuracy = _evaluate(run, engine)
+            row |= {"val/acc1": state.accuracy.acc1, "val/loss": state.accuracy.loss}
         if step in measured_at | normed_at:
             norms = weight_norms(engine)
             row |= {f"norm/{family}.{i:02d}": norm for family, layers in norms.items() for i, norm in layers.items()}
-        if step in measured_at:
-            phase = _decide(run, controller, phase, window.observation(step, norms))
-            window.reset()
+        if step in measured_at and state.window.steps:
+            state.phase = _decide(run, controller, state.phase, state.window.observation(step, norms))
+            state.window.reset()
         if len(row) > 3 or step % config.train.log_every == 0:
-            row |= {"lr": lr, "grad_norm": stats.grad_norm, **logged.row()}
+            row |= {"lr": lr, "grad_norm": stats.grad_norm, **state.logged.row()}
             run.log.metrics(row, samples=step * config.train.global_batch_size)
             run.progress.step(row)
-            logged.reset()
-        if phase.plan != engine.plan and step < total:
-            engine, switch = transition(engine, phase.plan, base_dir=run.out / "base")
+            state.logged.reset()
+        state.step, state.corrupt = step, run.corrupt.count
+        if state.phase.plan != engine.plan and step < total:
+            engine, switch = transition(engine, state.phase.plan, keep_frozen=saver.keep_frozen)
             loader.rebatch(engine.config.train.micro_batch_size)
-            _begin_plan(run, engine, phase, switch)
-    assert accuracy is not None, "the last step is a tick of every duration"
-    return engine, accuracy
+            begin_plan(run, engine, state.phase, switch)
+        saver.after_step(engine, state, *stats.flags, due=step in saved_at, why=stop.reason)
+        run.guard.beat()
+    saver.settle()
+    loader.close()
+    return engine, state
+
+
+def _way_back(run: Run, saver: Saver, state: RunState, stats: StepStats, row: dict[str, Any],
+              problem: str) -> Checkpoint | None:
+    try:
+        return way_back(saver, run.layout, run.out, state, stats, row["step"], problem, run.config.train.divergence)
+    except TrainingDivergedError:
+        run.log.metrics({**row, "train/loss": stats.loss, "grad_norm": stats.grad_norm},
+                        samples=row["step"] * run.config.train.global_batch_size)
+        raise
+
+
+def _go_back(run: Run, saver: Saver, engine: Engine, found: Checkpoint) -> tuple[Engine, RunState]:
+    release(engine)
+    samples = found.run.step * run.config.train.global_batch_size
+    run.log.rewind(lambda: (prepare(run.out, found), make_monitor(run.out, samples))[1])
+    return _begin(run, saver, found)
 
 
 def _decide(run: Run, controller: PhaseController, phase: PhaseState, observation: Observation) -> PhaseState:
@@ -171,47 +211,12 @@ def _decide(run: Run, controller: PhaseController, phase: PhaseState, observatio
     return after
 
 
-def _begin_plan(run: Run, engine: Engine, phase: PhaseState, switch: Switch | None) -> None:
-    """Lend the run's monitor to the engine and record the plan, its reason and the bytes predicted for it."""
-    if run.log.monitor is not None:
-        engine.ds.monitor = run.log.monitor
-    shapes = engine.plan.parameters(run.layout)
-    trainable = sum(math.prod(shapes[name]) for name in engine.plan.trainable)
-    run.log.plans({"event": "plan", "step": engine.plan.since_step, "phase": engine.plan.phase, "reason": phase.reason,
-                   "trainable_parameters": trainable, "all_parameters": sum(map(math.prod, shapes.values())),
-                   "switch": None if switch is None else switch.to_json(), "plan": engine.plan.to_json()})
-    if switch is not None:
-        run.progress.say(f"-> {engine.plan.phase} after step {engine.plan.since_step}: {phase.reason}; {trainable:,} "
-                         f"parameters train; {switch.released_bytes / 2**20:,.1f} MiB released, all of it gone, "
-                         f"{switch.seconds:.1f} s")
-
-
-def _log_bytes(run: Run, engine: Engine, step: int) -> None:
-    """Predicted against measured bytes of this rank at the end of a backward pass; a warning where they differ."""
-    predicted = predict_bytes(engine.plan, run.layout, engine.config.zero, dist.get_world_size(), after_backward=True,
-                              lora_mode=engine.config.lora_mode())
-    measured = census(engine)
-    off = worst_deviation(predicted, measured)
-    run.log.plans({"event": "bytes", "step": step, "phase": engine.plan.phase, "predicted": predicted.to_json(),
-                   "measured": measured, "worst_deviation": off})
-    if off > DEVIATION_WARNING:
-        run.progress.say(f"warning: bytes of phase {engine.plan.phase} differ by {off:.1%} from the prediction: "
-                         f"predicted {predicted.to_json()}, measured {measured}")
-
-
-def _stop_if_diverged(run: Run, stats: StepStats, row: dict[str, Any]) -> None:
-    if stats.skipped or not (math.isfinite(stats.loss) and math.isfinite(stats.grad_norm)):
-        run.log.metrics(row, samples=row["step"] * run.config.train.global_batch_size)
-        raise TrainingDivergedError(f"step {row['step']}, phase {row['phase']}: the loss is {stats.loss} and the "
-                                    f"gradient norm {stats.grad_norm}\n  remedy: a lower optimizer.lr, a longer "
-                                    "optimizer.warmup, or a smaller optimizer.clip_grad_norm")
-
-
 def _stop_if_corrupt(run: Run, stats: StepStats, micro_batches: Sequence[MicroBatch], row: dict[str, Any]) -> None:
     """All ranks stop at the same step: they hold the same counts."""
     faults = [fault for batch in micro_batches for fault in batch.faults]
     if run.corrupt.spent(run.timeline.epochs_done(row["step"] - 1), stats.corrupt, faults):
-        run.log.metrics(row, samples=row["step"] * run.config.train.global_batch_size)
+        run.log.metrics({**row, "train/loss": stats.loss, "data/corrupt": stats.corrupt},
+                        samples=row["step"] * run.config.train.global_batch_size)
         last = [""] * dist.get_world_size()
         dist.all_gather_object(last, run.corrupt.last_fault)
         raise run.corrupt.error(last)
@@ -222,18 +227,23 @@ def _evaluate(run: Run, engine: Engine) -> Accuracy:
                            world_size=dist.get_world_size(), batch_size=run.config.train.micro_batch_size,
                            workers=run.workers, worker_start=run.config.data.worker_start)
     with engine.evaluating() as logits:
-        return evaluate(logits, batches, samples=len(run.val_data), reduce=dist.all_reduce, device=engine.ds.device)
+        return evaluate(lambda images: run.guard.beat() or logits(images), batches,
+                        samples=len(run.val_data), reduce=dist.all_reduce, device=engine.ds.device)
 
 
-def _count_workers(config: Config, data: TrainData, progress: TrainProgress) -> int:
-    """The same on all ranks, by rank 0's measurement."""
-    chosen = [(0, "")]
-    if dist.get_rank() == 0:
-        here = local_world_size()
-        gpu = gpu_named(accelerator_name(), rank_memory_gib(here))
-        chosen = [count_workers(config, data, ranks_here=here, images_per_s=fastest_images_per_s(
-            config, here, dist.get_world_size(), gpu))]
-    dist.broadcast_object_list(chosen, src=0)
-    if config.data.workers == "auto":
-        progress.say(chosen[0][1])
-    return chosen[0][0]
+def _hosts() -> list[str]:
+    """The host of each rank."""
+    names = [""] * dist.get_world_size()
+    dist.all_gather_object(names, socket.gethostname())
+    return names
+
+
+def _loader(run: Run, engine: Engine, start_step: int) -> Loader:
+    return make_loader(engine.config, run.train_data, rank=dist.get_rank(), world_size=dist.get_world_size(),
+                       workers=run.workers, start_step=start_step)
+
+
+def _controller(run: Run) -> PhaseController:
+    return PhaseController(layout=run.layout, timeline=run.timeline, lora=run.config.lora,
+                           convergence=run.config.convergence, seed=run.config.run.seed)
+

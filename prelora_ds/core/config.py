@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from prelora_ds.core.data_config import DataConfig
-from prelora_ds.core.fields import Duration, DurationField, Positive, Share, Strict
+from prelora_ds.core.fields import Duration, DurationField, Positive, Seconds, Share, Strict
 
 MERGED_UP_TO = 384  # hidden size
 FAMILIES = ("q", "k", "v", "o", "fc1", "fc2")
@@ -84,6 +84,20 @@ class OptimizerConfig(Strict):
     clip_grad_norm: Annotated[float, Field(ge=0)] = 1.0
 
 
+class DivergenceConfig(Strict):
+    """What happens at a loss or gradient norm that is not finite, or at a loss above ``spike`` times the mean of the
+    last ``over`` steps (null: no loss is too high).
+
+    stop: end the run. skip: leave that update out, at most ``tries`` times in a row. rollback: go back to the last
+    checkpoint, and leave that update out when the run comes to it again; at most ``tries`` times.
+    """
+
+    action: Literal["stop", "skip", "rollback"] = "stop"
+    spike: Annotated[float, Field(gt=1)] | None = None
+    over: Positive = 50
+    tries: Positive = 3
+
+
 class TrainConfig(Strict):
     duration: DurationField
     global_batch_size: Positive
@@ -92,6 +106,7 @@ class TrainConfig(Strict):
     label_smoothing: Share = 0.0
     log_every: Positive = 1
     eval_every: DurationField = Duration("1 epoch")
+    divergence: DivergenceConfig = DivergenceConfig()
 
     @model_validator(mode="after")
     def _duration_is_absolute(self) -> TrainConfig:
@@ -177,6 +192,39 @@ class PhasesConfig(Strict):
     calibration: str | None = None
 
 
+class CheckpointConfig(Strict):
+    """Checkpoints in ``run.output_dir/checkpoints``, each ``every`` and at the end (null: only when asked to stop).
+
+    keep_last, keep_best: so many of the newest and of the most accurate; keep_every: those that lie on its ticks, too.
+    walltime: the job's time limit, counted from the start of the process; the run stops with a checkpoint before it.
+    async: write while training goes on. deepspeed_format: write DeepSpeed's own folder into each checkpoint as well.
+    """
+
+    every: DurationField | None = Duration("1 epoch")
+    keep_last: Positive = 2
+    keep_best: Annotated[int, Field(ge=0)] = 1
+    keep_every: DurationField | None = None
+    walltime: Seconds | None = None
+    async_: bool = Field(default=True, alias="async")
+    deepspeed_format: bool = False
+
+
+class GuardConfig(Strict):
+    """hang_limit: a rank that takes no step for so long ends itself with all stacks and exit code 85."""
+
+    hang_limit: Seconds = 1800.0
+
+
+class LaunchConfig(Strict):
+    """``interface``: the network interface of gloo, NCCL and MPI (null: gloo takes the one towards the master).
+
+    ``timeout_s``: seconds within which all ranks have to come before the process group is made.
+    """
+
+    interface: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,15}$")] | None = None
+    timeout_s: Annotated[float, Field(gt=0)] = 300.0
+
+
 @dataclass(frozen=True)
 class ZeroSettings:
     """The keys of a DeepSpeed config's ``zero_optimization`` that decide bytes; DeepSpeed's defaults, in elements."""
@@ -199,6 +247,9 @@ class Config(Strict):
     lora: LoraConfig = LoraConfig()
     deepspeed: dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 0}})
     phases: PhasesConfig = PhasesConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
+    launch: LaunchConfig = LaunchConfig()
 
     def for_phase(self, phase: str) -> Config:
         """The config that holds in ``phase``: micro-batch and DeepSpeed section as `phases` has them for it.

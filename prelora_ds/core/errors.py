@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+# How a process ends. 75, 87 and 88 are for whoever watches over a job.
+DIVERGED_EXIT_CODE = 1
 USAGE_EXIT_CODE = 2
+TRY_AGAIN_EXIT_CODE = 75  # nothing is lost, and the same command may succeed
+HANG_EXIT_CODE = 85
+ORPHAN_EXIT_CODE = 87
+FENCED_EXIT_CODE = 88
+STOPPED_EXIT_CODE = 99  # as asked, with a checkpoint; the same command goes on
+INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells report it
 
 
 class ExpectedError(Exception):
@@ -11,7 +19,7 @@ class ExpectedError(Exception):
     ``of_one_rank``: other ranks do not meet it, so the one that does has to say it.
     """
 
-    exit_code = 1
+    exit_code = DIVERGED_EXIT_CODE
     of_one_rank = False
 
 
@@ -33,3 +41,19 @@ class ConfigError(ExpectedError, ValueError):
 
 class TrainingDivergedError(ExpectedError, RuntimeError):
     """The loss or the gradient norm became NaN or infinite; names step and phase."""
+
+
+class Stopped(Exception):
+    """The run ended as it was asked to, with a checkpoint."""
+
+
+class NotSavedError(ExpectedError, RuntimeError):
+    """The run was asked to stop, and its last checkpoint could not be written."""
+
+    exit_code = TRY_AGAIN_EXIT_CODE
+
+
+class LaunchError(ExpectedError, RuntimeError):
+    """A host, a network or a port failed the run, not the recipe: another try, or another host, may work."""
+
+    exit_code = TRY_AGAIN_EXIT_CODE

@@ -49,6 +49,23 @@ def _as_duration(value: Any) -> Duration:
     return value if isinstance(value, Duration) else Duration(value)
 
 
+def parse_seconds(text: object) -> float:
+    """Seconds of ``"6 h"``, ``"90 min"``, ``"30 s"`` or ``"06:00:00"`` (a number is seconds already); above 0.
+
+    Raises ValueError.
+    """
+    seconds = float(text) if isinstance(text, int | float) else 0.0
+    if isinstance(text, str):
+        if match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(h|min|m|s)\s*", text):
+            seconds = float(match[1]) * {"h": 3600, "min": 60, "m": 60, "s": 1}[match[2]]
+        elif match := re.fullmatch(r"(\d+):([0-5]\d):([0-5]\d)", text):
+            seconds = 3600.0 * int(match[1]) + 60 * int(match[2]) + int(match[3])
+    if seconds <= 0:
+        raise ValueError(f'{text!r} is no time; write "6 h", "90 min", "30 s" or "06:00:00"')
+    return seconds
+
+
+Seconds = Annotated[float, BeforeValidator(parse_seconds)]
 DurationField = Annotated[Duration, BeforeValidator(_as_duration), PlainSerializer(str)]
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -57,4 +74,5 @@ Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 class Strict(BaseModel):
     """Frozen; an unknown key, NaN and infinity are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, allow_inf_nan=False,
+                              serialize_by_alias=True)

@@ -29,6 +29,15 @@ class CorruptBudget:
         self._last = next(iter(faults), self._last)
         return self._count > self._share * self._samples
 
+    @property
+    def count(self) -> tuple[int, int]:
+        """(epoch, unreadable samples in it so far), for a checkpoint."""
+        return self._epoch, self._count
+
+    def go_on(self, epoch: int, corrupt: int) -> None:
+        """Count on from where a checkpoint stood."""
+        self._epoch, self._count = epoch, corrupt
+
     def error(self, last_of_ranks: Sequence[str]) -> CorruptBudgetError:
         """What to raise then, with a fault out of `last_fault` of all ranks."""
         fault = next(filter(None, last_of_ranks), "")

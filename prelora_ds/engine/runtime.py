@@ -62,13 +62,6 @@ def init_process_group(timeout_s: float = 1800.0) -> None:
     comm.init_distributed(auto_mpi_discovery=False, timeout=timedelta(seconds=timeout_s), verbose=False)
 
 
-def ranks_that_differ(text: str) -> list[int]:
-    """Ranks whose ``text`` is not rank 0's. Collective."""
-    texts = [""] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(texts, text)
-    return [rank for rank, other in enumerate(texts) if other != texts[0]]
-
-
 def local_world_size() -> int:
     """Ranks on this host, as the launcher says; 1 where it does not."""
     return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
@@ -95,16 +88,25 @@ def freeze_imports() -> None:
     gc.freeze()
 
 
-def make_monitor(folder: Path) -> Any | None:
-    """DeepSpeed's monitor writing TensorBoard events to ``folder/tensorboard``, on rank 0; None on the others."""
+def make_monitor(folder: Path, after_samples: int = 0) -> Any | None:
+    """DeepSpeed's monitor writing TensorBoard events to ``folder/tensorboard``, on rank 0; None on the others.
+
+    after_samples: where a resumed run goes on; TensorBoard drops what an earlier run wrote beyond.
+    """
     from deepspeed import comm
     from deepspeed.monitor.config import get_monitor_config
     from deepspeed.monitor.monitor import MonitorMaster
 
     if comm.get_rank() != 0:
         return None
+    resumed = (folder / "tensorboard").is_dir()
     tensorboard = {"enabled": True, "output_path": str(folder), "job_name": "tensorboard"}
-    return MonitorMaster(get_monitor_config({"tensorboard": tensorboard}))
+    monitor = MonitorMaster(get_monitor_config({"tensorboard": tensorboard}))
+    if resumed:
+        old = monitor.tb_monitor.summary_writer
+        old.close()
+        monitor.tb_monitor.summary_writer = type(old)(log_dir=old.log_dir, purge_step=after_samples + 1)
+    return monitor
 
 
 def device() -> torch.device:

@@ -6,7 +6,7 @@ A rank holds 1/world of everything. Restoring assembles one tensor of one parame
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -68,13 +68,37 @@ def initial_state(module: nn.Module, rank: int, world_size: int) -> EngineState:
     return EngineState(slices, buffers=_buffers(module))
 
 
-@torch.no_grad()
 def export_state(engine: DeepSpeedEngine) -> EngineState:
     """Move this rank's part of the state to the host, tensor by tensor, leaving ``engine`` unusable.
 
     The optimizer's storage is given back as it is copied, so engine and export together never hold more than the
     engine did, plus one tensor.
     """
+    return _collect(engine, _host_copy, done=lambda tensor: tensor.untyped_storage().resize_(0))
+
+
+def copy_state(engine: DeepSpeedEngine, *, frozen: bool = True, reuse: EngineState | None = None) -> EngineState:
+    """The same as `export_state` gives, and ``engine`` goes on; without ``frozen`` only what trains.
+
+    reuse: a former copy that is needed no more; memory that the system has already given is many times faster to
+    write than fresh pages.
+    """
+    free: dict[tuple[torch.dtype, int], list[torch.Tensor]] = {}
+    for old in () if reuse is None else reuse.slices.values():
+        for tensor in (old.value, *old.moments.values()):
+            free.setdefault((tensor.dtype, tensor.numel()), []).append(tensor)
+
+    def to_host(part: torch.Tensor) -> torch.Tensor:
+        spare = free.get((part.dtype, part.numel()))
+        return spare.pop().copy_(part) if spare else _host_copy(part)
+
+    return _collect(engine, to_host, frozen=frozen)
+
+
+@torch.no_grad()
+def _collect(engine: DeepSpeedEngine, to_host: Callable[[torch.Tensor], torch.Tensor], *,
+             done: Callable[[torch.Tensor], object] = lambda _: None, frozen: bool = True) -> EngineState:
+    """``to_host`` of each part that is this rank's; ``done`` is called with each flat tensor when its parts are."""
     rank, world = comm.get_rank(), comm.get_world_size()
     inner = adam_state(engine)
     trained, by_flat = _trained_names(engine), {}
@@ -91,18 +115,22 @@ def export_state(engine: DeepSpeedEngine) -> EngineState:
         for key, tensor in tensors.items():
             for f in by_flat.get(id(flat), ()):
                 start, stop = even_share(f.stop, rank, world) if replicated else (f.start, f.stop)
-                part = f.of(tensor)[start - f.start: stop - f.start].to("cpu", copy=True)
+                part = to_host(f.of(tensor)[start - f.start: stop - f.start])
                 if key == "value":
                     slices[f.name] = Slice(start, part)
                 else:
                     slices[f.name].moments[key] = part
-            tensor.untyped_storage().resize_(0)
+            done(tensor)
 
     fp32_bases = bases(engine.module)
-    for name, p in named_parameters(engine.module).items():
+    for name, p in named_parameters(engine.module).items() if frozen else ():
         if name not in adam_steps and not p.requires_grad:
             slices[name] = _frozen_slice(fp32_bases.get(name, p), rank, world)
     return EngineState(slices, adam_steps, _buffers(engine.module))
+
+
+def _host_copy(part: torch.Tensor) -> torch.Tensor:
+    return part.to("cpu", copy=True)
 
 
 def _trained_names(engine: DeepSpeedEngine) -> list[tuple[torch.Tensor, list[str]]]:

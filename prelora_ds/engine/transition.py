@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-
-from deepspeed import comm
 
 from prelora_ds.core.plan import Plan
 from prelora_ds.engine.build import Engine, build_engine
 from prelora_ds.engine.census import engine_storages, live_storages, settled
-from prelora_ds.engine.checkpoint import save_slices
 from prelora_ds.engine.measure import check_ranks_agree
 from prelora_ds.engine.release import release
-from prelora_ds.engine.state import export_state
+from prelora_ds.engine.state import EngineState, export_state
 
 
 @dataclass(frozen=True)
@@ -29,10 +25,11 @@ class Switch:
         return dict(vars(self))
 
 
-def transition(engine: Engine, plan: Plan, *, base_dir: Path | None = None) -> tuple[Engine, Switch]:
+def transition(engine: Engine, plan: Plan, *,
+               keep_frozen: Callable[[EngineState, Plan], object] | None = None) -> tuple[Engine, Switch]:
     """An engine for ``plan`` that carries on where ``engine`` stood; ``engine`` is dead afterwards. Collective.
 
-    The fp32 masters of parameters that no longer train are written to ``base_dir`` first (they live on as BF16).
+    ``keep_frozen`` may write down what will not train under the plan: the fp32 masters live on as BF16.
     Raises RuntimeError when the old engine's memory is not given back, or when ranks disagree afterwards.
     """
     begun = time.perf_counter()
@@ -42,9 +39,8 @@ def transition(engine: Engine, plan: Plan, *, base_dir: Path | None = None) -> t
     left = settled(lambda: sum(nbytes for key, nbytes in live_storages().items() if key in held), lambda n: n == 0)
     if left:
         raise RuntimeError(f"{left} bytes of the old engine are still alive after its release")
-    frozen = engine.plan.trainable - plan.trainable
-    if base_dir is not None and frozen:
-        save_slices(state, frozen, base_dir, comm.get_rank(), comm.get_world_size())
+    if keep_frozen is not None:
+        keep_frozen(state, plan)
     new = build_engine(engine.run_config, plan, engine.layout, engine.num_labels, state, counters)
     check_ranks_agree(new)
     return new, Switch(time.perf_counter() - begun, sum(held.values()))

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import sys
 import time
-from typing import NoReturn
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn, TextIO
 
-from prelora_ds.core.errors import ExpectedError
+from prelora_ds.core.errors import INTERRUPTED_EXIT_CODE, STOPPED_EXIT_CODE, ExpectedError, Stopped
 from prelora_ds.launching.ranks import Ranks
 
 # Long enough for rank 0 to speak and for the launcher to end the others; every rank finds the same mistake.
 GRACE_S = 20.0
-
-
-INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells report it
 
 
 def interrupted(ranks: Ranks) -> NoReturn:
@@ -21,6 +22,42 @@ def interrupted(ranks: Ranks) -> NoReturn:
     if ranks.rank == 0:
         print("interrupted", file=sys.stderr, flush=True)
     sys.exit(INTERRUPTED_EXIT_CODE)
+
+
+def stopped(why: Stopped, ranks: Ranks) -> NoReturn:
+    """End after a checkpoint; every rank comes here."""
+    if ranks.rank == 0:
+        print(why, flush=True)
+    sys.exit(STOPPED_EXIT_CODE)
+
+
+def outlive_pipes() -> None:
+    """Let a standard stream whose reader is gone swallow what is written: a launcher that is ended closes the pipe
+    before its ranks have saved, and no checkpoint may be lost to a line of text."""
+    sys.stdout, sys.stderr = _Outliving(sys.stdout), _Outliving(sys.stderr)  # type: ignore[assignment]
+
+
+class _Outliving:
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return self._try(lambda: self._stream.write(text)) or 0
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, act: Callable[[], int | None]) -> int | None:
+        try:
+            return act()
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())  # what is still buffered, and what C code writes, goes there too
+            os.close(nowhere)
+            return None
 
 
 def fail(error: ExpectedError, ranks: Ranks) -> NoReturn:
@@ -33,6 +70,18 @@ def fail(error: ExpectedError, ranks: Ranks) -> NoReturn:
     if ranks.rank != 0 and not error.of_one_rank:
         time.sleep(GRACE_S)
     if ranks.rank == 0 or ranks.local_rank == 0 or error.of_one_rank:
-        where = "" if ranks.rank == 0 else f" (rank {ranks.rank})"
+        where = "" if ranks.rank == 0 else f" (rank {ranks.rank} on {socket.gethostname()})"
         print(f"error{where}: {error}", file=sys.stderr, flush=True)
     sys.exit(error.exit_code)
+
+
+def crash(ranks: Ranks) -> NoReturn:
+    """Print the exception that is being handled, with rank and host, and end at once with 1.
+
+    An ordinary exit would run MPI's finalizer and gloo's threads to their end, which wait for the other ranks: under
+    mpirun one exception would hang the job.
+    """
+    print(f"error: rank {ranks.rank} on {socket.gethostname()} failed\n{traceback.format_exc()}", file=sys.stderr,
+          flush=True)
+    sys.stdout.flush()
+    os._exit(1)

@@ -2,55 +2,81 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prelora_ds.configuring import check_world, dump_yaml, load_config
 from prelora_ds.core.config import Config
-from prelora_ds.core.errors import ConfigError
+from prelora_ds.core.errors import ConfigError, Stopped
 from prelora_ds.core.plan import Layout, Phase, warmup_plan
 from prelora_ds.core.schedule import Timeline
+from prelora_ds.launching.guard import Guard
+from prelora_ds.launching.mpi import complete
+from prelora_ds.launching.network import choose_interface
 from prelora_ds.launching.ranks import Ranks
+from prelora_ds.launching.rollcall import call_the_roll, make_of
+from prelora_ds.launching.stop import StopRequest
+from prelora_ds.launching.supervised import Supervision
 
 if TYPE_CHECKING:
     from prelora_ds.data.manifest import Manifest
     from prelora_ds.data.setup import TrainData
 
 
-def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config: str | None) -> None:
-    """Check, then train. Raises ConfigError before any process group or weight is made."""
+def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config: str | None,
+          resume: str = "auto", watch: Supervision | None = None) -> None:
+    """Check, then train. Raises ConfigError before any process group or weight is made; Stopped after a checkpoint.
+
+    resume: auto (go on with what run.output_dir holds), never, or a checkpoint or run to begin from. watch: the rank's
+    side of a supervisor.
+    """
     config = load_config(recipe, overrides, deepspeed_config)
     config, train_data, val_data = check_run(config, ranks)
 
     # torch and DeepSpeed take seconds to import: only now, when the cheap mistakes are out
     from prelora_ds.data.setup import samples_per_epoch
-    from prelora_ds.engine.runtime import (
-        check_zero_config,
-        choose_accelerator,
-        init_process_group,
-        ranks_that_differ,
-    )
+    from prelora_ds.engine.runtime import check_zero_config, choose_accelerator, init_process_group
 
     choose_accelerator()
     for phase in Phase:
         check_zero_config(config.for_phase(phase).deepspeed.get("zero_optimization", {}))
-    if ranks.rank == 0:
-        claim_output(Path(config.run.output_dir), config)
-        print(dump_yaml(config), flush=True)
-        warn_of_a_short_run(config, samples_per_epoch(config, len(train_data)))
+    from prelora_ds.launching.claim import claim_output
 
-    init_process_group()
-    if odd := ranks_that_differ(dump_yaml(config)):
-        raise ConfigError("phases", "auto", f"ranks {odd} settle on other settings than rank 0 (another device, memory "
-                          "or file)", "give phases.memory_gib, or micro_batch_size and zero_stage as numbers")
-    from prelora_ds.reporting.table import print_report
-    from prelora_ds.train import train
+    stop, guard = StopRequest(config.checkpoint.walltime).install(), Guard(config.guard.hang_limit, ranks.rank).start()
+    watch = watch or Supervision(None, ranks.rank)
+    guard.checks.append(watch.check)
+    guard.last_words = watch.ended
+    ranks = complete(ranks, config.launch.interface)
+    choose_interface(config.launch.interface, ranks.master_addr, os.environ)
+    ranks.export(os.environ)
+    lease = claim_output(Path(config.run.output_dir), config, resume) if ranks.rank == 0 else None
+    try:
+        if lease is not None:
+            guard.checks.append(lease.check)
+            print(dump_yaml(config), flush=True)
+            warn_of_a_short_run(config, samples_per_epoch(config, len(train_data)))
+        # After the claim: a rank 0 that is refused its folder has not yet let the others in, and its exit code counts.
+        call_the_roll(ranks, make_of(dump_yaml(config)), os.environ, config.launch.timeout_s, guard.end)
+        init_process_group()
+        from prelora_ds.reporting.table import print_report
+        from prelora_ds.train import train
 
-    train(config, train_data, val_data)
-    if ranks.rank == 0:
-        print_report(Path(config.run.output_dir))
-    close_process_group()
+        try:
+            train(config, train_data, val_data, resume=resume, stop=stop, guard=guard)
+            if ranks.rank == 0:
+                print_report(Path(config.run.output_dir))
+            watch.mark("DONE")
+        except Stopped:
+            watch.mark("STOPPED")
+            close_process_group()
+            raise
+        close_process_group()
+    finally:
+        guard.stop()
+        if lease is not None:
+            lease.release()
 
 
 def check_run(config: Config, ranks: Ranks) -> tuple[Config, TrainData, Manifest]:
@@ -99,19 +125,6 @@ def check_families(config: Config, num_labels: int) -> Layout:
         raise ConfigError("lora.families", list(config.lora.families), f"adapters cannot be attached: {exc}",
                           "choose other lora.families, or narrow model.families") from exc
     return layout
-
-
-def claim_output(folder: Path, config: Config) -> None:
-    """Make the output folder and write config.yaml into it; raises ConfigError when it holds anything already."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        what = "holds another run" if (folder / "config.yaml").exists() else "exists and is not empty"
-        raise ConfigError("run.output_dir", str(folder), what, "choose another run.output_dir, or move this one away")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(dump_yaml(config))
-    except OSError as exc:
-        raise ConfigError("run.output_dir", str(folder), f"cannot be written ({exc.strerror})",
-                          "choose a folder that you may write to") from exc
 
 
 def close_process_group() -> None:

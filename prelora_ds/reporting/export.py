@@ -37,7 +37,7 @@ def export_model(engine: Engine, folder: Path) -> None:
             values[name] = full.cpu()
     if dist.get_rank() == 0:
         buffers = {name: buffer for name, buffer in state.buffers.items() if name in kept}
-        _write(merge(values, engine.plan, engine.layout) | buffers, engine.config, engine.num_labels, folder)
+        write_model(merge(values, engine.plan, engine.layout) | buffers, engine.config, engine.num_labels, folder)
     dist.barrier()
 
 
@@ -50,7 +50,8 @@ def merge(values: Mapping[str, torch.Tensor], plan: Plan, layout: Layout) -> dic
     return merged
 
 
-def _write(weights: Mapping[str, torch.Tensor], config: Config, num_labels: int, folder: Path) -> None:
+def write_model(weights: Mapping[str, torch.Tensor], config: Config, num_labels: int, folder: Path) -> None:
+    """Write the model of ``weights``, fp32, to ``folder``: whole or not at all."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -64,4 +65,5 @@ def _write(weights: Mapping[str, torch.Tensor], config: Config, num_labels: int,
         save_file({name: t.contiguous() for name, t in weights.items()}, partial / "model.safetensors")
         (partial / "factory.json").write_text(json.dumps(
             {"factory": config.model.factory, "args": config.model.factory_args, "num_labels": num_labels}, indent=2))
+    shutil.rmtree(folder, ignore_errors=True)  # of this run, if it was cut off right here and resumed
     partial.rename(folder)

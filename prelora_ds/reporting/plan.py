@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from prelora_ds.configuring import check_world, read_calibration
 from prelora_ds.core import costs
 from prelora_ds.core.config import Config, ZeroSettings
 from prelora_ds.core.errors import ConfigError
+from prelora_ds.core.fields import parse_seconds
 from prelora_ds.core.fitting import USABLE, reuse_distance, setting, settings
 from prelora_ds.core.plan import Layout, Phase, Plan, full_plan, lora_plan, warmup_plan
 from prelora_ds.core.schedule import Timeline
@@ -104,15 +104,10 @@ def fastest_images_per_s(config: Config, ranks_per_host: int, world_size: int, g
 
 def parse_walltime(text: str) -> float:
     """Seconds of ``6h``, ``90m`` or ``06:00:00``; raises ConfigError."""
-    if match := re.fullmatch(r"(\d+(?:\.\d+)?)([hm])", text):
-        seconds = float(match[1]) * (3600 if match[2] == "h" else 60)
-    elif match := re.fullmatch(r"(\d+):([0-5]\d):([0-5]\d)", text):
-        seconds = 3600.0 * int(match[1]) + 60 * int(match[2]) + int(match[3])
-    else:
-        seconds = 0.0
-    if seconds == 0:
-        raise ConfigError("--walltime", text, "is no walltime", "write 6h, 90m or 06:00:00")
-    return seconds
+    try:
+        return parse_seconds(text)
+    except ValueError as exc:
+        raise ConfigError("--walltime", text, "is no walltime", "write 6h, 90m or 06:00:00") from exc
 
 
 def print_plan(result: dict[str, Any], console: Console | None = None) -> None:

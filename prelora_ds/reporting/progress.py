@@ -15,22 +15,24 @@ PLAIN_EVERY_S = 10.0
 
 
 class TrainProgress:
-    """Steps of ``total``, with phase, loss, images a second and the time that remains."""
+    """Steps of ``total``, ``done`` of them before, with phase, loss, images a second and the time that remains."""
 
-    def __init__(self, total: int, *, shown: bool) -> None:
+    def __init__(self, total: int, *, shown: bool, done: int = 0) -> None:
+        self._done = done
         self._total, self._shown, self._begun, self._spoke = total, shown, time.monotonic(), float("-inf")
         self._bar: Progress | None = None
         if shown and sys.stdout.isatty():
             self._bar = Progress(TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(),
                                  TimeRemainingColumn(), console=Console())
-            self._task = self._bar.add_task("starting", total=total)
+            self._task = self._bar.add_task("starting", total=total, completed=done)
             self._bar.start()
 
     def step(self, row: Mapping[str, Any]) -> None:
         """Show a logged row (`RunLog.metrics`)."""
         if not self._shown:
             return
-        text = f"{row['phase']:<6} loss {row['train/loss']:.4f}  {row['img_s']:.3g} img/s"
+        text = f"{row['phase']:<6} "
+        text += f"loss {row['train/loss']:.4f}  {row['img_s']:.3g} img/s" if "img_s" in row else "update left out"
         if "val/acc1" in row:
             text += f"  acc1 {row['val/acc1']:.2%}"
         step, now = row["step"], time.monotonic()
@@ -38,7 +40,7 @@ class TrainProgress:
             self._bar.update(self._task, completed=step, description=text)
         elif now - self._spoke >= PLAIN_EVERY_S or step == self._total:
             self._spoke = now
-            eta = (now - self._begun) / step * (self._total - step)
+            eta = (now - self._begun) / max(1, step - self._done) * (self._total - step)
             print(f"step {step}/{self._total}  epoch {row['epoch']:.1f}  {text}  ETA {eta:.0f} s", flush=True)
 
     def say(self, text: str) -> None:

@@ -30,7 +30,7 @@ def phase_rows(folder: Path) -> list[dict[str, Any]]:
     rows = []
     for i, plan in enumerate(plans):
         last = plans[i + 1]["step"] if i + 1 < len(plans) else steps[-1]["step"]
-        own = [s for s in steps if plan["step"] < s["step"] <= last]
+        own = [s for s in steps if plan["step"] < s["step"] <= last and "train/loss" in s]
         measured = next((e for e in events if e["event"] == "bytes" and plan["step"] < e["step"] <= last), None)
         evaluated = [s["val/acc1"] for s in own if "val/acc1" in s]
         first_epoch = next((s["epoch"] for s in steps if s["step"] == plan["step"]), 0.0)

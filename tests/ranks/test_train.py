@@ -25,10 +25,12 @@ from prelora_ds.data.budget import CorruptBudget
 from prelora_ds.data.manifest import Manifest
 from prelora_ds.data.transforms import to_float
 from prelora_ds.data.writer import DIGIT_CLASSES, digits, write_shards
+from prelora_ds.launching.guard import Guard
 from prelora_ds.metrics import RunLog, read_lines
+from prelora_ds.recording import Run
+from prelora_ds.recording import log_bytes as record_bytes
 from prelora_ds.reporting.export import export_model
 from prelora_ds.reporting.progress import TrainProgress
-from prelora_ds.train import Run, _log_bytes
 
 ROOT = Path(__file__).parents[2]
 DEBUG = "launch/recipes/vit_tiny_debug.yaml"
@@ -112,10 +114,10 @@ def test_the_final_table_is_printed(finished):
 def test_the_fp32_base_of_what_froze_is_kept_whole(finished):
     out, _ = finished
     parts, starts = {}, {}
-    for path in sorted((out / "base").glob("*.safetensors")):
+    for path in sorted((out / "checkpoints").glob("base-*/*.safetensors")):
         with safe_open(path, "pt") as file:
-            for name, start in file.metadata().items():
-                parts.setdefault(name, {})[int(start)] = file.get_tensor(name)
+            for name, start in json.loads(file.metadata()["starts"]).items():
+                parts.setdefault(name, {})[start] = file.get_tensor(f"value/{name}")
     plan = [e for e in read_lines(out / "plans.jsonl") if e["event"] == "plan"]
     assert parts.keys() == set(plan[1]["plan"]["trainable"]) - set(plan[2]["plan"]["trainable"]) != set()
     vit = ViTForImageClassification.from_pretrained(out / "model")
@@ -128,11 +130,12 @@ def test_the_fp32_base_of_what_froze_is_kept_whole(finished):
     assert set(starts.values()) == {0}
 
 
-def test_a_second_run_in_the_same_folder_is_refused_and_overwrites_nothing(finished):
+def test_a_second_run_in_the_same_folder_is_refused_and_overwrites_nothing(finished, shards):
     out, _ = finished
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    done = launch("--recipe", DEBUG, f"run.output_dir={out}", runner="deepspeed.launcher.launch")
-    assert done.returncode == 2 and "holds another run" not in done.stdout
+    done = launch("--recipe", DEBUG, "--deepspeed_config", "ds_configs/zero2.json", f"run.output_dir={out}",
+                  f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", runner="deepspeed.launcher.launch")
+    assert done.returncode == 2 and "holds a finished run" in done.stderr + done.stdout
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
@@ -229,8 +232,8 @@ def log_bytes(folder):
     """What rank 0 says of an engine as it is, and of one with a gradient too many."""
     t, said = Trainer(config("zero2")), []
     manifest = Manifest(Path(folder), ("a",), (), 0, np.empty(0), Path(folder))
-    run = Run(t.cfg, t.layout, Timeline(64, 8, t.cfg.train.duration), manifest, CorruptBudget(0.001, 64), 0,
-              RunLog(Path(folder), None), TrainProgress(100, shown=t.rank == 0), Path(folder))
+    run = Run(t.cfg, t.layout, Timeline(64, 8, t.cfg.train.duration), manifest, manifest, CorruptBudget(0.001, 64), 0,
+              RunLog(Path(folder), None), TrainProgress(100, shown=t.rank == 0), Path(folder), Guard(60))
     t.train(2)
     weight = next(t.engine.module.parameters())
     t.engine.backward(t.batches())
@@ -238,7 +241,7 @@ def log_bytes(folder):
     for gradient in (kept, torch.zeros(1_000_000)):
         weight.grad_accum = gradient
         with redirect_stdout(io.StringIO()) as printed:
-            _log_bytes(run, t.engine, t.step)
+            record_bytes(run, t.engine, t.step)
         said.append(printed.getvalue())
     weight.grad_accum = kept
     t.engine.finish_step(lr=1e-3)

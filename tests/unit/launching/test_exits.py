@@ -41,7 +41,7 @@ def test_the_first_rank_of_another_host_waits_for_the_grace_and_then_says_who_it
         exits.fail(error, Ranks(4, 0, 8))
     assert naps == [exits.GRACE_S]
     assert ended.value.code == code
-    assert capsys.readouterr().err == f"error (rank 4): {error}\n"
+    assert capsys.readouterr().err == f"error (rank 4 on {exits.socket.gethostname()}): {error}\n"
 
 
 def test_the_other_ranks_of_a_host_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:

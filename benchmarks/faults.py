@@ -1,0 +1,101 @@
+"""Is a run that was killed again and again the run that it would have been, bit for bit?
+
+    python benchmarks/faults.py            # make test-faults: at least 30 kills
+    python benchmarks/faults.py --kills 60 --seed 7
+
+At each ZeRO stage one run to its end, and one whose ranks are killed with SIGKILL at moments drawn by the seed (in a
+step, a switch, a window's end, an evaluation, while a checkpoint is copied, written, voted on or committed, while one
+is read, in the export), started again each time by the same command. Compared are all logged losses and norms, all
+window decisions and plans, and all bits of the exported model. Goal, and limit: every one equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from harness import ROOT, print_table, record
+
+sys.path.insert(0, str(ROOT / "tests"))
+from support.launches import Job, Zygote, differences, traces, zygote
+
+from prelora_ds.checkpoints.folder import list_checkpoints, step_of
+from prelora_ds.data.writer import DIGIT_CLASSES, digits, write_shards
+from prelora_ds.launching.claim import is_finished
+
+STAGES, WORLD = (0, 1, 2, 3), 2
+SETTINGS = ("checkpoint.every=2 steps", "model.hidden_dropout_prob=0.1", "train.eval_every=5 steps")
+# Place -> (the last call that may be hit, seconds that it takes on a slow machine).
+PLACES = {"step": (12, 0.1), "copy": (5, 0.01), "write": (5, 0.05), "vote": (5, 0.02), "commit": (5, 0.01),
+          "window": (5, 0.02), "evaluate": (3, 0.1), "switch": (2, 0.5), "restore": (1, 0.05), "export": (1, 0.1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    per_stage = -(-args.kills // len(STAGES))
+    with tempfile.TemporaryDirectory() as folder, zygote() as forge:
+        shards = Path(folder) / "digits"
+        for split in ("train", "val"):
+            write_shards(digits(split), shards / split, samples_per_shard=512, class_names=DIGIT_CLASSES)
+        rows = [row for zero in STAGES for row in stage(forge, Path(folder), shards, zero, per_stage, args.seed)]
+    print_table(rows, f"Kills, seed {args.seed}")
+    resumes = sum(row["bitwise"] for row in rows)
+    record("faults", {"kills": len(rows), "bitwise_resumes": resumes, "limit_bitwise_resumes": len(rows),
+                      "seed": args.seed}, rows,
+           f"{WORLD} ranks, gloo. A kill is resumed bitwise if the run it belongs to ended equal in every logged loss, "
+           "norm, decision and exported bit. Ranks are forked from a process that has imported torch and DeepSpeed.")
+    if resumes != len(rows):
+        sys.exit(1)
+
+
+def stage(forge: Zygote, folder: Path, shards: Path, zero: int, kills: int, seed: int) -> list[dict[str, Any]]:
+    """At least ``kills`` kills at stage ``zero``, in as many runs as it takes."""
+    settings = (*SETTINGS, "train.micro_batch_size=32") if zero == 0 else SETTINGS
+    whole, rng = folder / f"zero{zero}", random.Random(1000 * seed + zero)
+    done = Job(forge, whole, shards, *settings, zero=zero)
+    if any(done.end()):
+        sys.exit(done.said())
+    places, rows = rng.sample(list(PLACES), len(PLACES)), []
+    while len(rows) < kills:
+        out = folder / f"zero{zero}-after-{len(rows)}"
+        hit = one_run(forge, out, shards, settings, zero, rng, places, kills - len(rows))
+        odd = differences(traces(whole), traces(out))
+        rows += [row | {"bitwise": not odd, "differs in": "; ".join(odd)} for row in hit]
+    return rows
+
+
+def one_run(forge: Zygote, out: Path, shards: Path, settings: tuple[str, ...], zero: int, rng: random.Random,
+            places: list[str], kills: int) -> list[dict[str, Any]]:
+    """One run to its end, killed at most ``kills`` times; a kill that comes too late to meet anything is none."""
+    rows: list[dict[str, Any]] = []
+    while True:
+        newest, faults = list_checkpoints(out / "checkpoints"), {}
+        if len(rows) < kills:
+            place = places[0]
+            places.append(places.pop(0))
+            last_call, seconds = PLACES[place]
+            call, delay = rng.randint(1, last_call), round(rng.random() * seconds, 3)
+            rank = 0 if place == "commit" else rng.randrange(WORLD)
+            faults = {rank: {"place": place, "call": call, "delay": delay}}
+        begun, job = time.monotonic(), Job(forge, out, shards, *settings, zero=zero, faults=faults)
+        ended = job.end()
+        if ended == [0] * WORLD:
+            return rows
+        if not faults or ended[rank] != -9:
+            sys.exit(job.said())
+        rows.append({"stage": zero, "from step": step_of(newest[0]) if newest else 0, "place": place, "call": call,
+                     "rank": rank, "delay, s": delay, "seconds": time.monotonic() - begun})
+        if is_finished(out):  # killed on its way out, with all written
+            return rows
+
+
+if __name__ == "__main__":
+    main()

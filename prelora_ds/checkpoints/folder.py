@@ -1,0 +1,217 @@
+"""A folder of checkpoints: manifests with sizes and checksums, atomic commits, retention. No rank, no tensor.
+
+    checkpoints/
+      step-00001234/    manifest.json, state.json, a safetensors file of each rank
+      base-0123456789ab/  what is frozen, written once; manifests of checkpoints name it
+      latest            the name of the newest
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prelora_ds.core.errors import ConfigError
+
+FORMAT = 1
+FOLDER = "checkpoints"  # in run.output_dir
+MANIFEST, STATE, LATEST, ASIDE = "manifest.json", "state.json", "latest", "aside"
+_STEP = re.compile(r"step-(\d{8,})")
+
+
+class BrokenCheckpointError(Exception):
+    """A checkpoint that is not what its manifest says; the text names file and difference."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size and SHA-256 of a file."""
+
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> FileRecord:
+        with open(path, "rb") as file:
+            return cls(os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+@dataclass(frozen=True)
+class CheckpointManifest:
+    """What a checkpoint, or a base (``step`` None), holds; written last, so a folder with one is whole.
+
+    base: the folder beside this one that holds what was frozen. acc1: of the last evaluation.
+    """
+
+    world_size: int
+    zero_stage: int
+    phase: str
+    files: Mapping[str, FileRecord]
+    step: int | None = None
+    base: str | None = None
+    acc1: float | None = None
+    format: int = field(default=FORMAT)
+
+    def write(self, folder: Path) -> None:
+        data = asdict(self)
+        write_text(folder / MANIFEST, json.dumps({**data, "sha256": _digest(data)}, indent=1))
+
+    @classmethod
+    def load(cls, folder: Path) -> CheckpointManifest:
+        """Raises BrokenCheckpointError, and ConfigError when it is of another format."""
+        try:
+            data = json.loads((folder / MANIFEST).read_text())
+            found, digest = data["format"], data.pop("sha256", None)
+        except FileNotFoundError as exc:
+            raise BrokenCheckpointError(f"{folder}: has no {MANIFEST}") from exc
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
+            raise BrokenCheckpointError(f"{folder / MANIFEST}: cannot be read ({exc})") from exc
+        if digest != _digest(data):
+            raise BrokenCheckpointError(f"{folder / MANIFEST}: its checksum is not that of what was written")
+        if found != FORMAT:
+            raise ConfigError("checkpoint", str(folder), f"is of format {found}, and this version reads {FORMAT}",
+                              "resume with the version of prelora_ds that wrote it, or start in another run.output_dir")
+        return cls(**{**data, "files": {name: FileRecord(**record) for name, record in data["files"].items()}})
+
+    def verify(self, folder: Path, share: slice = slice(None)) -> None:
+        """Hold the files of ``share`` (of their sorted names) against sizes and checksums.
+
+        Raises BrokenCheckpointError.
+        """
+        for name in sorted(self.files)[share]:
+            path, expected = folder / name, self.files[name]
+            try:
+                found = path.stat().st_size
+                if found != expected.bytes:
+                    raise BrokenCheckpointError(f"{path}: holds {found} bytes, and {expected.bytes} were written")
+                if FileRecord.of(path) != expected:
+                    raise BrokenCheckpointError(f"{path}: its checksum is not that of what was written")
+            except OSError as exc:
+                raise BrokenCheckpointError(f"{path}: cannot be read ({exc.strerror})") from exc
+
+
+def _digest(data: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def step_folder(root: Path, step: int) -> Path:
+    return root / f"step-{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint's name; -1 for any other."""
+    match = _STEP.fullmatch(folder.name)
+    return int(match[1]) if match else -1
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """The checkpoint folders in ``root``, newest first; whether they are whole is not looked at."""
+    found = [path for path in root.iterdir() if step_of(path) >= 0] if root.is_dir() else []
+    return sorted(found, key=step_of, reverse=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace ``path`` by a file that is whole and on disk."""
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in ``folder`` to disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def commit(partial: Path, final: Path, manifest: CheckpointManifest) -> None:
+    """Give the files in ``partial`` their manifest and their name. Raises OSError, with ``final`` not there."""
+    manifest.write(partial)
+    partial.rename(final)
+    sync_folder(final.parent)
+
+
+def discard_partial(root: Path) -> None:
+    """Remove what writing left that did not come to its end."""
+    for path in root.glob(".*.partial") if root.is_dir() else ():
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def set_aside(root: Path, folders: Iterable[Path]) -> None:
+    """Move checkpoints that the run will not go on from out of the way of those it will write."""
+    for folder in folders:
+        target, number = root / ASIDE / folder.name, 1
+        while target.exists():
+            target, number = root / ASIDE / f"{folder.name}.{number}", number + 1
+        target.parent.mkdir(exist_ok=True)
+        folder.rename(target)
+
+
+def retain(root: Path, *, last: int, best: int, ticks: Container[int], in_use: str | None) -> None:
+    """Remove all checkpoints but the ``last`` newest, the ``best`` most accurate and those at ``ticks``; then the bases
+    that none of the kept, nor any set aside, refers to, ``in_use`` apart."""
+    folders = list_checkpoints(root)
+    manifests = {folder: _manifest_or_none(folder) for folder in folders}
+    ranked = sorted((f for f in folders if (m := manifests[f]) and m.acc1 is not None),
+                    key=lambda f: (manifests[f].acc1, step_of(f)), reverse=True)  # type: ignore[union-attr]
+    kept = {*folders[:last], *ranked[:best], *(f for f in folders if step_of(f) in ticks)}
+    for folder in folders:
+        if folder not in kept:
+            (folder / MANIFEST).unlink(missing_ok=True)  # half removed, it must not look whole
+            shutil.rmtree(folder, ignore_errors=True)
+    _remove_bases(root, kept, in_use)
+
+
+def _remove_bases(root: Path, kept: Iterable[Path], in_use: str | None) -> None:
+    manifests = [_manifest_or_none(folder) for folder in (*kept, *(root / ASIDE).glob("step-*"))]
+    if any(manifest is None for manifest in manifests):
+        return  # what a broken one refers to is not known
+    named = {in_use, *(manifest.base for manifest in manifests if manifest is not None)}
+    for base in root.glob("base-*"):
+        if base.name not in named:
+            shutil.rmtree(base, ignore_errors=True)
+
+
+def _manifest_or_none(folder: Path) -> CheckpointManifest | None:
+    try:
+        return CheckpointManifest.load(folder)
+    except (BrokenCheckpointError, ConfigError):
+        return None
+
+
+def describe(folder: Path) -> str:
+    """A line: step, phase, ranks and stage, bytes without the base, and whether all of it verifies."""
+    try:
+        manifest = CheckpointManifest.load(folder)
+        manifest.verify(folder)
+        if manifest.base is not None:
+            CheckpointManifest.load(folder.parent / manifest.base).verify(folder.parent / manifest.base)
+        verdict = "verified"
+    except (BrokenCheckpointError, ConfigError) as exc:
+        return f"{folder.name}  BROKEN: {exc}"
+    mib = sum(record.bytes for record in manifest.files.values()) / 2**20
+    accuracy = "" if manifest.acc1 is None else f"  acc1 {manifest.acc1:.2%}"
+    base = f" + {manifest.base}" if manifest.base else ""
+    return (f"{folder.name}  {manifest.phase:<6}  {manifest.world_size} ranks, ZeRO {manifest.zero_stage}  "
+            f"{mib:,.1f} MiB{base}{accuracy}  {verdict}")
+
+
+def read_run_state(folder: Path) -> dict[str, Any]:
+    """The JSON of a checkpoint's state.json. Raises BrokenCheckpointError."""
+    try:
+        return json.loads((folder / STATE).read_text())  # type: ignore[no-any-return]
+    except (OSError, ValueError) as exc:
+        raise BrokenCheckpointError(f"{folder / STATE}: cannot be read ({exc})") from exc

@@ -1,0 +1,154 @@
+"""Finding the checkpoint that a run goes on from, and reading each rank's part of it."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from prelora_ds.checkpoints.folder import (
+    FOLDER,
+    MANIFEST,
+    BrokenCheckpointError,
+    CheckpointManifest,
+    list_checkpoints,
+    read_run_state,
+    set_aside,
+    step_of,
+)
+from prelora_ds.checkpoints.run_state import RunState
+from prelora_ds.core.errors import ConfigError
+from prelora_ds.core.plan import Layout
+from prelora_ds.engine.build import Counters
+from prelora_ds.engine.checkpoint import read_state
+from prelora_ds.engine.rng import restore_rng
+from prelora_ds.engine.state import EngineState
+from prelora_ds.metrics import cut_back
+
+
+@dataclass
+class Checkpoint:
+    """One that verified on all ranks: the run's state, and this rank's part of the engine's."""
+
+    folder: Path
+    manifest: CheckpointManifest
+    run: RunState
+    engine: EngineState
+    counters: Counters
+    rng: str
+
+    def restore_rng(self, seed: int) -> None:
+        """Set this rank's generators: as they were, or in a world of another size anew, from seed, rank and step."""
+        rank = dist.get_rank()
+        if self.manifest.world_size == dist.get_world_size():
+            restore_rng(self.rng)
+        else:
+            torch.manual_seed((seed + 1 + rank) * 1_000_003 + self.run.step)
+
+
+def candidates(out: Path, resume: str) -> list[Path]:
+    """The checkpoints that ``--resume`` (auto, never or a path) allows in a run of ``out``, newest first.
+
+    A path names one checkpoint, or a run whose newest is meant. Raises ConfigError when it names neither.
+    """
+    if resume == "never":
+        return []
+    if resume == "auto":
+        return list_checkpoints(out / FOLDER)
+    path = Path(resume)
+    if (path / MANIFEST).is_file() and step_of(path) >= 0:
+        return [path]
+    found = list_checkpoints(path / FOLDER) or list_checkpoints(path)
+    if not found:
+        raise ConfigError("--resume", resume, "is no checkpoint and no run that has one",
+                          "name a run's folder, or one of its checkpoints/step-...")
+    return found
+
+
+def load_newest(folders: Sequence[Path], layout: Layout, say: Callable[[str], None]) -> Checkpoint | None:
+    """The first of ``folders`` (rank 0's count) that every rank finds whole; None if there are none. Collective.
+
+    Every rank verifies its share of the files and reads its part; one that is broken on any rank is passed over by all,
+    with a message. Raises ConfigError when none is whole, or one is of another format.
+    """
+    listed: list[Any] = [list(folders)]
+    dist.broadcast_object_list(listed, src=0)
+    problems: list[str] = []
+    for folder in listed[0]:
+        found, problem = _attempt(folder, layout)
+        votes: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(votes, problem)
+        refused = next((vote for vote in votes if isinstance(vote, ConfigError)), None)
+        if refused is not None:
+            raise refused
+        problems += [str(vote) for vote in votes if vote is not None][:1]
+        if all(vote is None for vote in votes):
+            return found
+        say(f"warning: {folder.name} is passed over: {problems[-1]}")
+    if listed[0]:
+        raise ConfigError("--resume", str(listed[0][0]), f"no checkpoint is whole: {'; '.join(problems)}",
+                          "mend or restore the files, name another with --resume PATH, or begin anew in another "
+                          "run.output_dir")
+    return None
+
+
+def _attempt(folder: Path, layout: Layout) -> tuple[Checkpoint | None, Exception | None]:
+    try:
+        return read_checkpoint(folder, layout, dist.get_rank(), dist.get_world_size()), None
+    except (BrokenCheckpointError, ConfigError, OSError) as exc:
+        return None, exc
+
+
+def read_checkpoint(folder: Path, layout: Layout, rank: int, world_size: int) -> Checkpoint:
+    """This rank's part of the checkpoint, its share of the files verified.
+
+    Raises BrokenCheckpointError or OSError; ConfigError for another format.
+    """
+    manifest, share = CheckpointManifest.load(folder), slice(rank, None, world_size)
+    manifest.verify(folder, share)
+    parts = [(folder, manifest.world_size)]
+    if manifest.base is not None:
+        base = CheckpointManifest.load(folder.parent / manifest.base)
+        base.verify(folder.parent / manifest.base, share)
+        parts.append((folder.parent / manifest.base, base.world_size))
+    document = read_run_state(folder)
+    try:
+        run, counters = RunState.from_json(document["run"]), Counters(**document["counters"])
+        adam_steps = dict(document["adam_steps"])
+    except (KeyError, TypeError, ValueError) as exc:
+        raise BrokenCheckpointError(f"{folder}: its state cannot be understood ({exc!r})") from exc
+    elements = {name: math.prod(shape) for name, shape in run.phase.plan.parameters(layout).items()}
+    state, metadata = read_state([path for path, _ in parts], [world for _, world in parts], elements, rank, world_size)
+    state.adam_steps = adam_steps
+    return Checkpoint(folder, manifest, run, state, counters, metadata["rng"])
+
+
+def prepare(out: Path, checkpoint: Checkpoint | None) -> int:
+    """Make the run's folder fit to go on from ``checkpoint``, or to begin; returns the steps done. Rank 0 acts.
+
+    Rows of later steps leave the logs, later checkpoints are set aside. A checkpoint of another run lends its base (by
+    links, where these can be made).
+    """
+    done, root = 0 if checkpoint is None else checkpoint.run.step, out / FOLDER
+    if dist.get_rank() == 0:
+        cut_back(out, -1 if checkpoint is None else done)
+        set_aside(root, [path for path in list_checkpoints(root) if checkpoint is None or step_of(path) > done])
+        if checkpoint is not None and checkpoint.manifest.base is not None:
+            source, target = checkpoint.folder.parent / checkpoint.manifest.base, root / checkpoint.manifest.base
+            if not target.exists():
+                shutil.copytree(source, target, copy_function=_link_or_copy)
+    return done
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copy2(source, target)

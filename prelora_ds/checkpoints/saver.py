@@ -1,0 +1,231 @@
+"""Writing checkpoints: a copy on the host, a thread that writes it, a vote of all ranks, and only then a name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from prelora_ds.checkpoints.folder import (
+    FOLDER,
+    LATEST,
+    STATE,
+    CheckpointManifest,
+    FileRecord,
+    commit,
+    retain,
+    step_folder,
+    write_text,
+)
+from prelora_ds.checkpoints.run_state import RunState
+from prelora_ds.core.config import Config
+from prelora_ds.core.errors import NotSavedError, Stopped
+from prelora_ds.core.plan import Plan
+from prelora_ds.core.schedule import Timeline
+from prelora_ds.engine.build import Engine
+from prelora_ds.engine.checkpoint import part_name, write_part
+from prelora_ds.engine.rng import capture_rng
+from prelora_ds.engine.state import EngineState, copy_state
+
+Files = dict[str, FileRecord]
+
+
+@dataclass
+class _Pending:
+    """A checkpoint whose files are being written; ``state`` is the copy they are written from."""
+
+    partial: Path
+    manifest: CheckpointManifest
+    state: EngineState
+    files: Future[Files]
+    begun: float
+
+
+class Saver:
+    """The checkpoints of one run; all methods are collective.
+
+    base: the folder that holds what is frozen now, None while nothing is or it could not be written.
+    slowest_s: seconds of the slowest checkpoint so far, from copy to name.
+    last_step: of the newest checkpoint that this saver has committed.
+    """
+
+    def __init__(self, out: Path, config: Config, timeline: Timeline, say: Callable[[str], None]) -> None:
+        self.root, self.base, self.slowest_s, self.last_step = out / FOLDER, None, 0.0, None
+        self._config, self._timeline, self.say = config, timeline, say
+        self._rank, self._world = dist.get_rank(), dist.get_world_size()
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: _Pending | None = None
+        self._spare: EngineState | None = None  # the host memory of the last copy
+
+    base: str | None
+    last_step: int | None
+
+    @property
+    def ticks(self) -> frozenset[int]:
+        """The steps after which a checkpoint is due."""
+        c = self._config.checkpoint
+        return frozenset().union(*(self._timeline.ticks(d) for d in (c.every, c.keep_every) if d is not None))
+
+    @property
+    def pending(self) -> bool:
+        """Whether a checkpoint has begun that is not yet committed; the same on all ranks."""
+        return self._pending is not None
+
+    @property
+    def writing(self) -> bool:
+        """Whether this rank still writes."""
+        return self._pending is not None and not self._pending.files.done()
+
+    def after_step(self, engine: Engine, state: RunState, stopping: int, writing: int, *, due: bool,
+                   why: str | None) -> None:
+        """Commit what all ranks have written, and begin what is due.
+
+        stopping, writing: how many ranks were asked to stop (this one for the reason ``why``), and still write. Raises
+        Stopped after the checkpoint of a run that was asked to, NotSavedError when that could not be written.
+        """
+        if not writing:
+            self.settle()
+        if not (due or stopping):
+            return
+        sound = self.save(engine, state, wait=bool(stopping))
+        if not stopping:
+            return
+        why = why or "another rank was asked to"
+        if not sound:
+            raise NotSavedError(f"asked to stop ({why}) after step {state.step}, and its checkpoint could not be "
+                                "written\n  remedy: make room in run.output_dir; the same command goes on from what is "
+                                "there")
+        raise Stopped(f"stopped after step {state.step} ({why}); the same command goes on from its checkpoint")
+
+    def save(self, engine: Engine, state: RunState, *, wait: bool = False) -> bool:
+        """Begin a checkpoint, and with ``wait``, or without `checkpoint.async`, see it to its end.
+
+        One is written at a time: the one before is waited for. False when one was waited for and could not be written.
+        """
+        sound, begun = self.settle(), time.perf_counter()
+        copied = copy_state(engine.ds, frozen=self.base is None, reuse=self._spare)
+        partial = self.root / f".{step_folder(self.root, state.step).name}.partial"
+        document = None
+        if self._rank == 0:
+            document = json.dumps({
+                "run": state.to_json(engine.plan), "adam_steps": copied.adam_steps, "counters": vars(engine.counters()),
+                "num_labels": engine.num_labels, "samples_seen": state.step * self._config.train.global_batch_size,
+                "config": self._config.model_dump(mode="json")})
+        manifest = CheckpointManifest(self._world, engine.config.zero.stage, engine.plan.phase, {}, state.step,
+                                      self.base, state.accuracy and state.accuracy.acc1)
+        files = self._executor.submit(self._write_files, partial, copied, capture_rng(), document)
+        self._pending = _Pending(partial, manifest, copied, files, begun)
+        if self._config.checkpoint.deepspeed_format:
+            partial.mkdir(parents=True, exist_ok=True)
+            engine.ds.save_checkpoint(str(partial), tag="deepspeed", save_latest=False)
+        return self.settle() if wait or not self._config.checkpoint.async_ else sound
+
+    def settle(self) -> bool:
+        """Wait for the checkpoint that is being written, if any, and commit it if all ranks have written their part."""
+        if self._pending is None:
+            return True
+        pending, self._pending = self._pending, None
+        problem = self._agree(pending.partial, pending.files.result, lambda files: self._commit(pending, files))
+        self._spare = pending.state
+        self.slowest_s = max(self.slowest_s, time.perf_counter() - pending.begun)
+        step = pending.manifest.step
+        if problem is None:
+            self.last_step = step
+        else:
+            kept = "none was written before" if self.last_step is None else f"that of step {self.last_step} is kept"
+            self.say(f"warning: the checkpoint of step {step} could not be written; {kept}: {problem}")
+        return problem is None
+
+    def keep_frozen(self, state: EngineState, plan: Plan) -> None:
+        """Write what will not train under ``plan``, once for all its checkpoints (for `transition`).
+
+        When it cannot be written, each checkpoint holds it itself.
+        """
+        self.base, partial = None, self.root / ".base.partial"
+        mine = EngineState({name: s for name, s in state.slices.items() if name not in plan.trainable})
+
+        def write() -> Files:
+            partial.mkdir(parents=True, exist_ok=True)
+            path = partial / part_name(self._rank, self._world)
+            write_part(mine, path)
+            return {path.name: FileRecord.of(path)}
+
+        names: list[Any] = [None] * self._world
+        dist.all_gather_object(names, len(mine.slices))
+        if not any(names):
+            return
+        base: list[str] = []
+        problem = self._agree(partial, write, lambda files: base.append(self._commit_base(partial, files, plan)))
+        if problem is not None:
+            self.say(f"warning: the frozen weights could not be written; each checkpoint will hold them: {problem}")
+            return
+        found: list[Any] = [base[0] if base else None]
+        dist.broadcast_object_list(found, src=0)
+        self.base = found[0]
+
+    def close(self) -> None:
+        """End the thread, without waiting for what it writes."""
+        self._executor.shutdown(wait=False)
+
+    def _write_files(self, partial: Path, state: EngineState, rng: str, document: str | None) -> Files:
+        partial.mkdir(parents=True, exist_ok=True)
+        path = partial / part_name(self._rank, self._world)
+        write_part(state, path, {"rng": rng})
+        written = [path]
+        if document is not None:
+            write_text(partial / STATE, document)
+            written.append(partial / STATE)
+        return {p.name: FileRecord.of(p) for p in written}
+
+    def _agree(self, partial: Path, files: Callable[[], Files], act: Callable[[Files], object]) -> str | None:
+        """The vote: ``act`` on rank 0 with the files of all ranks if all could write theirs. None, or what went wrong
+        on some rank, the same on all; then nothing of it is left."""
+        mine: tuple[Files, str | None]
+        try:
+            mine = files(), None
+        except OSError as exc:
+            mine = {}, f"rank {self._rank}: {exc}"
+        votes: list[Any] = [None] * self._world
+        dist.all_gather_object(votes, mine)
+        problem = next((error for _, error in votes if error is not None), None)
+        verdict = [problem]
+        if self._rank == 0:
+            try:
+                if problem is None:
+                    act({name: record for found, _ in votes for name, record in found.items()})
+            except OSError as exc:
+                verdict = [f"rank 0: {exc}"]
+            if verdict != [None]:
+                shutil.rmtree(partial, ignore_errors=True)
+        dist.broadcast_object_list(verdict, src=0)
+        return verdict[0]
+
+    def _commit(self, pending: _Pending, files: Files) -> None:
+        manifest = CheckpointManifest(**{**vars(pending.manifest), "files": files})
+        assert manifest.step is not None
+        final, c = step_folder(self.root, manifest.step), self._config.checkpoint
+        commit(pending.partial, final, manifest)
+        write_text(self.root / LATEST, final.name + "\n")
+        ticks = frozenset() if c.keep_every is None else self._timeline.ticks(c.keep_every)
+        retain(self.root, last=c.keep_last, best=c.keep_best, ticks=ticks, in_use=self.base)
+
+    def _commit_base(self, partial: Path, files: Files, plan: Plan) -> str:
+        digest = hashlib.sha256(json.dumps({name: asdict(files[name]) for name in sorted(files)}).encode())
+        final = self.root / f"base-{digest.hexdigest()[:12]}"
+        manifest = CheckpointManifest(self._world, 0, plan.phase, files)
+        if final.exists():  # of this run before it was cut off; the same content, and each file is replaced at once
+            for name in files:
+                (partial / name).replace(final / name)
+            manifest.write(final)
+            shutil.rmtree(partial)
+        else:
+            commit(partial, final, manifest)
+        return final.name

@@ -1,0 +1,56 @@
+"""When a step has diverged, and which updates are left out for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from prelora_ds.core.config import DivergenceConfig
+
+
+@dataclass(frozen=True)
+class DivergenceWatch:
+    """losses: of the last steps that were sound. left_out: updates that were skipped. in_a_row: how many of them since
+    the last sound step. rollbacks: how often the run went back. avoided: steps not to be taken again."""
+
+    losses: tuple[float, ...] = ()
+    left_out: int = 0
+    in_a_row: int = 0
+    rollbacks: int = 0
+    avoided: frozenset[int] = frozenset()
+
+    def problem(self, loss: float, config: DivergenceConfig) -> str | None:
+        """What is wrong with a step of this ``loss``, in words; None if nothing is."""
+        if not math.isfinite(loss):
+            return f"the loss is {loss}"
+        if config.spike is None or len(self.losses) < config.over:
+            return None
+        mean = math.fsum(self.losses) / len(self.losses)
+        return (f"the loss {loss:.4g} is above {config.spike:g} times {mean:.4g}, its mean of the last {config.over} "
+                "steps" if loss > config.spike * mean else None)
+
+    def accepts(self, step: int, loss: float, config: DivergenceConfig) -> bool:
+        """Whether the update of ``step`` may be taken."""
+        return step not in self.avoided and self.problem(loss, config) is None
+
+    def sound(self, loss: float, config: DivergenceConfig) -> DivergenceWatch:
+        """After a step that was as it should be. Without ``config.spike`` no losses are kept."""
+        losses = (*self.losses, loss)[-config.over:] if config.spike is not None else ()
+        return replace(self, losses=losses, in_a_row=0)
+
+    def skipped(self) -> DivergenceWatch:
+        """After an update that was left out."""
+        return replace(self, left_out=self.left_out + 1, in_a_row=self.in_a_row + 1)
+
+    def rolled_back(self, step: int, before: DivergenceWatch) -> DivergenceWatch:
+        """The watch of a checkpoint gone back to, after ``before``, that of the run which diverged at ``step``."""
+        return replace(self, rollbacks=before.rollbacks + 1, avoided=before.avoided | {step})
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "losses": list(self.losses), "avoided": sorted(self.avoided)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> DivergenceWatch:
+        return cls(**{**data, "losses": tuple(data["losses"]), "avoided": frozenset(data["avoided"])})

@@ -1,0 +1,41 @@
+"""The random generators of this rank as text, so that dropout goes on where it stopped."""
+
+from __future__ import annotations
+
+import base64
+import json
+import random
+
+import numpy as np
+import torch
+
+
+def capture_rng() -> str:
+    """The states of torch's generators (CPU, and the device's if there is one), Python's and NumPy's, as JSON."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    version, internal, next_gauss = random.getstate()
+    states = {"torch": _text(torch.get_rng_state()), "python": [version, list(internal), next_gauss],
+              "numpy": [kind, keys.tolist(), position, has_gauss, gauss]}
+    if torch.cuda.is_available():
+        states["cuda"] = _text(torch.cuda.get_rng_state())
+    return json.dumps(states)
+
+
+def restore_rng(text: str) -> None:
+    """Set the generators as `capture_rng` found them; the device's only where both have one."""
+    states = json.loads(text)
+    torch.set_rng_state(_tensor(states["torch"]))
+    version, internal, next_gauss = states["python"]
+    random.setstate((version, tuple(internal), next_gauss))
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, np.array(keys, np.uint32), *rest))
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_tensor(states["cuda"]))
+
+
+def _text(state: torch.Tensor) -> str:
+    return base64.b64encode(state.cpu().numpy().tobytes()).decode()
+
+
+def _tensor(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)

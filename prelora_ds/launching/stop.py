@@ -1,0 +1,45 @@
+"""The wish to stop: a signal, or a time limit that comes near. The loop acts on it at the end of a step."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from types import FrameType
+
+# A launcher that is ended passes its signal on more than once; that is no second wish.
+ONE_WISH_S = 2.0
+
+
+class StopRequest:
+    """Asked for by SIGTERM, SIGUSR1, or `checkpoint.walltime`, which is counted from when this is made."""
+
+    def __init__(self, walltime_s: float | None = None) -> None:
+        self._walltime_s, self._begun, self._asked_at, self._longest_s = walltime_s, time.monotonic(), 0.0, 0.0
+        self.reason: str | None = None
+        self._signalled: float | None = None
+
+    def install(self) -> StopRequest:
+        """Take the signals. The handler only makes a note: whoever would read what it prints may be gone."""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._on_signal)
+        return self
+
+    def asked(self, save_s: float = 0.0) -> bool:
+        """Whether this rank wants to stop; to be called once a step. ``save_s``: seconds that a checkpoint takes."""
+        now = time.monotonic()
+        if self._asked_at:
+            self._longest_s = max(self._longest_s, now - self._asked_at)
+        self._asked_at = now
+        if self._walltime_s is not None and self.reason is None:
+            reserve = min(300.0, 0.05 * self._walltime_s) + 2 * (save_s + self._longest_s)
+            if now - self._begun + reserve > self._walltime_s:
+                self.reason = f"{now - self._begun:.0f} s of checkpoint.walltime = {self._walltime_s:.0f} s are over"
+        return self.reason is not None
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._signalled is not None and now - self._signalled > ONE_WISH_S:
+            os._exit(128 + number)
+        if self._signalled is None:
+            self._signalled, self.reason = now, signal.Signals(number).name

@@ -1,0 +1,149 @@
+"""A checkpoint as others open it: a Hugging Face folder, a peft adapter, a timm state dict, DeepSpeed's own folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from prelora_ds.checkpoints.folder import BrokenCheckpointError, list_checkpoints, read_run_state
+from prelora_ds.checkpoints.resume import Checkpoint, candidates, read_checkpoint
+from prelora_ds.configuring import validate
+from prelora_ds.core.config import Config
+from prelora_ds.core.errors import ConfigError
+from prelora_ds.core.plan import Layout, Plan
+from prelora_ds.model.adapters import fresh_adapter, peft_config
+from prelora_ds.model.families import find_layout
+from prelora_ds.model.lora_linear import ADAPTER_NAME
+from prelora_ds.model.vit import build_model
+from prelora_ds.reporting.export import merge, write_model
+
+FORMATS = ("hf", "peft", "timm", "deepspeed")
+# Path in transformers' ViT -> path in timm's; q, k and v are one linear there.
+_TIMM = {"vit.embeddings.cls_token": "cls_token", "vit.embeddings.position_embeddings": "pos_embed",
+         "vit.embeddings.patch_embeddings.projection": "patch_embed.proj", "vit.layernorm": "norm",
+         "classifier": "head", "layernorm_before": "norm1", "layernorm_after": "norm2", "attention.o_proj": "attn.proj",
+         "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+
+
+def export_checkpoint(source: Path, out: Path, form: str) -> Path:
+    """Write the newest checkpoint of the run ``source``, or the one it names, to the new folder ``out``, in fp32.
+
+    hf: LoRA merged, for ``ViTForImageClassification.from_pretrained``. peft: the adapter, and in ``out/base`` the model
+    that it belongs to. timm: ``model.safetensors`` for the timm model that ``timm.json`` describes, LoRA merged.
+    deepspeed: DeepSpeed's folder for one rank at stage 1, moments included. A weight that was frozen has the BF16 value
+    that training saw. Returns the checkpoint. Raises ConfigError.
+    """
+    if form not in FORMATS:
+        raise ConfigError("--format", form, "is no format", f"choose among {', '.join(FORMATS)}")
+    if out.exists():
+        raise ConfigError("OUT", str(out), "exists", "name a new folder")
+    folder = candidates(source, str(source))[0]
+    try:
+        document = read_run_state(folder)
+        config, labels = validate(document["config"], str(folder)), document["num_labels"]
+        with torch.device("meta"):
+            layout = find_layout(build_model(config.model, labels), config.lora.families, config.model.families)
+        found = read_checkpoint(folder, layout, 0, 1)
+    except (BrokenCheckpointError, KeyError, OSError) as exc:
+        older = [f.name for f in list_checkpoints(folder.parent) if f != folder]
+        raise ConfigError("RUN_OR_CHECKPOINT", str(folder), f"cannot be read: {exc}",
+                          f"name another checkpoint: {', '.join(older) or 'there is none'}") from exc
+    plan = found.run.phase.plan
+    if form in ("peft", "timm") and config.model.factory is not None:
+        raise ConfigError("--format", form, f"is for a ViT, and this is a {config.model.factory}", "choose hf")
+    if form == "peft" and not plan.adapters:
+        raise ConfigError("--format", form, f"the checkpoint of step {found.run.step} is of phase {plan.phase}, which "
+                          "has no adapters", "choose hf, or a later checkpoint")
+    if form == "deepspeed":
+        _write_deepspeed(config, labels, layout, found, out)
+        return folder
+    values = _values(found, plan, layout, config)
+    merged = merge(values, plan, layout) | {name: b for name, b in found.engine.buffers.items()
+                                            if name in _persistent(config, labels)}
+    if form == "hf":
+        write_model(merged, config, labels, out)
+    elif form == "timm":
+        _write_timm(merged, config, labels, out)
+    else:
+        _write_peft(values, plan, layout, config, labels, out)
+    return folder
+
+
+def _values(found: Checkpoint, plan: Plan, layout: Layout, config: Config) -> dict[str, torch.Tensor]:
+    """Whole parameters in fp32, as the model computes with them (but for the rounding of what trains)."""
+    kept_in_fp32 = {f"{path}.weight" for path in plan.frozen_bases()} if config.lora.mode == "merged" else set()
+    values = {}
+    for name, shape in plan.parameters(layout).items():
+        held = found.engine.slices.get(name)
+        value = fresh_adapter(name, shape, plan.init_seed) if held is None else held.value.view(shape)
+        rounded = name not in plan.trainable and name not in kept_in_fp32
+        values[name] = value.bfloat16().float() if rounded else value.float()
+    return values
+
+
+def _persistent(config: Config, labels: int) -> set[str]:
+    with torch.device("meta"):
+        return set(build_model(config.model, labels).state_dict())
+
+
+def _write_peft(values: Mapping[str, torch.Tensor], plan: Plan, layout: Layout, config: Config, labels: int,
+                out: Path) -> None:
+    from peft import get_peft_model
+    from transformers import ViTForImageClassification
+
+    write_model({name: values[name] for name in layout.parameters}, config, labels, out / "base")
+    model = get_peft_model(ViTForImageClassification.from_pretrained(out / "base"),
+                           peft_config(plan, config.lora.dropout), adapter_name=ADAPTER_NAME)
+    adapters = {f"base_model.model.{name.replace('.weight', f'.{ADAPTER_NAME}.weight')}": value
+                for name, value in values.items() if name not in layout.parameters}
+    odd = model.load_state_dict(adapters, strict=False).unexpected_keys
+    if odd:
+        raise RuntimeError(f"peft has no parameter {odd[0]}")
+    model.save_pretrained(out)
+
+
+def _write_timm(weights: Mapping[str, torch.Tensor], config: Config, labels: int, out: Path) -> None:
+    renamed = {}
+    for name, value in weights.items():
+        block = re.fullmatch(r"vit\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
+        if block is None:
+            path, dot, leaf = (name, "", "") if name in _TIMM else name.rpartition(".")
+            renamed[_TIMM[path] + dot + leaf] = value
+        elif block[2] == "attention.q_proj":
+            stem = name.replace("q_proj", "{}_proj")
+            renamed[f"blocks.{block[1]}.attn.qkv.{block[3]}"] = torch.cat([weights[stem.format(x)] for x in "qkv"])
+        elif block[2] not in ("attention.k_proj", "attention.v_proj"):
+            renamed[f"blocks.{block[1]}.{_TIMM[block[2]]}.{block[3]}"] = value
+    m = config.model
+    arguments = {"img_size": m.image_size, "patch_size": m.patch_size, "in_chans": m.num_channels,
+                 "num_classes": labels, "embed_dim": m.hidden_size, "depth": m.num_hidden_layers,
+                 "num_heads": m.num_attention_heads, "mlp_ratio": m.intermediate_size / m.hidden_size}
+    out.mkdir(parents=True)
+    save_file({name: value.contiguous() for name, value in renamed.items()}, out / "model.safetensors")
+    (out / "timm.json").write_text(json.dumps({
+        "class": "timm.models.VisionTransformer", "arguments": arguments,
+        "note": "norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-12), as in transformers; inputs in [-1, 1]",
+    }, indent=2) + "\n")
+
+
+def _write_deepspeed(config: Config, labels: int, layout: Layout, found: Checkpoint, out: Path) -> None:
+    from prelora_ds.engine.build import build_engine
+    from prelora_ds.engine.release import release
+    from prelora_ds.engine.runtime import init_process_group
+
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for key, value in alone.items():
+        os.environ.setdefault(key, value)
+    init_process_group()
+    whole = {**config.model_dump(mode="json"), "phases": {}, "deepspeed": {"zero_optimization": {"stage": 1}}}
+    whole["train"]["micro_batch_size"] = config.train.global_batch_size
+    engine = build_engine(validate(whole, "the checkpoint"), found.run.phase.plan, layout, labels, found.engine,
+                          found.counters)
+    engine.ds.save_checkpoint(str(out), tag=found.folder.name)
+    release(engine)

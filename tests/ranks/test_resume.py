@@ -1,0 +1,550 @@
+"""Runs that are killed, stopped, moved to other ranks and other stages, and damaged: nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from support.launches import Job, differences, traces, zygote
+from support.zygote import DEAD_PIPE
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from prelora_ds.checkpoints.folder import CheckpointManifest, list_checkpoints, step_of
+from prelora_ds.data.writer import DIGIT_CLASSES, digits, write_shards
+from prelora_ds.metrics import read_lines
+
+# Dropout, so that a generator which does not go on where it stopped shows.
+SETTINGS = ("checkpoint.every=3 steps", "checkpoint.keep_last=9", "model.hidden_dropout_prob=0.1")
+
+
+@pytest.fixture(scope="module")
+def forge():
+    with zygote() as z:
+        yield z
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("digits")
+    for split in ("train", "val"):
+        write_shards(digits(split), folder / split, samples_per_shard=512, class_names=DIGIT_CLASSES)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def job(forge, shards):
+    """A launch with this module's settings."""
+    return lambda out, *arguments, **options: Job(forge, out, shards, *SETTINGS, *arguments, **options)
+
+
+@pytest.fixture(scope="module")
+def reference(job, tmp_path_factory):
+    """Uninterrupted runs by ZeRO stage, made when first asked for."""
+    folder, made = tmp_path_factory.mktemp("reference"), {}
+
+    def of(zero):
+        if zero not in made:
+            done = job(folder / f"zero{zero}", zero=zero)
+            assert done.end() == [0, 0], done.said()[-3000:]
+            made[zero] = folder / f"zero{zero}"
+        return made[zero]
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def stopped(job, tmp_path_factory):
+    """A run that one rank was told to end in the LoRA phase, with checkpoints of all phases."""
+    out = tmp_path_factory.mktemp("stopped") / "out"
+    ended = job(out, faults={1: {"place": "step", "call": 14, "delay": 0, "signal": int(signal.SIGUSR1)}})
+    assert ended.end() == [99, 99], ended.said()[-3000:]
+    return out, ended.said()
+
+
+def copied(stopped, tmp_path):
+    shutil.copytree(stopped[0], tmp_path / "out")
+    return tmp_path / "out"
+
+
+# ---- killed
+
+KILLS = {  # where, in which rank, at which call, how many seconds later; one after another in one run
+    2: [("write", 1, 2, 0.0), ("switch", 0, 1, 0.2), ("evaluate", 1, 1, 0.01)],
+    3: [("step", 0, 5, 0.01), ("commit", 0, 2, 0.0)],
+}
+
+
+@pytest.mark.parametrize("zero", KILLS)
+def test_a_killed_run_ends_bit_for_bit_as_if_it_had_never_been(job, reference, tmp_path, zero):
+    out = tmp_path / "out"
+    for place, rank, call, delay in KILLS[zero]:
+        killed = job(out, zero=zero, faults={rank: {"place": place, "call": call, "delay": delay}})
+        assert killed.end()[rank] == -signal.SIGKILL, killed.said()[-3000:]
+    last = job(out, zero=zero)
+    assert last.end() == [0, 0], last.said()[-3000:]
+    assert differences(traces(reference(zero)), traces(out)) == []
+    assert [row["step"] for row in read_lines(out / "metrics.jsonl")] == list(range(1, 21))
+    events = EventAccumulator(str(out / "tensorboard")).Reload()
+    assert [e.step for e in events.Scalars("train/loss")] == [64 * step for step in range(1, 21)]
+    assert not list((out / "checkpoints").glob(".*"))
+
+
+# ---- stopped
+
+def test_a_signal_to_one_rank_stops_all_with_a_checkpoint_and_99(stopped, job, reference, tmp_path):
+    out, said = stopped
+    assert step_of(list_checkpoints(out / "checkpoints")[0]) == 15 and "stopped after step 15" in said
+    assert (out / "checkpoints/latest").read_text() == "step-00000015\n"
+    out = copied(stopped, tmp_path)
+    last = job(out)
+    assert last.end() == [0, 0] and "goes on after step 15" in last.said()
+    assert differences(traces(reference(2)), traces(out)) == []
+    again = job(out)
+    assert again.end()[0] == 2 and "holds a finished run" in again.said()
+
+
+def test_a_dead_pipe_costs_no_checkpoint(job, tmp_path):
+    ended = job(tmp_path / "out", log=DEAD_PIPE,
+                faults={0: {"place": "step", "call": 3, "delay": 0, "signal": int(signal.SIGTERM)}})
+    assert ended.end() == [99, 99]
+    folder = tmp_path / "out/checkpoints/step-00000004"
+    CheckpointManifest.load(folder).verify(folder)
+
+
+def test_a_run_stops_before_its_walltime_is_over(job, tmp_path):
+    """And with DeepSpeed's own folder in its checkpoint, which DeepSpeed opens."""
+    import torch
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    from safetensors import safe_open
+
+    ended = job(tmp_path / "out", "checkpoint.walltime=4 s", "train.duration=5000 steps", "checkpoint.every=null",
+                "convergence=null", "checkpoint.deepspeed_format=true")
+    assert ended.end() == [99, 99], ended.said()[-3000:]
+    assert "checkpoint.walltime" in ended.said() or "another rank" in ended.said()
+    [folder] = list_checkpoints(tmp_path / "out/checkpoints")
+    CheckpointManifest.load(folder).verify(folder)
+    weights, seen = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag="deepspeed"), 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for name, start in json.loads(file.metadata()["starts"]).items():
+                mine = file.get_tensor(f"value/{name}")
+                assert torch.equal(weights[name].reshape(-1)[start: start + mine.numel()], mine), name
+                seen += mine.numel()
+    assert seen == sum(w.numel() for w in weights.values()) > 0
+
+
+def test_a_rank_that_stands_still_ends_the_other_with_85_and_its_stacks(job, tmp_path):
+    hung = job(tmp_path / "out", "guard.hang_limit=6",
+               faults={1: {"place": "step", "call": 5, "delay": 0, "signal": int(signal.SIGSTOP)}})
+    assert hung.end()[0] == 85
+    assert "error (rank 0): no step for" in hung.said() and "all_reduce" in hung.said()
+
+
+# ---- on other ranks and stages
+
+@pytest.mark.parametrize(("world", "zero"), [(1, 3), (4, 1)])
+def test_a_run_goes_on_at_another_world_size_and_stage(stopped, job, reference, tmp_path, world, zero):
+    out = copied(stopped, tmp_path)
+    before = read_lines(out / "metrics.jsonl")
+    moved = job(out, world=world, zero=zero)
+    assert moved.end() == [0] * world, moved.said()[-3000:]
+    rows, expected = read_lines(out / "metrics.jsonl"), read_lines(reference(2) / "metrics.jsonl")
+    assert rows[:15] == before and [r["step"] for r in rows] == [r["step"] for r in expected]
+    for row, other in zip(rows, expected, strict=True):
+        assert (row["lr"], row["phase"], row["epoch"]) == (other["lr"], other["phase"], other["epoch"])
+        assert row["train/loss"] == pytest.approx(other["train/loss"], abs=2e-2)  # dropout is drawn anew
+
+
+def test_a_new_run_may_begin_from_a_checkpoint_of_another(stopped, job, tmp_path):
+    source = stopped[0] / "checkpoints/step-00000015"
+    new = job(tmp_path / "new", "train.duration=17 steps", "optimizer.lr=0.0001", resume=str(source))
+    assert new.end() == [0, 0], new.said()[-3000:]
+    assert [row["step"] for row in read_lines(tmp_path / "new/metrics.jsonl")] == [16, 17]
+    assert step_of(list_checkpoints(stopped[0] / "checkpoints")[0]) == 15
+    refused = job(tmp_path / "other", "lora.r_max=8", resume=str(source))
+    assert refused.end()[0] == 2 and "lora.r_max = 8: was 4 in" in refused.said()
+    assert not (tmp_path / "other/config.yaml").exists()
+
+
+# ---- damaged
+
+def test_what_is_broken_is_named_and_passed_over_by_all_ranks(stopped, ranks, tmp_path):
+    ranks.run(damaged_checkpoints, source=str(stopped[0]), folder=str(tmp_path))
+
+
+def damaged_checkpoints(source, folder):
+    """Each file of the newest checkpoint cut, flipped and removed in turn, and of the base that it refers to."""
+    import torch.distributed as dist
+
+    from prelora_ds.checkpoints.resume import candidates, load_newest
+    from prelora_ds.configuring import load_config
+    from prelora_ds.core.errors import ConfigError
+    from prelora_ds.model.families import find_layout
+    from prelora_ds.model.vit import build_model
+
+    config = load_config(Path(source) / "config.yaml")
+    layout = find_layout(build_model(config.model, 10), config.lora.families)
+    out, said = Path(folder) / "out", []
+    root = out / "checkpoints"
+    if dist.get_rank() == 0:
+        shutil.copytree(source, out)
+    dist.barrier()
+    newest, next_one = list_checkpoints(root)[:2]
+    base = root / CheckpointManifest.load(newest).base
+    last_without = next(f for f in list_checkpoints(root) if CheckpointManifest.load(f).base is None)
+    victims = [(path, next_one) for path in sorted(newest.iterdir())] \
+        + [(path, last_without) for path in sorted(base.iterdir())]
+    assert len(victims) == 7
+    for path, expected in victims:
+        whole = path.read_bytes()
+        for damaged in (whole[:-1], whole[: len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1])
+                        + whole[len(whole) // 2 + 1:], None):
+            dist.barrier()
+            if dist.get_rank() == 0:
+                path.unlink() if damaged is None else path.write_bytes(damaged)
+            dist.barrier()
+            found = load_newest(candidates(out, "auto"), layout, said.append)
+            assert found.folder == expected, (path, said)
+            assert f"{newest.name} is passed over" in said[0] and path.parent.name in said[0], said
+            said.clear()
+            dist.barrier()
+            if dist.get_rank() == 0:
+                path.write_bytes(whole)
+    dist.barrier()
+    assert load_newest(candidates(out, "auto"), layout, said.append).folder == newest and not said
+    dist.barrier()
+    if dist.get_rank() == 0:
+        for checkpoint in list_checkpoints(root):
+            (checkpoint / "state.json").write_text("{}")
+    dist.barrier()
+    with pytest.raises(ConfigError, match=r"no checkpoint is whole: .*state\.json.*\n  remedy"):
+        load_newest(candidates(out, "auto"), layout, said.append)
+
+
+def test_the_rank_that_finds_it_broken_speaks_for_all(stopped, job, tmp_path):
+    out = copied(stopped, tmp_path)
+    with (out / "checkpoints/step-00000015/rank-00001-of-00002.safetensors").open("r+b") as file:
+        file.truncate(100)
+    last = job(out)
+    assert last.end() == [0, 0], last.said()[-3000:]
+    assert "step-00000015 is passed over" in last.said() and "goes on after step 12" in last.said()
+    assert "rank-00001-of-00002.safetensors: holds 100 bytes" in last.said()
+    assert (out / "checkpoints/aside/step-00000015").is_dir()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 3 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("mounting takes root")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_costs_checkpoints_and_neither_the_run_nor_those_before(stopped, job, small_disk, tmp_path):
+    out = copied(stopped, tmp_path)
+    shutil.copytree(out / "checkpoints", small_disk / "checkpoints")
+    shutil.rmtree(out / "checkpoints")
+    (out / "checkpoints").symlink_to(small_disk / "checkpoints")
+    before = {path: path.read_bytes() for path in sorted(small_disk.rglob("*")) if path.is_file()}
+    with (small_disk / "filler").open("wb", buffering=0) as filler, pytest.raises(OSError, match="No space"):
+        while True:
+            filler.write(bytes(4096))
+    ended = job(out, faults={0: {"place": "step", "call": 3, "delay": 0, "signal": int(signal.SIGTERM)}})
+    assert ended.end()[0] == 75, ended.said()[-3000:]
+    said = ended.said()
+    assert "warning: the checkpoint of step 18 could not be written; that of step 15 is kept: rank" in said
+    assert "asked to stop (SIGTERM) after step 19, and its checkpoint could not be written" in said
+    assert "No space left" in said and "Traceback" not in said
+    assert before == {path: path.read_bytes() for path in before}
+    (small_disk / "filler").unlink()
+    assert job(out).end() == [0, 0]
+
+
+def test_a_folder_that_may_only_be_read_is_told_before_anything_starts(job, small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    refused = job(small_disk / "out", log=str(small_disk.with_name("log")))
+    assert refused.end()[0] == 2 and "cannot be written (Read-only file system)" in refused.said()
+    refused = job(small_disk, log=str(small_disk.with_name("log2")))
+    assert refused.end()[0] == 2 and "cannot be written (Read-only file system)" in refused.said()
+
+
+def test_two_jobs_in_one_folder(job, reference, tmp_path):
+    out = tmp_path / "out"
+    first = job(out)
+    first.wait_for(out / "metrics.jsonl")
+    second = job(out)
+    assert second.end()[0] == 2
+    assert f"is in use by process {first.pids[0]} on {os.uname().nodename}" in second.said()
+    assert first.end() == [0, 0]
+    assert differences(traces(reference(2)), traces(out)) == []
+
+
+def test_a_run_with_other_settings_is_refused_with_key_and_both_values(stopped, job, tmp_path):
+    out = copied(stopped, tmp_path)
+    before = {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+    refused = job(out, "optimizer.lr=0.5")
+    assert refused.end()[0] == 2 and "optimizer.lr = 0.5: was 0.001 in" in refused.said()
+    never = job(out, resume="never")
+    assert never.end()[0] == 2 and "holds another run" in never.said()
+    assert before == {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+
+
+# ---- diverged
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_an_update_left_out_moves_nothing(ranks, zero):
+    ranks.run(leave_one_out, zero=f"zero{zero}")
+
+
+def leave_one_out(zero):
+    """Masters, moments and Adam steps stay; then the run goes on as if the step had not been."""
+    import torch
+    from support.runs import Trainer, config, same
+
+    t = Trainer(config(zero))
+    t.train(2)
+    before, norms = t.whole_state(), [float(p.float().norm()) for p in t.engine.module.parameters() if zero != "zero3"]
+    t.engine.backward(t.batches())
+    stats = t.engine.finish_step(lr=1e-3, accept=lambda loss: False)
+    assert stats.skipped and stats.loss > 0
+    assert same(before, t.whole_state()) == []
+    assert norms == [float(p.float().norm()) for p in t.engine.module.parameters() if zero != "zero3"]
+    losses = t.train(2)
+    t.close()
+    t = Trainer(config(zero))
+    t.train(2)
+    assert losses == t.train(2) and torch.isfinite(torch.tensor(losses)).all()
+    t.close()
+
+
+def test_skip_and_rollback_get_a_run_over_a_spike(job, tmp_path):
+    """A loss three times as large, made by nothing in the data: the first steps of a rate that is far too high."""
+    spike = ("optimizer.lr=0.3", "optimizer.warmup=0 steps", "train.divergence.spike=1.5", "train.divergence.over=1",
+             "checkpoint.every=1 step", "convergence=null")
+    jobs = {action: job(tmp_path / action, *spike, f"train.divergence.action={action}", "train.divergence.tries=50")
+            for action in ("stop", "skip", "rollback")}
+    ends = {action: j.end() for action, j in jobs.items()}
+    assert ends["stop"][0] == 1 and "is above 1.5 times" in jobs["stop"].said(), jobs["stop"].said()[-2000:]
+    for action in ("skip", "rollback"):
+        said, rows = jobs[action].said(), read_lines(tmp_path / action / "metrics.jsonl")
+        assert ends[action] == [0, 0], said[-3000:]
+        assert [row["step"] for row in rows] == list(range(1, 21))
+        left_out = [row["step"] for row in rows if "left_out" in row]
+        assert left_out and all("train/loss" not in row for row in rows if "left_out" in row)
+    assert "the update is left out" in jobs["skip"].said()
+    assert "; back to step" in jobs["rollback"].said() and "goes on after step" in jobs["rollback"].said()
+
+
+# ---- exported
+
+@pytest.fixture(scope="module")
+def logits_of_the_run(reference):
+    """Images, and what the model that the run itself has exported makes of them."""
+    import torch
+    from transformers import ViTForImageClassification
+
+    images = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    vit = ViTForImageClassification.from_pretrained(reference(2) / "model").eval()
+    with torch.no_grad():
+        return images, vit(images).logits
+
+
+def exported(run, out, form):
+    from prelora_ds.reporting.convert import export_checkpoint
+
+    assert export_checkpoint(run, out, form).name == "step-00000020"
+    return out
+
+
+def test_hf_from_a_checkpoint_is_the_run_s_own_export_bit_for_bit(reference, tmp_path):
+    out = exported(reference(2), tmp_path / "hf", "hf")
+    assert (out / "model.safetensors").read_bytes() == (reference(2) / "model/model.safetensors").read_bytes()
+
+
+def test_peft_opens_adapter_and_base_with_the_same_logits(reference, tmp_path, logits_of_the_run):
+    import torch
+    from peft import PeftModel
+    from transformers import ViTForImageClassification
+
+    out, (images, expected) = exported(reference(2), tmp_path / "peft", "peft"), logits_of_the_run
+    base = ViTForImageClassification.from_pretrained(out / "base").eval()
+    with torch.no_grad():
+        assert (base(images).logits - expected).abs().max() > 1e-4  # the adapter says something
+        got = PeftModel.from_pretrained(base, out).eval()(images).logits
+    assert torch.allclose(got, expected, atol=1e-5)
+
+
+def test_timm_opens_the_state_dict_with_the_same_logits(reference, tmp_path, logits_of_the_run):
+    from functools import partial
+
+    import timm
+    import torch
+    from safetensors.torch import load_file
+
+    out, (images, expected) = exported(reference(2), tmp_path / "timm", "timm"), logits_of_the_run
+    model = timm.models.VisionTransformer(**json.loads((out / "timm.json").read_text())["arguments"],
+                                          norm_layer=partial(torch.nn.LayerNorm, eps=1e-12))
+    model.load_state_dict(load_file(out / "model.safetensors"))
+    with torch.no_grad():
+        assert torch.allclose(model.eval()(images), expected, atol=1e-5)
+
+
+def test_deepspeed_opens_its_folder_with_weights_and_moments(reference, pools, tmp_path):
+    pools(1).run(open_with_deepspeed, run=str(reference(2)), out=str(tmp_path / "deepspeed"))
+
+
+def open_with_deepspeed(run, out):
+    """Loaded by an engine with other weights, masters and moments are those of the checkpoint."""
+    import torch
+
+    from prelora_ds.checkpoints.resume import read_checkpoint
+    from prelora_ds.configuring import load_config
+    from prelora_ds.engine.build import build_engine
+    from prelora_ds.engine.fragments import adam_state, fragments
+    from prelora_ds.engine.state import EngineState
+    from prelora_ds.model.families import find_layout
+    from prelora_ds.model.vit import build_model
+    from prelora_ds.reporting.convert import export_checkpoint
+
+    folder = export_checkpoint(Path(run), Path(out), "deepspeed")
+    config = load_config(Path(run) / "config.yaml",
+                         ["train.micro_batch_size=64", "deepspeed.zero_optimization.stage=1"])
+    module = build_model(config.model, 10)
+    layout = find_layout(module, config.lora.families)
+    found, zeros = read_checkpoint(folder, layout, 0, 1), read_checkpoint(folder, layout, 0, 1)
+    for s in zeros.engine.slices.values():
+        s.value, s.moments = torch.zeros_like(s.value), {key: torch.zeros_like(m) for key, m in s.moments.items()}
+    engine = build_engine(config, found.run.phase.plan, layout, 10,
+                          EngineState(zeros.engine.slices, found.engine.adam_steps, found.engine.buffers))
+    path, _ = engine.ds.load_checkpoint(out)
+    assert path is not None
+    inner, seen = adam_state(engine.ds), 0
+    for f in fragments(engine.ds):
+        held = found.engine.slices[f.name]
+        assert torch.equal(f.of(f.flat), held.value), f.name
+        assert torch.equal(f.of(inner[f.flat]["exp_avg_sq"]), held.moments["exp_avg_sq"]), f.name
+        seen += 1
+    assert seen == len(found.engine.adam_steps) > 0
+    from prelora_ds.engine.release import release
+
+    release(engine)
+
+
+def test_an_export_that_cannot_be_is_told(stopped, tmp_path, capsys):
+    from prelora_ds.core.errors import ConfigError
+    from prelora_ds.reporting.convert import export_checkpoint
+
+    full = stopped[0] / "checkpoints/step-00000003"
+    with pytest.raises(ConfigError, match="is of phase full, which has no adapters\n  remedy: choose hf"):
+        export_checkpoint(full, tmp_path / "out", "peft")
+    with pytest.raises(ConfigError, match="is no format"):
+        export_checkpoint(full, tmp_path / "out", "onnx")
+    with pytest.raises(ConfigError, match=r"OUT = .* exists"):
+        export_checkpoint(full, tmp_path, "hf")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_list_of_checkpoints_verifies_each(stopped, tmp_path):
+    out = copied(stopped, tmp_path)
+    (out / "checkpoints/step-00000012/state.json").write_text("{}")
+    from typer.testing import CliRunner
+
+    from prelora_ds.cli import app
+
+    lines = CliRunner().invoke(app, ["checkpoints", str(out)]).output.splitlines()
+    assert [line.split()[0] for line in lines] == [f"step-{step:08d}" for step in (15, 12, 9, 6, 3)]
+    assert "lora" in lines[0] and "2 ranks, ZeRO 2" in lines[0] and "+ base-" in lines[0] and "verified" in lines[0]
+    assert "BROKEN: " in lines[1] and "state.json: holds 2 bytes" in lines[1] and "full" in lines[-1]
+
+
+# ---- read at another world size, and at another stage
+
+@pytest.mark.parametrize(("before", "after"), [((2, "zero2"), (1, "zero3")), ((4, "zero3"), (2, "zero0")),
+                                               ((1, "zero1"), (2, "zero2_offload"))])
+def test_state_is_read_bitwise_at_another_world_size_and_stage(pools, tmp_path, before, after):
+    """Masters, moments and steps of the LoRA phase, and what is frozen: from slices, base and all."""
+    whole = pools(before[0]).run(save_in_lora_phase, zero=before[1], folder=str(tmp_path))[0]
+    for state, digest, held in pools(after[0]).run(load_elsewhere, zero=after[1], folder=str(tmp_path)):
+        assert same_state(whole[0], state) == []
+        assert whole[1] == digest
+        assert held <= whole[2] / after[0] + 64 * len(whole[0])  # no rank reads more than its part
+
+
+def same_state(a, b):
+    from support.runs import same
+
+    return same(a, b)
+
+
+def run_state(plan, step):
+    from prelora_ds.checkpoints.run_state import RunState
+    from prelora_ds.core.controller import PhaseState
+    from prelora_ds.core.divergence import DivergenceWatch
+
+    return RunState(step, PhaseState(plan), DivergenceWatch())
+
+
+def save_in_lora_phase(zero, folder):
+    from support.runs import Trainer, config
+
+    from prelora_ds.checkpoints.saver import Saver
+    from prelora_ds.core.schedule import Timeline
+    from prelora_ds.engine.transition import transition
+
+    t = Trainer(config(zero, micro=2))
+    saver = Saver(Path(folder), t.cfg, Timeline(1000, 8, t.cfg.train.duration), print)
+    for plan in (t.warmup, t.lora):
+        t.train(2)
+        t.engine, _ = transition(t.engine, plan, keep_frozen=saver.keep_frozen)
+    t.train(2)
+    assert saver.base is not None and saver.save(t.engine, run_state(t.engine.plan, 6), wait=True)
+    state, digest = t.whole_state(), weights_digest(t.engine)
+    nbytes = sum(f.stat().st_size for f in Path(folder).rglob("*.safetensors"))
+    t.close()
+    saver.close()
+    return state, digest, nbytes
+
+
+def weights_digest(engine):
+    """Of all BF16 weights, the frozen ones included."""
+    import hashlib
+
+    import torch
+
+    from prelora_ds.engine.measure import whole
+    from prelora_ds.model.families import named_parameters
+
+    digest = hashlib.sha256()
+    for p in named_parameters(engine.module).values():
+        with whole(engine, [p]) as (value,):
+            digest.update(value.contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def load_elsewhere(zero, folder):
+    import torch.distributed as dist
+    from support.runs import LABELS, Trainer, config
+
+    from prelora_ds.checkpoints.resume import candidates, load_newest
+    from prelora_ds.engine.build import build_engine
+    from prelora_ds.engine.release import release
+
+    world = dist.get_world_size()
+    t = Trainer(config(zero, micro=8 // world))
+    release(t.engine)
+    found = load_newest(candidates(Path(folder), "auto"), t.layout, print)
+    held = found.engine.host_bytes()
+    t.engine = build_engine(t.cfg, found.run.phase.plan, t.layout, LABELS, found.engine, found.counters)
+    assert t.engine.counters().global_steps == 6 == found.run.step
+    state, digest = t.whole_state(), weights_digest(t.engine)
+    t.close()
+    return state, digest, held

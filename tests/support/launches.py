@@ -1,0 +1,138 @@
+"""Whole runs of launch/pretrain.py in real rank processes, with faults; and what two runs have to have in common."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from support.pool import free_port
+
+ROOT = Path(__file__).parents[2]
+DEBUG = "launch/recipes/vit_tiny_debug.yaml"
+TIMES = ("step_s", "data_s", "img_s")
+
+
+class Zygote:
+    """Forks ranks in milliseconds; to be closed."""
+
+    def __init__(self) -> None:
+        self.ended: dict[int, int] = {}
+        path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+        self._process = subprocess.Popen([sys.executable, str(ROOT / "tests/support/zygote.py")], text=True,
+                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                         env=os.environ | {"PYTHONPATH": path})
+        self._started: list[int] = []
+        self._news = threading.Condition()
+        assert json.loads(self._process.stdout.readline())["ready"] == 1, "the zygote has threads: its forks may hang"
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        for line in self._process.stdout:
+            news = json.loads(line)
+            with self._news:
+                if "started" in news:
+                    self._started.append(news["started"])
+                else:
+                    self.ended[news["ended"]] = news["code"]
+                self._news.notify_all()
+
+    def fork(self, **order: Any) -> int:
+        with self._news:
+            before = len(self._started)
+            self._process.stdin.write(json.dumps(order) + "\n")
+            self._process.stdin.flush()
+            assert self._news.wait_for(lambda: len(self._started) > before, timeout=30)
+            return self._started[-1]
+
+    def wait(self, pids: Sequence[int], timeout: float, *, every: bool = True) -> bool:
+        """Whether all (or any) of the processes ended in time."""
+        done = all if every else any
+        with self._news:
+            return self._news.wait_for(lambda: done(pid in self.ended for pid in pids), timeout)
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait(30)
+
+
+class Job:
+    """One launch on ``world`` ranks; like a launcher it ends all ranks when one ends otherwise than with 0."""
+
+    def __init__(self, zygote: Zygote, out: Path, shards: Path, *arguments: str, zero: int = 2, world: int = 2,
+                 faults: dict[int, dict[str, Any]] | None = None, resume: str = "auto", log: str | None = None) -> None:
+        self.zygote, self.log = zygote, Path(log or out.with_name(f"{out.name}.{time.monotonic_ns()}.log"))
+        argv = ["--recipe", DEBUG, "--deepspeed_config", f"ds_configs/zero{zero}.json", "--resume", resume,
+                f"run.output_dir={out}", f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", *arguments]
+        env = {"WORLD_SIZE": str(world), "LOCAL_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+               "MASTER_PORT": str(free_port())}
+        self.pids = [zygote.fork(env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}, argv=argv, log=str(self.log),
+                                 fault=(faults or {}).get(r)) for r in range(world)]
+
+    def wait_for(self, path: Path, timeout: float = 120.0) -> None:
+        """Until ``path`` exists."""
+        deadline = time.monotonic() + timeout
+        while not path.exists():
+            assert time.monotonic() < deadline and not self.zygote.wait(self.pids, 0, every=False), self.said()[-3000:]
+            time.sleep(0.02)
+
+    def end(self, timeout: float = 120.0, grace: float = 0.5) -> list[int]:
+        """Exit codes by rank."""
+        deadline = time.monotonic() + timeout
+        while not self.zygote.wait(self.pids, 0.1):
+            failed = any(self.zygote.ended.get(pid, 0) != 0 for pid in self.pids)
+            if failed:
+                self.zygote.wait(self.pids, grace)
+            if failed or time.monotonic() > deadline:
+                for pid in self.pids:
+                    self.kill(pid)
+                assert self.zygote.wait(self.pids, 30)
+                if not failed:
+                    raise AssertionError(f"no end after {timeout:.0f} s: {self.said()[-3000:]}")
+        return [self.zygote.ended[pid] for pid in self.pids]
+
+    def kill(self, pid: int, number: int = signal.SIGKILL) -> None:
+        if pid not in self.zygote.ended:
+            os.kill(pid, number)
+
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+
+@contextmanager
+def zygote() -> Iterator[Zygote]:
+    z = Zygote()
+    try:
+        yield z
+    finally:
+        z.close()
+
+
+def traces(out: Path) -> dict[str, Any]:
+    """What a run left that depends on nothing but its settings: rows without times, plans, and all exported bits."""
+    from prelora_ds.metrics import read_lines
+
+    rows = [{k: v for k, v in row.items() if k not in TIMES} for row in read_lines(out / "metrics.jsonl")]
+    plans = [{k: v for k, v in row.items() if k != "switch"} for row in read_lines(out / "plans.jsonl")
+             if row["event"] == "plan"]
+    return {"metrics": rows, "windows": read_lines(out / "windows.jsonl"), "plans": plans,
+            "model": (out / "model" / "model.safetensors").read_bytes()}
+
+
+def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """Names of the parts in which two traces differ, with the first row that does."""
+    found = []
+    for part in a:
+        if a[part] != b[part]:
+            pairs = list(zip(a[part], b[part], strict=False)) if isinstance(a[part], list) else []
+            first = next(((x, y) for x, y in pairs if x != y), (len(a[part]), len(b[part])))
+            found.append(f"{part}: {first}")
+    return found

@@ -1,0 +1,125 @@
+"""A process that has imported all that a run needs, and forks ranks: lines of JSON in, lines of JSON out.
+
+    python zygote.py        {"env": {...}, "argv": [...], "log": PATH, "fault": {...} or null}  ->  {"started": PID}
+                            whenever a rank ends: {"ended": PID, "code": CODE}, negative for a signal
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+DEAD_PIPE = "a pipe that nobody reads"
+# Where a rank may be killed, as a user of the names has them.
+PLACES = {
+    "step": ("prelora_ds.engine.build", "Engine.finish_step"), "write": ("prelora_ds.checkpoints.saver", "write_part"),
+    "commit": ("prelora_ds.checkpoints.saver", "commit"), "vote": ("prelora_ds.checkpoints.saver", "Saver._agree"),
+    "copy": ("prelora_ds.checkpoints.saver", "copy_state"), "switch": ("prelora_ds.train", "transition"),
+    "window": ("prelora_ds.train", "_decide"), "evaluate": ("prelora_ds.train", "_evaluate"),
+    "restore": ("prelora_ds.checkpoints.resume", "read_state"), "export": ("prelora_ds.train", "export_model"),
+}
+
+
+def main() -> None:
+    os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    os.chdir(ROOT)
+    import torch
+
+    torch.set_num_threads(1)
+    for name in ("prelora_ds.launching.start", "prelora_ds.launching.claim", "prelora_ds.train",
+                 "prelora_ds.reporting.table", "deepspeed.runtime.zero.muon.muon_optimizer"):
+        importlib.import_module(name)
+    answer(ready=len(os.listdir("/proc/self/task")))
+    buffer = b""
+    while True:
+        if select.select([0], [], [], 0.02)[0]:
+            chunk = os.read(0, 1 << 16)
+            if not chunk:
+                return
+            *lines, buffer = (buffer + chunk).split(b"\n")
+            for line in lines:
+                order = json.loads(line)
+                pid = os.fork()
+                if pid == 0:
+                    os.setsid()
+                    rank(**order)
+                answer(started=pid)
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            continue
+        if pid:
+            answer(ended=pid, code=os.waitstatus_to_exitcode(status))
+
+
+def answer(**fields: Any) -> None:
+    print(json.dumps(fields), flush=True)
+
+
+def rank(env: dict[str, str], argv: list[str], log: str, fault: dict[str, Any] | None) -> None:
+    """launch/pretrain.py as the main program of this process, which ends here."""
+    if log == DEAD_PIPE:
+        reader, out = os.pipe()
+        os.close(reader)
+    else:
+        out = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    for descriptor in (1, 2):
+        os.dup2(out, descriptor)
+    nowhere = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nowhere, 0)
+    os.environ |= env
+    code = 1
+    try:
+        if fault is not None:
+            plant(**fault)
+        sys.argv = ["launch/pretrain.py", *argv]
+        runpy.run_path(str(ROOT / "launch/pretrain.py"), run_name="__main__")
+        code = 0
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else 1
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    threading._shutdown()  # type: ignore[attr-defined]  # what the end of a program waits for
+    os._exit(code)
+
+
+def plant(place: str, call: int, delay: float, signal: int = signal.SIGKILL) -> None:
+    """Send this process ``signal``, ``delay`` seconds after the ``call``-th call at ``place`` has begun."""
+    module, path = PLACES[place]
+    owner = importlib.import_module(module)
+    *parents, name = path.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    real, calls = getattr(owner, name), [0]
+
+    def die() -> None:
+        time.sleep(delay)
+        os.kill(os.getpid(), signal)
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == call:
+            if delay == 0:
+                os.kill(os.getpid(), signal)
+            threading.Thread(target=die, daemon=True).start()
+        return real(*args, **kwargs)
+
+    setattr(owner, name, wrapper)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Stopping on a wish, and ending when nothing goes on; real signals and real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from prelora_ds.launching import stop as stop_module
+from prelora_ds.launching.stop import StopRequest
+
+
+@pytest.fixture
+def kept_handlers():
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_is_a_wish_and_ends_nothing(number, kept_handlers) -> None:
+    stop = StopRequest().install()
+    assert not stop.asked()
+    os.kill(os.getpid(), number)
+    os.kill(os.getpid(), number)  # at once: a launcher passes it on twice
+    assert stop.asked() and stop.reason == number.name
+
+
+def test_a_second_signal_leaves_at_once() -> None:
+    code = ("import os, signal, time\nfrom prelora_ds.launching import stop\nstop.ONE_WISH_S = 0.2\n"
+            "s = stop.StopRequest().install()\nos.kill(os.getpid(), 15)\nassert s.asked()\ntime.sleep(0.3)\n"
+            "os.kill(os.getpid(), 15)\ntime.sleep(60)")
+    assert subprocess.run([sys.executable, "-c", code], timeout=30, check=False).returncode == 128 + 15
+
+
+def test_a_walltime_is_kept_with_room_for_a_checkpoint_and_a_step(monkeypatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(stop_module.time, "monotonic", lambda: now[0])
+    stop = StopRequest(100.0)
+    for _ in range(7):
+        now[0] += 10  # a step
+        assert not stop.asked(save_s=1.0), now[0]
+    now[0] += 10  # at 80 s: 5 s of margin, 2 x (1 s + 10 s) for a checkpoint and a step
+    assert stop.asked(save_s=1.0) and "checkpoint.walltime" in str(stop.reason)
+
+
+GUARDED = """
+import sys, threading, time
+from prelora_ds.launching.guard import Guard
+guard = Guard(0.5, rank=3).start()
+{}
+"""
+
+
+def guarded(body: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", GUARDED.format(body)], timeout=30, capture_output=True, text=True,
+                          check=False)
+
+
+def test_a_process_that_goes_nowhere_ends_with_85_and_all_stacks() -> None:
+    done = guarded("def lost_in_here(): time.sleep(60)\nlost_in_here()")
+    assert done.returncode == 85
+    assert "error (rank 3): no step for" in done.stderr and "lost_in_here" in done.stderr
+    assert "_watch" in done.stderr  # of all threads
+
+
+def test_a_process_that_gets_on_is_left_alone() -> None:
+    assert guarded("for _ in range(12): time.sleep(0.1); guard.beat()").returncode == 0
+
+
+def test_a_check_ends_the_process_with_its_own_code() -> None:
+    done = guarded("guard.checks.append(lambda: (88, 'error: fenced'))\n"
+                   "for _ in range(99): time.sleep(0.1); guard.beat()")
+    assert (done.returncode, done.stderr.strip()) == (88, "error: fenced")
+
+
+def test_the_guard_ends_a_process_whose_standard_error_nobody_reads() -> None:
+    begun = time.monotonic()
+    reader, writer = os.pipe()
+    process = subprocess.Popen([sys.executable, "-c", GUARDED.format("time.sleep(60)")], stderr=writer)
+    os.close(reader)
+    os.close(writer)
+    assert process.wait(30) == 85 and time.monotonic() - begun < 20
