@@ -58,7 +58,7 @@ def test_what_one_rank_alone_has_met_it_says_at_once(
     with pytest.raises(SystemExit) as ended:
         exits.fail(error, Ranks(5, 1, 8))
     assert (ended.value.code, naps) == (1, [])
-    assert capsys.readouterr().err == f"error (rank 5): {error}\n"
+    assert capsys.readouterr().err == f"error (rank 5 on {socket.gethostname()}): {error}\n"
 
 
 def test_a_rank_that_the_launcher_ends_within_the_grace_says_nothing(
