@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import socket
+
 import pytest
 
 from prelora_ds.core.errors import ConfigError, TrainingDivergedError
