@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch.distributed as dist
@@ -38,6 +39,7 @@ class Run:
     progress: TrainProgress
     out: Path
     guard: Guard
+    opened: ExitStack = field(default_factory=ExitStack)  # what the loop opens and the end of the run closes
 
 
 def begin_plan(run: Run, engine: Engine, phase: PhaseState, switch: Switch | None) -> None:

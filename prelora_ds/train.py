@@ -71,6 +71,7 @@ def train(config: Config, train_data: Manifest, val_data: Manifest, *, resume: s
         dist.all_gather_object(peaks, peak_rss_bytes())
         run.log.plans({"event": "end", "step": timeline.total_steps, "peak_rss_bytes": peaks})
     finally:
+        run.opened.close()
         saver.close()
         run.progress.close()
         run.log.close()
@@ -163,7 +164,6 @@ def _loop(run: Run, saver: Saver, stop: StopRequest, engine: Engine, state: RunS
         saver.after_step(engine, state, *stats.flags, due=step in saved_at, why=stop.reason)
         run.guard.beat()
     saver.settle()
-    loader.close()
     return engine, state
 
 
@@ -215,10 +215,12 @@ def _hosts() -> list[str]:
 
 def _loader(run: Run, engine: Engine, start_step: int) -> TrainLoader:
     config = run.config
-    return TrainLoader(run.train_data, seed=config.run.seed, global_batch_size=config.train.global_batch_size,
+    loader = TrainLoader(run.train_data, seed=config.run.seed, global_batch_size=config.train.global_batch_size,
                        micro_batch_size=engine.config.train.micro_batch_size, rank=dist.get_rank(),
                        world_size=dist.get_world_size(), flip=config.data.flip, workers=config.data.workers,
                        start_step=start_step, **_image_options(config))
+    run.opened.callback(loader.close)
+    return loader
 
 
 def _controller(run: Run) -> PhaseController:
