@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch.distributed as dist
@@ -45,6 +46,7 @@ class Run:
     progress: TrainProgress
     out: Path
     guard: Guard
+    opened: ExitStack = field(default_factory=ExitStack)  # what the loop opens and the end of the run closes
 
 
 def workers_of(config: Config, data: TrainData, progress: TrainProgress) -> int:

@@ -81,6 +81,7 @@ def train(config: Config, train_data: TrainData, val_data: Manifest, *, resume: 
         dist.all_gather_object(peaks, peak_rss_bytes())
         run.log.plans({"event": "end", "step": timeline.total_steps, "peak_rss_bytes": peaks})
     finally:
+        run.opened.close()
         saver.close()
         run.progress.close()
         run.log.close()
@@ -177,7 +178,6 @@ def _loop(run: Run, saver: Saver, stop: StopRequest, engine: Engine, state: RunS
         saver.after_step(engine, state, *stats.flags, due=step in saved_at, why=stop.reason)
         run.guard.beat()
     saver.settle()
-    loader.close()
     return engine, state
 
 
@@ -239,8 +239,10 @@ def _hosts() -> list[str]:
 
 
 def _loader(run: Run, engine: Engine, start_step: int) -> Loader:
-    return make_loader(engine.config, run.train_data, rank=dist.get_rank(), world_size=dist.get_world_size(),
-                       workers=run.workers, start_step=start_step)
+    loader = make_loader(engine.config, run.train_data, rank=dist.get_rank(), world_size=dist.get_world_size(),
+                         workers=run.workers, start_step=start_step)
+    run.opened.callback(loader.close)
+    return loader
 
 
 def _controller(run: Run) -> PhaseController:

@@ -75,11 +75,6 @@ class Saver:
         return frozenset().union(*(self._timeline.ticks(d) for d in (c.every, c.keep_every) if d is not None))
 
     @property
-    def pending(self) -> bool:
-        """Whether a checkpoint has begun that is not yet committed; the same on all ranks."""
-        return self._pending is not None
-
-    @property
     def writing(self) -> bool:
         """Whether this rank still writes."""
         return self._pending is not None and not self._pending.files.done()

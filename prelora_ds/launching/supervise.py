@@ -256,7 +256,9 @@ ECHOES = ("Connection closed by peer", "Connection reset by peer", "Broken pipe"
 
 
 def is_echo(record: dict[str, object]) -> bool:
-    """Whether a rank only felt that another one ended, hung or was given up."""
+    """Whether a rank only felt that another one ended, hung or was given up. One that was itself stopped is no echo."""
+    if record.get("slept_s"):
+        return False
     return record.get("code") in (HANG_EXIT_CODE, 87, 88) or any(echo in str(record.get("why")) for echo in ECHOES)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from prelora_ds.core.errors import FENCED_EXIT_CODE, ORPHAN_EXIT_CODE
 
 LEASE = "lease.json"
+ASLEEP_S = 10.0
 
 
 class Supervision:
@@ -25,6 +26,7 @@ class Supervision:
         self.folder, self.rank = folder, rank
         self._seen: dict[str, Any] = {}
         self._changed_at, self._stopping = time.monotonic(), False
+        self._looked_at, self._slept_s = time.monotonic(), 0.0
         if folder is not None:
             self.attempt = int(folder.name.removeprefix("attempt-"))
             write_json(folder / f"rank-{rank}.json", {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()})
@@ -36,6 +38,10 @@ class Supervision:
         """
         if self.folder is None:
             return None
+        now = time.monotonic()
+        if now - self._looked_at > ASLEEP_S:  # this thread looks every few seconds, unless the whole process is stopped
+            self._slept_s = now - self._looked_at
+        self._looked_at = now
         lease = read_json(self.folder.parent / LEASE)
         if lease.get("attempt", self.attempt) > self.attempt:
             return FENCED_EXIT_CODE, self._says(f"attempt {lease['attempt']} runs, this is attempt {self.attempt}")
@@ -53,7 +59,8 @@ class Supervision:
         """Leave the record of an end that is no success."""
         if self.folder is not None:
             write_json(self.folder / f"exit-{self.rank}.json",
-                       {"rank": self.rank, "host": socket.gethostname(), "code": code, "why": why})
+                       {"rank": self.rank, "host": socket.gethostname(), "code": code, "slept_s": self._slept_s,
+                        "why": f"was stopped for {self._slept_s:.0f} s; then: {why}" if self._slept_s else why})
 
     def mark(self, name: str) -> None:
         """DONE or STOPPED, by rank 0: the run is whole on disk, whatever exit codes say after it."""

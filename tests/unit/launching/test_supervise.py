@@ -132,6 +132,7 @@ def test_the_launcher_gets_hostfile_environment_and_the_words_filled_in(world: W
 def test_a_rank_that_only_felt_anothers_end_is_an_echo() -> None:
     assert is_echo({"code": 85, "why": ""}) and is_echo({"code": 1, "why": "x Connection closed by peer y"})
     assert not is_echo({"code": 1, "why": "ValueError"})
+    assert not is_echo({"code": 85, "why": "was stopped for 20 s", "slept_s": 20.0})
 
 
 @pytest.mark.parametrize("policy", [Policy(4, 4), Policy(2, 3), Policy(1, 0)])
@@ -170,7 +171,7 @@ def test_a_lease_that_asks_to_stop_signals_the_rank_once(tmp_path: Path) -> None
     assert signals == [signal.SIGUSR1]
 
 
-def test_a_rank_leaves_its_end_and_rank_0_the_mark(tmp_path: Path) -> None:
+def test_a_rank_leaves_its_end_and_rank_0_the_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = tmp_path / "attempt-1"
     own.mkdir()
     Supervision(own, 1).mark("DONE")
@@ -178,6 +179,12 @@ def test_a_rank_leaves_its_end_and_rank_0_the_mark(tmp_path: Path) -> None:
     Supervision(own, 0).mark("DONE")
     Supervision(own, 1).ended(85, "hung")
     assert (own / "DONE").exists() and read_json(own / "exit-1.json")["code"] == 85
+    monkeypatch.setattr("prelora_ds.launching.supervised.ASLEEP_S", 0.1)
+    frozen = Supervision(own, 2)
+    time.sleep(0.2)
+    frozen.check()
+    frozen.ended(85, "hung")
+    assert read_json(own / "exit-2.json")["why"] == "was stopped for 0 s; then: hung"
     unwatched = Supervision(None, 0)
     unwatched.ended(1, "x")
     unwatched.mark("DONE")
