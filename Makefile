@@ -12,7 +12,7 @@ DEEPSPEED := deepspeed --num_accelerators 2 launch/pretrain.py
 DEMO := out/digits_demo
 SMOKE := out/smoke_vitl
 
-.PHONY: help setup demo test test-faults lint smoke-vitl freeze clean data/digits data/photographs
+.PHONY: help setup demo test test-faults test-hosts lint smoke-vitl freeze clean data/digits data/photographs
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ test: setup  ## run all tests
 
 test-faults: setup  ## kill ranks 32 times, drawn by a seed, and compare with runs left alone (about 6 minutes)
 	python benchmarks/faults.py
+
+test-hosts: setup  ## 2, 4 and 16 hosts and every fault, in namespaces (root; about 30 minutes): benchmarks/results/hosts.json
+	python benchmarks/many_hosts.py
 
 lint: setup  ## ruff, mypy on the core, and the import contracts
 	ruff check .

@@ -14,7 +14,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["prelora_ds", "prelora_ds.*"]),
-    package_data={"prelora_ds": ["py.typed"]},
+    package_data={"prelora_ds": ["py.typed", "launching/profiles/*"]},
     python_requires=">=3.11",
     # Exact versions stand in constraints.txt; DeepSpeed's internals move, so its range is one minor release.
     install_requires=[
@@ -30,6 +30,7 @@ setup(
         "omegaconf>=2.4,<3",
         "rich>=15,<16",
         "typer>=0.29,<1",
+        "jinja2>=3.1.6,<4",
         "safetensors>=0.8,<1",
         "numpy>=2,<3",
         "pillow>=12,<14",
@@ -52,11 +53,13 @@ setup(
             "scikit-image>=0.26,<0.27",
             "foolbox>=3.3.4,<4",
             "psutil>=7,<8",
-            "timm>=1.0.31,<2",
             "pyarrow>=26,<27",
             "aiohttp>=3.14,<4",
             "datasets>=5.2,<6",
+            "timm>=1.0.31,<2",
         ],
+        # only for benchmarks/loader.py
+        "benchmarks": ["timm>=1.0.31,<2"],
     },
     entry_points={"console_scripts": ["prelora = prelora_ds.cli:main"]},
 )

@@ -7,11 +7,14 @@
 import argparse
 import os
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 from prelora_ds.core.errors import ConfigError, ExpectedError, Stopped
-from prelora_ds.launching.exits import fail, interrupted, outlive_pipes, stopped
-from prelora_ds.launching.ranks import Ranks, discover_ranks
+from prelora_ds.launching.exits import crash, fail, interrupted, outlive_pipes, stopped
+from prelora_ds.launching.mpi import find_ranks
+from prelora_ds.launching.ranks import Ranks
+from prelora_ds.launching.supervised import Supervision
 
 
 class _Parser(argparse.ArgumentParser):
@@ -26,21 +29,27 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--resume", default="auto", metavar="auto|never|PATH",
                         help="auto: go on with the run in run.output_dir, if there is one; PATH: a checkpoint or a run")
     parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher; LOCAL_RANK is what counts")
+    parser.add_argument("--supervised", type=Path, metavar="FOLDER", help="set by `prelora supervise`: its records")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="overrides of the recipe")
     outlive_pipes()
-    ranks = Ranks(rank=0, local_rank=0, world_size=1)
+    ranks, watch = Ranks(rank=0, local_rank=0, world_size=1), Supervision(None, 0)
     try:
-        ranks = discover_ranks(os.environ)
+        ranks = find_ranks(os.environ)
         args = parser.parse_intermixed_args(argv)
+        watch = Supervision(args.supervised, ranks.rank)
         from prelora_ds.launching.start import start  # heavy imports only once the launch itself is sound
 
-        start(ranks, args.recipe, args.overrides, args.deepspeed_config, args.resume)
+        start(ranks, args.recipe, args.overrides, args.deepspeed_config, args.resume, watch)
     except Stopped as why:
         stopped(why, ranks)
     except ExpectedError as error:
+        watch.ended(error.exit_code, str(error))
         fail(error, ranks)
     except KeyboardInterrupt:
         interrupted(ranks)
+    except Exception as error:
+        watch.ended(1, f"{type(error).__name__}: {error}")
+        crash(ranks)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`prelora`: shards, plan, evaluate, report, checkpoints, export."""
+"""`prelora`: shards, plan, evaluate, report, checkpoints, export; for many hosts preflight, supervise, job."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from typing import Annotated
 
 import typer
 
-from prelora_ds.core.errors import ExpectedError
+from prelora_ds.core.errors import ConfigError, ExpectedError
+from prelora_ds.launching import commands
 from prelora_ds.sharding import shards_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Tools around prelora_ds runs; training itself starts with launch/pretrain.py.")
 app.add_typer(shards_app, name="shards")
+app.command()(commands.preflight)
+app.command()(commands.supervise)
+app.command()(commands.job)
 
 
 @app.command()
@@ -41,7 +45,6 @@ def report(output: Path) -> None:
 def checkpoints(run: Path) -> None:
     """The checkpoints of RUN, newest first, each verified."""
     from prelora_ds.checkpoints.folder import FOLDER, describe, list_checkpoints
-    from prelora_ds.core.errors import ConfigError
 
     found = list_checkpoints(run / FOLDER)
     if not found:
@@ -95,3 +98,7 @@ def main() -> None:
     except ExpectedError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

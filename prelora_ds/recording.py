@@ -1,4 +1,4 @@
-"""What stays the same in a run, and what it records beside its steps: each plan, why it began, and its bytes."""
+"""What stays the same in a run, and what it records of itself beside its steps: each plan, and its bytes."""
 
 from __future__ import annotations
 
@@ -49,6 +49,20 @@ class Run:
     opened: ExitStack = field(default_factory=ExitStack)  # what the loop opens and the end of the run closes
 
 
+def workers_of(config: Config, data: TrainData, progress: TrainProgress) -> int:
+    """`data.workers`, by rank 0's measurement where it is ``auto``. Collective."""
+    chosen = [(0, "")]
+    if dist.get_rank() == 0:
+        here = local_world_size()
+        gpu = gpu_named(accelerator_name(), rank_memory_gib(here))
+        chosen = [count_workers(config, data, ranks_here=here, images_per_s=fastest_images_per_s(
+            config, here, dist.get_world_size(), gpu))]
+    dist.broadcast_object_list(chosen, src=0)
+    if config.data.workers == "auto":
+        progress.say(chosen[0][1])
+    return chosen[0][0]
+
+
 def begin_plan(run: Run, engine: Engine, phase: PhaseState, switch: Switch | None) -> None:
     """Lend the run's monitor to the engine and record the plan and its reason."""
     lend_monitor(run, engine)
@@ -85,17 +99,3 @@ def log_bytes(run: Run, engine: Engine, step: int) -> None:
     if off > DEVIATION_WARNING:
         run.progress.say(f"warning: bytes of phase {engine.plan.phase} differ by {off:.1%} from the prediction: "
                          f"predicted {predicted.to_json()}, measured {measured}")
-
-
-def settle_workers(config: Config, data: TrainData, progress: TrainProgress) -> int:
-    """The same on all ranks, by rank 0's measurement."""
-    chosen = [(0, "")]
-    if dist.get_rank() == 0:
-        here = local_world_size()
-        gpu = gpu_named(accelerator_name(), rank_memory_gib(here))
-        chosen = [count_workers(config, data, ranks_here=here, images_per_s=fastest_images_per_s(
-            config, here, dist.get_world_size(), gpu))]
-    dist.broadcast_object_list(chosen, src=0)
-    if config.data.workers == "auto":
-        progress.say(chosen[0][1])
-    return chosen[0][0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import socket
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -23,6 +24,7 @@ from prelora_ds.core.divergence import DivergenceWatch
 from prelora_ds.core.errors import TrainingDivergedError
 from prelora_ds.core.fields import Duration
 from prelora_ds.core.schedule import Timeline, lr_at
+from prelora_ds.core.stragglers import StragglerWatch
 from prelora_ds.data.batch import MicroBatch
 from prelora_ds.data.budget import CorruptBudget
 from prelora_ds.data.datasets import Look
@@ -33,11 +35,7 @@ from prelora_ds.engine.build import Engine, StepStats, build_engine
 from prelora_ds.engine.census import peak_rss_bytes
 from prelora_ds.engine.measure import check_ranks_agree, weight_norms
 from prelora_ds.engine.release import release
-from prelora_ds.engine.runtime import (
-    freeze_imports,
-    make_monitor,
-    synchronize,
-)
+from prelora_ds.engine.runtime import freeze_imports, make_monitor, synchronize
 from prelora_ds.engine.state import initial_state
 from prelora_ds.engine.transition import transition
 from prelora_ds.evaluate import Accuracy, evaluate
@@ -47,7 +45,7 @@ from prelora_ds.metrics import RunLog
 from prelora_ds.model.families import find_layout
 from prelora_ds.model.losses import begin_sigmoid_head
 from prelora_ds.model.vit import build_model
-from prelora_ds.recording import Run, begin_plan, bytes_due, lend_monitor, log_bytes, settle_workers
+from prelora_ds.recording import Run, begin_plan, bytes_due, lend_monitor, log_bytes, workers_of
 from prelora_ds.reporting.export import export_model
 from prelora_ds.reporting.progress import TrainProgress
 
@@ -72,7 +70,7 @@ def train(config: Config, train_data: TrainData, val_data: Manifest, *, resume: 
     progress = TrainProgress(timeline.total_steps, shown=rank == 0, done=done)
     saver.say = progress.say
     run = Run(config, layout, timeline, train_data, val_data, CorruptBudget(config.data.corrupt_budget, samples),
-              settle_workers(config, train_data, progress),
+              workers_of(config, train_data, progress),
               RunLog(out, make_monitor(out, done * config.train.global_batch_size)), progress, out,
               guard or Guard(math.inf))
     try:
@@ -108,7 +106,7 @@ def _begin(run: Run, saver: Saver, found: Checkpoint | None) -> tuple[Engine, Ru
         state, saver.base, saver.last_step = found.run, found.manifest.base, found.run.step
         engine = build_engine(config, state.phase.plan, run.layout, labels, found.engine, found.counters)
         found.restore_rng(config.run.seed)
-        run.corrupt.go_on_from(*state.corrupt)
+        run.corrupt.go_on(*state.corrupt)
         run.log.plans({"event": "resume", "step": state.step, "checkpoint": found.folder.name,
                        "world_size": dist.get_world_size(), "zero_stage": engine.config.zero.stage})
         run.progress.say(f"goes on after step {state.step}, from {found.folder}")
@@ -125,6 +123,7 @@ def _loop(run: Run, saver: Saver, stop: StopRequest, engine: Engine, state: RunS
     measured_at = timeline.ticks(config.convergence.every) if config.convergence else frozenset()
     evaluated_at, saved_at = timeline.ticks(config.train.eval_every), saver.ticks
     loader, resumed_at = _loader(run, engine, state.step), state.step
+    stragglers = StragglerWatch(_hosts())
 
     while state.step < total:
         step, begun = state.step + 1, time.perf_counter()
@@ -134,11 +133,15 @@ def _loop(run: Run, saver: Saver, stop: StopRequest, engine: Engine, state: RunS
         engine.backward(micro_batches)
         if step == bytes_due(engine.plan, resumed_at):
             log_bytes(run, engine, step)
-        stats = engine.finish_step(lr=lr, flags=(stop.asked(saver.slowest_s), saver.writing),
+        stats = engine.finish_step(lr=lr, flags=(stop.asked(saver.slowest_s), saver.writing), data_s=fetched - begun,
                                    accept=partial(state.watch.accepts, step, config=config.train.divergence))
         synchronize()
         seconds = {"step_s": time.perf_counter() - fetched, "data_s": fetched - begun}
+        for slow in stragglers.add(sum(seconds.values()), forward=stats.forward_s, data=stats.data_s):
+            run.progress.say(f"warning: {slow}")
+            run.log.plans({"event": "straggler", "step": step, **vars(slow)})
         row: dict[str, Any] = {"step": step, "epoch": timeline.epoch_at(step), "phase": engine.plan.phase}
+        _stop_if_corrupt(run, stats, micro_batches, row)
         if problem := problem_of(state.watch, step, stats, config.train.divergence):
             back = _way_back(run, saver, state, stats, row, problem)
             if back is not None:
@@ -152,9 +155,7 @@ def _loop(run: Run, saver: Saver, stop: StopRequest, engine: Engine, state: RunS
         else:
             state.watch = state.watch.sound(stats.loss, config.train.divergence)
             for meter in (state.window, state.logged):
-                meter.add(stats.loss, config.train.global_batch_size, **seconds, corrupt=stats.corrupt)
-        _stop_if_corrupt(run, stats, micro_batches, row | state.logged.row())
-        state.corrupt = run.corrupt.position
+                meter.add(stats.loss, config.train.global_batch_size, corrupt=stats.corrupt, **seconds)
         if step in evaluated_at:
             state.accuracy = _evaluate(run, engine)
             row |= {"val/acc1": state.accuracy.acc1, "val/loss": state.accuracy.loss}
@@ -169,7 +170,7 @@ def _loop(run: Run, saver: Saver, stop: StopRequest, engine: Engine, state: RunS
             run.log.metrics(row, samples=step * config.train.global_batch_size)
             run.progress.step(row)
             state.logged.reset()
-        state.step = step
+        state.step, state.corrupt = step, run.corrupt.count
         if state.phase.plan != engine.plan and step < total:
             engine, switch = transition(engine, state.phase.plan, keep_frozen=saver.keep_frozen)
             loader.rebatch(engine.config.train.micro_batch_size)
@@ -214,7 +215,8 @@ def _stop_if_corrupt(run: Run, stats: StepStats, micro_batches: Sequence[MicroBa
     """All ranks stop at the same step: they hold the same counts."""
     faults = [fault for batch in micro_batches for fault in batch.faults]
     if run.corrupt.spent(run.timeline.epochs_done(row["step"] - 1), stats.corrupt, faults):
-        run.log.metrics(row, samples=row["step"] * run.config.train.global_batch_size)
+        run.log.metrics({**row, "train/loss": stats.loss, "data/corrupt": stats.corrupt},
+                        samples=row["step"] * run.config.train.global_batch_size)
         last = [""] * dist.get_world_size()
         dist.all_gather_object(last, run.corrupt.last_fault)
         raise run.corrupt.error(last)
@@ -229,6 +231,13 @@ def _evaluate(run: Run, engine: Engine) -> Accuracy:
                         samples=len(run.val_data), reduce=dist.all_reduce, device=engine.ds.device)
 
 
+def _hosts() -> list[str]:
+    """The host of each rank."""
+    names = [""] * dist.get_world_size()
+    dist.all_gather_object(names, socket.gethostname())
+    return names
+
+
 def _loader(run: Run, engine: Engine, start_step: int) -> Loader:
     loader = make_loader(engine.config, run.train_data, rank=dist.get_rank(), world_size=dist.get_world_size(),
                          workers=run.workers, start_step=start_step)
@@ -239,3 +248,4 @@ def _loader(run: Run, engine: Engine, start_step: int) -> Loader:
 def _controller(run: Run) -> PhaseController:
     return PhaseController(layout=run.layout, timeline=run.timeline, lora=run.config.lora,
                            convergence=run.config.convergence, seed=run.config.run.seed)
+

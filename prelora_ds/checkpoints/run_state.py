@@ -18,7 +18,7 @@ class RunState:
     """After ``step`` optimizer steps.
 
     window, logged: what has been measured since the last measurement and the last logged row.
-    accuracy: of the last evaluation. corrupt: the epoch, and its samples that could not be read.
+    accuracy: of the last evaluation. corrupt: (epoch, samples in it that could not be read so far).
     """
 
     step: int
@@ -33,10 +33,10 @@ class RunState:
         """``plan`` is the engine's: at the last step of a run a new one may be decided and never begun."""
         return {"step": self.step, "phase": replace(self.phase, plan=plan).to_json(), "watch": self.watch.to_json(),
                 "window": self.window.to_json(), "logged": self.logged.to_json(),
-                "accuracy": self.accuracy and asdict(self.accuracy), "corrupt": list(self.corrupt)}
+                "accuracy": self.accuracy and asdict(self.accuracy), "corrupt": self.corrupt}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> RunState:
         return cls(data["step"], PhaseState.from_json(data["phase"]), DivergenceWatch.from_json(data["watch"]),
                    Meter.from_json(data["window"]), Meter.from_json(data["logged"]),
-                   data["accuracy"] and Accuracy(**data["accuracy"]), (data["corrupt"][0], data["corrupt"][1]))
+                   data["accuracy"] and Accuracy(**data["accuracy"]), tuple(data["corrupt"]))

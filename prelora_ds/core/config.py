@@ -215,6 +215,16 @@ class GuardConfig(Strict):
     hang_limit: Seconds = 1800.0
 
 
+class LaunchConfig(Strict):
+    """``interface``: the network interface of gloo, NCCL and MPI (null: gloo takes the one towards the master).
+
+    ``timeout_s``: seconds within which all ranks have to come before the process group is made.
+    """
+
+    interface: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,15}$")] | None = None
+    timeout_s: Annotated[float, Field(gt=0)] = 300.0
+
+
 @dataclass(frozen=True)
 class ZeroSettings:
     """The keys of a DeepSpeed config's ``zero_optimization`` that decide bytes; DeepSpeed's defaults, in elements."""
@@ -239,6 +249,7 @@ class Config(Strict):
     phases: PhasesConfig = PhasesConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()
+    launch: LaunchConfig = LaunchConfig()
 
     def for_phase(self, phase: str) -> Config:
         """The config that holds in ``phase``: micro-batch and DeepSpeed section as `phases` has them for it.

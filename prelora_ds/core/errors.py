@@ -51,3 +51,9 @@ class NotSavedError(ExpectedError, RuntimeError):
     """The run was asked to stop, and its last checkpoint could not be written."""
 
     exit_code = TRY_AGAIN_EXIT_CODE
+
+
+class LaunchError(ExpectedError, RuntimeError):
+    """A host, a network or a port failed the run, not the recipe: another try, or another host, may work."""
+
+    exit_code = TRY_AGAIN_EXIT_CODE

@@ -9,7 +9,8 @@ from typing import Any
 MAY_DIFFER = (
     "run.name", "run.output_dir", "data.train", "data.val", "data.workers", "data.worker_start", "data.cache_dir",
     "data.cache_gib", "data.corrupt_budget", "train.micro_batch_size", "train.log_every", "train.eval_every",
-    "train.divergence", "model.activation_checkpointing", "model.compile", "deepspeed", "phases", "checkpoint", "guard")
+    "train.divergence", "model.activation_checkpointing", "model.compile", "deepspeed", "phases", "checkpoint", "guard",
+    "launch")
 # What may differ too when a new run begins from another's checkpoint.
 MAY_DIFFER_IN_A_NEW_RUN = ("optimizer", "train.duration", "train.label_smoothing", "convergence", "lora.warmup")
 

@@ -29,6 +29,15 @@ class CorruptBudget:
         self._last = next(iter(faults), self._last)
         return self._count > self._share * self._samples
 
+    @property
+    def count(self) -> tuple[int, int]:
+        """(epoch, unreadable samples in it so far), for a checkpoint."""
+        return self._epoch, self._count
+
+    def go_on(self, epoch: int, corrupt: int) -> None:
+        """Count on from where a checkpoint stood."""
+        self._epoch, self._count = epoch, corrupt
+
     def error(self, last_of_ranks: Sequence[str]) -> CorruptBudgetError:
         """What to raise then, with a fault out of `last_fault` of all ranks."""
         fault = next(filter(None, last_of_ranks), "")
@@ -36,15 +45,6 @@ class CorruptBudget:
             f"{self._count} unreadable samples in epoch {self._epoch} are more than data.corrupt_budget "
             f"= {self._share:g} of {self._samples} samples allows; one of them: {fault}\n  remedy: `prelora shards "
             "verify` lists what is damaged; write those shards again, or raise data.corrupt_budget")
-
-    @property
-    def position(self) -> tuple[int, int]:
-        """The epoch, and its unreadable samples so far: what `go_on_from` takes in a resumed run."""
-        return self._epoch, self._count
-
-    def go_on_from(self, epoch: int, count: int) -> None:
-        """Count on from a `position`."""
-        self._epoch, self._count = epoch, count
 
     @property
     def last_fault(self) -> str:

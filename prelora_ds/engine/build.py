@@ -24,6 +24,7 @@ from prelora_ds.data.transforms import to_float
 from prelora_ds.engine.leave_out import update_left_out
 from prelora_ds.engine.runtime import device
 from prelora_ds.engine.state import EngineState, adam_steps_of, restore_state
+from prelora_ds.engine.stopwatch import Stopwatch
 from prelora_ds.model.adapters import attach_adapters, check_adapters
 from prelora_ds.model.families import named_parameters
 from prelora_ds.model.lora_linear import lora_linears, merge_bases
@@ -44,13 +45,16 @@ class Counters:
 @dataclass(frozen=True)
 class StepStats:
     """One optimizer step, reduced over ranks. loss: mean over the global batch; grad_norm: before clipping; skipped:
-    the update was left out; corrupt: samples that could not be read; flags: how many ranks raised each."""
+    the update was left out; corrupt: samples that could not be read; flags: how many ranks raised each; forward_s,
+    data_s: seconds of each rank, forward passes and waiting for data."""
 
     loss: float
     grad_norm: float
     skipped: bool
-    corrupt: int
+    corrupt: int = 0
     flags: tuple[int, ...] = ()
+    forward_s: tuple[float, ...] = ()
+    data_s: tuple[float, ...] = ()
 
 
 class Engine:
@@ -62,7 +66,7 @@ class Engine:
     def __init__(self, config: Config, plan: Plan, layout: Layout, num_labels: int, ds: Any) -> None:
         self.run_config, self.config = config, config.for_phase(plan.phase)
         self.plan, self.layout, self.num_labels, self.ds = plan, layout, num_labels, ds
-        self._sums = torch.zeros(2)
+        self._sums, self._forward = torch.zeros(2), Stopwatch()
 
     @property
     def module(self) -> nn.Module:
@@ -90,7 +94,8 @@ class Engine:
         for batch in micro_batches:
             if losses:
                 self.ds.step()  # only counts the micro-step; the last one is taken in finish_step
-            logits = logits_of(self.ds(self.prepare(batch.images, batch.mix))).float()
+            with self._forward.running():
+                logits = logits_of(self.ds(self.prepare(batch.images, batch.mix))).float()
             targets = batch.labels.to(self.ds.device)
             if batch.mix is not None:
                 targets = mix_labels(targets, batch.mix, logits.shape[-1])
@@ -101,26 +106,30 @@ class Engine:
         corrupt = sum(len(batch.faults) for batch in micro_batches)
         self._sums = torch.stack([torch.stack(losses).mean(), losses[0].new_tensor(corrupt)])
 
-    def finish_step(self, *, lr: float, flags: Sequence[bool] = (),
+    def finish_step(self, *, lr: float, flags: Sequence[bool] = (), data_s: float = 0.0,
                     accept: Callable[[float], bool] = lambda loss: True) -> StepStats:
         """The optimizer's part of a step, with each group's rate (``lr`` times its scale) written into it.
 
-        flags: of this rank; they travel with the loss and cost no collective of their own. accept: an update whose
-        loss it refuses is left out.
+        flags, data_s: of this rank; they travel with the loss and cost no collective of their own. accept: an update
+        whose loss it refuses is left out.
         """
         for group in self.ds.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        reduced = torch.cat([self._sums, self._sums.new_tensor([float(flag) for flag in flags])])
+        world, own = comm.get_world_size(), torch.zeros(2, comm.get_world_size())
+        own[:, comm.get_rank()] = torch.tensor([self._forward.read(), data_s])
+        figures = torch.cat([torch.tensor(flags, dtype=own.dtype), own.flatten()]).to(self._sums.device)
+        reduced = torch.cat([self._sums, figures])
         comm.all_reduce(reduced)
-        total, corrupt, *raised = reduced.tolist()
-        loss, skipped_before = total / comm.get_world_size(), self.ds.skipped_steps
+        total, corrupt, *rest = reduced.tolist()
+        raised, seconds = rest[:len(flags)], tuple(rest[len(flags):])
+        loss, skipped_before = total / world, self.ds.skipped_steps
         with contextlib.nullcontext() if accept(loss) else update_left_out(self.ds.optimizer):
             self.ds.step()
         merge_bases(self.module)
         norm = self.ds.get_global_grad_norm()
         return StepStats(loss=loss, grad_norm=float("nan") if norm is None else float(norm),
                          skipped=self.ds.skipped_steps > skipped_before, corrupt=int(corrupt),
-                         flags=tuple(map(int, raised)))
+                         flags=tuple(map(int, raised)), forward_s=seconds[:world], data_s=seconds[world:])
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:

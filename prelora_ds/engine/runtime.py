@@ -62,13 +62,6 @@ def init_process_group(timeout_s: float = 1800.0) -> None:
     comm.init_distributed(auto_mpi_discovery=False, timeout=timedelta(seconds=timeout_s), verbose=False)
 
 
-def ranks_that_differ(text: str) -> list[int]:
-    """Ranks whose ``text`` is not rank 0's. Collective."""
-    texts = [""] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(texts, text)
-    return [rank for rank, other in enumerate(texts) if other != texts[0]]
-
-
 def local_world_size() -> int:
     """Ranks on this host, as the launcher says; 1 where it does not."""
     return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)

@@ -17,7 +17,7 @@ from prelora_ds.core.errors import ConfigError
 from prelora_ds.core.fitting import Setting, fastest, setting, settings
 from prelora_ds.core.plan import Layout, Phase, Plan, lora_plan, warmup_plan
 from prelora_ds.core.timing import Rates, data_sheet_rates, gpu_named
-from prelora_ds.engine.runtime import accelerator_name, local_world_size, rank_memory_gib
+from prelora_ds.engine.runtime import accelerator_name, rank_memory_gib
 from prelora_ds.launching.ranks import Ranks
 
 
@@ -27,7 +27,7 @@ def settle(config: Config, layout: Layout, ranks: Ranks) -> Config:
     Adapters are taken to have rank `lora.r_max`, the most that Algorithm 2 gives. Raises ConfigError when nothing fits,
     when the calibration cannot be read, and for a model that is no ViT, whose costs are not known.
     """
-    phases, world_size, ranks_per_host = config.phases, ranks.world_size, local_world_size()
+    phases, world_size, ranks_per_host = config.phases, ranks.world_size, ranks.local_size or 1
     if config.convergence is None or not (phases.warmup.is_auto or phases.lora.is_auto):
         return config
     if config.model.factory is not None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn, TextIO
 
@@ -68,6 +70,18 @@ def fail(error: ExpectedError, ranks: Ranks) -> NoReturn:
     if ranks.rank != 0 and not error.of_one_rank:
         time.sleep(GRACE_S)
     if ranks.rank == 0 or ranks.local_rank == 0 or error.of_one_rank:
-        where = "" if ranks.rank == 0 else f" (rank {ranks.rank})"
+        where = "" if ranks.rank == 0 else f" (rank {ranks.rank} on {socket.gethostname()})"
         print(f"error{where}: {error}", file=sys.stderr, flush=True)
     sys.exit(error.exit_code)
+
+
+def crash(ranks: Ranks) -> NoReturn:
+    """Print the exception that is being handled, with rank and host, and end at once with 1.
+
+    An ordinary exit would run MPI's finalizer and gloo's threads to their end, which wait for the other ranks: under
+    mpirun one exception would hang the job.
+    """
+    print(f"error: rank {ranks.rank} on {socket.gethostname()} failed\n{traceback.format_exc()}", file=sys.stderr,
+          flush=True)
+    sys.stdout.flush()
+    os._exit(1)

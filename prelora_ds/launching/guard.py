@@ -27,6 +27,7 @@ class Guard:
 
     def __init__(self, limit_s: float, rank: int = 0) -> None:
         self.limit_s, self.rank, self.checks = limit_s, rank, list[Check]()
+        self.last_words: Callable[[int, str], None] = lambda code, why: None  # before it ends the process
         self._beat, self._ended = time.monotonic(), threading.Event()
 
     def start(self) -> Guard:
@@ -44,11 +45,16 @@ class Guard:
         while not self._ended.wait(min(5.0, self.limit_s / 10)):
             for check in self.checks:
                 if (verdict := check()) is not None:
-                    end_now(*verdict)
+                    self.end(*verdict)
             still = time.monotonic() - self._beat
             if still > self.limit_s:
-                end_now(HANG_EXIT_CODE, f"error (rank {self.rank}): no step for {still:.0f} s (guard.hang_limit is "
+                self.end(HANG_EXIT_CODE, f"error (rank {self.rank}): no step for {still:.0f} s (guard.hang_limit is "
                         f"{self.limit_s:.0f} s); where this process stands:", stacks=True)
+
+    def end(self, code: int, why: str, *, stacks: bool = False) -> NoReturn:
+        """End the process, from any thread."""
+        self.last_words(code, why)
+        end_now(code, why, stacks=stacks)
 
 
 def end_now(code: int, message: str, *, stacks: bool = False) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,8 +13,12 @@ from prelora_ds.core.errors import ConfigError, Stopped
 from prelora_ds.core.plan import Layout, Phase, warmup_plan
 from prelora_ds.core.schedule import Timeline
 from prelora_ds.launching.guard import Guard
+from prelora_ds.launching.mpi import complete
+from prelora_ds.launching.network import choose_interface
 from prelora_ds.launching.ranks import Ranks
+from prelora_ds.launching.rollcall import call_the_roll, make_of
 from prelora_ds.launching.stop import StopRequest
+from prelora_ds.launching.supervised import Supervision
 
 if TYPE_CHECKING:
     from prelora_ds.data.manifest import Manifest
@@ -21,22 +26,18 @@ if TYPE_CHECKING:
 
 
 def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config: str | None,
-          resume: str = "auto") -> None:
+          resume: str = "auto", watch: Supervision | None = None) -> None:
     """Check, then train. Raises ConfigError before any process group or weight is made; Stopped after a checkpoint.
 
-    resume: auto (go on with what run.output_dir holds), never, or a checkpoint or run to begin from.
+    resume: auto (go on with what run.output_dir holds), never, or a checkpoint or run to begin from. watch: the rank's
+    side of a supervisor.
     """
     config = load_config(recipe, overrides, deepspeed_config)
     config, train_data, val_data = check_run(config, ranks)
 
     # torch and DeepSpeed take seconds to import: only now, when the cheap mistakes are out
     from prelora_ds.data.setup import samples_per_epoch
-    from prelora_ds.engine.runtime import (
-        check_zero_config,
-        choose_accelerator,
-        init_process_group,
-        ranks_that_differ,
-    )
+    from prelora_ds.engine.runtime import check_zero_config, choose_accelerator, init_process_group
 
     choose_accelerator()
     for phase in Phase:
@@ -44,17 +45,21 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
     from prelora_ds.launching.claim import claim_output
 
     stop, guard = StopRequest(config.checkpoint.walltime).install(), Guard(config.guard.hang_limit, ranks.rank).start()
+    watch = watch or Supervision(None, ranks.rank)
+    guard.checks.append(watch.check)
+    guard.last_words = watch.ended
+    ranks = complete(ranks, config.launch.interface)
+    choose_interface(config.launch.interface, ranks.master_addr, os.environ)
+    ranks.export(os.environ)
     lease = claim_output(Path(config.run.output_dir), config, resume) if ranks.rank == 0 else None
     try:
         if lease is not None:
             guard.checks.append(lease.check)
             print(dump_yaml(config), flush=True)
             warn_of_a_short_run(config, samples_per_epoch(config, len(train_data)))
+        # After the claim: a rank 0 that is refused its folder has not yet let the others in, and its exit code counts.
+        call_the_roll(ranks, make_of(dump_yaml(config)), os.environ, config.launch.timeout_s, guard.end)
         init_process_group()
-        if odd := ranks_that_differ(dump_yaml(config)):
-            raise ConfigError("phases", "auto", f"ranks {odd} settle on other settings than rank 0 (another device, "
-                              "memory or file)", "give phases.memory_gib, or micro_batch_size and zero_stage as "
-                              "numbers")
         from prelora_ds.reporting.table import print_report
         from prelora_ds.train import train
 
@@ -62,7 +67,9 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
             train(config, train_data, val_data, resume=resume, stop=stop, guard=guard)
             if ranks.rank == 0:
                 print_report(Path(config.run.output_dir))
+            watch.mark("DONE")
         except Stopped:
+            watch.mark("STOPPED")
             close_process_group()
             raise
         close_process_group()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import socket
+
 import pytest
 
 from prelora_ds.core.errors import ConfigError, TrainingDivergedError
@@ -41,7 +43,7 @@ def test_the_first_rank_of_another_host_waits_for_the_grace_and_then_says_who_it
         exits.fail(error, Ranks(4, 0, 8))
     assert naps == [exits.GRACE_S]
     assert ended.value.code == code
-    assert capsys.readouterr().err == f"error (rank 4): {error}\n"
+    assert capsys.readouterr().err == f"error (rank 4 on {exits.socket.gethostname()}): {error}\n"
 
 
 def test_the_other_ranks_of_a_host_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,7 +60,7 @@ def test_what_one_rank_alone_has_met_it_says_at_once(
     with pytest.raises(SystemExit) as ended:
         exits.fail(error, Ranks(5, 1, 8))
     assert (ended.value.code, naps) == (1, [])
-    assert capsys.readouterr().err == f"error (rank 5): {error}\n"
+    assert capsys.readouterr().err == f"error (rank 5 on {socket.gethostname()}): {error}\n"
 
 
 def test_a_rank_that_the_launcher_ends_within_the_grace_says_nothing(

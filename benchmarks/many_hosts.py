@@ -1,0 +1,116 @@
+"""How many hosts does a run start on, and does every fault end in bounded time, with the host named? Writes hosts.json.
+
+Hosts are network namespaces on one machine (tests/hosts), so all of them share its cores: seconds say how long the
+launchers take here, nothing about a network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from harness import RESULTS, ROOT, git_state, print_table, record
+
+sys.path.insert(0, str(ROOT / "tests"))
+from hosts import cluster, refusals, scenarios, slurm
+from hosts.scenarios import Site
+
+from prelora_ds.data.writer import DIGIT_CLASSES, digits, write_shards
+
+Row = dict[str, Any]
+LAUNCHERS = ("pdsh", "openmpi", "mpirun", "mpich", "srun")
+
+
+def scenarios_of(shards: Path, folder: Path) -> dict[str, Callable[[], Row]]:
+    """Every scenario by name, each on hosts of its own: what one breaks stays broken."""
+
+    def on(size: int, act: Callable[[Site], Row], with_slurm: bool = False) -> Callable[[], Row]:
+        def run() -> Row:
+            with cluster.Cluster(size, folder / f"hosts{time.monotonic_ns()}") as hosts:
+                return act(Site(hosts, shards, slurm.Slurm(hosts).start() if with_slurm else None))
+        return run
+
+    @cache
+    def expected(ranks: int, *more: str) -> tuple[float, ...]:
+        return tuple(on(1, lambda site: {"losses": scenarios.local(site, ranks, *more)})()["losses"])
+
+    def launch(launcher: str, size: int) -> Callable[[Site], Row]:
+        return lambda site: scenarios.launch(site, launcher, expected(size), size)
+
+    def strike(fault: scenarios.Fault, *more: str) -> Callable[[Site], Row]:
+        return lambda site: scenarios.strike(site, fault, expected(2, *scenarios.STEPS), 2, *more)
+
+    large = "train.micro_batch_size=4"  # 16 ranks of 64 images
+    found = {f"{launcher}, {size} hosts": on(size, launch(launcher, size), launcher == "srun")
+             for size in (2, 4) for launcher in LAUNCHERS}
+    found |= {"preflight, 16 hosts": on(16, scenarios.preflight)}
+    found |= {f"{launcher}, 16 hosts": on(16, lambda site, launcher=launcher: scenarios.launch(
+        site, launcher, (), 16, large, timeout=500)) for launcher in ("pdsh", "mpirun")}
+    found |= {"a Slurm chain": on(3, scenarios.slurm_chain, True)}
+    found |= {fault.name: on(3, strike(fault)) for fault in scenarios.FAULTS}
+    found |= {"no spare: fewer hosts": on(2, strike(scenarios.NO_SPARE, "--min-nodes", "1"))}
+    found |= {"the supervisor is killed": on(3, scenarios.supervisor_killed)}
+    return found | {name: on(2, act) for name, act in refusals.REFUSALS.items()}
+
+
+def attempt(name: str, act: Callable[[], Row]) -> Row:
+    """The row of ``act``; a failure is a row as well."""
+    try:
+        row = act()
+    except Exception as exc:
+        traceback.print_exc()
+        row = {"result": f"FAILED: {type(exc).__name__}: {(str(exc).splitlines() or [''])[0]}"[:200]}
+    return {"what": name, **{key: value for key, value in row.items() if key != "what"},
+            "commit": git_state()["commit"][:9]}
+
+
+def figures(rows: Sequence[Row]) -> dict[str, float]:
+    """What the rows amount to; the largest launch is the fastest of 16 hosts."""
+    large = [row for row in rows if "start_s" in row and row["hosts"] == 16]
+    names = {fault.name for fault in (*scenarios.FAULTS, scenarios.NO_SPARE)} | {
+        "the supervisor is killed", *refusals.REFUSALS}
+    faults = [row for row in rows if row["what"] in names]
+    return {"hosts": max((row["hosts"] for row in rows if "start_s" in row), default=0),
+            "start_s": min((row["start_s"] for row in large), default=0.0),
+            "total_s": min((row["total_s"] for row in large), default=0.0),
+            "faults_tried": len(faults), "faults_named": sum(bool(row.get("named")) for row in faults),
+            "failed": sum("FAILED" in row["result"] for row in rows)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", metavar="WORDS", help="scenarios with these words; the rows of the others are kept")
+    only = parser.parse_args().only
+    if why := cluster.why_not() or slurm.why_not():
+        sys.exit(f"no test hosts here: {why}")
+    path = RESULTS / "hosts.json"
+    kept = json.loads(path.read_text())["rows"] if only is not None and path.is_file() else []
+    rows: dict[str, Row] = {row["what"]: row for row in kept}
+    with tempfile.TemporaryDirectory(prefix="hosts.", ignore_cleanup_errors=True) as name:
+        folder, shards = Path(name), Path(name) / "digits"
+        for split in ("train", "val"):
+            write_shards(digits(split), shards / split, samples_per_shard=512, class_names=DIGIT_CLASSES)
+        for what, act in scenarios_of(shards, folder).items():
+            if only is None or only in what:
+                rows[what] = attempt(what, act)
+                print(rows[what], flush=True)
+                record("hosts", figures([*rows.values()]), [*rows.values()], NOTES)
+    print_table([*rows.values()], "many hosts, on one machine")
+    if failed := figures([*rows.values()])["failed"]:
+        sys.exit(f"{failed} of {len(rows)} failed")
+
+
+NOTES = ("Hosts are namespaces on one machine with 2 cores, gloo over veth: no GPU, no NCCL, no site was seen. "
+         "start_s: from the launcher's start to the first step's line; total_s: to its end; ended_s: from a fault to "
+         "the end of the attempt, or of the last rank. Other work may have shared the cores.")
+
+if __name__ == "__main__":
+    main()

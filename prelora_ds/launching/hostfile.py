@@ -1,0 +1,106 @@
+"""Host lists: DeepSpeed's hostfile, Slurm's nodelist, and the environment file that pdsh's ranks get."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+from prelora_ds.core.errors import ConfigError
+
+_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?")
+_LINE = re.compile(r"(\S+)\s+slots=(\d+)")
+
+
+@dataclass(frozen=True)
+class Host:
+    """One host and how many ranks it takes."""
+
+    name: str
+    slots: int
+
+
+def read_hostfile(path: str | Path) -> list[Host]:
+    """The hosts of a file of lines ``NAME slots=N``; blank lines and ``#`` lines are skipped.
+
+    Raises ConfigError that names file and line.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError("--hostfile", str(path), f"cannot be read ({exc})", "name a file of `host slots=N` lines") \
+            from exc
+    return parse_hostfile(text, str(path))
+
+
+def parse_hostfile(text: str, source: str) -> list[Host]:
+    """As `read_hostfile`, of a text. DeepSpeed itself takes `a slots=4x` for 4 and a missing file for this host."""
+    hosts: dict[str, Host] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        where, match = f"{source}:{number}", _LINE.fullmatch(line)
+        if match is None or not _NAME.fullmatch(match[1]) or int(match[2]) == 0:
+            raise ConfigError(where, line, "is no line of a hostfile", "write `NAME slots=N`, N at least 1")
+        if match[1] in hosts:
+            raise ConfigError(where, match[1], "stands there twice", "name each host once, with all its slots")
+        hosts[match[1]] = Host(match[1], int(match[2]))
+    if not hosts:
+        raise ConfigError("--hostfile", source, "names no host", "write `NAME slots=N` for each host")
+    return list(hosts.values())
+
+
+def format_hostfile(hosts: Iterable[Host]) -> str:
+    """What `parse_hostfile` and DeepSpeed read."""
+    return "".join(f"{host.name} slots={host.slots}\n" for host in hosts)
+
+
+def format_mpi_hosts(hosts: Sequence[Host]) -> str:
+    """For ``mpirun --host``: the same in Open MPI's and MPICH's command line."""
+    return ",".join(f"{host.name}:{host.slots}" for host in hosts)
+
+
+def write_ds_env(path: Path, values: Mapping[str, str]) -> None:
+    """Write the file of DS_ENV_FILE: one KEY=VALUE a line and nothing else; DeepSpeed stops at a comment or blank line.
+
+    The value goes unquoted through the remote shell, so what that would expand or split is refused (ConfigError).
+    """
+    for key, value in values.items():
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
+            raise ConfigError(str(path), key, "is no name of a variable", "rename it")
+        if not re.fullmatch(r"[A-Za-z0-9_./:,=@%+^-]+", value):
+            raise ConfigError(str(path), f"{key}={value}", "would be changed by the remote shell",
+                              "use letters, digits and _./:,=@%+^- only")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary.write_text("".join(f"{key}={value}\n" for key, value in sorted(values.items())), encoding="utf-8")
+    temporary.replace(path)
+
+
+def expand_nodelist(text: str) -> list[str]:
+    """The hosts of a Slurm nodelist, ``node[01-03,07],gpu3`` and ``r[1-2]n[1-4]``, in order. Raises ConfigError."""
+    hosts: list[str] = []
+    for part in _split_outside_brackets(text):
+        choices = []
+        for literal, ranges in re.findall(r"([^\[\]]+)|\[([0-9,-]+)\]", part):
+            choices.append([literal] if literal else [number for r in ranges.split(",") for number in _range(r, text)])
+        if not choices or "".join(re.findall(r"[^\[\]]+|\[[0-9,-]+\]", part)) != part:
+            raise ConfigError("SLURM_NODELIST", text, f"{part!r} is no part of a nodelist", "start with srun itself")
+        hosts += ["".join(pieces) for pieces in product(*choices)]
+    if not hosts:
+        raise ConfigError("SLURM_NODELIST", text, "names no host", "start with srun itself")
+    return hosts
+
+
+def _split_outside_brackets(text: str) -> list[str]:
+    return [part for part in re.split(r",(?![^\[]*\])", text.strip()) if part]
+
+
+def _range(text: str, whole: str) -> list[str]:
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    if match is None or int(match[2] or match[1]) < int(match[1]):
+        raise ConfigError("SLURM_NODELIST", whole, f"{text!r} is no range", "start with srun itself")
+    return [f"{number:0{len(match[1])}d}" for number in range(int(match[1]), int(match[2] or match[1]) + 1)]

@@ -1,0 +1,285 @@
+"""`prelora supervise`: on the first host, start a run with any launcher, watch it, and start it again on healthy hosts.
+
+What counts as success is what the ranks leave on disk (DONE, STOPPED), never the launcher's exit code, which was seen
+to be 0 when pdsh had been killed.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from prelora_ds.core.errors import (
+    HANG_EXIT_CODE,
+    STOPPED_EXIT_CODE,
+    TRY_AGAIN_EXIT_CODE,
+    USAGE_EXIT_CODE,
+    ConfigError,
+    LaunchError,
+)
+from prelora_ds.launching.hostfile import Host, format_hostfile, format_mpi_hosts, write_ds_env
+from prelora_ds.launching.network import interface_environment
+from prelora_ds.launching.supervised import LEASE, read_json, write_json
+
+TICK_S = 0.5
+FENCE_S = 6.0  # a rank's guard looks at the lease every 5 s
+_NO_PROBE: Future[list[str]] | None = None
+FORWARDED = ("OMP_NUM_THREADS", "DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR", "LD_LIBRARY_PATH", "PATH")
+PROBE = "ssh -o BatchMode=yes -o ConnectTimeout=5 {host} true"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How patient the supervisor is; seconds.
+
+    nodes: hosts of the run, the others are spares; min_nodes: with fewer the run goes on where the batch divides.
+    patience_s: a rank that sees no change of the lease for so long ends. grace_s: between an end and SIGTERM, and again
+    between that and SIGKILL. probe_s: hosts are probed so often while the run goes; two silences end the attempt.
+    """
+
+    nodes: int
+    min_nodes: int
+    max_restarts: int = 3
+    patience_s: float = 60.0
+    grace_s: float = 15.0
+    probe_s: float = 20.0
+    probe: str = PROBE
+    interface: str | None = None
+    master_port: int = 29500
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How an attempt ended: the exit code to pass on, why, and the host that began it (None: unknown).
+
+    kind: the same for two failures that are one, on whatever host; by default the first line of ``why``.
+    """
+
+    code: int
+    why: str
+    host: str | None = None
+    kind: str = ""
+
+
+@dataclass
+class Supervisor:
+    """``folder``: shared by all hosts. ``progress``: a mark that changes with each checkpoint. ``fits``: may so many
+    ranks run it. ``say`` prints."""
+
+    command: Sequence[str]
+    hosts: Sequence[Host]
+    folder: Path
+    policy: Policy
+    progress: Callable[[], object]
+    fits: Callable[[int], bool]
+    say: Callable[[str], None]
+    failures: Counter[str] = field(default_factory=Counter)
+    stop_asked: bool = False
+
+    def run(self) -> int:
+        """Attempts until one succeeds; returns the exit code: 0, 99 (stopped with a checkpoint), or a failure's."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        first = 1 + max((int(path.name.removeprefix("attempt-")) for path in self.folder.glob("attempt-*")), default=0)
+        former: tuple[object, object] | None = None
+        for attempt in range(first, first + self.policy.max_restarts + 1):
+            self._renew(attempt)
+            chosen = self._choose_hosts()
+            self.say(f"attempt {attempt}: {len(chosen)} hosts: {', '.join(host.name for host in chosen)}")
+            outcome = self._attempt(attempt, chosen)
+            if isinstance(outcome, int):
+                return outcome
+            self.say(f"attempt {attempt} failed{f' on {outcome.host}' if outcome.host else ''} (exit code "
+                     f"{outcome.code}): {outcome.why}")
+            write_json(self.folder / f"attempt-{attempt}" / "failure.json", vars(outcome))
+            if outcome.code == USAGE_EXIT_CODE or self.stop_asked:
+                return outcome.code
+            now = ((outcome.code, outcome.kind or outcome.why.splitlines()[0]), self.progress())
+            if now == former:
+                self.say("the same failure twice, and no checkpoint between: given up")
+                return outcome.code
+            former = now
+            if outcome.host is not None:
+                self.failures[outcome.host] += 1
+        self.say(f"{self.policy.max_restarts} restarts are used up: given up")
+        return outcome.code
+
+    def _choose_hosts(self) -> list[Host]:
+        """The first healthy hosts, those that failed before last. Raises LaunchError when there are too few."""
+        silent = self._silent(self.hosts)
+        for name in silent:
+            self.say(f"host {name} does not answer")
+        healthy = sorted((host for host in self.hosts if host.name not in silent),
+                         key=lambda host: self.failures[host.name])
+        for count in range(min(self.policy.nodes, len(healthy)), self.policy.min_nodes - 1, -1):
+            chosen = healthy[:count]
+            if self.fits(sum(host.slots for host in chosen)):
+                return sorted(chosen, key=self.hosts.index)
+        raise LaunchError(f"{len(healthy)} of {len(self.hosts)} hosts answer, and the run needs {self.policy.nodes}"
+                          + (f" (at least {self.policy.min_nodes}, where the batch divides)"
+                             if self.policy.min_nodes < self.policy.nodes else "")
+                          + f"; silent: {', '.join(silent) or 'none'}\n  remedy: more spares, or a smaller --min-nodes")
+
+    def _silent(self, hosts: Sequence[Host]) -> list[str]:
+        if not self.policy.probe:
+            return []
+        with ThreadPoolExecutor(max(1, len(hosts))) as pool:
+            return [host.name for host, answers in zip(hosts, pool.map(self._answers, hosts), strict=True)
+                    if not answers]
+
+    def _answers(self, host: Host) -> bool:
+        command = [word.format(host=host.name) for word in shlex.split(self.policy.probe)]
+        try:
+            return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=10).returncode == 0
+        except subprocess.TimeoutExpired:
+            return False
+
+    def _attempt(self, attempt: int, hosts: Sequence[Host]) -> int | Failure:
+        """One start to its end; 0 or 99 where a marker proves it."""
+        own = self.folder / f"attempt-{attempt}"
+        own.mkdir()
+        with (own / "launcher.log").open("wb") as log, ThreadPoolExecutor(1) as pool:
+            process = self._launch(own, hosts, attempt, log)
+            try:
+                silent, unheard = self._watch(process, own, hosts, attempt, pool)
+            finally:
+                self._end(process, attempt)
+        if succeeded(own):
+            return 0 if (own / "DONE").exists() else STOPPED_EXIT_CODE
+        failure = self._diagnose(own, process.returncode, hosts, silent, unheard)
+        # Ranks that the launcher lost end when they see that their attempt is over, or see nothing of it any more.
+        self._renew_for(self.policy.patience_s if silent else FENCE_S, attempt + 1)
+        return failure
+
+    def _launch(self, own: Path, hosts: Sequence[Host], attempt: int, log: IO[bytes]) -> subprocess.Popen[bytes]:
+        (own / "hostfile").write_text(format_hostfile(hosts))
+        network = interface_environment(self.policy.interface) if self.policy.interface else {}
+        write_ds_env(own / "ds_env", network | {key: os.environ[key] for key in FORWARDED if key in os.environ})
+        port = self.policy.master_port + attempt % 100  # a port that a lost rank still holds stops nothing
+        words = {"hostfile": str(own / "hostfile"), "master": hosts[0].name, "port": str(port),
+                 "hosts": format_mpi_hosts(hosts), "nodelist": ",".join(host.name for host in hosts),
+                 "nodes": str(len(hosts)), "ranks": str(sum(host.slots for host in hosts))}
+        command = [fill(word, words) for word in self.command] + ["--supervised", str(own)]
+        environ = os.environ | network | {"DS_ENV_FILE": str(own / "ds_env"), "MASTER_ADDR": words["master"],
+                                          "MASTER_PORT": words["port"]}
+        self.say(shlex.join(command))
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environ,
+                                start_new_session=True)
+
+    def _watch(self, process: subprocess.Popen[bytes], own: Path, hosts: Sequence[Host], attempt: int,
+               pool: ThreadPoolExecutor) -> tuple[list[str], set[str]]:
+        """Until the launcher ends or the grace after an end is over; returns hosts that fell silent, and hosts of ranks
+        that left no record by then (a frozen one wakes, and leaves one, when the launcher ends it)."""
+        ending: float | None = None
+        suspects: list[str] = []
+        probed, probe = time.monotonic(), _NO_PROBE
+        while process.poll() is None:
+            self._renew(attempt)
+            now = time.monotonic()
+            if ending is None and (any(own.glob("exit-*.json")) or succeeded(own)):
+                ending = now + self.policy.grace_s
+            if ending is not None and now > ending:
+                break
+            if probe is None and now - probed > self.policy.probe_s:
+                probe = pool.submit(self._silent, hosts)
+            if probe is not None and probe.done():
+                silent, probed, probe = probe.result(), now, None
+                if both := [name for name in silent if name in suspects]:
+                    return both, set()
+                suspects = silent
+            time.sleep(TICK_S)
+        told = {read_json(path).get("rank") for path in own.glob("exit-*.json")}
+        ranks = map(read_json, own.glob("rank-*.json"))
+        unheard = {str(rank["host"]) for rank in ranks if rank.get("rank") not in told}
+        return ([] if succeeded(own) else self._silent(hosts)), unheard
+
+    def _end(self, process: subprocess.Popen[bytes], attempt: int) -> None:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            deadline = time.monotonic() + self.policy.grace_s
+            try:
+                os.killpg(process.pid, number)
+            except ProcessLookupError:
+                break
+            while process.poll() is None and time.monotonic() < deadline:
+                self._renew(attempt)
+                time.sleep(TICK_S)
+        process.wait()
+
+    def _diagnose(self, own: Path, returncode: int, hosts: Sequence[Host], silent: Sequence[str],
+                  unheard: set[str]) -> Failure:
+        """Why an attempt failed: a silent host, else the first record that is no echo of another rank's end."""
+        if silent:
+            return Failure(TRY_AGAIN_EXIT_CODE, f"host {', '.join(silent)} does not answer", silent[0])
+        by_age = sorted(own.glob("exit-*.json"), key=lambda path: (path.stat().st_mtime_ns, path.name))
+        records = [read_json(path) for path in by_age]
+        came = [str(read_json(path).get("host")) for path in own.glob("rank-*.json")]
+        own_fault = [record for record in records if not is_echo(record)]
+        if own_fault:
+            first = own_fault[0]
+            return Failure(int(first["code"]), f"rank {first['rank']}: {first['why']}", first["host"],
+                           str(first["why"]).splitlines()[0])
+        if len(came) < sum(host.slots for host in hosts):
+            absent = sorted({host.name for host in hosts} - set(came))
+            if absent:
+                return Failure(TRY_AGAIN_EXIT_CODE, f"no rank came on host {', '.join(absent)}; the launcher says: "
+                               + _tail(own / "launcher.log"), absent[0], "no rank came")
+        if len(unheard) == 1:
+            host, = unheard
+            code = int(records[0]["code"]) if records else TRY_AGAIN_EXIT_CODE
+            return Failure(code, f"the rank on host {host} left no record of its end: killed, frozen or cut off", host,
+                           "no record")
+        if records:
+            return Failure(int(records[0]["code"]), str(records[0]["why"]), None)
+        return Failure(TRY_AGAIN_EXIT_CODE, f"the launcher ended with {returncode}, and no rank says why: "
+                       + _tail(own / "launcher.log"))
+
+    def _renew(self, attempt: int) -> None:
+        write_json(self.folder / LEASE, {"attempt": attempt, "renewed": time.monotonic(), "stop": self.stop_asked,
+                                         "patience_s": self.policy.patience_s})
+
+    def _renew_for(self, seconds: float, attempt: int) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            self._renew(attempt)
+            time.sleep(TICK_S)
+
+
+ECHOES = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "lost it during the roll call")
+
+
+def is_echo(record: dict[str, object]) -> bool:
+    """Whether a rank only felt that another one ended, hung or was given up. One that was itself stopped is no echo."""
+    if record.get("slept_s"):
+        return False
+    return record.get("code") in (HANG_EXIT_CODE, 87, 88) or any(echo in str(record.get("why")) for echo in ECHOES)
+
+
+def succeeded(own: Path) -> bool:
+    """Whether rank 0 left the mark that all is on disk."""
+    return (own / "DONE").exists() or (own / "STOPPED").exists()
+
+
+def fill(word: str, values: dict[str, str]) -> str:
+    """``word`` with {hostfile} {master} {port} {hosts} {nodelist} {nodes} {ranks} filled in, other braces untouched."""
+    for key, value in values.items():
+        word = word.replace("{" + key + "}", value)
+    return word
+
+
+def check_policy(policy: Policy, hosts: Sequence[Host]) -> None:
+    """Raise ConfigError when there are fewer hosts than the run needs."""
+    if not 1 <= policy.min_nodes <= policy.nodes <= len(hosts):
+        raise ConfigError("--nodes", policy.nodes, f"does not fit --min-nodes {policy.min_nodes}, {len(hosts)} hosts",
+                          "1 <= min-nodes <= nodes <= hosts in the hostfile")
+
+
+def _tail(path: Path, lines: int = 6) -> str:
+    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])

@@ -1,0 +1,90 @@
+"""A rank's side of `prelora supervise`: it watches the supervisor's lease, and leaves a record of how it ended.
+
+Files, in a folder that all hosts share:  lease.json  attempt-N/{rank-R.json, exit-R.json, DONE, STOPPED}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from prelora_ds.core.errors import FENCED_EXIT_CODE, ORPHAN_EXIT_CODE
+
+LEASE = "lease.json"
+ASLEEP_S = 10.0
+
+
+class Supervision:
+    """Of one rank in one attempt. ``folder`` is DIR/attempt-N; None where nobody supervises, and nothing happens."""
+
+    def __init__(self, folder: Path | None, rank: int) -> None:
+        self.folder, self.rank = folder, rank
+        self._seen: dict[str, Any] = {}
+        self._changed_at, self._stopping = time.monotonic(), False
+        self._looked_at, self._slept_s = time.monotonic(), 0.0
+        if folder is not None:
+            self.attempt = int(folder.name.removeprefix("attempt-"))
+            write_json(folder / f"rank-{rank}.json", {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()})
+
+    def check(self) -> tuple[int, str] | None:
+        """For the guard: 88 when a newer attempt runs, 87 when the lease did not change for its patience.
+
+        Time is this process's own, so clocks that differ do no harm; a lease that cannot be read has not changed.
+        """
+        if self.folder is None:
+            return None
+        now = time.monotonic()
+        if now - self._looked_at > ASLEEP_S:  # this thread looks every few seconds, unless the whole process is stopped
+            self._slept_s = now - self._looked_at
+        self._looked_at = now
+        lease = read_json(self.folder.parent / LEASE)
+        if lease.get("attempt", self.attempt) > self.attempt:
+            return FENCED_EXIT_CODE, self._says(f"attempt {lease['attempt']} runs, this is attempt {self.attempt}")
+        if lease and lease != self._seen:
+            self._seen, self._changed_at = lease, time.monotonic()
+        silent_s, patience_s = time.monotonic() - self._changed_at, float(self._seen.get("patience_s", 60.0))
+        if silent_s > patience_s:
+            return ORPHAN_EXIT_CODE, self._says(f"the supervisor's lease has not changed for {silent_s:.0f} s")
+        if lease.get("stop") and not self._stopping:
+            self._stopping = True
+            os.kill(os.getpid(), signal.SIGUSR1)  # as a batch system warns: checkpoint, then 99
+        return None
+
+    def ended(self, code: int, why: str) -> None:
+        """Leave the record of an end that is no success."""
+        if self.folder is not None:
+            write_json(self.folder / f"exit-{self.rank}.json",
+                       {"rank": self.rank, "host": socket.gethostname(), "code": code, "slept_s": self._slept_s,
+                        "why": f"was stopped for {self._slept_s:.0f} s; then: {why}" if self._slept_s else why})
+
+    def mark(self, name: str) -> None:
+        """DONE or STOPPED, by rank 0: the run is whole on disk, whatever exit codes say after it."""
+        if self.folder is not None and self.rank == 0:
+            (self.folder / name).touch()
+
+    def _says(self, why: str) -> str:
+        return f"error: rank {self.rank} on {socket.gethostname()}: {why}"
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Whole or not at all; a full or lost disk is no reason to fail."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(json.dumps(value))
+        partial.replace(path)
+    except OSError:
+        return
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in ``path``; {} while there is none."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}

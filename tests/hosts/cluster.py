@@ -1,0 +1,208 @@
+"""Several hosts on one machine: each is a network, uts, ipc, pid and mount namespace with its own sshd.
+
+A switch (a namespace with a bridge and no address) joins them; nothing can leave, and nothing is made in the machine's
+own namespaces. Every process dies with the one that made the cluster. Needs root.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from prelora_ds.launching.hostfile import Host, format_hostfile
+
+ROOT = Path(__file__).parents[2]
+TOOLS = ("/usr/sbin/sshd", "ssh", "ssh-keygen", "pdsh", "ip", "nsenter", "unshare", "setpriv")
+VENV_BIN = Path(sys.executable).parent
+OWN_GROUP = ("setpriv", "--pdeathsig", "KILL")
+
+
+def why_not() -> str | None:
+    """Why no cluster can be made here; None where one can."""
+    if os.geteuid() != 0:
+        return "namespaces and sshd need root"
+    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
+    return f"not installed: {', '.join(missing)} (apt-get install openssh-server pdsh iproute2)" if missing else None
+
+
+class Cluster:
+    """``host1`` to ``hostN`` at 10.77.0.1 to .N on eth0.
+
+    ``state`` is a folder that all share; in it, ``scratch`` (a small disk) and ``site`` (first in PYTHONPATH) are each
+    host's own, and a file faults/HOST makes that host's rank raise, where faulty.py runs.
+    """
+
+    def __init__(self, size: int, state: Path) -> None:
+        self.names = [f"host{i}" for i in range(1, size + 1)]
+        self.state, self.scratch = state, state / "scratch"
+        self._spawned: list[subprocess.Popen[bytes]] = []
+        self._inits: dict[str, int] = {}
+        self._switch = 0
+
+    def __enter__(self) -> Cluster:
+        for shared in (self.scratch, self.state / "site", self.state / "faults"):
+            shared.mkdir(parents=True)
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.state / "key")], check=True)
+        public = " ".join((self.state / "key.pub").read_text().split()[:2])
+        (self.state / "known_hosts").write_text("".join(
+            f"{name},{self.address(name)},decoy{name} {public}\n" for name in self.names))
+        holder = subprocess.Popen([*OWN_GROUP, "unshare", "--net", "sleep", "infinity"])
+        self._spawned.append(holder)
+        self._switch = holder.pid
+        _wait_for(lambda: os.readlink(f"/proc/{holder.pid}/ns/net") != os.readlink("/proc/self/ns/net"))
+        self._ip("link add br0 type bridge", "link set br0 up")
+        for name in self.names:
+            self._start(name)
+        for name in self.names:
+            _wait_for(lambda name=name: (self.state / name / "up").exists())
+        for name in self.names:
+            _wait_for(lambda name=name: self.run(name, ["ssh", name, "true"]).returncode == 0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pid in self._inits.values():
+            _kill(pid, signal.SIGKILL)
+        for process in self._spawned:
+            process.kill()
+            process.wait()
+
+    def address(self, name: str) -> str:
+        return f"10.77.0.{name.removeprefix('host')}"
+
+    def hostfile(self, path: Path, slots: int = 1, names: Sequence[str] | None = None) -> Path:
+        path.write_text(format_hostfile(Host(name, slots) for name in names or self.names))
+        return path
+
+    def start(self, name: str, command: Sequence[str | Path], env: Mapping[str, str] | None = None,
+              log: Path | None = None) -> subprocess.Popen[str]:
+        """Run ``command`` on host ``name``, in the repository; its output goes to a pipe, or to ``log``."""
+        inside = ["nsenter", "-t", str(self._inits[name]), "-a", "env", f"--chdir={ROOT}", "-i",
+                  *(f"{key}={value}" for key, value in {**self.environ(), **(env or {})}.items()), *map(str, command)]
+        out = subprocess.PIPE if log is None else log.open("a")
+        return subprocess.Popen([*OWN_GROUP, *inside], stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
+                                text=True)
+
+    def run(self, name: str, command: Sequence[str | Path], env: Mapping[str, str] | None = None,
+            timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        """`start` to the end; output and errors come together in ``stdout``."""
+        process = self.start(name, command, env)
+        try:
+            out, _ = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+        return subprocess.CompletedProcess(process.args, process.returncode, out)
+
+    def environ(self) -> dict[str, str]:
+        """What a command on a host finds: nothing of this machine's own environment but the paths."""
+        return {"PATH": f"{VENV_BIN}:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "TMPDIR": f"{self.scratch}/tmp",
+                "PYTHONPATH": f"{self.state}/site:{ROOT}", "FAULTS": f"{self.state}/faults",
+                "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONUNBUFFERED": "1",
+                "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", str(ROOT / ".venv/torch_extensions")),
+                "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+                "PDSH_SSH_ARGS_APPEND": "-o ServerAliveInterval=5 -o ServerAliveCountMax=3"}
+
+    def alive(self, name: str) -> bool:
+        return os.path.exists(f"/proc/{self._inits[name]}/ns/pid") and _namespace(self._inits[name]) is not None
+
+    # Faults
+
+    def kill(self, name: str) -> None:
+        """The host dies: all its processes at once, and the kernel closes its connections."""
+        _kill(self._inits[name], signal.SIGKILL)
+
+    def power_off(self, name: str) -> None:
+        """The host falls silent: nobody hears that its connections are gone."""
+        self.link(name, up=False)
+        self.kill(name)
+
+    def link(self, name: str, up: bool) -> None:
+        self._ip(f"link set p{name} {'up' if up else 'down'}")
+
+    def pids(self, name: str, words: str = "") -> list[int]:
+        """Processes of the host, as seen from outside, whose command line has ``words``; init is not one of them."""
+        space = os.readlink(f"/proc/{self._inits[name]}/ns/pid")
+        return [pid for pid in _all_pids() if pid != self._inits[name] and _namespace(pid) == space
+                and words in _command_line(pid)]
+
+    def freeze(self, name: str, signal_number: int = signal.SIGSTOP) -> None:
+        for pid in self.pids(name):
+            _kill(pid, signal_number)
+
+    def add_decoy(self, name: str, address: str) -> None:
+        """A second interface that comes first in ``hostname -I`` and leads nowhere."""
+        self._in_host(name, f"link add decoy0 type dummy; addr del {self.address(name)}/24 dev eth0; "
+                            f"addr add {address}/24 dev decoy0; link set decoy0 up; "
+                            f"addr add {self.address(name)}/24 dev eth0")
+
+    def _start(self, name: str) -> None:
+        own = self.state / name
+        own.mkdir()
+        (own / "hosts").write_text("127.0.0.1 localhost\n" + "".join(
+            f"{self.address(other)} {other}\n" for other in self.names))
+        (own / "bashrc").touch()
+        (own / "ssh_config").write_text(
+            f"Host *\n IdentityFile {self.state}/key\n UserKnownHostsFile {self.state}/known_hosts\n BatchMode yes\n"
+            " StrictHostKeyChecking yes\n ConnectTimeout 5\n LogLevel ERROR\n")
+        (own / "sshd_config").write_text(
+            f"HostKey {self.state}/key\nAuthorizedKeysFile {self.state}/key.pub\nStrictModes no\nPermitRootLogin yes\n"
+            "UsePAM no\nMaxStartups 200\nMaxSessions 200\nPasswordAuthentication no\nPidFile none\nPrintMotd no\n"
+            f"SetEnv PATH={self.environ()['PATH']} TMPDIR={self.scratch}/tmp OMPI_ALLOW_RUN_AS_ROOT=1 "
+            "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1\n")
+        outer = subprocess.Popen(
+            [*OWN_GROUP, "unshare", "--net", "--uts", "--ipc", "--pid", "--mount", "--fork", "--kill-child=KILL",
+             sys.executable, str(Path(__file__).with_name("init.py")), str(self.state), name],
+            stdin=subprocess.DEVNULL, stdout=(own / "log").open("w"), stderr=subprocess.STDOUT, env=self.environ())
+        self._spawned.append(outer)
+        children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children")
+        _wait_for(lambda: bool(children.read_text().split()))
+        self._inits[name] = int(children.read_text().split()[0])
+        self._ip(f"link add p{name} type veth peer name eth0 netns {self._inits[name]}",
+                 f"link set p{name} master br0", f"link set p{name} up")
+        self._in_host(name, f"addr add {self.address(name)}/24 dev eth0; link set eth0 up")
+
+    def _ip(self, *commands: str) -> None:
+        for command in commands:
+            subprocess.run(["nsenter", "-t", str(self._switch), "-n", "ip", *command.split()], check=True)
+
+    def _in_host(self, name: str, commands: str) -> None:
+        for command in commands.split(";"):
+            subprocess.run(["nsenter", "-t", str(self._inits[name]), "-n", "ip", *command.split()], check=True)
+
+
+def _wait_for(condition, timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError("a test host did not come up")
+        time.sleep(0.02)
+
+
+def _kill(pid: int, signal_number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal_number)
+
+
+def _all_pids() -> list[int]:
+    return [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]
+
+
+def _namespace(pid: int) -> str | None:
+    try:
+        return os.readlink(f"/proc/{pid}/ns/pid")
+    except OSError:
+        return None
+
+
+def _command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,26 @@
+"""launch/pretrain.py with steps of at least 0.1 s, and an exception on the host for which a test leaves a file."""
+
+import os
+import runpy
+import socket
+import sys
+import time
+from pathlib import Path
+
+from prelora_ds.data.loader import TrainLoader
+
+fault = Path(os.environ["FAULTS"]) / socket.gethostname()
+following = TrainLoader.next
+
+
+def next_or_fault(self):
+    time.sleep(0.1)
+    if fault.exists():
+        fault.unlink()
+        raise RuntimeError("a test raised this")
+    return following(self)
+
+
+TrainLoader.next = next_or_fault
+sys.argv[0] = str(Path(__file__).parents[2] / "launch" / "pretrain.py")
+runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,0 +1,284 @@
+"""What is tried on a test cluster: launches, faults, and what has to come of them. Each returns a row for hosts.json.
+
+The tests run a few on 2 hosts, `make test-hosts` all of them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hosts.cluster import Cluster
+from hosts.slurm import Slurm
+
+from prelora_ds.launching.hostfile import Host, format_mpi_hosts, write_ds_env
+from prelora_ds.metrics import read_lines
+
+RECIPE = "launch/recipes/vit_tiny_debug.yaml"
+PHASES = ["full", "warmup", "lora"]
+FAULTY = "tests/hosts/faulty.py"
+PATIENCE_S, GRACE_S, HANG_S = 8, 4, 20
+# Seconds from a fault to the end of the last rank that it concerns: a hang's limit, or two looks at a silent host.
+LIMIT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Site:
+    """A cluster, the folder of its runs and the shards."""
+
+    cluster: Cluster
+    shards: Path
+    slurm: Slurm | None = None
+
+    def new(self, name: str) -> Path:
+        """A fresh folder that all hosts see."""
+        folder = self.cluster.state / "runs" / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return folder
+
+    def arguments(self, out: Path, *more: str) -> list[str]:
+        return ["--recipe", RECIPE, "--deepspeed_config", "ds_configs/zero2.json", f"run.output_dir={out}",
+                f"data.train={self.shards / 'train'}", f"data.val={self.shards / 'val'}", *more]
+
+
+def losses(out: Path) -> list[float]:
+    return [row["train/loss"] for row in read_lines(out / "metrics.jsonl")]
+
+
+def local(site: Site, ranks: int, *more: str) -> list[float]:
+    """Losses of as many ranks on one host, which every cluster has to reach."""
+    out = site.new(f"local-{ranks}-{len(more)}") / "out"
+    done = site.cluster.run("host1", ["deepspeed", "--num_accelerators", ranks, "launch/pretrain.py",
+                                      *site.arguments(out, *more)], timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:]
+    return losses(out)
+
+
+def command_of(launcher: str, site: Site, hosts: Sequence[str], folder: Path) -> tuple[list[str], dict[str, str]]:
+    """The command that starts launch/pretrain.py on ``hosts`` with one rank each, and its environment."""
+    hostfile = site.cluster.hostfile(folder / "hosts", names=hosts)
+    environ = site.cluster.environ()
+    names = ("OMP_NUM_THREADS", "DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR")
+    write_ds_env(folder / "ds_env", {name: environ[name] for name in (*names, "FAULTS")})
+    at = format_mpi_hosts([Host(name, 1) for name in hosts])
+    exports = [word for name in (*names, "PYTHONPATH", "PYTHONUNBUFFERED") for word in ("-x", name)]
+    commands = {
+        "pdsh": ["deepspeed", "--hostfile", str(hostfile), "--master_addr", hosts[0]],
+        "openmpi": ["deepspeed", "--hostfile", str(hostfile), "--launcher", "openmpi",
+                    "--launcher_args=--mca btl_tcp_if_include eth0"],
+        "mpirun": ["mpirun", "--host", at, "-n", str(len(hosts)), *exports, "python"],
+        "mpich": ["/usr/bin/mpiexec.hydra", "-hosts", ",".join(hosts), "-n", str(len(hosts)), "-ppn", "1", "-genv",
+                  "MASTER_ADDR", hosts[0], "python"],
+        "srun": ["srun", f"--nodes={len(hosts)}", f"--ntasks={len(hosts)}", "--ntasks-per-node=1",
+                 "--kill-on-bad-exit=1", "--wait=30", "python"]}
+    return commands[launcher], {"DS_ENV_FILE": str(folder / "ds_env"), **(site.slurm.environ if site.slurm else {})}
+
+
+def launch(site: Site, launcher: str, expected: Sequence[float], size: int = 2, *more: str,
+           timeout: float = 200) -> dict[str, Any]:
+    """Train through all three phases; the losses are ``expected`` (those of local ranks), bit by bit."""
+    folder, hosts = site.new(f"{launcher}-{size}"), site.cluster.names[:size]
+    command, environ = command_of(launcher, site, hosts, folder)
+    begun, out = time.monotonic(), folder / "out"
+    process = site.cluster.start("host1", [*command, "launch/pretrain.py", *site.arguments(
+        out, "launch.interface=eth0", *more)], environ, log=folder / "log")
+    started = _until(lambda: process.poll() is not None or _steps(out) > 0, timeout)
+    process.wait(timeout)
+    total = time.monotonic() - begun
+    said = (folder / "log").read_text(errors="replace")
+    assert process.returncode == 0, said[-3000:]
+    assert (out / "model").is_dir(), said[-3000:]
+    rows = read_lines(out / "metrics.jsonl")
+    assert list(dict.fromkeys(row["phase"] for row in rows)) == PHASES
+    if expected:
+        assert [row["train/loss"] for row in rows] == list(expected)
+    left = [pid for name in site.cluster.names for pid in site.cluster.pids(name, "pretrain.py")]
+    assert not left, f"ranks are left: {left}"
+    return {"what": f"{launcher}, {size} hosts", "hosts": size, "start_s": round(started, 1),
+            "total_s": round(total, 1), "exit_code": 0,
+            "result": f"{len(rows)} steps, 3 phases" + (", losses those of local ranks, bitwise" if expected else "")}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that befalls ``host2`` of two hosts while a run goes on; ``mend`` undoes it, when ranks are gone."""
+
+    name: str
+    strike: Callable[[Site], None]
+    mend: Callable[[Site], None] = lambda site: None
+    named: str = "host2"
+
+
+def rank_pids(site: Site, name: str) -> list[int]:
+    """Ranks on a host: Python with the script; the launchers above them have it further behind."""
+    return [pid for pid in site.cluster.pids(name, FAULTY)
+            if FAULTY in Path(f"/proc/{pid}/cmdline").read_text().split("\0")[1:3]]
+
+
+def _signal_rank(number: int) -> Callable[[Site], None]:
+    return lambda site: [os.kill(pid, number) for pid in rank_pids(site, "host2")] and None
+
+
+FAULTS = [
+    Fault("a rank raises", lambda site: (site.cluster.state / "faults" / "host2").touch()),
+    Fault("a rank is killed", _signal_rank(signal.SIGKILL)),
+    Fault("a rank is frozen", _signal_rank(signal.SIGSTOP), named="host"),
+    Fault("sshd is gone", lambda site: [os.kill(pid, signal.SIGKILL) for pid in site.cluster.pids("host2", "sshd")]
+          and None),
+    Fault("the link is cut, and mended later", lambda site: site.cluster.link("host2", up=False),
+          mend=lambda site: site.cluster.link("host2", up=True)),
+    Fault("the host is frozen", lambda site: site.cluster.freeze("host2"),
+          mend=lambda site: site.cluster.freeze("host2", signal.SIGCONT)),
+    Fault("the host is killed", lambda site: site.cluster.kill("host2")),
+    Fault("the host is powered off", lambda site: site.cluster.power_off("host2")),
+]
+NO_SPARE = Fault("no spare: fewer hosts", FAULTS[-1].strike)
+STEPS = ["train.duration=40 steps", "train.eval_every=20 steps", "checkpoint.every=5 steps"]
+
+
+def supervise(site: Site, folder: Path, nodes: int = 2, *more: str) -> subprocess.Popen[str]:
+    """`prelora supervise` on host1, over all hosts of the cluster."""
+    hostfile = site.cluster.hostfile(folder / "hosts")
+    return site.cluster.start("host1", [
+        "prelora", "supervise", "--hostfile", hostfile, "--nodes", nodes, "--patience", PATIENCE_S, "--grace", GRACE_S,
+        "--probe-every", 3, *more, "--", "mpirun", "--host", "{hosts}", "-n", "{ranks}",
+        *(word for name in ("OMP_NUM_THREADS", "DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR", "PYTHONPATH", "FAULTS",
+                            "PYTHONUNBUFFERED", "MASTER_ADDR", "MASTER_PORT") for word in ("-x", name)),
+        "--mca", "prte_keep_fqdn_hostnames", "1", "python", FAULTY, *site.arguments(
+            folder / "out", *STEPS, f"guard.hang_limit={HANG_S} s", "launch.interface=eth0")], log=folder / "log")
+
+
+def strike(site: Site, fault: Fault, expected: Sequence[float], nodes: int = 2, *more: str) -> dict[str, Any]:
+    """Let ``fault`` befall a supervised run; it is named, and the run ends as if nothing had been, on other hosts."""
+    folder = site.new(fault.name.replace(" ", "-"))
+    out, begun = folder / "out", time.monotonic()
+    process = supervise(site, folder, nodes, *more)
+    _until(lambda: (out / "checkpoints" / "latest").exists(), 120)
+    struck = time.monotonic()
+    fault.strike(site)
+    failure = folder / "out.supervise" / "attempt-1" / "failure.json"
+    _until(lambda: failure.exists() or process.poll() is not None, 120)
+    bounded = time.monotonic() - struck
+    process.wait(240)
+    said = (folder / "log").read_text(errors="replace")
+    fault.mend(site)
+    assert failure.exists(), said[-3000:]
+    assert bounded < LIMIT_S, f"{bounded:.0f} s"
+    named = next(line for line in said.splitlines() if "attempt 1 failed" in line)
+    assert fault.named in said, said[-3000:]
+    assert "(exit code 0)" not in named
+    assert process.returncode == 0, said[-3000:]
+    got = losses(out)
+    assert len(got) == len(expected), f"{len(got)} steps"
+    bitwise = got == list(expected)
+    close = max(abs(a - b) for a, b in zip(got, expected, strict=True))
+    # Without a spare it goes on with fewer ranks, and BF16 rounds otherwise.
+    assert bitwise if nodes < len(site.cluster.names) else close < 5e-3
+    _until(lambda: not any(rank_pids(site, name) for name in site.cluster.names if site.cluster.alive(name)), 30)
+    return {"what": fault.name, "hosts": nodes, "total_s": round(time.monotonic() - begun, 1),
+            "ended_s": round(bounded, 1), "named": "host2" in named, "says": named.removeprefix("supervise: ")[:160],
+            "result": "resumed, bitwise" if bitwise else f"resumed on fewer hosts, losses within {close:.1e}"}
+
+
+def supervisor_killed(site: Site) -> dict[str, Any]:
+    """Ranks that nobody supervises any more end by themselves."""
+    folder = site.new("supervisor-killed")
+    process = supervise(site, folder)
+    _until(lambda: (folder / "out" / "checkpoints" / "latest").exists(), 120)
+    for pid in site.cluster.pids("host1", "prelora supervise"):
+        os.kill(pid, signal.SIGKILL)
+    struck = time.monotonic()
+    gone = _until(lambda: not any(rank_pids(site, name) for name in ("host1", "host2")), LIMIT_S)
+    assert gone < LIMIT_S
+    records = [path.read_text() for path in (folder / "out.supervise" / "attempt-1").glob("exit-*.json")]
+    assert records and all('"code": 87' in text for text in records), records
+    process.wait(30)
+    assert process.returncode != 0
+    return {"what": "the supervisor is killed", "hosts": 2, "ended_s": round(time.monotonic() - struck, 1),
+            "named": all('"host": "host' in text for text in records), "says": records[0][:160],
+            "result": "ranks end, 87"}
+
+
+def refused(site: Site, name: str, command: Sequence[str | Path], words: Sequence[str], environ: dict[str, str],
+            limit_s: float = LIMIT_S) -> dict[str, Any]:
+    """A launch that cannot work ends in bounded time, not with 0, and says ``words``."""
+    begun = time.monotonic()
+    done = site.cluster.run("host1", command, environ, timeout=limit_s + 30)
+    took = time.monotonic() - begun
+    assert done.returncode != 0, done.stdout[-2000:]
+    assert took < limit_s, f"{took:.0f} s"
+    for word in words:
+        assert word in done.stdout, done.stdout[-3000:]
+    line = next((line for line in done.stdout.splitlines() if words[0] in line), "")
+    return {"what": name, "hosts": 2, "ended_s": round(took, 1), "exit_code": done.returncode, "named": True,
+            "says": line[:160], "result": "refused"}
+
+
+def preflight(site: Site) -> dict[str, Any]:
+    """All hosts are fit, in less than a minute."""
+    folder = site.new("preflight")
+    begun = time.monotonic()
+    done = site.cluster.run("host1", [
+        "prelora", "preflight", "--hostfile", site.cluster.hostfile(folder / "hosts"), "--recipe", RECIPE,
+        f"run.output_dir={folder}/out", f"data.train={site.shards}/train", f"data.val={site.shards}/val"], timeout=200)
+    assert done.returncode == 0, done.stdout
+    return {"what": f"preflight, {len(site.cluster.names)} hosts", "hosts": len(site.cluster.names),
+            "total_s": round(time.monotonic() - begun, 1), "exit_code": 0, "result": "all fit"}
+
+
+def slurm_chain(site: Site) -> dict[str, Any]:
+    """The script of `prelora job` in a real Slurm: the warning, a checkpoint, 99, requeued, resumed to the end."""
+    assert site.slurm is not None
+    folder, begun = site.new("chain"), time.monotonic()
+    profile = Path("prelora_ds/launching/profiles/slurm.yaml").read_text()
+    (folder / "mine.yaml").write_text(profile.replace("ranks_per_node: 4", "ranks_per_node: 1").replace(
+        "--ntasks-per-node=4", "--ntasks-per-node=1"))
+    arguments = site.arguments(folder / "out", "launch.interface=eth0", "train.duration=150 steps",
+                               "train.eval_every=50 steps", "checkpoint.every=10 steps")
+    script = folder / "job.sh"
+    done = site.cluster.run("host1", ["prelora", "job", *arguments[1:2], "--profile", folder / "mine.yaml",
+                                      "--deepspeed-config", arguments[3], "--nodes", "2", "--spares", "1", "--walltime",
+                                      "30m", "--out", script, *arguments[4:]])
+    assert done.returncode == 0, done.stdout
+    script.write_text(script.read_text().replace("#!/bin/bash -l", "#!/bin/bash"))
+    job = site.slurm.run(f"sbatch --parsable --chdir={folder} {script}").strip()
+    checkpoint = folder / "out" / "checkpoints" / "latest"
+    _until(checkpoint.exists, 150)
+    warned = time.monotonic()
+    site.slurm.run(f"scancel --batch --signal=USR1 {job}")
+    _until(lambda: "Restarts=1" in site.slurm.run(f"scontrol show job {job}").split(), 120)
+    requeued = time.monotonic() - warned
+    log = next(folder.glob("*.log"))
+    _until(lambda: "ended with 0" in log.read_text(), 200)
+    rows = read_lines(folder / "out" / "plans.jsonl")
+    resumed = [row["step"] for row in rows if row["event"] == "resume"]
+    steps = [row["step"] for row in read_lines(folder / "out" / "metrics.jsonl")]
+    assert resumed and steps == list(range(1, 151)), (resumed, len(steps))
+    assert "the run ended with 99" in log.read_text()
+    return {"what": "a Slurm chain: signal, checkpoint, 99, requeue, resumed to the end", "hosts": 3,
+            "total_s": round(time.monotonic() - begun, 1),
+            "result": f"requeued after {requeued:.0f} s, resumed at step {resumed[0]} of 150"}
+
+
+def _steps(out: Path) -> int:
+    path = out / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def _until(condition: Callable[[], bool], timeout_s: float) -> float:
+    """Seconds until ``condition`` held; raises TimeoutError."""
+    begun = time.monotonic()
+    while not condition():
+        if time.monotonic() - begun > timeout_s:
+            raise TimeoutError(f"nothing in {timeout_s:.0f} s")
+        time.sleep(0.1)
+    return time.monotonic() - begun
+

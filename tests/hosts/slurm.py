@@ -1,0 +1,85 @@
+"""Slurm from Debian on a test cluster: munged and slurmd on every host, slurmctld on the first."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+from hosts.cluster import Cluster
+
+TOOLS = ("slurmctld", "slurmd", "munged", "srun", "sbatch")
+
+
+def why_not() -> str | None:
+    """Why there can be no Slurm here; None where there can."""
+    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
+    return f"not installed: {', '.join(missing)} (apt-get install slurmctld slurmd slurm-client munge)" if missing \
+        else None
+
+
+class Slurm:
+    """``environ`` is for srun and sbatch. Its daemons are the hosts' own, and die with them."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster, self.folder = cluster, cluster.state / "slurm"
+        self.environ = {"SLURM_CONF": str(self.folder / "slurm.conf")}
+
+    def start(self) -> Slurm:
+        self.folder.mkdir()
+        key = self.folder / "munge.key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o400)
+        (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
+        (self.folder / "slurm.conf").write_text(f"""
+ClusterName=test
+SlurmctldHost={self.cluster.names[0]}
+AuthInfo=cred_expire=5
+SlurmUser=root
+SlurmdUser=root
+StateSaveLocation={self.folder}/state
+SlurmdSpoolDir={self.folder}/spool/%h
+SlurmctldPidFile=/run/slurmctld.pid
+SlurmdPidFile=/run/slurmd.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+ReturnToService=2
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=batch_sched_delay=1,sched_interval=2
+SlurmdParameters=config_overrides
+GresTypes=gpu
+KillWait=5
+NodeName={",".join(self.cluster.names)} CPUs=4 RealMemory=1000 Gres=gpu:4 State=UNKNOWN
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE OverSubscribe=NO State=UP
+""")
+        (self.folder / "gres.conf").write_text("Name=gpu File=/dev/tty[1-4]\n")
+        (self.folder / "state").mkdir()
+        for name in self.cluster.names:
+            (self.folder / "spool" / name).mkdir(parents=True)
+            self._run(name, f"mkdir -m 755 -p /run/munge && munged --force --key-file={key} --log-file=/run/munge/log "
+                      "--pid-file=/run/munge/pid --seed-file=/run/munge/seed --socket=/run/munge/munge.socket.2")
+        self._run(self.cluster.names[0], f"slurmctld -L {self.folder}/ctld.log")
+        for name in self.cluster.names:
+            self._run(name, f"slurmd -N {name} -L {self.folder}/{name}.log")
+        deadline = time.monotonic() + 30
+        while self.run("sinfo -h -o %T").split() != ["idle"]:
+            if time.monotonic() > deadline:
+                raise TimeoutError(self.run("sinfo") + Path(self.folder / "ctld.log").read_text()[-2000:])
+            time.sleep(0.3)
+        return self
+
+    def run(self, command: str) -> str:
+        """Output of a command on the first host."""
+        return self._run(self.cluster.names[0], command)
+
+    def _run(self, name: str, command: str) -> str:
+        # Daemons keep what they inherit open: a file, not a pipe, so that the command's end can be seen.
+        path = self.folder / f".{name}.out"
+        process = self.cluster.start(name, ["bash", "-c", command], self.environ, log=path)
+        process.wait(60)
+        text = path.read_text()
+        path.unlink()
+        return text

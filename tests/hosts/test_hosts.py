@@ -1,0 +1,60 @@
+"""Two hosts: every way to start a run gives the losses of two local ranks, and a host that falls silent is replaced.
+
+`make test-hosts` does the rest: 4 and 16 hosts, and every fault.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hosts import scenarios
+from hosts.scenarios import Site
+
+
+@pytest.mark.parametrize("launcher", ["pdsh", "mpirun", "srun"])
+def test_two_hosts_train_as_two_local_ranks(site: Site, expected: list[float], launcher: str) -> None:
+    assert len(expected) == 40
+    scenarios.launch(site, launcher, expected, 2, *scenarios.STEPS)
+
+
+def test_preflight_names_what_is_wrong_with_each_host(site: Site) -> None:
+    folder = site.new("preflight")
+    (site.cluster.state / "host2" / "site" / "peft-9.9.9.dist-info").mkdir()
+    metadata = site.cluster.state / "host2" / "site" / "peft-9.9.9.dist-info" / "METADATA"
+    metadata.write_text("Metadata-Version: 2.1\nName: peft\nVersion: 9.9.9\n")
+    full = site.cluster.scratch / "full"
+    hosts = site.cluster.state / "host3" / "hosts"
+    before = hosts.read_text()
+    try:
+        hosts.write_text(before.replace(site.cluster.address("host3"), "127.0.1.1"))
+        site.cluster.run("host3", ["dd", "if=/dev/zero", f"of={full}", "bs=1M"])
+        hostfile = folder / "hosts"
+        hostfile.write_text("host1 slots=1\nhost2 slots=1\nhost3 slots=1\nhost9 slots=1\n")
+        done = site.cluster.run("host1", [
+            "prelora", "preflight", "--hostfile", hostfile, "--recipe", scenarios.RECIPE, "--scratch",
+            site.cluster.scratch, "--json", folder / "json", f"run.output_dir={folder}/out",
+            f"data.train={site.shards}/train", f"data.val={site.shards}/none", "--interface", "eth0"])
+    finally:
+        site.cluster.run("host3", ["rm", "-f", full])
+        hosts.write_text(before)
+        metadata.unlink()
+        metadata.parent.rmdir()
+    report = json.loads((folder / "json").read_text())
+    assert done.returncode == 75 and not report["fit"], done.stdout
+    problems = {host: " ".join(answer["problems"]) for host, answer in report["hosts"].items()}
+    assert "there is no manifest" in problems["host1"] or "none" in problems["host1"]
+    assert "peft 9.9.9, on the others" in problems["host2"]
+    assert "points to 127.0.1.1" in problems["host3"] and "No space left" in problems["host3"]
+    assert "not reachable" in problems["host9"]
+    for host in ("host1", "host2", "host3"):
+        assert report["hosts"][host]["all_reduce"]["correct"]
+        assert f"{host}: " in done.stdout
+    assert report["seconds"] < 60
+
+
+def test_a_host_that_falls_silent_is_named_and_replaced_and_the_run_goes_on_bitwise(
+        site: Site, expected: list[float]) -> None:
+    cut = next(fault for fault in scenarios.FAULTS if "cut" in fault.name)
+    row = scenarios.strike(site, cut, expected)
+    assert row["named"] and row["result"] == "resumed, bitwise"

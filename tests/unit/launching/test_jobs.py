@@ -1,0 +1,115 @@
+"""Batch scripts: bash and shellcheck read each, a fake PBS and its qsub run one through its chain."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import stat
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from prelora_ds.configuring import load_config
+from prelora_ds.core.errors import ConfigError
+from prelora_ds.launching.jobs import PROFILES, Job, Profile, load_profile, render
+
+RECIPE = Path("launch/recipes/vit_large_in1k_prelora_exp1.yaml").resolve()
+JOB = Job("chain", Path("/shared/job.sh"), Path("/shared/code"), RECIPE, ["train.log_every=5"], None, 16, 1, 7200.0,
+          300, 50, account="acct")
+
+
+def script(profile: str, **changes) -> str:
+    paths = ["run.output_dir=/shared/out", "data.train=/shared/train", "data.val=/shared/val"]
+    return render(replace(JOB, **changes), load_profile(profile), load_config(RECIPE, paths))
+
+
+@pytest.mark.parametrize("profile", sorted(path.stem for path in PROFILES.glob("*.yaml")))
+@pytest.mark.parametrize("changes", [{}, {"stage": True, "container": "apptainer exec --nv 'my image.sif'",
+                                          "network": False, "setup": ["module load other"], "queue": "q"}])
+def test_bash_and_shellcheck_accept_the_script_of_every_site(profile: str, changes: dict, tmp_path: Path) -> None:
+    if changes.get("stage") and load_profile(profile).scratch is None:
+        changes = changes | {"stage": False}
+    path = tmp_path / "job.sh"
+    path.write_text(script(profile, **changes))
+    subprocess.run(["bash", "-n", path], check=True)
+    if shutil.which("shellcheck") is None:
+        pytest.fail("shellcheck is not installed") if os.environ.get("CI") else pytest.skip("shellcheck is missing")
+    done = subprocess.run(["shellcheck", path], text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("profile", ["polaris", "perlmutter", "frontier", "pbs", "slurm"])
+def test_directives_come_first_and_ask_for_nodes_spares_time_and_account(profile: str) -> None:
+    lines = script(profile).splitlines()
+    pbs = load_profile(profile).scheduler == "pbs"
+    head = [line for line in lines if line.startswith("#PBS" if pbs else "#SBATCH")]
+    first_command = next(i for i, line in enumerate(lines) if not line.startswith("#"))
+    assert all(lines.index(line) < first_command for line in head)
+    assert all(re.fullmatch(r"#PBS -[A-Za-z] ?\S*|#SBATCH --[a-z-]+(=\S+)?", line) for line in head), head
+    text = "\n".join(head)
+    assert re.search(r"select=17:" if pbs else r"--nodes=17\b", text) and "02:00:00" in text and "acct" in text
+    assert ("sleep 6900" if pbs else "--signal=B:USR1@300") in "\n".join(lines)
+    if not pbs:
+        assert "#SBATCH --requeue" in head and "#SBATCH --open-mode=append" in head
+
+
+@pytest.mark.parametrize(("profile", "changes", "key"), [
+    ("polaris", {"walltime_s": 4 * 3600.0}, "--walltime"), ("polaris", {"account": None}, "--account"),
+    ("slurm", {"walltime_s": 400.0}, "--walltime"), ("slurm", {"stage": True}, "--stage"),
+    ("slurm", {"account": "a b"}, "--account, --queue"), ("slurm", {"name": "1 run"}, "run.name"),
+    ("nowhere", {}, "--profile")])
+def test_what_a_site_would_refuse_is_refused_here(profile: str, changes: dict, key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        script(profile, **changes)
+    assert caught.value.key == key
+
+
+def test_a_pbs_chain_goes_on_while_the_run_ends_with_99_and_stops_at_its_end(tmp_path: Path) -> None:
+    """The script as it is, but for a supervisor that needs three jobs; the in-job timer warns it."""
+    folder, log = tmp_path / "code", tmp_path / "log"
+    folder.mkdir()
+    (tmp_path / "nodes").write_text("n1\nn1\nn2\n")
+    run = tmp_path / "python"
+    run.write_text(f"""#!/bin/bash
+echo "run begins" >> {log}
+[ "$(grep -c run {log})" -ge 3 ] && exit 0
+trap 'echo warned >> {log}; exit 99' USR1
+sleep 30 & wait $!
+exit 1
+""")
+    qsub = tmp_path / "qsub"
+    job = tmp_path / "job.sh"
+    qsub.write_text(f"""#!/bin/bash
+echo "qsub $*" >> {log}
+[ "$1" = -v ] && export "${{2?}}" && shift 2
+exec bash "$1"
+""")
+    config = load_config(RECIPE, [f"run.output_dir={tmp_path}/out"])
+    text = render(replace(JOB, script=job, folder=folder, walltime_s=3.0, warn_s=1), load_profile("pbs"), config)
+    text = re.sub(r"^\S+ -u -m prelora_ds.cli", str(run), text, flags=re.MULTILINE)
+    job.write_text(text)
+    for path in (run, qsub):
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    done = subprocess.run(["bash", job], text=True, capture_output=True, timeout=60, env=os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "PBS_NODEFILE": str(tmp_path / "nodes")})
+    assert log.read_text().split("\n") == [
+        "run begins", "warned", f"qsub -v PRELORA_JOBS_BEFORE=1 {job}", "run begins", "warned",
+        f"qsub -v PRELORA_JOBS_BEFORE=2 {job}", "run begins", ""], done.stderr
+    ends = [line.split()[6] for line in done.stdout.splitlines() if "the run ended with" in line]
+    assert ends == ["99", "99", "0"]
+    assert not list(tmp_path.glob("out.job.*"))
+
+
+def test_a_chain_ends_at_its_number_of_jobs() -> None:
+    assert '[ "$jobs_before" -lt 49 ]' in script("slurm") and '[ "$jobs_before" -lt 0 ]' in script("slurm", max_jobs=1)
+
+
+def test_a_profile_with_an_unknown_key_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text((PROFILES / "slurm.yaml").read_text() + "colour: red\n")
+    with pytest.raises(ConfigError, match="colour"):
+        load_profile(str(path))
+    assert isinstance(load_profile("slurm"), Profile)

@@ -1,0 +1,191 @@
+"""The supervisor over real processes that leave the records of ranks, and a rank's side of the lease."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from prelora_ds.core.errors import ConfigError, LaunchError
+from prelora_ds.launching.hostfile import Host
+from prelora_ds.launching.supervise import Policy, Supervisor, check_policy, fill, is_echo
+from prelora_ds.launching.supervised import LEASE, Supervision, read_json, write_json
+
+HOSTS = [Host("a", 2), Host("b", 2), Host("c", 2)]
+# A launcher: its words are HOSTS... --supervised FOLDER. `die CODE HOST WHY` leaves a rank's record.
+LAUNCHER = """
+own="${@: -1}"; attempt="${own##*-}"; hosts="$1"
+mark() { touch "$own/$1"; }
+die() {
+    for rank in 0 1 2 3; do echo "{\\"rank\\": $rank, \\"host\\": \\"$2\\"}" > "$own/rank-$rank.json"; done
+    for rank in 0 1 2 3; do
+        echo "{\\"rank\\": $rank, \\"host\\": \\"$2\\", \\"code\\": $1, \\"why\\": \\"$3\\"}" > "$own/exit-$rank.json"
+    done
+    exit "$1"
+}
+"""
+
+
+class World:
+    """A folder, hosts that answer while a file of theirs is there, and what the supervisor said."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.said, self.checkpoints = folder, list[str](), 0
+        for host in HOSTS:
+            (folder / host.name).touch()
+
+    def supervisor(self, script: str, *, ranks: tuple[int, ...] = (4,), **policy) -> Supervisor:
+        (self.folder / "launcher").write_text(LAUNCHER + script)
+        chosen = Policy(**({"nodes": 2, "min_nodes": 2, "grace_s": 0.3, "patience_s": 0.3, "probe_s": 60.0,
+                            "probe": f"test -e {self.folder}/{{host}}"} | policy))
+        return Supervisor(["bash", str(self.folder / "launcher"), "{nodelist}"], HOSTS, self.folder / "out", chosen,
+                          lambda: self.checkpoints, lambda n: n in ranks, self.said.append)
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    monkeypatch.setattr("prelora_ds.launching.supervise.TICK_S", 0.05)
+    monkeypatch.setattr("prelora_ds.launching.supervise.FENCE_S", 0.1)
+    return World(tmp_path)
+
+
+def attempts(world: World) -> list[str]:
+    return [line.partition("hosts: ")[2] for line in world.said if "hosts: " in line and line.startswith("attempt")]
+
+
+def test_a_marker_decides_whatever_the_exit_code_says(world: World) -> None:
+    assert world.supervisor("mark DONE; exit 7").run() == 0
+    assert world.supervisor("mark STOPPED; exit 0").run() == 99
+
+
+def test_an_exit_code_of_0_without_a_marker_is_a_failure_and_the_same_twice_is_enough(world: World) -> None:
+    assert world.supervisor("echo all is well; exit 0").run() == 75
+    assert len(attempts(world)) == 2
+    assert "the same failure twice" in world.said[-1] and "all is well" in world.said[-2]
+
+
+def test_a_host_that_failed_makes_room_for_the_spare_and_the_next_attempt_may_succeed(world: World) -> None:
+    assert world.supervisor('[ "$attempt" = 2 ] && mark DONE && exit 0; die 1 a "disk on fire"').run() == 0
+    assert attempts(world) == ["a, b", "b, c"]
+    assert any("attempt 1 failed on a (exit code 1): rank 0: disk on fire" in line for line in world.said)
+    assert read_json(world.folder / "out" / "attempt-1" / "failure.json")["host"] == "a"
+
+
+def test_restarts_are_bounded_even_with_progress(world: World) -> None:
+    supervisor = world.supervisor("die 85 a hung", max_restarts=3)
+    progress = iter(range(100))
+    supervisor.progress = lambda: next(progress)
+    assert supervisor.run() == 85
+    assert len(attempts(world)) == 4 and "3 restarts are used up" in world.said[-1]
+
+
+def test_a_mistake_of_the_user_is_not_tried_again(world: World) -> None:
+    assert world.supervisor("die 2 a 'no such recipe'").run() == 2
+    assert len(attempts(world)) == 1
+
+
+def test_silent_hosts_are_left_out_and_too_few_are_named(world: World) -> None:
+    (world.folder / "a").unlink()
+    assert world.supervisor("mark DONE").run() == 0
+    assert attempts(world) == ["b, c"] and "host a does not answer" in world.said
+    (world.folder / "b").unlink()
+    with pytest.raises(LaunchError, match="1 of 3 hosts answer, and the run needs 2; silent: a, b"):
+        world.supervisor("mark DONE").run()
+
+
+def test_with_fewer_hosts_it_goes_on_only_where_the_batch_divides(world: World) -> None:
+    (world.folder / "a").unlink()
+    (world.folder / "b").unlink()
+    assert world.supervisor("mark DONE", ranks=(2, 4), min_nodes=1).run() == 0
+    assert attempts(world) == ["c"]
+    with pytest.raises(LaunchError):
+        world.supervisor("mark DONE", ranks=(4,), min_nodes=1).run()
+
+
+def test_a_launcher_that_hangs_after_a_rank_ended_is_killed(world: World) -> None:
+    begun = time.monotonic()
+    script = """trap '' TERM; [ "$attempt" = 2 ] && mark DONE; (die 1 b x); sleep 60"""
+    assert world.supervisor(script).run() == 0
+    assert time.monotonic() - begun < 20
+
+
+def test_a_host_that_falls_silent_ends_the_attempt(world: World) -> None:
+    script = f'[ "$attempt" = 2 ] && mark DONE && exit; rm {world.folder}/b; sleep 60'
+    assert world.supervisor(script, probe_s=0.1).run() == 0
+    assert attempts(world) == ["a, b", "a, c"]
+    assert any("attempt 1 failed on b (exit code 75): host b does not answer" in line for line in world.said)
+
+
+def test_the_launcher_gets_hostfile_environment_and_the_words_filled_in(world: World) -> None:
+    script = 'echo "$DS_ENV_FILE $MASTER_ADDR $MASTER_PORT $hosts"; mark DONE'
+    assert world.supervisor(script, interface="eth0").run() == 0
+    own = world.folder / "out" / "attempt-1"
+    assert (own / "launcher.log").read_text().split() == [str(own / "ds_env"), "a", "29501", "a,b"]
+    assert (own / "hostfile").read_text() == "a slots=2\nb slots=2\n"
+    assert "GLOO_SOCKET_IFNAME=eth0\n" in (own / "ds_env").read_text()
+    assert fill("{a}:{b}{c}", {"a": "1", "b": "2"}) == "1:2{c}"
+
+
+def test_a_rank_that_only_felt_anothers_end_is_an_echo() -> None:
+    assert is_echo({"code": 85, "why": ""}) and is_echo({"code": 1, "why": "x Connection closed by peer y"})
+    assert not is_echo({"code": 1, "why": "ValueError"})
+    assert not is_echo({"code": 85, "why": "was stopped for 20 s", "slept_s": 20.0})
+
+
+@pytest.mark.parametrize("policy", [Policy(4, 4), Policy(2, 3), Policy(1, 0)])
+def test_a_policy_that_does_not_fit_the_hosts_is_refused(policy: Policy) -> None:
+    with pytest.raises(ConfigError):
+        check_policy(policy, HOSTS)
+
+
+def test_a_rank_ends_when_the_lease_stops_or_names_a_newer_attempt(tmp_path: Path) -> None:
+    own = tmp_path / "attempt-2"
+    own.mkdir()
+    write_json(tmp_path / LEASE, {"attempt": 2, "renewed": 1, "patience_s": 0.2})
+    watch = Supervision(own, 3)
+    assert watch.check() is None
+    time.sleep(0.3)
+    code, why = watch.check() or (0, "")
+    assert code == 87 and "rank 3" in why
+    write_json(tmp_path / LEASE, {"attempt": 2, "renewed": 2, "patience_s": 0.2})
+    assert watch.check() is None
+    write_json(tmp_path / LEASE, {"attempt": 3, "renewed": 3})
+    assert (watch.check() or (0, ""))[0] == 88
+    assert json.loads((own / "rank-3.json").read_text())["rank"] == 3
+
+
+def test_a_lease_that_asks_to_stop_signals_the_rank_once(tmp_path: Path) -> None:
+    own, signals = tmp_path / "attempt-1", list[int]()
+    own.mkdir()
+    former = signal.signal(signal.SIGUSR1, lambda number, frame: signals.append(number))
+    try:
+        watch = Supervision(own, 0)
+        for renewed in range(3):
+            write_json(tmp_path / LEASE, {"attempt": 1, "renewed": renewed, "stop": True})
+            assert watch.check() is None
+    finally:
+        signal.signal(signal.SIGUSR1, former)
+    assert signals == [signal.SIGUSR1]
+
+
+def test_a_rank_leaves_its_end_and_rank_0_the_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tmp_path / "attempt-1"
+    own.mkdir()
+    Supervision(own, 1).mark("DONE")
+    assert not (own / "DONE").exists()
+    Supervision(own, 0).mark("DONE")
+    Supervision(own, 1).ended(85, "hung")
+    assert (own / "DONE").exists() and read_json(own / "exit-1.json")["code"] == 85
+    monkeypatch.setattr("prelora_ds.launching.supervised.ASLEEP_S", 0.1)
+    frozen = Supervision(own, 2)
+    time.sleep(0.2)
+    frozen.check()
+    frozen.ended(85, "hung")
+    assert read_json(own / "exit-2.json")["why"] == "was stopped for 0 s; then: hung"
+    unwatched = Supervision(None, 0)
+    unwatched.ended(1, "x")
+    unwatched.mark("DONE")
+    assert unwatched.check() is None
