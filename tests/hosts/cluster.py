@@ -138,7 +138,7 @@ class Cluster:
 
     def add_decoy(self, name: str, address: str) -> None:
         """A second interface that comes first in ``hostname -I`` and leads nowhere."""
-        self._in_host(name, f"link add decoy0 type dummy; addr del {self.address(name)}/24 dev eth0; "
+        self._in_host(name, f"link add decoy0 type veth peer name decoy1; link set decoy1 up; addr del {self.address(name)}/24 dev eth0; "
                             f"addr add {address}/24 dev decoy0; link set decoy0 up; "
                             f"addr add {self.address(name)}/24 dev eth0")
 
