@@ -100,7 +100,8 @@ def main() -> None:
             write_shards(digits(split), shards / split, samples_per_shard=512, class_names=DIGIT_CLASSES)
         for what, act in scenarios_of(shards, folder).items():
             if only is None or only in what:
-                rows[what] = attempt(what, act)
+                rows[what] = {key: value.replace(str(folder), "DIR") if isinstance(value, str) else value
+                              for key, value in attempt(what, act).items()}
                 print(rows[what], flush=True)
                 record("hosts", figures([*rows.values()]), [*rows.values()], NOTES)
     print_table([*rows.values()], "many hosts, on one machine")

@@ -137,10 +137,9 @@ class Cluster:
             _kill(pid, signal_number)
 
     def add_decoy(self, name: str, address: str) -> None:
-        """A second interface that comes first in ``hostname -I`` and leads nowhere."""
-        self._in_host(name, f"link add decoy0 type dummy; addr del {self.address(name)}/24 dev eth0; "
-                            f"addr add {address}/24 dev decoy0; link set decoy0 up; "
-                            f"addr add {self.address(name)}/24 dev eth0")
+        """An address that comes first in ``hostname -I`` and that no other host can reach."""
+        own = f"{self.address(name)}/24 dev eth0"
+        self._in_host(name, f"addr del {own}; addr add {address}/24 dev eth0; addr add {own}")
 
     def _start(self, name: str) -> None:
         own = self.state / name

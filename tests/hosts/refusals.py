@@ -37,7 +37,7 @@ def unreachable_master(site: Site) -> dict[str, Any]:
     site.cluster.add_decoy("host1", "10.99.0.1")
     command = [word for i, word in enumerate(command) if "--master_addr" not in (word, command[i - 1])]
     return refused(site, "a decoy is the first address", [*command, *_pretrain(site, folder)],
-                   ["ranks 1 of 2 did not come within 25 s", "host1"], environ, 90)
+                   ["ranks 1 of 2 did not come within 25 s", "host1"], environ, 120)
 
 
 def name_on_loopback(site: Site) -> dict[str, Any]:
