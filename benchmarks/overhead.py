@@ -97,6 +97,7 @@ def write_recipe(folder: Path, steps: int) -> None:
         "optimizer": {"lr": 3e-4, "weight_decay": 0.05, "warmup": "0 steps", "min_lr_ratio": 1.0},
         "train": {"duration": f"{steps} steps", "global_batch_size": BATCH, "micro_batch_size": BATCH // WORLD,
                   "eval_every": f"{steps} steps"},
+        "checkpoint": {"every": None},  # checkpoint.py measures those
     }
     (folder / loops.RECIPE).write_text(json.dumps(recipe))
 
