@@ -22,12 +22,12 @@ from PIL import Image
 from prelora_ds.core.errors import ConfigError
 from prelora_ds.data import build as building
 from prelora_ds.data.build import Options, StalledError, build
+from prelora_ds.data.decode import decode
 from prelora_ds.data.images import UnreadableImageError, prepare
 from prelora_ds.data.manifest import EXTENSIONS, Manifest
 from prelora_ds.data.parallel import WorkerDiedError, unordered
 from prelora_ds.data.sources.arrays import idx_array
 from prelora_ds.data.sources.listing import ITEM, Request
-from prelora_ds.data.transforms import decode
 from prelora_ds.sharding import place_in_job
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves the shards to the collector
@@ -341,7 +341,7 @@ def test_bytes_stay_untouched_and_the_extension_tells_their_format(form, mode, e
     data = picture(1, form, mode=mode)
     for short in (None, 20):
         assert prepare(data, resize_short=short, quality=90) == (data, extension)
-    assert decode(bytearray(data), 3).shape == (3, 24, 20)
+    assert decode(data, 3).shape == (24, 20, 3)
 
 
 def test_other_formats_become_png_pixel_by_pixel():
@@ -378,7 +378,7 @@ def test_a_resized_photograph_looks_the_same():
     small = prepare(buffer.getvalue(), resize_short=128, quality=95)[0]
     expected = torch.nn.functional.interpolate(torch.from_numpy(pixels).permute(2, 0, 1)[None].float(), (128, 128),
                                                mode="bicubic", antialias=True)[0].clamp(0, 255)
-    difference = decode(bytearray(small), 3).float() - expected
+    difference = torch.from_numpy(decode(small, 3)).permute(2, 0, 1).float() - expected
     assert difference.pow(2).mean().sqrt() < 5  # 34 dB: the JPEG alone
 
 
