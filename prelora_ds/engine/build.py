@@ -169,6 +169,9 @@ def build_engine(run_config: Config, plan: Plan, layout: Layout, num_labels: int
     restore_state(ds, plan, layout, state)
     for name, value in vars(counters).items():
         setattr(ds, name, value)
+    # Engines begin between two steps, and DeepSpeed ends a step where this is a multiple of the accumulation, which
+    # may be another one now: on other ranks, or with another micro-batch.
+    ds.micro_steps -= ds.micro_steps % ds.gradient_accumulation_steps()
     return Engine(run_config, plan, layout, num_labels, ds)
 
 

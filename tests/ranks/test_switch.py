@@ -368,3 +368,27 @@ def optimizer_groups():
 @ALL
 def test_on_a_gpu(pools, check, zero):
     pools(1).run(globals()[check], zero=zero)
+
+
+def test_a_step_after_a_rebuild_has_all_its_micro_batches_whatever_was_accumulated_before(ranks):
+    ranks.run(accumulated_otherwise)
+
+
+def accumulated_otherwise():
+    """Three steps of one micro-batch, then steps of four: 3 is no multiple of 4."""
+    norms = []
+    for own in ({}, {"micro_batch_size": 2}):
+        t = Trainer(config("zero2", micro=8, batch=16, phases={"warmup": own}))
+        t.train(3)
+        t.switch(t.warmup)
+        accum = t.engine.ds.gradient_accumulation_steps()
+        assert (accum, t.engine.ds.micro_steps % accum) == (8 // own.get("micro_batch_size", 8), 0)
+        batches = t.batches()
+        images, labels = (torch.cat([batch[i] for batch in batches]) for i in (0, 1))
+        size = len(images) // accum
+        rows = [type(batches[0])(images[i:i + size], labels[i:i + size]) for i in range(0, len(images), size)]
+        t.engine.backward(rows)
+        norms.append(t.engine.finish_step(lr=1e-3).grad_norm)
+        assert t.engine.ds.global_steps == 4
+        t.close()
+    assert norms[1] == pytest.approx(norms[0], rel=2e-2)
