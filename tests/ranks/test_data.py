@@ -130,7 +130,8 @@ def test_a_worker_that_is_killed_is_named_by_its_rank_and_ends_the_run(tmp_path)
                 process.kill()
     assert run.returncode == 1, said
     assert (said.count("error: "), said.count("error (rank 1 on ")) == (0, 1), said
-    assert re.search(rf"error \(rank 1 on [^)]+\): a data worker is gone \(process: exit code {{{worker.pid}: -9}}", said), said
+    gone = rf"error \(rank 1 on [^)]+\): a data worker is gone \(process: exit code {{{worker.pid}: -9}}"
+    assert re.search(gone, said), said
 
 
 def worker_of_rank_1(launcher):

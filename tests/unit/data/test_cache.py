@@ -8,7 +8,6 @@ import io
 import multiprocessing
 import os
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.staging import stage, stage_and_report
 
-from prelora_ds.data.cache import ShardCache, Stager
+from prelora_ds.data.cache import ShardCache
 from prelora_ds.data.datasets import Look
 from prelora_ds.data.loader import TrainLoader
 from prelora_ds.data.manifest import Manifest
@@ -83,9 +83,6 @@ def batches(manifest: Manifest, cache: ShardCache | None = None, workers: int = 
     loader.close()
     return torch.cat([batch.images for batch in found]), [fault for batch in found for fault in batch.faults]
 
-
-def stage(manifest: Manifest, cache: ShardCache) -> None:
-    Stager(manifest, cache).join()
 
 
 def copies(folder: Path) -> list[Path]:
@@ -182,21 +179,6 @@ def test_two_processes_at_once_fetch_each_shard_once(manifest, tmp_path):
     assert sum(file.stat().st_size for file in copies(folder)) == total(manifest)
     assert [file.name for file in folder.iterdir() if file.name.startswith(".")] == [".lock"]
 
-
-def stage_and_report(manifest: Manifest, folder: Path, limit: int, results: multiprocessing.Queue) -> None:
-    """Copy slowly; report the shards that this process really read."""
-    import prelora_ds.data.cache as module
-
-    opened, opener = [], module._opened
-
-    def slow(place: str) -> object:
-        opened.append(Path(place).name)
-        time.sleep(0.1)
-        return opener(place)
-
-    module._opened = slow
-    stage(manifest, ShardCache(folder, limit))
-    results.put(opened)
 
 
 def test_what_a_killed_process_left_is_cleared_away(manifest, tmp_path):

@@ -1,0 +1,30 @@
+"""Filling a cache of shards; here, because a spawned process imports it by name."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from pathlib import Path
+
+from prelora_ds.data.cache import ShardCache, Stager
+from prelora_ds.data.manifest import Manifest
+
+
+def stage(manifest: Manifest, cache: ShardCache) -> None:
+    Stager(manifest, cache).join()
+
+
+def stage_and_report(manifest: Manifest, folder: Path, limit: int, results: multiprocessing.Queue) -> None:
+    """Copy slowly; report the shards that this process really read."""
+    import prelora_ds.data.cache as module
+
+    opened, opener = [], module._opened
+
+    def slow(place: str) -> object:
+        opened.append(Path(place).name)
+        time.sleep(0.1)
+        return opener(place)
+
+    module._opened = slow
+    stage(manifest, ShardCache(folder, limit))
+    results.put(opened)
