@@ -38,7 +38,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=ROOT / "out") as temporary:  # logs are synced to a real disk, as in a run
         folder = Path(temporary)
         write_recipe(folder, steps=(args.rounds + 1) * args.turn + 1)  # the last step only ends the last turn
-        started = {name: Ranks(loop, folder, args.turn, world=WORLD) for name, loop in LOOPS.items()}
+        started = {name: Ranks(loop, folder, args.turn, world=WORLD, grouped=loop is not loops.ours)
+                   for name, loop in LOOPS.items()}
         seconds = interleaved({name: lambda r=ranks: turn(r) / args.turn for name, ranks in started.items()},
                               args.rounds)
         losses = {name: finish(ranks) for name, ranks in started.items()}

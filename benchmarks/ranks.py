@@ -14,10 +14,10 @@ import torch
 class Ranks:
     """``world`` processes that run ``function(pipe, *args)``, a function of a script, in one process group.
 
-    What the function returns is its last message.
+    What the function returns is its last message. grouped: False for a function that makes the process group itself.
     """
 
-    def __init__(self, function: Callable[..., Any], *args: Any, world: int = 2) -> None:
+    def __init__(self, function: Callable[..., Any], *args: Any, world: int = 2, grouped: bool = True) -> None:
         from prelora_ds.engine.runtime import choose_accelerator
 
         os.environ["OMP_NUM_THREADS"] = "1"  # ranks share the cores of one machine
@@ -25,8 +25,8 @@ class Ranks:
         pipes = [torch.multiprocessing.Pipe() for _ in range(world)]
         self._pipes = [mine for mine, _ in pipes]
         self._context = torch.multiprocessing.start_processes(
-            _serve, (function, args, world, _free_port(), [theirs for _, theirs in pipes]), nprocs=world, join=False,
-            start_method="spawn", daemon=True)
+            _serve, (function, args, world, _free_port(), grouped, [theirs for _, theirs in pipes]), nprocs=world,
+            join=False, start_method="spawn", daemon=True)
         for _, theirs in pipes:
             theirs.close()  # else the end of a rank would not be seen
 
@@ -52,7 +52,7 @@ class Ranks:
 
 
 def _serve(rank: int, function: Callable[..., Any], args: tuple[Any, ...], world: int, port: int,
-           pipes: list[Connection]) -> None:
+           grouped: bool, pipes: list[Connection]) -> None:
     with open(os.devnull, "w") as nowhere:  # warnings and logs of all ranks at once; errors reach the script as such
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
@@ -66,7 +66,8 @@ def _serve(rank: int, function: Callable[..., Any], args: tuple[Any, ...], world
         torch.set_num_threads(1)
     from prelora_ds.engine.runtime import init_process_group
 
-    init_process_group()
+    if grouped:
+        init_process_group()
     pipes[rank].send(function(pipes[rank], *args))
     if torch.distributed.is_initialized():  # a run of ours has left it itself
         torch.distributed.destroy_process_group()

@@ -33,7 +33,6 @@ from prelora_ds.model.families import find_layout
 from prelora_ds.model.vit import build_model
 
 LABELS, GIB = 1000, 2**30
-WARM = 2  # ZeRO-3 records its trace, and the moments are made
 OWNERS = ("weights", "gradients", "masters", "moments", "buffers")
 PARTS = ("data", "forward", "backward", "communication", "optimizer")
 SENT = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor")
@@ -57,8 +56,7 @@ def phases(pipe: Connection, model: Mapping[str, Any], zero: Mapping[str, Any], 
             engine, switch = transition(engine, plan)
             switch_s = switch.seconds
         seconds: dict[int, dict[str, float]] = {}
-        for _ in range(WARM):
-            bytes_after_backward(engine, layout, world, size=1)
+        bytes_after_backward(engine, layout, world, size=1)  # the moments are made, and ZeRO-3 records its trace
         predicted, measured = bytes_after_backward(engine, layout, world, size=sizes[0])
         for size in sizes:
             loader = TrainLoader(Manifest.load(shards), Look.of(config.model, config.data), seed=0, workers=0,

@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
         interrupted(ranks)
     except Exception as error:
         watch.ended(1, f"{type(error).__name__}: {error}")
-        crash(ranks)
+        crash(ranks, error)
 
 
 if __name__ == "__main__":

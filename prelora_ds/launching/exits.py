@@ -15,6 +15,10 @@ from prelora_ds.launching.ranks import Ranks
 
 # Long enough for rank 0 to speak and for the launcher to end the others; every rank finds the same mistake.
 GRACE_S = 20.0
+# Long enough for the launcher to end a rank whose peer has ended.
+ECHO_GRACE_S = 5.0
+# What a collective says in a rank that lost another one.
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
 
 def interrupted(ranks: Ranks) -> NoReturn:
@@ -75,13 +79,20 @@ def fail(error: ExpectedError, ranks: Ranks) -> NoReturn:
     sys.exit(error.exit_code)
 
 
-def crash(ranks: Ranks) -> NoReturn:
-    """Print the exception that is being handled, with rank and host, and end at once with 1.
+def crash(ranks: Ranks, error: Exception) -> NoReturn:
+    """Print ``error`` with rank and host, and end at once with 1; a rank that lost another keeps still for a while.
 
-    An ordinary exit would run MPI's finalizer and gloo's threads to their end, which wait for the other ranks: under
-    mpirun one exception would hang the job.
+    The rank that began it says what it was. The others only felt it, and the launcher ends them; where it does not, a
+    line of theirs is all that is left of a host that went down. An ordinary exit would run MPI's finalizer and gloo's
+    threads to their end, which wait for the other ranks: under mpirun one exception would hang the job.
     """
-    print(f"error: rank {ranks.rank} on {socket.gethostname()} failed\n{traceback.format_exc()}", file=sys.stderr,
-          flush=True)
+    here = f"rank {ranks.rank} on {socket.gethostname()}"
+    if any(sign in str(error) for sign in LOST_PEER):
+        time.sleep(ECHO_GRACE_S)
+        said = (f"{here} lost the connection to another rank ({str(error).splitlines()[0]})\n"
+                "  remedy: look for the first error of another rank, or for a host that went down")
+    else:
+        said = f"{here} failed\n{''.join(traceback.format_exception(error))}"
+    print(f"error: {said}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(1)

@@ -26,6 +26,7 @@ from prelora_ds.core.errors import (
     ConfigError,
     LaunchError,
 )
+from prelora_ds.launching.exits import LOST_PEER
 from prelora_ds.launching.hostfile import Host, format_hostfile, format_mpi_hosts, write_ds_env
 from prelora_ds.launching.network import interface_environment
 from prelora_ds.launching.supervised import LEASE, read_json, write_json
@@ -252,7 +253,7 @@ class Supervisor:
             time.sleep(TICK_S)
 
 
-ECHOES = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "lost it during the roll call")
+ECHOES = (*LOST_PEER, "lost it during the roll call")
 
 
 def is_echo(record: dict[str, object]) -> bool:

@@ -107,13 +107,11 @@ def test_a_run_bears_what_the_budget_allows_and_goes_on_with_mixup_and_sigmoid(t
     assert len(list((tmp_path / "cache").glob("*shard-*.tar"))) == 2  # the damaged one is not kept
 
 
-def test_a_worker_that_is_killed_is_named_by_its_rank_and_ends_the_run(tmp_path):
-    for split in ("train", "val"):
-        write_shards(digits(split), tmp_path / split, samples_per_shard=512, class_names=DIGIT_CLASSES)
+def test_a_worker_that_is_killed_is_named_by_its_rank_and_ends_the_run(shards, tmp_path):
     out = tmp_path / "out"
     command, environ = launch_command(
         "--recipe", DEBUG, "--deepspeed_config", "ds_configs/zero1.json", f"run.output_dir={out}",
-        f"data.train={tmp_path / 'train'}", f"data.val={tmp_path / 'val'}", "train.duration=100000 steps",
+        f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", "train.duration=100000 steps",
         "train.eval_every=100000 steps", "convergence=null", "data.workers=1")
     with subprocess.Popen(command, cwd=ROOT, env=environ, text=True, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT) as run:

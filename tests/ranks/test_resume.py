@@ -15,7 +15,6 @@ from support.zygote import DEAD_PIPE
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from prelora_ds.checkpoints.folder import CheckpointManifest, list_checkpoints, step_of
-from prelora_ds.data.writer import DIGIT_CLASSES, digits, write_shards
 from prelora_ds.metrics import read_lines
 
 # Dropout, so that a generator which does not go on where it stopped shows.
@@ -26,14 +25,6 @@ SETTINGS = ("checkpoint.every=3 steps", "checkpoint.keep_last=9", "model.hidden_
 def forge():
     with zygote() as z:
         yield z
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("digits")
-    for split in ("train", "val"):
-        write_shards(digits(split), folder / split, samples_per_shard=512, class_names=DIGIT_CLASSES)
-    return folder
 
 
 @pytest.fixture(scope="module")

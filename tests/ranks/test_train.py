@@ -24,7 +24,6 @@ from prelora_ds.core.schedule import Timeline
 from prelora_ds.data.budget import CorruptBudget
 from prelora_ds.data.manifest import Manifest
 from prelora_ds.data.transforms import to_float
-from prelora_ds.data.writer import DIGIT_CLASSES, digits, write_shards
 from prelora_ds.launching.guard import Guard
 from prelora_ds.metrics import RunLog, read_lines
 from prelora_ds.recording import Run
@@ -34,14 +33,6 @@ from prelora_ds.reporting.progress import TrainProgress
 
 ROOT = Path(__file__).parents[2]
 DEBUG = "launch/recipes/vit_tiny_debug.yaml"
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("digits")
-    for split in ("train", "val"):
-        write_shards(digits(split), folder / split, samples_per_shard=512, class_names=DIGIT_CLASSES)
-    return folder
 
 
 @pytest.fixture(scope="module")

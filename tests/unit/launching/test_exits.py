@@ -75,6 +75,27 @@ def test_a_rank_that_the_launcher_ends_within_the_grace_says_nothing(
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(("error", "said", "slept"), [
+    (RuntimeError("[pair.cc:561] Connection closed by peer [10.0.0.1]:43174. This is typically ...\nGLHF!"),
+     "lost the connection to another rank ([pair.cc:561] Connection closed by peer [10.0.0.1]:43174.",
+     [exits.ECHO_GRACE_S]),
+    (ValueError("no such thing"), "failed\nValueError: no such thing\n", []),
+])
+def test_a_rank_that_crashed_says_so_and_one_that_only_lost_its_peer_waits_for_the_launcher(
+    error: Exception, said: str, slept: list[float], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], naps: list[float]
+) -> None:
+    def ends(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(exits.os, "_exit", ends)
+    with pytest.raises(SystemExit) as ended:
+        exits.crash(Ranks(1, 0, 2), error)
+    assert (ended.value.code, naps) == (1, slept)
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: rank 1 on {socket.gethostname()} {said}") and "GLHF" not in told
+
+
 def test_the_message_of_a_config_error_names_key_value_problem_and_remedy() -> None:
     assert str(CONFIG_ERROR) == "train.log_every = -1: is negative\n  remedy: choose 1 or more"
 
