@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import platform
 import socket
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +27,7 @@ import typer
 
 from prelora_ds.configuring import load_config, validate
 from prelora_ds.core.config import Config
-from prelora_ds.core.errors import ConfigError
+from prelora_ds.core.errors import ConfigError, ExpectedError
 from prelora_ds.core.plan import Layout, Phase, Plan, full_plan, lora_plan, warmup_plan
 from prelora_ds.core.timing import KINDS, SHARED, Rates, Work, step_work
 
@@ -238,4 +239,8 @@ def main(recipe: Path, out: Path, overrides: Annotated[list[str] | None, typer.A
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        typer.run(main)
+    except ExpectedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -6,6 +6,7 @@ import math
 import socket
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from prelora_ds.checkpoints.divergence import problem_of, way_back
-from prelora_ds.checkpoints.resume import Checkpoint, candidates, load_newest, prepare
+from prelora_ds.checkpoints.resume import Checkpoint, load_newest, prepare
 from prelora_ds.checkpoints.run_state import RunState
 from prelora_ds.checkpoints.saver import Saver
 from prelora_ds.core.config import Config
@@ -30,7 +31,7 @@ from prelora_ds.data.budget import CorruptBudget
 from prelora_ds.data.datasets import Look
 from prelora_ds.data.loader import Loader, eval_batches
 from prelora_ds.data.manifest import Manifest
-from prelora_ds.data.setup import TrainData, make_loader, samples_per_epoch
+from prelora_ds.data.setup import TrainData, identity, make_loader, samples_per_epoch
 from prelora_ds.engine.build import Engine, StepStats, build_engine
 from prelora_ds.engine.census import peak_rss_bytes
 from prelora_ds.engine.measure import check_ranks_agree, weight_norms
@@ -41,7 +42,7 @@ from prelora_ds.engine.transition import transition
 from prelora_ds.evaluate import Accuracy, evaluate
 from prelora_ds.launching.guard import Guard
 from prelora_ds.launching.stop import StopRequest
-from prelora_ds.metrics import RunLog
+from prelora_ds.metrics import Meter, RunLog
 from prelora_ds.model.families import find_layout
 from prelora_ds.model.losses import begin_sigmoid_head
 from prelora_ds.model.vit import build_model
@@ -50,10 +51,11 @@ from prelora_ds.reporting.export import export_model
 from prelora_ds.reporting.progress import TrainProgress
 
 
-def train(config: Config, train_data: TrainData, val_data: Manifest, *, resume: str = "auto",
-          stop: StopRequest | None = None, guard: Guard | None = None) -> Accuracy:
+def train(config: Config, train_data: TrainData, val_data: Manifest, *, sources: Sequence[Path] = (),
+          origin: str | None = None, stop: StopRequest | None = None, guard: Guard | None = None) -> Accuracy:
     """Train to the end, from scratch or a checkpoint, and export the model to ``run.output_dir/model``. Collective.
 
+    sources: the checkpoints to go on from, newest first, as `claim_output` found them; rank 0's count, and its origin.
     Returns the accuracy of the last step's engine. Raises TrainingDivergedError when the loss or the gradient norm is
     not as it should be, Stopped when ``stop`` asked for it and a checkpoint was written, NotSavedError when it was not.
     """
@@ -64,9 +66,10 @@ def train(config: Config, train_data: TrainData, val_data: Manifest, *, resume: 
     with torch.device("meta"):
         layout = find_layout(build_model(config.model, len(train_data.classes)), config.lora.families,
                              config.model.families)
-    saver = Saver(out, config, timeline, say=partial(print, flush=True) if rank == 0 else lambda text: None)
-    found = load_newest(candidates(out, resume), layout, saver.say)
-    done = prepare(out, found)
+    saver = Saver(out, config, timeline, say=partial(print, flush=True) if rank == 0 else lambda text: None,
+                  data=identity(train_data, val_data))
+    found = load_newest(sources, layout, saver.say)
+    done = prepare(out, found, origin)
     progress = TrainProgress(timeline.total_steps, shown=rank == 0, done=done)
     saver.say = progress.say
     run = Run(config, layout, timeline, train_data, val_data, CorruptBudget(config.data.corrupt_budget, samples),
@@ -112,7 +115,8 @@ def _begin(run: Run, saver: Saver, found: Checkpoint | None) -> tuple[Engine, Ru
         run.progress.say(f"goes on after step {state.step}, from {found.folder}")
     check_ranks_agree(engine)
     lend_monitor(run, engine)
-    if found is None or found.folder.parent.resolve() != saver.root.resolve():
+    if found is None or not found.of_run(run.out):
+        state.phase, state.window = replace(state.phase, open=()), Meter()  # a new run may measure otherwise
         begin_plan(run, engine, state.phase, switch=None)
     return engine, state
 
@@ -154,7 +158,7 @@ def _loop(run: Run, saver: Saver, stop: StopRequest, engine: Engine, state: RunS
             row |= {"left_out": state.watch.left_out, "left_out_loss": stats.loss}
         else:
             state.watch = state.watch.sound(stats.loss, config.train.divergence)
-            for meter in (state.window, state.logged):
+            for meter in (state.window, state.logged) if measured_at else (state.logged,):
                 meter.add(stats.loss, config.train.global_batch_size, corrupt=stats.corrupt, **seconds)
         if step in evaluated_at:
             state.accuracy = _evaluate(run, engine)

@@ -111,6 +111,11 @@ def step_of(folder: Path) -> int:
     return int(match[1]) if match else -1
 
 
+def root_of(folder: Path) -> Path:
+    """The folder of checkpoints that one is of, also when it was set aside."""
+    return folder.parent.parent if folder.parent.name == ASIDE else folder.parent
+
+
 def list_checkpoints(root: Path) -> list[Path]:
     """The checkpoint folders in ``root``, newest first; whether they are whole is not looked at."""
     found = [path for path in root.iterdir() if step_of(path) >= 0] if root.is_dir() else []
@@ -138,10 +143,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def commit(partial: Path, final: Path, manifest: CheckpointManifest) -> None:
-    """Give the files in ``partial`` their manifest and their name. Raises OSError, with ``final`` not there."""
+    """Give the files in ``partial`` their manifest and their name. Raises OSError, with ``final`` not there.
+
+    Whether the name itself is on disk is for `sync_folder` of the folder around it.
+    """
     manifest.write(partial)
     partial.rename(final)
-    sync_folder(final.parent)
 
 
 def discard_partial(root: Path) -> None:
@@ -198,7 +205,8 @@ def describe(folder: Path) -> str:
         manifest = CheckpointManifest.load(folder)
         manifest.verify(folder)
         if manifest.base is not None:
-            CheckpointManifest.load(folder.parent / manifest.base).verify(folder.parent / manifest.base)
+            base = root_of(folder) / manifest.base
+            CheckpointManifest.load(base).verify(base)
         verdict = "verified"
     except (BrokenCheckpointError, ConfigError) as exc:
         return f"{folder.name}  BROKEN: {exc}"

@@ -20,8 +20,10 @@ from prelora_ds.checkpoints.folder import (
     CheckpointManifest,
     list_checkpoints,
     read_run_state,
+    root_of,
     set_aside,
     step_of,
+    write_text,
 )
 from prelora_ds.checkpoints.run_state import RunState
 from prelora_ds.core.errors import ConfigError
@@ -31,6 +33,8 @@ from prelora_ds.engine.checkpoint import read_state
 from prelora_ds.engine.rng import restore_rng
 from prelora_ds.engine.state import EngineState
 from prelora_ds.metrics import cut_back
+
+ORIGIN = "origin"  # in run.output_dir: the --resume PATH that the run has gone to
 
 
 @dataclass
@@ -44,6 +48,10 @@ class Checkpoint:
     counters: Counters
     rng: str
 
+    def of_run(self, out: Path) -> bool:
+        """Whether it is of the run in ``out``, and not one that a new run begins from."""
+        return root_of(self.folder.resolve()) == (out / FOLDER).resolve()
+
     def restore_rng(self, seed: int) -> None:
         """Set this rank's generators: as they were, or in a world of another size anew, from seed, rank and step."""
         rank = dist.get_rank()
@@ -56,12 +64,24 @@ class Checkpoint:
 def candidates(out: Path, resume: str) -> list[Path]:
     """The checkpoints that ``--resume`` (auto, never or a path) allows in a run of ``out``, newest first.
 
-    A path names one checkpoint, or a run whose newest is meant. Raises ConfigError when it names neither.
+    A path names one checkpoint, or a run whose newest is meant, and is gone to once: the same command again goes on
+    from what has come of it. Raises ConfigError when it names neither.
     """
     if resume == "never":
         return []
+    own, origin = list_checkpoints(out / FOLDER), origin_of(out)
     if resume == "auto":
-        return list_checkpoints(out / FOLDER)
+        return own or ([] if origin is None else checkpoints_at(origin))
+    return own if own and origin == str(Path(resume).resolve()) else checkpoints_at(resume)
+
+
+def origin_of(out: Path) -> str | None:
+    """The path that the run of ``out`` was told to go on from, if it was."""
+    return (out / ORIGIN).read_text().strip() if (out / ORIGIN).is_file() else None
+
+
+def checkpoints_at(resume: str) -> list[Path]:
+    """The checkpoint at a path, or those of the run there. Raises ConfigError."""
     path = Path(resume)
     if (path / MANIFEST).is_file() and step_of(path) >= 0:
         return [path]
@@ -115,9 +135,10 @@ def read_checkpoint(folder: Path, layout: Layout, rank: int, world_size: int) ->
     manifest.verify(folder, share)
     parts = [(folder, manifest.world_size)]
     if manifest.base is not None:
-        base = CheckpointManifest.load(folder.parent / manifest.base)
-        base.verify(folder.parent / manifest.base, share)
-        parts.append((folder.parent / manifest.base, base.world_size))
+        path = root_of(folder) / manifest.base
+        base = CheckpointManifest.load(path)
+        base.verify(path, share)
+        parts.append((path, base.world_size))
     document = read_run_state(folder)
     try:
         run, counters = RunState.from_json(document["run"]), Counters(**document["counters"])
@@ -130,20 +151,26 @@ def read_checkpoint(folder: Path, layout: Layout, rank: int, world_size: int) ->
     return Checkpoint(folder, manifest, run, state, counters, metadata["rng"])
 
 
-def prepare(out: Path, checkpoint: Checkpoint | None) -> int:
+def prepare(out: Path, checkpoint: Checkpoint | None, origin: str | None = None) -> int:
     """Make the run's folder fit to go on from ``checkpoint``, or to begin; returns the steps done. Rank 0 acts.
+
+    origin: the path that named the checkpoint, where one did.
 
     Rows of later steps leave the logs, later checkpoints are set aside. A checkpoint of another run lends its base (by
     links, where these can be made).
     """
     done, root = 0 if checkpoint is None else checkpoint.run.step, out / FOLDER
     if dist.get_rank() == 0:
-        cut_back(out, -1 if checkpoint is None else done)
+        cut_back(out, done if checkpoint is not None and checkpoint.of_run(out) else -1)
         set_aside(root, [path for path in list_checkpoints(root) if checkpoint is None or step_of(path) > done])
         if checkpoint is not None and checkpoint.manifest.base is not None:
-            source, target = checkpoint.folder.parent / checkpoint.manifest.base, root / checkpoint.manifest.base
+            source, target = root_of(checkpoint.folder) / checkpoint.manifest.base, root / checkpoint.manifest.base
             if not target.exists():
-                shutil.copytree(source, target, copy_function=_link_or_copy)
+                partial = root / f".{target.name}.partial"
+                shutil.copytree(source, partial, copy_function=_link_or_copy)
+                partial.rename(target)
+        if origin is not None:  # only now: what lies beyond the checkpoint is out of the way
+            write_text(out / ORIGIN, origin + "\n")
     return done
 
 

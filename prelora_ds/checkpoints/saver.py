@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from prelora_ds.checkpoints.folder import (
     commit,
     retain,
     step_folder,
+    sync_folder,
     write_text,
 )
 from prelora_ds.checkpoints.run_state import RunState
@@ -57,7 +58,9 @@ class Saver:
     last_step: of the newest checkpoint that this saver has committed.
     """
 
-    def __init__(self, out: Path, config: Config, timeline: Timeline, say: Callable[[str], None]) -> None:
+    def __init__(self, out: Path, config: Config, timeline: Timeline, say: Callable[[str], None],
+                 data: Mapping[str, str] | None = None) -> None:
+        self._data = dict(data or {})  # what `claim_output` tells data sets apart by
         self.root, self.base, self.slowest_s, self.last_step = out / FOLDER, None, 0.0, None
         self._config, self._timeline, self.say = config, timeline, say
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
@@ -113,8 +116,7 @@ class Saver:
         if self._rank == 0:
             document = json.dumps({
                 "run": state.to_json(engine.plan), "adam_steps": copied.adam_steps, "counters": vars(engine.counters()),
-                "num_labels": engine.num_labels, "samples_seen": state.step * self._config.train.global_batch_size,
-                "config": self._config.model_dump(mode="json")})
+                "num_labels": engine.num_labels, "data": self._data, "config": self._config.model_dump(mode="json")})
         manifest = CheckpointManifest(self._world, engine.config.zero.stage, engine.plan.phase, {}, state.step,
                                       self.base, state.accuracy and state.accuracy.acc1)
         files = self._executor.submit(self._write_files, partial, copied, capture_rng(), document)
@@ -212,11 +214,21 @@ class Saver:
         assert manifest.step is not None
         final, c = step_folder(self.root, manifest.step), self._config.checkpoint
         commit(pending.partial, final, manifest)
-        write_text(self.root / LATEST, final.name + "\n")
         ticks = frozenset() if c.keep_every is None else self._timeline.ticks(c.keep_every)
-        # Gigabytes take seconds to remove: not while the ranks wait.
-        self._removal = self._executor.submit(retain, self.root, last=c.keep_last, best=c.keep_best, ticks=ticks,
-                                              in_use=self.base)
+        in_use = self.base
+
+        def tidy() -> None:  # what fails here costs no checkpoint: it has its name
+            try:
+                retain(self.root, last=c.keep_last, best=c.keep_best, ticks=ticks, in_use=in_use)
+            except OSError as exc:
+                self.say(f"warning: older checkpoints could not be removed: {exc}")
+
+        try:
+            sync_folder(self.root)
+            write_text(self.root / LATEST, final.name + "\n")
+        except OSError as exc:
+            self.say(f"warning: {final.name} is whole, and its name could not be written into {LATEST}: {exc}")
+        self._removal = self._executor.submit(tidy)  # gigabytes take seconds to remove: not while the ranks wait
 
     def _commit_base(self, partial: Path, files: Files, plan: Plan) -> str:
         digest = hashlib.sha256(json.dumps({name: asdict(files[name]) for name in sorted(files)}).encode())
@@ -229,4 +241,5 @@ class Saver:
             shutil.rmtree(partial)
         else:
             commit(partial, final, manifest)
+            sync_folder(self.root)
         return final.name

@@ -55,7 +55,7 @@ class PhaseController:
         """
         if self.convergence is None:
             return state
-        closed = len(state.open) + 1 == self.convergence.m
+        closed = len(state.open) + 1 >= self.convergence.m
         state = replace(state, open=(*state.open, observation))
         if closed:
             window = close_window(len(state.windows), state.open, self.convergence.statistic)

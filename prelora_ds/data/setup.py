@@ -41,6 +41,12 @@ def open_data(config: Config) -> tuple[TrainData, Manifest]:
     return train, val
 
 
+def identity(train: TrainData, val: Manifest) -> dict[str, str]:
+    """What tells these data sets from others, wherever they lie, by key of the config; nothing of one without index."""
+    return {key: f"{len(data):,} samples, index {data.index_crc32:08x}"
+            for key, data in (("data.train", train), ("data.val", val)) if isinstance(data, Manifest)}
+
+
 def samples_per_epoch(config: Config, samples: int) -> int:
     """Those of ``samples`` that an epoch gives to training, by `data.tail`."""
     return Stream(samples, config.train.global_batch_size, config.data.tail).samples_per_epoch

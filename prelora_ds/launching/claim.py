@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prelora_ds.checkpoints.folder import FOLDER, BrokenCheckpointError, discard_partial, read_run_state, write_text
-from prelora_ds.checkpoints.resume import candidates
+from prelora_ds.checkpoints.folder import (
+    FOLDER,
+    BrokenCheckpointError,
+    discard_partial,
+    read_run_state,
+    root_of,
+    write_text,
+)
+from prelora_ds.checkpoints.resume import ORIGIN, candidates, origin_of
 from prelora_ds.configuring import dump_yaml, load_config
 from prelora_ds.core.config import Config
 from prelora_ds.core.errors import ConfigError
@@ -15,58 +23,94 @@ from prelora_ds.core.resuming import differences
 from prelora_ds.launching.lease import NAME, Lease
 from prelora_ds.metrics import read_lines
 
+CONFIG = "config.yaml"
 
-def claim_output(folder: Path, config: Config, resume: str) -> Lease:
+
+@dataclass
+class Claim:
+    """An output folder that is this job's.
+
+    sources: the checkpoints that it may go on from, newest first. origin: the path that named them, if one did.
+    """
+
+    lease: Lease
+    sources: Sequence[Path]
+    origin: str | None
+
+
+def claim_output(folder: Path, config: Config, resume: str, data: Mapping[str, str]) -> Claim:
     """Take the output folder for this job and write config.yaml into it; by rank 0, before anything expensive.
 
-    Raises ConfigError when a living job has it, when it holds something else than this run, unfinished, or when it
-    cannot be written; then nothing in it has changed.
+    data: what tells the data sets from others, by key. Raises ConfigError when a living job has the folder, when it
+    holds something else than this run, unfinished, or when it cannot be written; then nothing in it has changed.
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigError("run.output_dir", str(folder), "is no folder", "choose another run.output_dir")
+    lease = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lease = Lease(folder).take()
-    except OSError as exc:
-        raise ConfigError("run.output_dir", str(folder), f"cannot be written ({exc.strerror})",
-                          "choose a folder that you may write to") from exc
-    try:
-        _check(folder, config, resume)
+        begun = _check_folder(folder, config, resume)
+        sources = candidates(folder, resume)
+        new_run = bool(sources) and root_of(sources[0].resolve()) != (folder / FOLDER).resolve()
+        origin = None if resume in ("auto", "never") else str(Path(resume).resolve())
+        if begun and new_run and origin not in (None, origin_of(folder)):
+            raise ConfigError("--resume", resume, f"is of another run, and {folder} holds one already",
+                              "choose another run.output_dir")
+        _check_sources(sources, config, data, new_run=new_run)
         discard_partial(folder / FOLDER)
-        write_text(folder / "config.yaml", dump_yaml(config))
+        if new_run and origin is not None:
+            write_text(folder / ORIGIN, origin + "\n")
+        elif not begun and resume == "never":
+            (folder / ORIGIN).unlink(missing_ok=True)
+        write_text(folder / CONFIG, dump_yaml(config))
     except OSError as exc:
-        lease.release()
+        if lease is not None:
+            lease.release()
         raise ConfigError("run.output_dir", str(folder), f"cannot be written ({exc.strerror})",
                           "choose a folder that you may write to") from exc
     except ConfigError:
-        lease.release()
+        if lease is not None:
+            lease.release()
         raise
-    return lease
+    return Claim(lease, sources, origin)
 
 
-def _check(folder: Path, config: Config, resume: str) -> None:
-    held = [path for path in folder.iterdir() if not path.name.startswith((NAME, ".config.yaml"))]
-    own = (folder / "config.yaml").is_file()
-    if held and (resume == "never" or not own):
+def _check_folder(folder: Path, config: Config, resume: str) -> bool:
+    """Hold what is in the folder against this run; whether a run has begun in it, and not only been refused."""
+    held = {path.name for path in folder.iterdir() if not path.name.startswith((NAME, f".{CONFIG}", f".{ORIGIN}"))}
+    own, begun = (folder / CONFIG).is_file(), bool(held - {CONFIG, ORIGIN})
+    if begun and (resume == "never" or not own):
         what = "holds another run" if own else "exists and is not empty"
         raise ConfigError("run.output_dir", str(folder), what, "choose another run.output_dir, or move this one away")
     if is_finished(folder):
         raise ConfigError("run.output_dir", str(folder), "holds a finished run",
                           "choose another run.output_dir; `prelora report` prints what came of this one")
     if own:
-        before = load_config(folder / "config.yaml").model_dump(mode="json")
-        _same(before, config, folder, new_run=False)
-    if resume not in ("auto", "never"):
-        source = candidates(folder, resume)[0]
-        new_run = source.resolve().parent.parent != folder.resolve()
-        if held and new_run:
-            raise ConfigError("--resume", resume, f"is of another run, and {folder} holds one already",
-                              "choose another run.output_dir")
+        before = load_config(folder / CONFIG).model_dump(mode="json")  # raises where the file is somebody else's
+        if begun:
+            _same(before, config, folder, new_run=False)
+    return begun
+
+
+def _check_sources(sources: Sequence[Path], config: Config, data: Mapping[str, str], *, new_run: bool) -> None:
+    """Hold settings and data against those of the newest checkpoint that can be read; the others are told when loaded.
+
+    A new run may have other data."""
+    for source in sources:
         try:
-            before = read_run_state(source)["config"]
+            state = read_run_state(source)
+            before, trained_on = state["config"], state["data"]
         except (BrokenCheckpointError, KeyError):
-            return  # told when it is loaded
+            continue
         _same(before, config, source, new_run=new_run)
+        for key in () if new_run else sorted(data.keys() & trained_on.keys()):
+            if data[key] != trained_on[key]:
+                raise ConfigError(key, config.data.train if key == "data.train" else config.data.val,
+                                  f"has {data[key]}, and the run in {source} {trained_on[key]}",
+                                  "name the data that the run began with, wherever it lies, or choose another "
+                                  f"run.output_dir and begin it with --resume {source}")
+        return
 
 
 def is_finished(folder: Path) -> bool:

@@ -40,7 +40,7 @@ def preflight(hostfile: Hostfile,
         interface = interface or config.launch.interface
     report = ask(hosts, Questions(
         folder=folder.resolve(), scratch=scratch or (), interface=interface, master_port=master_port, ssh=ssh or SSH,
-        shards=() if config is None else [str(Path(path).resolve()) for path in (config.data.train, config.data.val)],
+        shards=() if config is None else folders_of(config),
         extensions=("cpu_adam",) if config is not None and config.zero.offload_optimizer else ()))
     if json_file is not None:
         json_file.write_text(json.dumps(report.to_json(), indent=2) + "\n")
@@ -84,8 +84,7 @@ def supervise(command: Annotated[list[str], typer.Argument(help="-- LAUNCHER ...
         latest = out / "checkpoints" / "latest"
         return latest.read_text() if latest.is_file() else ""
 
-    if not fits(sum(host.slots for host in hosts[:nodes])):
-        check_world(config, sum(host.slots for host in hosts[:nodes]))
+    check_world(config, sum(host.slots for host in hosts[:nodes]))
     supervisor = Supervisor(command, hosts, out.with_name(out.name + ".supervise"), policy, progress, fits,
                             lambda text: print(f"supervise: {text}", flush=True))
 
@@ -154,6 +153,14 @@ def config_of(command: Sequence[str]) -> Config:
 
     recipe, deepspeed_config = value("--recipe"), value("--deepspeed_config")
     return load_config(recipe or "", [word for word in words if re.match(r"[\w.]+=", word)], deepspeed_config)
+
+
+def folders_of(config: Config) -> list[str]:
+    """The folders of shards that every host has to see; what is read by URL, or by a pattern, is none."""
+    from prelora_ds.launching.jobs import place
+
+    found = [config.data.val] if config.data.reader == "webdataset" else [config.data.train, config.data.val]
+    return [place(path) for path in found if "://" not in path]
 
 
 def existing_parent(path: Path) -> Path:

@@ -87,7 +87,8 @@ def crash(ranks: Ranks, error: Exception) -> NoReturn:
     threads to their end, which wait for the other ranks: under mpirun one exception would hang the job.
     """
     here = f"rank {ranks.rank} on {socket.gethostname()}"
-    if any(sign in str(error) for sign in LOST_PEER):
+    # Gloo and NCCL raise RuntimeErrors; an OSError of the same words is of a pipe or socket of this rank's own.
+    if isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST_PEER):
         time.sleep(ECHO_GRACE_S)
         said = (f"{here} lost the connection to another rank ({str(error).splitlines()[0]})\n"
                 "  remedy: look for the first error of another rank, or for a host that went down")

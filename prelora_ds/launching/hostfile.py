@@ -64,6 +64,11 @@ def format_mpi_hosts(hosts: Sequence[Host]) -> str:
     return ",".join(f"{host.name}:{host.slots}" for host in hosts)
 
 
+def travels(value: str) -> bool:
+    """Whether a remote shell leaves ``value`` as it is."""
+    return re.fullmatch(r"[A-Za-z0-9_./:,=@%+^-]+", value) is not None
+
+
 def write_ds_env(path: Path, values: Mapping[str, str]) -> None:
     """Write the file of DS_ENV_FILE: one KEY=VALUE a line and nothing else; DeepSpeed stops at a comment or blank line.
 
@@ -72,7 +77,7 @@ def write_ds_env(path: Path, values: Mapping[str, str]) -> None:
     for key, value in values.items():
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
             raise ConfigError(str(path), key, "is no name of a variable", "rename it")
-        if not re.fullmatch(r"[A-Za-z0-9_./:,=@%+^-]+", value):
+        if not travels(value):
             raise ConfigError(str(path), f"{key}={value}", "would be changed by the remote shell",
                               "use letters, digits and _./:,=@%+^- only")
     temporary = path.with_name(f"{path.name}.{os.getpid()}")

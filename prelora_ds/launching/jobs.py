@@ -8,12 +8,13 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from jinja2.exceptions import UndefinedError
+from jinja2.exceptions import TemplateError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from prelora_ds.core.config import Config
@@ -86,17 +87,21 @@ def render(job: Job, profile: Profile, config: Config) -> str:
     _check(job, profile)
     launcher = re.sub(r"(\S*{\w+}\S*)", r"'\1'", profile.launcher)  # the shell leaves the supervisor's words alone
     out = Path(config.run.output_dir).resolve()
-    stage = f"{profile.scratch}/prelora/{job.name}" if job.stage else None
-    train, val = (Path(path).resolve() for path in (config.data.train, config.data.val))
+    sets = [place(path) for path in (config.data.train, config.data.val)]
+    if job.stage and any("://" in path or config.data.reader == "webdataset" for path in sets):
+        raise ConfigError("--stage", True, "stages folders, and data.train or data.val is a URL or a pattern",
+                          "leave it out, and set data.cache_dir, which fetches shards while training goes on")
+    # By content of the path: two sets of one basename, or another run's, do not meet in one folder.
+    copies = [f"{profile.scratch}/prelora/{Path(path).name}-{sha256(path.encode()).hexdigest()[:8]}" for path in sets]
     words = [str(job.recipe), *(["--deepspeed_config", str(job.deepspeed_config)] if job.deepspeed_config else []),
              *job.overrides, f"run.output_dir={out}"]
-    if stage is None:
-        words += [f"data.train={train}", f"data.val={val}"]
+    if not job.stage:
+        words += [f"data.train={sets[0]}", f"data.val={sets[1]}"]
     if profile.interface is not None and config.launch.interface is None:
         words.append(f"launch.interface={profile.interface}")
     run = f"{shlex.quote(sys.executable)} -u launch/pretrain.py --recipe " + " ".join(map(shlex.quote, words))
-    if stage is not None:  # in double quotes: the site's folder has ${USER} in it
-        run += f' "data.train={stage}/{train.name}" "data.val={stage}/{val.name}"'
+    if job.stage:  # in double quotes: the site's folder has ${USER} in it
+        run += f' "data.train={copies[0]}" "data.val={copies[1]}"'
     environment = Environment(loader=FileSystemLoader(PROFILES), undefined=StrictUndefined, trim_blocks=True,
                               lstrip_blocks=True, keep_trailing_newline=True)
     values: dict[str, Any] = {
@@ -106,17 +111,23 @@ def render(job: Job, profile: Profile, config: Config) -> str:
         "folder": shlex.quote(str(job.folder)), "script": shlex.quote(str(job.script)),
         "setup": profile.setup if job.setup is None else job.setup,
         "environment": {key: shlex.quote(value) for key, value in (profile.network if job.network else {}).items()},
-        "output_dir": shlex.quote(str(out)), "stage": stage, "train": shlex.quote(str(train)),
-        "val": shlex.quote(str(val)), "one_each": profile.one_each,
+        "output_dir": shlex.quote(str(out)),
+        "stage": " ".join(f'{shlex.quote(a)} "{b}"' for a, b in zip(sets, copies, strict=True)) if job.stage else "",
+        "one_each": profile.one_each,
         "prelora": f"{shlex.quote(sys.executable)} -u -m prelora_ds.cli", "probe": shlex.quote(profile.probe),
         "launcher": launcher + (f" {job.container}" if job.container else ""), "run": run}
     site = {"account": job.account, "queue": job.queue, "filesystems": job.filesystems, **values}
-    values["directives"] = [environment.from_string(line).render(site) for line in profile.directives]
-    values["directives"] += [flag + value for flag, value in _asked(job, profile)]
     try:
-        return environment.get_template("job.sh.j2").render(values)
-    except UndefinedError as exc:
-        raise ConfigError("--profile", job.name, str(exc), "mend the profile") from exc
+        directives = [environment.from_string(line).render(site) for line in profile.directives]
+    except TemplateError as exc:
+        raise ConfigError("--profile", list(profile.directives), str(exc), "mend the profile's directives") from exc
+    directives += [flag + value for flag, value in _asked(job, profile)]
+    return environment.get_template("job.sh.j2").render(values | {"directives": directives})
+
+
+def place(data: str) -> str:
+    """Where a data set lies, for a job that runs elsewhere: a URL as it is, a folder or pattern in full."""
+    return data if "://" in data else os.path.abspath(data)
 
 
 def _asked(job: Job, profile: Profile) -> list[tuple[str, str]]:

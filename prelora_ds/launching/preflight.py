@@ -83,7 +83,10 @@ class _Line:
         if not ready:
             return {"error": f"no answer to `{name}` in {timeout_s:.0f} s"}
         line = self.process.stdout.readline()
-        return json.loads(line) if line else {"error": self._why()}  # type: ignore[no-any-return]
+        try:
+            return json.loads(line) if line else {"error": self._why()}  # type: ignore[no-any-return]
+        except ValueError:
+            return {"error": f"its shell printed {line[:80]!r} before the answer: a login script that prints?"}
 
     def close(self) -> None:
         if self.process.stdin is not None:

@@ -23,7 +23,8 @@ from prelora_ds.launching.guard import end_now
 from prelora_ds.launching.network import is_mine
 from prelora_ds.launching.ranks import Ranks
 
-PACKAGES = ("torch", "deepspeed", "transformers", "peft", "prelora_ds")
+# What computes, and what makes the pixels.
+PACKAGES = ("torch", "deepspeed", "transformers", "peft", "prelora_ds", "torchvision", "numpy", "pillow", "simplejpeg")
 POLL_S = 0.1
 READ_S = 5.0  # rank 0 keeps the store open so long for the others to read a bad verdict
 _store: Any = None  # rank 0 serves it as long as it lives

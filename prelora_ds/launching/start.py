@@ -29,14 +29,14 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
           resume: str = "auto", watch: Supervision | None = None) -> None:
     """Check, then train. Raises ConfigError before any process group or weight is made; Stopped after a checkpoint.
 
-    resume: auto (go on with what run.output_dir holds), never, or a checkpoint or run to begin from. watch: the rank's
+    resume: auto (go on with what run.output_dir holds), never, or a checkpoint or run to go on from. watch: the rank's
     side of a supervisor.
     """
     config = load_config(recipe, overrides, deepspeed_config)
     config, train_data, val_data = check_run(config, ranks)
 
     # torch and DeepSpeed take seconds to import: only now, when the cheap mistakes are out
-    from prelora_ds.data.setup import samples_per_epoch
+    from prelora_ds.data.setup import identity, samples_per_epoch
     from prelora_ds.engine.runtime import check_zero_config, choose_accelerator, init_process_group
 
     choose_accelerator()
@@ -51,10 +51,12 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
     ranks = complete(ranks, config.launch.interface)
     choose_interface(config.launch.interface, ranks.master_addr, os.environ)
     ranks.export(os.environ)
-    lease = claim_output(Path(config.run.output_dir), config, resume) if ranks.rank == 0 else None
+    claim = None
+    if ranks.rank == 0:
+        claim = claim_output(Path(config.run.output_dir), config, resume, identity(train_data, val_data))
     try:
-        if lease is not None:
-            guard.checks.append(lease.check)
+        if claim is not None:
+            guard.checks.append(claim.lease.check)
             print(dump_yaml(config), flush=True)
             warn_of_a_short_run(config, samples_per_epoch(config, len(train_data)))
         # After the claim: a rank 0 that is refused its folder has not yet let the others in, and its exit code counts.
@@ -64,7 +66,8 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
         from prelora_ds.train import train
 
         try:
-            train(config, train_data, val_data, resume=resume, stop=stop, guard=guard)
+            train(config, train_data, val_data, sources=claim.sources if claim else (),
+                  origin=claim.origin if claim else None, stop=stop, guard=guard)
             if ranks.rank == 0:
                 print_report(Path(config.run.output_dir))
             watch.mark("DONE")
@@ -75,8 +78,8 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
         close_process_group()
     finally:
         guard.stop()
-        if lease is not None:
-            lease.release()
+        if claim is not None:
+            claim.lease.release()
 
 
 def check_run(config: Config, ranks: Ranks) -> tuple[Config, TrainData, Manifest]:

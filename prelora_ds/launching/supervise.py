@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import IO
 
 from prelora_ds.core.errors import (
+    FENCED_EXIT_CODE,
     HANG_EXIT_CODE,
+    ORPHAN_EXIT_CODE,
     STOPPED_EXIT_CODE,
     TRY_AGAIN_EXIT_CODE,
     USAGE_EXIT_CODE,
@@ -27,13 +29,13 @@ from prelora_ds.core.errors import (
     LaunchError,
 )
 from prelora_ds.launching.exits import LOST_PEER
-from prelora_ds.launching.hostfile import Host, format_hostfile, format_mpi_hosts, write_ds_env
+from prelora_ds.launching.hostfile import Host, format_hostfile, format_mpi_hosts, travels, write_ds_env
 from prelora_ds.launching.network import interface_environment
 from prelora_ds.launching.supervised import LEASE, read_json, write_json
 
 TICK_S = 0.5
 FENCE_S = 6.0  # a rank's guard looks at the lease every 5 s
-_NO_PROBE: Future[list[str]] | None = None
+ANSWER_S = 30.0  # for a probe; those of the Slurm profiles have a limit of their own of 20 s
 FORWARDED = ("OMP_NUM_THREADS", "DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR", "LD_LIBRARY_PATH", "PATH")
 PROBE = "ssh -o BatchMode=yes -o ConnectTimeout=5 {host} true"
 
@@ -137,10 +139,18 @@ class Supervisor:
                     if not answers]
 
     def _answers(self, host: Host) -> bool:
-        command = [word.format(host=host.name) for word in shlex.split(self.policy.probe)]
+        command = [fill(word, {"host": host.name}) for word in shlex.split(self.policy.probe)]
         try:
-            return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=10).returncode == 0
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                                       stderr=subprocess.DEVNULL, start_new_session=True)
+        except OSError as exc:
+            raise ConfigError("--probe", self.policy.probe, f"cannot be started ({exc.strerror})",
+                              "name a command with {host} in it, or an empty one for none") from exc
+        try:
+            return process.wait(ANSWER_S) == 0
         except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # with what it started: `timeout` has a child
+            process.wait()
             return False
 
     def _attempt(self, attempt: int, hosts: Sequence[Host]) -> int | Failure:
@@ -163,7 +173,10 @@ class Supervisor:
     def _launch(self, own: Path, hosts: Sequence[Host], attempt: int, log: IO[bytes]) -> subprocess.Popen[bytes]:
         (own / "hostfile").write_text(format_hostfile(hosts))
         network = interface_environment(self.policy.interface) if self.policy.interface else {}
-        write_ds_env(own / "ds_env", network | {key: os.environ[key] for key in FORWARDED if key in os.environ})
+        forwarded = {key: os.environ[key] for key in FORWARDED if os.environ.get(key)}
+        for key in [key for key, value in forwarded.items() if not travels(value)]:
+            self.say(f"{key} = {forwarded.pop(key)!r} is not passed on to pdsh's hosts: a remote shell would change it")
+        write_ds_env(own / "ds_env", network | forwarded)
         port = self.policy.master_port + attempt % 100  # a port that a lost rank still holds stops nothing
         words = {"hostfile": str(own / "hostfile"), "master": hosts[0].name, "port": str(port),
                  "hosts": format_mpi_hosts(hosts), "nodelist": ",".join(host.name for host in hosts),
@@ -181,7 +194,8 @@ class Supervisor:
         that left no record by then (a frozen one wakes, and leaves one, when the launcher ends it)."""
         ending: float | None = None
         suspects: list[str] = []
-        probed, probe = time.monotonic(), _NO_PROBE
+        probed = time.monotonic()
+        probe: Future[list[str]] | None = None
         while process.poll() is None:
             self._renew(attempt)
             now = time.monotonic()
@@ -253,14 +267,15 @@ class Supervisor:
             time.sleep(TICK_S)
 
 
-ECHOES = (*LOST_PEER, "lost it during the roll call")
-
-
 def is_echo(record: dict[str, object]) -> bool:
     """Whether a rank only felt that another one ended, hung or was given up. One that was itself stopped is no echo."""
     if record.get("slept_s"):
         return False
-    return record.get("code") in (HANG_EXIT_CODE, 87, 88) or any(echo in str(record.get("why")) for echo in ECHOES)
+    why = str(record.get("why"))
+    if record.get("code") in (HANG_EXIT_CODE, ORPHAN_EXIT_CODE, FENCED_EXIT_CODE):
+        return True
+    its_own = why.startswith(("BrokenPipeError", "ConnectionResetError"))  # of a pipe or socket on that host
+    return not its_own and any(sign in why for sign in LOST_PEER)
 
 
 def succeeded(own: Path) -> bool:

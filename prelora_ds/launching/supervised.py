@@ -26,7 +26,8 @@ class Supervision:
         self.folder, self.rank = folder, rank
         self._seen: dict[str, Any] = {}
         self._changed_at, self._stopping = time.monotonic(), False
-        self._looked_at, self._slept_s = time.monotonic(), 0.0
+        self._looked_at: float | None = None  # by `check`, which begins when a rank has imported all it wants
+        self._slept_s = 0.0
         if folder is not None:
             self.attempt = int(folder.name.removeprefix("attempt-"))
             write_json(folder / f"rank-{rank}.json", {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()})
@@ -39,7 +40,8 @@ class Supervision:
         if self.folder is None:
             return None
         now = time.monotonic()
-        if now - self._looked_at > ASLEEP_S:  # this thread looks every few seconds, unless the whole process is stopped
+        # This thread looks every few seconds, unless the whole process is stopped.
+        if self._looked_at is not None and now - self._looked_at > ASLEEP_S:
             self._slept_s = now - self._looked_at
         self._looked_at = now
         lease = read_json(self.folder.parent / LEASE)

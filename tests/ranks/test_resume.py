@@ -153,8 +153,12 @@ def test_a_run_goes_on_at_another_world_size_and_stage(stopped, job, reference, 
 
 def test_a_new_run_may_begin_from_a_checkpoint_of_another(stopped, job, tmp_path):
     source = stopped[0] / "checkpoints/step-00000015"
-    new = job(tmp_path / "new", "train.duration=17 steps", "optimizer.lr=0.0001", resume=str(source))
+    settings = ("train.duration=17 steps", "optimizer.lr=0.0001")
+    killed = job(tmp_path / "new", *settings, resume=str(source), faults={0: {"place": "step", "call": 2, "delay": 0}})
+    assert killed.end()[0] == -signal.SIGKILL, killed.said()[-3000:]
+    new = job(tmp_path / "new", *settings, resume=str(source))  # the same command, and no checkpoint of its own yet
     assert new.end() == [0, 0], new.said()[-3000:]
+    assert [row["event"] for row in read_lines(tmp_path / "new/plans.jsonl")] == ["resume", "plan", "end"]
     assert [row["step"] for row in read_lines(tmp_path / "new/metrics.jsonl")] == [16, 17]
     assert step_of(list_checkpoints(stopped[0] / "checkpoints")[0]) == 15
     refused = job(tmp_path / "other", "lora.r_max=8", resume=str(source))

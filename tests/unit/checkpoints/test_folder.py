@@ -13,6 +13,7 @@ from prelora_ds.checkpoints.folder import (
     CheckpointManifest,
     FileRecord,
     commit,
+    describe,
     discard_partial,
     list_checkpoints,
     retain,
@@ -150,3 +151,9 @@ def test_a_commit_over_an_existing_checkpoint_leaves_that_as_it_was(tmp_path: Pa
     with pytest.raises(OSError, match="not empty"):
         commit(tmp_path / ".new.partial", folder, CheckpointManifest(1, 1, "full", {}, 5))
     assert CheckpointManifest.load(folder).acc1 == 0.25
+
+
+def test_one_that_was_set_aside_still_has_its_base(tmp_path: Path) -> None:
+    make_base(tmp_path, "base-x")
+    set_aside(tmp_path, [make(tmp_path, 3, base="base-x")])
+    assert describe(tmp_path / ASIDE / "step-00000003").endswith("verified")

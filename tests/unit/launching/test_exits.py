@@ -79,6 +79,7 @@ def test_a_rank_that_the_launcher_ends_within_the_grace_says_nothing(
     (RuntimeError("[pair.cc:561] Connection closed by peer [10.0.0.1]:43174. This is typically ...\nGLHF!"),
      "lost the connection to another rank ([pair.cc:561] Connection closed by peer [10.0.0.1]:43174.",
      [exits.ECHO_GRACE_S]),
+    (BrokenPipeError(32, "Broken pipe"), "failed\nBrokenPipeError: [Errno 32] Broken pipe\n", []),
     (ValueError("no such thing"), "failed\nValueError: no such thing\n", []),
 ])
 def test_a_rank_that_crashed_says_so_and_one_that_only_lost_its_peer_waits_for_the_launcher(

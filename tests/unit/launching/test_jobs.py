@@ -103,8 +103,48 @@ exec bash "$1"
     assert not list(tmp_path.glob("out.job.*"))
 
 
+def test_two_sets_of_one_name_are_staged_apart_whole_and_only_once(tmp_path: Path) -> None:
+    """The line of the script that stages, on this host."""
+    for split in ("train", "val"):
+        (tmp_path / split / "shards").mkdir(parents=True)
+        (tmp_path / split / "shards" / "000.tar").write_text(f"{split} of 1")
+    site = load_profile("slurm").model_copy(update={"scratch": f"{tmp_path}/${{USER}}", "one_each": ""})
+    config = load_config(RECIPE, [f"run.output_dir={tmp_path}/out",
+                                  *(f"data.{split}={tmp_path}/{split}/shards" for split in ("train", "val"))])
+    text = render(replace(JOB, stage=True), site, config)
+    stage = re.search(r"^ bash -c '.*?exit 75$", text, re.MULTILINE | re.DOTALL)
+    places = dict(re.findall(r'"data\.(train|val)=([^"]*)"', text))
+    assert stage is not None
+
+    def staged() -> dict[str, str]:
+        subprocess.run(["bash", "-euc", stage[0]], check=True, env=os.environ | {"USER": "me"})
+        folders = {split: Path(place.replace("${USER}", "me")) for split, place in places.items()}
+        assert all([path.name for path in folder.iterdir()] == ["000.tar"] for folder in folders.values())
+        return {split: (folder / "000.tar").read_text() for split, folder in folders.items()}
+
+    assert staged() == {"train": "train of 1", "val": "val of 1"}
+    copy = Path(places["val"].replace("${USER}", "me")) / "000.tar"
+    copy.write_text("va")  # cut short, and newer
+    Path(places["train"].replace("${USER}", "me"), "000.tar").chmod(0o444)
+    assert staged() == {"train": "train of 1", "val": "val of 1"}
+
+
+def test_a_url_stays_as_it_is_and_is_not_staged() -> None:
+    config = load_config(RECIPE, ["run.output_dir=/s/out", "data.train=https://host/train", "data.val=/s/val"])
+    text = render(JOB, load_profile("polaris"), config)
+    assert " data.train=https://host/train data.val=/s/val" in text
+    with pytest.raises(ConfigError, match=r"data\.cache_dir"):
+        render(replace(JOB, stage=True), load_profile("polaris"), config)
+
+
 def test_a_chain_ends_at_its_number_of_jobs() -> None:
     assert '[ "$jobs_before" -lt 49 ]' in script("slurm") and '[ "$jobs_before" -lt 0 ]' in script("slurm", max_jobs=1)
+
+
+def test_a_directive_of_a_profile_that_cannot_be_filled_in_is_told() -> None:
+    site = load_profile("slurm").model_copy(update={"directives": ("--partition={{ partition }}",)})
+    with pytest.raises(ConfigError, match="'partition' is undefined"):
+        render(JOB, site, load_config(RECIPE, ["run.output_dir=/o", "data.train=/t", "data.val=/v"]))
 
 
 def test_a_profile_with_an_unknown_key_is_refused(tmp_path: Path) -> None:

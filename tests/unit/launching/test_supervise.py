@@ -132,6 +132,7 @@ def test_the_launcher_gets_hostfile_environment_and_the_words_filled_in(world: W
 def test_a_rank_that_only_felt_anothers_end_is_an_echo() -> None:
     assert is_echo({"code": 85, "why": ""}) and is_echo({"code": 1, "why": "x Connection closed by peer y"})
     assert not is_echo({"code": 1, "why": "ValueError"})
+    assert not is_echo({"code": 1, "why": "BrokenPipeError: [Errno 32] Broken pipe"})
     assert not is_echo({"code": 85, "why": "was stopped for 20 s", "slept_s": 20.0})
 
 
@@ -181,6 +182,10 @@ def test_a_rank_leaves_its_end_and_rank_0_the_mark(tmp_path: Path, monkeypatch: 
     assert (own / "DONE").exists() and read_json(own / "exit-1.json")["code"] == 85
     monkeypatch.setattr("prelora_ds.launching.supervised.ASLEEP_S", 0.1)
     frozen = Supervision(own, 2)
+    time.sleep(0.2)
+    frozen.check()  # it imported for long: not frozen yet
+    frozen.ended(1, "ValueError")
+    assert read_json(own / "exit-2.json")["slept_s"] == 0
     time.sleep(0.2)
     frozen.check()
     frozen.ended(85, "hung")
