@@ -23,13 +23,13 @@ app.command()(commands.job)
 
 @app.command()
 def evaluate(model: Path, data: Annotated[Path, typer.Option(help="a folder of shards")]) -> None:
-    """Top-1 of an exported MODEL folder, as transformers opens it; kept in accuracy.json beside the folder."""
+    """Top-1 of an exported MODEL folder, as transformers opens it; kept in its accuracy.json."""
     from prelora_ds.evaluate import evaluate_folder
 
     accuracy = evaluate_folder(model, data)
     result = {"acc1": accuracy.acc1, "correct": accuracy.correct, "samples": accuracy.samples, "loss": accuracy.loss,
               "data": str(data)}
-    (model.parent / "accuracy.json").write_text(json.dumps(result, indent=2) + "\n")
+    (model / "accuracy.json").write_text(json.dumps(result, indent=2) + "\n")
     typer.echo(f"{model}: {accuracy.correct} of {accuracy.samples} right, {accuracy.acc1:.2%}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 
 from prelora_ds.core.errors import ExpectedError
 
@@ -27,7 +28,7 @@ class CorruptBudget:
             self._epoch, self._count = epoch, 0
         self._count += corrupt
         self._last = next(iter(faults), self._last)
-        return self._count > self._share * self._samples
+        return self._count > Fraction(str(self._share)) * self._samples  # as written: 0.29 * 100 is below 29 in floats
 
     @property
     def count(self) -> tuple[int, int]:

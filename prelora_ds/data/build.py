@@ -85,17 +85,22 @@ def build(request: Request, out: Path, options: Options, *, kind: str | None = N
         elif not _await(lambda: (work / "plan.json").exists() or out.exists(), partial, PLAN_PATIENCE_S) \
                 or out.exists():
             return None
-        plan = json.loads((work / "plan.json").read_text())
-        if rank and plan["asked"] != asked:
-            return None
+        try:
+            plan = json.loads((work / "plan.json").read_text())
+            items = np.load(work / "items.npy", mmap_mode="r", allow_pickle=False)
+        except FileNotFoundError:
+            if rank and out.exists():
+                return None  # rank 0 found all done, and has given the folder its name
+            raise
+        if rank and asked != plan["asked"] | {"Pillow": asked["Pillow"]}:
+            return None  # the command line is that of all ranks, and rank 0 tells; Pillow is this host's own
         _check_same(asked, plan["asked"], partial)
         if rank == 0 and plan["passed_over"]:
             say(f"passed over, as no images: {plan['passed_over']}")
-        items = np.load(work / "items.npy", mmap_mode="r", allow_pickle=False)
         shards = -(-len(items) // options.samples_per_shard)
 
         def done() -> int:
-            return sum(name.endswith(".npz") for name in os.listdir(work))
+            return sum(name.endswith(".npz") for name in os.listdir(work)) if work.exists() else shards
 
         progress(done(), shards)
         mine = (number for number in range(rank, shards, world_size) if not (work / f"{number:06d}.npz").exists())

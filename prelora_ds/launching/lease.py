@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from prelora_ds.core.errors import FENCED_EXIT_CODE, ConfigError
+from prelora_ds.launching.supervised import read_json
 
 NAME = ".lease"
 RENEWED_EVERY_S = 5.0
@@ -47,12 +48,12 @@ class Lease:
     def release(self) -> None:
         self._ended.set()
         self._thread.join()
-        if _read(self.path).get("token") == self._token:
+        if read_json(self.path).get("token") == self._token:
             self.path.unlink(missing_ok=True)
 
     def check(self) -> tuple[int, str] | None:
         """For `Guard.checks`."""
-        held = _read(self.path)
+        held = read_json(self.path)
         if held.get("token", self._token) == self._token:
             return None
         return FENCED_EXIT_CODE, f"error: {self.path} was taken over by process {held['pid']} on {held['host']}"
@@ -67,7 +68,7 @@ class Lease:
         while not self._ended.wait(RENEWED_EVERY_S):
             renewals += 1
             try:
-                if _read(self.path).get("token", self._token) == self._token:
+                if read_json(self.path).get("token", self._token) == self._token:
                     partial = self.path.with_name(f"{NAME}.{self._token}")
                     partial.write_text(self._text(renewals))
                     partial.replace(self.path)
@@ -75,12 +76,12 @@ class Lease:
                 continue
 
     def _wait_for_its_end(self) -> None:
-        first, begun = _read(self.path), time.monotonic()
+        first, begun = read_json(self.path), time.monotonic()
         if first and not _surely_dead(first):
             here = (first.get("host"), first.get("boot")) == (socket.gethostname(), _boot_id())
-            while not here and time.monotonic() - begun < DEAD_AFTER_S and _read(self.path) == first:
+            while not here and time.monotonic() - begun < DEAD_AFTER_S and read_json(self.path) == first:
                 time.sleep(0.5)
-            if here or _read(self.path) not in (first, {}):
+            if here or read_json(self.path) not in (first, {}):
                 raise ConfigError("run.output_dir", str(self.path.parent), f"is in use by process {first.get('pid')} "
                                   f"on {first.get('host')}", "end that job, or choose another run.output_dir")
         # Whoever moves it away may create the next one; what was moved must be what was judged.
@@ -89,7 +90,7 @@ class Lease:
             self.path.rename(moved)
         except FileNotFoundError:
             return
-        if _read(moved) not in (first, {}):
+        if read_json(moved) not in (first, {}):
             with contextlib.suppress(FileExistsError):
                 os.link(moved, self.path)  # it was another's, and new
         moved.unlink(missing_ok=True)
@@ -100,14 +101,6 @@ def _surely_dead(held: dict[str, Any]) -> bool:
     if held.get("host") != socket.gethostname() or held.get("boot") != _boot_id():
         return False
     return _born(held.get("pid", -1)) != held.get("born")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return data if isinstance(data, dict) else {}
 
 
 def _born(pid: int) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +33,7 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
     resume: auto (go on with what run.output_dir holds), never, or a checkpoint or run to go on from. watch: the rank's
     side of a supervisor.
     """
+    begun = time.monotonic()  # what comes now takes seconds, on a loaded file system minutes
     config = load_config(recipe, overrides, deepspeed_config)
     config, train_data, val_data = check_run(config, ranks)
 
@@ -44,7 +46,8 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
         check_zero_config(config.for_phase(phase).deepspeed.get("zero_optimization", {}))
     from prelora_ds.launching.claim import claim_output
 
-    stop, guard = StopRequest(config.checkpoint.walltime).install(), Guard(config.guard.hang_limit, ranks.rank).start()
+    stop = StopRequest(config.checkpoint.walltime, begun).install()
+    guard = Guard(config.guard.hang_limit, ranks.rank).start()
     watch = watch or Supervision(None, ranks.rank)
     guard.checks.append(watch.check)
     guard.last_words = watch.ended

@@ -12,10 +12,11 @@ ONE_WISH_S = 2.0
 
 
 class StopRequest:
-    """Asked for by SIGTERM, SIGUSR1, or `checkpoint.walltime`, which is counted from when this is made."""
+    """Asked for by SIGTERM, SIGUSR1, or `checkpoint.walltime`, which is counted from ``begun`` (monotonic; now)."""
 
-    def __init__(self, walltime_s: float | None = None) -> None:
-        self._walltime_s, self._begun, self._asked_at, self._longest_s = walltime_s, time.monotonic(), 0.0, 0.0
+    def __init__(self, walltime_s: float | None = None, begun: float | None = None) -> None:
+        self._walltime_s, self._begun = walltime_s, time.monotonic() if begun is None else begun
+        self._asked_at, self._longest_s = 0.0, 0.0
         self.reason: str | None = None
         self._signalled: float | None = None
 

@@ -92,11 +92,11 @@ def predict_run(config: Config, cluster: Cluster, *, walltime_s: float | None = 
 def fastest_images_per_s(config: Config, ranks_per_host: int, world_size: int, gpu: str | None) -> float | None:
     """Images a second that one rank takes in its fastest phase, as predicted for ``gpu``, a key of `GPUS`.
 
-    None without one, and for a model that is no ViT.
+    None without one, for a model that is no ViT, and for hosts that differ in ranks.
     """
-    if gpu is None or config.model.factory is not None:
+    if gpu is None or config.model.factory is not None or world_size % ranks_per_host:
         return None
-    cluster = Cluster(max(1, world_size // ranks_per_host), min(ranks_per_host, world_size), gpu)
+    cluster = Cluster(world_size // ranks_per_host, ranks_per_host, gpu)
     rows = predict_run(config, cluster)["rows"]
     step_s = min(row["step_s"] for row in rows if row["stage"] == config.for_phase(row["phase"]).zero.stage)
     return config.train.global_batch_size / world_size / float(step_s)

@@ -27,16 +27,17 @@ def phase_rows(folder: Path) -> list[dict[str, Any]]:
     if not steps:
         raise ConfigError("OUTPUT", str(folder), "holds a run that ended before its first logged step", "run it again")
     plans = [e for e in events if e["event"] == "plan"]
-    rows = []
+    rows, begun = [], events[0]["step"] if events[0]["event"] == "resume" else 0  # by a run that this one goes on from
+    epochs_a_step = steps[-1]["epoch"] / steps[-1]["step"]
     for i, plan in enumerate(plans):
+        before = max(plan["step"], begun)
         last = plans[i + 1]["step"] if i + 1 < len(plans) else steps[-1]["step"]
         own = [s for s in steps if plan["step"] < s["step"] <= last and "train/loss" in s]
         measured = next((e for e in events if e["event"] == "bytes" and plan["step"] < e["step"] <= last), None)
         evaluated = [s["val/acc1"] for s in own if "val/acc1" in s]
-        first_epoch = next((s["epoch"] for s in steps if s["step"] == plan["step"]), 0.0)
         rows.append({
-            "phase": plan["phase"], "first_step": plan["step"] + 1, "last_step": last,
-            "epochs": own[-1]["epoch"] - first_epoch if own else 0.0,
+            "phase": plan["phase"], "first_step": before + 1, "last_step": last,
+            "epochs": (own[-1]["step"] - before) * epochs_a_step if own else 0.0,
             "trainable_parameters": plan["trainable_parameters"],
             "predicted": measured and measured["predicted"], "measured": measured and measured["measured"],
             "step_s": median(s["step_s"] for s in own) if own else None,
@@ -67,7 +68,7 @@ def _notes(folder: Path, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
         yield f"{row['phase']} from step {row['first_step']}: {row['reason']}{switch}"
     for end in (e for e in read_lines(folder / "plans.jsonl") if e["event"] == "end"):
         yield f"peak resident memory of a rank: {max(end['peak_rss_bytes']) / 2**30:.2f} GiB"
-    accuracy = folder / "accuracy.json"
+    accuracy = folder / "model" / "accuracy.json"
     if accuracy.is_file():
         result = json.loads(accuracy.read_text())
         yield f"exported model: {result['correct']} of {result['samples']} right, {result['acc1']:.2%}"

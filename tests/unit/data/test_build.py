@@ -210,6 +210,12 @@ def test_other_ranks_leave_the_message_to_rank_0(tree, interrupted):
         assert build(Request(tree[0]), out, Options(8, seed=4), rank=1, world_size=2) is None
 
 
+def test_a_host_with_another_pillow_says_so_itself(tree, interrupted, monkeypatch):
+    monkeypatch.setattr("PIL.__version__", "1.0")
+    with pytest.raises(ConfigError, match=r"Pillow = '1\.0'"):
+        build(Request(tree[0]), interrupted, Options(8, seed=3), rank=1, world_size=2)
+
+
 def test_a_worker_that_is_killed_is_told_of():
     with pytest.raises(WorkerDiedError, match="run the same command again"):
         list(unordered(os._exit, [1, 1, 1], 2))

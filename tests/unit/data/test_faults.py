@@ -273,3 +273,9 @@ def test_mixing_goes_on_over_a_replaced_sample(folder):
     one = epoch_of(folder, look=look, micro_batch_size=12)
     other = epoch_of(folder, look=look, micro_batch_size=4)
     assert torch.equal(one[0], other[0]) and one[1:] == other[1:]
+
+
+def test_a_budget_is_the_share_as_it_is_written() -> None:
+    """0.29 * 100 is 28.999999999999996."""
+    budget = CorruptBudget(0.29, 100)
+    assert not budget.spent(0, 29, []) and budget.spent(0, 1, [])

@@ -78,6 +78,12 @@ def test_a_phase_goes_from_the_step_after_its_plan_to_the_step_of_the_next(run: 
     assert [r["epochs"] for r in rows] == [2.0, 1.0, 2.0]
 
 
+def test_a_run_that_goes_on_from_another_has_only_its_own_steps(tmp_path: Path) -> None:
+    began = {"event": "resume", "step": 8, "checkpoint": "step-00000008", "world_size": 2, "zero_stage": 2}
+    [lora] = phase_rows(write(tmp_path, METRICS[8:], [began, PLANS[3], PLANS[4]]))
+    assert (lora["first_step"], lora["last_step"], lora["epochs"]) == (9, 10, 1.0)
+
+
 def test_times_losses_and_accuracy_are_of_the_phases_own_steps(run: Path) -> None:
     full, warmup, lora = phase_rows(run)
     assert [r["step_s"] for r in (full, warmup, lora)] == pytest.approx([.0025, .0055, .0085])
@@ -139,7 +145,8 @@ def test_below_the_table_stands_why_each_phase_began(run: Path) -> None:
 
 def test_the_exported_models_accuracy_is_told_when_it_was_measured(run: Path) -> None:
     assert "exported model" not in printed(run)
-    (run / "accuracy.json").write_text(json.dumps({"correct": 347, "samples": 360, "acc1": 347 / 360}))
+    (run / "model").mkdir()
+    (run / "model/accuracy.json").write_text(json.dumps({"correct": 347, "samples": 360, "acc1": 347 / 360}))
     assert printed(run).splitlines()[-1] == "exported model: 347 of 360 right, 96.39%"
 
 
