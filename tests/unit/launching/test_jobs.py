@@ -76,7 +76,7 @@ def test_a_pbs_chain_goes_on_while_the_run_ends_with_99_and_stops_at_its_end(tmp
     run.write_text(f"""#!/bin/bash
 echo "run begins" >> {log}
 [ "$(grep -c run {log})" -ge 3 ] && exit 0
-trap 'echo warned >> {log}; exit 99' USR1
+trap 'echo warned >> {log}; kill $!; exit 99' USR1
 sleep 30 & wait $!
 exit 1
 """)
