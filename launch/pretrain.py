@@ -14,6 +14,7 @@ from prelora_ds.core.errors import ConfigError, ExpectedError, Stopped
 from prelora_ds.launching.exits import crash, fail, interrupted, outlive_pipes, stopped
 from prelora_ds.launching.mpi import find_ranks
 from prelora_ds.launching.ranks import Ranks
+from prelora_ds.launching.stop import StopRequest
 from prelora_ds.launching.supervised import Supervision
 
 
@@ -32,14 +33,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--supervised", type=Path, metavar="FOLDER", help="set by `prelora supervise`: its records")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="overrides of the recipe")
     outlive_pipes()
-    ranks, watch = Ranks(rank=0, local_rank=0, world_size=1), Supervision(None, 0)
+    ranks, watch, stop = Ranks(rank=0, local_rank=0, world_size=1), Supervision(None, 0), StopRequest().install()
     try:
         ranks = find_ranks(os.environ)
         args = parser.parse_intermixed_args(argv)
         watch = Supervision(args.supervised, ranks.rank)
         from prelora_ds.launching.start import start  # heavy imports only once the launch itself is sound
 
-        start(ranks, args.recipe, args.overrides, args.deepspeed_config, args.resume, watch)
+        start(ranks, args.recipe, args.overrides, args.deepspeed_config, args.resume, watch, stop)
     except Stopped as why:
         stopped(why, ranks)
     except ExpectedError as error:
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> None:
         interrupted(ranks)
     except Exception as error:
         watch.ended(1, f"{type(error).__name__}: {error}")
-        crash(ranks, error)
+        crash(ranks, error, ending=stop.reason is not None)
 
 
 if __name__ == "__main__":

@@ -78,6 +78,8 @@ def train(config: Config, train_data: TrainData, val_data: Manifest, *, sources:
               guard or Guard(math.inf))
     try:
         engine, state = _begin(run, saver, found)
+        if stop is not None:
+            stop.begin_steps()
         engine, state = _loop(run, saver, stop or StopRequest(), engine, state)
         export_model(engine, out / "model")
         peaks = [0] * dist.get_world_size()

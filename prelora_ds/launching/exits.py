@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import time
@@ -72,24 +73,32 @@ def fail(error: ExpectedError, ranks: Ranks) -> NoReturn:
     alone has met it says at once.
     """
     if ranks.rank != 0 and not error.of_one_rank:
-        time.sleep(GRACE_S)
+        _wait_for_the_launcher(GRACE_S)
     if ranks.rank == 0 or ranks.local_rank == 0 or error.of_one_rank:
         where = "" if ranks.rank == 0 else f" (rank {ranks.rank} on {socket.gethostname()})"
         print(f"error{where}: {error}", file=sys.stderr, flush=True)
     sys.exit(error.exit_code)
 
 
-def crash(ranks: Ranks, error: Exception) -> NoReturn:
+def _wait_for_the_launcher(seconds: float) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # no wish to stop after a step any more
+    time.sleep(seconds)
+
+
+def crash(ranks: Ranks, error: Exception, *, ending: bool = False) -> NoReturn:
     """Print ``error`` with rank and host, and end at once with 1; a rank that lost another keeps still for a while.
 
     The rank that began it says what it was. The others only felt it, and the launcher ends them; where it does not, a
-    line of theirs is all that is left of a host that went down. An ordinary exit would run MPI's finalizer and gloo's
+    line of theirs is all that is left of a host that went down. ending: whether the launcher has sent its signal
+    already; then they say nothing. An ordinary exit would run MPI's finalizer and gloo's
     threads to their end, which wait for the other ranks: under mpirun one exception would hang the job.
     """
     here = f"rank {ranks.rank} on {socket.gethostname()}"
     # Gloo and NCCL raise RuntimeErrors; an OSError of the same words is of a pipe or socket of this rank's own.
     if isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST_PEER):
-        time.sleep(ECHO_GRACE_S)
+        if ending:
+            os._exit(1)
+        _wait_for_the_launcher(ECHO_GRACE_S)
         said = (f"{here} lost the connection to another rank ({str(error).splitlines()[0]})\n"
                 "  remedy: look for the first error of another rank, or for a host that went down")
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,13 +26,12 @@ if TYPE_CHECKING:
 
 
 def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config: str | None,
-          resume: str = "auto", watch: Supervision | None = None) -> None:
+          resume: str = "auto", watch: Supervision | None = None, stop: StopRequest | None = None) -> None:
     """Check, then train. Raises ConfigError before any process group or weight is made; Stopped after a checkpoint.
 
     resume: auto (go on with what run.output_dir holds), never, or a checkpoint or run to go on from. watch: the rank's
-    side of a supervisor.
+    side of a supervisor. stop: made when the rank began, for its walltime.
     """
-    begun = time.monotonic()  # what comes now takes seconds, on a loaded file system minutes
     config = load_config(recipe, overrides, deepspeed_config)
     config, train_data, val_data = check_run(config, ranks)
 
@@ -46,7 +44,8 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
         check_zero_config(config.for_phase(phase).deepspeed.get("zero_optimization", {}))
     from prelora_ds.launching.claim import claim_output
 
-    stop = StopRequest(config.checkpoint.walltime, begun).install()
+    stop = stop or StopRequest()
+    stop.walltime_s = config.checkpoint.walltime
     guard = Guard(config.guard.hang_limit, ranks.rank).start()
     watch = watch or Supervision(None, ranks.rank)
     guard.checks.append(watch.check)

@@ -12,19 +12,25 @@ ONE_WISH_S = 2.0
 
 
 class StopRequest:
-    """Asked for by SIGTERM, SIGUSR1, or `checkpoint.walltime`, which is counted from ``begun`` (monotonic; now)."""
+    """Asked for by SIGTERM, SIGUSR1, or ``walltime_s`` (`checkpoint.walltime`), counted from when this is made.
 
-    def __init__(self, walltime_s: float | None = None, begun: float | None = None) -> None:
-        self._walltime_s, self._begun = walltime_s, time.monotonic() if begun is None else begun
-        self._asked_at, self._longest_s = 0.0, 0.0
+    SIGTERM is a wish once steps are taken. Before that there is nothing to save, and it ends the process, also within a
+    call that no handler interrupts: a launcher whose other rank was refused would wait for half a minute.
+    """
+
+    def __init__(self, walltime_s: float | None = None) -> None:
+        self.walltime_s, self._begun, self._asked_at, self._longest_s = walltime_s, time.monotonic(), 0.0, 0.0
         self.reason: str | None = None
         self._signalled: float | None = None
 
     def install(self) -> StopRequest:
-        """Take the signals. The handler only makes a note: whoever would read what it prints may be gone."""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._on_signal)
+        """Take SIGUSR1. The handler only makes a note: whoever would read what it prints may be gone."""
+        signal.signal(signal.SIGUSR1, self._on_signal)
         return self
+
+    def begin_steps(self) -> None:
+        """Take SIGTERM too."""
+        signal.signal(signal.SIGTERM, self._on_signal)
 
     def asked(self, save_s: float = 0.0) -> bool:
         """Whether this rank wants to stop; to be called once a step. ``save_s``: seconds that a checkpoint takes."""
@@ -32,10 +38,10 @@ class StopRequest:
         if self._asked_at:
             self._longest_s = max(self._longest_s, now - self._asked_at)
         self._asked_at = now
-        if self._walltime_s is not None and self.reason is None:
-            reserve = min(300.0, 0.05 * self._walltime_s) + 2 * (save_s + self._longest_s)
-            if now - self._begun + reserve > self._walltime_s:
-                self.reason = f"{now - self._begun:.0f} s of checkpoint.walltime = {self._walltime_s:.0f} s are over"
+        if self.walltime_s is not None and self.reason is None:
+            reserve = min(300.0, 0.05 * self.walltime_s) + 2 * (save_s + self._longest_s)
+            if now - self._begun + reserve > self.walltime_s:
+                self.reason = f"{now - self._begun:.0f} s of checkpoint.walltime = {self.walltime_s:.0f} s are over"
         return self.reason is not None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

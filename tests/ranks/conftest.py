@@ -1,10 +1,19 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.launches import Zygote, zygote
 
 from prelora_ds.data.writer import DIGIT_CLASSES, digits, write_shards
+
+
+@pytest.fixture(scope="session")
+def forge() -> Iterator[Zygote]:
+    """Where launches of ranks are forked."""
+    with zygote() as z:
+        yield z
 
 
 @pytest.fixture(scope="session")

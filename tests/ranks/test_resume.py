@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from support.launches import Job, differences, traces, zygote
+from support.launches import Job, differences, traces
 from support.zygote import DEAD_PIPE
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -19,12 +19,6 @@ from prelora_ds.metrics import read_lines
 
 # Dropout, so that a generator which does not go on where it stopped shows.
 SETTINGS = ("checkpoint.every=3 steps", "checkpoint.keep_last=9", "model.hidden_dropout_prob=0.1")
-
-
-@pytest.fixture(scope="module")
-def forge():
-    with zygote() as z:
-        yield z
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from support.launch import launch
+from support.launches import Job
 from support.runs import LABELS, ZEROS, Trainer, config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import ViTForImageClassification
@@ -155,8 +156,8 @@ MISTAKES = {
 
 
 @pytest.fixture(scope="module")
-def mistaken(shards, tmp_path_factory):
-    """All of them launched, three at a time: mistake -> (finished process, its output folder)."""
+def mistaken(forge, shards, tmp_path_factory):
+    """mistake -> (exit codes, what was said, the output folder)."""
     folder = tmp_path_factory.mktemp("mistakes")
     owned = folder / "owned.json"
     owned.write_text(json.dumps({"gradient_clipping": 1.0, "zero_optimization": {"stage": 2}}))
@@ -166,46 +167,39 @@ def mistaken(shards, tmp_path_factory):
     files = {"OWNED": str(owned), "MISSPELT": str(misspelt)}
 
     def make(mistake):
-        arguments = [files.get(a, a) for a in MISTAKES[mistake][0]]
-        for option, default in (("--recipe", DEBUG), ("--deepspeed_config", "ds_configs/zero2.json")):
-            arguments = arguments if option in arguments else [option, default, *arguments]
-        out = folder / mistake
-        return mistake, (launch(f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", f"run.output_dir={out}",
-                                *arguments, runner="deepspeed.launcher.launch"), out)
+        job = Job(forge, folder / mistake, shards, *(files.get(word, word) for word in MISTAKES[mistake][0]))
+        return job.end(), job.said(), folder / mistake
 
-    with ThreadPoolExecutor(3) as pool:
-        return dict(pool.map(make, MISTAKES))
+    return {mistake: make(mistake) for mistake in MISTAKES}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_message_with_key_value_and_remedy_and_exit_code_2(mistake, mistaken):
     _, key, problem = MISTAKES[mistake]
-    done, out = mistaken[mistake]
-    said = done.stderr + done.stdout
-    assert done.returncode == 2, said
+    codes, said, out = mistaken[mistake]
+    assert 2 in codes and not set(codes) - {2, -signal.SIGKILL}, said
     assert said.count("error: ") == 1 and said.count("remedy: ") == 1, said
     message = said[said.index("error: "): said.index("\n", said.index("remedy: "))]
     assert key in message and problem in message, message
     assert "Traceback" not in said and not out.exists()
 
 
-def test_a_run_that_diverges_stops_with_step_and_phase_named(shards, tmp_path):
-    done = launch("--recipe", DEBUG, "--deepspeed_config", "ds_configs/zero2.json",
-                  f"run.output_dir={tmp_path / 'out'}", f"data.train={shards / 'train'}", f"data.val={shards / 'val'}",
-                  "optimizer.lr=1e30", runner="deepspeed.launcher.launch")
-    said = done.stderr + done.stdout
-    assert done.returncode == 1 and said.count("error: ") == 1, said
+def test_a_run_that_diverges_stops_with_step_and_phase_named(forge, shards, tmp_path):
+    job = Job(forge, tmp_path / "out", shards, "optimizer.lr=1e30")
+    codes, said = job.end(), job.said()
+    assert codes[0] == 1 and said.count("error: ") == 1, said
     assert "step 2, phase full: the loss is nan" in said or "step 3, phase full: the loss is nan" in said, said
 
 
-def test_twenty_times_one_message_and_exit_code_2(tmp_path):
-    """Whichever rank is first, and through the whole launcher once."""
+def test_twenty_times_one_message_and_exit_code_2(forge, shards, tmp_path):
+    """Whichever rank is first; and by the launcher, whole and without its first stage."""
     arguments = ("--recipe", DEBUG, f"run.output_dir={tmp_path / 'out'}", "data.train=/nowhere")
-    outcomes = [launch(*arguments)]
-    with ThreadPoolExecutor(3) as pool:
-        outcomes += pool.map(lambda _: launch(*arguments, runner="deepspeed.launcher.launch"), range(20))
-    assert [o.returncode for o in outcomes] == [2] * 21
-    assert [(o.stderr + o.stdout).count("error: ") for o in outcomes] == [1] * 21
+    for done in (launch(*arguments), launch(*arguments, runner="deepspeed.launcher.launch")):
+        assert (done.returncode, (done.stderr + done.stdout).count("error: ")) == (2, 1)
+    for _ in range(20):
+        job = Job(forge, tmp_path / "out", shards, "data.train=/nowhere")
+        codes = job.end()
+        assert (codes[0], job.said().count("error: ")) == (2, 1), job.said()
 
 
 @pytest.mark.parametrize("zero", ZEROS)

@@ -94,6 +94,9 @@ def test_a_rank_that_crashed_says_so_and_one_that_only_lost_its_peer_waits_for_t
         exits.crash(Ranks(1, 0, 2), error)
     assert (ended.value.code, naps) == (1, slept)
     told = capsys.readouterr().err
+    with pytest.raises(SystemExit):  # the launcher has spoken first
+        exits.crash(Ranks(1, 0, 2), error, ending=True)
+    assert naps == slept and bool(capsys.readouterr().err) == (not slept)
     assert told.startswith(f"error: rank 1 on {socket.gethostname()} {said}") and "GLHF" not in told
 
 

@@ -26,6 +26,7 @@ def kept_handlers():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_is_a_wish_and_ends_nothing(number, kept_handlers) -> None:
     stop = StopRequest().install()
+    stop.begin_steps()
     assert not stop.asked()
     os.kill(os.getpid(), number)
     os.kill(os.getpid(), number)  # at once: a launcher passes it on twice
@@ -34,9 +35,16 @@ def test_a_signal_is_a_wish_and_ends_nothing(number, kept_handlers) -> None:
 
 def test_a_second_signal_leaves_at_once() -> None:
     code = ("import os, signal, time\nfrom prelora_ds.launching import stop\nstop.ONE_WISH_S = 0.2\n"
-            "s = stop.StopRequest().install()\nos.kill(os.getpid(), 15)\nassert s.asked()\ntime.sleep(0.3)\n"
+            "s = stop.StopRequest().install()\ns.begin_steps()\nos.kill(os.getpid(), 15)\nassert s.asked()\n"
+            "time.sleep(0.3)\n"
             "os.kill(os.getpid(), 15)\ntime.sleep(60)")
     assert subprocess.run([sys.executable, "-c", code], timeout=30, check=False).returncode == 128 + 15
+
+
+def test_before_the_first_step_sigterm_ends_a_rank_and_a_warning_waits() -> None:
+    code = ("import os\nfrom prelora_ds.launching import stop\ns = stop.StopRequest().install()\n"
+            "os.kill(os.getpid(), 10)\nassert s.asked()\nos.kill(os.getpid(), 15)\nos._exit(3)")
+    assert subprocess.run([sys.executable, "-c", code], timeout=30, check=False).returncode == -15
 
 
 def test_a_walltime_is_kept_with_room_for_a_checkpoint_and_a_step(monkeypatch) -> None:
