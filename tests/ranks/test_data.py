@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from support.launch import ROOT, launch, launch_command
+from support.launch import ROOT, launch_command
+from support.launches import Job
 from support.runs import LABELS, Trainer, config
 
 from prelora_ds.data.batch import MicroBatch, draw_mix
@@ -65,7 +66,7 @@ def mixed_step(loss):
     return stats.loss, float(by_hand) / t.world
 
 
-def test_above_the_budget_all_ranks_stop_with_one_message(tmp_path):
+def test_above_the_budget_all_ranks_stop_with_one_message(forge, tmp_path):
     for split in ("train", "val"):
         write_shards(digits(split), tmp_path / split, samples_per_shard=512, class_names=DIGIT_CLASSES)
     manifest = Manifest.load(tmp_path / "train")
@@ -74,10 +75,9 @@ def test_above_the_budget_all_ranks_stop_with_one_message(tmp_path):
             shard.seek(int(row["offset"]) + 30)
             shard.write(b"\0\0\0\0")
     out = tmp_path / "out"
-    done = launch("--recipe", DEBUG, "--deepspeed_config", "ds_configs/zero1.json", f"run.output_dir={out}",
-                  f"data.train={tmp_path / 'train'}", f"data.val={tmp_path / 'val'}", "train.duration=2 epochs")
-    said = done.stdout + done.stderr
-    assert done.returncode == 1 and said.count("error: ") == 1, said
+    job = Job(forge, out, tmp_path, "train.duration=2 epochs", zero=1)
+    codes, said = job.end(), job.said()
+    assert codes[0] == 1 and said.count("error: ") == 1, said
     assert re.search(r"error: 3 unreadable samples in epoch 0 are more than data\.corrupt_budget = 0\.001 of 1437 "
                      r"samples allows; one of them: sample 60[0-3], \d+ bytes from byte \d+ of \S+shard-000001\.tar: "
                      r"checksum \w+, and \w+ in the manifest; sample \d+ is in its place\n  remedy: ", said), said
@@ -85,7 +85,7 @@ def test_above_the_budget_all_ranks_stop_with_one_message(tmp_path):
     assert sum(row["data/corrupt"] for row in rows) >= 2
 
 
-def test_a_run_bears_what_the_budget_allows_and_goes_on_with_mixup_and_sigmoid(tmp_path):
+def test_a_run_bears_what_the_budget_allows_and_goes_on_with_mixup_and_sigmoid(forge, tmp_path):
     for split in ("train", "val"):
         write_shards(digits(split), tmp_path / split, samples_per_shard=512, class_names=DIGIT_CLASSES)
     manifest = Manifest.load(tmp_path / "train")
@@ -94,16 +94,13 @@ def test_a_run_bears_what_the_budget_allows_and_goes_on_with_mixup_and_sigmoid(t
         shard.seek(int(row["offset"]) + 30)
         shard.write(b"\0\0\0\0")
     out = tmp_path / "out"
-    done = launch("--recipe", DEBUG, "--deepspeed_config", "ds_configs/zero1.json", f"run.output_dir={out}",
-                  f"data.train={tmp_path / 'train'}", f"data.val={tmp_path / 'val'}", "train.duration=1 epoch",
-                  "data.augment=medium2", "data.tail=drop", "data.workers=auto", "train.loss=sigmoid",
-                  f"data.cache_dir={tmp_path / 'cache'}")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    job = Job(forge, out, tmp_path, "train.duration=1 epoch", "data.augment=medium2", "data.tail=drop",
+              "data.workers=auto", "train.loss=sigmoid", f"data.cache_dir={tmp_path / 'cache'}", zero=1)
+    assert job.end() == [0, 0], job.said()[-3000:]
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 23))  # 1437 // 64
     assert sum(row["data/corrupt"] for row in rows) == 1 and rows[-1]["epoch"] == 1.0
-    assert "data workers: the cores of a rank less one" in done.stdout
-    assert "data/corrupt" not in done.stderr and "waiting for data, ms" in done.stdout
+    assert "data workers: the cores of a rank less one" in job.said() and "waiting for data, ms" in job.said()
     assert len(list((tmp_path / "cache").glob("*shard-*.tar"))) == 2  # the damaged one is not kept
 
 
