@@ -1,7 +1,8 @@
 """Predicted bytes per rank and owner, from a table of shapes. Shares no code with engine/census.py.
 
 n: elements of all parameters, t: of those that train, w: ranks. BF16 weights (2 bytes), fp32 gradients, masters and
-Adam moments (4 bytes each); the padding of ZeRO's partitions (at most 2w elements a group) is left out.
+Adam moments (4 bytes each). Stage 3 pads each parameter to a multiple of w, so that a bias of 1,408 is one of 2,048 on
+1,024 ranks; what stages 1 and 2 pad (at most 2w elements a group) is left out.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ def predict_bytes(plan: Plan, layout: Layout, zero: ZeroSettings, world_size: in
     The LoRA linear's mode "merged" keeps an fp32 base of each frozen weight.
     """
     sizes = {name: math.prod(shape) for name, shape in plan.parameters(layout).items()}
+    small = [name for name, size in sizes.items() if size <= zero.persistence_threshold]
+    if zero.stage == 3:
+        sizes = {name: -(-size // world_size) * world_size for name, size in sizes.items()}
     trained = [sizes[name] for name in plan.trainable]
     n, t, w, stage = sum(sizes.values()), sum(trained), world_size, zero.stage
     sharded = w if stage else 1
@@ -51,8 +55,7 @@ def predict_bytes(plan: Plan, layout: Layout, zero: ZeroSettings, world_size: in
     if lora_mode == "merged":
         weights += FP32 * sum(sizes[f"{module}.weight"] for module in plan.frozen_bases())
     if stage == 3:
-        persistent = sum(size for size in sizes.values() if size <= zero.persistence_threshold)
-        weights = BF16 * n // w + BF16 * persistent
+        weights = BF16 * n // w + BF16 * sum(sizes[name] for name in small)
         buffers = FP32 * min(zero.reduce_bucket_size, t)
     if zero.offload_optimizer and stage == 2:
         buffers = BF16 * t // w + 2 * BF16 * max(trained)
