@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -259,6 +260,7 @@ def test_a_killed_worker_is_named_and_ends_the_loader(folder):
     made = loader(folder, workers=2, micro_batch_size=12)
     made.next()
     [killed, _] = made._batches._batches._workers
+    time.sleep(1)  # until it waits: torch never gets back a lock of its own that dies with a process
     os.kill(killed.pid, signal.SIGKILL)
     with pytest.raises(WorkerLostError, match=rf"(?s){killed.pid}: -9.*remedy: .* fewer data\.workers"):
         for _ in range(50):
