@@ -80,14 +80,14 @@ def origin_of(out: Path) -> str | None:
     return (out / ORIGIN).read_text().strip() if (out / ORIGIN).is_file() else None
 
 
-def checkpoints_at(resume: str) -> list[Path]:
-    """The checkpoint at a path, or those of the run there. Raises ConfigError."""
-    path = Path(resume)
+def checkpoints_at(place: str, key: str = "--resume") -> list[Path]:
+    """The checkpoint at a path, or those of the run there. Raises ConfigError about ``key``."""
+    path = Path(place)
     if (path / MANIFEST).is_file() and step_of(path) >= 0:
         return [path]
     found = list_checkpoints(path / FOLDER) or list_checkpoints(path)
     if not found:
-        raise ConfigError("--resume", resume, "is no checkpoint and no run that has one",
+        raise ConfigError(key, place, "is no checkpoint and no run that has one",
                           "name a run's folder, or one of its checkpoints/step-...")
     return found
 

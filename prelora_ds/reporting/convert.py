@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from prelora_ds.checkpoints.folder import BrokenCheckpointError, list_checkpoints, read_run_state
-from prelora_ds.checkpoints.resume import Checkpoint, candidates, read_checkpoint
+from prelora_ds.checkpoints.resume import Checkpoint, checkpoints_at, read_checkpoint
 from prelora_ds.configuring import validate
 from prelora_ds.core.config import Config
 from prelora_ds.core.errors import ConfigError
@@ -43,7 +43,7 @@ def export_checkpoint(source: Path, out: Path, form: str) -> Path:
         raise ConfigError("--format", form, "is no format", f"choose among {', '.join(FORMATS)}")
     if out.exists():
         raise ConfigError("OUT", str(out), "exists", "name a new folder")
-    folder = candidates(source, str(source))[0]
+    folder = checkpoints_at(str(source), "RUN")[0]
     try:
         document = read_run_state(folder)
         config, labels = validate(document["config"], str(folder)), document["num_labels"]
