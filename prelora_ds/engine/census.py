@@ -53,13 +53,11 @@ def settled(count: Callable[[], T], done: Callable[[T], bool], seconds: float = 
     """``count()`` as soon as it is ``done``, or its last value after ``seconds``.
 
     A thread of gloo drops the tensors of a collective a moment after its wait() has returned, so bytes counted right
-    behind one may still hold its buffer; what is leaked stays for longer than that. Cycles are collected again as well:
-    gc.collect() does nothing while another thread is in the middle of a collection of its own.
+    behind one may still hold its buffer; what is leaked stays for longer than that.
     """
     deadline = time.monotonic() + seconds
     while not done(value := count()) and time.monotonic() < deadline:
         time.sleep(0.02)
-        gc.collect()
     return value
 
 

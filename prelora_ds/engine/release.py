@@ -55,7 +55,10 @@ def _clear_release_cache() -> None:
 
 def trim_memory() -> None:
     """Collect cycles and hand free pages back to the system (glibc keeps them) and to the device."""
-    gc.collect()
+    # One collection is not enough: a tensor that one of torch's C++ nodes holds is freed by the one after the node's.
+    # Whether there is such a tensor depends on when Python collected by itself.
+    while gc.collect():
+        pass
     if torch.cuda.is_available():
         get_accelerator().empty_cache()
     try:

@@ -34,8 +34,9 @@ def null_transitions(zero):
 
     torch.manual_seed(7)
     t = Trainer(cfg)
-    rebuilt, left, rss = [], [], []
-    for _ in range(STEPS):
+    rebuilt, left, rss, collected = [], [], [], gc.get_threshold()
+    for step in range(STEPS):
+        gc.set_threshold((50, 200, 700)[step % 3], 2 + 8 * (step % 2), 2)  # it changes what one collection leaves
         rebuilt += t.train(1)
         t.switch(t.full)
         left.append(what_lives())
@@ -50,6 +51,7 @@ def null_transitions(zero):
     assert median(rss[-5:]) - median(rss[5:10]) < 0.5 * sum(census(t.engine).values()), rss
     assert same(t.whole_state(), state) == []
     assert len(state) == 4 * len(t.layout.parameters)
+    gc.set_threshold(*collected)
     t.close()
 
 
