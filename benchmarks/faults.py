@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from support.launches import Job, Zygote, differences, traces, zygote
 
 from prelora_ds.checkpoints.folder import list_checkpoints, step_of
-from prelora_ds.data.writer import DIGIT_CLASSES, digits, write_shards
+from prelora_ds.data.writer import write_digits
 from prelora_ds.launching.claim import is_finished
 
 STAGES, WORLD = (0, 1, 2, 3), 2
@@ -43,8 +43,7 @@ def main() -> None:
     per_stage = -(-args.kills // len(STAGES))
     with tempfile.TemporaryDirectory() as folder, zygote() as forge:
         shards = Path(folder) / "digits"
-        for split in ("train", "val"):
-            write_shards(digits(split), shards / split, samples_per_shard=512, class_names=DIGIT_CLASSES)
+        write_digits(shards)
         rows = [row for zero in STAGES for row in stage(forge, Path(folder), shards, zero, per_stage, args.seed)]
     print_table(rows, f"Kills, seed {args.seed}")
     resumes = sum(row["bitwise"] for row in rows)

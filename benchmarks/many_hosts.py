@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from hosts import cluster, refusals, scenarios, slurm
 from hosts.scenarios import Site
 
-from prelora_ds.data.writer import DIGIT_CLASSES, digits, write_shards
+from prelora_ds.data.writer import write_digits
 
 Row = dict[str, Any]
 LAUNCHERS = ("pdsh", "openmpi", "mpirun", "mpich", "srun")
@@ -96,8 +96,7 @@ def main() -> None:
     rows: dict[str, Row] = {row["what"]: row for row in kept}
     with tempfile.TemporaryDirectory(prefix="hosts.", ignore_cleanup_errors=True) as name:
         folder, shards = Path(name), Path(name) / "digits"
-        for split in ("train", "val"):
-            write_shards(digits(split), shards / split, samples_per_shard=512, class_names=DIGIT_CLASSES)
+        write_digits(shards)
         for what, act in scenarios_of(shards, folder).items():
             if only is None or only in what:
                 rows[what] = {key: value.replace(str(folder), "DIR") if isinstance(value, str) else value

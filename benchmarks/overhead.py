@@ -83,11 +83,9 @@ def row(name: str, seconds: Sequence[float], bare: Sequence[float], losses: Sequ
 
 def write_recipe(folder: Path, steps: int) -> None:
     """Shards of the digits and the recipe that all loops follow, into ``folder``."""
-    from prelora_ds.data import writer
+    from prelora_ds.data.writer import write_digits
 
-    for split in ("train", "val"):
-        writer.write_shards(writer.digits(split), folder / split, samples_per_shard=512,
-                            class_names=writer.DIGIT_CLASSES)
+    write_digits(folder)
     recipe = {
         "run": {"name": "overhead", "output_dir": str(folder / "ours"), "seed": 0},
         "model": {"image_size": 8, "patch_size": 2, "num_channels": 1, "hidden_size": 384, "num_hidden_layers": 12,

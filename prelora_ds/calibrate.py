@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import platform
 import socket
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,9 +26,10 @@ import typer
 
 from prelora_ds.configuring import load_config, validate
 from prelora_ds.core.config import Config
-from prelora_ds.core.errors import ConfigError, ExpectedError
+from prelora_ds.core.errors import ConfigError
 from prelora_ds.core.plan import Layout, Phase, Plan, full_plan, lora_plan, warmup_plan
 from prelora_ds.core.timing import KINDS, SHARED, Rates, Work, step_work
+from prelora_ds.launching.exits import one_message
 
 LABELS = 1000
 PAYLOADS = (2**18, 2**23)  # fp32 elements of the all-reduces that give latency and bandwidth
@@ -239,8 +239,5 @@ def main(recipe: Path, out: Path, overrides: Annotated[list[str] | None, typer.A
 
 
 if __name__ == "__main__":
-    try:
+    with one_message():
         typer.run(main)
-    except ExpectedError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)

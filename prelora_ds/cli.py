@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from prelora_ds.core.errors import ConfigError, ExpectedError
+from prelora_ds.core.errors import ConfigError
 from prelora_ds.launching import commands
+from prelora_ds.launching.exits import one_message
 from prelora_ds.sharding import shards_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -93,11 +93,8 @@ def plan(recipe: Path, overrides: Annotated[list[str] | None, typer.Argument(hel
 
 def main() -> None:
     """Entry point: what a user can expect to happen is one message; a mistake of the user's is exit code 2."""
-    try:
+    with one_message():
         app()
-    except ExpectedError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +47,7 @@ class Run:
     progress: TrainProgress
     out: Path
     guard: Guard
+    hosts: Sequence[str]  # of each rank
     opened: ExitStack = field(default_factory=ExitStack)  # what the loop opens and the end of the run closes
 
 

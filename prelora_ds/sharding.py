@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -17,13 +16,6 @@ shards_app = typer.Typer(no_args_is_help=True, help="Write, index and check WebD
 # (rank, world size) of one launcher. A batch script has SLURM_PROCID and SLURM_NTASKS too, but is no task of srun.
 _LAUNCHERS = (("RANK", "WORLD_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE"),
               ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
-
-
-class Split(StrEnum):
-    """Parts of a data set."""
-
-    TRAIN = "train"
-    VAL = "val"
 
 
 SamplesPerShard = Annotated[int, typer.Option(min=1)]
@@ -48,10 +40,8 @@ def digits(out: Path, samples_per_shard: SamplesPerShard = 512) -> None:
     """Write scikit-learn's digits (1,797 real 8x8 images) to OUT/train and OUT/val."""
     from prelora_ds.data import writer
 
-    for split in Split:
-        manifest = writer.write_shards(writer.digits(split.value), out / split.value,
-                                       samples_per_shard=samples_per_shard, class_names=writer.DIGIT_CLASSES)
-        typer.echo(f"{out / split.value}: {len(manifest)} samples in {len(manifest.shards)} shards")
+    for split, manifest in writer.write_digits(out, samples_per_shard).items():
+        typer.echo(f"{out / split}: {len(manifest)} samples in {len(manifest.shards)} shards")
 
 
 @shards_app.command()
@@ -60,11 +50,11 @@ def photographs(out: Path, train: int = 256, val: int = 64, short_side: int = 38
     """Write JPEGs cut from the photographs of the scikit-image and foolbox wheels, labelled as in ImageNet."""
     from prelora_ds.data import writer
 
-    for split, count in ((Split.TRAIN, train), (Split.VAL, val)):
-        samples = writer.photographs(count, seed + (split is Split.VAL), short_side)
-        manifest = writer.write_shards(samples, out / split.value, samples_per_shard=samples_per_shard,
+    for split, count in (("train", train), ("val", val)):
+        samples = writer.photographs(count, seed + (split == "val"), short_side)
+        manifest = writer.write_shards(samples, out / split, samples_per_shard=samples_per_shard,
                                        class_names=writer.PHOTOGRAPH_CLASSES)
-        typer.echo(f"{out / split.value}: {len(manifest)} samples in {len(manifest.shards)} shards")
+        typer.echo(f"{out / split}: {len(manifest)} samples in {len(manifest.shards)} shards")
 
 
 @shards_app.command()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import socket
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -51,11 +50,13 @@ from prelora_ds.reporting.export import export_model
 from prelora_ds.reporting.progress import TrainProgress
 
 
-def train(config: Config, train_data: TrainData, val_data: Manifest, *, sources: Sequence[Path] = (),
-          origin: str | None = None, stop: StopRequest | None = None, guard: Guard | None = None) -> Accuracy:
+def train(config: Config, train_data: TrainData, val_data: Manifest, hosts: Sequence[str], *,
+          sources: Sequence[Path] = (), origin: str | None = None, stop: StopRequest | None = None,
+          guard: Guard | None = None) -> Accuracy:
     """Train to the end, from scratch or a checkpoint, and export the model to ``run.output_dir/model``. Collective.
 
-    sources: the checkpoints to go on from, newest first, as `claim_output` found them; rank 0's count, and its origin.
+    hosts: that of each rank. sources: the checkpoints to go on from, newest first, as `claim_output` found them; rank
+    0's count, and its origin.
     Returns the accuracy of the last step's engine. Raises TrainingDivergedError when the loss or the gradient norm is
     not as it should be, Stopped when ``stop`` asked for it and a checkpoint was written, NotSavedError when it was not.
     """
@@ -75,7 +76,7 @@ def train(config: Config, train_data: TrainData, val_data: Manifest, *, sources:
     run = Run(config, layout, timeline, train_data, val_data, CorruptBudget(config.data.corrupt_budget, samples),
               workers_of(config, train_data, progress),
               RunLog(out, make_monitor(out, done * config.train.global_batch_size)), progress, out,
-              guard or Guard(math.inf))
+              guard or Guard(math.inf), hosts)
     try:
         engine, state = _begin(run, saver, found)
         if stop is not None:
@@ -129,7 +130,7 @@ def _loop(run: Run, saver: Saver, stop: StopRequest, engine: Engine, state: RunS
     measured_at = timeline.ticks(config.convergence.every) if config.convergence else frozenset()
     evaluated_at, saved_at = timeline.ticks(config.train.eval_every), saver.ticks
     loader, resumed_at = _loader(run, engine, state.step), state.step
-    stragglers = StragglerWatch(_hosts())
+    stragglers = StragglerWatch(run.hosts)
 
     while state.step < total:
         step, begun = state.step + 1, time.perf_counter()
@@ -235,13 +236,6 @@ def _evaluate(run: Run, engine: Engine) -> Accuracy:
     with engine.evaluating() as logits:
         return evaluate(lambda images: run.guard.beat() or logits(images), batches,
                         samples=len(run.val_data), reduce=dist.all_reduce, device=engine.ds.device)
-
-
-def _hosts() -> list[str]:
-    """The host of each rank."""
-    names = [""] * dist.get_world_size()
-    dist.all_gather_object(names, socket.gethostname())
-    return names
 
 
 def _loader(run: Run, engine: Engine, start_step: int) -> Loader:

@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from support.pool import RankPool
+
+from prelora_ds.data.writer import write_digits
 
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(os.getcwd(), ".venv", "torch_extensions"))
 
@@ -30,6 +33,14 @@ def pools() -> Iterator[Pools]:
     pools = Pools()
     yield pools
     pools.close()
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits, ``train`` and ``val``, for tests that leave them as they are."""
+    folder = tmp_path_factory.mktemp("digits")
+    write_digits(folder)
+    return folder
 
 
 @pytest.fixture

@@ -154,10 +154,8 @@ def read_checkpoint(folder: Path, layout: Layout, rank: int, world_size: int) ->
 def prepare(out: Path, checkpoint: Checkpoint | None, origin: str | None = None) -> int:
     """Make the run's folder fit to go on from ``checkpoint``, or to begin; returns the steps done. Rank 0 acts.
 
-    origin: the path that named the checkpoint, where one did.
-
     Rows of later steps leave the logs, later checkpoints are set aside. A checkpoint of another run lends its base (by
-    links, where these can be made).
+    links, where these can be made). origin: the path that named the checkpoint, where one did.
     """
     done, root = 0 if checkpoint is None else checkpoint.run.step, out / FOLDER
     if dist.get_rank() == 0:

@@ -212,23 +212,23 @@ class Saver:
     def _commit(self, pending: _Pending, files: Files) -> None:
         manifest = CheckpointManifest(**{**vars(pending.manifest), "files": files})
         assert manifest.step is not None
-        final, c = step_folder(self.root, manifest.step), self._config.checkpoint
+        final = step_folder(self.root, manifest.step)
         commit(pending.partial, final, manifest)
-        ticks = frozenset() if c.keep_every is None else self._timeline.ticks(c.keep_every)
-        in_use = self.base
-
-        def tidy() -> None:  # what fails here costs no checkpoint: it has its name
-            try:
-                retain(self.root, last=c.keep_last, best=c.keep_best, ticks=ticks, in_use=in_use)
-            except OSError as exc:
-                self.say(f"warning: older checkpoints could not be removed: {exc}")
-
         try:
             sync_folder(self.root)
             write_text(self.root / LATEST, final.name + "\n")
         except OSError as exc:
             self.say(f"warning: {final.name} is whole, and its name could not be written into {LATEST}: {exc}")
-        self._removal = self._executor.submit(tidy)  # gigabytes take seconds to remove: not while the ranks wait
+        # Gigabytes take seconds to remove: not while the ranks wait.
+        self._removal = self._executor.submit(self._retain, self.base)
+
+    def _retain(self, in_use: str | None) -> None:
+        c = self._config.checkpoint
+        ticks = frozenset() if c.keep_every is None else self._timeline.ticks(c.keep_every)
+        try:
+            retain(self.root, last=c.keep_last, best=c.keep_best, ticks=ticks, in_use=in_use)
+        except OSError as exc:  # it costs no checkpoint: the new one has its name
+            self.say(f"warning: older checkpoints could not be removed: {exc}")
 
     def _commit_base(self, partial: Path, files: Files, plan: Plan) -> str:
         digest = hashlib.sha256(json.dumps({name: asdict(files[name]) for name in sorted(files)}).encode())

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 from uuid import uuid4
 
 import numpy as np
@@ -26,6 +26,8 @@ from prelora_ds.data.scan import ScannedShard, index_shard
 
 RawSample = tuple[str, bytes, str, int]
 
+Split = Literal["train", "val"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 DIGIT_CLASSES = tuple(map(str, range(10)))
 PHOTOGRAPH_CLASSES = tuple(f"imagenet-{label:03d}" for label in range(1000))
 _DIGITS_IN_VAL = 360
@@ -96,18 +98,24 @@ def _checked(samples: Iterable[RawSample], classes: int) -> Iterator[RawSample]:
         yield sample
 
 
-def digits(split: Literal["train", "val"], seed: int = 0) -> Iterator[RawSample]:
+def digits(split: Split, seed: int = 0) -> Iterator[RawSample]:
     """scikit-learn's handwritten digits as grey 8x8 PNGs: 1,437 samples in train, 360 in val, stratified by class."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    if split not in ("train", "val"):
+    if split not in SPLITS:
         raise ConfigError("split", split, "no such split of the digits", 'give "train" or "val"')
     images, labels = load_digits(return_X_y=True)
     train, val = train_test_split(np.arange(len(labels)), test_size=_DIGITS_IN_VAL, random_state=seed, stratify=labels)
     for index in train if split == "train" else val:
         pixels = np.rint(images[index].reshape(8, 8) * (255 / 16)).astype(np.uint8)
         yield f"{index:06d}", encode(Image.fromarray(pixels), "PNG"), "png", int(labels[index])
+
+
+def write_digits(out: Path, samples_per_shard: int = 512) -> dict[str, Manifest]:
+    """Write both splits of the digits to the new folders ``out``/train and ``out``/val; their manifests by split."""
+    return {split: write_shards(digits(split), out / split, samples_per_shard=samples_per_shard,
+                                class_names=DIGIT_CLASSES) for split in SPLITS}
 
 
 def photographs(count: int, seed: int = 0, short_side: int = 400) -> Iterator[RawSample]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,10 @@ def claim_output(folder: Path, config: Config, resume: str, data: Mapping[str, s
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigError("run.output_dir", str(folder), "is no folder", "choose another run.output_dir")
-    lease = None
-    try:
+    with _writing(folder), ExitStack() as refused:
         folder.mkdir(parents=True, exist_ok=True)
         lease = Lease(folder).take()
+        refused.callback(lease.release)
         begun = _check_folder(folder, config, resume)
         sources = candidates(folder, resume)
         new_run = bool(sources) and root_of(sources[0].resolve()) != (folder / FOLDER).resolve()
@@ -64,16 +65,17 @@ def claim_output(folder: Path, config: Config, resume: str, data: Mapping[str, s
         elif not begun and resume == "never":
             (folder / ORIGIN).unlink(missing_ok=True)
         write_text(folder / CONFIG, dump_yaml(config))
+        refused.pop_all()
+        return Claim(lease, sources, origin)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as exc:
-        if lease is not None:
-            lease.release()
         raise ConfigError("run.output_dir", str(folder), f"cannot be written ({exc.strerror})",
                           "choose a folder that you may write to") from exc
-    except ConfigError:
-        if lease is not None:
-            lease.release()
-        raise
-    return Claim(lease, sources, origin)
 
 
 def _check_folder(folder: Path, config: Config, resume: str) -> bool:

@@ -8,7 +8,8 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn, TextIO
 
 from prelora_ds.core.errors import INTERRUPTED_EXIT_CODE, STOPPED_EXIT_CODE, ExpectedError, Stopped
@@ -63,6 +64,16 @@ class _Outliving:
             os.dup2(nowhere, self._stream.fileno())  # what is still buffered, and what C code writes, goes there too
             os.close(nowhere)
             return None
+
+
+@contextmanager
+def one_message() -> Iterator[None]:
+    """For a command of one process: an ExpectedError is a line and its exit code, not a traceback."""
+    try:
+        yield
+    except ExpectedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 def fail(error: ExpectedError, ranks: Ranks) -> NoReturn:

@@ -64,6 +64,13 @@ def format_mpi_hosts(hosts: Sequence[Host]) -> str:
     return ",".join(f"{host.name}:{host.slots}" for host in hosts)
 
 
+def fill(word: str, values: Mapping[str, str]) -> str:
+    """``word`` with each {key} of ``values`` filled in, other braces untouched."""
+    for key, value in values.items():
+        word = word.replace("{" + key + "}", value)
+    return word
+
+
 def travels(value: str) -> bool:
     """Whether a remote shell leaves ``value`` as it is."""
     return re.fullmatch(r"[A-Za-z0-9_./:,=@%+^-]+", value) is not None

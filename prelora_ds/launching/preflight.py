@@ -19,7 +19,7 @@ from statistics import median
 from types import MappingProxyType
 from typing import Any
 
-from prelora_ds.launching.hostfile import Host
+from prelora_ds.launching.hostfile import Host, fill
 
 CLOCK_S = 1.0
 SLOW = 0.5  # of the median bandwidth
@@ -68,7 +68,7 @@ class _Line:
                    if key in os.environ]
         remote += [f"exec {shlex.quote(sys.executable)} -m prelora_ds.launching.hostcheck"]
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the line is open)
-        self.process = subprocess.Popen([*(word.format(host=host) for word in shlex.split(ssh)), "; ".join(remote)],
+        self.process = subprocess.Popen([*(fill(word, {"host": host}) for word in shlex.split(ssh)), "; ".join(remote)],
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors)
 
     def ask(self, name: str, timeout_s: float, **question: Any) -> dict[str, Any]:

@@ -53,23 +53,23 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
     ranks = complete(ranks, config.launch.interface)
     choose_interface(config.launch.interface, ranks.master_addr, os.environ)
     ranks.export(os.environ)
-    claim = None
+    claim, sources, origin = None, (), None
     if ranks.rank == 0:
         claim = claim_output(Path(config.run.output_dir), config, resume, identity(train_data, val_data))
+        sources, origin = claim.sources, claim.origin
     try:
         if claim is not None:
             guard.checks.append(claim.lease.check)
             print(dump_yaml(config), flush=True)
             warn_of_a_short_run(config, samples_per_epoch(config, len(train_data)))
         # After the claim: a rank 0 that is refused its folder has not yet let the others in, and its exit code counts.
-        call_the_roll(ranks, make_of(dump_yaml(config)), os.environ, config.launch.timeout_s, guard.end)
+        hosts = call_the_roll(ranks, make_of(dump_yaml(config)), os.environ, config.launch.timeout_s, guard.end)
         init_process_group()
         from prelora_ds.reporting.table import print_report
         from prelora_ds.train import train
 
         try:
-            train(config, train_data, val_data, sources=claim.sources if claim else (),
-                  origin=claim.origin if claim else None, stop=stop, guard=guard)
+            train(config, train_data, val_data, hosts, sources=sources, origin=origin, stop=stop, guard=guard)
             if ranks.rank == 0:
                 print_report(Path(config.run.output_dir))
             watch.mark("DONE")

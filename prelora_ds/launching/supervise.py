@@ -29,7 +29,7 @@ from prelora_ds.core.errors import (
     LaunchError,
 )
 from prelora_ds.launching.exits import LOST_PEER
-from prelora_ds.launching.hostfile import Host, format_hostfile, format_mpi_hosts, travels, write_ds_env
+from prelora_ds.launching.hostfile import Host, fill, format_hostfile, format_mpi_hosts, travels, write_ds_env
 from prelora_ds.launching.network import interface_environment
 from prelora_ds.launching.supervised import LEASE, read_json, write_json
 
@@ -281,13 +281,6 @@ def is_echo(record: dict[str, object]) -> bool:
 def succeeded(own: Path) -> bool:
     """Whether rank 0 left the mark that all is on disk."""
     return (own / "DONE").exists() or (own / "STOPPED").exists()
-
-
-def fill(word: str, values: dict[str, str]) -> str:
-    """``word`` with {hostfile} {master} {port} {hosts} {nodelist} {nodes} {ranks} filled in, other braces untouched."""
-    for key, value in values.items():
-        word = word.replace("{" + key + "}", value)
-    return word
 
 
 def check_policy(policy: Policy, hosts: Sequence[Host]) -> None:

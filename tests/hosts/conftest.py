@@ -2,25 +2,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hosts import cluster, slurm
 from hosts.scenarios import STEPS, Site, local
 
-from prelora_ds.data.writer import DIGIT_CLASSES, digits, write_shards
-
 
 @pytest.fixture(scope="session")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+def site(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Iterator[Site]:
     """Three hosts with Slurm; in CI a missing package is a failure, elsewhere a reason to skip."""
     why = cluster.why_not() or slurm.why_not()
     if why is not None:
         (pytest.fail if os.environ.get("CI") else pytest.skip)(f"no test hosts here: {why}")
     folder = tmp_path_factory.mktemp("cluster")
-    for split in ("train", "val"):
-        write_shards(digits(split), folder / "digits" / split, samples_per_shard=512, class_names=DIGIT_CLASSES)
     with cluster.Cluster(3, folder / "hosts") as hosts:
-        yield Site(hosts, folder / "digits", slurm.Slurm(hosts).start())
+        yield Site(hosts, shards, slurm.Slurm(hosts).start())
 
 
 @pytest.fixture(scope="session")

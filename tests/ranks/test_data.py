@@ -17,7 +17,7 @@ from support.runs import LABELS, Trainer, config
 
 from prelora_ds.data.batch import MicroBatch, draw_mix
 from prelora_ds.data.manifest import Manifest
-from prelora_ds.data.writer import DIGIT_CLASSES, digits, write_shards
+from prelora_ds.data.writer import write_digits
 
 DEBUG = "launch/recipes/vit_tiny_debug.yaml"
 
@@ -67,8 +67,7 @@ def mixed_step(loss):
 
 
 def test_above_the_budget_all_ranks_stop_with_one_message(forge, tmp_path):
-    for split in ("train", "val"):
-        write_shards(digits(split), tmp_path / split, samples_per_shard=512, class_names=DIGIT_CLASSES)
+    write_digits(tmp_path)
     manifest = Manifest.load(tmp_path / "train")
     with Path(manifest.place(1)).open("r+b") as shard:
         for row in manifest.rows[600:604]:
@@ -86,8 +85,7 @@ def test_above_the_budget_all_ranks_stop_with_one_message(forge, tmp_path):
 
 
 def test_a_run_bears_what_the_budget_allows_and_goes_on_with_mixup_and_sigmoid(forge, tmp_path):
-    for split in ("train", "val"):
-        write_shards(digits(split), tmp_path / split, samples_per_shard=512, class_names=DIGIT_CLASSES)
+    write_digits(tmp_path)
     manifest = Manifest.load(tmp_path / "train")
     row = manifest.rows[600]
     with Path(manifest.place(1)).open("r+b") as shard:

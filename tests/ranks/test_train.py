@@ -219,7 +219,8 @@ def log_bytes(folder):
     t, said = Trainer(config("zero2")), []
     manifest = Manifest(Path(folder), ("a",), (), 0, np.empty(0), Path(folder))
     run = Run(t.cfg, t.layout, Timeline(64, 8, t.cfg.train.duration), manifest, manifest, CorruptBudget(0.001, 64), 0,
-              RunLog(Path(folder), None), TrainProgress(100, shown=t.rank == 0), Path(folder), Guard(60))
+              RunLog(Path(folder), None), TrainProgress(100, shown=t.rank == 0), Path(folder), Guard(60),
+              ["here"] * t.world)
     t.train(2)
     weight = next(t.engine.module.parameters())
     t.engine.backward(t.batches())

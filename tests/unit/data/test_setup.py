@@ -14,15 +14,14 @@ from prelora_ds.data.loader import TrainLoader
 from prelora_ds.data.manifest import Manifest
 from prelora_ds.data.setup import count_workers, decode_rate, make_loader, open_data, samples_per_epoch
 from prelora_ds.data.unindexed import Unindexed, UnindexedLoader
-from prelora_ds.data.writer import DIGIT_CLASSES, digits, write_shards
+from prelora_ds.data.writer import digits, write_digits, write_shards
 from prelora_ds.reporting.plan import fastest_images_per_s
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("digits")
-    for split in ("train", "val"):
-        write_shards(digits(split), folder / split, samples_per_shard=512, class_names=DIGIT_CLASSES)
+    write_digits(folder)
     return folder
 
 

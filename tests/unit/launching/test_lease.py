@@ -71,7 +71,9 @@ def test_another_host_s_lease_counts_while_it_changes_and_not_after(tmp_path: Pa
 
 def test_a_number_given_to_another_process_is_no_holder(tmp_path: Path) -> None:
     left_behind(tmp_path, born="1")
-    Lease(tmp_path).take().release()
+    lease = Lease(tmp_path).take()
+    assert json.loads((tmp_path / NAME).read_text())["born"] not in (None, "1") and lease.check() is None
+    lease.release()
 
 
 def test_a_job_that_was_given_up_for_dead_learns_of_it_and_leaves_the_new_lease_alone(tmp_path: Path) -> None:
@@ -87,4 +89,6 @@ def test_a_job_that_was_given_up_for_dead_learns_of_it_and_leaves_the_new_lease_
 
 def test_a_lease_that_is_no_json_is_nobody_s(tmp_path: Path) -> None:
     (tmp_path / NAME).write_text("")
-    Lease(tmp_path).take().release()
+    lease = Lease(tmp_path).take()
+    assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid() and lease.check() is None
+    lease.release()
