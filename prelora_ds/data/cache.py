@@ -140,11 +140,20 @@ class Stager:
                 return
             try:
                 if not self._cache.add(shards[number], self._manifest.place(number), keep, self._stop):
+                    self._say_full(shards[number])
                     return
             except Exception as error:  # a full disk, a lost server: training goes on without the copy
-                print(f"warning: {self._manifest.place(number)} is not copied to {self._cache.folder}: {error}",
-                      file=sys.stderr, flush=True)
+                print(f"warning: {self._manifest.place(number)} is not copied to {self._cache.folder} on host "
+                      f"{socket.gethostname()}: {error}", file=sys.stderr, flush=True)
                 self._stop.wait(_LOOK_AGAIN_S)
+
+
+    def _say_full(self, shard: Shard) -> None:
+        """One line a node, whose ranks share the folder."""
+        if not self._stop.is_set() and os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"warning: {self._cache.folder} on host {socket.gethostname()} has no room for {shard.name}, of "
+                  f"{shard.size_bytes} bytes: what is not copied by now is read from {self._manifest.folder} for good",
+                  file=sys.stderr, flush=True)
 
 
 def _opened(place: str) -> Any:

@@ -13,13 +13,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from prelora_ds.launching.hostfile import Host, format_hostfile
 
 ROOT = Path(__file__).parents[2]
-TOOLS = ("/usr/sbin/sshd", "ssh", "ssh-keygen", "pdsh", "ip", "nsenter", "unshare", "setpriv")
+TOOLS = ("/usr/sbin/sshd", "ssh", "ssh-keygen", "pdsh", "ip", "tc", "nsenter", "unshare", "setpriv")
 VENV_BIN = Path(sys.executable).parent
 OWN_GROUP = ("setpriv", "--pdeathsig", "KILL")
 
@@ -136,6 +136,29 @@ class Cluster:
         for pid in self.pids(name):
             _kill(pid, signal_number)
 
+    def slow_link(self, name: str, mbit_s: int | None) -> None:
+        """Let no more than this through to the host; None: as much as there is."""
+        self._switch_run(f"tc qdisc replace dev p{name} root tbf rate {mbit_s}mbit burst 64kb latency 50ms"
+                         if mbit_s else f"tc qdisc del dev p{name} root")
+
+    @contextlib.contextmanager
+    def slow_processes(self, pids: Sequence[int], share: float) -> Iterator[None]:
+        """Let these processes have so much of a core together, by a cgroup of the machine's, removed after."""
+        group = Path(f"/sys/fs/cgroup/cpu/prelora-{os.getpid()}")
+        group.mkdir()
+        try:
+            (group / "cpu.cfs_period_us").write_text("5000")  # short, so that a step is slow all the time
+            (group / "cpu.cfs_quota_us").write_text(str(int(5000 * share)))
+            for pid in pids:
+                (group / "cgroup.procs").write_text(str(pid))
+            yield
+        finally:
+            for pid in pids:
+                with contextlib.suppress(OSError):  # it has ended
+                    (group.parent / "cgroup.procs").write_text(str(pid))
+            _wait_for(lambda: not (group / "cgroup.procs").read_text())
+            group.rmdir()
+
     def add_decoy(self, name: str, address: str) -> None:
         """An address that comes first in ``hostname -I`` and that no other host can reach."""
         own = f"{self.address(name)}/24 dev eth0"
@@ -169,7 +192,10 @@ class Cluster:
 
     def _ip(self, *commands: str) -> None:
         for command in commands:
-            subprocess.run(["nsenter", "-t", str(self._switch), "-n", "ip", *command.split()], check=True)
+            self._switch_run(f"ip {command}")
+
+    def _switch_run(self, command: str) -> None:
+        subprocess.run(["nsenter", "-t", str(self._switch), "-n", *command.split()], check=True)
 
     def _in_host(self, name: str, commands: str) -> None:
         for command in commands.split(";"):

@@ -8,11 +8,11 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from hosts.scenarios import Site, command_of, losses, refused
+from hosts.scenarios import PRETRAIN, Site, command_of, losses, refused
 
 
 def _pretrain(site: Site, folder: Path, *more: str) -> list[str]:
-    return ["launch/pretrain.py", *site.arguments(folder / "out", "launch.timeout_s=25", *more)]
+    return [PRETRAIN, *site.arguments(folder / "out", "launch.timeout_s=25", *more)]
 
 
 def port_in_use(site: Site) -> dict[str, Any]:

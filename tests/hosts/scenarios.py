@@ -23,6 +23,7 @@ from prelora_ds.metrics import read_lines
 
 RECIPE = "launch/recipes/vit_tiny_debug.yaml"
 PHASES = ["full", "warmup", "lora"]
+PRETRAIN = "launch/pretrain.py"
 FAULTY = "tests/hosts/faulty.py"
 PATIENCE_S, GRACE_S, HANG_S = 8, 4, 20
 # Seconds from a fault to the end of the last rank that it concerns: a hang's limit, or two looks at a silent host.
@@ -56,7 +57,7 @@ def losses(out: Path) -> list[float]:
 def local(site: Site, ranks: int, *more: str) -> list[float]:
     """Losses of as many ranks on one host, which every cluster has to reach."""
     out = site.new(f"local-{ranks}-{len(more)}") / "out"
-    done = site.cluster.run("host1", ["deepspeed", "--num_accelerators", ranks, "launch/pretrain.py",
+    done = site.cluster.run("host1", ["deepspeed", "--num_accelerators", ranks, PRETRAIN,
                                       *site.arguments(out, *more)], timeout=300)
     assert done.returncode == 0, done.stdout[-3000:]
     return losses(out)
@@ -88,7 +89,7 @@ def launch(site: Site, launcher: str, expected: Sequence[float], size: int = 2, 
     folder, hosts = site.new(f"{launcher}-{size}"), site.cluster.names[:size]
     command, environ = command_of(launcher, site, hosts, folder)
     begun, out = time.monotonic(), folder / "out"
-    process = site.cluster.start("host1", [*command, "launch/pretrain.py", *site.arguments(
+    process = site.cluster.start("host1", [*command, PRETRAIN, *site.arguments(
         out, "launch.interface=eth0", *more)], environ, log=folder / "log")
     started = _until(lambda: process.poll() is not None or _steps(out) > 0, timeout)
     process.wait(timeout)
@@ -117,10 +118,10 @@ class Fault:
     named: str = "host2"
 
 
-def rank_pids(site: Site, name: str) -> list[int]:
+def rank_pids(site: Site, name: str, script: str = FAULTY) -> list[int]:
     """Ranks on a host: Python with the script; the launchers above them have it further behind."""
-    return [pid for pid in site.cluster.pids(name, FAULTY)
-            if FAULTY in Path(f"/proc/{pid}/cmdline").read_text().split("\0")[1:3]]
+    return [pid for pid in site.cluster.pids(name, script)
+            if script in Path(f"/proc/{pid}/cmdline").read_text().split("\0")[1:3]]
 
 
 def _signal_rank(number: int) -> Callable[[Site], None]:
@@ -224,6 +225,62 @@ def refused(site: Site, name: str, command: Sequence[str | Path], words: Sequenc
             "says": line[:160], "result": "refused"}
 
 
+def slow_host(site: Site) -> dict[str, Any]:
+    """A host whose processor is slow is named while the run goes on: its rank gets a fifth of a core."""
+    folder, hosts = site.new("slow"), site.cluster.names
+    command, environ = command_of("mpirun", site, hosts, folder)
+    process = site.cluster.start("host1", [*command, PRETRAIN, *site.arguments(
+        folder / "out", "launch.interface=eth0", "train.global_batch_size=48", "train.duration=240 steps",
+        "train.eval_every=240 steps", "convergence=null")], environ, log=folder / "log")
+    plans = folder / "out" / "plans.jsonl"
+
+    def named() -> list[dict[str, Any]]:
+        return [row for row in read_lines(plans) if row["event"] == "straggler"]
+
+    _until(lambda: _steps(folder / "out") > 20 or process.poll() is not None, 120)
+    before, begun = {row["host"] for row in named()}, time.monotonic()
+    with site.cluster.slow_processes(rank_pids(site, "host2", PRETRAIN), share=0.2):
+        took = _until(lambda: process.poll() is not None or "host2" in {row["host"] for row in named()}, 120)
+    process.wait(200)
+    said = (folder / "log").read_text(errors="replace")
+    assert process.returncode == 0 and "host2" not in before, said[-3000:]
+    line = next(line for line in said.splitlines() if "warning: host host2" in line)
+    return {"what": "a host is slow", "hosts": len(hosts), "total_s": round(time.monotonic() - begun, 1),
+            "ended_s": round(took, 1), "named": True, "says": line[line.index("warning"):][:160],
+            "result": f"named after step {named()[-1]['step']}, and the run goes on"}
+
+
+def full_while_training(site: Site) -> dict[str, Any]:
+    """A host's own disk, where copies of shards go, is full: that host says so, and the run goes on without them."""
+    folder, full, port = site.new("full"), site.cluster.scratch / "full", 8123
+    command, environ = command_of("pdsh", site, site.cluster.names[:2], folder)
+    server = site.cluster.start("host1", ["python", "tests/support/web.py", site.shards, port], log=folder / "server")
+    with (folder / "ds_env").open("a") as file:
+        file.write(f"XDG_CACHE_HOME={folder}/home\n")  # copies of manifests
+    site.cluster.run("host2", ["dd", "if=/dev/zero", f"of={full}", "bs=1M"])
+    begun = time.monotonic()
+    try:
+        done = site.cluster.run("host1", [*command, PRETRAIN, *site.arguments(
+            folder / "out", "launch.interface=eth0", f"data.train=http://host1:{port}/train",
+            f"data.val=http://host1:{port}/val", f"data.cache_dir={site.cluster.scratch}/cache")], environ)
+    finally:
+        site.cluster.run("host2", ["rm", full])
+        for pid in site.cluster.pids("host1", "support/web.py"):
+            os.kill(pid, signal.SIGKILL)
+        server.wait()
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert losses(folder / "out") == local(site, 2)
+    line = next(line for line in done.stdout.splitlines() if "has no room for" in line)
+    assert "scratch/cache on host host2 has no room" in line, line
+    return {"what": "the disk of one host is full, while training", "hosts": 2, "named": True,
+            "total_s": round(time.monotonic() - begun, 1), "says": line[line.index("warning"):][:240],
+            "result": "goes on, losses those of local ranks, bitwise"}
+
+
+OTHER_FAULTS = {"the supervisor is killed": supervisor_killed, "a host is slow": slow_host,
+                "the disk of one host is full, while training": full_while_training}
+
+
 def preflight(site: Site) -> dict[str, Any]:
     """All hosts are fit, in less than a minute."""
     folder = site.new("preflight")
@@ -237,37 +294,36 @@ def preflight(site: Site) -> dict[str, Any]:
 
 
 def slurm_chain(site: Site) -> dict[str, Any]:
-    """The script of `prelora job` in a real Slurm: the warning, a checkpoint, 99, requeued, resumed to the end."""
+    """The script of `prelora job` in a real Slurm, with a limit of 3 minutes: before it Slurm sends its signal, and the
+    run ends with a checkpoint and 99, is requeued, and resumed to its end.
+
+    Slurm sends a signal up to a minute early, so 60 to 120 s after the start.
+    """
     assert site.slurm is not None
-    folder, begun = site.new("chain"), time.monotonic()
+    folder, begun, steps = site.new("chain"), time.monotonic(), 800
     profile = Path("prelora_ds/launching/profiles/slurm.yaml").read_text()
     (folder / "mine.yaml").write_text(profile.replace("ranks_per_node: 4", "ranks_per_node: 1").replace(
         "--ntasks-per-node=4", "--ntasks-per-node=1"))
-    arguments = site.arguments(folder / "out", "launch.interface=eth0", "train.duration=150 steps",
-                               "train.eval_every=50 steps", "checkpoint.every=10 steps")
+    arguments = site.arguments(folder / "out", "launch.interface=eth0", f"train.duration={steps} steps",
+                               "train.eval_every=200 steps", "checkpoint.every=20 steps")
     script = folder / "job.sh"
     done = site.cluster.run("host1", ["prelora", "job", *arguments[1:2], "--profile", folder / "mine.yaml",
                                       "--deepspeed-config", arguments[3], "--nodes", "2", "--spares", "1", "--walltime",
-                                      "30m", "--out", script, *arguments[4:]])
+                                      "3m", "--warn", "60", "--out", script, *arguments[4:]])
     assert done.returncode == 0, done.stdout
     script.write_text(script.read_text().replace("#!/bin/bash -l", "#!/bin/bash"))
     job = site.slurm.run(f"sbatch --parsable --chdir={folder} {script}").strip()
-    checkpoint = folder / "out" / "checkpoints" / "latest"
-    _until(checkpoint.exists, 150)
-    warned = time.monotonic()
-    site.slurm.run(f"scancel --batch --signal=USR1 {job}")
-    _until(lambda: "Restarts=1" in site.slurm.run(f"scontrol show job {job}").split(), 120)
-    requeued = time.monotonic() - warned
+    requeued = _until(lambda: "Restarts=1" in site.slurm.run(f"scontrol show job {job}").split(), 240)
     log = next(folder.glob("*.log"))
-    _until(lambda: "ended with 0" in log.read_text(), 200)
+    _until(lambda: "ended with 0" in log.read_text(), 600)
     rows = read_lines(folder / "out" / "plans.jsonl")
     resumed = [row["step"] for row in rows if row["event"] == "resume"]
-    steps = [row["step"] for row in read_lines(folder / "out" / "metrics.jsonl")]
-    assert resumed and steps == list(range(1, 151)), (resumed, len(steps))
+    done_steps = [row["step"] for row in read_lines(folder / "out" / "metrics.jsonl")]
+    assert resumed and done_steps == list(range(1, steps + 1)), (resumed, len(done_steps))
     assert "the run ended with 99" in log.read_text()
     return {"what": "a Slurm chain: signal, checkpoint, 99, requeue, resumed to the end", "hosts": 3,
             "total_s": round(time.monotonic() - begun, 1),
-            "result": f"requeued after {requeued:.0f} s, resumed at step {resumed[0]} of 150"}
+            "result": f"requeued {requeued:.0f} s after it was submitted, resumed after steps {resumed} of {steps}"}
 
 
 def _steps(out: Path) -> int:

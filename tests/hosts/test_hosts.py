@@ -23,12 +23,15 @@ def test_preflight_names_what_is_wrong_with_each_host(site: Site) -> None:
     (site.cluster.state / "host2" / "site" / "peft-9.9.9.dist-info").mkdir()
     metadata = site.cluster.state / "host2" / "site" / "peft-9.9.9.dist-info" / "METADATA"
     metadata.write_text("Metadata-Version: 2.1\nName: peft\nVersion: 9.9.9\n")
+    clock = site.cluster.state / "host2" / "site" / "sitecustomize.py"  # a namespace has no wall clock of its own
+    clock.write_text("import time\nthe_time = time.time\ntime.time = lambda: the_time() + 90\n")
     full = site.cluster.scratch / "full"
     hosts = site.cluster.state / "host3" / "hosts"
     before = hosts.read_text()
     try:
         hosts.write_text(before.replace(site.cluster.address("host3"), "127.0.1.1"))
         site.cluster.run("host3", ["dd", "if=/dev/zero", f"of={full}", "bs=1M"])
+        site.cluster.slow_link("host3", 200)
         hostfile = folder / "hosts"
         hostfile.write_text("host1 slots=1\nhost2 slots=1\nhost3 slots=1\nhost9 slots=1\n")
         done = site.cluster.run("host1", [
@@ -36,17 +39,20 @@ def test_preflight_names_what_is_wrong_with_each_host(site: Site) -> None:
             site.cluster.scratch, "--json", folder / "json", f"run.output_dir={folder}/out",
             f"data.train={site.shards}/train", f"data.val={site.shards}/none", "--interface", "eth0"])
     finally:
+        site.cluster.slow_link("host3", None)
         site.cluster.run("host3", ["rm", "-f", full])
         hosts.write_text(before)
+        clock.unlink()
         metadata.unlink()
         metadata.parent.rmdir()
     report = json.loads((folder / "json").read_text())
     assert done.returncode == 75 and not report["fit"], done.stdout
     problems = {host: " ".join(answer["problems"]) for host, answer in report["hosts"].items()}
     assert "there is no manifest" in problems["host1"] or "none" in problems["host1"]
-    assert "peft 9.9.9, on the others" in problems["host2"]
+    assert "peft 9.9.9, on the others" in problems["host2"] and "its clock is +90.0 s off" in problems["host2"]
     assert "points to 127.0.1.1" in problems["host3"] and "No space left" in problems["host3"]
     assert "not reachable" in problems["host9"]
+    assert [host for host, said in problems.items() if "slow: " in said] == ["host3"]
     for host in ("host1", "host2", "host3"):
         assert report["hosts"][host]["all_reduce"]["correct"]
         assert f"{host}: " in done.stdout

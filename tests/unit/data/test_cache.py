@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from support.staging import stage, stage_and_report
+from support.web import Server
 
 from prelora_ds.data.cache import ShardCache
 from prelora_ds.data.datasets import Look
@@ -42,26 +43,6 @@ def make(folder: Path, first: int = 0) -> Manifest:
 @pytest.fixture
 def manifest(tmp_path: Path) -> Manifest:
     return make(tmp_path / "train")
-
-
-class Server(http.server.SimpleHTTPRequestHandler):
-    """Python's own server, and ranges."""
-
-    def do_GET(self) -> None:
-        asked = self.headers.get("Range")
-        path = Path(self.translate_path(self.path))
-        if asked is None or not path.is_file():
-            return super().do_GET()
-        start, stop = asked.removeprefix("bytes=").split("-")
-        data = path.read_bytes()[int(start):int(stop) + 1]
-        self.send_response(206)
-        self.send_header("Content-Length", str(len(data)))
-        self.send_header("Content-Range", f"bytes {start}-{stop}/{path.stat().st_size}")
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: object) -> None:
-        pass
 
 
 @pytest.fixture
@@ -115,10 +96,12 @@ def test_staged_shards_are_whole_and_are_read_in_place_of_the_original(manifest,
     assert len(images) == 48 and not faults
 
 
-def test_what_does_not_fit_is_read_from_the_original_and_the_limit_holds(manifest, tmp_path):
+def test_what_does_not_fit_is_read_from_the_original_and_the_limit_holds(manifest, tmp_path, capsys):
     limit = 2 * manifest.shards[0].size_bytes + 100
     cache = ShardCache(tmp_path / "cache", limit)
     stage(manifest, cache)
+    said = capsys.readouterr().err
+    assert said.count("warning: ") == 1 and "has no room for" in said and f"read from {manifest.folder}" in said
     assert len(copies(cache.folder)) == 2
     assert sum(file.stat().st_size for file in copies(cache.folder)) <= limit
     images, faults = batches(manifest, cache)
