@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -297,15 +298,18 @@ def slurm_chain(site: Site) -> dict[str, Any]:
     """The script of `prelora job` in a real Slurm, with a limit of 3 minutes: before it Slurm sends its signal, and the
     run ends with a checkpoint and 99, is requeued, and resumed to its end.
 
-    Slurm sends a signal up to a minute early, so 60 to 120 s after the start.
+    Slurm sends a signal up to a minute early, so 60 to 120 s after the start; the run has steps for 150 s.
     """
     assert site.slurm is not None
-    folder, begun, steps = site.new("chain"), time.monotonic(), 800
+    folder, begun = site.new("chain"), time.monotonic()
+    local(site, 2, *STEPS)
+    pace = read_lines(site.cluster.state / f"runs/local-2-{len(STEPS)}/out/metrics.jsonl")[10:]
+    steps = 20 * round(150 / 20 / statistics.median(row["step_s"] + row["data_s"] for row in pace))
     profile = Path("prelora_ds/launching/profiles/slurm.yaml").read_text()
     (folder / "mine.yaml").write_text(profile.replace("ranks_per_node: 4", "ranks_per_node: 1").replace(
         "--ntasks-per-node=4", "--ntasks-per-node=1"))
     arguments = site.arguments(folder / "out", "launch.interface=eth0", f"train.duration={steps} steps",
-                               "train.eval_every=200 steps", "checkpoint.every=20 steps")
+                               f"train.eval_every={steps} steps", "checkpoint.every=20 steps")
     script = folder / "job.sh"
     done = site.cluster.run("host1", ["prelora", "job", *arguments[1:2], "--profile", folder / "mine.yaml",
                                       "--deepspeed-config", arguments[3], "--nodes", "2", "--spares", "1", "--walltime",
