@@ -59,7 +59,7 @@ test-faults: setup  ## kill ranks 32 times, drawn by a seed, and compare with ru
 	python benchmarks/faults.py
 
 test-hosts: setup  ## 2, 4 and 16 hosts and every fault, in namespaces (root; about 30 minutes): benchmarks/results/hosts.json
-	python benchmarks/many_hosts.py
+	python benchmarks/many_hosts.py | tee benchmarks/results/hosts.log
 
 lint: setup  ## ruff, mypy on the core, and the import contracts
 	ruff check .

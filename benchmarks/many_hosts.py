@@ -26,7 +26,7 @@ from hosts.scenarios import Site
 from prelora_ds.data.writer import write_digits
 
 Row = dict[str, Any]
-LAUNCHERS = ("pdsh", "openmpi", "mpirun", "mpich", "srun")
+LAUNCHERS = ("pdsh", "openmpi", "mpirun", "mpich", "srun", "torchrun")
 
 
 def scenarios_of(shards: Path, folder: Path) -> dict[str, Callable[[], Row]]:
@@ -49,7 +49,7 @@ def scenarios_of(shards: Path, folder: Path) -> dict[str, Callable[[], Row]]:
         return lambda site: scenarios.strike(site, fault, expected(2, *scenarios.STEPS), 2, *more)
 
     large = "train.micro_batch_size=4"  # 16 ranks of 64 images
-    found = {f"{launcher}, {size} hosts": on(size, launch(launcher, size), launcher == "srun")
+    found = {f"{launcher}, {size} hosts": on(size, launch(launcher, size), launcher in ("srun", "torchrun"))
              for size in (2, 4) for launcher in LAUNCHERS}
     found |= {"preflight, 16 hosts": on(16, scenarios.preflight)}
     found |= {f"{launcher}, 16 hosts": on(16, lambda site, launcher=launcher: scenarios.launch(

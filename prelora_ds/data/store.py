@@ -101,6 +101,8 @@ class SampleStore:
 
     @staticmethod
     def _whole(data: _Bytes, length: int) -> _Bytes:
+        if len(data) > length:
+            raise OSError(errno.EPROTO, f"{len(data)} bytes came for {length} asked for: does its server know ranges?")
         if len(data) != length:
             raise OSError(errno.ENODATA, f"only {len(data)} bytes there")
         return data

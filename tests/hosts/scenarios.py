@@ -80,7 +80,12 @@ def command_of(launcher: str, site: Site, hosts: Sequence[str], folder: Path) ->
         "mpich": ["/usr/bin/mpiexec.hydra", "-hosts", ",".join(hosts), "-n", str(len(hosts)), "-ppn", "1", "-genv",
                   "MASTER_ADDR", hosts[0], "python"],
         "srun": ["srun", f"--nodes={len(hosts)}", f"--ntasks={len(hosts)}", "--ntasks-per-node=1",
-                 "--kill-on-bad-exit=1", "--wait=30", "python"]}
+                 "--kill-on-bad-exit=1", "--wait=30", "python"],
+        # One on each host, which starts the host's ranks.
+        "torchrun": ["srun", f"--nodes={len(hosts)}", f"--ntasks={len(hosts)}", "--ntasks-per-node=1",
+                     "--kill-on-bad-exit=1", "bash", "-c",
+                     f'exec torchrun --nnodes={len(hosts)} --nproc-per-node=1 --master-addr={hosts[0]} '
+                     '--node-rank="$SLURM_PROCID" "$@"', "torchrun"]}
     return commands[launcher], {"DS_ENV_FILE": str(folder / "ds_env"), **(site.slurm.environ if site.slurm else {})}
 
 

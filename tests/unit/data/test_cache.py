@@ -45,10 +45,11 @@ def manifest(tmp_path: Path) -> Manifest:
     return make(tmp_path / "train")
 
 
-@pytest.fixture
-def url(manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+@pytest.fixture(params=[Server])
+def url(request: pytest.FixtureRequest, manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) \
+        -> Iterator[str]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    handler = functools.partial(Server, directory=str(manifest.folder))
+    handler = functools.partial(request.param, directory=str(manifest.folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
@@ -205,3 +206,11 @@ def test_a_bad_moment_of_a_store_is_tried_again(manifest, monkeypatch):
     monkeypatch.setattr(os, "preadv", flaky)
     assert store.read(2)[1] == 2 and len(calls) == 3
     store.close()
+
+
+@pytest.mark.parametrize("url", [http.server.SimpleHTTPRequestHandler], indirect=True)
+def test_a_server_without_ranges_is_told_from_a_cut_shard(url):
+    remote = Manifest.load(url)
+    size = remote.shards[0].size_bytes
+    with pytest.raises(CorruptSampleError, match=rf"{size} bytes came for \d+ asked for: does its server know ranges"):
+        SampleStore(remote).read(0)
