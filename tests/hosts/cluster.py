@@ -144,7 +144,7 @@ class Cluster:
     @contextlib.contextmanager
     def slow_processes(self, pids: Sequence[int], share: float) -> Iterator[None]:
         """Let these processes have so much of a core together, by a cgroup of the machine's, removed after."""
-        group = Path(f"/sys/fs/cgroup/cpu/prelora-{os.getpid()}")
+        group = Path(f"/sys/fs/cgroup/cpu/prelora-{os.getpid()}-{time.monotonic_ns()}")
         group.mkdir()
         try:
             (group / "cpu.cfs_period_us").write_text("5000")  # short, so that a step is slow all the time
