@@ -147,8 +147,8 @@ class Cluster:
         group = Path(f"/sys/fs/cgroup/cpu/prelora-{os.getpid()}-{time.monotonic_ns()}")
         group.mkdir()
         try:
-            (group / "cpu.cfs_period_us").write_text("5000")  # short, so that a step is slow all the time
-            (group / "cpu.cfs_quota_us").write_text(str(int(5000 * share)))
+            (group / "cpu.cfs_period_us").write_text("10000")  # short, so that a step is slow all the time
+            (group / "cpu.cfs_quota_us").write_text(str(int(10000 * share)))
             for pid in pids:
                 (group / "cgroup.procs").write_text(str(pid))
             yield

@@ -217,7 +217,8 @@ def supervisor_killed(site: Site) -> dict[str, Any]:
     process.wait(30)
     assert process.returncode != 0
     return {"what": "the supervisor is killed", "hosts": 2, "ended_s": round(time.monotonic() - struck, 1),
-            "named": all('"host": "host' in text for text in records), "says": next(text for text in records if '"code": 87' in text)[:160], "result": "ranks end, 87"}
+            "named": all('"host": "host' in text for text in records),
+            "says": next(text for text in records if '"code": 87' in text)[:160], "result": "ranks end, 87"}
 
 
 def refused(site: Site, name: str, command: Sequence[str | Path], words: Sequence[str], environ: dict[str, str],
@@ -236,7 +237,7 @@ def refused(site: Site, name: str, command: Sequence[str | Path], words: Sequenc
 
 
 def slow_host(site: Site) -> dict[str, Any]:
-    """A host whose processor is slow is named while the run goes on: the ranks have half a core each, then one a tenth."""
+    """A host whose processor is slow is named while the run goes on: ranks have half a core each, then one a tenth."""
     folder, hosts = site.new("slow"), site.cluster.names
     command, environ = command_of("mpirun", site, hosts, folder)
     process = site.cluster.start("host1", [*command, PRETRAIN, *site.arguments(
