@@ -138,6 +138,10 @@ class Supervisor:
             return [host.name for host, answers in zip(hosts, pool.map(self._answers, hosts), strict=True)
                     if not answers]
 
+    def _silent_twice(self, hosts: Sequence[Host]) -> list[str]:
+        suspects = self._silent(hosts)
+        return self._silent([host for host in hosts if host.name in suspects])
+
     def _answers(self, host: Host) -> bool:
         command = [fill(word, {"host": host.name}) for word in shlex.split(self.policy.probe)]
         try:
@@ -214,7 +218,7 @@ class Supervisor:
         told = {read_json(path).get("rank") for path in own.glob("exit-*.json")}
         ranks = map(read_json, own.glob("rank-*.json"))
         unheard = {str(rank["host"]) for rank in ranks if rank.get("rank") not in told}
-        return ([] if succeeded(own) else self._silent(hosts)), unheard
+        return ([] if succeeded(own) else self._silent_twice(hosts)), unheard
 
     def _end(self, process: subprocess.Popen[bytes], attempt: int) -> None:
         for number in (signal.SIGTERM, signal.SIGKILL):
@@ -235,11 +239,12 @@ class Supervisor:
             return Failure(TRY_AGAIN_EXIT_CODE, f"host {', '.join(silent)} does not answer", silent[0])
         by_age = sorted(own.glob("exit-*.json"), key=lambda path: (path.stat().st_mtime_ns, path.name))
         records = [read_json(path) for path in by_age]
-        came = [str(read_json(path).get("host")) for path in own.glob("rank-*.json")]
+        came = [known_as(str(read_json(path).get("host")), hosts) for path in own.glob("rank-*.json")]
         own_fault = [record for record in records if not is_echo(record)]
         if own_fault:
             first = own_fault[0]
-            return Failure(int(first["code"]), f"rank {first['rank']}: {first['why']}", first["host"],
+            return Failure(int(first["code"]), f"rank {first['rank']}: {first['why']}",
+                           known_as(str(first["host"]), hosts),
                            str(first["why"]).splitlines()[0])
         if len(came) < sum(host.slots for host in hosts):
             absent = sorted({host.name for host in hosts} - set(came))
@@ -247,7 +252,7 @@ class Supervisor:
                 return Failure(TRY_AGAIN_EXIT_CODE, f"no rank came on host {', '.join(absent)}; the launcher says: "
                                + _tail(own / "launcher.log"), absent[0], "no rank came")
         if len(unheard) == 1:
-            host, = unheard
+            host = known_as(*unheard, hosts)
             code = int(records[0]["code"]) if records else TRY_AGAIN_EXIT_CODE
             return Failure(code, f"the rank on host {host} left no record of its end: killed, frozen or cut off", host,
                            "no record")
@@ -276,6 +281,12 @@ def is_echo(record: dict[str, object]) -> bool:
         return True
     its_own = why.startswith(("BrokenPipeError", "ConnectionResetError"))  # of a pipe or socket on that host
     return not its_own and any(sign in why for sign in LOST_PEER)
+
+
+def known_as(name: str, hosts: Sequence[Host]) -> str:
+    """The name in the hostfile of the host that calls itself ``name``: one of them may have a domain behind it."""
+    same = [host.name for host in hosts if host.name == name or host.name.split(".")[0] == name.split(".")[0]]
+    return name if name in same or len(same) != 1 else same[0]
 
 
 def succeeded(own: Path) -> bool:

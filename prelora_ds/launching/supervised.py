@@ -43,8 +43,8 @@ class Supervision:
         # This thread looks every few seconds, unless the whole process is stopped.
         if self._looked_at is not None and now - self._looked_at > ASLEEP_S:
             self._slept_s = now - self._looked_at
-        self._looked_at = now
         lease = read_json(self.folder.parent / LEASE)
+        self._looked_at = time.monotonic()  # a shared disk that stalls is no sleep of this process
         if lease.get("attempt", self.attempt) > self.attempt:
             return FENCED_EXIT_CODE, self._says(f"attempt {lease['attempt']} runs, this is attempt {self.attempt}")
         if lease and lease != self._seen:

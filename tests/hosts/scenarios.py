@@ -183,7 +183,7 @@ def strike(site: Site, fault: Fault, expected: Sequence[float], nodes: int = 2, 
     assert failure.exists(), said[-3000:]
     assert bounded < LIMIT_S, f"{bounded:.0f} s"
     named = next(line for line in said.splitlines() if "attempt 1 failed" in line)
-    assert fault.named in said, said[-3000:]
+    assert f"failed on {fault.named}" in named, named
     assert "(exit code 0)" not in named
     assert process.returncode == 0, said[-3000:]
     got = losses(out)
@@ -208,8 +208,7 @@ def supervisor_killed(site: Site) -> dict[str, Any]:
     for pid in site.cluster.pids("host1", "prelora supervise"):
         os.kill(pid, signal.SIGKILL)
     struck = time.monotonic()
-    gone = _until(lambda: not any(rank_pids(site, name) for name in ("host1", "host2")), LIMIT_S)
-    assert gone < LIMIT_S
+    _until(lambda: not any(rank_pids(site, name) for name in ("host1", "host2")), LIMIT_S)
     records = [path.read_text() for path in (folder / "out.supervise" / "attempt-1").glob("exit-*.json")]
     # A rank may feel that another has ended before it looks at the lease itself.
     ends = [json.loads(text) for text in records]

@@ -51,7 +51,7 @@ def test_directives_come_first_and_ask_for_nodes_spares_time_and_account(profile
     assert all(re.fullmatch(r"#PBS -[A-Za-z] ?\S*|#SBATCH --[a-z-]+(=\S+)?", line) for line in head), head
     text = "\n".join(head)
     assert re.search(r"select=17:" if pbs else r"--nodes=17\b", text) and "02:00:00" in text and "acct" in text
-    assert ("sleep 6900" if pbs else "--signal=B:USR1@300") in "\n".join(lines)
+    assert ("left=$(( 6900 > SECONDS ? 6900 - SECONDS : 1 ))" if pbs else "--signal=B:USR1@300") in "\n".join(lines)
     if not pbs:
         assert "#SBATCH --requeue" in head and "#SBATCH --open-mode=append" in head
 

@@ -36,7 +36,7 @@ def test_a_signal_is_a_wish_and_ends_nothing(number, kept_handlers) -> None:
 def test_a_second_signal_leaves_at_once() -> None:
     code = ("import os, signal, time\nfrom prelora_ds.launching import stop\nstop.ONE_WISH_S = 0.2\n"
             "s = stop.StopRequest().install()\ns.begin_steps()\nos.kill(os.getpid(), 15)\nassert s.asked()\n"
-            "time.sleep(0.3)\n"
+            "time.sleep(0.3)\nos.kill(os.getpid(), 10)\n"  # the same wish, by the supervisor's lease
             "os.kill(os.getpid(), 15)\ntime.sleep(60)")
     assert subprocess.run([sys.executable, "-c", code], timeout=30, check=False).returncode == 128 + 15
 

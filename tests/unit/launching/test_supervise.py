@@ -11,7 +11,7 @@ import pytest
 
 from prelora_ds.core.errors import ConfigError, LaunchError
 from prelora_ds.launching.hostfile import Host
-from prelora_ds.launching.supervise import Policy, Supervisor, check_policy, fill, is_echo
+from prelora_ds.launching.supervise import Policy, Supervisor, check_policy, fill, is_echo, known_as
 from prelora_ds.launching.supervised import LEASE, Supervision, read_json, write_json
 
 HOSTS = [Host("a", 2), Host("b", 2), Host("c", 2)]
@@ -127,6 +127,14 @@ def test_the_launcher_gets_hostfile_environment_and_the_words_filled_in(world: W
     assert (own / "hostfile").read_text() == "a slots=2\nb slots=2\n"
     assert "GLOO_SOCKET_IFNAME=eth0\n" in (own / "ds_env").read_text()
     assert fill("{a}:{b}{c}", {"a": "1", "b": "2"}) == "1:2{c}"
+
+
+def test_a_host_is_known_by_its_name_in_the_hostfile() -> None:
+    full, short = [Host("n1.hsn.site", 4), Host("n2.hsn.site", 4)], [Host("n1", 4), Host("n2", 4)]
+    assert known_as("n2", full) == "n2.hsn.site" and known_as("n2.hsn.site", short) == "n2"
+    assert known_as("n2", [*full, Host("n2.other", 4)]) == "n2", "two could be meant"
+    assert known_as("n2", [Host("10.0.0.1", 4), Host("10.0.0.2", 4)]) == "n2"
+    assert known_as("10.0.0.2", [Host("10.0.0.1", 4), Host("10.0.0.2", 4)]) == "10.0.0.2"
 
 
 def test_a_rank_that_only_felt_anothers_end_is_an_echo() -> None:
