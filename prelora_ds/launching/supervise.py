@@ -30,6 +30,7 @@ from prelora_ds.core.errors import (
 )
 from prelora_ds.launching.exits import LOST_PEER
 from prelora_ds.launching.hostfile import Host, fill, format_hostfile, format_mpi_hosts, travels, write_ds_env
+from prelora_ds.launching.lease import Lease
 from prelora_ds.launching.network import interface_environment
 from prelora_ds.launching.supervised import LEASE, read_json, write_json
 
@@ -89,8 +90,18 @@ class Supervisor:
     stop_asked: bool = False
 
     def run(self) -> int:
-        """Attempts until one succeeds; returns the exit code: 0, 99 (stopped with a checkpoint), or a failure's."""
+        """Attempts until one succeeds; returns the exit code: 0, 99 (stopped with a checkpoint), or a failure's.
+
+        Raises ConfigError when another supervisor has the run: a newer attempt would end its ranks.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
+        mine = Lease(self.folder).take()
+        try:
+            return self._attempts()
+        finally:
+            mine.release()
+
+    def _attempts(self) -> int:
         first = 1 + max((int(path.name.removeprefix("attempt-")) for path in self.folder.glob("attempt-*")), default=0)
         former: tuple[object, object] | None = None
         for attempt in range(first, first + self.policy.max_restarts + 1):

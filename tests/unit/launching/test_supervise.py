@@ -11,6 +11,7 @@ import pytest
 
 from prelora_ds.core.errors import ConfigError, LaunchError
 from prelora_ds.launching.hostfile import Host
+from prelora_ds.launching.lease import Lease
 from prelora_ds.launching.supervise import Policy, Supervisor, check_policy, fill, is_echo, known_as
 from prelora_ds.launching.supervised import LEASE, Supervision, read_json, write_json
 
@@ -127,6 +128,16 @@ def test_the_launcher_gets_hostfile_environment_and_the_words_filled_in(world: W
     assert (own / "hostfile").read_text() == "a slots=2\nb slots=2\n"
     assert "GLOO_SOCKET_IFNAME=eth0\n" in (own / "ds_env").read_text()
     assert fill("{a}:{b}{c}", {"a": "1", "b": "2"}) == "1:2{c}"
+
+
+def test_a_second_supervisor_is_refused_and_the_first_one_s_attempt_stays_the_newest(world: World) -> None:
+    (world.folder / "out").mkdir()
+    first = Lease(world.folder / "out").take()
+    with pytest.raises(ConfigError, match=r"is in use by process"):
+        world.supervisor("mark DONE").run()
+    assert not (world.folder / "out" / LEASE).exists() and not attempts(world)
+    first.release()
+    assert world.supervisor("mark DONE").run() == 0 and len(attempts(world)) == 1
 
 
 def test_a_host_is_known_by_its_name_in_the_hostfile() -> None:
