@@ -17,7 +17,6 @@ shards_app = typer.Typer(no_args_is_help=True, help="Write, index and check WebD
 _LAUNCHERS = (("RANK", "WORLD_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE"),
               ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
 
-
 SamplesPerShard = Annotated[int, typer.Option(min=1)]
 Workers = Annotated[int | None, typer.Option(min=1, help="processes; as many as this process may use cores, else")]
 Like = Annotated[Path | None, typer.Option(help="a folder of shards whose classes to take (for val: those of train)")]

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from prelora_ds.core.errors import (
     FENCED_EXIT_CODE,
@@ -226,9 +226,8 @@ class Supervisor:
                     return both, set()
                 suspects = silent
             time.sleep(TICK_S)
-        told = {read_json(path).get("rank") for path in own.glob("exit-*.json")}
-        ranks = map(read_json, own.glob("rank-*.json"))
-        unheard = {str(rank["host"]) for rank in ranks if rank.get("rank") not in told}
+        told = {record.get("rank") for record in records_of(own, "exit", hosts)}
+        unheard = {record["host"] for record in records_of(own, "rank", hosts) if record.get("rank") not in told}
         return ([] if succeeded(own) else self._silent_twice(hosts)), unheard
 
     def _end(self, process: subprocess.Popen[bytes], attempt: int) -> None:
@@ -248,14 +247,12 @@ class Supervisor:
         """Why an attempt failed: a silent host, else the first record that is no echo of another rank's end."""
         if silent:
             return Failure(TRY_AGAIN_EXIT_CODE, f"host {', '.join(silent)} does not answer", silent[0])
-        by_age = sorted(own.glob("exit-*.json"), key=lambda path: (path.stat().st_mtime_ns, path.name))
-        records = [read_json(path) for path in by_age]
-        came = [known_as(str(read_json(path).get("host")), hosts) for path in own.glob("rank-*.json")]
+        records = records_of(own, "exit", hosts)
+        came = [record["host"] for record in records_of(own, "rank", hosts)]
         own_fault = [record for record in records if not is_echo(record)]
         if own_fault:
             first = own_fault[0]
-            return Failure(int(first["code"]), f"rank {first['rank']}: {first['why']}",
-                           known_as(str(first["host"]), hosts),
+            return Failure(int(first["code"]), f"rank {first['rank']}: {first['why']}", first["host"],
                            str(first["why"]).splitlines()[0])
         if len(came) < sum(host.slots for host in hosts):
             absent = sorted({host.name for host in hosts} - set(came))
@@ -263,7 +260,7 @@ class Supervisor:
                 return Failure(TRY_AGAIN_EXIT_CODE, f"no rank came on host {', '.join(absent)}; the launcher says: "
                                + _tail(own / "launcher.log"), absent[0], "no rank came")
         if len(unheard) == 1:
-            host = known_as(*unheard, hosts)
+            host, = unheard
             code = int(records[0]["code"]) if records else TRY_AGAIN_EXIT_CODE
             return Failure(code, f"the rank on host {host} left no record of its end: killed, frozen or cut off", host,
                            "no record")
@@ -292,6 +289,12 @@ def is_echo(record: dict[str, object]) -> bool:
         return True
     its_own = why.startswith(("BrokenPipeError", "ConnectionResetError"))  # of a pipe or socket on that host
     return not its_own and any(sign in why for sign in LOST_PEER)
+
+
+def records_of(own: Path, kind: str, hosts: Sequence[Host]) -> list[dict[str, Any]]:
+    """What ranks left of their begin (``rank``) or their end (``exit``), oldest first; hosts as in the hostfile."""
+    paths = sorted(own.glob(f"{kind}-*.json"), key=lambda path: (path.stat().st_mtime_ns, path.name))
+    return [record | {"host": known_as(str(record.get("host")), hosts)} for record in map(read_json, paths)]
 
 
 def known_as(name: str, hosts: Sequence[Host]) -> str:

@@ -14,28 +14,21 @@ from prelora_ds.data.loader import TrainLoader
 from prelora_ds.data.manifest import Manifest
 from prelora_ds.data.setup import count_workers, decode_rate, make_loader, open_data, samples_per_epoch
 from prelora_ds.data.unindexed import Unindexed, UnindexedLoader
-from prelora_ds.data.writer import digits, write_digits, write_shards
+from prelora_ds.data.writer import digits, write_shards
 from prelora_ds.reporting.plan import fastest_images_per_s
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("digits")
-    write_digits(folder)
-    return folder
-
-
-def config(folder: Any, size: int = 16, **data: Any) -> Config:
+def config(shards: Any, size: int = 16, **data: Any) -> Config:
     return validate({"run": {"name": "r", "output_dir": "o"},
                      "model": {"image_size": 8, "patch_size": 2, "num_channels": 1},
-                     "data": {"train": str(folder / "train"), "val": str(folder / "val")} | data,
+                     "data": {"train": str(shards / "train"), "val": str(shards / "val")} | data,
                      "train": {"duration": "1 epoch", "global_batch_size": size, "micro_batch_size": size}}, "test")
 
 
-def test_a_manifest_and_a_pattern_each_have_their_loader(folder):
-    data = {"reader": "webdataset", "train": f"{folder}/train/shard-{{000000..000002}}.tar", "samples_per_epoch": 1437}
-    for cfg, kind, loader_kind in ((config(folder), Manifest, TrainLoader),
-                                   (config(folder, **data), Unindexed, UnindexedLoader)):
+def test_a_manifest_and_a_pattern_each_have_their_loader(shards):
+    data = {"reader": "webdataset", "train": f"{shards}/train/shard-{{000000..000002}}.tar", "samples_per_epoch": 1437}
+    for cfg, kind, loader_kind in ((config(shards), Manifest, TrainLoader),
+                                   (config(shards, **data), Unindexed, UnindexedLoader)):
         train, val = open_data(cfg)
         assert isinstance(train, kind) and train.classes == val.classes and len(train) == 1437
         loader = make_loader(cfg, train, rank=0, world_size=1, workers=0)
@@ -43,26 +36,26 @@ def test_a_manifest_and_a_pattern_each_have_their_loader(folder):
         loader.close()
 
 
-def test_a_dropped_tail_shortens_the_epoch_and_may_not_leave_it_empty(folder):
-    assert samples_per_epoch(config(folder, tail="drop", size=64), 1437) == 22 * 64
-    assert samples_per_epoch(config(folder, size=64), 1437) == 1437
+def test_a_dropped_tail_shortens_the_epoch_and_may_not_leave_it_empty(shards):
+    assert samples_per_epoch(config(shards, tail="drop", size=64), 1437) == 22 * 64
+    assert samples_per_epoch(config(shards, size=64), 1437) == 1437
     with pytest.raises(ConfigError, match=r"data\.tail = 'drop': leaves nothing"):
-        open_data(config(folder, tail="drop", size=2048))
+        open_data(config(shards, tail="drop", size=2048))
 
 
-def test_other_classes_are_refused(folder, tmp_path):
+def test_other_classes_are_refused(shards, tmp_path):
     write_shards([("a", next(digits("val"))[1], "png", 0)], tmp_path / "other", samples_per_shard=1, class_names=["x"])
     with pytest.raises(ConfigError, match=r"data\.val.*has 1 classes, and data\.train 10"):
-        open_data(config(folder, val=str(tmp_path / "other")))
+        open_data(config(shards, val=str(tmp_path / "other")))
 
 
-def test_workers_are_counted_by_what_the_lora_phase_wants_and_the_cores_to_spare(folder, monkeypatch):
+def test_workers_are_counted_by_what_the_lora_phase_wants_and_the_cores_to_spare(shards, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(32)))
     monkeypatch.setattr("prelora_ds.data.setup.decode_rate", lambda *_: 700.0)
-    train = Manifest.load(folder / "train")
+    train = Manifest.load(shards / "train")
 
     def chosen(images_per_s: float | None, ranks: int, **data: Any) -> int:
-        return count_workers(config(folder, **data), train, ranks_here=ranks, images_per_s=images_per_s)[0]
+        return count_workers(config(shards, **data), train, ranks_here=ranks, images_per_s=images_per_s)[0]
 
     assert chosen(500.0, 4, workers=3) == 3
     assert chosen(500.0, 4, workers="auto") == 1  # 1.25 * 500 / 700
@@ -70,18 +63,18 @@ def test_workers_are_counted_by_what_the_lora_phase_wants_and_the_cores_to_spare
     assert chosen(50_000.0, 4, workers="auto") == 7
     assert chosen(None, 4, workers="auto") == 7
     assert chosen(None, 32, workers="auto") == 1
-    _, why = count_workers(config(folder, workers="auto"), train, ranks_here=4, images_per_s=2000.0)
+    _, why = count_workers(config(shards, workers="auto"), train, ranks_here=4, images_per_s=2000.0)
     assert why == ("4 data workers: a rank wants 2,000 images/s in the LoRA phase (predicted), a worker makes 700 "
                    "(measured), 7 cores are to spare")
 
 
-def test_a_worker_s_rate_is_measured(folder):
-    assert decode_rate(config(folder), Manifest.load(folder / "train")) > 10
+def test_a_worker_s_rate_is_measured(shards):
+    assert decode_rate(config(shards), Manifest.load(shards / "train")) > 10
 
 
 @pytest.mark.parametrize(("name", "known"), [("A100-40", True), ("H200", True), (None, False)])
-def test_the_rate_of_the_fastest_phase_is_that_of_a_known_gpu(folder, name, known):
-    cfg = config(folder)
+def test_the_rate_of_the_fastest_phase_is_that_of_a_known_gpu(shards, name, known):
+    cfg = config(shards)
     cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"micro_batch_size": 4})})
     rate = fastest_images_per_s(cfg, 2, 4, name)
     assert (rate is not None and rate > 0) == known

@@ -33,12 +33,13 @@ def test_a_signal_is_a_wish_and_ends_nothing(number, kept_handlers) -> None:
     assert stop.asked() and stop.reason == number.name
 
 
-def test_a_second_signal_leaves_at_once() -> None:
+def test_a_second_sigterm_leaves_at_once_and_a_warning_between_does_not() -> None:
     code = ("import os, signal, time\nfrom prelora_ds.launching import stop\nstop.ONE_WISH_S = 0.2\n"
             "s = stop.StopRequest().install()\ns.begin_steps()\nos.kill(os.getpid(), 15)\nassert s.asked()\n"
-            "time.sleep(0.3)\nos.kill(os.getpid(), 10)\n"  # the same wish, by the supervisor's lease
+            "time.sleep(0.3)\nos.kill(os.getpid(), 10)\nprint('alive', flush=True)\n"  # as the supervisor's lease does
             "os.kill(os.getpid(), 15)\ntime.sleep(60)")
-    assert subprocess.run([sys.executable, "-c", code], timeout=30, check=False).returncode == 128 + 15
+    done = subprocess.run([sys.executable, "-c", code], timeout=30, check=False, capture_output=True)
+    assert (done.returncode, done.stdout) == (128 + 15, b"alive\n")
 
 
 def test_before_the_first_step_sigterm_ends_a_rank_and_a_warning_waits() -> None:
