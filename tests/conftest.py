@@ -50,8 +50,13 @@ def ranks(pools: Pools) -> RankPool:
 
 
 @pytest.fixture(scope="module")
-def own_ranks() -> Iterator[RankPool]:
-    """Two ranks for what the heap that other tests leave would blur."""
-    pool = RankPool(2)
-    yield pool
-    pool.close()
+def own_pools() -> Iterator[Pools]:
+    pools = Pools()
+    yield pools
+    pools.close()
+
+
+@pytest.fixture
+def own_ranks(own_pools: Pools) -> RankPool:
+    """Two ranks of a module's own, for what the heap that other tests leave would blur."""
+    return own_pools(2)
