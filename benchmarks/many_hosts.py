@@ -55,6 +55,7 @@ def scenarios_of(shards: Path, folder: Path) -> dict[str, Callable[[], Row]]:
     found |= {f"{launcher}, 16 hosts": on(16, lambda site, launcher=launcher: scenarios.launch(
         site, launcher, (), 16, large, timeout=500)) for launcher in ("pdsh", "mpirun")}
     found |= {"a Slurm chain": on(3, scenarios.slurm_chain, True)}
+    found |= {"a node of a Slurm job goes down": on(3, scenarios.slurm_node_dies, True)}
     found |= {fault.name: on(3, strike(fault)) for fault in scenarios.FAULTS}
     found |= {"no spare: fewer hosts": on(2, strike(scenarios.NO_SPARE, "--min-nodes", "1"))}
     found |= {name: on(3, act) for name, act in scenarios.OTHER_FAULTS.items()}
@@ -76,7 +77,7 @@ def figures(rows: Sequence[Row]) -> dict[str, float]:
     """What the rows amount to; the largest launch is the fastest of 16 hosts."""
     large = [row for row in rows if "start_s" in row and row["hosts"] == 16]
     names = {fault.name for fault in (*scenarios.FAULTS, scenarios.NO_SPARE)} | {
-        *scenarios.OTHER_FAULTS, *refusals.REFUSALS}
+        *scenarios.OTHER_FAULTS, *refusals.REFUSALS, "a node of a Slurm job goes down"}
     faults = [row for row in rows if row["what"] in names]
     return {"hosts": max((row["hosts"] for row in rows if "start_s" in row), default=0),
             "start_s": min((row["start_s"] for row in large), default=0.0),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 # How a process ends. 75, 87 and 88 are for whoever watches over a job.
 DIVERGED_EXIT_CODE = 1
 USAGE_EXIT_CODE = 2
@@ -16,11 +18,13 @@ INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells report it
 class ExpectedError(Exception):
     """An error whose text is the whole message: no traceback. ``exit_code`` is what the process ends with.
 
-    ``of_one_rank``: other ranks do not meet it, so the one that does has to say it.
+    ``of_one_rank``: other ranks do not meet it, so the one that does has to say it. ``blames``: the ranks that failed,
+    where the one that tells did not.
     """
 
     exit_code = DIVERGED_EXIT_CODE
     of_one_rank = False
+    blames: Sequence[int] = ()
 
 
 class ConfigError(ExpectedError, ValueError):
@@ -57,3 +61,7 @@ class LaunchError(ExpectedError, RuntimeError):
     """A host, a network or a port failed the run, not the recipe: another try, or another host, may work."""
 
     exit_code = TRY_AGAIN_EXIT_CODE
+
+    def __init__(self, text: str, blames: Sequence[int] = ()) -> None:
+        super().__init__(text)
+        self.blames = tuple(blames)

@@ -42,8 +42,8 @@ class Claim:
 def claim_output(folder: Path, config: Config, resume: str, data: Mapping[str, str]) -> Claim:
     """Take the output folder for this job and write config.yaml into it; by rank 0, before anything expensive.
 
-    data: what tells the data sets from others, by key. Raises ConfigError when a living job has the folder, when it
-    holds something else than this run, unfinished, or when it cannot be written; then nothing in it has changed.
+    data: what tells the data sets from others, by key. Raises LaunchError when a living job has the folder, ConfigError
+    when it holds something else than this run, unfinished, or cannot be written; then nothing in it has changed.
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigError("run.output_dir", str(folder), "is no folder", "choose another run.output_dir")

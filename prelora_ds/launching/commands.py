@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -136,23 +135,14 @@ def job(recipe: Path,
 def config_of(command: Sequence[str]) -> Config:
     """The config of a command line that ends in launch/pretrain.py and its arguments; raises ConfigError."""
     from prelora_ds.configuring import load_config
+    from prelora_ds.launching.arguments import parse_arguments
 
     script = next((i for i, word in enumerate(command) if word.endswith(".py")), None)
-    if script is None or "--recipe" not in command:
+    if script is None:
         raise ConfigError("COMMAND", " ".join(command), "has no `launch/pretrain.py --recipe ...`",
                           "write `-- LAUNCHER ... launch/pretrain.py --recipe RECIPE ...`")
-    words = list(command[script + 1:])
-
-    def value(option: str) -> str | None:
-        if option not in words or words.index(option) + 1 == len(words):
-            return None
-        at = words.index(option)
-        found = words[at + 1]
-        del words[at:at + 2]
-        return found
-
-    recipe, deepspeed_config = value("--recipe"), value("--deepspeed_config")
-    return load_config(recipe or "", [word for word in words if re.match(r"[\w.]+=", word)], deepspeed_config)
+    args = parse_arguments(command[script + 1:])
+    return load_config(args.recipe, args.overrides, args.deepspeed_config)
 
 
 def folders_of(config: Config) -> list[str]:

@@ -34,9 +34,9 @@ class Guard:
         threading.Thread(target=self._watch, name="guard", daemon=True).start()
         return self
 
-    def beat(self) -> None:
-        """The process has got on."""
-        self._beat = time.monotonic()
+    def beat(self, longer_s: float = 0.0) -> None:
+        """The process has got on; what comes next may take ``longer_s`` more than the limit."""
+        self._beat = time.monotonic() + longer_s
 
     def stop(self) -> None:
         self._ended.set()

@@ -27,8 +27,9 @@ class Profile(BaseModel):
     """What a site wants of a job; a YAML file of profiles/, or your own.
 
     directives: without ``#PBS``/``#SBATCH``; {{ account }}, {{ queue }}, {{ filesystems }}, {{ walltime }} and
-    {{ total_nodes }} are filled in. launcher: as of `prelora supervise`. one_each: starts a command once on each of
-    $nodelist ($count hosts). network: the variables of NCCL and its plugin, left out by --no-network.
+    {{ total_nodes }} are filled in. launcher: as of `prelora supervise`. on_host: starts a command on $host.
+    walltime_limits: seconds that a job of so many nodes may take in the queue that it gets when none is asked for.
+    network: the variables of NCCL and its plugin, left out by --no-network.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -38,9 +39,9 @@ class Profile(BaseModel):
     directives: tuple[str, ...] = ()
     setup: tuple[str, ...] = ()
     launcher: str
-    one_each: str
+    on_host: str
     probe: str
-    max_walltime_s: Annotated[int, Field(gt=0)] | None = None
+    walltime_limits: dict[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]] = {}
     scratch: str | None = None
     interface: str | None = None
     network: dict[str, str] = {}
@@ -113,7 +114,7 @@ def render(job: Job, profile: Profile, config: Config) -> str:
         "environment": {key: shlex.quote(value) for key, value in (profile.network if job.network else {}).items()},
         "output_dir": shlex.quote(str(out)),
         "stage": " ".join(f'{shlex.quote(a)} "{b}"' for a, b in zip(sets, copies, strict=True)) if job.stage else "",
-        "one_each": profile.one_each,
+        "on_host": profile.on_host,
         "prelora": f"{shlex.quote(sys.executable)} -u -m prelora_ds.cli", "probe": shlex.quote(profile.probe),
         "launcher": launcher + (f" {job.container}" if job.container else ""), "run": run}
     site = {"account": job.account, "queue": job.queue, "filesystems": job.filesystems, **values}
@@ -145,9 +146,15 @@ def _check(job: Job, profile: Profile) -> None:
         raise ConfigError("--account, --queue", f"{job.account} {job.queue}", "has odd characters", "give plain names")
     if "account" in " ".join(profile.directives) and job.account is None:
         raise ConfigError("--account", None, "is required at this site", "name the project that pays")
-    if profile.max_walltime_s is not None and job.walltime_s > profile.max_walltime_s:
-        raise ConfigError("--walltime", _clock(job.walltime_s), f"the site's limit is {_clock(profile.max_walltime_s)}",
-                          "ask for less; the run goes on in the next job")
+    total = job.nodes + job.spares
+    if profile.walltime_limits and job.queue is None:
+        limit = next((seconds for nodes, seconds in sorted(profile.walltime_limits.items()) if total <= nodes), None)
+        if limit is None:
+            raise ConfigError("--nodes", job.nodes, f"with {job.spares} spares: the site's limit is "
+                              f"{max(profile.walltime_limits)}", "ask for less, or name a --queue")
+        if job.walltime_s > limit:
+            raise ConfigError("--walltime", _clock(job.walltime_s), f"the site's limit for {total} nodes is "
+                              f"{_clock(limit)}", "ask for less, the run goes on in the next job; or name a --queue")
     if job.walltime_s <= 2 * job.warn_s:
         raise ConfigError("--walltime", _clock(job.walltime_s), f"is too short for a warning {job.warn_s} s ahead",
                           "ask for more, or a later --warn")

@@ -16,7 +16,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from prelora_ds.core.errors import FENCED_EXIT_CODE, ConfigError
+from prelora_ds.core.errors import FENCED_EXIT_CODE, LaunchError
 from prelora_ds.launching.supervised import read_json
 
 NAME = ".lease"
@@ -32,7 +32,7 @@ class Lease:
         self.path, self._token, self._ended = folder / NAME, uuid.uuid4().hex, threading.Event()
 
     def take(self) -> Lease:
-        """Raises ConfigError when a living job holds the folder; waits up to half a minute to see whether it lives."""
+        """Raises LaunchError when a living job holds the folder; waits up to half a minute to see whether it lives."""
         while True:
             try:
                 descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
@@ -82,8 +82,8 @@ class Lease:
             while not here and time.monotonic() - begun < DEAD_AFTER_S and read_json(self.path) == first:
                 time.sleep(0.5)
             if here or read_json(self.path) not in (first, {}):
-                raise ConfigError("run.output_dir", str(self.path.parent), f"is in use by process {first.get('pid')} "
-                                  f"on {first.get('host')}", "end that job, or choose another run.output_dir")
+                raise LaunchError(f"{self.path.parent} is in use by process {first.get('pid')} on {first.get('host')}\n"
+                                  "  remedy: end that job, or choose another run.output_dir")
         # Whoever moves it away may create the next one; what was moved must be what was judged.
         moved = self.path.with_name(f"{NAME}.{self._token}.dead")
         try:

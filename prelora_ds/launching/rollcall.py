@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from prelora_ds.core.errors import ConfigError, LaunchError
-from prelora_ds.launching.guard import end_now
 from prelora_ds.launching.network import is_mine
 from prelora_ds.launching.ranks import Ranks
 
@@ -41,10 +40,10 @@ class Card:
 
 
 def call_the_roll(ranks: Ranks, make: Mapping[str, str], environ: MutableMapping[str, str], timeout_s: float,
-                  end: Callable[[int, str], None] = end_now) -> list[str]:
+                  end: Callable[[LaunchError], None]) -> list[str]:
     """Wait for every rank and compare; returns the host of each rank. Collective.
 
-    end: how this process ends when torch's store itself hangs, as it does where something else listens at the port.
+    end: ends this process when torch's store itself hangs, as it does where something else listens at the port.
 
     Raises LaunchError when ranks are missing after ``timeout_s``, the master cannot be reached or its port is taken;
     ConfigError when a rank is there twice or a host has other versions, code or config. All ranks raise alike.
@@ -59,8 +58,8 @@ def call_the_roll(ranks: Ranks, make: Mapping[str, str], environ: MutableMapping
     where = f"MASTER_ADDR:MASTER_PORT = {ranks.master_addr}:{ranks.master_port}"
     remedy = "is this rank 0's address on the network that all hosts share? set MASTER_ADDR (deepspeed: --master_addr)"
     failed = f"{where}: host {here} (rank {ranks.rank}) did not get through to rank 0 in {timeout_s:g} s"
-    last_words = (LaunchError.exit_code, f"error: {failed}\n  remedy: {remedy}")
-    overdue = threading.Timer(timeout_s + 3 * READ_S, end, last_words)
+    lost = LaunchError(f"{failed}\n  remedy: {remedy}", blames=(0,))
+    overdue = threading.Timer(timeout_s + 3 * READ_S, end, (lost,))
     overdue.daemon = True
     overdue.start()
     try:
@@ -69,11 +68,11 @@ def call_the_roll(ranks: Ranks, make: Mapping[str, str], environ: MutableMapping
         verdict = _exchange(store, ranks, Card(ranks.rank, ranks.local_rank, here, make), timeout_s,
                             f"roll/{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}")
     except (DistError, RuntimeError) as exc:
-        raise LaunchError(f"{failed}: {str(exc).splitlines()[0]}\n  remedy: {remedy}") from exc
+        raise LaunchError(f"{failed}: {str(exc).splitlines()[0]}\n  remedy: {remedy}", blames=(0,)) from exc
     finally:
         overdue.cancel()
     if verdict["missing"]:
-        raise LaunchError(verdict["missing"])
+        raise LaunchError(*verdict["missing"])
     if verdict["mistake"]:
         raise ConfigError(*verdict["mistake"])
     environ.setdefault("TORCHELASTIC_RESTART_COUNT", "0")
@@ -101,7 +100,7 @@ def _exchange(store: Any, ranks: Ranks, card: Card, timeout_s: float, prefix: st
 
 
 def judge(cards: Sequence[Card], world_size: int, waited_s: float) -> dict[str, Any]:
-    """The hosts by rank, and ``missing`` (a text) or ``mistake`` (the four parts of a ConfigError)."""
+    """The hosts by rank, and the parts of a LaunchError (``missing``) or of a ConfigError (``mistake``)."""
     verdict: dict[str, Any] = {"hosts": [], "missing": None, "mistake": None}
     by_rank: dict[int, Card] = {}
     by_place: dict[tuple[str, int], Card] = {}
@@ -124,7 +123,7 @@ def judge(cards: Sequence[Card], world_size: int, waited_s: float) -> dict[str, 
         came = "; ".join(f"{host}: {_spans(of)}" for host, of in hosts.items())
         verdict["missing"] = (f"ranks {_spans(absent)} of {world_size} did not come within {waited_s:g} s; there were "
                               f"{came}\n  remedy: look at the hosts that are not in this list "
-                              "(`prelora preflight --hostfile ...`)")
+                              "(`prelora preflight --hostfile ...`)", absent)
         return verdict
     first = by_rank[0]
     for rank in range(world_size):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from prelora_ds.configuring import check_world, dump_yaml, load_config
 from prelora_ds.core.config import Config
-from prelora_ds.core.errors import ConfigError, Stopped
+from prelora_ds.core.errors import ConfigError, LaunchError, Stopped
 from prelora_ds.core.plan import Layout, Phase, warmup_plan
 from prelora_ds.core.schedule import Timeline
-from prelora_ds.launching.guard import Guard
+from prelora_ds.launching.guard import Guard, end_now
 from prelora_ds.launching.mpi import complete
 from prelora_ds.launching.network import choose_interface
 from prelora_ds.launching.ranks import Ranks
@@ -50,6 +50,11 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
     watch = watch or Supervision(None, ranks.rank)
     guard.checks.append(watch.check)
     guard.last_words = watch.ended
+
+    def give_up(error: LaunchError) -> NoReturn:
+        watch.failed(error)
+        end_now(error.exit_code, f"error: {error}")
+
     ranks = complete(ranks, config.launch.interface)
     choose_interface(config.launch.interface, ranks.master_addr, os.environ)
     ranks.export(os.environ)
@@ -62,8 +67,10 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
             guard.checks.append(claim.lease.check)
             print(dump_yaml(config), flush=True)
             warn_of_a_short_run(config, samples_per_epoch(config, len(train_data)))
+        guard.beat(config.launch.timeout_s)  # the roll call ends by itself, and says who is missing
         # After the claim: a rank 0 that is refused its folder has not yet let the others in, and its exit code counts.
-        hosts = call_the_roll(ranks, make_of(dump_yaml(config)), os.environ, config.launch.timeout_s, guard.end)
+        hosts = call_the_roll(ranks, make_of(dump_yaml(config)), os.environ, config.launch.timeout_s, give_up)
+        guard.beat()
         init_process_group()
         from prelora_ds.reporting.table import print_report
         from prelora_ds.train import train

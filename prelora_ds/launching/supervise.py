@@ -16,23 +16,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-from prelora_ds.core.errors import (
-    FENCED_EXIT_CODE,
-    HANG_EXIT_CODE,
-    ORPHAN_EXIT_CODE,
-    STOPPED_EXIT_CODE,
-    TRY_AGAIN_EXIT_CODE,
-    USAGE_EXIT_CODE,
-    ConfigError,
-    LaunchError,
-)
-from prelora_ds.launching.exits import LOST_PEER
+from prelora_ds.core.errors import STOPPED_EXIT_CODE, USAGE_EXIT_CODE, ConfigError, LaunchError
+from prelora_ds.launching.diagnosis import Failure, diagnose, records_of, succeeded
 from prelora_ds.launching.hostfile import Host, fill, format_hostfile, format_mpi_hosts, travels, write_ds_env
 from prelora_ds.launching.lease import Lease
 from prelora_ds.launching.network import interface_environment
-from prelora_ds.launching.supervised import LEASE, read_json, write_json
+from prelora_ds.launching.supervised import LEASE, write_json
 
 TICK_S = 0.5
 FENCE_S = 6.0  # a rank's guard looks at the lease every 5 s
@@ -46,8 +37,9 @@ class Policy:
     """How patient the supervisor is; seconds.
 
     nodes: hosts of the run, the others are spares; min_nodes: with fewer the run goes on where the batch divides.
-    patience_s: a rank that sees no change of the lease for so long ends. grace_s: between an end and SIGTERM, and again
-    between that and SIGKILL. probe_s: hosts are probed so often while the run goes; two silences end the attempt.
+    patience_s: a rank that sees no change of the lease for so long ends, and so long are hosts looked for when too few
+    answer. grace_s: between an end and SIGTERM, and again between that and SIGKILL. probe_s: hosts are probed so often
+    while the run goes; two silences end the attempt.
     """
 
     nodes: int
@@ -59,19 +51,6 @@ class Policy:
     probe: str = PROBE
     interface: str | None = None
     master_port: int = 29500
-
-
-@dataclass(frozen=True)
-class Failure:
-    """How an attempt ended: the exit code to pass on, why, and the host that began it (None: unknown).
-
-    kind: the same for two failures that are one, on whatever host; by default the first line of ``why``.
-    """
-
-    code: int
-    why: str
-    host: str | None = None
-    kind: str = ""
 
 
 @dataclass
@@ -89,69 +68,90 @@ class Supervisor:
     failures: Counter[str] = field(default_factory=Counter)
     stop_asked: bool = False
 
+    def __post_init__(self) -> None:
+        self._mine = Lease(self.folder)
+
     def run(self) -> int:
         """Attempts until one succeeds; returns the exit code: 0, 99 (stopped with a checkpoint), or a failure's.
 
-        Raises ConfigError when another supervisor has the run: a newer attempt would end its ranks.
+        Raises LaunchError when another supervisor has the run: a newer attempt would end its ranks.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        mine = Lease(self.folder).take()
+        self._mine.take()
         try:
             return self._attempts()
         finally:
-            mine.release()
+            self._mine.release()
 
     def _attempts(self) -> int:
         first = 1 + max((int(path.name.removeprefix("attempt-")) for path in self.folder.glob("attempt-*")), default=0)
         former: tuple[object, object] | None = None
         for attempt in range(first, first + self.policy.max_restarts + 1):
             self._renew(attempt)
-            chosen = self._choose_hosts()
+            chosen = self._choose_hosts(attempt)
             self.say(f"attempt {attempt}: {len(chosen)} hosts: {', '.join(host.name for host in chosen)}")
             outcome = self._attempt(attempt, chosen)
             if isinstance(outcome, int):
                 return outcome
-            self.say(f"attempt {attempt} failed{f' on {outcome.host}' if outcome.host else ''} (exit code "
-                     f"{outcome.code}): {outcome.why}")
+            where = f" on {', '.join(outcome.hosts)}" if outcome.hosts else ""
+            self.say(f"attempt {attempt} failed{where} (exit code {outcome.code}): {outcome.why}")
+            if (lost := self._mine.check()) is not None:
+                self.say(lost[1])
+                return lost[0]
             write_json(self.folder / f"attempt-{attempt}" / "failure.json", vars(outcome))
             if outcome.code == USAGE_EXIT_CODE or self.stop_asked:
                 return outcome.code
-            now = ((outcome.code, outcome.kind or outcome.why.splitlines()[0]), self.progress())
+            now = ((outcome.code, outcome.kind), self.progress())
             if now == former:
                 self.say("the same failure twice, and no checkpoint between: given up")
                 return outcome.code
             former = now
-            if outcome.host is not None:
-                self.failures[outcome.host] += 1
+            self.failures.update(outcome.hosts)
         self.say(f"{self.policy.max_restarts} restarts are used up: given up")
         return outcome.code
 
-    def _choose_hosts(self) -> list[Host]:
-        """The first healthy hosts, those that failed before last. Raises LaunchError when there are too few."""
-        silent = self._silent(self.hosts)
-        for name in silent:
-            self.say(f"host {name} does not answer")
-        healthy = sorted((host for host in self.hosts if host.name not in silent),
-                         key=lambda host: self.failures[host.name])
+    def _choose_hosts(self, attempt: int) -> list[Host]:
+        """The first healthy hosts, those that failed before last. Raises LaunchError when there stay too few."""
+        deadline, said = time.monotonic() + self.policy.patience_s, set[str]()
+        while True:
+            silent = self._unanswered(self.hosts)
+            for name in [name for name in silent if name not in said]:
+                self.say(f"host {name} does not answer")
+            said.update(silent)
+            if chosen := self._choose_from([host for host in self.hosts if host.name not in silent]):
+                return chosen
+            left = deadline - time.monotonic()
+            if self.stop_asked or left <= 0:
+                break
+            self._renew_for(min(left, self.policy.probe_s), attempt)  # what is silent may be a scheduler that restarts
+        raise LaunchError(f"{len(self.hosts) - len(silent)} of {len(self.hosts)} hosts answer, and the run needs "
+                          f"{self.policy.nodes}" + (f" (at least {self.policy.min_nodes}, where the batch divides)"
+                                                    if self.policy.min_nodes < self.policy.nodes else "")
+                          + f"; silent: {', '.join(silent) or 'none'}\n  remedy: more spares, or a smaller --min-nodes")
+
+    def _choose_from(self, hosts: Sequence[Host]) -> list[Host]:
+        healthy = sorted(hosts, key=lambda host: self.failures[host.name])
         for count in range(min(self.policy.nodes, len(healthy)), self.policy.min_nodes - 1, -1):
             chosen = healthy[:count]
             if self.fits(sum(host.slots for host in chosen)):
                 return sorted(chosen, key=self.hosts.index)
-        raise LaunchError(f"{len(healthy)} of {len(self.hosts)} hosts answer, and the run needs {self.policy.nodes}"
-                          + (f" (at least {self.policy.min_nodes}, where the batch divides)"
-                             if self.policy.min_nodes < self.policy.nodes else "")
-                          + f"; silent: {', '.join(silent) or 'none'}\n  remedy: more spares, or a smaller --min-nodes")
+        return []
 
-    def _silent(self, hosts: Sequence[Host]) -> list[str]:
+    def _unanswered(self, hosts: Sequence[Host]) -> list[str]:
         if not self.policy.probe:
             return []
         with ThreadPoolExecutor(max(1, len(hosts))) as pool:
             return [host.name for host, answers in zip(hosts, pool.map(self._answers, hosts), strict=True)
                     if not answers]
 
+    def _silent(self, hosts: Sequence[Host]) -> list[str]:
+        silent = self._unanswered(hosts)
+        # All of several at once: that is the probe's own way (a scheduler, this host's network), and tells of no host.
+        return silent if len(silent) < len(hosts) or len(hosts) == 1 else []
+
     def _silent_twice(self, hosts: Sequence[Host]) -> list[str]:
         suspects = self._silent(hosts)
-        return self._silent([host for host in hosts if host.name in suspects])
+        return [name for name in self._silent(hosts) if name in suspects] if suspects else []
 
     def _answers(self, host: Host) -> bool:
         command = [fill(word, {"host": host.name}) for word in shlex.split(self.policy.probe)]
@@ -180,7 +180,7 @@ class Supervisor:
                 self._end(process, attempt)
         if succeeded(own):
             return 0 if (own / "DONE").exists() else STOPPED_EXIT_CODE
-        failure = self._diagnose(own, process.returncode, hosts, silent, unheard)
+        failure = diagnose(own, process.returncode, hosts, silent, unheard)
         # Ranks that the launcher lost end when they see that their attempt is over, or see nothing of it any more.
         self._renew_for(self.policy.patience_s if silent else FENCE_S, attempt + 1)
         return failure
@@ -242,34 +242,9 @@ class Supervisor:
                 time.sleep(TICK_S)
         process.wait()
 
-    def _diagnose(self, own: Path, returncode: int, hosts: Sequence[Host], silent: Sequence[str],
-                  unheard: set[str]) -> Failure:
-        """Why an attempt failed: a silent host, else the first record that is no echo of another rank's end."""
-        if silent:
-            return Failure(TRY_AGAIN_EXIT_CODE, f"host {', '.join(silent)} does not answer", silent[0])
-        records = records_of(own, "exit", hosts)
-        came = [record["host"] for record in records_of(own, "rank", hosts)]
-        own_fault = [record for record in records if not is_echo(record)]
-        if own_fault:
-            first = own_fault[0]
-            return Failure(int(first["code"]), f"rank {first['rank']}: {first['why']}", first["host"],
-                           str(first["why"]).splitlines()[0])
-        if len(came) < sum(host.slots for host in hosts):
-            absent = sorted({host.name for host in hosts} - set(came))
-            if absent:
-                return Failure(TRY_AGAIN_EXIT_CODE, f"no rank came on host {', '.join(absent)}; the launcher says: "
-                               + _tail(own / "launcher.log"), absent[0], "no rank came")
-        if len(unheard) == 1:
-            host, = unheard
-            code = int(records[0]["code"]) if records else TRY_AGAIN_EXIT_CODE
-            return Failure(code, f"the rank on host {host} left no record of its end: killed, frozen or cut off", host,
-                           "no record")
-        if records:
-            return Failure(int(records[0]["code"]), str(records[0]["why"]), None)
-        return Failure(TRY_AGAIN_EXIT_CODE, f"the launcher ended with {returncode}, and no rank says why: "
-                       + _tail(own / "launcher.log"))
-
     def _renew(self, attempt: int) -> None:
+        if self._mine.check() is not None:
+            return  # this process stood still, and another supervisor took over: the ranks look at its lease now
         write_json(self.folder / LEASE, {"attempt": attempt, "renewed": time.monotonic(), "stop": self.stop_asked,
                                          "patience_s": self.policy.patience_s})
 
@@ -280,40 +255,8 @@ class Supervisor:
             time.sleep(TICK_S)
 
 
-def is_echo(record: dict[str, object]) -> bool:
-    """Whether a rank only felt that another one ended, hung or was given up. One that was itself stopped is no echo."""
-    if record.get("slept_s"):
-        return False
-    why = str(record.get("why"))
-    if record.get("code") in (HANG_EXIT_CODE, ORPHAN_EXIT_CODE, FENCED_EXIT_CODE):
-        return True
-    its_own = why.startswith(("BrokenPipeError", "ConnectionResetError"))  # of a pipe or socket on that host
-    return not its_own and any(sign in why for sign in LOST_PEER)
-
-
-def records_of(own: Path, kind: str, hosts: Sequence[Host]) -> list[dict[str, Any]]:
-    """What ranks left of their begin (``rank``) or their end (``exit``), oldest first; hosts as in the hostfile."""
-    paths = sorted(own.glob(f"{kind}-*.json"), key=lambda path: (path.stat().st_mtime_ns, path.name))
-    return [record | {"host": known_as(str(record.get("host")), hosts)} for record in map(read_json, paths)]
-
-
-def known_as(name: str, hosts: Sequence[Host]) -> str:
-    """The name in the hostfile of the host that calls itself ``name``: one of them may have a domain behind it."""
-    same = [host.name for host in hosts if host.name == name or host.name.split(".")[0] == name.split(".")[0]]
-    return name if name in same or len(same) != 1 else same[0]
-
-
-def succeeded(own: Path) -> bool:
-    """Whether rank 0 left the mark that all is on disk."""
-    return (own / "DONE").exists() or (own / "STOPPED").exists()
-
-
 def check_policy(policy: Policy, hosts: Sequence[Host]) -> None:
     """Raise ConfigError when there are fewer hosts than the run needs."""
     if not 1 <= policy.min_nodes <= policy.nodes <= len(hosts):
         raise ConfigError("--nodes", policy.nodes, f"does not fit --min-nodes {policy.min_nodes}, {len(hosts)} hosts",
                           "1 <= min-nodes <= nodes <= hosts in the hostfile")
-
-
-def _tail(path: Path, lines: int = 6) -> str:
-    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])

@@ -10,27 +10,34 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prelora_ds.core.errors import FENCED_EXIT_CODE, ORPHAN_EXIT_CODE
+from prelora_ds.core.errors import FENCED_EXIT_CODE, ORPHAN_EXIT_CODE, ExpectedError
 
 LEASE = "lease.json"
 ASLEEP_S = 10.0
+JUST_AWAKE_S = 60.0  # an end that follows a sleep so soon may come of it
 
 
 class Supervision:
-    """Of one rank in one attempt. ``folder`` is DIR/attempt-N; None where nobody supervises, and nothing happens."""
+    """Of one rank in one attempt. ``folder`` is DIR/attempt-N; None where nobody supervises, and nothing happens.
 
-    def __init__(self, folder: Path | None, rank: int) -> None:
+    rank: None while it is not known yet.
+    """
+
+    def __init__(self, folder: Path | None, rank: int | None = None) -> None:
         self.folder, self.rank = folder, rank
         self._seen: dict[str, Any] = {}
         self._changed_at, self._stopping = time.monotonic(), False
         self._looked_at: float | None = None  # by `check`, which begins when a rank has imported all it wants
-        self._slept_s = 0.0
+        self._slept_s, self._woke_at = 0.0, 0.0
         if folder is not None:
             self.attempt = int(folder.name.removeprefix("attempt-"))
-            write_json(folder / f"rank-{rank}.json", {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()})
+            if rank is not None:
+                write_json(folder / f"rank-{rank}.json", {"rank": rank, "host": socket.gethostname(),
+                                                          "pid": os.getpid()})
 
     def check(self) -> tuple[int, str] | None:
         """For the guard: 88 when a newer attempt runs, 87 when the lease did not change for its patience.
@@ -42,14 +49,16 @@ class Supervision:
         now = time.monotonic()
         # This thread looks every few seconds, unless the whole process is stopped.
         if self._looked_at is not None and now - self._looked_at > ASLEEP_S:
-            self._slept_s = now - self._looked_at
+            self._slept_s, self._woke_at = now - self._looked_at, now
         lease = read_json(self.folder.parent / LEASE)
-        self._looked_at = time.monotonic()  # a shared disk that stalls is no sleep of this process
+        # While a shared disk stalls, neither does this process sleep nor is the supervisor silent.
+        self._looked_at = time.monotonic()
+        self._changed_at += self._looked_at - now
         if lease.get("attempt", self.attempt) > self.attempt:
             return FENCED_EXIT_CODE, self._says(f"attempt {lease['attempt']} runs, this is attempt {self.attempt}")
         if lease and lease != self._seen:
-            self._seen, self._changed_at = lease, time.monotonic()
-        silent_s, patience_s = time.monotonic() - self._changed_at, float(self._seen.get("patience_s", 60.0))
+            self._seen, self._changed_at = lease, self._looked_at
+        silent_s, patience_s = self._looked_at - self._changed_at, float(self._seen.get("patience_s", 60.0))
         if silent_s > patience_s:
             return ORPHAN_EXIT_CODE, self._says(f"the supervisor's lease has not changed for {silent_s:.0f} s")
         if lease.get("stop") and not self._stopping:
@@ -57,12 +66,19 @@ class Supervision:
             os.kill(os.getpid(), signal.SIGUSR1)  # as a batch system warns: checkpoint, then 99
         return None
 
-    def ended(self, code: int, why: str) -> None:
-        """Leave the record of an end that is no success."""
-        if self.folder is not None:
-            write_json(self.folder / f"exit-{self.rank}.json",
-                       {"rank": self.rank, "host": socket.gethostname(), "code": code, "slept_s": self._slept_s,
-                        "why": f"was stopped for {self._slept_s:.0f} s; then: {why}" if self._slept_s else why})
+    def ended(self, code: int, why: str, blames: Sequence[int] = ()) -> None:
+        """Leave the record of an end that is no success. ``blames``: the ranks that failed, if not this one."""
+        if self.folder is None:
+            return
+        name = f"{socket.gethostname()}.{os.getpid()}" if self.rank is None else self.rank
+        slept_s = self._slept_s if time.monotonic() - self._woke_at < JUST_AWAKE_S else 0.0
+        write_json(self.folder / f"exit-{name}.json",
+                   {"rank": self.rank, "host": socket.gethostname(), "code": code, "slept_s": slept_s,
+                    "blames": list(blames), "why": f"was stopped for {slept_s:.0f} s; then: {why}" if slept_s else why})
+
+    def failed(self, error: ExpectedError) -> None:
+        """As `ended`."""
+        self.ended(error.exit_code, str(error), error.blames)
 
     def mark(self, name: str) -> None:
         """DONE or STOPPED, by rank 0: the run is whole on disk, whatever exit codes say after it."""

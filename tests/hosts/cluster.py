@@ -36,7 +36,7 @@ class Cluster:
     """``host1`` to ``hostN`` at 10.77.0.1 to .N on eth0.
 
     ``state`` is a folder that all share; in it, ``scratch`` (a small disk) and ``site`` (first in PYTHONPATH) are each
-    host's own, and a file faults/HOST makes that host's rank raise, where faulty.py runs.
+    host's own, and files in faults/ befall that host's rank, where faulty.py runs.
     """
 
     def __init__(self, size: int, state: Path) -> None:

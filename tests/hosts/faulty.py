@@ -1,4 +1,5 @@
-"""launch/pretrain.py with steps of at least 0.1 s, and an exception on the host for which a test leaves a file."""
+"""launch/pretrain.py with steps of at least 0.1 s; on the host for which a test leaves a file it raises, or, where the
+file is HOST.late, does not begin."""
 
 import os
 import runpy
@@ -10,6 +11,7 @@ from pathlib import Path
 from prelora_ds.data.loader import TrainLoader
 
 fault = Path(os.environ["FAULTS"]) / socket.gethostname()
+late = fault.with_suffix(".late")
 following = TrainLoader.next
 
 
@@ -21,6 +23,9 @@ def next_or_fault(self):
     return following(self)
 
 
+if late.exists():
+    late.unlink()
+    time.sleep(3600)
 TrainLoader.next = next_or_fault
 sys.argv[0] = str(Path(__file__).parents[2] / "launch" / "pretrain.py")
 runpy.run_path(sys.argv[0], run_name="__main__")

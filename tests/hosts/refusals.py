@@ -82,7 +82,7 @@ def unreachable_host(site: Site) -> dict[str, Any]:
     folder = site.new("unreachable")
     (folder / "hosts").write_text("host1 slots=1\nhost77 slots=1\n")
     return refused(site, "an unreachable host", [
-        "prelora", "supervise", "--hostfile", folder / "hosts", "--nodes", "2", "--", "python",
+        "prelora", "supervise", "--hostfile", folder / "hosts", "--nodes", "2", "--patience", "5", "--", "python",
         *_pretrain(site, folder)], ["host host77 does not answer", "silent: host77"], {})
 
 

@@ -21,8 +21,8 @@ from typing import Any
 from hosts.cluster import Cluster
 from hosts.slurm import Slurm
 
+from prelora_ds.launching.diagnosis import is_echo
 from prelora_ds.launching.hostfile import Host, format_mpi_hosts, write_ds_env
-from prelora_ds.launching.supervise import is_echo
 from prelora_ds.metrics import read_lines
 
 RECIPE = "launch/recipes/vit_tiny_debug.yaml"
@@ -119,12 +119,14 @@ def launch(site: Site, launcher: str, expected: Sequence[float], size: int = 2, 
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that befalls ``host2`` of two hosts while a run goes on; ``mend`` undoes it, when ranks are gone."""
+    """Something that befalls ``host2`` of two hosts while a run goes on (``early``: before it begins); ``mend`` undoes
+    it, when ranks are gone."""
 
     name: str
     strike: Callable[[Site], None]
     mend: Callable[[Site], None] = lambda site: None
     named: str = "host2"
+    early: bool = False
 
 
 def rank_pids(site: Site, name: str, script: str = FAULTY) -> list[int]:
@@ -139,6 +141,8 @@ def _signal_rank(number: int) -> Callable[[Site], None]:
 
 FAULTS = [
     Fault("a rank raises", lambda site: (site.cluster.state / "faults" / "host2").touch()),
+    Fault("a rank never comes", lambda site: (site.cluster.state / "faults" / "host2.late").touch(),
+          named="host2 (exit code 75): rank 0: ranks 1 of 2 did not come", early=True),
     Fault("a rank is killed", _signal_rank(signal.SIGKILL)),
     Fault("a rank is frozen", _signal_rank(signal.SIGSTOP), named="host"),
     Fault("sshd is gone", lambda site: [os.kill(pid, signal.SIGKILL) for pid in site.cluster.pids("host2", "sshd")]
@@ -163,17 +167,21 @@ def supervise(site: Site, folder: Path, nodes: int = 2, *more: str) -> subproces
         *(word for name in ("OMP_NUM_THREADS", "DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR", "PYTHONPATH", "FAULTS",
                             "PYTHONUNBUFFERED", "MASTER_ADDR", "MASTER_PORT") for word in ("-x", name)),
         "--mca", "prte_keep_fqdn_hostnames", "1", "python", FAULTY, *site.arguments(
-            folder / "out", *STEPS, f"guard.hang_limit={HANG_S} s", "launch.interface=eth0")], log=folder / "log")
+            folder / "out", *STEPS, f"guard.hang_limit={HANG_S} s", "launch.timeout_s=20", "launch.interface=eth0")],
+        log=folder / "log")
 
 
 def strike(site: Site, fault: Fault, expected: Sequence[float], nodes: int = 2, *more: str) -> dict[str, Any]:
     """Let ``fault`` befall a supervised run; it is named, and the run ends as if nothing had been, on other hosts."""
     folder = site.new(fault.name.replace(" ", "-"))
     out, begun = folder / "out", time.monotonic()
+    if fault.early:
+        fault.strike(site)
     process = supervise(site, folder, nodes, *more)
-    _until(lambda: (out / "checkpoints" / "latest").exists(), 120)
+    if not fault.early:
+        _until(lambda: (out / "checkpoints" / "latest").exists(), 120)
+        fault.strike(site)
     struck = time.monotonic()
-    fault.strike(site)
     failure = folder / "out.supervise" / "attempt-1" / "failure.json"
     _until(lambda: failure.exists() or process.poll() is not None, 120)
     bounded = time.monotonic() - struck
@@ -319,24 +327,10 @@ def slurm_chain(site: Site) -> dict[str, Any]:
 
     Slurm sends a signal up to a minute early, so 60 to 120 s after the start; the run has steps for 150 s.
     """
-    assert site.slurm is not None
     folder, begun = site.new("chain"), time.monotonic()
-    local(site, 2, *STEPS)
-    pace = read_lines(site.cluster.state / f"runs/local-2-{len(STEPS)}/out/metrics.jsonl")[10:]
-    steps = 20 * round(150 / 20 / statistics.median(row["step_s"] + row["data_s"] for row in pace))
-    profile = Path("prelora_ds/launching/profiles/slurm.yaml").read_text()
-    (folder / "mine.yaml").write_text(profile.replace("ranks_per_node: 4", "ranks_per_node: 1").replace(
-        "--ntasks-per-node=4", "--ntasks-per-node=1"))
-    arguments = site.arguments(folder / "out", "launch.interface=eth0", f"train.duration={steps} steps",
-                               f"train.eval_every={steps} steps", "checkpoint.every=20 steps")
-    script = folder / "job.sh"
-    done = site.cluster.run("host1", ["prelora", "job", *arguments[1:2], "--profile", folder / "mine.yaml",
-                                      "--deepspeed-config", arguments[3], "--nodes", "2", "--spares", "1", "--walltime",
-                                      "3m", "--warn", "60", "--out", script, *arguments[4:]])
-    assert done.returncode == 0, done.stdout
-    script.write_text(script.read_text().replace("#!/bin/bash -l", "#!/bin/bash"))
-    job = site.slurm.run(f"sbatch --parsable --chdir={folder} {script}").strip()
-    requeued = _until(lambda: "Restarts=1" in site.slurm.run(f"scontrol show job {job}").split(), 240)
+    steps = _steps_for(site, 150)
+    job = _submit(site, folder, "3m", *_length(steps))
+    requeued = _until(lambda: "Restarts=1" in _about(site, job), 240)
     log = next(folder.glob("*.log"))
     _until(lambda: "ended with 0" in log.read_text(), 600)
     rows = read_lines(folder / "out" / "plans.jsonl")
@@ -347,6 +341,63 @@ def slurm_chain(site: Site) -> dict[str, Any]:
     return {"what": "a Slurm chain: signal, checkpoint, 99, requeue, resumed to the end", "hosts": 3,
             "total_s": round(time.monotonic() - begun, 1),
             "result": f"requeued {requeued:.0f} s after it was submitted, resumed after steps {resumed} of {steps}"}
+
+
+def slurm_node_dies(site: Site) -> dict[str, Any]:
+    """A node of a Slurm job goes down: the job lives on, and the run goes on bitwise on its spare."""
+    assert site.slurm is not None
+    folder = site.new("node-dies")
+    length = _length(_steps_for(site, 40))
+    expected, begun = local(site, 2, *length), time.monotonic()
+    job = _submit(site, folder, "10m", *length)
+    _until(lambda: (folder / "out" / "checkpoints" / "latest").exists(), 120)
+    struck = time.monotonic()
+    site.cluster.kill("host2")
+    site.slurm.run("scontrol update nodename=host2 state=down reason=dead")
+    log = next(folder.glob("*.log"))
+    _until(lambda: "attempt 1 failed" in log.read_text(), 120)
+    bounded = time.monotonic() - struck
+    assert {"JobState=RUNNING", "Restarts=0"} <= _about(site, job)
+    _until(lambda: "the run ended with" in log.read_text(), 300)
+    said = log.read_text()
+    named = next(line for line in said.splitlines() if "attempt 1 failed" in line)
+    assert "failed on host2" in named, said
+    assert "the run ended with 0" in said and "attempt 2: 2 hosts: host1, host3" in said, said
+    assert losses(folder / "out") == expected
+    return {"what": "a node of a Slurm job goes down", "hosts": 3, "total_s": round(time.monotonic() - begun, 1),
+            "ended_s": round(bounded, 1), "named": True, "says": named.removeprefix("supervise: ")[:160],
+            "result": "the job lives on, resumed on its spare, bitwise"}
+
+
+def _steps_for(site: Site, seconds: float) -> int:
+    """Steps that two ranks take in this time here."""
+    local(site, 2, *STEPS)
+    pace = read_lines(site.cluster.state / f"runs/local-2-{len(STEPS)}/out/metrics.jsonl")[10:]
+    return 20 * max(1, round(seconds / 20 / statistics.median(row["step_s"] + row["data_s"] for row in pace)))
+
+
+def _length(steps: int) -> list[str]:
+    return [f"train.duration={steps} steps", f"train.eval_every={steps} steps", "checkpoint.every=20 steps"]
+
+
+def _submit(site: Site, folder: Path, walltime: str, *more: str) -> str:
+    """The number of a job of the script that `prelora job` writes for 2 hosts and a spare."""
+    assert site.slurm is not None
+    profile = Path("prelora_ds/launching/profiles/slurm.yaml").read_text()
+    (folder / "mine.yaml").write_text(profile.replace("ranks_per_node: 4", "ranks_per_node: 1").replace(
+        "--ntasks-per-node=4", "--ntasks-per-node=1"))
+    arguments, script = site.arguments(folder / "out", "launch.interface=eth0", *more), folder / "job.sh"
+    done = site.cluster.run("host1", ["prelora", "job", *arguments[1:2], "--profile", folder / "mine.yaml",
+                                      "--deepspeed-config", arguments[3], "--nodes", "2", "--spares", "1", "--walltime",
+                                      walltime, "--warn", "60", "--out", script, *arguments[4:]])
+    assert done.returncode == 0, done.stdout
+    script.write_text(script.read_text().replace("#!/bin/bash -l", "#!/bin/bash"))
+    return site.slurm.run(f"sbatch --parsable --chdir={folder} {script}").strip()
+
+
+def _about(site: Site, job: str) -> set[str]:
+    assert site.slurm is not None
+    return set(site.slurm.run(f"scontrol show job {job}").split())
 
 
 def _steps(out: Path) -> int:

@@ -54,10 +54,13 @@ def test_directives_come_first_and_ask_for_nodes_spares_time_and_account(profile
     assert ("left=$(( 6900 > SECONDS ? 6900 - SECONDS : 1 ))" if pbs else "--signal=B:USR1@300") in "\n".join(lines)
     if not pbs:
         assert "#SBATCH --requeue" in head and "#SBATCH --open-mode=append" in head
+    survives = "#PBS -W tolerate_node_failures=all" if pbs else "#SBATCH --no-kill"
+    assert survives in head and survives not in script(profile, spares=0), "a dead node would end the job, spare or not"
 
 
 @pytest.mark.parametrize(("profile", "changes", "key"), [
     ("polaris", {"walltime_s": 4 * 3600.0}, "--walltime"), ("polaris", {"account": None}, "--account"),
+    ("polaris", {"nodes": 496}, "--nodes"), ("frontier", {"walltime_s": 7201.0}, "--walltime"),
     ("slurm", {"walltime_s": 400.0}, "--walltime"), ("slurm", {"stage": True}, "--stage"),
     ("slurm", {"account": "a b"}, "--account, --queue"), ("slurm", {"name": "1 run"}, "run.name"),
     ("nowhere", {}, "--profile")])
@@ -75,6 +78,7 @@ def test_a_pbs_chain_goes_on_while_the_run_ends_with_99_and_stops_at_its_end(tmp
     run = tmp_path / "python"
     run.write_text(f"""#!/bin/bash
 echo "run begins" >> {log}
+cp "$3" {tmp_path}/hostfile
 [ "$(grep -c run {log})" -ge 3 ] && exit 0
 trap 'echo warned >> {log}; kill $!; exit 99' USR1
 sleep 30 & wait $!
@@ -100,33 +104,52 @@ exec bash "$1"
         f"qsub -v PRELORA_JOBS_BEFORE=2 {job}", "run begins", ""], done.stderr
     ends = [line.split()[6] for line in done.stdout.splitlines() if "the run ended with" in line]
     assert ends == ["99", "99", "0"]
+    assert (tmp_path / "hostfile").read_text() == "n1 slots=4\nn2 slots=4\n"
     assert not list(tmp_path.glob("out.job.*"))
 
 
-def test_two_sets_of_one_name_are_staged_apart_whole_and_only_once(tmp_path: Path) -> None:
-    """The line of the script that stages, on this host."""
+def test_the_limit_grows_with_the_nodes_and_another_queue_has_its_own() -> None:
+    assert "walltime=06:00:00" in script("polaris", nodes=24, walltime_s=6 * 3600.0)
+    assert "walltime=72:00:00" in script("polaris", walltime_s=72 * 3600.0, queue="capacity")
+
+
+def test_two_sets_of_one_name_are_staged_apart_whole_and_only_once_and_a_host_without_them_is_left_out(
+        tmp_path: Path) -> None:
+    """The lines of the script that stage, for three hosts that are folders of this one."""
     for split in ("train", "val"):
         (tmp_path / split / "shards").mkdir(parents=True)
         (tmp_path / split / "shards" / "000.tar").write_text(f"{split} of 1")
-    site = load_profile("slurm").model_copy(update={"scratch": f"{tmp_path}/${{USER}}", "one_each": ""})
+    site = load_profile("slurm").model_copy(update={"scratch": "${USER}", "on_host": f'env -C {tmp_path}/"$host"'})
     config = load_config(RECIPE, [f"run.output_dir={tmp_path}/out",
                                   *(f"data.{split}={tmp_path}/{split}/shards" for split in ("train", "val"))])
-    text = render(replace(JOB, stage=True), site, config)
-    stage = re.search(r"^ bash -c '.*?exit 75$", text, re.MULTILINE | re.DOTALL)
-    places = dict(re.findall(r'"data\.(train|val)=([^"]*)"', text))
-    assert stage is not None
+    text = render(replace(JOB, stage=True, nodes=2), site, config)
+    stage = text[text.index("\ncopy='"):text.index("\nstop_asked=0")]
+    places = {split: place.replace("${USER}", "me")
+              for split, place in re.findall(r'"data\.(train|val)=([^"]*)"', text)}
+    for folder in ("n1", "n2", "n3", "state"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "n2" / "me").touch()  # where its scratch folder would be
 
-    def staged() -> dict[str, str]:
-        subprocess.run(["bash", "-euc", stage[0]], check=True, env=os.environ | {"USER": "me"})
-        folders = {split: Path(place.replace("${USER}", "me")) for split, place in places.items()}
-        assert all([path.name for path in folder.iterdir()] == ["000.tar"] for folder in folders.values())
-        return {split: (folder / "000.tar").read_text() for split, folder in folders.items()}
+    def staged(*hosts: str) -> str:
+        """The lines of the hostfile that are left."""
+        lines = "".join(f"{host} slots=4\\n" for host in hosts)
+        done = subprocess.run(["bash", "-uc", f"state={tmp_path}/state; hostfile=$state/hosts; printf '{lines}' > "
+                               f"$hostfile\n{stage}\ncat $hostfile"], text=True, capture_output=True,
+                              env=os.environ | {"USER": "me"})
+        if done.returncode:
+            return str(done.returncode)
+        for host in ("n1", "n3"):
+            for split, place in places.items():
+                copy, = (tmp_path / host / place).iterdir()
+                assert copy.name == "000.tar" and copy.read_text() == f"{split} of 1"
+        return done.stdout
 
-    assert staged() == {"train": "train of 1", "val": "val of 1"}
-    copy = Path(places["val"].replace("${USER}", "me")) / "000.tar"
-    copy.write_text("va")  # cut short, and newer
-    Path(places["train"].replace("${USER}", "me"), "000.tar").chmod(0o444)
-    assert staged() == {"train": "train of 1", "val": "val of 1"}
+    left = "n1 slots=4\nn3 slots=4\n"
+    assert staged("n1", "n2", "n3") == "prelora job: no shards on n2 slots=4\n" + left
+    (tmp_path / "n1" / places["val"] / "000.tar").write_text("va")  # cut short, and newer
+    (tmp_path / "n1" / places["train"] / "000.tar").chmod(0o444)
+    assert staged("n1", "n3") == left
+    assert staged("n1", "n2") == "75", "too few are left"
 
 
 def test_a_url_stays_as_it_is_and_is_not_staged() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from prelora_ds.core.errors import ConfigError
+from prelora_ds.core.errors import LaunchError
 from prelora_ds.launching import lease as lease_module
 from prelora_ds.launching.lease import NAME, Lease
 
@@ -31,7 +31,7 @@ def left_behind(folder: Path, **changes: object) -> None:
 
 def test_a_living_job_holds_its_folder_and_the_message_names_it(tmp_path: Path) -> None:
     first = Lease(tmp_path).take()
-    with pytest.raises(ConfigError, match=f"is in use by process {os.getpid()} on .*\n  remedy: end that job"):
+    with pytest.raises(LaunchError, match=f"is in use by process {os.getpid()} on .*\n  remedy: end that job"):
         Lease(tmp_path).take()
     first.release()
     assert not (tmp_path / NAME).exists()
@@ -59,7 +59,7 @@ def test_another_host_s_lease_counts_while_it_changes_and_not_after(tmp_path: Pa
     thread = threading.Thread(target=renew)
     thread.start()
     try:
-        with pytest.raises(ConfigError, match=r"is in use by process .* on elsewhere"):
+        with pytest.raises(LaunchError, match=r"is in use by process .* on elsewhere"):
             Lease(tmp_path).take()
     finally:
         ended.set()

@@ -15,6 +15,10 @@ MAKE = {"torch": "2.14.1", "config": "abc"}
 ALL = [Card(rank, rank % 2, f"host{rank // 2}", MAKE) for rank in range(6)]
 
 
+def never(error: LaunchError) -> None:
+    pytest.fail(f"torch's store hung: {error}")
+
+
 def test_a_full_roll_gives_the_host_of_each_rank_in_whatever_order_they_come() -> None:
     assert judge(ALL[::-1], 6, 1.0) == {"hosts": ["host0", "host0", "host1", "host1", "host2", "host2"],
                                         "missing": None, "mistake": None}
@@ -22,8 +26,9 @@ def test_a_full_roll_gives_the_host_of_each_rank_in_whatever_order_they_come() -
 
 def test_who_is_missing_and_who_came_are_named() -> None:
     missing = judge([*ALL[:2], *ALL[3:4]], 6, 90.0)["missing"]
-    assert "ranks 2, 4-5 of 6 did not come within 90 s" in missing
-    assert "host0: 0-1; host1: 3" in missing
+    text, absent = missing
+    assert "ranks 2, 4-5 of 6 did not come within 90 s" in text and absent == [2, 4, 5]
+    assert "host0: 0-1; host1: 3" in text
 
 
 def test_a_rank_that_is_there_twice_is_named_with_both_hosts() -> None:
@@ -63,7 +68,7 @@ def test_ranks_meet_in_one_store() -> None:
     port = free_port()
     environs: list[dict[str, str]] = [{}, {}, {}]
     def call(rank: int) -> list[str]:
-        return call_the_roll(Ranks(rank, rank, 3, 3, "127.0.0.1", port), MAKE, environs[rank], 20.0)
+        return call_the_roll(Ranks(rank, rank, 3, 3, "127.0.0.1", port), MAKE, environs[rank], 20.0, never)
     with ThreadPoolExecutor(3) as pool:
         assert list(pool.map(call, range(3))) == [[socket.gethostname()] * 3] * 3
     assert all(environ["TORCHELASTIC_USE_AGENT_STORE"] == "True" for environ in environs)
@@ -71,19 +76,26 @@ def test_ranks_meet_in_one_store() -> None:
 
 def test_every_rank_that_came_hears_who_did_not() -> None:
     port = free_port()
-    def call(rank: int) -> str:
+    def call(rank: int) -> LaunchError:
         with pytest.raises(LaunchError) as caught:
-            call_the_roll(Ranks(rank, rank, 3, 3, "127.0.0.1", port), MAKE, {}, 2.0)
-        return str(caught.value)
+            call_the_roll(Ranks(rank, rank, 3, 3, "127.0.0.1", port), MAKE, {}, 2.0, never)
+        return caught.value
     with ThreadPoolExecutor(2) as pool:
-        assert all("ranks 2 of 3 did not come within 2 s" in text for text in pool.map(call, range(2)))
+        for error in pool.map(call, range(2)):
+            assert "ranks 2 of 3 did not come within 2 s" in str(error) and error.blames == (2,)
+
+
+def test_a_rank_that_nobody_listens_to_blames_rank_0() -> None:
+    with pytest.raises(LaunchError, match=r"\(rank 1\) did not get through to rank 0 in 1 s") as caught:
+        call_the_roll(Ranks(1, 1, 2, 2, "127.0.0.1", free_port()), MAKE, {}, 1.0, never)
+    assert caught.value.blames == (0,)
 
 
 def test_two_configs_in_one_job_are_a_mistake_for_all() -> None:
     port = free_port()
     def call(rank: int) -> str:
         with pytest.raises(ConfigError) as caught:
-            call_the_roll(Ranks(rank, rank, 2, 2, "127.0.0.1", port), MAKE | {"config": str(rank)}, {}, 20.0)
+            call_the_roll(Ranks(rank, rank, 2, 2, "127.0.0.1", port), MAKE | {"config": str(rank)}, {}, 20.0, never)
         return str(caught.value)
     with ThreadPoolExecutor(2) as pool:
         assert all("(rank 1)" in text for text in pool.map(call, range(2)))
@@ -91,14 +103,15 @@ def test_two_configs_in_one_job_are_a_mistake_for_all() -> None:
 
 def test_a_port_where_something_else_listens_holds_no_rank_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("prelora_ds.launching.rollcall.READ_S", 0.3)
-    said: list[tuple[int, str]] = []
+    given_up: list[LaunchError] = []
     with socket.create_server(("127.0.0.1", 0)) as other:
         ranks = Ranks(1, 1, 2, 2, "127.0.0.1", other.getsockname()[1])
 
-        def end(code: int, why: str) -> None:
-            said.append((code, why))
+        def end(error: LaunchError) -> None:
+            given_up.append(error)
             other.accept()[0].close()  # in place of the end of the process
 
         with pytest.raises(LaunchError):
             call_the_roll(ranks, MAKE, {}, 1.0, end)
-    assert len(said) <= 1 and all(code == 75 and "did not get through to rank 0" in why for code, why in said)
+    error, = given_up
+    assert "did not get through to rank 0" in str(error) and error.blames == (0,)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from prelora_ds.core.errors import ConfigError, LaunchError
+from prelora_ds.launching.diagnosis import diagnose, is_echo, known_as
 from prelora_ds.launching.hostfile import Host
 from prelora_ds.launching.lease import Lease
-from prelora_ds.launching.supervise import Policy, Supervisor, check_policy, fill, is_echo, known_as
+from prelora_ds.launching.supervise import Policy, Supervisor, check_policy, fill
 from prelora_ds.launching.supervised import LEASE, Supervision, read_json, write_json
 
 HOSTS = [Host("a", 2), Host("b", 2), Host("c", 2)]
@@ -72,7 +75,7 @@ def test_a_host_that_failed_makes_room_for_the_spare_and_the_next_attempt_may_su
     assert world.supervisor('[ "$attempt" = 2 ] && mark DONE && exit 0; die 1 a "disk on fire"').run() == 0
     assert attempts(world) == ["a, b", "b, c"]
     assert any("attempt 1 failed on a (exit code 1): rank 0: disk on fire" in line for line in world.said)
-    assert read_json(world.folder / "out" / "attempt-1" / "failure.json")["host"] == "a"
+    assert read_json(world.folder / "out" / "attempt-1" / "failure.json")["hosts"] == ["a"]
 
 
 def test_restarts_are_bounded_even_with_progress(world: World) -> None:
@@ -130,10 +133,36 @@ def test_the_launcher_gets_hostfile_environment_and_the_words_filled_in(world: W
     assert fill("{a}:{b}{c}", {"a": "1", "b": "2"}) == "1:2{c}"
 
 
+def test_hosts_that_come_back_while_they_are_looked_for_are_taken(world: World) -> None:
+    """A scheduler that restarts answers no probe for a while."""
+    for host in HOSTS:
+        (world.folder / host.name).unlink()
+    back = threading.Timer(0.5, lambda: [(world.folder / name).touch() for name in "ac"])
+    back.start()
+    assert world.supervisor("mark DONE", patience_s=20.0, probe_s=0.1).run() == 0
+    assert attempts(world) == ["a, c"] and world.said[:3] == [f"host {name} does not answer" for name in "abc"]
+
+
+def test_a_round_of_probes_that_nobody_answers_ends_no_healthy_run(world: World) -> None:
+    script = f'rm {world.folder}/[abc]; sleep 1; touch {world.folder}/a; touch {world.folder}/b; sleep 0.5; mark DONE'
+    assert world.supervisor(script, probe_s=0.1).run() == 0
+    assert attempts(world) == ["a, b"]
+
+
+def test_a_supervisor_that_stood_still_leaves_the_run_to_its_successor(world: World) -> None:
+    out = world.folder / "out"
+    taken = json.dumps({"token": "new", "pid": 1, "host": "elsewhere"})
+    newer = json.dumps({"attempt": 2})
+    script = f"""echo '{taken}' > {out}/.lease; echo '{newer}' > {out}/{LEASE}; sleep 0.5; die 88 a fenced"""
+    assert world.supervisor(script).run() == 88
+    assert read_json(out / LEASE) == {"attempt": 2} and len(attempts(world)) == 1
+    assert "taken over by process 1 on elsewhere" in world.said[-1]
+
+
 def test_a_second_supervisor_is_refused_and_the_first_one_s_attempt_stays_the_newest(world: World) -> None:
     (world.folder / "out").mkdir()
     first = Lease(world.folder / "out").take()
-    with pytest.raises(ConfigError, match=r"is in use by process"):
+    with pytest.raises(LaunchError, match=r"is in use by process"):
         world.supervisor("mark DONE").run()
     assert not (world.folder / "out" / LEASE).exists() and not attempts(world)
     first.release()
@@ -142,10 +171,45 @@ def test_a_second_supervisor_is_refused_and_the_first_one_s_attempt_stays_the_ne
 
 def test_a_host_is_known_by_its_name_in_the_hostfile() -> None:
     full, short = [Host("n1.hsn.site", 4), Host("n2.hsn.site", 4)], [Host("n1", 4), Host("n2", 4)]
-    assert known_as("n2", full) == "n2.hsn.site" and known_as("n2.hsn.site", short) == "n2"
-    assert known_as("n2", [*full, Host("n2.other", 4)]) == "n2", "two could be meant"
-    assert known_as("n2", [Host("10.0.0.1", 4), Host("10.0.0.2", 4)]) == "n2"
-    assert known_as("10.0.0.2", [Host("10.0.0.1", 4), Host("10.0.0.2", 4)]) == "10.0.0.2"
+    assert known_as("n2", 0, full) == "n2.hsn.site" and known_as("n2.hsn.site", 0, short) == "n2"
+    assert known_as("n2", None, [*full, Host("n2.other", 4)]) == "n2", "two could be meant"
+    addresses = [Host("10.0.0.1", 4), Host("10.0.0.2", 4)]
+    assert known_as("n2", 4, addresses) == "10.0.0.2" and known_as("n2", 8, addresses) == "n2"
+    assert known_as("10.0.0.2", 0, addresses) == "10.0.0.2"
+
+
+def ends(own: Path, *records: dict) -> None:
+    """Records as ranks leave them, oldest first."""
+    own.mkdir()
+    for number, record in enumerate(records):
+        path = own / f"exit-{record.get('rank', 'x')}.json"
+        write_json(path, record)
+        os.utime(path, (number, number))
+
+
+WAITED = {"code": 75, "why": "ranks 2-3 of 4 did not come within 9 s; there were ...", "blames": [2, 3]}
+UNHEARD = {"code": 75, "why": "host b (rank 2) did not get through to rank 0 in 9 s", "blames": [0]}
+
+
+def test_a_rank_that_waited_in_vain_names_the_host_of_those_that_did_not_come(tmp_path: Path) -> None:
+    ends(tmp_path / "1", {"rank": 1, "host": "a", **WAITED}, {"rank": 0, "host": "a", **WAITED})
+    failure = diagnose(tmp_path / "1", 1, HOSTS[:2], [], {"a", "b"})
+    assert failure.hosts == ["b"] and failure.code == 75 and failure.why.startswith("rank 0: ranks 2-3")
+    ends(tmp_path / "2", {"rank": 2, "host": "b", **UNHEARD})
+    assert diagnose(tmp_path / "2", 1, HOSTS[:2], [], {"a", "b"}).hosts == ["a"], "whoever waits for rank 0"
+    ends(tmp_path / "3", {"rank": 2, "host": "b", **UNHEARD}, {"rank": 0, "host": "a", **WAITED})
+    assert diagnose(tmp_path / "3", 1, HOSTS[:2], [], {"a", "b"}).hosts == ["b"], "rank 0 knows who came"
+    ends(tmp_path / "4", {"rank": 0, "host": "a", **WAITED}, {"rank": 2, "host": "b", "code": 1, "why": "no numpy"})
+    assert diagnose(tmp_path / "4", 1, HOSTS[:2], [], set()).why == "rank 2: no numpy"
+
+
+def test_a_mistake_of_the_user_goes_before_a_host_that_does_not_answer(tmp_path: Path) -> None:
+    ends(tmp_path / "1", {"rank": 1, "host": "a", "code": 1, "why": "Connection closed by peer"},
+         {"host": "a", "code": 2, "why": "command line = 'x': unrecognized"})
+    failure = diagnose(tmp_path / "1", 1, HOSTS[:2], ["b"], set())
+    assert failure.code == 2 and failure.why == "a rank: command line = 'x': unrecognized"
+    ends(tmp_path / "2", {"rank": 1, "host": "a", "code": 1, "why": "ValueError"})
+    assert diagnose(tmp_path / "2", 1, HOSTS[:2], ["b"], set()).hosts == ["b"]
 
 
 def test_a_rank_that_only_felt_anothers_end_is_an_echo() -> None:
@@ -175,6 +239,25 @@ def test_a_rank_ends_when_the_lease_stops_or_names_a_newer_attempt(tmp_path: Pat
     write_json(tmp_path / LEASE, {"attempt": 3, "renewed": 3})
     assert (watch.check() or (0, ""))[0] == 88
     assert json.loads((own / "rank-3.json").read_text())["rank"] == 3
+
+
+def test_a_shared_disk_that_stalls_is_no_silence_of_the_supervisor(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tmp_path / "attempt-1"
+    own.mkdir()
+    write_json(tmp_path / LEASE, {"attempt": 1, "renewed": 1, "patience_s": 0.2})
+    watch = Supervision(own, 0)
+    assert watch.check() is None
+
+    def stalled(path: Path) -> dict:
+        time.sleep(0.5)
+        return read_json(path)
+
+    with monkeypatch.context() as disk:
+        disk.setattr("prelora_ds.launching.supervised.read_json", stalled)
+        assert watch.check() is None
+    time.sleep(0.3)
+    assert (watch.check() or (0, ""))[0] == 87
 
 
 def test_a_lease_that_asks_to_stop_signals_the_rank_once(tmp_path: Path) -> None:
@@ -209,6 +292,10 @@ def test_a_rank_leaves_its_end_and_rank_0_the_mark(tmp_path: Path, monkeypatch: 
     frozen.check()
     frozen.ended(85, "hung")
     assert read_json(own / "exit-2.json")["why"] == "was stopped for 0 s; then: hung"
+    monkeypatch.setattr("prelora_ds.launching.supervised.JUST_AWAKE_S", 0.1)
+    time.sleep(0.2)
+    frozen.ended(1, "ValueError")
+    assert read_json(own / "exit-2.json")["slept_s"] == 0, "it went on for long"
     unwatched = Supervision(None, 0)
     unwatched.ended(1, "x")
     unwatched.mark("DONE")
