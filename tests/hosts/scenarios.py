@@ -29,6 +29,7 @@ RECIPE = "launch/recipes/vit_tiny_debug.yaml"
 PHASES = ["full", "warmup", "lora"]
 PRETRAIN = "launch/pretrain.py"
 FAULTY = "tests/hosts/faulty.py"
+UNBOUND = ("--bind-to", "none")  # every host's first rank would get the machine's first core
 PATIENCE_S, GRACE_S, HANG_S = 8, 4, 20
 # Seconds from a fault to the end of the last rank that it concerns: a hang's limit, or two looks at a silent host.
 LIMIT_S = 60.0
@@ -78,8 +79,8 @@ def command_of(launcher: str, site: Site, hosts: Sequence[str], folder: Path) ->
     commands = {
         "pdsh": ["deepspeed", "--hostfile", str(hostfile), "--master_addr", hosts[0]],
         "openmpi": ["deepspeed", "--hostfile", str(hostfile), "--launcher", "openmpi",
-                    "--launcher_args=--mca btl_tcp_if_include eth0"],
-        "mpirun": ["mpirun", "--host", at, "-n", str(len(hosts)), *exports, "python"],
+                    "--launcher_args=--mca btl_tcp_if_include eth0 " + " ".join(UNBOUND)],
+        "mpirun": ["mpirun", "--host", at, "-n", str(len(hosts)), *UNBOUND, *exports, "python"],
         "mpich": ["/usr/bin/mpiexec.hydra", "-hosts", ",".join(hosts), "-n", str(len(hosts)), "-ppn", "1", "-genv",
                   "MASTER_ADDR", hosts[0], "python"],
         "srun": ["srun", f"--nodes={len(hosts)}", f"--ntasks={len(hosts)}", "--ntasks-per-node=1",
@@ -155,7 +156,7 @@ FAULTS = [
     Fault("the host is powered off", lambda site: site.cluster.power_off("host2")),
 ]
 NO_SPARE = Fault("no spare: fewer hosts", FAULTS[-1].strike)
-STEPS = ["train.duration=40 steps", "train.eval_every=20 steps", "checkpoint.every=5 steps"]
+STEPS = ["train.duration=20 steps", "train.eval_every=20 steps", "checkpoint.every=5 steps"]
 
 
 def supervise(site: Site, folder: Path, nodes: int = 2, *more: str) -> subprocess.Popen[str]:
@@ -164,6 +165,7 @@ def supervise(site: Site, folder: Path, nodes: int = 2, *more: str) -> subproces
     return site.cluster.start("host1", [
         "prelora", "supervise", "--hostfile", hostfile, "--nodes", nodes, "--patience", PATIENCE_S, "--grace", GRACE_S,
         "--probe-every", 3, *more, "--", "mpirun", "--host", "{hosts}", "-n", "{ranks}",
+        *UNBOUND,
         *(word for name in ("OMP_NUM_THREADS", "DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR", "PYTHONPATH", "FAULTS",
                             "PYTHONUNBUFFERED", "MASTER_ADDR", "MASTER_PORT") for word in ("-x", name)),
         "--mca", "prte_keep_fqdn_hostnames", "1", "python", FAULTY, *site.arguments(

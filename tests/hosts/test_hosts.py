@@ -14,7 +14,7 @@ from hosts.scenarios import Site
 
 @pytest.mark.parametrize("launcher", ["pdsh", "mpirun", "srun"])
 def test_two_hosts_train_as_two_local_ranks(site: Site, expected: list[float], launcher: str) -> None:
-    assert len(expected) == 40
+    assert len(expected) == 20
     scenarios.launch(site, launcher, expected, 2, *scenarios.STEPS)
 
 
