@@ -11,10 +11,10 @@ from prelora_ds.core.errors import ConfigError
 
 
 class _Parser(argparse.ArgumentParser):
+    words: Sequence[str] = ()
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError("command line", " ".join(self.words), message, "see launch/pretrain.py --help")
-
-    words: Sequence[str] = ()
 
 
 def parse_arguments(words: Sequence[str], description: str | None = None) -> argparse.Namespace:
