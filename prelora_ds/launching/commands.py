@@ -115,7 +115,8 @@ def job(recipe: Path,
         dry_run: Annotated[bool, typer.Option(help="print it, write nothing")] = False) -> None:
     """Write a batch script that trains RECIPE to its end in a chain of jobs."""
     from prelora_ds.configuring import check_world, load_config
-    from prelora_ds.launching.jobs import Job, load_profile, render, write_script
+    from prelora_ds.launching.files import replace_text
+    from prelora_ds.launching.jobs import Job, load_profile, render
     from prelora_ds.reporting.plan import parse_walltime
 
     site, config = load_profile(profile), load_config(recipe, overrides or (), deepspeed_config)
@@ -128,7 +129,7 @@ def job(recipe: Path,
     if dry_run:
         typer.echo(text, nl=False)
         return
-    write_script(out, text)
+    replace_text(out, text, mode=0o755)
     typer.echo(f"{out}: submit it with {'qsub' if site.scheduler == 'pbs' else 'sbatch'} {out}")
 
 

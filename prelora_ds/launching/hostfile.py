@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from itertools import product
 from pathlib import Path
 
 from prelora_ds.core.errors import ConfigError
+from prelora_ds.launching.files import replace_text
 
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?")
 _LINE = re.compile(r"(\S+)\s+slots=(\d+)")
@@ -87,9 +87,7 @@ def write_ds_env(path: Path, values: Mapping[str, str]) -> None:
         if not travels(value):
             raise ConfigError(str(path), f"{key}={value}", "would be changed by the remote shell",
                               "use letters, digits and _./:,=@%+^- only")
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text("".join(f"{key}={value}\n" for key, value in sorted(values.items())), encoding="utf-8")
-    temporary.replace(path)
+    replace_text(path, "".join(f"{key}={value}\n" for key, value in sorted(values.items())))
 
 
 def expand_nodelist(text: str) -> list[str]:

@@ -164,11 +164,3 @@ def _check(job: Job, profile: Profile) -> None:
 
 def _clock(seconds: float) -> str:
     return f"{int(seconds) // 3600:02d}:{int(seconds) % 3600 // 60:02d}:{int(seconds) % 60:02d}"
-
-
-def write_script(path: Path, text: str) -> None:
-    """Write an executable script; an older one is replaced whole."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    partial.write_text(text)
-    partial.chmod(0o755)
-    partial.replace(path)

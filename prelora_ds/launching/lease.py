@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from prelora_ds.core.errors import FENCED_EXIT_CODE, LaunchError
+from prelora_ds.launching.files import replace_text
 from prelora_ds.launching.supervised import read_json
 
 NAME = ".lease"
@@ -69,9 +70,7 @@ class Lease:
             renewals += 1
             try:
                 if read_json(self.path).get("token", self._token) == self._token:
-                    partial = self.path.with_name(f"{NAME}.{self._token}")
-                    partial.write_text(self._text(renewals))
-                    partial.replace(self.path)
+                    replace_text(self.path, self._text(renewals))
             except OSError:  # a full disk ends no training
                 continue
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from prelora_ds.core.errors import FENCED_EXIT_CODE, ORPHAN_EXIT_CODE, ExpectedError
+from prelora_ds.launching.files import replace_text
 
 LEASE = "lease.json"
 ASLEEP_S = 10.0
@@ -91,10 +92,8 @@ class Supervision:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Whole or not at all; a full or lost disk is no reason to fail."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        partial.write_text(json.dumps(value))
-        partial.replace(path)
+        replace_text(path, json.dumps(value))
     except OSError:
         return
 
