@@ -138,7 +138,8 @@ def config_of(command: Sequence[str]) -> Config:
     from prelora_ds.configuring import load_config
     from prelora_ds.launching.arguments import parse_arguments
 
-    script = next((i for i, word in enumerate(command) if word.endswith(".py")), None)
+    options = next((i for i, word in enumerate(command) if word.startswith("--recipe")), len(command))
+    script = next((i for i in range(options - 1, -1, -1) if command[i].endswith(".py")), None)
     if script is None:
         raise ConfigError("COMMAND", " ".join(command), "has no `launch/pretrain.py --recipe ...`",
                           "write `-- LAUNCHER ... launch/pretrain.py --recipe RECIPE ...`")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,19 +37,24 @@ def diagnose(own: Path, returncode: int, hosts: Sequence[Host], silent: Sequence
              unheard: set[str]) -> Failure:
     """The user's mistake, else a silent host, else the first record that is no echo of another rank's end.
 
+    A mistake that rank 0's host does not tell as well is that of one host (another disk, another interface).
     ``own``: the attempt's folder. silent: hosts that do not answer. unheard: those of ranks that left no record until
     they were ended.
     """
     records = records_of(own, "exit", hosts)
     began = [record for record in records if not is_echo(record)]
-    if mistakes := [record for record in began if record["code"] == USAGE_EXIT_CODE]:
-        return _told(mistakes[0], own, hosts)
+    first_host = next((r["host"] for r in records_of(own, "rank", hosts) if r["rank"] == 0), None)
+    mistakes = [r for r in began if r["code"] == USAGE_EXIT_CODE and r["host"] not in silent]
+    for record in mistakes:
+        if first_host in (None, record["host"]):
+            return _told(record, own, hosts)
     if silent:
         return Failure(TRY_AGAIN_EXIT_CODE, f"host {', '.join(silent)} does not answer", silent, "silent")
     if began:
         # Who waited in vain for others is not who failed; of those rank 0 knows best who did not come.
-        failed = [record for record in began if not record["blames"]]
-        return _told(failed[0] if failed else min(began, key=lambda record: record["rank"]), own, hosts)
+        failed = [record for record in began if not record["blames"]] or sorted(began, key=lambda r: int(r["rank"]))
+        code = TRY_AGAIN_EXIT_CODE if failed[0] in mistakes else int(failed[0]["code"])
+        return _told(failed[0] | {"code": code}, own, hosts)
     came = [record["host"] for record in records_of(own, "rank", hosts)]
     absent = [host.name for host in hosts if host.name not in came]
     if absent and len(came) < sum(host.slots for host in hosts):
@@ -68,10 +74,10 @@ def diagnose(own: Path, returncode: int, hosts: Sequence[Host], silent: Sequence
 def _told(record: dict[str, Any], own: Path, hosts: Sequence[Host]) -> Failure:
     """The failure that a rank's record tells, on its host, or on those of the ranks it blames."""
     places = {came["rank"]: came["host"] for came in records_of(own, "rank", hosts)}
-    blamed = [places.get(rank) or place_of(rank, hosts) for rank in record["blames"]]
+    blamed = [places.get(rank) or place_of(rank, hosts) for rank in record["blames"]] or [record["host"]]
     who = "a rank" if record["rank"] is None else f"rank {record['rank']}"
-    return Failure(int(record["code"]), f"{who}: {record['why']}", list(dict.fromkeys(blamed or [record["host"]])),
-                   str(record["why"]).splitlines()[0])
+    return Failure(int(record["code"]), f"{who}: {record['why']}", [host for host in dict.fromkeys(blamed) if host],
+                   re.sub(r"\d+", "#", str(record["why"]).splitlines()[0]))  # ports, ranks and seconds differ
 
 
 def is_echo(record: dict[str, Any]) -> bool:

@@ -11,7 +11,8 @@ import platform
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -59,18 +60,15 @@ def call_the_roll(ranks: Ranks, make: Mapping[str, str], environ: MutableMapping
     remedy = "is this rank 0's address on the network that all hosts share? set MASTER_ADDR (deepspeed: --master_addr)"
     failed = f"{where}: host {here} (rank {ranks.rank}) did not get through to rank 0 in {timeout_s:g} s"
     lost = LaunchError(f"{failed}\n  remedy: {remedy}", blames=(0,))
-    overdue = threading.Timer(timeout_s + 3 * READ_S, end, (lost,))
-    overdue.daemon = True
-    overdue.start()
     try:
-        _store = store = TCPStore(ranks.master_addr, ranks.master_port, is_master=ranks.rank == 0 and not agent,
-                                  timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
-        verdict = _exchange(store, ranks, Card(ranks.rank, ranks.local_rank, here, make), timeout_s,
-                            f"roll/{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}")
+        with _overdue(timeout_s, end, lost):
+            _store = store = TCPStore(ranks.master_addr, ranks.master_port, is_master=ranks.rank == 0 and not agent,
+                                      timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
+        with _overdue(timeout_s, end, lost):  # anew: rank 0 may have begun later, and counts its own time
+            verdict = _exchange(store, ranks, Card(ranks.rank, ranks.local_rank, here, make), timeout_s,
+                                f"roll/{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}")
     except (DistError, RuntimeError) as exc:
         raise LaunchError(f"{failed}: {str(exc).splitlines()[0]}\n  remedy: {remedy}", blames=(0,)) from exc
-    finally:
-        overdue.cancel()
     if verdict["missing"]:
         raise LaunchError(*verdict["missing"])
     if verdict["mistake"]:
@@ -78,6 +76,18 @@ def call_the_roll(ranks: Ranks, make: Mapping[str, str], environ: MutableMapping
     environ.setdefault("TORCHELASTIC_RESTART_COUNT", "0")
     environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # torch's process group joins this store
     return list(verdict["hosts"])
+
+
+@contextmanager
+def _overdue(timeout_s: float, end: Callable[[LaunchError], None], error: LaunchError) -> Iterator[None]:
+    """Call ``end`` from a thread where the body hangs for longer than it says of itself."""
+    timer = threading.Timer(timeout_s + 3 * READ_S, end, (error,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _exchange(store: Any, ranks: Ranks, card: Card, timeout_s: float, prefix: str) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
             guard.checks.append(claim.lease.check)
             print(dump_yaml(config), flush=True)
             warn_of_a_short_run(config, samples_per_epoch(config, len(train_data)))
-        guard.beat(config.launch.timeout_s)  # the roll call ends by itself, and says who is missing
+        guard.beat(2 * config.launch.timeout_s)  # the roll call ends by itself, and says who is missing
         # After the claim: a rank 0 that is refused its folder has not yet let the others in, and its exit code counts.
         hosts = call_the_roll(ranks, make_of(dump_yaml(config)), os.environ, config.launch.timeout_s, give_up)
         guard.beat()

@@ -22,7 +22,7 @@ from prelora_ds.core.errors import STOPPED_EXIT_CODE, USAGE_EXIT_CODE, ConfigErr
 from prelora_ds.launching.diagnosis import Failure, diagnose, records_of, succeeded
 from prelora_ds.launching.hostfile import Host, fill, format_hostfile, format_mpi_hosts, travels, write_ds_env
 from prelora_ds.launching.lease import Lease
-from prelora_ds.launching.network import interface_environment
+from prelora_ds.launching.network import interface_environment, is_mine
 from prelora_ds.launching.supervised import LEASE, write_json
 
 TICK_S = 0.5
@@ -118,12 +118,13 @@ class Supervisor:
             for name in [name for name in silent if name not in said]:
                 self.say(f"host {name} does not answer")
             said.update(silent)
-            if chosen := self._choose_from([host for host in self.hosts if host.name not in silent]):
-                return chosen
+            chosen = self._choose_from([host for host in self.hosts if host.name not in silent])
             left = deadline - time.monotonic()
-            if self.stop_asked or left <= 0:
+            if len(chosen) == self.policy.nodes or self.stop_asked or left <= 0:
                 break
             self._renew_for(min(left, self.policy.probe_s), attempt)  # what is silent may be a scheduler that restarts
+        if chosen:
+            return chosen
         raise LaunchError(f"{len(self.hosts) - len(silent)} of {len(self.hosts)} hosts answer, and the run needs "
                           f"{self.policy.nodes}" + (f" (at least {self.policy.min_nodes}, where the batch divides)"
                                                     if self.policy.min_nodes < self.policy.nodes else "")
@@ -146,8 +147,9 @@ class Supervisor:
 
     def _silent(self, hosts: Sequence[Host]) -> list[str]:
         silent = self._unanswered(hosts)
-        # All of several at once: that is the probe's own way (a scheduler, this host's network), and tells of no host.
-        return silent if len(silent) < len(hosts) or len(hosts) == 1 else []
+        others = [host.name for host in hosts if not is_mine(host.name)]
+        # All of several others at once: that is a scheduler or this host's network, and tells of no host.
+        return [] if len(others) > 1 and set(others) <= set(silent) else silent
 
     def _silent_twice(self, hosts: Sequence[Host]) -> list[str]:
         suspects = self._silent(hosts)
@@ -158,9 +160,11 @@ class Supervisor:
         try:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                                        stderr=subprocess.DEVNULL, start_new_session=True)
-        except OSError as exc:
+        except (FileNotFoundError, PermissionError) as exc:
             raise ConfigError("--probe", self.policy.probe, f"cannot be started ({exc.strerror})",
                               "name a command with {host} in it, or an empty one for none") from exc
+        except OSError:
+            return True  # no process to be had here: nothing was heard of that host
         try:
             return process.wait(ANSWER_S) == 0
         except subprocess.TimeoutExpired:

@@ -145,7 +145,7 @@ FAULTS = [
     Fault("a rank never comes", lambda site: (site.cluster.state / "faults" / "host2.late").touch(),
           named="host2 (exit code 75): rank 0: ranks 1 of 2 did not come", early=True),
     Fault("a rank is killed", _signal_rank(signal.SIGKILL)),
-    Fault("a rank is frozen", _signal_rank(signal.SIGSTOP), named="host"),
+    Fault("a rank is frozen", _signal_rank(signal.SIGSTOP)),
     Fault("sshd is gone", lambda site: [os.kill(pid, signal.SIGKILL) for pid in site.cluster.pids("host2", "sshd")]
           and None),
     Fault("the link is cut, and mended later", lambda site: site.cluster.link("host2", up=False),

@@ -119,24 +119,26 @@ def test_two_sets_of_one_name_are_staged_apart_whole_and_only_once_and_a_host_wi
     for split in ("train", "val"):
         (tmp_path / split / "shards").mkdir(parents=True)
         (tmp_path / split / "shards" / "000.tar").write_text(f"{split} of 1")
-    site = load_profile("slurm").model_copy(update={"scratch": "${USER}", "on_host": f'env -C {tmp_path}/"$host"'})
+    on_host = f"""env -C {tmp_path}/"$host" bash -c 'sleep 0.3; exec "$@"' sh"""
+    site = load_profile("slurm").model_copy(update={"scratch": "${USER}", "on_host": on_host})
     config = load_config(RECIPE, [f"run.output_dir={tmp_path}/out",
                                   *(f"data.{split}={tmp_path}/{split}/shards" for split in ("train", "val"))])
     text = render(replace(JOB, stage=True, nodes=2), site, config)
-    stage = text[text.index("\ncopy='"):text.index("\nstop_asked=0")]
+    stage = text[text.index("\ncopy='"):text.index("\nfi\n") + 4]
     places = {split: place.replace("${USER}", "me")
               for split, place in re.findall(r'"data\.(train|val)=([^"]*)"', text)}
     for folder in ("n1", "n2", "n3", "state"):
         (tmp_path / folder).mkdir()
     (tmp_path / "n2" / "me").touch()  # where its scratch folder would be
 
-    def staged(*hosts: str) -> str:
+    def staged(*hosts: str, begin: str = "stop_asked=0") -> str:
         """The lines of the hostfile that are left."""
         lines = "".join(f"{host} slots=4\\n" for host in hosts)
-        done = subprocess.run(["bash", "-uc", f"state={tmp_path}/state; hostfile=$state/hosts; printf '{lines}' > "
-                               f"$hostfile\n{stage}\ncat $hostfile"], text=True, capture_output=True,
+        lines = f"{begin}\nstate={tmp_path}/state\nhostfile=$state/hosts\nprintf '{lines}' > $hostfile\n{stage}"
+        done = subprocess.run(["bash", "-uc", f"{lines}\ncat $hostfile"], text=True, capture_output=True,
                               env=os.environ | {"USER": "me"})
         if done.returncode:
+            assert "prelora job: staging took too long, or too few nodes have the shards" in done.stdout
             return str(done.returncode)
         for host in ("n1", "n3"):
             for split, place in places.items():
@@ -150,6 +152,11 @@ def test_two_sets_of_one_name_are_staged_apart_whole_and_only_once_and_a_host_wi
     (tmp_path / "n1" / places["train"] / "000.tar").chmod(0o444)
     assert staged("n1", "n3") == left
     assert staged("n1", "n2") == "75", "too few are left"
+    copy = tmp_path / "n1" / places["val"] / "000.tar"
+    copy.unlink()
+    warned = "stop_asked=0; trap stop_asked=1 USR1; (sleep 0.1; kill -USR1 $$) &"
+    assert staged("n1", "n3", begin=warned) == "75", "no time is left to train"
+    assert copy.exists(), "it did not wait for the copies"
 
 
 def test_a_url_stays_as_it_is_and_is_not_staged() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -83,6 +84,18 @@ def test_every_rank_that_came_hears_who_did_not() -> None:
     with ThreadPoolExecutor(2) as pool:
         for error in pool.map(call, range(2)):
             assert "ranks 2 of 3 did not come within 2 s" in str(error) and error.blames == (2,)
+
+
+def test_rank_0_that_begins_later_is_waited_for_and_says_who_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prelora_ds.launching.rollcall.READ_S", 0.3)
+    port = free_port()
+    def call(rank: int) -> LaunchError:
+        time.sleep(0 if rank else 1.5)
+        with pytest.raises(LaunchError) as caught:
+            call_the_roll(Ranks(rank, rank, 3, 3, "127.0.0.1", port), MAKE, {}, 2.0, never)
+        return caught.value
+    with ThreadPoolExecutor(2) as pool:
+        assert [error.blames for error in pool.map(call, range(2))] == [(2,), (2,)]
 
 
 def test_a_rank_that_nobody_listens_to_blames_rank_0() -> None:

@@ -144,9 +144,36 @@ def test_hosts_that_come_back_while_they_are_looked_for_are_taken(world: World) 
 
 
 def test_a_round_of_probes_that_nobody_answers_ends_no_healthy_run(world: World) -> None:
-    script = f'rm {world.folder}/[abc]; sleep 1; touch {world.folder}/a; touch {world.folder}/b; sleep 0.5; mark DONE'
+    script = f'rm {world.folder}/[abc]; sleep 1; touch {world.folder}/{{a,b,c}}; sleep 0.5; mark DONE'
     assert world.supervisor(script, probe_s=0.1).run() == 0
     assert attempts(world) == ["a, b"]
+
+
+def test_the_own_host_answers_while_its_network_is_away(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prelora_ds.launching.supervise.is_mine", lambda name: name == "a")
+    script = f'rm {world.folder}/[bc]; sleep 1; touch {world.folder}/{{b,c}}; sleep 0.5; mark DONE'
+    assert world.supervisor(script, probe_s=0.1, nodes=3, min_nodes=3, ranks=(6,)).run() == 0
+    assert attempts(world) == ["a, b, c"]
+
+
+def test_a_probe_that_gets_no_process_tells_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*args: object, **options: object) -> None:
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    supervisor = world.supervisor("mark DONE")
+    with monkeypatch.context() as system:
+        system.setattr("prelora_ds.launching.supervise.subprocess.Popen", none_left)
+        assert supervisor._unanswered(HOSTS) == []
+    with pytest.raises(ConfigError, match="cannot be started"):
+        world.supervisor("mark DONE", probe="/nowhere {host}").run()
+
+
+def test_fewer_hosts_are_taken_only_when_the_others_do_not_come_back(world: World) -> None:
+    (world.folder / "b").unlink()
+    (world.folder / "c").unlink()
+    threading.Timer(0.5, (world.folder / "c").touch).start()
+    assert world.supervisor("mark DONE", ranks=(2, 4), min_nodes=1, patience_s=20.0, probe_s=0.1).run() == 0
+    assert attempts(world) == ["a, c"]
 
 
 def test_a_supervisor_that_stood_still_leaves_the_run_to_its_successor(world: World) -> None:
@@ -201,6 +228,15 @@ def test_a_rank_that_waited_in_vain_names_the_host_of_those_that_did_not_come(tm
     assert diagnose(tmp_path / "3", 1, HOSTS[:2], [], {"a", "b"}).hosts == ["b"], "rank 0 knows who came"
     ends(tmp_path / "4", {"rank": 0, "host": "a", **WAITED}, {"rank": 2, "host": "b", "code": 1, "why": "no numpy"})
     assert diagnose(tmp_path / "4", 1, HOSTS[:2], [], set()).why == "rank 2: no numpy"
+    ends(tmp_path / "5", {"rank": 0, "host": "a", **WAITED, "blames": [4, 5, 6]})
+    assert diagnose(tmp_path / "5", 1, HOSTS[:2], [], {"a"}).hosts == [], "more ranks than the hostfile has slots"
+
+
+def test_two_failures_that_differ_in_a_port_are_the_same(tmp_path: Path) -> None:
+    for port in (29501, 29502):
+        ends(tmp_path / str(port), {"rank": 0, "host": "a", "code": 75, "why": f"MASTER_PORT = {port}: is in use"})
+    kinds = {diagnose(tmp_path / port, 1, HOSTS[:2], [], set()).kind for port in ("29501", "29502")}
+    assert kinds == {"MASTER_PORT = #: is in use"}
 
 
 def test_a_mistake_of_the_user_goes_before_a_host_that_does_not_answer(tmp_path: Path) -> None:
@@ -210,6 +246,19 @@ def test_a_mistake_of_the_user_goes_before_a_host_that_does_not_answer(tmp_path:
     assert failure.code == 2 and failure.why == "a rank: command line = 'x': unrecognized"
     ends(tmp_path / "2", {"rank": 1, "host": "a", "code": 1, "why": "ValueError"})
     assert diagnose(tmp_path / "2", 1, HOSTS[:2], ["b"], set()).hosts == ["b"]
+    ends(tmp_path / "3", {"rank": 2, "host": "b", "code": 2, "why": "data.train = '/x': no such folder"})
+    assert diagnose(tmp_path / "3", 1, HOSTS[:2], ["b"], set()).why == "host b does not answer"
+
+
+def test_a_mistake_that_only_another_host_than_rank_0s_tells_is_that_hosts(tmp_path: Path) -> None:
+    mistake = {"code": 2, "why": "data.train = '/x': no such folder"}
+    ends(tmp_path / "1", {"rank": 2, "host": "b", **mistake})
+    write_json(tmp_path / "1" / "rank-0.json", {"rank": 0, "host": "a"})
+    failure = diagnose(tmp_path / "1", 1, HOSTS[:2], [], set())
+    assert (failure.code, failure.hosts) == (75, ["b"]) and "no such folder" in failure.why
+    ends(tmp_path / "2", {"rank": 2, "host": "b", **mistake}, {"rank": 1, "host": "a", **mistake})
+    write_json(tmp_path / "2" / "rank-0.json", {"rank": 0, "host": "a"})
+    assert diagnose(tmp_path / "2", 1, HOSTS[:2], [], set()).code == 2
 
 
 def test_a_rank_that_only_felt_anothers_end_is_an_echo() -> None:
