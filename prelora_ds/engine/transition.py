@@ -10,7 +10,7 @@ from prelora_ds.core.plan import Plan
 from prelora_ds.engine.build import Engine, build_engine
 from prelora_ds.engine.census import engine_storages, live_storages, settled
 from prelora_ds.engine.measure import check_ranks_agree
-from prelora_ds.engine.release import release
+from prelora_ds.engine.release import release, trim_memory
 from prelora_ds.engine.state import EngineState, export_state
 
 
@@ -36,8 +36,13 @@ def transition(engine: Engine, plan: Plan, *,
     held = engine_storages(engine)
     state, counters = export_state(engine.ds), engine.counters()
     release(engine)
-    left = settled(lambda: sum(nbytes for key, nbytes in live_storages().items() if key in held), lambda n: n == 0)
-    if left:
+
+    def still_alive() -> int:
+        if left := sum(nbytes for key, nbytes in live_storages().items() if key in held):
+            trim_memory()  # what a thread of gloo dropped after the release may lie in a cycle
+        return left
+
+    if left := settled(still_alive, lambda n: n == 0):
         raise RuntimeError(f"{left} bytes of the old engine are still alive after its release")
     if keep_frozen is not None:
         keep_frozen(state, plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -89,7 +90,8 @@ class _Line:
             return {"error": f"its shell printed {line[:80]!r} before the answer: a login script that prints?"}
 
     def close(self) -> None:
-        if self.process.stdin is not None:
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError):  # ssh had ended when it was asked: the question is still to be flushed
             self.process.stdin.close()
         try:
             self.process.wait(2)

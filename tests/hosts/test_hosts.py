@@ -45,6 +45,7 @@ def test_preflight_names_what_is_wrong_with_each_host(site: Site) -> None:
         clock.unlink()
         metadata.unlink()
         metadata.parent.rmdir()
+    assert (folder / "json").exists(), done.stdout
     report = json.loads((folder / "json").read_text())
     assert done.returncode == 75 and not report["fit"], done.stdout
     problems = {host: " ".join(answer["problems"]) for host, answer in report["hosts"].items()}

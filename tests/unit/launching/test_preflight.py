@@ -1,0 +1,21 @@
+"""What preflight makes of hosts that cannot be asked; the rest is asked of real hosts, in tests/hosts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prelora_ds.launching.hostfile import Host
+from prelora_ds.launching.preflight import Questions, _Line, preflight
+
+
+def test_a_host_whose_ssh_ended_before_it_was_asked_is_not_reachable() -> None:
+    line = _Line("a", "bash -c 'echo no route to {host} >&2; exit 255'")
+    line.process.wait()
+    assert line.ask("facts", 5.0) == {"error": "no route to a"}
+    line.close()
+
+
+def test_hosts_that_all_fail_are_a_report_and_no_crash(tmp_path: Path) -> None:
+    report = preflight([Host("a", 1), Host("b", 1)], Questions(folder=tmp_path, ssh="false"))
+    assert not report.fit and all("not reachable" in " ".join(said) for said in report.problems.values())
+    assert not list(tmp_path.iterdir())
