@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,21 +43,20 @@ def diagnose(own: Path, returncode: int, hosts: Sequence[Host], silent: Sequence
     """
     records = records_of(own, "exit", hosts)
     began = [record for record in records if not is_echo(record)]
-    first_host = next((r["host"] for r in records_of(own, "rank", hosts) if r["rank"] == 0), None)
-    mistakes = [r for r in began if r["code"] == USAGE_EXIT_CODE and r["host"] not in silent]
-    for record in mistakes:
-        if first_host in (None, record["host"]):
-            return _told(record, own, hosts)
+    places = {came["rank"]: came["host"] for came in records_of(own, "rank", hosts)}
+    for record in began:
+        if record["code"] == USAGE_EXIT_CODE and record["host"] not in silent:
+            if places.get(0, record["host"]) == record["host"]:
+                return _told(record, places, hosts)
+            record["code"] = TRY_AGAIN_EXIT_CODE
     if silent:
         return Failure(TRY_AGAIN_EXIT_CODE, f"host {', '.join(silent)} does not answer", silent, "silent")
     if began:
         # Who waited in vain for others is not who failed; of those rank 0 knows best who did not come.
         failed = [record for record in began if not record["blames"]] or sorted(began, key=lambda r: int(r["rank"]))
-        code = TRY_AGAIN_EXIT_CODE if failed[0] in mistakes else int(failed[0]["code"])
-        return _told(failed[0] | {"code": code}, own, hosts)
-    came = [record["host"] for record in records_of(own, "rank", hosts)]
-    absent = [host.name for host in hosts if host.name not in came]
-    if absent and len(came) < sum(host.slots for host in hosts):
+        return _told(failed[0], places, hosts)
+    absent = [host.name for host in hosts if host.name not in places.values()]
+    if absent and len(places) < sum(host.slots for host in hosts):
         return Failure(TRY_AGAIN_EXIT_CODE, f"no rank came on host {', '.join(absent)}; the launcher says: "
                        + _tail(own / "launcher.log"), absent, "no rank came")
     if len(unheard) == 1:
@@ -71,9 +70,8 @@ def diagnose(own: Path, returncode: int, hosts: Sequence[Host], silent: Sequence
     return Failure(TRY_AGAIN_EXIT_CODE, why + _tail(own / "launcher.log"), [], why)
 
 
-def _told(record: dict[str, Any], own: Path, hosts: Sequence[Host]) -> Failure:
-    """The failure that a rank's record tells, on its host, or on those of the ranks it blames."""
-    places = {came["rank"]: came["host"] for came in records_of(own, "rank", hosts)}
+def _told(record: dict[str, Any], places: Mapping[int, str], hosts: Sequence[Host]) -> Failure:
+    """The failure that a rank's record tells, on its host, or on those of the ranks it blames. places: rank -> host."""
     blamed = [places.get(rank) or place_of(rank, hosts) for rank in record["blames"]] or [record["host"]]
     who = "a rank" if record["rank"] is None else f"rank {record['rank']}"
     return Failure(int(record["code"]), f"{who}: {record['why']}", [host for host in dict.fromkeys(blamed) if host],

@@ -90,9 +90,9 @@ def test_rank_0_that_begins_later_is_waited_for_and_says_who_is_missing(monkeypa
     monkeypatch.setattr("prelora_ds.launching.rollcall.READ_S", 0.3)
     port = free_port()
     def call(rank: int) -> LaunchError:
-        time.sleep(0 if rank else 1.5)
+        time.sleep(0 if rank else 2.5)
         with pytest.raises(LaunchError) as caught:
-            call_the_roll(Ranks(rank, rank, 3, 3, "127.0.0.1", port), MAKE, {}, 2.0, never)
+            call_the_roll(Ranks(rank, rank, 3, 3, "127.0.0.1", port), MAKE, {}, 5.0, never)
         return caught.value
     with ThreadPoolExecutor(2) as pool:
         assert [error.blames for error in pool.map(call, range(2))] == [(2,), (2,)]
