@@ -159,7 +159,8 @@ NO_SPARE = Fault("no spare: fewer hosts", FAULTS[-1].strike)
 STEPS = ["train.duration=20 steps", "train.eval_every=20 steps", "checkpoint.every=5 steps"]
 
 
-def supervise(site: Site, folder: Path, nodes: int = 2, *more: str) -> subprocess.Popen[str]:
+def supervise(site: Site, folder: Path, nodes: int = 2, *more: str,
+              length: Sequence[str] = STEPS) -> subprocess.Popen[str]:
     """`prelora supervise` on host1, over all hosts of the cluster."""
     hostfile = site.cluster.hostfile(folder / "hosts")
     return site.cluster.start("host1", [
@@ -169,7 +170,7 @@ def supervise(site: Site, folder: Path, nodes: int = 2, *more: str) -> subproces
         *(word for name in ("OMP_NUM_THREADS", "DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR", "PYTHONPATH", "FAULTS",
                             "PYTHONUNBUFFERED", "MASTER_ADDR", "MASTER_PORT") for word in ("-x", name)),
         "--mca", "prte_keep_fqdn_hostnames", "1", "python", FAULTY, *site.arguments(
-            folder / "out", *STEPS, f"guard.hang_limit={HANG_S} s", "launch.timeout_s=20", "launch.interface=eth0")],
+            folder / "out", *length, f"guard.hang_limit={HANG_S} s", "launch.timeout_s=20", "launch.interface=eth0")],
         log=folder / "log")
 
 
@@ -213,7 +214,7 @@ def strike(site: Site, fault: Fault, expected: Sequence[float], nodes: int = 2, 
 def supervisor_killed(site: Site) -> dict[str, Any]:
     """Ranks that nobody supervises any more end by themselves."""
     folder = site.new("supervisor-killed")
-    process = supervise(site, folder)
+    process = supervise(site, folder, length=_length(400))  # for longer than the ranks' patience
     _until(lambda: (folder / "out" / "checkpoints" / "latest").exists(), 120)
     for pid in site.cluster.pids("host1", "prelora supervise"):
         os.kill(pid, signal.SIGKILL)
