@@ -26,16 +26,17 @@ from hosts.scenarios import Site
 from prelora_ds.data.writer import write_digits
 
 Row = dict[str, Any]
+SLURM_FAULTS = ("a node of a Slurm job goes down", "the first node of a Slurm job goes down")
 LAUNCHERS = ("pdsh", "openmpi", "mpirun", "mpich", "srun", "torchrun")
 
 
 def scenarios_of(shards: Path, folder: Path) -> dict[str, Callable[[], Row]]:
     """Every scenario by name, each on hosts of its own: what one breaks stays broken."""
 
-    def on(size: int, act: Callable[[Site], Row], with_slurm: bool = False) -> Callable[[], Row]:
+    def on(size: int, act: Callable[[Site], Row], with_slurm: bool = False, apart: bool = False) -> Callable[[], Row]:
         def run() -> Row:
             with cluster.Cluster(size, folder / f"hosts{time.monotonic_ns()}") as hosts:
-                return act(Site(hosts, shards, slurm.Slurm(hosts).start() if with_slurm else None))
+                return act(Site(hosts, shards, slurm.Slurm(hosts, apart).start() if with_slurm else None))
         return run
 
     @cache
@@ -55,7 +56,8 @@ def scenarios_of(shards: Path, folder: Path) -> dict[str, Callable[[], Row]]:
     found |= {f"{launcher}, 16 hosts": on(16, lambda site, launcher=launcher: scenarios.launch(
         site, launcher, (), 16, large, timeout=500)) for launcher in ("pdsh", "mpirun")}
     found |= {"a Slurm chain": on(3, scenarios.slurm_chain, True)}
-    found |= {"a node of a Slurm job goes down": on(3, scenarios.slurm_node_dies, True)}
+    found |= {SLURM_FAULTS[0]: on(3, scenarios.slurm_node_dies, True),
+              SLURM_FAULTS[1]: on(5, scenarios.slurm_first_node_dies, True, apart=True)}
     found |= {fault.name: on(3, strike(fault)) for fault in scenarios.FAULTS}
     found |= {"no spare: fewer hosts": on(2, strike(scenarios.NO_SPARE, "--min-nodes", "1"))}
     found |= {name: on(3, act) for name, act in scenarios.OTHER_FAULTS.items()}
@@ -77,7 +79,7 @@ def figures(rows: Sequence[Row]) -> dict[str, float]:
     """What the rows amount to; the largest launch is the fastest of 16 hosts."""
     large = [row for row in rows if "start_s" in row and row["hosts"] == 16]
     names = {fault.name for fault in (*scenarios.FAULTS, scenarios.NO_SPARE)} | {
-        *scenarios.OTHER_FAULTS, *refusals.REFUSALS, "a node of a Slurm job goes down"}
+        *scenarios.OTHER_FAULTS, *refusals.REFUSALS, *SLURM_FAULTS}
     faults = [row for row in rows if row["what"] in names]
     return {"hosts": max((row["hosts"] for row in rows if "start_s" in row), default=0),
             "start_s": min((row["start_s"] for row in large), default=0.0),

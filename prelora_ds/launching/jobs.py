@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from prelora_ds.core.config import Config
 from prelora_ds.core.errors import ConfigError
+from prelora_ds.launching.supervised import LEASE
 
 PROFILES = Path(__file__).with_name("profiles")
 
@@ -112,7 +113,7 @@ def render(job: Job, profile: Profile, config: Config) -> str:
         "folder": shlex.quote(str(job.folder)), "script": shlex.quote(str(job.script)),
         "setup": profile.setup if job.setup is None else job.setup,
         "environment": {key: shlex.quote(value) for key, value in (profile.network if job.network else {}).items()},
-        "output_dir": shlex.quote(str(out)),
+        "output_dir": shlex.quote(str(out)), "lease": shlex.quote(f"{out}.supervise/{LEASE}"),
         "stage": " ".join(f'{shlex.quote(a)} "{b}"' for a, b in zip(sets, copies, strict=True)) if job.stage else "",
         "on_host": profile.on_host,
         "prelora": f"{shlex.quote(sys.executable)} -u -m prelora_ds.cli", "probe": shlex.quote(profile.probe),

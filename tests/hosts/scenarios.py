@@ -372,6 +372,31 @@ def slurm_node_dies(site: Site) -> dict[str, Any]:
             "result": "the job lives on, resumed on its spare, bitwise"}
 
 
+def slurm_first_node_dies(site: Site) -> dict[str, Any]:
+    """The node with the script and the supervisor goes down, which --no-kill lets pass: the last node has the job
+    requeued, and it goes on bitwise on other nodes."""
+    assert site.slurm is not None
+    folder = site.new("first-node-dies")
+    length = _length(_steps_for(site, 30))
+    expected, begun = local(site, 2, *length), time.monotonic()
+    job = _submit(site, folder, "10m", *length)
+    _until(lambda: (folder / "out" / "checkpoints" / "latest").exists(), 120)
+    struck = time.monotonic()
+    site.cluster.kill("host1")
+    site.slurm.run("scontrol update nodename=host1 state=down reason=dead")
+    assert {"JobState=RUNNING", "Restarts=0"} <= _about(site, job)
+    _until(lambda: "Restarts=1" in _about(site, job), 200)
+    bounded = time.monotonic() - struck
+    log = next(folder.glob("*.log"))
+    _until(lambda: "the run ended with 0" in log.read_text(), 400)
+    resumed = [row["step"] for row in read_lines(folder / "out" / "plans.jsonl") if row["event"] == "resume"]
+    assert resumed and losses(folder / "out") == expected
+    return {"what": "the first node of a Slurm job goes down", "hosts": 3, "named": True,
+            "total_s": round(time.monotonic() - begun, 1), "ended_s": round(bounded, 1),
+            "says": next(line for line in log.read_text().splitlines() if "hosts: host2, host3" in line),
+            "result": f"requeued, resumed after steps {resumed}, bitwise"}
+
+
 def _steps_for(site: Site, seconds: float) -> int:
     """Steps that two ranks take in this time here."""
     local(site, 2, *STEPS)
@@ -394,7 +419,7 @@ def _submit(site: Site, folder: Path, walltime: str, *more: str) -> str:
                                       "--deepspeed-config", arguments[3], "--nodes", "2", "--spares", "1", "--walltime",
                                       walltime, "--warn", "60", "--out", script, *arguments[4:]])
     assert done.returncode == 0, done.stdout
-    script.write_text(script.read_text().replace("#!/bin/bash -l", "#!/bin/bash"))
+    script.write_text(script.read_text().replace("#!/bin/bash -l", "#!/bin/bash").replace("sleep 300", "sleep 20"))
     return site.slurm.run(f"sbatch --parsable --chdir={folder} {script}").strip()
 
 

@@ -20,10 +20,15 @@ def why_not() -> str | None:
 
 
 class Slurm:
-    """``environ`` is for srun and sbatch. Its daemons are the hosts' own, and die with them."""
+    """``environ`` is for srun and sbatch. Its daemons are the hosts' own, and die with them.
 
-    def __init__(self, cluster: Cluster) -> None:
+    apart: the last host has slurmctld and no jobs; else the first one has both.
+    """
+
+    def __init__(self, cluster: Cluster, apart: bool = False) -> None:
         self.cluster, self.folder = cluster, cluster.state / "slurm"
+        self.controller = cluster.names[-1 if apart else 0]
+        self.nodes = cluster.names[:-1] if apart else cluster.names
         self.environ = {"SLURM_CONF": str(self.folder / "slurm.conf")}
 
     def start(self) -> Slurm:
@@ -34,7 +39,7 @@ class Slurm:
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         (self.folder / "slurm.conf").write_text(f"""
 ClusterName=test
-SlurmctldHost={self.cluster.names[0]}
+SlurmctldHost={self.controller}
 AuthInfo=cred_expire=5
 SlurmUser=root
 SlurmdUser=root
@@ -52,7 +57,7 @@ SchedulerParameters=batch_sched_delay=1,sched_interval=2
 SlurmdParameters=config_overrides
 GresTypes=gpu
 KillWait=5
-NodeName={",".join(self.cluster.names)} CPUs=4 RealMemory=1000 Gres=gpu:4 State=UNKNOWN
+NodeName={",".join(self.nodes)} CPUs=4 RealMemory=1000 Gres=gpu:4 State=UNKNOWN
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE OverSubscribe=NO State=UP
 """)
         (self.folder / "gres.conf").write_text("Name=gpu File=/dev/tty[1-4]\n")
@@ -61,8 +66,8 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE OverSubscribe=NO State=
             (self.folder / "spool" / name).mkdir(parents=True)
             self._run(name, f"mkdir -m 755 -p /run/munge && munged --force --key-file={key} --log-file=/run/munge/log "
                       "--pid-file=/run/munge/pid --seed-file=/run/munge/seed --socket=/run/munge/munge.socket.2")
-        self._run(self.cluster.names[0], f"slurmctld -L {self.folder}/ctld.log")
-        for name in self.cluster.names:
+        self._run(self.controller, f"slurmctld -L {self.folder}/ctld.log")
+        for name in self.nodes:
             self._run(name, f"slurmd -N {name} -L {self.folder}/{name}.log")
         deadline = time.monotonic() + 30
         while self.run("sinfo -h -o %T").split() != ["idle"]:
@@ -72,8 +77,8 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE OverSubscribe=NO State=
         return self
 
     def run(self, command: str) -> str:
-        """Output of a command on the first host."""
-        return self._run(self.cluster.names[0], command)
+        """Output of a command on the host of slurmctld."""
+        return self._run(self.controller, command)
 
     def _run(self, name: str, command: str) -> str:
         # Daemons keep what they inherit open: a file, not a pipe, so that the command's end can be seen.
