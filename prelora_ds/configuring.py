@@ -29,16 +29,44 @@ OWNED_BY_RECIPE = {
     "fp16": "nothing: the engine trains in BF16",
     "data_types": "nothing: gradients are accumulated in fp32",
     "communication_data_type": "nothing: gradients are reduced in fp32",
+    "prescale_gradients": "nothing: gradients are reduced in fp32",
+    "gradient_predivide_factor": "nothing: gradients are reduced in fp32",
     "tensorboard": "run.output_dir",
 }
 # What else a JSON may hold. DeepSpeed itself says nothing of a misspelt key here.
 KNOWN_KEYS = ("zero_optimization", "bf16", "zero_force_ds_cpu_optimizer", "comms_logger", "wall_clock_breakdown",
-              "memory_breakdown", "prescale_gradients", "gradient_predivide_factor")
+              "memory_breakdown")
 BF16_KEYS = ("enabled", "immediate_grad_update", "check_grad_overflow")
-# Keys of zero_optimization that a switch does not carry over, and the value that leaves each off.
-UNSUPPORTED_ZERO_KEYS = {"offload_param": None, "zenflow": None, "zero_hpz_partition_size": 1, "mics_shard_size": -1,
-                         "zero_quantized_weights": False, "zero_quantized_gradients": False,
-                         "zero_quantized_nontrainable_weights": False, "cpu_offload": False, "compute_grad_norm": True}
+# Keys of zero_optimization that were tried at another value than DeepSpeed's default: tests/ranks/test_zero_keys.py
+# trains with each of them and gets the losses of the default. Any other key is refused.
+ZERO_KEYS = (
+    "stage", "offload_optimizer", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size",
+    "use_multi_rank_bucket_allreduce", "allgather_partitions", "allgather_bucket_size", "overlap_comm",
+    "load_from_fp32_weights", "sub_group_size", "round_robin_gradients", "parameter_alignment",
+    "memory_efficient_linear", "pipeline_loading_checkpoint", "override_module_apply", "log_trace_cache_warnings",
+    "enable_sanity_checks", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold",
+    "stage3_model_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance",
+    "stage3_gather_16bit_weights_on_model_save", "stage3_use_all_reduce_for_fetch_params",
+    "stage3_allgather_sequential")
+OFFLOAD_KEYS = ("device", "pin_memory", "buffer_count", "cpuadam_cores_perc")
+# Keys of zero_optimization that are refused, the value that leaves each off (accepted), and why.
+_ACROSS_A_SWITCH = "is not carried over a switch"
+_DEPRECATED = "is deprecated in DeepSpeed"
+REFUSED_ZERO_KEYS: dict[str, tuple[Any, str]] = {
+    "offload_param": (None, _ACROSS_A_SWITCH), "zenflow": (None, _ACROSS_A_SWITCH),
+    "zero_hpz_partition_size": (1, _ACROSS_A_SWITCH), "mics_shard_size": (-1, _ACROSS_A_SWITCH),
+    "zero_quantized_weights": (False, _ACROSS_A_SWITCH), "zero_quantized_gradients": (False, _ACROSS_A_SWITCH),
+    "zero_quantized_nontrainable_weights": (False, _ACROSS_A_SWITCH),
+    "compute_grad_norm": (True, "would leave divergence unseen, which is told by the gradient norm"),
+    "ignore_unused_parameters": (True, "would stop a step in which an adapter has no gradient"),
+    "leaf_module": (None, "is set by model.compile"),
+    "stage3_module_granularity_threshold": (0, "does not know the parameters of a model that is built in parts"),
+    "save_muon_momentum_buffer_in_memory": (False, "has no effect: the optimizer is AdamW"),
+    "legacy_stage1": (False, _DEPRECATED), "elastic_checkpoint": (False, _DEPRECATED),
+    "cpu_offload": (False, _DEPRECATED), "cpu_offload_param": (False, _DEPRECATED),
+    "cpu_offload_use_pin_memory": (False, _DEPRECATED),
+    "stage3_gather_fp16_weights_on_model_save": (False, _DEPRECATED),
+}
 
 
 def load_config(recipe: str | Path, overrides: Sequence[str] = (),
@@ -133,11 +161,13 @@ def check_deepspeed(values: Mapping[str, Any], source: str) -> None:
     for key in ("reduce_bucket_size", "stage3_param_persistence_threshold"):
         if not isinstance(zero.get(key, 0), int | float):
             raise ConfigError(f"{source}: zero_optimization.{key}", zero[key], "is no number", "write it as a number")
-    for key, off in UNSUPPORTED_ZERO_KEYS.items():
+    for key, (off, why) in REFUSED_ZERO_KEYS.items():
         if zero.get(key, off) not in (None, off, {"device": "none"}):
-            raise ConfigError(f"{source}: zero_optimization.{key}", zero[key], "is not supported across a switch",
-                              "remove it")
-    target = _section(zero, "offload_optimizer", source).get("device", "none")
+            raise ConfigError(f"{source}: zero_optimization.{key}", zero[key], why, "remove it")
+    _only(zero, (*ZERO_KEYS, *REFUSED_ZERO_KEYS), f"{source}: zero_optimization")
+    offload = _section(zero, "offload_optimizer", f"{source}: zero_optimization")
+    _only(offload, OFFLOAD_KEYS, f"{source}: zero_optimization.offload_optimizer")
+    target = offload.get("device", "none")
     if target not in ("none", "cpu") or (target == "cpu" and stage not in (2, 3)):
         raise ConfigError(f"{source}: zero_optimization.offload_optimizer.device", target,
                           f"is not supported at stage {stage}", 'offload to "cpu" at stage 2 or 3')

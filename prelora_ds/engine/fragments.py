@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import deepspeed
 import torch
+from deepspeed import comm
 from torch import nn
 
 from prelora_ds.model.families import named_parameters
@@ -51,12 +53,29 @@ def fragments(engine: DeepSpeedEngine) -> Iterator[Fragment]:
             for param, master in zip(bit16_group, fp32_group, strict=True):
                 yield Fragment(names[id(param)], 0, param.numel(), master, 0)
     else:
-        flats = flat_masters(engine)
-        for i, group in enumerate(bit16_groups(engine)):
+        groups = zip(flat_masters(engine), _own_partitions(optimizer), bit16_groups(engine), strict=True)
+        for flat, partition, group in groups:
             for param in group:
-                if param._hp_mapping is not None:  # None: the whole parameter lies with other ranks
-                    low, high = param._hp_mapping.lp_fragment_address, param._hp_mapping.hp_fragment_address
-                    yield Fragment(names[id(param)], low.start, low.start + low.numel, flats[i], high.start)
+                yield from _flat_fragment(names[id(param)], param, partition, flat)
+
+
+def _own_partitions(optimizer: Any) -> list[torch.Tensor]:
+    """The 16-bit partition of each flat group that this rank's optimizer updates (stages 1 and 2)."""
+    for attribute in ("parallel_partitioned_bit16_groups", "bf16_partitioned_groups"):
+        if hasattr(optimizer, attribute):
+            return [partitions[comm.get_rank()] for partitions in getattr(optimizer, attribute)]
+    raise _unknown(optimizer)
+
+
+def _flat_fragment(name: str, param: nn.Parameter, partition: torch.Tensor, flat: torch.Tensor) -> Iterator[Fragment]:
+    # The parameter's own address says where it lies. DeepSpeed 0.19's `_hp_mapping` counts in the order of the
+    # module, which is not the order in memory under round_robin_gradients and parameter_alignment.
+    if param.untyped_storage().data_ptr() != partition.untyped_storage().data_ptr():
+        raise RuntimeError(f"{name} does not lie in the flat buffer of its optimizer group")
+    offset = (param.data_ptr() - partition.data_ptr()) // param.element_size()
+    start, stop = max(0, -offset), min(param.numel(), partition.numel() - offset)
+    if start < stop:  # else the whole parameter lies with other ranks
+        yield Fragment(name, start, stop, flat, offset + start)
 
 
 def _stage3_fragments(optimizer: Any, names: dict[int, str]) -> Iterator[Fragment]:
@@ -75,7 +94,7 @@ def bit16_groups(engine: DeepSpeedEngine) -> list[list[nn.Parameter]]:
     for attribute in ("bit16_groups", "bf16_groups", "fp16_groups"):
         if hasattr(optimizer, attribute):
             return list(getattr(optimizer, attribute))
-    raise RuntimeError(f"{type(optimizer).__name__} of this DeepSpeed version is not known to fragments.py")
+    raise _unknown(optimizer)
 
 
 def flat_masters(engine: DeepSpeedEngine) -> list[torch.Tensor]:
@@ -86,7 +105,32 @@ def flat_masters(engine: DeepSpeedEngine) -> list[torch.Tensor]:
     for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
         if hasattr(optimizer, attribute):
             return list(getattr(optimizer, attribute))
-    raise RuntimeError(f"{type(optimizer).__name__} of this DeepSpeed version is not known to fragments.py")
+    raise _unknown(optimizer)
+
+
+def _unknown(optimizer: object) -> RuntimeError:
+    return RuntimeError(f"{type(optimizer).__name__} of DeepSpeed {deepspeed.__version__} is not known to fragments.py")
+
+
+def updated_weights(engine: DeepSpeedEngine) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(16-bit tensor, flat master): what DeepSpeed overwrites at each step on this rank, and what it copies there.
+
+    At stage 3 the copies of small parameters that stay gathered on every rank come last, with the partition that they
+    are gathered from.
+    """
+    optimizer: Any = engine.optimizer
+    if engine.zero_optimization_stage() == 3:
+        yield from zip(optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat, strict=True)
+        for p in engine.module.parameters():
+            if p.data.numel() == p.ds_numel:
+                start = p.ds_tensor.ds_numel * comm.get_rank()
+                gathered = p.data.view(-1)[start: start + p.ds_tensor.ds_numel]
+                yield gathered, p.ds_tensor.view(-1)[: gathered.numel()]
+    elif hasattr(optimizer, "fp32_groups"):
+        for weights, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            yield from zip(weights, masters, strict=True)
+    else:
+        yield from zip(_own_partitions(optimizer), flat_masters(engine), strict=True)
 
 
 def adam_state(engine: DeepSpeedEngine) -> dict[torch.Tensor, dict[str, Any]]:

@@ -7,6 +7,7 @@ import gc
 import weakref
 from typing import Any
 
+import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import parameter_offload
@@ -49,7 +50,11 @@ def _clear_release_cache() -> None:
     # functools.lru_cache on a method keeps self (the coordinator, hence the module) alive; a decorator hides it.
     wrapper: Any = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
     while not hasattr(wrapper, "cache_clear"):
-        wrapper = next((c.cell_contents for c in wrapper.__closure__ if hasattr(c.cell_contents, "cache_clear")), None)
+        cells = (cell.cell_contents for cell in getattr(wrapper, "__closure__", None) or ())
+        wrapper = next((content for content in cells if hasattr(content, "cache_clear")), None)
+        if wrapper is None:
+            raise RuntimeError(f"PartitionedParameterCoordinator of DeepSpeed {deepspeed.__version__} is not known to "
+                               "release.py: its __params_to_release has no cache to clear")
     wrapper.cache_clear()
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import gc
 import os
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from prelora_ds.core.errors import ConfigError
+
+T = TypeVar("T")
 
 
 def choose_accelerator(environ: dict[str, str] | os._Environ[str] = os.environ) -> None:
@@ -107,6 +110,23 @@ def make_monitor(folder: Path, after_samples: int = 0) -> Any | None:
         old.close()
         monitor.tb_monitor.summary_writer = type(old)(log_dir=old.log_dir, purge_step=after_samples + 1)
     return monitor
+
+
+def on_rank_0(decide: Callable[[], T]) -> T:
+    """What ``decide`` returns on rank 0, on all ranks; an exception there is raised on all of them. Collective.
+
+    Raised by rank 0 only, it would leave the others in the broadcast.
+    """
+    outcome: list[Any] = [None, None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            outcome[0] = decide()
+        except Exception as exc:
+            outcome[1] = exc
+    torch.distributed.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]  # type: ignore[no-any-return]
 
 
 def device() -> torch.device:

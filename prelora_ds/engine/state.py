@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import deepspeed
 import torch
 from deepspeed import comm
 
 from prelora_ds.core.plan import Layout, Plan
-from prelora_ds.engine.fragments import adam_state, bit16_groups, flat_masters, fragments
+from prelora_ds.engine.fragments import adam_state, bit16_groups, flat_masters, fragments, updated_weights
 from prelora_ds.model.adapters import bases, fresh_adapter
 from prelora_ds.model.families import named_parameters
 from prelora_ds.model.lora_linear import merge_bases
@@ -160,7 +161,10 @@ def restore_state(engine: DeepSpeedEngine, plan: Plan, layout: Layout, state: En
     """Write ``state`` into a newly built engine, consuming it: bf16 weights, fp32 masters, Adam moments and steps.
 
     Parameters of the plan that the state does not know are adapters and get their first value. Collective.
+    Raises RuntimeError on every rank when the state is not one of this plan, or when the masters that DeepSpeed
+    holds afterwards are not those of the weights.
     """
+    known = _check_fits(engine.module, plan, layout, state)
     parameters = named_parameters(engine.module)
     inner = adam_state(engine)
     inner.clear()  # stage 0 has stepped once on zero gradients
@@ -170,10 +174,12 @@ def restore_state(engine: DeepSpeedEngine, plan: Plan, layout: Layout, state: En
         steps = {state.adam_steps.get(name, 0) for name in names}
         if len(steps) != 1:
             raise RuntimeError(f"one optimizer group with several Adam steps {sorted(steps)}: {names[:3]}")
-        if step := steps.pop():
-            inner[flat] = {"step": _step_like(engine, step)} | {key: torch.zeros_like(flat.detach()) for key in MOMENTS}
+        # A step of 0 can have moments: those of an update that was left out before the first.
+        if any(name in state.adam_steps for name in names):
+            inner[flat] = {"step": _step_like(engine, steps.pop())}
+            inner[flat] |= {key: torch.zeros_like(flat.detach()) for key in MOMENTS}
 
-    known, fp32_bases = _known_names(state), bases(engine.module)
+    fp32_bases = bases(engine.module)
     for name, shape in plan.parameters(layout).items():
         full = (assemble(state, name, "value", shape, engine.device) if name in known
                 else fresh_adapter(name, shape, plan.init_seed).to(engine.device))
@@ -192,18 +198,72 @@ def restore_state(engine: DeepSpeedEngine, plan: Plan, layout: Layout, state: En
     merge_bases(engine.module)
     for name, buffer in engine.module.named_buffers():
         buffer.copy_(state.buffers[name])
+    check_masters(engine)
+
+
+def _check_fits(module: nn.Module, plan: Plan, layout: Layout, state: EngineState) -> set[str]:
+    """The names of parameters that any rank holds a slice of. Collective.
+
+    The walk through the parameters takes a collective for each, so whatever would stop it on one rank is looked for
+    before it, with the answers of all ranks at hand. Raises the same RuntimeError on every rank.
+    """
+    spans = {name: (s.start, s.value.numel(), *(len(s.moments[key]) for key in MOMENTS if key in s.moments))
+             for name, s in state.slices.items() if s.value.numel()}
+    buffers = {name: tuple(b.shape) for name, b in state.buffers.items()}
+    ranks: list[Any] = [None] * comm.get_world_size()
+    torch.distributed.all_gather_object(ranks, (spans, dict(state.adam_steps), buffers))
+
+    shapes = plan.parameters(layout)
+    known = {name for spans, _, _ in ranks for name in spans}
+    problems = [f"{name} is not a parameter of the plan" for name in sorted(known - shapes.keys())]
+    problems += [f"{name} is missing" for name in layout.parameters if name not in known]
+    for name in (name for name in shapes if name in known):  # in one order on all ranks
+        held = [spans[name] for spans, _, _ in ranks if name in spans]
+        problems += _span_problems(name, math.prod(shapes[name]), held, has_moments=name in state.adam_steps)
+    if any(steps != ranks[0][1] for _, steps, _ in ranks):
+        problems.append("the ranks hold different Adam steps")
+    wanted = {name: tuple(b.shape) for name, b in module.named_buffers()}
+    problems += [f"rank {rank} holds the buffers {held}, and the module has {wanted}"
+                 for rank, (_, _, held) in enumerate(ranks) if held != wanted]
+    if problems:
+        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise RuntimeError(f"the state does not fit the plan of phase {plan.phase}: {'; '.join(problems[:5])}{more}")
+    return known
+
+
+def _span_problems(name: str, numel: int, held: list[tuple[int, ...]], *, has_moments: bool) -> list[str]:
+    """What is wrong with the (start, elements, elements of each moment) that the ranks hold of a parameter."""
+    reached = 0
+    for start, length, *_ in sorted(held):
+        if start != reached:
+            return [f"elements {min(start, reached)} to {max(start, reached)} of {name} are missing or held twice"]
+        reached += length
+    if reached != numel:
+        return [f"{name} has {reached:,} elements in the state and {numel:,} in the plan"]
+    expected = len(MOMENTS) if has_moments else 0
+    if any(moments != [length] * expected for _, length, *moments in held):
+        return [f"the Adam moments of {name} are not those of its Adam step"]
+    return []
+
+
+def check_masters(engine: DeepSpeedEngine) -> None:
+    """Compare each weight with the master that DeepSpeed will overwrite it from, bitwise. Collective.
+
+    A master at a wrong place is trained and written into another weight at the first step, without a word. Raises the
+    same RuntimeError on every rank.
+    """
+    wrong = sum(int((weight.view(torch.int16) != master.to(weight.dtype).view(torch.int16)).sum())
+                for weight, master in updated_weights(engine))
+    ranks: list[Any] = [None] * comm.get_world_size()
+    torch.distributed.all_gather_object(ranks, wrong)
+    if any(ranks):
+        raise RuntimeError(f"{ranks} elements of the weights, by rank, are not their fp32 masters rounded to BF16: "
+                           f"DeepSpeed {deepspeed.__version__} keeps the masters elsewhere than fragments.py looks")
 
 
 def _step_like(engine: DeepSpeedEngine, step: int) -> torch.Tensor | int:
     # torch's AdamW counts in a tensor, DeepSpeedCPUAdam in an int.
     return torch.tensor(float(step)) if isinstance(engine.optimizer.optimizer, torch.optim.AdamW) else step
-
-
-def _known_names(state: EngineState) -> set[str]:
-    """Names that any rank holds a slice of; collective."""
-    gathered: list[Any] = [None] * comm.get_world_size()
-    torch.distributed.all_gather_object(gathered, sorted(state.slices))
-    return {name for names in gathered for name in names}
 
 
 def assemble(state: EngineState, name: str, key: str, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:

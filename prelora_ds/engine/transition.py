@@ -33,8 +33,23 @@ def transition(engine: Engine, plan: Plan, *,
     Raises RuntimeError when the old engine's memory is not given back, or when ranks disagree afterwards.
     """
     begun = time.perf_counter()
-    held = engine_storages(engine)
+    held = engine_storages(engine)  # counted before the export gives the optimizer's storage back
     state, counters = export_state(engine.ds), engine.counters()
+    release_checked(engine, held)
+    if keep_frozen is not None:
+        keep_frozen(state, plan)
+    new = build_engine(engine.run_config, plan, engine.layout, engine.num_labels, state, counters)
+    check_ranks_agree(new)
+    return new, Switch(time.perf_counter() - begun, sum(held.values()))
+
+
+def release_checked(engine: Engine, held: Mapping[int, int] | None = None) -> None:
+    """Free all that ``engine`` holds, and count that it is gone; afterwards its ``ds`` is None.
+
+    held: what `engine_storages` found before, where storages were given back since. Raises RuntimeError when memory
+    of the engine is still alive.
+    """
+    held = engine_storages(engine) if held is None else held
     release(engine)
 
     def still_alive() -> int:
@@ -44,8 +59,3 @@ def transition(engine: Engine, plan: Plan, *,
 
     if left := settled(still_alive, lambda n: n == 0):
         raise RuntimeError(f"{left} bytes of the old engine are still alive after its release")
-    if keep_frozen is not None:
-        keep_frozen(state, plan)
-    new = build_engine(engine.run_config, plan, engine.layout, engine.num_labels, state, counters)
-    check_ranks_agree(new)
-    return new, Switch(time.perf_counter() - begun, sum(held.values()))

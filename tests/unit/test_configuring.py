@@ -9,7 +9,8 @@ import yaml
 
 from prelora_ds.configuring import (
     OWNED_BY_RECIPE,
-    UNSUPPORTED_ZERO_KEYS,
+    REFUSED_ZERO_KEYS,
+    ZERO_KEYS,
     check_world,
     dump_yaml,
     load_config,
@@ -216,11 +217,23 @@ def test_what_is_no_json_object_is_refused(recipe: Path, tmp_path: Path, content
 REFUSED = [("offload_param", {"device": "cpu"}), ("zenflow", {"topk_ratio": .1}), ("zero_hpz_partition_size", 8),
            ("zero_quantized_weights", True), ("zero_quantized_gradients", True),
            ("zero_quantized_nontrainable_weights", True), ("cpu_offload", True), ("mics_shard_size", 2),
-           ("compute_grad_norm", False)]
+           ("compute_grad_norm", False), ("cpu_offload_param", True), ("cpu_offload_use_pin_memory", True),
+           ("elastic_checkpoint", True), ("ignore_unused_parameters", False), ("leaf_module", {"classes": ["Block"]}),
+           ("legacy_stage1", True), ("save_muon_momentum_buffer_in_memory", True),
+           ("stage3_gather_fp16_weights_on_model_save", True), ("stage3_module_granularity_threshold", 5000)]
 
 
-def test_every_unsupported_key_has_a_value_that_is_refused() -> None:
-    assert {key for key, _ in REFUSED} == set(UNSUPPORTED_ZERO_KEYS)
+def test_every_refused_key_has_a_value_that_is_refused() -> None:
+    assert {key for key, _ in REFUSED} == set(REFUSED_ZERO_KEYS)
+
+
+def test_every_key_that_deepspeed_knows_is_either_tried_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    known = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
+    # mics_shard_size is read beside the schema, in DeepSpeed's MiCS_Init
+    assert known | {"mics_shard_size"} == set(ZERO_KEYS) | set(REFUSED_ZERO_KEYS)
 
 
 def deepspeed_json(folder: Path, values: dict[str, Any]) -> Path:
