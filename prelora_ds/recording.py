@@ -21,7 +21,7 @@ from prelora_ds.data.manifest import Manifest
 from prelora_ds.data.setup import TrainData, count_workers
 from prelora_ds.engine.build import Engine
 from prelora_ds.engine.census import census
-from prelora_ds.engine.runtime import accelerator_name, local_world_size, rank_memory_gib
+from prelora_ds.engine.runtime import accelerator_name, local_world_size, on_rank_0, rank_memory_gib
 from prelora_ds.engine.transition import Switch
 from prelora_ds.launching.guard import Guard
 from prelora_ds.metrics import RunLog
@@ -53,16 +53,18 @@ class Run:
 
 def workers_of(config: Config, data: TrainData, progress: TrainProgress) -> int:
     """`data.workers`, by rank 0's measurement where it is ``auto``. Collective."""
-    chosen = [(0, "")]
-    if dist.get_rank() == 0:
+    if config.data.workers != "auto":
+        return config.data.workers
+
+    def measure() -> tuple[int, str]:
         here = local_world_size()
         gpu = gpu_named(accelerator_name(), rank_memory_gib(here))
-        chosen = [count_workers(config, data, ranks_here=here, images_per_s=fastest_images_per_s(
-            config, here, dist.get_world_size(), gpu))]
-    dist.broadcast_object_list(chosen, src=0)
-    if config.data.workers == "auto":
-        progress.say(chosen[0][1])
-    return chosen[0][0]
+        fastest = fastest_images_per_s(config, here, dist.get_world_size(), gpu)
+        return count_workers(config, data, ranks_here=here, images_per_s=fastest)
+
+    workers, why = on_rank_0(measure)
+    progress.say(why)
+    return workers
 
 
 def begin_plan(run: Run, engine: Engine, phase: PhaseState, switch: Switch | None) -> None:

@@ -34,10 +34,9 @@ from prelora_ds.data.setup import TrainData, identity, make_loader, samples_per_
 from prelora_ds.engine.build import Engine, StepStats, build_engine
 from prelora_ds.engine.census import peak_rss_bytes
 from prelora_ds.engine.measure import check_ranks_agree, weight_norms
-from prelora_ds.engine.release import release
-from prelora_ds.engine.runtime import freeze_imports, make_monitor, synchronize
+from prelora_ds.engine.runtime import freeze_imports, make_monitor, on_rank_0, synchronize
 from prelora_ds.engine.state import initial_state
-from prelora_ds.engine.transition import transition
+from prelora_ds.engine.transition import release_checked, transition
 from prelora_ds.evaluate import Accuracy, evaluate
 from prelora_ds.launching.guard import Guard
 from prelora_ds.launching.stop import StopRequest
@@ -120,6 +119,7 @@ def _begin(run: Run, saver: Saver, found: Checkpoint | None) -> tuple[Engine, Ru
     lend_monitor(run, engine)
     if found is None or not found.of_run(run.out):
         state.phase, state.window = replace(state.phase, open=()), Meter()  # a new run may measure otherwise
+        state.best_acc1 = None  # and has no checkpoint of that accuracy
         begin_plan(run, engine, state.phase, switch=None)
     return engine, state
 
@@ -152,7 +152,7 @@ def _loop(run: Run, saver: Saver, stop: StopRequest, engine: Engine, state: RunS
         if problem := problem_of(state.watch, step, stats, config.train.divergence):
             back = _way_back(run, saver, state, stats, row, problem)
             if back is not None:
-                loader.close()
+                run.opened.close()  # the loader; a closed one shall not be kept until the run ends
                 engine, state = _go_back(run, saver, engine, back)
                 loader, resumed_at = _loader(run, engine, state.step), state.step
                 continue
@@ -163,9 +163,11 @@ def _loop(run: Run, saver: Saver, stop: StopRequest, engine: Engine, state: RunS
             state.watch = state.watch.sound(stats.loss, config.train.divergence)
             for meter in (state.window, state.logged) if measured_at else (state.logged,):
                 meter.add(stats.loss, config.train.global_batch_size, corrupt=stats.corrupt, **seconds)
+        best = False
         if step in evaluated_at:
-            state.accuracy = _evaluate(run, engine)
-            row |= {"val/acc1": state.accuracy.acc1, "val/loss": state.accuracy.loss}
+            accuracy = _evaluate(run, engine)
+            best = state.evaluated(step, accuracy)
+            row |= {"val/acc1": accuracy.acc1, "val/loss": accuracy.loss}
         if step in measured_at | normed_at:
             norms = weight_norms(engine)
             row |= {f"norm/{family}.{i:02d}": norm for family, layers in norms.items() for i, norm in layers.items()}
@@ -182,7 +184,8 @@ def _loop(run: Run, saver: Saver, stop: StopRequest, engine: Engine, state: RunS
             engine, switch = transition(engine, state.phase.plan, keep_frozen=saver.keep_frozen)
             loader.rebatch(engine.config.train.micro_batch_size)
             begin_plan(run, engine, state.phase, switch)
-        saver.after_step(engine, state, *stats.flags, due=step in saved_at, why=stop.reason)
+        due = step in saved_at or (best and saver.keeps_best)
+        saver.after_step(engine, state, *stats.flags, due=due, why=stop.reason)
         run.guard.beat()
     saver.settle()
     return engine, state
@@ -199,7 +202,7 @@ def _way_back(run: Run, saver: Saver, state: RunState, stats: StepStats, row: di
 
 
 def _go_back(run: Run, saver: Saver, engine: Engine, found: Checkpoint) -> tuple[Engine, RunState]:
-    release(engine)
+    release_checked(engine)
     samples = found.run.step * run.config.train.global_batch_size
     run.log.rewind(lambda: (prepare(run.out, found), make_monitor(run.out, samples))[1])
     return _begin(run, saver, found)
@@ -207,10 +210,8 @@ def _go_back(run: Run, saver: Saver, engine: Engine, found: Checkpoint) -> tuple
 
 def _decide(run: Run, controller: PhaseController, phase: PhaseState, observation: Observation) -> PhaseState:
     """Rank 0 decides, all ranks take its decision."""
-    decision = [controller.next(phase, observation).to_json() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(decision, src=0)
-    after = PhaseState.from_json(decision[0] or {})
-    if len(after.windows) > len(phase.windows):
+    after = PhaseState.from_json(on_rank_0(lambda: controller.next(phase, observation).to_json()))
+    if [w.index for w in after.windows[-1:]] != [w.index for w in phase.windows[-1:]]:
         run.log.windows({"phase": phase.plan.phase, **after.windows[-1].to_json(), "tests": after.tests,
                          "verdict": after.reason if after.tests > phase.tests else None})
         if after.tests > phase.tests:

@@ -38,6 +38,22 @@ def way_back(saver: Saver, layout: Layout, out: Path, state: RunState, stats: St
     if config.action == "skip" and stats.skipped and state.watch.in_a_row < config.tries:
         saver.say(f"step {step}: {problem}; the update is left out")
         return None
-    remedy = ("a lower optimizer.lr, a longer optimizer.warmup, a smaller optimizer.clip_grad_norm, or "
-              "train.divergence.action=skip or rollback")
-    raise TrainingDivergedError(f"step {step}, phase {state.phase.plan.phase}: {problem}\n  remedy: {remedy}")
+    remedy = "a lower optimizer.lr, a longer optimizer.warmup, a smaller optimizer.clip_grad_norm"
+    if config.action == "stop":
+        remedy += ", or train.divergence.action=skip or rollback"
+    raise TrainingDivergedError(f"step {step}, phase {state.phase.plan.phase}: {problem}"
+                                f"{_why_no_way_back(state, config)}\n  remedy: {remedy}")
+
+
+def _why_no_way_back(state: RunState, config: DivergenceConfig) -> str:
+    """Why the action that the user chose was not taken."""
+    chosen = f"; train.divergence.action = {config.action}"
+    if config.action == "rollback" and state.watch.rollbacks < config.tries:
+        return f"{chosen}, and there is not yet a checkpoint to go back to"
+    if config.action == "rollback":
+        return f"{chosen}, and all {config.tries} tries (train.divergence.tries) are used up"
+    if config.action == "skip" and state.watch.in_a_row >= config.tries:
+        return f"{chosen}, and {config.tries} updates in a row (train.divergence.tries) were skipped already"
+    if config.action == "skip":
+        return f"{chosen}, and this update had been taken before the problem was seen"
+    return ""

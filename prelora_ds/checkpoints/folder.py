@@ -47,7 +47,8 @@ class FileRecord:
 class CheckpointManifest:
     """What a checkpoint, or a base (``step`` None), holds; written last, so a folder with one is whole.
 
-    base: the folder beside this one that holds what was frozen. acc1: of the last evaluation.
+    base: the folder beside this one that holds what was frozen. acc1: the top-1 accuracy of these very weights, None
+    where they were not evaluated.
     """
 
     world_size: int
@@ -99,6 +100,24 @@ class CheckpointManifest:
 
 def _digest(data: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def base_name(files: Mapping[str, FileRecord]) -> str:
+    """The folder of a base that holds ``files``: its name says its content, so a checkpoint names that content too."""
+    records = json.dumps({name: asdict(files[name]) for name in sorted(files)})
+    return f"base-{hashlib.sha256(records.encode()).hexdigest()[:12]}"
+
+
+def load_base(root: Path, name: str) -> CheckpointManifest:
+    """The manifest of the base that a checkpoint in ``root`` names.
+
+    Raises BrokenCheckpointError, also for a whole base of another run that lies under this one's name.
+    """
+    manifest = CheckpointManifest.load(root / name)
+    if base_name(manifest.files) != name:
+        raise BrokenCheckpointError(f"{root / name}: holds the weights of another run: by its content its name would "
+                                    f"be {base_name(manifest.files)}")
+    return manifest
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -168,12 +187,12 @@ def set_aside(root: Path, folders: Iterable[Path]) -> None:
 
 
 def retain(root: Path, *, last: int, best: int, ticks: Container[int], in_use: str | None) -> None:
-    """Remove all checkpoints but the ``last`` newest, the ``best`` most accurate and those at ``ticks``; then the bases
-    that none of the kept, nor any set aside, refers to, ``in_use`` apart."""
+    """Remove all checkpoints but the ``last`` newest, the ``best`` most accurate (of equal ones the earlier) and those
+    at ``ticks``; then the bases that none of the kept, nor any set aside, refers to, ``in_use`` apart."""
     folders = list_checkpoints(root)
     manifests = {folder: _manifest_or_none(folder) for folder in folders}
     ranked = sorted((f for f in folders if (m := manifests[f]) and m.acc1 is not None),
-                    key=lambda f: (manifests[f].acc1, step_of(f)), reverse=True)  # type: ignore[union-attr]
+                    key=lambda f: (-manifests[f].acc1, step_of(f)))  # type: ignore[union-attr, operator]
     kept = {*folders[:last], *ranked[:best], *(f for f in folders if step_of(f) in ticks)}
     for folder in folders:
         if folder not in kept:
@@ -205,8 +224,7 @@ def describe(folder: Path) -> str:
         manifest = CheckpointManifest.load(folder)
         manifest.verify(folder)
         if manifest.base is not None:
-            base = root_of(folder) / manifest.base
-            CheckpointManifest.load(base).verify(base)
+            load_base(root_of(folder), manifest.base).verify(root_of(folder) / manifest.base)
         verdict = "verified"
     except (BrokenCheckpointError, ConfigError) as exc:
         return f"{folder.name}  BROKEN: {exc}"

@@ -19,6 +19,7 @@ from prelora_ds.checkpoints.folder import (
     BrokenCheckpointError,
     CheckpointManifest,
     list_checkpoints,
+    load_base,
     read_run_state,
     root_of,
     set_aside,
@@ -136,7 +137,7 @@ def read_checkpoint(folder: Path, layout: Layout, rank: int, world_size: int) ->
     parts = [(folder, manifest.world_size)]
     if manifest.base is not None:
         path = root_of(folder) / manifest.base
-        base = CheckpointManifest.load(path)
+        base = load_base(root_of(folder), manifest.base)
         base.verify(path, share)
         parts.append((path, base.world_size))
     document = read_run_state(folder)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from prelora_ds.checkpoints.folder import (
     STATE,
     CheckpointManifest,
     FileRecord,
+    base_name,
     commit,
     retain,
     step_folder,
@@ -79,6 +79,11 @@ class Saver:
         return frozenset().union(*(self._timeline.ticks(d) for d in (c.every, c.keep_every) if d is not None))
 
     @property
+    def keeps_best(self) -> bool:
+        """Whether an evaluation that beats all before it is worth a checkpoint of its own."""
+        return self._config.checkpoint.every is not None and self._config.checkpoint.keep_best > 0
+
+    @property
     def writing(self) -> bool:
         """Whether this rank still writes."""
         return self._pending is not None and not self._pending.files.done()
@@ -118,7 +123,7 @@ class Saver:
                 "run": state.to_json(engine.plan), "adam_steps": copied.adam_steps, "counters": vars(engine.counters()),
                 "num_labels": engine.num_labels, "data": self._data, "config": self._config.model_dump(mode="json")})
         manifest = CheckpointManifest(self._world, engine.config.zero.stage, engine.plan.phase, {}, state.step,
-                                      self.base, state.accuracy and state.accuracy.acc1)
+                                      self.base, state.acc1)
         files = self._executor.submit(self._write_files, partial, copied, capture_rng(), document)
         self._pending = _Pending(partial, manifest, copied, files, begun)
         if self._config.checkpoint.deepspeed_format:
@@ -194,6 +199,8 @@ class Saver:
             mine = files(), None
         except OSError as exc:
             mine = {}, f"rank {self._rank}: {exc}"
+        except Exception as exc:  # of the thread that writes; raised here, it would leave the other ranks in the vote
+            mine = {}, f"rank {self._rank}: {type(exc).__name__}: {exc}"
         votes: list[Any] = [None] * self._world
         dist.all_gather_object(votes, mine)
         problem = next((error for _, error in votes if error is not None), None)
@@ -231,8 +238,7 @@ class Saver:
             self.say(f"warning: older checkpoints could not be removed: {exc}")
 
     def _commit_base(self, partial: Path, files: Files, plan: Plan) -> str:
-        digest = hashlib.sha256(json.dumps({name: asdict(files[name]) for name in sorted(files)}).encode())
-        final = self.root / f"base-{digest.hexdigest()[:12]}"
+        final = self.root / base_name(files)
         manifest = CheckpointManifest(self._world, 0, plan.phase, files)
         if final.exists():  # of this run before it was cut off; the same content, and each file is replaced at once
             for name in files:

@@ -55,7 +55,9 @@ def predict_bytes(plan: Plan, layout: Layout, zero: ZeroSettings, world_size: in
     if lora_mode == "merged":
         weights += FP32 * sum(sizes[f"{module}.weight"] for module in plan.frozen_bases())
     if stage == 3:
-        weights = BF16 * n // w + BF16 * sum(sizes[name] for name in small)
+        # A world of one gathers nothing: its partition of a parameter is the parameter.
+        gathered = sum(sizes[name] for name in small) if w > 1 else 0
+        weights = BF16 * n // w + BF16 * gathered
         buffers = FP32 * min(zero.reduce_bucket_size, t)
     if zero.offload_optimizer and stage == 2:
         buffers = BF16 * t // w + 2 * BF16 * max(trained)

@@ -196,6 +196,7 @@ class CheckpointConfig(Strict):
     """Checkpoints in ``run.output_dir/checkpoints``, each ``every`` and at the end (null: only when asked to stop).
 
     keep_last, keep_best: so many of the newest and of the most accurate; keep_every: those that lie on its ticks, too.
+    With keep_best, an evaluation that beats all before it makes a checkpoint, whether or not one is due.
     walltime: the job's time limit, counted from the start of the rank; the run stops with a checkpoint before it.
     async: write while training goes on. deepspeed_format: write DeepSpeed's own folder into each checkpoint as well.
     """

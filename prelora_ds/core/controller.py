@@ -12,11 +12,15 @@ from prelora_ds.core.plan import Layout, Phase, Plan, full_plan, lora_plan, warm
 from prelora_ds.core.ranks import assign_ranks
 from prelora_ds.core.schedule import Timeline
 
+# Closed windows that travel with the state, at least. A run that begins from this one's checkpoint may compare more of
+# them than this one does; all of them would make the state grow without bound.
+KEPT_WINDOWS = 32
+
 
 @dataclass(frozen=True)
 class PhaseState:
-    """Where the run stands. ``reason`` is the last decision in words; ``open`` are the measurements of the window that
-    has not closed yet; ``tests`` counts the evaluations of Algorithm 1."""
+    """Where the run stands. ``windows`` are the last closed ones; ``reason`` is the last decision in words; ``open``
+    are the measurements of the window that has not closed yet; ``tests`` counts the evaluations of Algorithm 1."""
 
     plan: Plan
     windows: tuple[WindowStats, ...] = ()
@@ -58,8 +62,10 @@ class PhaseController:
         closed = len(state.open) + 1 >= self.convergence.m
         state = replace(state, open=(*state.open, observation))
         if closed:
-            window = close_window(len(state.windows), state.open, self.convergence.statistic)
-            state = replace(state, open=(), windows=(*state.windows, window))
+            index = state.windows[-1].index + 1 if state.windows else 0
+            window = close_window(index, state.open, self.convergence.statistic)
+            kept = max(self.convergence.k, KEPT_WINDOWS)
+            state = replace(state, open=(), windows=(*state.windows, window)[-kept:])
         if state.plan.phase is Phase.FULL and closed and len(state.windows) >= self.convergence.k:
             return self._test(state, observation.step)
         if state.plan.phase is Phase.WARMUP:

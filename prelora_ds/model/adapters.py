@@ -35,6 +35,11 @@ def attach_adapters(module: nn.Module, plan: Plan, *, dropout: float, fast: bool
     Raises RuntimeError when what peft made is not what the plan says: peft accepts a rank_pattern key that matches
     nothing in silence, and gives another scaling where an alpha_pattern is missing.
     """
+    idle = {name for module in plan.adapters.keys() - plan.active for name in plan.trainable
+            if name.startswith(f"{module}.lora_")}
+    if idle and (dropout > 0 or not fast):
+        raise RuntimeError(f"{min(idle)} is inactive, and peft's forward pass, which runs with lora.dropout and "
+                           "lora.mode=peft, would train it all the same")
     if plan.adapters:
         config = peft_config(plan, dropout)
         if fast:

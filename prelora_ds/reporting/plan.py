@@ -98,7 +98,8 @@ def fastest_images_per_s(config: Config, ranks_per_host: int, world_size: int, g
         return None
     cluster = Cluster(world_size // ranks_per_host, ranks_per_host, gpu)
     rows = predict_run(config, cluster)["rows"]
-    step_s = min(row["step_s"] for row in rows if row["stage"] == config.for_phase(row["phase"]).zero.stage)
+    step_s = min(row["step_s"] for row in rows if (zero := config.for_phase(row["phase"]).zero)
+                 and (row["stage"], row["offload_optimizer"]) == (zero.stage, zero.offload_optimizer))
     return config.train.global_batch_size / world_size / float(step_s)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from prelora_ds.checkpoints.folder import (
     BrokenCheckpointError,
     CheckpointManifest,
     FileRecord,
+    base_name,
     commit,
     describe,
     discard_partial,
@@ -37,6 +39,15 @@ def make(root: Path, step: int, *, acc1: float | None = None, base: str | None =
 def make_base(root: Path, name: str) -> None:
     (root / name).mkdir(parents=True)
     CheckpointManifest(2, 0, "lora", {}).write(root / name)
+
+
+def make_named_base(root: Path, content: bytes) -> str:
+    """A base that is called by its content, as a run writes it."""
+    (root / "new").mkdir(parents=True)
+    (root / "new" / "rank").write_bytes(content)
+    files = {"rank": FileRecord.of(root / "new" / "rank")}
+    commit(root / "new", root / base_name(files), CheckpointManifest(2, 0, "lora", files))
+    return base_name(files)
 
 
 def steps(root: Path) -> list[int]:
@@ -154,6 +165,21 @@ def test_a_commit_over_an_existing_checkpoint_leaves_that_as_it_was(tmp_path: Pa
 
 
 def test_one_that_was_set_aside_still_has_its_base(tmp_path: Path) -> None:
-    make_base(tmp_path, "base-x")
-    set_aside(tmp_path, [make(tmp_path, 3, base="base-x")])
+    set_aside(tmp_path, [make(tmp_path, 3, base=make_named_base(tmp_path, b"frozen"))])
     assert describe(tmp_path / ASIDE / "step-00000003").endswith("verified")
+
+
+def test_the_base_of_another_run_under_the_name_of_this_one_is_noticed(tmp_path: Path) -> None:
+    name, other = make_named_base(tmp_path / "a", b"frozen"), make_named_base(tmp_path / "b", b"FROZEN")
+    folder = make(tmp_path / "a", 3, base=name)
+    for path in (tmp_path / "b" / other).iterdir():
+        shutil.copy(path, tmp_path / "a" / name)
+    said = describe(folder)
+    assert "BROKEN" in said and "holds the weights of another run" in said and other in said
+
+
+def test_the_best_are_those_that_were_evaluated_and_of_equal_ones_the_earlier(tmp_path: Path) -> None:
+    for step, acc1 in ((1, 0.25), (2, 0.5), (3, 0.5), (4, None), (5, None)):
+        make(tmp_path, step, acc1=acc1)
+    retain(tmp_path, last=1, best=1, ticks=(), in_use=None)
+    assert steps(tmp_path) == [5, 2]

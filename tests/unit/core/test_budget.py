@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -85,6 +87,8 @@ def test_no_owner_grows_with_the_ranks_or_shrinks_in_the_backward_pass(plan, sta
     zero = ZeroSettings(stage)
     now, more = (predicted(plan, zero, w, after).to_json() for w in (world, world + 1))
     padding = 8 * (world + 1) * len(plan.parameters(LAYOUT)) if stage == 3 else 0
+    if stage == 3 and world == 1:  # from two ranks on, small parameters are gathered beside the partitions
+        padding += 2 * sum(map(math.prod, plan.parameters(LAYOUT).values()))
     assert all(more[owner] <= now[owner] + padding for owner in now)
     rest, end = (predicted(plan, zero, world, a).to_json() for a in (False, True))
     assert all(rest[owner] <= end[owner] for owner in rest)
@@ -94,6 +98,10 @@ def test_stage_3_pads_each_parameter_to_a_multiple_of_the_ranks() -> None:
     """2048, 64 and 40 elements on 60 ranks are 2100, 120 and 60; the last two are kept whole."""
     found = predicted(FULL, ZeroSettings(3, **ZERO3), 60)
     assert found == Bytes(2 * (35 + 2 + 1) + 2 * 180, 4 * 38, 4 * 38, 8 * 38, 4000)
+
+
+def test_a_world_of_one_gathers_nothing_at_stage_3() -> None:
+    assert predicted(FULL, ZeroSettings(3, **ZERO3), 1).weights == 2 * (2048 + 64 + 40)
 
 
 def test_the_total_and_the_json_hold_every_owner() -> None:
