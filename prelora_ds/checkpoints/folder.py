@@ -72,14 +72,40 @@ class CheckpointManifest:
             found, digest = data["format"], data.pop("sha256", None)
         except FileNotFoundError as exc:
             raise BrokenCheckpointError(f"{folder}: has no {MANIFEST}") from exc
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
             raise BrokenCheckpointError(f"{folder / MANIFEST}: cannot be read ({exc})") from exc
         if digest != _digest(data):
             raise BrokenCheckpointError(f"{folder / MANIFEST}: its checksum is not that of what was written")
         if found != FORMAT:
             raise ConfigError("checkpoint", str(folder), f"is of format {found}, and this version reads {FORMAT}",
                               "resume with the version of prelora_ds that wrote it, or start in another run.output_dir")
-        return cls(**{**data, "files": {name: FileRecord(**record) for name, record in data["files"].items()}})
+        try:
+            manifest = cls(**{**data, "files": {name: FileRecord(**record) for name, record in data["files"].items()}})
+        except (KeyError, TypeError, AttributeError) as exc:
+            raise BrokenCheckpointError(f"{folder / MANIFEST}: cannot be understood ({exc})") from exc
+        if problem := manifest._problem():
+            raise BrokenCheckpointError(f"{folder / MANIFEST}: {problem}")
+        return manifest
+
+    def _problem(self) -> str | None:
+        """What is wrong with the values, in words. A name of a file or base must not lead out of the folder."""
+        numbers = {"world_size": self.world_size, "zero_stage": self.zero_stage, "step": self.step or 0}
+        numbers |= {f"files.{name}.bytes": record.bytes for name, record in self.files.items()}
+        if bad := [key for key, number in numbers.items() if type(number) is not int or number < 0]:
+            return f"{bad[0]} is not a count"
+        if self.world_size < 1:
+            return "world_size is not a count of ranks"
+        texts = {"phase": self.phase, **{f"files.{name}.sha256": r.sha256 for name, r in self.files.items()}}
+        if self.base is not None:
+            texts["base"] = self.base
+        if bad := [key for key, text in texts.items() if not isinstance(text, str)]:
+            return f"{bad[0]} is not a text"
+        names = [*self.files, *([] if self.base is None else [self.base])]
+        if bad := [name for name in names if not name or name in (".", "..") or "/" in name or "\0" in name]:
+            return f"{bad[0]!r} is not a name of a file in this folder"
+        if self.acc1 is not None and (type(self.acc1) not in (int, float) or not 0 <= self.acc1 <= 1):
+            return "acc1 is not a share"
+        return None
 
     def verify(self, folder: Path, share: slice = slice(None)) -> None:
         """Hold the files of ``share`` (of their sorted names) against sizes and checksums.
@@ -238,6 +264,9 @@ def describe(folder: Path) -> str:
 def read_run_state(folder: Path) -> dict[str, Any]:
     """The JSON of a checkpoint's state.json. Raises BrokenCheckpointError."""
     try:
-        return json.loads((folder / STATE).read_text())  # type: ignore[no-any-return]
-    except (OSError, ValueError) as exc:
+        document = json.loads((folder / STATE).read_text())
+    except (OSError, ValueError, RecursionError) as exc:
         raise BrokenCheckpointError(f"{folder / STATE}: cannot be read ({exc})") from exc
+    if not isinstance(document, dict):
+        raise BrokenCheckpointError(f"{folder / STATE}: is not a JSON object")
+    return document

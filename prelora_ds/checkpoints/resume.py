@@ -30,7 +30,7 @@ from prelora_ds.checkpoints.run_state import RunState
 from prelora_ds.core.errors import ConfigError
 from prelora_ds.core.plan import Layout
 from prelora_ds.engine.build import Counters
-from prelora_ds.engine.checkpoint import read_state
+from prelora_ds.engine.checkpoint import part_name, read_state
 from prelora_ds.engine.rng import restore_rng
 from prelora_ds.engine.state import EngineState
 from prelora_ds.metrics import cut_back
@@ -140,14 +140,23 @@ def read_checkpoint(folder: Path, layout: Layout, rank: int, world_size: int) ->
         base = load_base(root_of(folder), manifest.base)
         base.verify(path, share)
         parts.append((path, base.world_size))
+    for path, world in parts:
+        if not (path / part_name(world - 1, world)).is_file():
+            raise BrokenCheckpointError(f"{path}: is not the work of {world} ranks, as its {MANIFEST} says")
     document = read_run_state(folder)
     try:
         run, counters = RunState.from_json(document["run"]), Counters(**document["counters"])
         adam_steps = dict(document["adam_steps"])
-    except (KeyError, TypeError, ValueError) as exc:
+        plan = run.phase.plan
+        shapes = plan.parameters(layout)
+        if unknown := [*(plan.trainable - shapes.keys()), *(plan.active - plan.adapters.keys())]:
+            raise ValueError(f"{unknown[0]!r} is not a part of this model")
+    except (KeyError, TypeError, ValueError, AttributeError) as exc:
         raise BrokenCheckpointError(f"{folder}: its state cannot be understood ({exc!r})") from exc
-    elements = {name: math.prod(shape) for name, shape in run.phase.plan.parameters(layout).items()}
+    elements = {name: math.prod(shape) for name, shape in shapes.items()}
     state, metadata = read_state([path for path, _ in parts], [world for _, world in parts], elements, rank, world_size)
+    if "rng" not in metadata:
+        raise BrokenCheckpointError(f"{folder}: has no state of the random generators")
     state.adam_steps = adam_steps
     return Checkpoint(folder, manifest, run, state, counters, metadata["rng"])
 

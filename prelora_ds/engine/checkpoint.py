@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -89,17 +90,24 @@ def _read_own(path: Path) -> dict[str, Slice]:
 
 def _read_share(paths: Sequence[Path], elements: Mapping[str, int], rank: int, world_size: int) -> dict[str, Slice]:
     found: dict[str, list[tuple[int, dict[str, torch.Tensor]]]] = {}
+    written: Counter[str] = Counter()
     for path in paths:
         with safe_open(path, "pt") as file:
             keys = set(file.keys())
             for name, start in json.loads(file.metadata()["starts"]).items():
+                if name not in elements:
+                    raise ValueError(f"{name} is not a parameter of this model")
                 low, high = even_share(elements[name], rank, world_size)
                 (length,) = file.get_slice(f"value/{name}").get_shape()
+                written[name] += length
                 low, high = max(low, start), min(high, start + length)
                 if low < high:
                     found.setdefault(name, []).append((low, {
                         key: file.get_slice(f"{key}/{name}")[low - start: high - start]
                         for key in ("value", *MOMENTS) if f"{key}/{name}" in keys}))
+    for name, count in written.items():
+        if count != elements[name]:  # else the first of them would be taken for the whole
+            raise ValueError(f"{name} has {count:,} elements there and {elements[name]:,} in this model")
     slices = {}
     for name, parts in found.items():
         parts.sort(key=lambda part: part[0])
