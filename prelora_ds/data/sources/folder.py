@@ -9,6 +9,7 @@ from pathlib import Path
 
 from prelora_ds.core.errors import ConfigError
 from prelora_ds.data.reading import broken, reading
+from prelora_ds.data.sources import ilsvrc
 from prelora_ds.data.sources.listing import (
     IMAGES,
     SPLITS,
@@ -40,6 +41,8 @@ def find(request: Request) -> Listing:
         top = top / choose_split(splits, request)
         tree.beside += [name for name in names if name not in splits]
         names = _folders(top)
+        if not names and ilsvrc.detect(top):
+            return ilsvrc.find(Request(top, labels=request.labels))
     elif request.split is not None:
         raise ConfigError(
             "--split",
@@ -136,6 +139,14 @@ class _Tree:
     def _below(self, path: str, real: str) -> Iterator[str]:
         with reading(path, "a folder"):
             entries = sorted(os.scandir(path), key=lambda entry: entry.name)
+        splits = [e.name for e in entries if e.name.lower() in SPLITS and _kind(e) == "folder"]
+        if len(splits) > 1:
+            raise broken(
+                path,
+                f"holds the folders {some(splits)} of splits, in the place of a class",
+                f"name {os.path.join(path, splits[0])}, or {path} with --split {splits[0]}, as "
+                "SOURCE; if the classes are above their splits, turn the folders round",
+            )
         for entry in entries:
             below = (
                 os.path.realpath(entry.path)

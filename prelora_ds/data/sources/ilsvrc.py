@@ -168,6 +168,8 @@ def _flat(request: Request) -> Listing:
     """Kaggle's folder of val: the images themselves, with a table of labels beside it or in a
     folder above."""
     folder, passed = request.source, Counter[str]()
+    if request.split == "val" and (folder / "val").is_dir():
+        folder = folder / "val"
     names = []
     for entry in os.scandir(folder):
         if hidden(entry.name):

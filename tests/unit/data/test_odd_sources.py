@@ -102,7 +102,22 @@ def test_labels_of_kaggles_val_are_those_of_its_train(tmp_path):
     for wnid in WNIDS:
         (train / wnid).mkdir(parents=True)
         (train / wnid / f"{wnid}_1.JPEG").write_bytes(picture(1))
-    assert find_images(Request(train)).classes == find_images(Request(val)).classes
+    (val.parent / "test").mkdir()
+    assert find_images(Request(train)).classes == find_images(Request(val)).classes == WNIDS
+    assert found(val.parent, "train")[1] == [(picture(1), label) for label in range(3)]
+    table = tmp_path / "LOC_val_solution.csv"
+    assert found(val.parent, "val") == found(val.parent, "val", table) == (WNIDS, EXPECTED, "")
+
+
+def test_splits_in_the_place_of_a_class_are_refused(tmp_path):
+    val = kaggle(tmp_path)
+    (val.parent / "train" / WNIDS[0]).mkdir(parents=True)
+    said = refusal(tmp_path)
+    assert "CLS-LOC" in said and "of splits, in the place of a class" in said
+    for name in ("cat/train", "cat/test", "dog/train", "dog/test"):
+        (tmp_path / "turned" / name).mkdir(parents=True)
+        (tmp_path / "turned" / name / "1.jpg").write_bytes(picture(1))
+    assert "turn the folders round" in refusal(tmp_path / "turned")
 
 
 def test_a_flat_folder_of_other_names_works_where_labels_are_given(tmp_path):
