@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
+import click
 import typer
 
 from prelora_ds.core.errors import ConfigError
@@ -26,9 +27,12 @@ def place_in_job(environ: Mapping[str, str]) -> tuple[int, int]:
     """(rank, world size) as mpiexec, srun or torchrun tell it; (0, 1) where none of them started this process."""
     for rank, world_size in _LAUNCHERS:
         if rank in environ and world_size in environ:
-            place = int(environ[rank]), int(environ[world_size])
+            said = environ[rank], environ[world_size]
+            numbers = all(text.isdecimal() for text in said)
+            place = (int(said[0]), int(said[1])) if numbers else (0, 0)
             if not 0 <= place[0] < place[1]:
-                raise ConfigError("environment", f"{rank}={place[0]} {world_size}={place[1]}", "is no rank of a job",
+                told = f"{rank}={said[0]} {world_size}={said[1]}"
+                raise ConfigError("environment", told, "is not a rank of a job",
                                   "unset what a former launcher left behind")
             return place
     return 0, 1
@@ -61,15 +65,20 @@ def build(source: Path, out: Path,
           form: Annotated[str | None, typer.Option("--format", help="imagefolder, ilsvrc2012, cifar, huggingface or "
                                                    "idx; found out by looking, else")] = None,
           split: Annotated[str | None, typer.Option(help="of a source that has several")] = None,
-          labels: Annotated[Path | None, typer.Option(help="of ilsvrc2012's val: the devkit, or a file of lines "
-                                                      "`IMAGE WNID`")] = None,
+          labels: Annotated[Path | None, typer.Option(help="of ilsvrc2012's val: the devkit, or a file of "
+                                                      "lines `IMAGE WNID`, such as "
+                                                      "LOC_val_solution.csv")] = None,
           like: Like = None,
           resize_short: Annotated[int | None, typer.Option(min=1, help="pixels of the short side; JPEG again")] = None,
           quality: Annotated[int | None, typer.Option(min=1, max=100, help="of --resize-short's JPEGs [90]")] = None,
-          samples_per_shard: SamplesPerShard = 1024, workers: Workers = None, seed: int = 0) -> None:
+          skip_bad: Annotated[bool, typer.Option("--skip-bad", help="leave out, count and list images "
+                                                 "that cannot be read")] = False,
+          samples_per_shard: SamplesPerShard = 1024, workers: Workers = None,
+          seed: Annotated[int, typer.Option(min=0)] = 0) -> None:
     """Write the images of SOURCE, shuffled by seed, to the new folder OUT; on many hosts under mpiexec or srun.
 
-    Bytes are untouched without --resize-short. After a kill, the same command goes on where it stopped.
+    Bytes are untouched without --resize-short. After a kill, the same command continues where it
+    stopped.
     """
     from prelora_ds.data import build as building
     from prelora_ds.data.parallel import cores
@@ -79,14 +88,15 @@ def build(source: Path, out: Path,
     if quality is not None and resize_short is None:
         raise ConfigError("--quality", quality, "bytes stay untouched without --resize-short", "give both, or neither")
     rank, world_size = place_in_job(os.environ)
-    options = building.Options(samples_per_shard, seed, resize_short, quality or building.Options.quality)
+    options = building.Options(samples_per_shard, seed, resize_short,
+                               quality or building.Options.quality, skip_bad)
     with CountProgress("shards", shown=rank == 0) as progress:
         manifest = building.build(Request(source, split, labels), out, options, kind=form, like=like,
                                   workers=workers or cores(), rank=rank, world_size=world_size,
                                   progress=progress.show, say=progress.say)
     if manifest is not None:
-        typer.echo(f"{out}: {len(manifest)} samples of {len(manifest.classes)} classes in {len(manifest.shards)} "
-                   "shards")
+        typer.echo(f"{click.format_filename(out)}: {len(manifest)} samples of "
+                   f"{len(manifest.classes)} classes in {len(manifest.shards)} shards")
 
 
 @shards_app.command()
