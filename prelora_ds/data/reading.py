@@ -6,10 +6,10 @@ from __future__ import annotations
 import errno
 import gzip
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 
 from prelora_ds.core.errors import ConfigError, DiskError, ExpectedError
 
@@ -152,8 +152,14 @@ def read_text(path: Path, key: str = "SOURCE") -> str:
 def check_regular(path: str | Path) -> None:
     """Raises ValueError for a pipe or a device, where reading may wait or never end."""
     mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # to open a folder fails by itself
+    if not S_ISREG(mode) and not S_ISDIR(mode):  # to open a folder fails by itself
         raise ValueError("neither a file nor a folder, but a pipe or a device")
+
+
+def version(path: str | Path) -> tuple[int, int, int]:
+    """What changes with a file's content; a part of the key where what is read from it is kept."""
+    stat = os.stat(path)
+    return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
 
 def packing(path: Path) -> tuple[str, str] | None:

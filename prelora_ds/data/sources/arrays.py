@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from prelora_ds.data.images import encode
-from prelora_ds.data.reading import broken, read_text, read_whole, reading
+from prelora_ds.data.reading import broken, read_text, read_whole, reading, version
 from prelora_ds.data.sources.listing import Listing, Request, check_parts, choose_split, items
 
 IDX, CIFAR = "idx", "cifar"
@@ -58,7 +58,7 @@ def find_idx(request: Request) -> Listing:
 
 
 def read_idx(file: str, row: int, _: int) -> bytes:
-    return encode(Image.fromarray(_kept_idx(file)[row]), "PNG")
+    return encode(Image.fromarray(_kept_idx(file, version(file))[row]), "PNG")
 
 
 def idx_array(file: str) -> NDArray[np.uint8]:
@@ -73,7 +73,9 @@ def idx_array(file: str) -> NDArray[np.uint8]:
     return body.reshape(shape)
 
 
-_kept_idx = lru_cache(maxsize=2)(idx_array)
+@lru_cache(maxsize=2)
+def _kept_idx(file: str, _: tuple[int, int, int]) -> NDArray[np.uint8]:
+    return idx_array(file)
 
 
 def detect_cifar(source: Path) -> bool:
@@ -117,7 +119,8 @@ def _check_files(source: Path, split: str, files: list[Path]) -> None:
 
 
 def read_cifar(file: str, row: int, _: int) -> bytes:
-    return encode(Image.fromarray(_kept_cifar(file)[0][row].reshape(3, 32, 32).transpose(1, 2, 0)), "PNG")
+    pixels = _kept_cifar(file, version(file))[0][row]
+    return encode(Image.fromarray(pixels.reshape(3, 32, 32).transpose(1, 2, 0)), "PNG")
 
 
 def cifar_batch(file: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
@@ -145,7 +148,9 @@ def cifar_batch(file: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     return pixels, numbers
 
 
-_kept_cifar = lru_cache(maxsize=6)(cifar_batch)  # all batches of CIFAR-10
+@lru_cache(maxsize=6)  # all batches of CIFAR-10
+def _kept_cifar(file: str, _: tuple[int, int, int]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    return cifar_batch(file)
 
 
 def _cifar_classes(folder: Path) -> tuple[str, ...]:

@@ -8,17 +8,21 @@ numbers.
 from __future__ import annotations
 
 import io
+import multiprocessing
 import re
 import tarfile
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from prelora_ds.core.errors import ConfigError
-from prelora_ds.data.reading import MAX_TEXT_BYTES, packing, read_text, reading
+from prelora_ds.data.reading import MAX_TEXT_BYTES, describe, packing, read_text, reading
 
 WANTED = (
     "give --labels: the devkit (ILSVRC2012_devkit_t12.tar.gz, or the folder it unpacks to), or a "
-    "file with a line `IMAGE WNID` or `IMAGE LABEL` for each image (such as Kaggle's LOC_val_solution.csv)"
+    "file with a line `IMAGE WNID` or `IMAGE LABEL` for each image (such as Kaggle's "
+    "LOC_val_solution.csv)"
 )
+PATIENCE_S = 60.0  # for a file that is read in a second or two
 _BESIDE = ("ILSVRC2012_devkit_t12.tar.gz", "ILSVRC2012_devkit_t12", "LOC_val_solution.csv")
 _TRUTH, _META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 _WNID = re.compile(r"n\d{8}")
@@ -120,7 +124,7 @@ def _read_devkit(source: Path) -> tuple[tuple[str, ...], list[int]] | None:
             WANTED,
         )
     with reading(source, "a devkit", "--labels"):
-        wnid_of = _wnids(files[_META])
+        wnid_of = _in_a_process(files[_META])
     wnids = tuple(sorted(wnid_of.values()))
     try:
         return wnids, [wnids.index(wnid_of[int(line)]) for line in files[_TRUTH].split()]
@@ -135,6 +139,37 @@ def _unpacked(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
         raise ValueError(f"{member.name} has {member.size:,} bytes")
     stream = tar.extractfile(member)
     return stream.read() if stream is not None else b""
+
+
+def _in_a_process(meta: bytes) -> dict[int, str]:
+    """`_wnids` in a process of its own: at some damaged files SciPy's reader crashes or never ends.
+
+    Raises ValueError for these, and for what the reader itself finds.
+    """
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_send_wnids, args=(there, meta), daemon=True)
+    process.start()
+    there.close()
+    try:
+        if not here.poll(PATIENCE_S):
+            raise ValueError(f"{_META} is damaged: its reader does not end")
+        found: dict[int, str] | str = here.recv()
+    except EOFError:
+        raise ValueError(f"{_META} is damaged: its reader crashed") from None
+    finally:
+        process.kill()
+        process.join()
+    if isinstance(found, str):
+        raise ValueError(f"{_META}: {found}")
+    return found
+
+
+def _send_wnids(pipe: Connection, meta: bytes) -> None:
+    try:
+        pipe.send(_wnids(meta))
+    except Exception as error:  # a damaged file makes SciPy raise anything
+        pipe.send(describe(error))
 
 
 def _wnids(meta: bytes) -> dict[int, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from functools import cache, lru_cache
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prelora_ds.core.errors import ConfigError
-from prelora_ds.data.reading import broken, read_range, read_text, reading
+from prelora_ds.data.reading import broken, read_range, read_text, reading, version
 from prelora_ds.data.sources.listing import (
     SPLITS,
     Listing,
@@ -26,6 +26,7 @@ from prelora_ds.data.sources.listing import (
 )
 
 KIND = "huggingface"
+_END = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream
 _NUMBERED = re.compile(r"(?P<split>.+?)-(?P<part>\d+)-of-(?P<parts>\d+)(-[0-9a-f]+)?")
 
 
@@ -186,7 +187,7 @@ def _labels(file: Path) -> tuple[tuple[str, ...] | None, list[int | None], NDArr
     """(class names, labels, number of the part that is read at once) of a file's rows."""
     pa = _arrow()
     if file.suffix == ".arrow":
-        table = _table(str(file))
+        table = _table(str(file), version(file))
         schema, blocks = table.schema, np.zeros(1, np.int64)
     else:
         parquet = pa.parquet.ParquetFile(file)
@@ -249,20 +250,25 @@ def _columns(features: dict[str, Any], names: list[str]) -> tuple[str, str]:
     return images[0], labels[0]
 
 
-@cache
-def _table(file: str) -> Any:
+@lru_cache(maxsize=1024)  # mapped, and not read: a data set of many files stays open
+def _table(file: str, _: tuple[int, int, int]) -> Any:
     pa = _arrow()
-    return pa.ipc.open_stream(pa.memory_map(file)).read_all()  # mapped: no bytes are read here
+    mapped = pa.memory_map(file)
+    table = pa.ipc.open_stream(mapped).read_all()
+    # Arrow takes the end of a file for the end of its rows.
+    if mapped.size() < len(_END) or mapped.read_at(len(_END), mapped.size() - len(_END)) != _END:
+        raise ValueError("the end of the rows is missing: it is cut short")
+    table.validate(full=True)
+    return table
 
 
-@cache
 def _arrow_column(file: str) -> Any:
-    table = _table(file)
+    table = _table(file, version(file))
     return table[_columns(_features(table.schema.metadata), table.schema.names)[0]]
 
 
 @lru_cache(maxsize=64)
-def _parquet_file(file: str) -> tuple[Any, str, list[int]]:
+def _parquet_file(file: str, _: tuple[int, int, int]) -> tuple[Any, str, list[int]]:
     parquet = _arrow().parquet.ParquetFile(file)
     image = _columns(_features(parquet.schema_arrow.metadata), parquet.schema_arrow.names)[0]
     counts = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
@@ -270,12 +276,13 @@ def _parquet_file(file: str) -> tuple[Any, str, list[int]]:
 
 
 def _parquet_column(file: str, row: int) -> tuple[Any, int]:
-    starts = _parquet_file(file)[2]
+    of_file = version(file)
+    starts = _parquet_file(file, of_file)[2]
     group = int(np.searchsorted(starts, row, side="right")) - 1
-    return _group(file, group), row - starts[group]
+    return _group(file, of_file, group), row - starts[group]
 
 
 @lru_cache(maxsize=20)  # rows are shuffled within windows of 16 of these
-def _group(file: str, group: int) -> Any:
-    parquet, image, _ = _parquet_file(file)
+def _group(file: str, of_file: tuple[int, int, int], group: int) -> Any:
+    parquet, image, _ = _parquet_file(file, of_file)
     return parquet.read_row_group(group, [image])[image]

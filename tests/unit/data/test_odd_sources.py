@@ -19,10 +19,11 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from PIL import Image
+from scipy.io import savemat
 
 from prelora_ds.core.errors import ConfigError
 from prelora_ds.data import reading
-from prelora_ds.data.sources import KINDS, find_images
+from prelora_ds.data.sources import KINDS, devkit, find_images
 from prelora_ds.data.sources.listing import Request
 
 
@@ -238,11 +239,25 @@ def test_hostile_labels_are_one_message(tmp_path, hostile):
     assert said.startswith("--labels = ") and len(said.splitlines()) == 2
 
 
-def test_a_devkit_whose_file_is_cut_is_one_message(tmp_path):
+@pytest.mark.parametrize(("place", "byte"), [(130, 255), (162, 255), (273, 255), (305, 14)])
+def test_a_damaged_devkit_is_one_message_also_where_its_reader_crashes_or_hangs(
+    tmp_path, monkeypatch, place, byte
+):
+    """At 162 the reader of SciPy 1.17 does not end, at 273 and 305 it ends by a signal."""
+    monkeypatch.setattr(devkit, "PATIENCE_S", 8.0)
     val, kit = kaggle(tmp_path), tmp_path / "ILSVRC2012_devkit_t12" / "data"
     kit.mkdir(parents=True)
-    (kit / "ILSVRC2012_validation_ground_truth.txt").write_text("1\n2\n3\n4\n")
-    (kit / "meta.mat").write_bytes(b"MATLAB 5.0 MAT-file" + bytes(200))
+    (kit / "ILSVRC2012_validation_ground_truth.txt").write_text("1\n2\n3\n3\n")
+    rows = [(number + 1, wnid, "words", 0) for number, wnid in enumerate(WNIDS)]
+    kind = [(name, object) for name in ("ILSVRC2012_ID", "WNID", "words", "num_children")]
+    savemat(kit / "meta.mat", {"synsets": np.array(rows, kind)})
+    data = bytearray((kit / "meta.mat").read_bytes())
+    assert [label for _, label in found(val, labels=kit.parent)[1]] == [0, 1, 2, 2]
+    data[place] = byte
+    (kit / "meta.mat").write_bytes(data)
+    said = refusal(val, labels=kit.parent)
+    assert said.startswith("--labels = ") and "meta.mat" in said
+    (kit / "meta.mat").write_bytes(data[:200])
     assert "cannot be read as a devkit" in refusal(val, labels=kit.parent)
 
 
