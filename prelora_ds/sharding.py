@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 
 from prelora_ds.core.errors import ConfigError
@@ -18,7 +17,9 @@ shards_app = typer.Typer(no_args_is_help=True, help="Write, index and check WebD
 _LAUNCHERS = (("RANK", "WORLD_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE"),
               ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
 
-SamplesPerShard = Annotated[int, typer.Option(min=1)]
+AtLeast1 = Annotated[int, typer.Option(min=1)]
+Seed = Annotated[int, typer.Option(min=0)]
+SamplesPerShard = AtLeast1
 Workers = Annotated[int | None, typer.Option(min=1, help="processes; as many as this process may use cores, else")]
 Like = Annotated[Path | None, typer.Option(help="a folder of shards whose classes to take (for val: those of train)")]
 
@@ -48,8 +49,8 @@ def digits(out: Path, samples_per_shard: SamplesPerShard = 512) -> None:
 
 
 @shards_app.command()
-def photographs(out: Path, train: int = 256, val: int = 64, short_side: int = 384, seed: int = 0,
-                samples_per_shard: SamplesPerShard = 128) -> None:
+def photographs(out: Path, train: AtLeast1 = 256, val: AtLeast1 = 64, short_side: AtLeast1 = 384,
+                seed: Seed = 0, samples_per_shard: SamplesPerShard = 128) -> None:
     """Write JPEGs cut from the photographs of the scikit-image and foolbox wheels, labelled as in ImageNet."""
     from prelora_ds.data import writer
 
@@ -74,7 +75,7 @@ def build(source: Path, out: Path,
           skip_bad: Annotated[bool, typer.Option("--skip-bad", help="leave out, count and list images "
                                                  "that cannot be read")] = False,
           samples_per_shard: SamplesPerShard = 1024, workers: Workers = None,
-          seed: Annotated[int, typer.Option(min=0)] = 0) -> None:
+          seed: Seed = 0) -> None:
     """Write the images of SOURCE, shuffled by seed, to the new folder OUT; on many hosts under mpiexec or srun.
 
     Bytes are untouched without --resize-short. After a kill, the same command continues where it
@@ -95,8 +96,9 @@ def build(source: Path, out: Path,
                                   workers=workers or cores(), rank=rank, world_size=world_size,
                                   progress=progress.show, say=progress.say)
     if manifest is not None:
-        typer.echo(f"{click.format_filename(out)}: {len(manifest)} samples of "
-                   f"{len(manifest.classes)} classes in {len(manifest.shards)} shards")
+        name = os.fsencode(out).decode(errors="replace")  # a name need not be UTF-8
+        typer.echo(f"{name}: {len(manifest)} samples of {len(manifest.classes)} classes in "
+                   f"{len(manifest.shards)} shards")
 
 
 @shards_app.command()

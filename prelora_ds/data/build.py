@@ -16,7 +16,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
@@ -28,6 +28,7 @@ from prelora_ds.core.errors import ConfigError, DiskError, ExpectedError
 from prelora_ds.data.bad_images import LIST_NAME, BadImage, refusal, told, write_list
 from prelora_ds.data.build_plan import (
     Options,
+    announced,
     check_same,
     misplaced_error,
     read_plan,
@@ -91,13 +92,16 @@ def build(request: Request, out: Path, options: Options, *, kind: str | None = N
             return None if rank else _finished(out, asked)
         partial = out.with_name(f"{out.name}.partial")
         work = partial / "work"
+        planned_at = work / "plan.json"
         if rank == 0:
-            if not (work / "plan.json").exists():
-                write_plan(work, asked, request, kind, options, like)
+            if not planned_at.exists():
+                with announced(work) if world_size > 1 else nullcontext():
+                    write_plan(work, asked, request, kind, options, like)
         else:
-            await_files(lambda: (work / "plan.json").exists() or out.exists(), partial, PLAN_PATIENCE_S)
-            if not (work / "plan.json").exists():
-                return None
+            await_files(lambda: work.exists() or out.exists(), partial, PATIENCE_S)
+            await_files(lambda: planned_at.exists() or not work.exists(), partial, PLAN_PATIENCE_S)
+            if not planned_at.exists():
+                return None  # rank 0 has ended, and tells why
         try:
             plan, items = read_plan(work)
         except FileNotFoundError:

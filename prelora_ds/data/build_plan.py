@@ -8,7 +8,10 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Sequence
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from prelora_ds.data.manifest import Manifest, write_whole
 from prelora_ds.data.reading import describe, reading
 from prelora_ds.data.sources import find_images
 from prelora_ds.data.sources.listing import Listing, Request
+from prelora_ds.data.waiting import LONGEST_PAUSE_S
 
 _WINDOW = 16  # blocks of a file that are shuffled together
 
@@ -94,6 +98,22 @@ def with_skip_bad(planned: dict[str, Any], options: Options) -> dict[str, Any]:
     return {"--skip-bad": False} | planned | ({"--skip-bad": True} if options.skip_bad else {})
 
 
+@contextmanager
+def announced(work: Path) -> Iterator[None]:
+    """The folder ``work`` is there while rank 0 makes the plan; without a plan it goes again.
+
+    Other ranks, which wait for the plan, see by that when they wait in vain.
+    """
+    begun = work.parent.exists()
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        if not (work / "plan.json").exists():
+            time.sleep(LONGEST_PAUSE_S + 1)  # so that all have seen that it was there
+            shutil.rmtree(work if begun else work.parent)
+
+
 def write_plan(
     work: Path,
     asked: dict[str, Any],
@@ -136,7 +156,7 @@ def read_plan(work: Path) -> tuple[dict[str, Any], NDArray[np.void]]:
         plan = json.loads((work / "plan.json").read_text())
         if not {"asked", "kind", "classes", "files", "passed_over"} <= plan.keys():
             raise KeyError("a key is missing")
-        return plan, np.load(work / "items.npy", mmap_mode="r", allow_pickle=False)
+        return plan, np.load(work / "items.npy", allow_pickle=False)
     except (ValueError, KeyError, AttributeError, EOFError) as error:
         raise ConfigError(
             "OUT",

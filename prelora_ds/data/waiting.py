@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+LONGEST_PAUSE_S = 5.0  # between two looks
+
 
 def await_files(condition: Callable[[], bool], folder: Path, patience_s: float) -> bool:
     """Whether ``condition`` came true while files in ``folder`` still changed."""
@@ -18,7 +20,7 @@ def await_files(condition: Callable[[], bool], folder: Path, patience_s: float) 
         elif time.monotonic() - since > patience_s:
             return False
         time.sleep(pause_s)
-        pause_s = min(1.3 * pause_s, 5.0)
+        pause_s = min(1.3 * pause_s, LONGEST_PAUSE_S)
     return True
 
 

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from prelora_ds.core.errors import ConfigError
 from prelora_ds.data.reading import broken
 
-# ``length`` bytes from ``offset`` of file number ``file``; some kinds count rows there. ``block``: what is read as one.
+# ``length`` bytes from ``offset`` of file number ``file``; some kinds count rows there. ``block``:
+# what is read as one.
 ITEM = np.dtype(
     [("file", "<i4"), ("label", "<i4"), ("offset", "<i8"), ("length", "<i8"), ("block", "<i4")]
 )

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -37,29 +38,27 @@ def plant(root, bad=()):
     return root
 
 
-def run(*arguments, **environ):
+def start(*arguments, **environ):
     clean = {
         key: value
         for key, value in os.environ.items()
         if not key.startswith(("RANK", "WORLD_SIZE", "OMPI_", "PMI", "SLURM_"))
     }
-    return subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "from prelora_ds.cli import main; main()",
-            "shards",
-            "build",
-            *map(str, arguments),
-            "--workers",
-            "1",
-        ],
+    build_command = "from prelora_ds.cli import main; main()", "shards", "build"
+    return subprocess.Popen(
+        [sys.executable, "-c", *build_command, *map(str, arguments), "--workers", "1"],
         env=clean | environ,
         text=True,
-        capture_output=True,
-        timeout=120,
-        check=False,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
+
+
+def run(*arguments, **environ):
+    """(exit code, stderr) of the command."""
+    process = start(*arguments, **environ)
+    stderr = process.communicate(timeout=120)[1]
+    return process.returncode, stderr
 
 
 def test_a_build_continues_from_another_folder_and_by_another_path(tmp_path, monkeypatch):
@@ -114,6 +113,17 @@ def test_an_out_that_cannot_be_is_one_message(tmp_path, out, monkeypatch):
     assert refused.value.exit_code == 2
 
 
+def test_all_ranks_end_at_once_where_rank_0_refuses_the_source(tmp_path):
+    source = plant(tmp_path / "in")
+    (source / "empty").mkdir()
+    began = time.monotonic()
+    ranks = [start(source, tmp_path / "out", RANK=str(rank), WORLD_SIZE="3") for rank in (1, 2, 0)]
+    said = [rank.communicate(timeout=100)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0, 2] and "has no images" in said[2]
+    assert time.monotonic() - began < 60
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
 @pytest.mark.parametrize("name", ["plan.json", "items.npy", "000000.npz"])
 def test_a_damaged_work_folder_is_one_message(tmp_path, name):
     source = plant(tmp_path / "in", BAD)
@@ -140,12 +150,12 @@ def test_a_damaged_work_folder_is_one_message(tmp_path, name):
     ],
 )
 def test_hostile_options_end_with_2_and_one_message(tmp_path, hostile):
-    done = run(plant(tmp_path / "in"), tmp_path / "out", *hostile)
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    code, stderr = run(plant(tmp_path / "in"), tmp_path / "out", *hostile)
+    assert code == 2 and "Traceback" not in stderr, stderr
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
 @pytest.mark.parametrize("place", ["x", "-1", "1.0", "", "\u0661"])
 def test_a_rank_that_is_not_a_number_is_one_message(tmp_path, place):
-    done = run(plant(tmp_path / "in"), tmp_path / "out", RANK=place, WORLD_SIZE="1")
-    assert done.returncode == 2 and "is not a rank of a job" in done.stderr, done.stderr
+    code, stderr = run(plant(tmp_path / "in"), tmp_path / "out", RANK=place, WORLD_SIZE="1")
+    assert code == 2 and "is not a rank of a job" in stderr, stderr
