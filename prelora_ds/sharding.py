@@ -17,7 +17,9 @@ shards_app = typer.Typer(no_args_is_help=True, help="Write, index and check WebD
 _LAUNCHERS = (("RANK", "WORLD_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE"),
               ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
 
-SamplesPerShard = Annotated[int, typer.Option(min=1)]
+AtLeast1 = Annotated[int, typer.Option(min=1)]
+Seed = Annotated[int, typer.Option(min=0)]
+SamplesPerShard = AtLeast1
 Workers = Annotated[int | None, typer.Option(min=1, help="processes; as many as this process may use cores, else")]
 Like = Annotated[Path | None, typer.Option(help="a folder of shards whose classes to take (for val: those of train)")]
 
@@ -26,9 +28,12 @@ def place_in_job(environ: Mapping[str, str]) -> tuple[int, int]:
     """(rank, world size) as mpiexec, srun or torchrun tell it; (0, 1) where none of them started this process."""
     for rank, world_size in _LAUNCHERS:
         if rank in environ and world_size in environ:
-            place = int(environ[rank]), int(environ[world_size])
+            said = environ[rank], environ[world_size]
+            numbers = all(text.isdecimal() for text in said)
+            place = (int(said[0]), int(said[1])) if numbers else (0, 0)
             if not 0 <= place[0] < place[1]:
-                raise ConfigError("environment", f"{rank}={place[0]} {world_size}={place[1]}", "is no rank of a job",
+                told = f"{rank}={said[0]} {world_size}={said[1]}"
+                raise ConfigError("environment", told, "is not a rank of a job",
                                   "unset what a former launcher left behind")
             return place
     return 0, 1
@@ -44,8 +49,8 @@ def digits(out: Path, samples_per_shard: SamplesPerShard = 512) -> None:
 
 
 @shards_app.command()
-def photographs(out: Path, train: int = 256, val: int = 64, short_side: int = 384, seed: int = 0,
-                samples_per_shard: SamplesPerShard = 128) -> None:
+def photographs(out: Path, train: AtLeast1 = 256, val: AtLeast1 = 64, short_side: AtLeast1 = 384,
+                seed: Seed = 0, samples_per_shard: SamplesPerShard = 128) -> None:
     """Write JPEGs cut from the photographs of the scikit-image and foolbox wheels, labelled as in ImageNet."""
     from prelora_ds.data import writer
 
@@ -61,15 +66,20 @@ def build(source: Path, out: Path,
           form: Annotated[str | None, typer.Option("--format", help="imagefolder, ilsvrc2012, cifar, huggingface or "
                                                    "idx; found out by looking, else")] = None,
           split: Annotated[str | None, typer.Option(help="of a source that has several")] = None,
-          labels: Annotated[Path | None, typer.Option(help="of ilsvrc2012's val: the devkit, or a file of lines "
-                                                      "`IMAGE WNID`")] = None,
+          labels: Annotated[Path | None, typer.Option(help="of ilsvrc2012's val: the devkit, or a file of "
+                                                      "lines `IMAGE WNID`, such as "
+                                                      "LOC_val_solution.csv")] = None,
           like: Like = None,
           resize_short: Annotated[int | None, typer.Option(min=1, help="pixels of the short side; JPEG again")] = None,
           quality: Annotated[int | None, typer.Option(min=1, max=100, help="of --resize-short's JPEGs [90]")] = None,
-          samples_per_shard: SamplesPerShard = 1024, workers: Workers = None, seed: int = 0) -> None:
+          skip_bad: Annotated[bool, typer.Option("--skip-bad", help="leave out, count and list images "
+                                                 "that cannot be read")] = False,
+          samples_per_shard: SamplesPerShard = 1024, workers: Workers = None,
+          seed: Seed = 0) -> None:
     """Write the images of SOURCE, shuffled by seed, to the new folder OUT; on many hosts under mpiexec or srun.
 
-    Bytes are untouched without --resize-short. After a kill, the same command goes on where it stopped.
+    Bytes are untouched without --resize-short. After a kill, the same command continues where it
+    stopped.
     """
     from prelora_ds.data import build as building
     from prelora_ds.data.parallel import cores
@@ -79,14 +89,16 @@ def build(source: Path, out: Path,
     if quality is not None and resize_short is None:
         raise ConfigError("--quality", quality, "bytes stay untouched without --resize-short", "give both, or neither")
     rank, world_size = place_in_job(os.environ)
-    options = building.Options(samples_per_shard, seed, resize_short, quality or building.Options.quality)
+    options = building.Options(samples_per_shard, seed, resize_short,
+                               quality or building.Options.quality, skip_bad)
     with CountProgress("shards", shown=rank == 0) as progress:
         manifest = building.build(Request(source, split, labels), out, options, kind=form, like=like,
                                   workers=workers or cores(), rank=rank, world_size=world_size,
                                   progress=progress.show, say=progress.say)
     if manifest is not None:
-        typer.echo(f"{out}: {len(manifest)} samples of {len(manifest.classes)} classes in {len(manifest.shards)} "
-                   "shards")
+        name = os.fsencode(out).decode(errors="replace")  # a name need not be UTF-8
+        typer.echo(f"{name}: {len(manifest)} samples of {len(manifest.classes)} classes in "
+                   f"{len(manifest.shards)} shards")
 
 
 @shards_app.command()

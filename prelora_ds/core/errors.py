@@ -43,6 +43,13 @@ class ConfigError(ExpectedError, ValueError):
         return type(self), (self.key, self.value, self.problem, self.remedy)
 
 
+class DiskError(ConfigError):
+    """A disk or file system that failed, not a setting: the same command may succeed once it works
+    again."""
+
+    exit_code = TRY_AGAIN_EXIT_CODE
+
+
 class TrainingDivergedError(ExpectedError, RuntimeError):
     """The loss or the gradient norm became NaN or infinite; names step and phase."""
 

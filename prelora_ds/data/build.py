@@ -2,7 +2,9 @@
 
 Everything is written to ``OUT.partial``, which becomes ``OUT`` when it is whole. Its sub-folder ``work`` has the plan
 (the request, the images in their order, the classes) and, once a shard is on the disk, that shard's rows. What a shard
-holds is a function of the plan and the shard's number alone, so it does not matter who writes it, and when.
+holds is a function of the plan and the shard's number alone, so it does not matter who writes it,
+and when. Where an image cannot be read, ``work`` has the shard's bad images instead of its rows,
+until the next try.
 """
 
 from __future__ import annotations
@@ -12,51 +14,54 @@ import io
 import json
 import os
 import shutil
-import time
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
 
 import numpy as np
-import PIL
 from numpy.typing import NDArray
 
-from prelora_ds.core.errors import ConfigError, ExpectedError
-from prelora_ds.data.images import UnreadableImageError, prepare
-from prelora_ds.data.manifest import Manifest, Shard, save_manifest, write_whole
+from prelora_ds.core.errors import ConfigError, DiskError, ExpectedError
+from prelora_ds.data.bad_images import LIST_NAME, BadImage, refusal, told, write_list
+from prelora_ds.data.build_plan import (
+    Options,
+    announced,
+    check_same,
+    misplaced_error,
+    read_plan,
+    resolved,
+    what_is_asked,
+    with_skip_bad,
+    write_plan,
+)
+from prelora_ds.data.images import prepare
+from prelora_ds.data.manifest import ROW, Manifest, Shard, save_manifest, write_whole
 from prelora_ds.data.parallel import unordered
+from prelora_ds.data.reading import AGAIN, describe, not_accessible, of_the_path
 from prelora_ds.data.scan import index_shard
-from prelora_ds.data.sources import KINDS, find_images
-from prelora_ds.data.sources.listing import Listing, Request
+from prelora_ds.data.sources import KINDS
+from prelora_ds.data.sources.listing import Request
+from prelora_ds.data.waiting import await_files
 from prelora_ds.data.writer import write_tar
 
 Progress = Callable[[int, int], None]
 PATIENCE_S = 600.0  # how long rank 0 waits for other ranks while none of them writes anything
 PLAN_PATIENCE_S = 4 * 3600.0  # how long these wait for rank 0, which may have a million files to list
-_WINDOW = 16  # blocks of a file that are shuffled together
-_AGAIN = "run the same command again: it goes on where it stopped"
+
+_RESULTS = (".npz", ".bad")  # of a shard in ``work``: its rows, or the images that make it fail
 
 
 class StalledError(ExpectedError, RuntimeError):
     """Other ranks of the build have stopped writing."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """What, beside the source, fixes the bytes of the shards."""
-
-    samples_per_shard: int = 1024
-    seed: int = 0
-    resize_short: int | None = None
-    quality: int = 90
-
-
 class _Job(NamedTuple):
     folder: Path
     shard: int
+    source: str
     kind: str
     options: Options
     samples: list[tuple[str, str, int, int, int]]  # key, file, offset, length, label
@@ -68,43 +73,62 @@ def build(request: Request, out: Path, options: Options, *, kind: str | None = N
     """Write the shards of ``request`` to the new folder ``out``; each rank its part, and rank 0 the manifest.
 
     ``like`` is a folder of shards whose classes to take. Returns the manifest on rank 0, None on others. Raises
-    ConfigError when ``out`` exists, for an unfinished build with other options, for a source with mistakes (an image
-    that cannot be read is named), and when the disk is full; StalledError on rank 0 when other ranks have stopped.
+    ConfigError when ``out`` exists, for an unfinished build with other options, and for a source
+    with mistakes; all images that cannot be read are listed in one, unless ``options.skip_bad``
+    leaves them out. Raises DiskError when the disk is full or fails, and StalledError on rank 0
+    when other ranks have stopped.
     """
-    out, partial = out.absolute(), out.absolute().with_name(f"{out.name}.partial")
-    asked = _asked(request, options, kind, like)
-    if out.exists():
+    labels = request.labels and resolved(request.labels)
+    request = Request(resolved(request.source), request.split, labels)
+    out, like = out.absolute(), like and resolved(like)
+    asked = what_is_asked(request, options, kind, like)
+    with _disk_told(out):
+        if misplaced := misplaced_error(request.source, out):
+            if rank:
+                return None  # the command line is that of all ranks, and rank 0 tells
+            raise misplaced
+        if os.path.lexists(out):
+            # Rank 0 has ended, or tells what is wrong.
+            return None if rank else _finished(out, asked)
+        partial = out.with_name(f"{out.name}.partial")
+        work = partial / "work"
+        planned_at = work / "plan.json"
         if rank == 0:
-            return _finished(out, asked)
-        return None  # rank 0 has ended, or tells what is wrong
-    work = partial / "work"
-    with _disk_full_told(out):
-        if rank == 0:
-            if not (work / "plan.json").exists():
-                _write_plan(work, asked, find_images(request, kind), options, like)
-        elif not _await(lambda: (work / "plan.json").exists() or out.exists(), partial, PLAN_PATIENCE_S) \
-                or out.exists():
-            return None
+            if not planned_at.exists():
+                with announced(work) if world_size > 1 else nullcontext():
+                    write_plan(work, asked, request, kind, options, like)
+        else:
+            await_files(lambda: work.exists() or out.exists(), partial, PATIENCE_S)
+            await_files(lambda: planned_at.exists() or not work.exists(), partial, PLAN_PATIENCE_S)
+            if not planned_at.exists():
+                return None  # rank 0 has ended, and tells why
         try:
-            plan = json.loads((work / "plan.json").read_text())
-            items = np.load(work / "items.npy", mmap_mode="r", allow_pickle=False)
+            plan, items = read_plan(work)
         except FileNotFoundError:
             if rank and out.exists():
                 return None  # rank 0 found all done, and has given the folder its name
             raise
-        if rank and asked != plan["asked"] | {"Pillow": asked["Pillow"]}:
-            return None  # the command line is that of all ranks, and rank 0 tells; Pillow is this host's own
-        _check_same(asked, plan["asked"], partial)
+        planned = with_skip_bad(plan["asked"], options)
+        if rank and asked != planned | {"Pillow": asked["Pillow"]}:
+            return None  # rank 0 tells; Pillow is this host's own
+        check_same(asked, planned, partial)
+        if rank == 0 and planned != plan["asked"]:
+            write_whole(work / "plan.json", json.dumps(plan | {"asked": planned}).encode())
         if rank == 0 and plan["passed_over"]:
-            say(f"passed over, as no images: {plan['passed_over']}")
+            say(f"passed over: {plan['passed_over']}")
         shards = -(-len(items) // options.samples_per_shard)
 
         def done() -> int:
-            return sum(name.endswith(".npz") for name in os.listdir(work)) if work.exists() else shards
+            if not work.exists():
+                return shards
+            return sum(name.endswith(_RESULTS) for name in os.listdir(work))
 
+        mine = [n for n in range(rank, shards, world_size) if not (work / f"{n:06d}.npz").exists()]
+        for number in mine:
+            (work / f"{number:06d}.bad").unlink(missing_ok=True)
         progress(done(), shards)
-        mine = (number for number in range(rank, shards, world_size) if not (work / f"{number:06d}.npz").exists())
-        for _ in unordered(_write_shard, (_job(partial, n, plan, items, options) for n in mine), workers):
+        for _ in unordered(_write_shard, (_job(partial, n, plan, items, options) for n in mine),
+                           max(1, min(workers, len(mine)))):
             progress(done(), shards)
         if rank:
             return None
@@ -113,22 +137,20 @@ def build(request: Request, out: Path, options: Options, *, kind: str | None = N
             progress(now := done(), shards)
             return now == shards
 
-        if not _await(all_done, partial, PATIENCE_S):
-            missing = [n for n in range(shards) if not (work / f"{n:06d}.npz").exists()]
+        if not await_files(all_done, partial, PATIENCE_S):
+            missing = [n for n in range(shards)
+                       if not any((work / f"{n:06d}{end}").exists() for end in _RESULTS)]
             raise StalledError(f"{partial}: other ranks have written nothing for {PATIENCE_S:.0f} s, and "
                                f"{len(missing)} shards are missing, the first is number {missing[0]}\n"
-                               f"  remedy: {_AGAIN}")
-        _finish(partial, shards, plan["classes"])
+                               f"  remedy: {AGAIN}")
+        _refuse_bad(partial, request.source)
+        left_out = _finish(partial, shards, plan["classes"])
         os.rename(partial, out)
-    shutil.rmtree(out / "work")
+        if left_out:
+            say(f"left out {len(left_out)} of {len(items)} images, which cannot be read "
+                f"({out / LIST_NAME} lists all):\n{told(left_out)}")
+        shutil.rmtree(out / "work")
     return Manifest.load(out, "OUT")
-
-
-def _asked(request: Request, options: Options, kind: str | None, like: Path | None) -> dict[str, Any]:
-    paths = {"SOURCE": request.source, "--labels": request.labels, "--like": like}
-    settings = {f"--{name.replace('_', '-')}": value for name, value in asdict(options).items()}
-    return {**{name: None if path is None else str(path.absolute()) for name, path in paths.items()},
-            "--split": request.split, "--format": kind, **settings, "Pillow": PIL.__version__}
 
 
 def _finished(out: Path, asked: dict[str, Any]) -> Manifest:
@@ -140,143 +162,107 @@ def _finished(out: Path, asked: dict[str, Any]) -> Manifest:
     return Manifest.load(out, "OUT")
 
 
-def _check_same(asked: dict[str, Any], planned: dict[str, Any], partial: Path) -> None:
-    for key, value in asked.items():
-        if planned.get(key) != value:
-            raise ConfigError(key, value, f"the unfinished build in {partial} has {planned.get(key)!r}",
-                              "give the same options to go on with it, or remove that folder to begin anew")
-
-
-def _write_plan(work: Path, asked: dict[str, Any], listing: Listing, options: Options, like: Path | None) -> None:
-    classes, labels = _classes(listing, None if like is None else Manifest.load(like, "--like").classes)
-    items = listing.items.copy()
-    items["label"] = labels
-    work.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    np.save(buffer, items[_order(items, options.seed)], allow_pickle=False)
-    write_whole(work / "items.npy", buffer.getvalue())
-    plan = {"asked": asked, "kind": listing.kind, "classes": classes, "files": listing.files,
-            "passed_over": listing.passed_over}
-    write_whole(work / "plan.json", json.dumps(plan).encode())
-
-
-def _classes(listing: Listing, like: Sequence[str] | None) -> tuple[tuple[str, ...], NDArray[np.int32]]:
-    """(class names, label of each item). Raises ConfigError for a label or a name that is of no class."""
-    labels, named = listing.items["label"], listing.classes
-    lowest, highest = int(labels.min()), int(labels.max())
-    count = len(named if named is not None else like if like is not None else range(highest + 1))
-    if lowest < 0 or highest >= count:
-        index = int(np.argmax((labels < 0) | (labels >= count)))
-        item = listing.items[index]
-        raise ConfigError("SOURCE", listing.files[item["file"]],
-                          f"image {index} of the source ({item['offset']} in this file) has the label "
-                          f"{labels[index]}, and there are {count} classes", "mend the labels")
-    if named is None:
-        return tuple(like) if like is not None else tuple(map(str, range(count))), labels
-    if like is None:
-        return named, labels
-    numbers = {name: number for number, name in enumerate(like)}
-    if unknown := [name for name in named if name not in numbers]:
-        raise ConfigError("--like", "its classes", f"{len(unknown)} classes of the source are not among them, the "
-                          f"first is {unknown[0]!r}", "name the shards of the same data set")
-    return tuple(like), np.array([numbers[name] for name in named], np.int32)[labels]
-
-
-def _order(items: NDArray[np.void], seed: int) -> NDArray[np.int64]:
-    """A shuffle by ``seed``; of blocks, and of images within windows of blocks, where images are read by the block."""
-    # As in `epoch_order`: NumPy keeps the raw stream of a bit generator for good, but not what is made of it.
-    bits = np.random.PCG64(np.random.SeedSequence(seed))
-    order = np.argsort(bits.random_raw(len(items)), kind="stable")
-    blocks = np.stack([items["file"], items["block"]], axis=1)
-    if not items["block"].any():
-        return order
-    numbers = np.unique(blocks, axis=0, return_inverse=True)[1].reshape(-1)
-    place = np.argsort(np.argsort(bits.random_raw(numbers.max() + 1), kind="stable"), kind="stable")
-    return order[np.argsort(place[numbers[order]] // _WINDOW, kind="stable")]
-
-
 def _job(partial: Path, shard: int, plan: dict[str, Any], items: NDArray[np.void], options: Options) -> _Job:
     start = shard * options.samples_per_shard
     rows = items[start:start + options.samples_per_shard].tolist()
-    return _Job(partial, shard, plan["kind"], options,
+    return _Job(partial, shard, plan["asked"]["SOURCE"], plan["kind"], options,
                 [(f"{start + i:08d}", plan["files"][file], offset, length, label)
                  for i, (file, label, offset, length, _) in enumerate(rows)])
 
 
 def _write_shard(job: _Job) -> None:
-    """Write a shard, look through what is on the disk, and only then say that it is done."""
+    """Write a shard, look through what is on the disk, and only then say that it is done; or what
+    is bad in it."""
     path = job.folder / f"shard-{job.shard:06d}.tar"
     hidden = path.with_name(f".{path.name}.{uuid4().hex}")
+    result = job.folder / "work" / f"{job.shard:06d}"
+    bad: list[BadImage] = []
+    shard, rows = None, np.empty(0, ROW)
     try:
-        write_tar(hidden, _samples(job))
-        scanned = index_shard(hidden, "OUT")
-        hidden.replace(path)
+        write_tar(hidden, _samples(job, bad))
+        if bad and not job.options.skip_bad:
+            write_whole(result.with_suffix(".bad"), json.dumps(bad).encode())
+            return
+        if len(bad) < len(job.samples):
+            scanned = index_shard(hidden, "OUT")
+            shard, rows = scanned.shard._replace(name=path.name), scanned.rows
+            hidden.replace(path)
     finally:
         hidden.unlink(missing_ok=True)
-    buffer, shard = io.BytesIO(), scanned.shard._replace(name=path.name)
-    np.savez(buffer, shard=np.array(json.dumps(shard)), rows=scanned.rows)
-    write_whole(job.folder / "work" / f"{job.shard:06d}.npz", buffer.getvalue())
+    buffer = io.BytesIO()
+    np.savez(buffer, shard=np.array(json.dumps(shard)), rows=rows, bad=np.array(json.dumps(bad)))
+    write_whole(result.with_suffix(".npz"), buffer.getvalue())
 
 
-def _samples(job: _Job) -> Iterator[tuple[str, bytes, str, int]]:
+def _samples(job: _Job, bad: list[BadImage]) -> Iterator[tuple[str, bytes, str, int]]:
+    """The images of a shard that can be read; the others are added to ``bad``. Raises DiskError."""
+    kind = KINDS[job.kind]
     for key, file, offset, length, label in job.samples:
         try:
-            data = KINDS[job.kind].read(file, offset, length)
+            data = kind.read(file, offset, length)
             data, extension = prepare(data, resize_short=job.options.resize_short, quality=job.options.quality)
-        except (UnreadableImageError, OSError, ValueError) as error:
-            if isinstance(error, ConfigError):
-                raise
-            where = "" if length < 0 else f" at {offset}"
-            raise ConfigError("SOURCE", file, f"the image{where} cannot be read ({error})",
-                              f"mend it, and {_AGAIN}; or remove it and {job.folder}, and begin anew") from error
-        yield key, data, extension, label
+        except ExpectedError:
+            raise
+        except Exception as error:  # what a file holds can make its reader raise anything
+            image, problem = kind.name(file, offset, length), describe(error)
+            if isinstance(error, OSError):
+                problem = error.strerror or problem
+                if not of_the_path(error) or not os.path.exists(job.source):
+                    raise DiskError("SOURCE", image, f"cannot be read ({problem})",
+                                    f"see to the disk, and {AGAIN}") from error
+            bad.append(BadImage(image, problem))
+        else:
+            yield key, data, extension, label
 
 
-def _finish(partial: Path, count: int, classes: Sequence[str]) -> None:
-    shards, rows = [], []
+def _refuse_bad(partial: Path, source: Path) -> None:
+    """Raises ConfigError with all images that made a shard fail; the next try looks at them
+    anew."""
+    files = sorted((partial / "work").glob("*.bad"))
+    bad = [BadImage(*one) for file in files for one in json.loads(file.read_text())]
+    write_list(partial, bad)
+    for file in files:
+        file.unlink()
+    if bad:
+        raise refusal(source, partial, bad)
+
+
+def _finish(partial: Path, count: int, classes: Sequence[str]) -> list[BadImage]:
+    """Write the manifest, and the list of the images that are left out, which is returned."""
+    shards, rows, bad = [], [], []
     for number in range(count):
-        with np.load(partial / "work" / f"{number:06d}.npz", allow_pickle=False) as file:
-            shards.append(Shard(*json.loads(str(file["shard"]))))
-            rows.append(file["rows"])
+        path = partial / "work" / f"{number:06d}.npz"
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                shard, of_shard, left_out = json.loads(str(file["shard"])), file["rows"], \
+                    json.loads(str(file["bad"])) if "bad" in file else []
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise ConfigError("OUT", str(path), f"is damaged ({describe(error)})",
+                              f"remove this file, and {AGAIN}") from error
+        bad += [BadImage(*one) for one in left_out]
+        if shard is not None:
+            shards.append(Shard(*shard))
+            rows.append(of_shard)
+    write_list(partial, bad)
+    if not shards:
+        raise ConfigError("SOURCE", "all images",
+                          f"none of the {len(bad)} images can be read:\n{told(bad)}",
+                          f"name another source, and remove {partial}")
     for path in partial.iterdir():
         if path.name.startswith("."):
             path.unlink()  # left by a kill
     save_manifest(partial, classes, shards, rows)
-
-
-def _await(condition: Callable[[], bool], folder: Path, patience_s: float) -> bool:
-    """Whether ``condition`` came true while files in ``folder`` still changed."""
-    newest, since, pause_s = None, time.monotonic(), 0.1
-    while not condition():
-        now = _newest(folder)
-        if now != newest:
-            newest, since = now, time.monotonic()
-        elif time.monotonic() - since > patience_s:
-            return False
-        time.sleep(pause_s)
-        pause_s = min(1.3 * pause_s, 5.0)
-    return True
-
-
-def _newest(folder: Path) -> tuple[float, int]:
-    """Changes whenever a file in ``folder`` is written to. Sizes as well: clocks of other hosts may stand still."""
-    times, sizes = [0.0], 0
-    try:
-        for entry in [*os.scandir(folder), *os.scandir(folder / "work")]:
-            stat = entry.stat()
-            times.append(stat.st_mtime)
-            sizes += stat.st_size
-    except FileNotFoundError:
-        pass  # renamed under our eyes
-    return max(times), sizes
+    return bad
 
 
 @contextmanager
-def _disk_full_told(out: Path) -> Iterator[None]:
+def _disk_told(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise ConfigError("OUT", str(out), f"the disk is full ({error.strerror}); the shards written so far are kept "
-                          f"in {out.name}.partial", f"free space, and {_AGAIN}") from error
+            path = error.filename or out
+            raise not_accessible("OUT", path, error, "cannot be written") from error
+        raise DiskError("OUT", str(out), f"the disk is full ({error.strerror}); the shards written "
+                        f"so far are kept in {out.name}.partial", f"free space, and {AGAIN}") \
+            from error

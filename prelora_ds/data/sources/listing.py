@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import gzip
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,39 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prelora_ds.core.errors import ConfigError
+from prelora_ds.data.reading import broken
 
-# ``length`` bytes from ``offset`` of file number ``file``; some kinds count rows there. ``block``: what is read as one.
-ITEM = np.dtype([("file", "<i4"), ("label", "<i4"), ("offset", "<i8"), ("length", "<i8"), ("block", "<i4")])
+# ``length`` bytes from ``offset`` of file number ``file``; some kinds count rows there. ``block``:
+# what is read as one.
+ITEM = np.dtype(
+    [("file", "<i4"), ("label", "<i4"), ("offset", "<i8"), ("length", "<i8"), ("block", "<i4")]
+)
+# torchvision's ImageFolder takes these.
+IMAGES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
+SPLITS = {
+    "train",
+    "training",
+    "val",
+    "valid",
+    "validation",
+    "dev",
+    "eval",
+    "evaluation",
+    "test",
+    "testing",
+}
+MAX_CLASSES = 1_000_000  # a label beyond is a mistake, and the manifest names every class
+# What Synology, macOS, Windows, ext4 and Python leave in folders.
+_SYSTEM = {
+    "@eadir",
+    "__macosx",
+    "#recycle",
+    "#snapshot",
+    "$recycle.bin",
+    "system volume information",
+    "lost+found",
+    "__pycache__",
+}
 
 
 @dataclass(frozen=True)
@@ -22,7 +53,7 @@ class Listing:
     """The images of a source, of dtype ITEM, in a fixed order. ``kind`` chooses the reader.
 
     ``classes`` is None where the source knows its classes by number alone. ``passed_over`` says what is in the source
-    and is no image of it.
+    and is not an image of it.
     """
 
     kind: str
@@ -42,12 +73,35 @@ class Request:
 
 
 def items(file: Any, label: Any, offset: Any, length: Any, block: Any = 0) -> NDArray[np.void]:
-    """Rows of dtype ITEM, broadcast from columns."""
-    columns = np.broadcast_arrays(*map(np.asarray, (file, label, offset, length, block)))
+    """Rows of dtype ITEM, broadcast from columns. Raises ValueError for a label that is not a whole
+    number in range."""
+    labels = np.asarray(label)
+    if labels.dtype.kind not in "iu" and labels.size:
+        raise ValueError(
+            f"labels of the type {labels.dtype}, where whole numbers of at most 32 bits are wanted"
+        )
+    if labels.size and max(abs(int(labels.min())), abs(int(labels.max()))) >= MAX_CLASSES:
+        raise ValueError(
+            f"labels from {labels.min()} to {labels.max()}, and at most {MAX_CLASSES:,} "
+            "classes can be named"
+        )
+    columns = np.broadcast_arrays(*map(np.asarray, (file, labels, offset, length, block)))
     rows = np.zeros(columns[0].shape, ITEM)
     for name, column in zip(ITEM.names or (), columns, strict=True):
         rows[name] = column
     return rows
+
+
+def hidden(name: str) -> bool:
+    """Whether a file or folder of this name belongs to a system or a program, and never to a data
+    set."""
+    return name.startswith(".") or name.lower() in _SYSTEM
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """The first ``most`` names, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def choose_split(found: Sequence[str], request: Request) -> str:
@@ -57,29 +111,53 @@ def choose_split(found: Sequence[str], request: Request) -> str:
     if request.split is None and len(found) == 1:
         return found[0]
     if request.split is None or request.split not in found:
-        raise ConfigError("--split", request.split, f"{request.source} has the splits {', '.join(sorted(found))}",
-                          "give one of these")
+        raise ConfigError(
+            "--split",
+            request.split,
+            f"{request.source} has the splits {', '.join(sorted(found))}",
+            "give one of these",
+        )
     return request.split
 
 
-def broken(path: str | Path, problem: str) -> ConfigError:
-    return ConfigError("SOURCE", str(path), problem, "mend or fetch the source again")
+def check_parts(source: Path, what: str, found: Sequence[int], wanted: range) -> None:
+    """Raises ConfigError where the numbered parts of a data set are not all there, or one twice."""
+    there = Counter(found)
+    if missing := len(wanted) - sum(number in wanted for number in there):
+        numbers = ", ".join(str(n) for n in islice((n for n in wanted if n not in there), 5))
+        raise broken(
+            source,
+            f"{missing} of the {len(wanted)} parts of {what} are missing: number "
+            f"{numbers}{', ...' if missing > 5 else ''}",
+            "fetch the missing files",
+        )
+    if more := [n for n, count in sorted(there.items()) if count > 1 or n not in wanted]:
+        raise broken(
+            source,
+            f"part {more[0]} of {what} is there more than once, or beyond the last",
+            "remove the files of another version",
+        )
 
 
-def read_range(file: str, offset: int, length: int) -> bytes:
-    """``length`` bytes, or all from ``offset`` on for -1. Raises ValueError for fewer."""
-    with open(file, "rb") as opened:
-        opened.seek(offset)
-        data = opened.read(length)
-    if len(data) < length:
-        raise ValueError(f"only {len(data)} of {length} bytes there")
-    return data
-
-
-def read_whole(path: Path) -> bytes:
-    """A file, unpacked where it is gzip. Raises ConfigError."""
-    try:
-        data = path.read_bytes()
-        return gzip.decompress(data) if path.suffix == ".gz" else data
-    except (OSError, EOFError) as error:
-        raise broken(path, f"cannot be read ({error})") from error
+def check_classes(source: Path, names: Sequence[str]) -> None:
+    """Raises ConfigError for a class name that comes twice, and for one that cannot be written as
+    UTF-8."""
+    seen = set()
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                "SOURCE",
+                str(source),
+                f"the class name {name!r} is not UTF-8, and a manifest cannot hold it",
+                "rename the class, for example with convmv",
+            ) from error
+        if name in seen:
+            raise ConfigError(
+                "SOURCE",
+                str(source),
+                f"the class name {name!r} comes twice",
+                "give every class a name of its own",
+            )
+        seen.add(name)

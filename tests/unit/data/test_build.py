@@ -22,6 +22,7 @@ from PIL import Image
 from prelora_ds.core.errors import ConfigError
 from prelora_ds.data import build as building
 from prelora_ds.data.build import Options, StalledError, build
+from prelora_ds.data.build_plan import shuffled
 from prelora_ds.data.decode import decode
 from prelora_ds.data.images import UnreadableImageError, prepare
 from prelora_ds.data.manifest import EXTENSIONS, Manifest
@@ -265,7 +266,7 @@ def test_a_full_disk_is_one_message_and_a_rerun_with_space_goes_on(tree, whole, 
     try:
         failed = subprocess.run(command(tree, disk / "out", "--workers", "2"), env=environment(), capture_output=True,
                                 text=True, timeout=120, check=False)
-        assert failed.returncode == 2
+        assert failed.returncode == 75
         message = [line for line in failed.stderr.splitlines() if not re.fullmatch(r"\d+/\d+ shards", line)]
         assert len(message) == 2 and "the disk is full" in message[0] and "same command again" in message[1]
         partial = disk / "out.partial"
@@ -330,7 +331,7 @@ def test_a_label_out_of_range_is_named(tmp_path):
 def test_rows_of_parquet_are_mixed_within_windows_of_blocks():
     items = np.zeros(4000, ITEM)
     items["file"], items["block"] = np.arange(4000) // 1000, np.arange(4000) % 1000 // 10
-    order = building._order(items, 0)
+    order = shuffled(items, 0)
     assert sorted(order) == list(range(4000))
     for start in range(0, 4000, 160):
         window = items[order[start:start + 160]]

@@ -181,10 +181,10 @@ def test_a_damaged_outer_or_inner_tar_is_refused_with_its_offset(ilsvrc):
     refuse_after["outer"][second.offset + 130] ^= 1
     for damaged in refuse_after.values():
         path.write_bytes(damaged)
-        refuse(r"ILSVRC2012_img_train\.tar.*no whole tar.*(byte \d+)", path)
+        refuse(r"ILSVRC2012_img_train\.tar.*as a whole tar.*(byte \d+)", path)
     for size in (len(data) - 10240, len(data) // 2, 700):
         path.write_bytes(data[:size])
-        refuse(r"no whole tar|looks like none", path)
+        refuse(r"as a whole tar|looks like none", path)
 
 
 def cifar_pixels(count, seed=0):
@@ -200,7 +200,7 @@ def assert_cifar(images, arrays, labels):
 @pytest.mark.parametrize("binary", [False, True])
 def test_cifar_10_in_both_versions(tmp_path, binary):
     arrays, labels, names = cifar_pixels(9), [3, 1, 4, 1, 5, 9, 2, 6, 5], [f"class{i}" for i in range(10)]
-    for number, part in ((1, slice(0, 4)), (2, slice(4, 9))):
+    for number, part in enumerate(map(slice, range(0, 10, 2), range(2, 12, 2)), 1):
         if binary:
             record = np.concatenate([np.array(labels[part], np.uint8)[:, None], arrays[part]], axis=1)
             (tmp_path / f"data_batch_{number}.bin").write_bytes(record.tobytes())
@@ -265,10 +265,10 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run_it(tmp_path):
     (tmp_path / "data_batch_1").write_bytes(pickle.dumps({"labels": [0, 1], "data": cifar_pixels(1)}))
     refuse("for 2 labels", tmp_path)
     (tmp_path / "data_batch_1").write_bytes(pickle.dumps({"labels": [0], "data": cifar_pixels(1)})[:-900])
-    refuse("no batch of CIFAR", tmp_path)
+    refuse("as a batch of CIFAR", tmp_path)
     (tmp_path / "data_batch_1").unlink()
     (tmp_path / "test_batch.bin").write_bytes(bytes(3074))
-    refuse("no whole number of records", tmp_path)
+    refuse("not a whole number of records", tmp_path)
 
 
 def write_idx(path, array):
@@ -292,7 +292,7 @@ def test_idx_files_packed_or_plain(tmp_path, suffix):
                                                                 .read_bytes()[:-100])
     refuse(r"cut short|cannot be read", tmp_path, split="train")
     (tmp_path / f"train-images-idx3-ubyte{suffix}").unlink()
-    refuse("labels alone", tmp_path, split="train")
+    refuse("only the labels", tmp_path, split="train")
 
 
 @pytest.mark.skipif(not FASHION.is_dir(), reason="needs the Debian package dataset-fashion-mnist")

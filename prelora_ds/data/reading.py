@@ -1,0 +1,169 @@
+"""Reading files that others wrote: what is damaged, hostile or out of reach is told with the name
+of the file."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from stat import S_ISDIR, S_ISREG
+
+from prelora_ds.core.errors import ConfigError, DiskError, ExpectedError
+
+MAX_IMAGE_BYTES = 1 << 30
+MAX_TEXT_BYTES = 1 << 28
+MAX_UNPACKED_BYTES = 1 << 31  # EMNIST, the largest of its kind, has 0.6 GB
+AGAIN = "run the same command again: it continues where it stopped"
+_CHECK = "look at the file, and fetch it again if it is damaged"
+# How the file system says that a path itself is at fault. Any other error is of the disk, and may
+# pass.
+_OF_THE_PATH = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOTEMPTY,
+    errno.EINVAL,
+    errno.ENXIO,
+}
+_PACKED = {
+    b"\x1f\x8b": ("gzip", "gunzip"),
+    b"BZh": ("bzip2", "bunzip2"),
+    b"\xfd7zXZ\0": ("xz", "unxz"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
+    b"PK\x03\x04": ("zip", "unzip"),
+    b"7z\xbc\xaf\x27\x1c": ("7z", "7z x"),
+    b"Rar!": ("rar", "unrar x"),
+}
+
+
+def broken(
+    path: str | Path, problem: str, remedy: str = "repair the source, or fetch it again"
+) -> ConfigError:
+    return ConfigError("SOURCE", str(path), problem, remedy)
+
+
+def of_the_path(error: OSError) -> bool:
+    """Whether ``error`` is about the file and stays, in contrast to a disk that fails or is
+    full."""
+    return (
+        error.errno is None or error.errno in _OF_THE_PATH
+    )  # gzip, tarfile and Arrow set no number
+
+
+def not_accessible(
+    key: str, path: str | Path, error: OSError, problem: str = "cannot be read"
+) -> ConfigError:
+    """ConfigError for a path that the user can change, DiskError for a disk that failed."""
+    problem = f"{problem} ({error.strerror or error})"
+    if of_the_path(error):
+        return ConfigError(
+            key, str(path), problem, "make it accessible to this user, or name another path"
+        )
+    return DiskError(key, str(path), problem, f"see to the disk, and {AGAIN}")
+
+
+@contextmanager
+def reading(path: str | Path, what: str, key: str = "SOURCE") -> Iterator[None]:
+    """Whatever a damaged file makes its parser raise becomes a ConfigError (of a disk: DiskError)
+    with its name."""
+    try:
+        yield
+    except ExpectedError:
+        raise
+    except OSError as error:
+        if error.errno is not None:
+            raise not_accessible(key, error.filename or path, error) from error
+        raise ConfigError(key, str(path), f"cannot be read as {what} ({error})", _CHECK) from error
+    except Exception as error:  # parsers of damaged files raise anything, MemoryError among it
+        raise ConfigError(
+            key, str(path), f"cannot be read as {what} ({describe(error)})", _CHECK
+        ) from error
+
+
+def describe(error: Exception) -> str:
+    """The text of an error; of those that are not written for users, with the type."""
+    text = str(error)[:300]
+    if isinstance(error, ValueError | OSError) and text and not isinstance(error, UnicodeError):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def read_range(file: str, offset: int, length: int) -> bytes:
+    """``length`` bytes, or all from ``offset`` on for -1.
+
+    Raises ValueError for fewer, for more than MAX_IMAGE_BYTES, and for a device or a pipe, which
+    might never end.
+    """
+    check_regular(file)
+    with open(file, "rb") as opened:
+        opened.seek(offset)
+        data = opened.read(length if 0 <= length <= MAX_IMAGE_BYTES else MAX_IMAGE_BYTES + 1)
+    if len(data) > MAX_IMAGE_BYTES or length > MAX_IMAGE_BYTES:
+        raise ValueError(f"more than {MAX_IMAGE_BYTES:,} bytes, which is the limit for one image")
+    if len(data) < length:
+        raise ValueError(f"only {len(data)} of {length} bytes are there")
+    return data
+
+
+def read_whole(path: Path) -> bytes:
+    """A file, unpacked where it is gzip. Raises ConfigError, also for a small file that unpacks to
+    an immense one."""
+    with reading(path, "a packed file" if path.suffix == ".gz" else "a file"):
+        check_regular(path)
+        if path.suffix != ".gz":
+            return path.read_bytes()
+        with gzip.open(path) as file:
+            data = file.read(MAX_UNPACKED_BYTES + 1)
+        if len(data) > MAX_UNPACKED_BYTES:
+            raise ValueError(
+                f"more than {MAX_UNPACKED_BYTES:,} bytes when it is unpacked; unpack it with gunzip "
+                "if it is meant to be that large"
+            )
+        return data
+
+
+def read_text(path: Path, key: str = "SOURCE") -> str:
+    """A text file of UTF-8, without its byte-order mark. Raises ConfigError for any other file."""
+    with reading(path, "text", key):
+        check_regular(path)
+        with path.open("rb") as file:
+            data = file.read(MAX_TEXT_BYTES + 1)
+        if len(data) > MAX_TEXT_BYTES:
+            raise ValueError(f"more than {MAX_TEXT_BYTES:,} bytes")
+        try:
+            return data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                key,
+                str(path),
+                f"is not UTF-8 text (byte {error.start})",
+                "convert it, for example with iconv -t UTF-8",
+            ) from error
+
+
+def check_regular(path: str | Path) -> None:
+    """Raises ValueError for a pipe or a device, where reading may wait or never end."""
+    mode = os.stat(path).st_mode
+    if not S_ISREG(mode) and not S_ISDIR(mode):  # to open a folder fails by itself
+        raise ValueError("neither a file nor a folder, but a pipe or a device")
+
+
+def version(path: str | Path) -> tuple[int, int, int]:
+    """What changes with a file's content; a part of the key where what is read from it is kept."""
+    stat = os.stat(path)
+    return stat.st_mtime_ns, stat.st_size, stat.st_ino
+
+
+def packing(path: Path) -> tuple[str, str] | None:
+    """(name of the format, command that unpacks it) of a packed file."""
+    with path.open("rb") as file:
+        start = file.read(8)
+    return next((how for magic, how in _PACKED.items() if start.startswith(magic)), None)
