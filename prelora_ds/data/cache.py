@@ -147,7 +147,6 @@ class Stager:
                       f"{socket.gethostname()}: {error}", file=sys.stderr, flush=True)
                 self._stop.wait(_LOOK_AGAIN_S)
 
-
     def _say_full(self, shard: Shard) -> None:
         """One line a node, whose ranks share the folder."""
         if not self._stop.is_set() and os.environ.get("LOCAL_RANK", "0") == "0":

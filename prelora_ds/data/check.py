@@ -12,18 +12,23 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prelora_ds.core.errors import ConfigError
+from prelora_ds.core.errors import ConfigError, ExpectedError
+from prelora_ds.data.decode import UndecodableError, decode
 from prelora_ds.data.manifest import EXTENSIONS, MANIFEST_NAME, Manifest, Shard, file_crc32, is_url, save_manifest
 from prelora_ds.data.parallel import unordered
+from prelora_ds.data.rows import DataFileError, disk_error
 from prelora_ds.data.scan import ScannedShard, index_shard
 
 Progress = Callable[[int, int], None]
+_MOST_SHARDS = 1_000_000
+_PATTERN = "name a folder, or a pattern such as FOLDER/train-{000000..001023}.tar whose shards are all there"
 
 
 class Problem(NamedTuple):
@@ -46,22 +51,29 @@ class _ShardCheck:
     place: str
     shard: Shard
     rows: NDArray[np.void]
+    classes: tuple[str, ...]
+    label_key: str | None
+    decode: bool
 
 
-def verify(folder: str | Path, *, workers: int = 1, progress: Progress = lambda done, total: None) -> list[Problem]:
+def verify(folder: str | Path, *, decode: bool = False, workers: int = 1,
+           progress: Progress = lambda done, total: None) -> list[Problem]:
     """All that differs from the manifest of ``folder``, a path or a URL; in the order of shards and offsets.
 
     The checksum of the whole file finds any change; those of the images, and the structure of the tar, tell where.
-    Raises ConfigError where the manifest or the index itself is damaged.
+    With ``decode`` every image is decoded as training does it, and one that cannot be is a problem too. Raises
+    ConfigError where the manifest or the index itself is damaged.
     """
     manifest = Manifest.load(folder, "FOLDER", sizes=False)
-    checks = [_ShardCheck(manifest.place(number), shard, manifest.rows[shard.first:shard.first + shard.samples].copy())
-              for number, shard in enumerate(manifest.shards)]
+    rows = manifest.rows
+    checks = (_ShardCheck(manifest.place(number), shard, rows[shard.first:shard.first + shard.samples].copy(),
+                          manifest.classes, manifest.label_key, decode)
+              for number, shard in enumerate(manifest.shards))
     problems: list[Problem] = []
-    progress(0, len(checks))
-    for done, found in enumerate(unordered(_verify_shard, iter(checks), workers), 1):
+    progress(0, len(manifest.shards))
+    for done, found in enumerate(unordered(_verify_shard, checks, workers), 1):
         problems += found
-        progress(done, len(checks))
+        progress(done, len(manifest.shards))
     names = {shard.name: number for number, shard in enumerate(manifest.shards)}
     return sorted(problems, key=lambda p: (names[p.shard], p.offset if p.offset is not None else -1))
 
@@ -73,7 +85,7 @@ def _verify_shard(check: _ShardCheck) -> list[Problem]:
         with _local(check.place) as path:
             size, crc32 = path.stat().st_size, file_crc32(path)
             if (size, crc32) == (shard.size_bytes, shard.crc32):
-                return []
+                return list(_undecodable(path, shard, rows)) if check.decode else []
             found: list[Problem] = []
             lost = int((rows["offset"] + rows["length"] > size).sum())
             if size != shard.size_bytes:
@@ -87,7 +99,9 @@ def _verify_shard(check: _ShardCheck) -> list[Problem]:
                         found.append(problem(f"the image ({length} bytes) has another checksum", shard.first + number,
                                              offset))
             if size == shard.size_bytes:
-                found += _structure(path, shard, rows)
+                found += _structure(path, check)
+            if check.decode:
+                found += _undecodable(path, shard, rows[:len(rows) - lost])
             return found or [problem("the checksum of the file differs, and no image or label does: padding, or a "
                                      "header's owner, time or mode")]
     except FileNotFoundError:
@@ -96,10 +110,26 @@ def _verify_shard(check: _ShardCheck) -> list[Problem]:
         return [problem(f"cannot be read ({error})")]
 
 
-def _structure(path: Path, shard: Shard, rows: NDArray[np.void]) -> Iterator[Problem]:
+def _undecodable(path: Path, shard: Shard, rows: NDArray[np.void]) -> Iterator[Problem]:
+    """The images that have the right checksum, and cannot be decoded."""
+    with path.open("rb") as file:
+        for number, row in enumerate(rows):
+            offset, length = int(row["offset"]), int(row["length"])
+            data = os.pread(file.fileno(), length, offset)
+            if zlib.crc32(data) != row["crc32"]:
+                continue
+            try:
+                decode(data, 3)
+            except UndecodableError as error:
+                yield Problem(shard.name, f"the image ({length} bytes) cannot be decoded: {error}",
+                              shard.first + number, offset)
+
+
+def _structure(path: Path, check: _ShardCheck) -> Iterator[Problem]:
     """What a tar reader would see otherwise than the manifest."""
+    shard, rows = check.shard, check.rows
     try:
-        now = index_shard(path).rows
+        now = index_shard(path, classes=check.classes, label_key=check.label_key).rows
     except ConfigError as error:
         place = re.search(r"at byte (\d+)", error.problem)
         offset = int(place[1]) if place else None
@@ -121,27 +151,35 @@ def _structure(path: Path, shard: Shard, rows: NDArray[np.void]) -> Iterator[Pro
 
 
 class Indexed(NamedTuple):
-    """``pickled``: members in pickle formats, which are passed over and never decoded."""
+    """A new manifest, and what a user should hear of it.
+
+    classes_seen: classes that have a sample. pickled: members of samples in pickle formats, which are never decoded.
+    passed_over: members that belong to no sample; ``example`` is the name of the first.
+    """
 
     manifest: Manifest
+    classes_seen: int
     pickled: int
+    passed_over: int
+    example: str
 
 
-def index(source: str, out: Path | None = None, *, classes: Sequence[str] | None = None, label_key: str = "label",
+def index(source: str, out: Path | None = None, *, classes: Sequence[str] | None = None, label_key: str | None = None,
           workers: int = 1, progress: Progress = lambda done, total: None) -> Indexed:
     """Make the manifest of shards that others wrote: a folder or a brace pattern, of paths or of URLs.
 
     It is written beside the shards, or to the folder ``out``, which has to be given for a URL. ``classes`` are taken
-    from a manifest of version 1 where there is one, and are the numbers else. Raises ConfigError for a shard with a
-    mistake (`index_shard`) with its offset, for a label of no class, and where there is a manifest already.
+    from a manifest of version 1 where there is one, and are the numbers otherwise. For ``label_key`` see `LabelReader`.
+    Raises ConfigError for a shard that is missing or has a mistake (`index_shard`) with its offset, and where there is
+    a manifest already; DataFileError where the disk fails.
     """
     folder, names = _shards_of(source)
     if out is None and is_url(folder):
         raise ConfigError("--out", None, f"a manifest cannot be written to {folder}", "name a folder of this host")
-    target = Path(folder) if out is None else out
+    target, key = (Path(folder), "SOURCE") if out is None else (out, "--out")
     kept = _kept_classes(target)
     classes = classes if classes is not None else kept
-    target.mkdir(parents=True, exist_ok=True)
+    _check_writable(target, key)
     found: dict[int, ScannedShard] = {}
     progress(0, len(names))
     jobs = ((number, f"{folder}/{name}", classes, label_key) for number, name in enumerate(names))
@@ -153,30 +191,56 @@ def index(source: str, out: Path | None = None, *, classes: Sequence[str] | None
         classes = tuple(map(str, range(1 + max(int(scan.rows["label"].max()) for scan in scans))))
     base = None if target.resolve() == Path(folder).resolve() and not is_url(folder) else \
         folder if is_url(folder) else str(Path(folder).resolve())
-    save_manifest(target, classes, [scan.shard for scan in scans], [scan.rows for scan in scans], base=base)
-    return Indexed(Manifest.load(target, "OUT"), sum(scan.pickled for scan in scans))
+    try:
+        save_manifest(target, classes, [scan.shard for scan in scans], [scan.rows for scan in scans], base=base,
+                      label_key=label_key)
+    except OSError as error:
+        raise _unwritable(target, key, error) from error
+    passed = [name for scan in scans for name in scan.passed_over]
+    manifest = Manifest.load(target, key)
+    return Indexed(manifest, len(np.unique(manifest.rows["label"])), sum(scan.pickled for scan in scans), len(passed),
+                   passed[0] if passed else "")
 
 
-def _index_shard(job: tuple[int, str, Sequence[str] | None, str]) -> tuple[int, ScannedShard]:
+def _check_writable(folder: Path, key: str) -> None:
+    """Raise before hours of reading, and not after them."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _unwritable(folder, key, error) from error
+
+
+def _unwritable(folder: Path, key: str, error: OSError) -> ExpectedError:
+    return disk_error(key, folder, error, "the manifest cannot be written there",
+                      "name a folder that this user may write with --out")
+
+
+def _index_shard(job: tuple[int, str, Sequence[str] | None, str | None]) -> tuple[int, ScannedShard]:
     number, place, classes, label_key = job
-    with _local(place) as path:
-        try:
+    try:
+        with _local(place) as path:
             scanned = index_shard(path, "SOURCE", classes=classes, label_key=label_key)
-        except ConfigError as error:
-            raise ConfigError("SOURCE", place, error.problem, error.remedy) from error
+    except ConfigError as error:
+        raise ConfigError("SOURCE", place, error.problem, error.remedy) from error
+    except OSError as error:
+        raise DataFileError(f"{error}\n  remedy: look whether the shard is there, and run the same command again") \
+            from error
     return number, scanned._replace(shard=scanned.shard._replace(name=place.rpartition("/")[2]))
 
 
 def _shards_of(source: str) -> tuple[str, list[str]]:
     """(folder, names) of the shards of a folder or of a pattern such as ``FOLDER/train-{0000..1023}.tar``."""
-    if "{" in source or source.endswith(".tar"):
-        from braceexpand import braceexpand
-
-        places = list(braceexpand(source))
-        folders = {place.rpartition("/")[0] or "." for place in places}
-        if len(folders) > 1:
-            raise ConfigError("SOURCE", source, "names shards of several folders", "index each folder by itself")
-        folder, names = folders.pop(), [place.rpartition("/")[2] for place in places]
+    if not is_url(source) and os.path.isdir(source):
+        folder = source.rstrip("/") or "/"
+        try:
+            names = sorted(os.listdir(folder))
+        except OSError as error:
+            raise disk_error("SOURCE", source, error, "cannot be listed", "name a folder that this user may read") \
+                from error
+    elif "{" in source or source.endswith(".tar"):
+        folder, names = _expanded(source)
     elif is_url(source):
         import fsspec
 
@@ -188,18 +252,40 @@ def _shards_of(source: str) -> tuple[str, list[str]]:
             raise ConfigError("SOURCE", source, f"cannot be listed ({type(error).__name__}: {error})",
                               "give a pattern: URL/shard-{000000..000123}.tar") from error
     else:
-        folder = source.rstrip("/") or "/"
-        if not Path(folder).is_dir():
-            raise ConfigError("SOURCE", source, "no such folder", "name a folder of shards, or a pattern of shards")
-        names = sorted(path.name for path in Path(folder).iterdir())
+        raise ConfigError("SOURCE", source, "no such folder", "name a folder of shards, or a pattern of shards")
     shards = [name for name in names if name.endswith(".tar") and not name.startswith(".")]
     if packed := [name for name in names if re.search(r"\.(tar\.\w+|tgz)$", name)]:
         raise ConfigError("SOURCE", source, f"{packed[0]} is compressed: samples have no place in it", "unpack it")
     if not shards:
         raise ConfigError("SOURCE", source, "holds no shards (.tar)", "name a folder of shards, or a pattern of shards")
-    if len(set(shards)) < len(shards):
-        raise ConfigError("SOURCE", source, "names a shard twice", "name each once")
+    try:
+        "".join((os.path.abspath(folder), *shards)).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError("SOURCE", source, "the name of the folder or of a shard is not UTF-8, and cannot be written "
+                          "into a manifest", "rename it") from error
     return folder, shards
+
+
+def _expanded(pattern: str) -> tuple[str, list[str]]:
+    """(folder, names) of a brace pattern. Raises ConfigError where a local one names what is not there."""
+    from braceexpand import braceexpand
+
+    try:
+        places = list(islice(braceexpand(pattern), _MOST_SHARDS + 1))
+    except ValueError as error:
+        raise ConfigError("SOURCE", pattern, f"is not a pattern ({error})", _PATTERN) from error
+    if len(places) > _MOST_SHARDS:
+        raise ConfigError("SOURCE", pattern, f"names more than {_MOST_SHARDS:,} shards", _PATTERN)
+    folders = {place.rpartition("/")[0] or "." for place in places}
+    if len(folders) > 1:
+        raise ConfigError("SOURCE", pattern, "names shards of several folders", "index each folder by itself")
+    if len(set(places)) < len(places):
+        raise ConfigError("SOURCE", pattern, "names a shard twice", "name each once")
+    missing = [place for place in places if not is_url(place) and not os.path.exists(place)]
+    if missing:
+        raise ConfigError("SOURCE", pattern, f"{len(missing)} of {len(places)} shards are not there; the first is "
+                          f"{missing[0]!r}", _PATTERN)
+    return folders.pop(), [place.rpartition("/")[2] for place in places]
 
 
 def _kept_classes(folder: Path) -> tuple[str, ...] | None:
@@ -210,7 +296,7 @@ def _kept_classes(folder: Path) -> tuple[str, ...] | None:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["version"] == 1:
             return tuple(map(str, content["classes"]))
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     # A new manifest would take damaged shards for what they should be.
     raise ConfigError("SOURCE", str(path), "there is a manifest already", "check the shards against it with "

@@ -10,12 +10,13 @@ import multiprocessing.connection
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import count
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from prelora_ds.core.errors import ConfigError, ExpectedError
 from prelora_ds.data.batch import MicroBatch
@@ -51,7 +52,12 @@ class Workers:
 
     def __next__(self) -> Any:
         try:
-            return next(self._batches)
+            batch = next(self._batches)
+            if isinstance(batch, _Failure):
+                raise batch.error
+            return batch
+        except ExpectedError:
+            raise
         except (RuntimeError, OSError, EOFError) as error:
             # DataLoader says so itself, unless the worker died in the middle of a message: that is an OSError.
             said = isinstance(error, RuntimeError)
@@ -70,6 +76,39 @@ class Workers:
         self._batches = iter(())
 
 
+@dataclass(frozen=True)
+class _Failure:
+    """An error of a worker, in the place of a batch: DataLoader would make a text of 35 lines out of it."""
+
+    error: ExpectedError
+
+
+class _Telling(Dataset[Any]):
+    """``dataset`` in a worker."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+
+    def __getitems__(self, keys: Any) -> Any:
+        try:
+            return self._dataset.__getitems__(keys)
+        except ExpectedError as error:
+            return _Failure(error)
+
+
+class _TellingStream(IterableDataset[Any]):
+    """The same for a data set that has its own order."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self._dataset
+        except ExpectedError as error:
+            yield _Failure(error)
+
+
 def _loader(dataset: Dataset[Any], keys: Iterable[Any] | None, count: int, start: WorkerStart) -> DataLoader[Any]:
     # A fork of this process would copy gloo's and OpenMP's locks without the threads that release them. The fork server
     # is a clean process; it imports torch once, and its forks are the workers (of one thread each, by DataLoader).
@@ -77,7 +116,8 @@ def _loader(dataset: Dataset[Any], keys: Iterable[Any] | None, count: int, start
     if start == "forkserver":
         context.set_forkserver_preload([__name__])
     return DataLoader(
-        dataset, **({"batch_size": None} if keys is None else {"batch_sampler": keys}), collate_fn=as_is,
+        _TellingStream(dataset) if keys is None else _Telling(dataset),
+        **({"batch_size": None} if keys is None else {"batch_sampler": keys}), collate_fn=as_is,
         num_workers=count, multiprocessing_context=context, pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else it draws from the global generator, and dropout would depend on workers
     )

@@ -28,7 +28,7 @@ def open_data(config: Config) -> tuple[TrainData, Manifest]:
     if data.reader == "webdataset":
         assert data.samples_per_epoch is not None, "the config holds both or none"
         unindexed = Unindexed(data.train, data.samples_per_epoch, val.classes)
-        unindexed.shards()  # none is an error now and not later
+        unindexed.check()
         train: TrainData = unindexed
     else:
         train = Manifest.load(data.train, key="data.train")

@@ -113,7 +113,8 @@ def test_other_labels_headers_and_padding_are_told_apart(whole, folder):
     original = (folder / name).read_bytes()
     for place, wanted, sample in ((label, r"label \d, and \d in the manifest", PER_SHARD + 5),
                                   (header + 124, f"cut short at byte {header}", PER_SHARD + 5),
-                                  (len(original) - 1, "padding", None)):
+                                  (len(original) - 1, "follows the end of the archive", None),
+                                  (int(row["offset"]) + int(row["length"]), "padding", None)):
         damaged = bytearray(original)
         damaged[place] ^= 1
         (folder / name).write_bytes(damaged)
@@ -174,7 +175,7 @@ def test_images_and_labels_in_their_several_formats(tmp_path):
 
 def test_the_label_may_stand_under_another_key(tmp_path):
     write_tar(tmp_path / "x" / "0.tar", [("a.jpg", picture(1)), ("a.json", b'{"class_id": 3}')])
-    with pytest.raises(ConfigError, match=r"0\.tar.*at byte 0, sample 'a' has no label \(KeyError: 'label'\)"):
+    with pytest.raises(ConfigError, match=r"0\.tar.*sample 'a' has a \.json without the key 'label'.*'class_id'"):
         index(str(tmp_path / "x"))
     assert index(str(tmp_path / "x"), label_key="class_id").manifest.rows["label"].tolist() == [3]
 
@@ -203,9 +204,19 @@ def test_pickled_members_are_counted_and_never_decoded(tmp_path, monkeypatch):
     ([("a.jpg", b"x"), ("a.cls", b"0"), ("b.jpg", b"x"), ("b.cls", b"3")], "at byte 2048, sample 'b' has the label 3"),
     ([("a.jpg", b"x"), ("a.cls", b"-1")], "at byte 0, sample 'a' has the label -1"),
     ([("a.jpg", b"x"), ("a.json", b'{"label": 1.5}')], "neither a number nor a name"),
-    ([("a.jpg", b"x"), ("a.json", b'{"label": tru')], "has no label"),
-    ([("a.jpg", b"x"), ("a.json", b"[1]")], "has no label"),
-    ([("a.jpg", b"x"), ("a.json", b'{"label": "zebra"}')], "zebra"),
+    ([("a.jpg", b"x"), ("a.json", b'{"label": tru')], r"has a \.json that cannot be read"),
+    ([("a.jpg", b"x"), ("a.json", b"[1]")], r"has a \.json without the key 'label'; it holds \[1\]"),
+    ([("a.jpg", b"x"), ("a.json", b"[" * 100_000)], r"has a \.json that cannot be read"),
+    ([("a.jpg", b"x"), ("a.json", b'{"label": "caf\xe9"}')], r"has a \.json that cannot be read"),
+    ([("a.jpg", b"x"), ("a.json", b'{"label": 1, "label": 2}')], "the key 'label' twice"),
+    ([("a.jpg", b"x"), ("a.json", b'{"label": %s}' % (b"9" * 5000))], r"has a \.json that cannot be read"),
+    ([("a.jpg", b"x"), ("a.json", b'{"label": "zebra"}')], "label 'zebra' in its .json, and it is not the "
+     "name of any of the 3 classes"),
+    ([("a.jpg", b"x"), ("a.cls", b"zebra")], r"has b'zebra' in its \.cls, which is not a number"),
+    ([("a.jpg", b"x"), ("a.cls", b"1_0")], "which is not a number"),
+    ([("a.jpg", b"x"), ("a.cls", b"")], "which is not a number"),
+    ([("a.jpg", b"x"), ("a.cls", "1".encode("utf-16"))], "which is not a number"),
+    ([("a.jpg", b"x"), ("a.cls", b"9" * 19)], "which is not the number of any of the 3 classes"),
 ])
 def test_a_mistake_in_a_shard_is_named_with_its_offset(tmp_path, members, problem):
     write_tar(tmp_path / "x" / "good.tar", [("a.jpg", b"x"), ("a.cls", b"0")])
@@ -242,6 +253,87 @@ def test_patterns_name_shards_of_one_folder(whole, folder, tmp_path):
     (folder / "more.tar.gz").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"more\.tar\.gz is compressed"):
         index(str(folder), tmp_path / "other")
+
+
+@pytest.mark.parametrize("pattern", ["gone-{0..2}.tar", "gone.tar", "*.tar", "{a", "no{where/x-{0..3}.tar"])
+def test_a_pattern_that_matches_nothing_is_refused_before_anything_is_read(tmp_path, pattern):
+    with pytest.raises(ConfigError, match=r"SOURCE = .*: (\d of \d shards are not there|is not a pattern|no such)"):
+        index(str(tmp_path / pattern), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_whose_name_looks_like_a_pattern_is_a_folder(tmp_path):
+    write_tar(tmp_path / "{x}.tar" / "0.tar", [("a.jpg", b"x"), ("a.cls", b"0")])
+    assert len(index(str(tmp_path / "{x}.tar")).manifest) == 1
+
+
+def test_a_label_key_is_honoured_where_there_is_a_cls_too(tmp_path):
+    write_tar(tmp_path / "x" / "0.tar", [("a.jpg", picture(1)), ("a.cls", b"0"), ("a.json", b'{"fine": 2, "label": 1}'),
+                                         ("b.jpg", picture(2)), ("b.cls", b"0"), ("b.json", b'{"fine": 1}')])
+    assert index(str(tmp_path / "x"), tmp_path / "cls").manifest.rows["label"].tolist() == [0, 0]
+    made = index(str(tmp_path / "x"), tmp_path / "fine", label_key="fine").manifest
+    assert made.rows["label"].tolist() == [2, 1] and Manifest.load(tmp_path / "fine").label_key == "fine"
+    with pytest.raises(ConfigError, match=r"sample 'b' has a \.json without the key 'label'(.|\n)*--label-key"):
+        index(str(tmp_path / "x"), tmp_path / "label", label_key="label")
+    write_tar(tmp_path / "y" / "0.tar", [("a.jpg", picture(1)), ("a.cls", b"0")])
+    with pytest.raises(ConfigError, match=r"members \['cls', 'jpg'\]; one image and a \.json"):
+        index(str(tmp_path / "y"), label_key="fine")
+
+
+def test_verify_reads_labels_in_json_as_index_did(tmp_path):
+    path = write_tar(tmp_path / "x" / "0.tar", [("a.jpg", picture(1)), ("a.json", b'{"name": "eel"}')])
+    index(str(path.parent), classes=("cat", "eel"), label_key="name")
+    data = bytearray(path.read_bytes())
+    data[int(Manifest.load(path.parent).rows["length"][0]) + 512] ^= 1  # padding: no sample is harmed
+    path.write_bytes(data)
+    problem, = verify(path.parent)
+    assert problem.sample is None and "padding" in problem.problem
+    path.write_bytes(path.read_bytes().replace(b"eel", b"cat"))
+    assert "label 0, and 1 in the manifest" in verify(path.parent)[0].problem
+
+
+@pytest.mark.parametrize(("labels", "classes", "seen"), [([0, 4], 5, 2), ([1, 2], 3, 2), ([999_999], 1_000_000, 1)])
+def test_without_names_the_classes_are_the_numbers_and_those_without_a_sample_are_told(tmp_path, labels, classes, seen):
+    write_tar(tmp_path / "x" / "0.tar", [member for number, label in enumerate(labels)
+                                         for member in ((f"{number}.jpg", b"x"), (f"{number}.cls", b"%d" % label))])
+    made = index(str(tmp_path / "x"))
+    assert (len(made.manifest.classes), made.classes_seen) == (classes, seen)
+
+
+@pytest.mark.parametrize("label", [1_000_000, 2**31, 9_999_999_999])
+def test_a_label_that_would_make_millions_of_classes_is_refused(tmp_path, label):
+    write_tar(tmp_path / "x" / "0.tar", [("a.jpg", b"x"), ("a.cls", b"%d" % label)])
+    with pytest.raises(ConfigError, match=rf"sample 'a' has the label {label}, and the classes would be the numbers"):
+        index(str(tmp_path / "x"))
+
+
+def test_a_manifest_that_cannot_be_written_is_refused_before_the_shards_are_read(tmp_path):
+    write_tar(tmp_path / "x" / "0.tar", [])  # would be refused, too
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/none")):
+        with pytest.raises(ConfigError, match=r"--out = .*cannot be written there"):
+            index(str(tmp_path / "x"), out)
+
+
+def test_names_that_are_not_utf_8_are_refused(tmp_path):
+    folder = os.fsencode(tmp_path) + b"/caf\xe9"
+    write_tar(Path(os.fsdecode(folder)) / "0.tar", [("a.jpg", b"x"), ("a.cls", b"0")])
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        index(os.fsdecode(folder), tmp_path / "out")
+
+
+def test_what_cannot_be_decoded_is_listed_when_asked_for(tmp_path):
+    write_tar(tmp_path / "x" / "0.tar", [("a.jpg", picture(1)), ("a.cls", b"0"), ("b.jpg", b"<html>404</html>"),
+                                         ("b.cls", b"0"), ("c.png", picture(2, "PNG")[:-30]), ("c.cls", b"0")])
+    write_tar(tmp_path / "x" / "1.tar", [("a.webp", picture(3, "WEBP")), ("a.cls", b"0")])
+    rows = index(str(tmp_path / "x")).manifest.rows
+    assert verify(tmp_path / "x") == []
+    for workers in (1, 2):
+        problems = verify(tmp_path / "x", decode=True, workers=workers)
+        assert [(p.shard, p.sample, p.offset) for p in problems] == [("0.tar", n, rows["offset"][n]) for n in (1, 2)]
+        assert all("cannot be decoded: " in p.problem for p in problems)
+    os.truncate(tmp_path / "x" / "1.tar", 520)
+    assert [p.sample for p in verify(tmp_path / "x", decode=True)] == [1, 2, 3]
 
 
 @pytest.fixture

@@ -53,7 +53,8 @@ def test_the_other_ranks_of_a_host_say_nothing(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("error", [CorruptSampleError("sample 3 of shard-000001.tar"), WorkerLostError("it is gone")])
+@pytest.mark.parametrize("error", [CorruptSampleError("sample 3 of shard-000001.tar", "look"),
+                                   WorkerLostError("it is gone")])
 def test_what_one_rank_alone_has_met_it_says_at_once(
     error, capsys: pytest.CaptureFixture[str], naps: list[float]
 ) -> None:
