@@ -34,6 +34,7 @@ class DataFileError(ExpectedError, RuntimeError):
 
     exit_code = TRY_AGAIN_EXIT_CODE
     of_one_rank = True
+    others_may_meet_it = True
 
 
 def disk_error(key: str, path: str | Path, error: OSError, act: str, remedy: str) -> ExpectedError:

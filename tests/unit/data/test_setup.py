@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from typing import Any
 
 import pytest
@@ -41,6 +42,14 @@ def test_a_dropped_tail_shortens_the_epoch_and_may_not_leave_it_empty(shards):
     assert samples_per_epoch(config(shards, size=64), 1437) == 1437
     with pytest.raises(ConfigError, match=r"data\.tail = 'drop': leaves nothing"):
         open_data(config(shards, tail="drop", size=2048))
+
+
+def test_ranks_that_are_not_the_first_of_their_host_leave_the_shards_alone(shards, tmp_path):
+    copy = shutil.copytree(shards, tmp_path / "copy")
+    (copy / "train" / "shard-000001.tar").unlink()
+    assert len(open_data(config(copy), sizes=False)[0]) == 1437
+    with pytest.raises(ConfigError, match=r"data\.train = .*shard-000001\.tar.*missing"):
+        open_data(config(copy))
 
 
 def test_other_classes_are_refused(shards, tmp_path):
