@@ -38,6 +38,8 @@ def read_classes(path: Path, key: str = "--classes") -> tuple[str, ...]:
     except OSError as error:
         raise ConfigError(key, str(path), f"cannot be read ({error.strerror})",
                           "name a file with one class name per line") from error
+    if not text.strip():
+        raise ConfigError(key, str(path), "names no class", "write one class name per line, in the order of the labels")
     names = [line.strip() for line in text.rstrip().split("\n")]
     lines: dict[str, int] = {}
     for line, name in enumerate(names, 1):
@@ -59,16 +61,23 @@ class LabelReader:
     """
 
     def __init__(self, label_key: str | None, classes: Sequence[str] | None) -> None:
-        self.key, self.only_json = label_key or "label", label_key is not None
+        self.key, self._only_json = label_key or "label", label_key is not None
         self._classes = classes
         self._numbers: dict[str, list[int]] = {}
         for number, name in enumerate(classes or ()):
             self._numbers.setdefault(name, []).append(number)
 
-    def member(self, extensions: Sequence[str]) -> str | None:
-        """Which of a sample's members, given by their extensions, has the label; None where none has."""
-        wanted = ("json",) if self.only_json else ("cls", "json")
-        return next((extension for extension in wanted if extension in extensions), None)
+    def member(self, extensions: Sequence[str]) -> str:
+        """Which of a sample's members, given by their extensions, has the label. Raises SampleError."""
+        wanted = ("json",) if self._only_json else ("cls", "json")
+        found = next((extension for extension in wanted if extension in extensions), None)
+        if found is not None:
+            return found
+        if "cls" in extensions:
+            raise SampleError(f"has a .cls and no .json, and the label is wanted from the key {self.key!r} of a .json",
+                              "leave --label-key out to take the labels from .cls")
+        raise SampleError(f"has the members {sorted(extensions)}, and none with its label (.cls or .json)",
+                          "write the shards again, with a label beside each image")
 
     def read(self, extension: str, data: bytes) -> int:
         """The label that the member with this extension holds. Raises SampleError."""

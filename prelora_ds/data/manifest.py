@@ -66,7 +66,7 @@ class Manifest:
     @property
     def rows(self) -> NDArray[np.void]:
         """All rows, of dtype ROW, read anew. Raises DataFileError."""
-        return self.index.all()
+        return self.index.slice(0, len(self.index))
 
     @property
     def index_file(self) -> Path:
@@ -179,10 +179,13 @@ def _parse(folder: Path | str, here: Path, content: dict[str, Any]) -> Manifest:
     base, crc32 = content.get("base"), _count(content, "index_crc32")
     index = _index(here / INDEX_NAME, crc32, first)
     place = folder if base is None else _text(base, "base")
+    if not place:
+        raise ValueError("base is empty")
     manifest = Manifest(place, classes, tuple(shards), crc32, index, label_key)
-    rows = manifest.rows
     for number, shard in enumerate(shards):
-        _check_rows(rows[shard.first:shard.first + shard.samples], number, shard, len(classes))
+        if shard.samples < 1:
+            raise ValueError(f"{shard.name} is empty")
+        _check_rows(index.slice(shard.first, shard.samples), number, shard, len(classes))
     return manifest
 
 
@@ -206,8 +209,6 @@ def _index(path: Path, crc32: int, samples: int) -> RowFile:
 
 def _check_rows(rows: NDArray[np.void], number: int, shard: Shard, classes: int) -> None:
     """Raise ValueError where a row of ``shard`` points at what is not there."""
-    if shard.samples < 1:
-        raise ValueError(f"{shard.name} is empty")
     offset, length = rows["offset"], rows["length"].astype(np.int64)
     # not offset + length, which may overflow
     if (rows["shard"] != number).any() or offset.min() < 0 or (offset > shard.size_bytes - length).any():

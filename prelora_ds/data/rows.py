@@ -1,7 +1,7 @@
 """``index.npy``: a row of fixed size for each sample, read at its place and never mapped.
 
-A file that is cut while it is mapped ends the process with SIGBUS, and no message. A read tells what is wrong, costs a
-microsecond, and all processes of a node share the pages just the same.
+A file that is cut while it is mapped ends the process with SIGBUS, and no message. A read tells what is wrong, costs
+microseconds, and all processes of a node share the pages just the same.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from prelora_ds.core.errors import TRY_AGAIN_EXIT_CODE, ConfigError, ExpectedErr
 ROW = np.dtype([("offset", "<i8"), ("length", "<u4"), ("crc32", "<u4"), ("label", "<i4"),
                 ("shard", "<i4"), ("extension", "u1")])
 _PACKED = struct.Struct("<qIIiiB")  # a ROW
+_HEADER = 1 << 16  # bytes; NumPy refuses longer ones, and ours has 128
 _USER_CAN_MEND = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR,
                   errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
 
@@ -72,9 +73,8 @@ class RowFile:
         self.path = path
         self._file: IO[bytes] | None = None
         with path.open("rb", buffering=0) as file:
-            self._stamp, data = _stamp_of(file), file.read()
-        self.crc32 = zlib.crc32(data)
-        self._first, self._count = _place_of_rows(data)
+            self._stamp, self.crc32 = _stamp_of(file), _crc32_of(file)
+            self._first, self._count = _place_of_rows(os.pread(file.fileno(), _HEADER, 0), self._stamp[1])
 
     def __len__(self) -> int:
         return self._count
@@ -88,17 +88,16 @@ class RowFile:
             raise IndexError(f"there is no sample {sample} among {self._count}")
         return Row._make(_PACKED.unpack(self._read(self._first + sample * _PACKED.size, _PACKED.size)))
 
-    def all(self) -> NDArray[np.void]:
-        """All rows, of dtype ROW, in memory and read-only. Raises DataFileError."""
-        return np.frombuffer(self._read(self._first, self._count * _PACKED.size), ROW)
+    def slice(self, first: int, count: int) -> NDArray[np.void]:
+        """``count`` rows from ``first`` on, of dtype ROW, in memory and read-only. Raises DataFileError."""
+        return np.frombuffer(self._read(self._first + first * _PACKED.size, count * _PACKED.size), ROW)
 
     def _read(self, place: int, size: int) -> bytes:
         try:
             if self._file is None:
                 self._file = self.path.open("rb", buffering=0)
             if (stamp := _stamp_of(self._file)) != self._stamp:
-                self._file.seek(0)
-                if zlib.crc32(self._file.read()) != self.crc32:
+                if _crc32_of(self._file) != self.crc32:
                     raise self._changed("its content is another")
                 self._stamp = stamp
             data = _pread(self._file, size, place)
@@ -128,16 +127,24 @@ def _stamp_of(file: IO[bytes]) -> tuple[int, ...]:
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
-def _place_of_rows(data: bytes) -> tuple[int, int]:
-    """(byte of the first row, number of rows). Raises ValueError."""
-    file = io.BytesIO(data[:1 << 16])
+def _crc32_of(file: IO[bytes]) -> int:
+    """Of all of it, in parts: 32 MB at once would stay with every process."""
+    crc32, place = 0, 0
+    while part := os.pread(file.fileno(), 1 << 20, place):
+        crc32, place = zlib.crc32(part, crc32), place + len(part)
+    return crc32
+
+
+def _place_of_rows(header: bytes, size: int) -> tuple[int, int]:
+    """(byte of the first row, number of rows) in a file of ``size`` bytes. Raises ValueError."""
+    file = io.BytesIO(header)
     try:
         if (version := np.lib.format.read_magic(file)) != (1, 0):
             raise ValueError(f"is of version {version} of NumPy's format")
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
     except Exception as error:  # NumPy reads the header as Python, and each way to fail has its own error
         raise ValueError(f"is not an index ({type(error).__name__}: {error})") from error
-    rest = len(data) - file.tell()
+    rest = size - file.tell()
     if dtype != ROW or len(shape) != 1 or fortran or shape[0] * ROW.itemsize != rest:
         raise ValueError(f"has {rest} bytes for rows {shape} of {dtype}")
     return file.tell(), shape[0]

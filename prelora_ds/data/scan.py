@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from prelora_ds.core.errors import ConfigError
 from prelora_ds.data.labels import LabelReader, SampleError
 from prelora_ds.data.manifest import EXTENSIONS, Shard, file_crc32
-from prelora_ds.data.rows import ROW
+from prelora_ds.data.rows import ROW, disk_error
 
 _PICKLES = ("pyd", "pkl", "pickle", "pth", "pt")
 _LABELS = ("cls", "json")
@@ -85,8 +85,10 @@ def index_shard(path: str | Path, key: str = "data.train", *, label_key: str | N
         shard = Shard(path.name, path.stat().st_size, len(rows), file_crc32(path), first=0)
     except SampleError as error:
         raise ConfigError(key, str(path), str(error), error.remedy) from error
+    except OSError as error:
+        raise disk_error(key, path, error, "cannot be read", "name shards that this user may read") from error
     # Besides its own errors, tarfile lets through what a damaged number or a long chain of headers leads to.
-    except (tarfile.TarError, ValueError, OSError, OverflowError, RecursionError, MemoryError) as error:
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError, MemoryError) as error:
         raise ConfigError(key, str(path), f"this shard cannot be read ({error})", _MEND) from error
     return ScannedShard(shard, np.array(rows, ROW), pickled, tuple(passed))
 
@@ -104,11 +106,14 @@ def _row(file: IO[bytes], where: str, members: dict[str, tarfile.TarInfo], label
          ) -> tuple[int, int, int, int, int, int]:
     """The row of a sample, given the members by their extensions. Raises SampleError."""
     images = [extension for extension in members if extension in EXTENSIONS]
-    of_label = labels.member(list(members))
-    if len(images) != 1 or of_label is None:
-        raise SampleError(f"{where} has {len(images)} images and the members {sorted(members)}; one image and a "
-                         f"{'.json' if labels.only_json else '.cls or .json'} with its label belong together", _MEND)
+    if len(images) != 1:
+        raise SampleError(f"{where} has {len(images)} images among the members {sorted(members)}; one image and its "
+                          "label belong together, one after the other", _MEND)
     image = members[images[0]]
+    try:
+        of_label = labels.member(list(members))
+    except SampleError as error:
+        raise SampleError(f"{where} {error}", error.remedy) from error
     for member in (image, members[of_label]):
         _refuse_scattered(member, where)
     if image.size == 0:
