@@ -83,6 +83,8 @@ def _verify_shard(check: _ShardCheck) -> list[Problem]:
     problem = partial(Problem, shard.name)
     try:
         with _local(check.place) as path:
+            if path.exists() and not path.is_file():
+                return [problem("is not a file")]  # to read a pipe would wait for ever
             size, crc32 = path.stat().st_size, file_crc32(path)
             if (size, crc32) == (shard.size_bytes, shard.crc32):
                 return list(_undecodable(path, shard, rows)) if check.decode else []

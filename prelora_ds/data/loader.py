@@ -29,6 +29,7 @@ from prelora_ds.data.store import SampleStore
 WorkerStart = Literal["forkserver", "spawn", "fork"]
 _FAULTS_SAID = 20
 _WORKER_ENDS_S = 5.0
+_REMEDY = "\n  remedy: where memory ran out, fewer data.workers or a smaller train.micro_batch_size"
 
 
 class WorkerLostError(ExpectedError, RuntimeError):
@@ -69,8 +70,7 @@ class Workers:
             if not said and not gone:
                 raise
             raise WorkerLostError(f"a data worker is gone (process: exit code {gone}; {type(error).__name__}: {error})"
-                                  "\n  remedy: where memory ran out, fewer data.workers or a smaller "
-                                  "train.micro_batch_size; else look into the system's log") from error
+                                  f"{_REMEDY}; else look into the system's log") from error
 
     def close(self) -> None:
         self._batches = iter(())
@@ -94,6 +94,8 @@ class _Telling(Dataset[Any]):
             return self._dataset.__getitems__(keys)
         except ExpectedError as error:
             return _Failure(error)
+        except MemoryError as error:
+            return _Failure(WorkerLostError(f"a data worker asked for more memory than there is ({error}){_REMEDY}"))
 
 
 class _TellingStream(IterableDataset[Any]):

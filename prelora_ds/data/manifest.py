@@ -29,6 +29,7 @@ from prelora_ds.data.rows import ROW, RowFile, disk_error
 MANIFEST_NAME, INDEX_NAME = "manifest.json", "index.npy"
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # the column ``extension`` of a row counts in this
 _VERSION = 2
+_PROTOCOLS = "install what the protocol needs (http: aiohttp, s3: s3fs, gs: gcsfs)"
 _REWRITE = ("copy the folder again from where it is whole, or write it again with `prelora shards build`; "
             "`prelora shards verify` lists what is damaged")
 
@@ -107,7 +108,9 @@ class Manifest:
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ConfigError(key, str(path), f"invalid manifest ({type(error).__name__}: {error})", _REWRITE) \
                 from error
-        if sizes and not is_url(manifest.folder):
+        if is_url(manifest.folder):
+            _check_protocol(str(manifest.folder), key)
+        elif sizes:
             _check_sizes(manifest, key)
         return manifest
 
@@ -240,6 +243,16 @@ def _file_name(value: Any) -> str:
     return name
 
 
+def _check_protocol(url: str, key: str) -> None:
+    """Raise where shards at ``url`` could not be read for want of a package, now and not sample by sample."""
+    import fsspec
+
+    try:
+        fsspec.get_filesystem_class(url.partition("://")[0])
+    except (ImportError, ValueError) as error:
+        raise ConfigError(key, url, f"shards there cannot be read ({error})", _PROTOCOLS) from error
+
+
 def _check_sizes(manifest: Manifest, key: str) -> None:
     for number, shard in enumerate(manifest.shards):
         file = manifest.place(number)
@@ -270,6 +283,5 @@ def _fetched(url: str, key: str) -> Path:
             write_whole(here / MANIFEST_NAME, text)
     except Exception as error:  # each protocol has its own errors, and a missing package is an ImportError
         raise ConfigError(key, url, f"cannot be read ({type(error).__name__}: {error})",
-                          "name a folder with a manifest.json, and install what the protocol needs "
-                          "(http: aiohttp, s3: s3fs, gs: gcsfs)") from error
+                          f"name a folder with a manifest.json, and {_PROTOCOLS}") from error
     return here

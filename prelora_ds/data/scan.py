@@ -64,6 +64,8 @@ def index_shard(path: str | Path, key: str = "data.train", *, label_key: str | N
     passed: list[str] = []
     pickled = 0
     try:
+        if path.exists() and not path.is_file():
+            raise SampleError("is not a file", "name shards that are plain tar files")
         with path.open("rb") as file:
             _refuse_packed(file)
             with tarfile.open(fileobj=file, mode="r:") as tar:

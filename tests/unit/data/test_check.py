@@ -316,6 +316,18 @@ def test_a_manifest_that_cannot_be_written_is_refused_before_the_shards_are_read
             index(str(tmp_path / "x"), out)
 
 
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
+def test_what_is_not_a_file_is_not_waited_for(folder, tmp_path, kind):
+    path = folder / "shard-000001.tar"
+    path.unlink()
+    os.mkfifo(path) if kind == "pipe" else path.mkdir() if kind == "folder" else path.symlink_to("/dev/zero")
+    assert [(p.shard, p.problem) for p in verify(folder)] == [(path.name, "is not a file")]
+    with pytest.raises(ConfigError, match=r"shard-000001\.tar'?: is not a file"):
+        index(str(folder), tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"shard-000001\.tar"):
+        Manifest.load(folder)
+
+
 def test_names_that_are_not_utf_8_are_refused(tmp_path):
     folder = os.fsencode(tmp_path) + b"/caf\xe9"
     write_tar(Path(os.fsdecode(folder)) / "0.tar", [("a.jpg", b"x"), ("a.cls", b"0")])

@@ -21,12 +21,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.utils.data import Dataset
 
 from prelora_ds.core.errors import ConfigError
 from prelora_ds.data.budget import CorruptBudget, CorruptBudgetError
 from prelora_ds.data.check import verify
 from prelora_ds.data.datasets import Look
-from prelora_ds.data.loader import TrainLoader, WorkerLostError, eval_batches
+from prelora_ds.data.loader import TrainLoader, WorkerLostError, Workers, eval_batches
 from prelora_ds.data.manifest import Manifest
 from prelora_ds.data.rows import DataFileError
 from prelora_ds.data.store import CorruptSampleError
@@ -255,6 +256,18 @@ def test_a_budget_of_nothing_bears_nothing():
 
 
 # ---- workers
+
+class Greedy(Dataset):
+    def __getitems__(self, keys: object) -> object:
+        raise MemoryError("Unable to allocate 11.9 GiB")
+
+
+def test_a_worker_without_memory_says_what_to_do_in_two_lines():
+    workers = Workers(Greedy(), [[0]], 1, "forkserver")
+    with pytest.raises(WorkerLostError, match=r"more memory than .*11\.9 GiB\)\n  remedy: .*fewer") as caught:
+        next(workers)
+    assert len(str(caught.value).splitlines()) == 2
+
 
 def test_workers_give_the_same_however_they_are_started(folder):
     """In a process of its own: a fork of this one would copy the locks of other tests' threads."""

@@ -145,6 +145,12 @@ def test_a_manifest_is_read_from_a_url_and_its_index_kept(shards, tmp_path, monk
     assert not (tmp_path / "cache" / "prelora_ds" / "manifests" / "index.npy").exists()
 
 
+def test_shards_behind_a_protocol_that_is_not_known_are_refused_at_the_start(shards):
+    change(shards.folder, lambda c: c.update(base="nothing://bucket"))
+    with pytest.raises(ConfigError, match=r"data\.train = 'nothing://bucket': shards there cannot be read"):
+        Manifest.load(shards.folder)
+
+
 def test_a_manifest_of_version_1_says_what_to_do(shards):
     change(shards.folder, lambda c: c.update(version=1))
     with pytest.raises(ConfigError, match=r"version 1(.|\n)*remedy: run `prelora shards index"):
