@@ -13,6 +13,7 @@ from prelora_ds.core.errors import ConfigError
 # Without class names the classes are the numbers up to the largest label, and the head has a row for each.
 MOST_CLASSES = 1_000_000
 _NUMBER = re.compile(r"[+-]?[0-9]{1,20}")
+_NAMES = "name a text file with one class name per line, in the order of the labels 0, 1, ..."
 _SHOWN = 60  # characters of what was found in the place of a label
 
 
@@ -25,32 +26,31 @@ class SampleError(ValueError):
 
 
 def read_classes(path: Path, key: str = "--classes") -> tuple[str, ...]:
-    """The class names of a text file, one a line; a byte-order mark and blank lines at the end are dropped.
+    """The class names of a text file, one per line; a byte-order mark and blank lines are dropped.
 
-    Raises ConfigError for a file that cannot be read, is not UTF-8 or names nothing, and for a name that comes twice
-    or a blank line between names: either would make it unclear which number a name stands for.
+    Raises ConfigError for a file that cannot be read, is not UTF-8 or names nothing, and for a name
+    that comes twice: it would not be clear which number it stands for.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")  # every kind of line end becomes \n
     except UnicodeDecodeError as error:
-        raise ConfigError(key, str(path), f"is not UTF-8 text ({error.reason} at byte {error.start})",
-                          "save the file as UTF-8") from error
+        problem = f"is not UTF-8 text ({error.reason} at byte {error.start})"
+        raise ConfigError(key, str(path), problem, "save the file as UTF-8") from error
     except OSError as error:
-        raise ConfigError(key, str(path), f"cannot be read ({error.strerror})",
-                          "name a file with one class name per line") from error
-    if not text.strip():
-        raise ConfigError(key, str(path), "names no class", "write one class name per line, in the order of the labels")
-    names = [line.strip() for line in text.rstrip().split("\n")]
+        raise ConfigError(key, str(path), f"cannot be read ({error.strerror})", _NAMES) from error
     lines: dict[str, int] = {}
-    for line, name in enumerate(names, 1):
-        if not name or "\0" in name:
-            raise ConfigError(key, str(path), f"line {line} is blank, or holds a null byte",
-                              "write one class name per line, in the order of the labels 0, 1, ...")
+    for number, line in enumerate(text.split("\n"), 1):
+        name = line.strip()
+        if "\0" in name:
+            raise ConfigError(key, str(path), f"line {number} holds a null byte", _NAMES)
         if name in lines:
-            raise ConfigError(key, str(path), f"names {name!r} twice, in lines {lines[name]} and {line}",
-                              "give each class a name of its own")
-        lines[name] = line
-    return tuple(names)
+            raise ConfigError(key, str(path), f"names {name!r} twice, in lines {lines[name]} and "
+                              f"{number}", "give each class a name of its own")
+        if name:
+            lines[name] = number
+    if not lines:
+        raise ConfigError(key, str(path), "names no class", _NAMES)
+    return tuple(lines)
 
 
 class LabelReader:

@@ -109,8 +109,9 @@ def _row(file: IO[bytes], where: str, members: dict[str, tarfile.TarInfo], label
     """The row of a sample, given the members by their extensions. Raises SampleError."""
     images = [extension for extension in members if extension in EXTENSIONS]
     if len(images) != 1:
-        raise SampleError(f"{where} has {len(images)} images among the members {sorted(members)}; one image and its "
-                          "label belong together, one after the other", _MEND)
+        raise SampleError(f"{where} has {len(images)} images ({', '.join(EXTENSIONS)}) among its members "
+                          f"{sorted(members)}", "give each sample one image and one label, one after "
+                          "the other in the tar (`tar --sort=name` puts them so)")
     image = members[images[0]]
     try:
         of_label = labels.member(list(members))
