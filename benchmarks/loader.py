@@ -335,7 +335,7 @@ def index_memory(folder: Path) -> list[tuple[str, float, float | None]]:
 
 
 def hold(folder: Path, pipe: Connection, rank: int | None) -> None:
-    """A rank with the order of an epoch, or a worker (rank None), which reads rows from all of the manifest."""
+    """A rank with the order of an epoch, or a worker (rank None); both read rows of the index."""
     pipe.send(proportional_bytes())
     pipe.recv()
     manifest = Manifest.load(folder)

@@ -93,22 +93,24 @@ def build(source: Path, out: Path,
 def verify(folder: str,
            decode: Annotated[bool, typer.Option("--decode", help="decode every image too")] = False,
            workers: Workers = None) -> None:
-    """Find every cut and every flipped bit in the shards of FOLDER, a path or a URL; exit code 1 if there is one.
+    """Find every cut and every flipped bit in the shards of FOLDER, a path or a URL.
 
-    With --decode also every image that training could not decode.
+    With --decode also every image that training could not decode. Exit code 1 if there is a problem.
     """
     from prelora_ds.data import check
     from prelora_ds.data.parallel import cores
     from prelora_ds.reporting.progress import CountProgress
 
     with CountProgress("shards", shown=True) as progress:
-        problems = check.verify(folder, decode=decode, workers=workers or cores(), progress=progress.show)
+        problems = check.verify(folder, decode=decode, workers=workers or cores(),
+                                progress=progress.show)
     for problem in problems:
         typer.echo(f"{folder}: {problem}")
     if problems:
         typer.echo(f"{folder}: {len({problem.shard for problem in problems})} shards have problems")
         raise typer.Exit(1)
-    typer.echo(f"{folder}: every shard is as in the manifest" + ", and every image can be decoded" * decode)
+    decoded = ", and every image can be decoded" if decode else ""
+    typer.echo(f"{folder}: every shard is as in the manifest{decoded}")
 
 
 @shards_app.command()
@@ -117,14 +119,15 @@ def index(source: str,
           classes: Annotated[Path | None, typer.Option(exists=True, dir_okay=False,
                                                        help="a file with a class name a line")] = None,
           like: Like = None,
-          label_key: Annotated[str | None, typer.Option(help="of the label in .json, with no look at .cls; "
-                                                        "without this, .cls, or .json under `label`")] = None,
+          label_key: Annotated[str | None, typer.Option(help="of the label in .json; .cls is then not looked "
+                                                        "at. Without it: .cls, or `label` in .json")
+                               ] = None,
           workers: Workers = None) -> None:
     """Make the manifest of shards that others wrote: a folder or a pattern like URL/train-{0000..1023}.tar.
 
     Samples are an image (.jpg, .jpeg, .png, .webp) and a label, in .cls or .json. Nothing pickled is ever decoded.
     """
-    from prelora_ds.data import check
+    from prelora_ds.data import indexing
     from prelora_ds.data.labels import read_classes
     from prelora_ds.data.manifest import Manifest
     from prelora_ds.data.parallel import cores
@@ -135,14 +138,14 @@ def index(source: str,
     names = Manifest.load(like, "--like", sizes=False).classes if like is not None else \
         read_classes(classes) if classes is not None else None
     with CountProgress("shards", shown=True) as progress:
-        made = check.index(source, out, classes=names, label_key=label_key, workers=workers or cores(),
-                           progress=progress.show)
+        made = indexing.index(source, out, classes=names, label_key=label_key, workers=workers or cores(),
+                              progress=progress.show)
     if made.pickled:
         typer.echo(f"{source}: {made.pickled} pickled members were passed over, and not decoded", err=True)
     if made.passed_over:
-        typer.echo(f"{source}: {made.passed_over} members that belong to no sample were passed over; the first is "
-                   f"{made.example!r}", err=True)
+        typer.echo(f"{source}: {made.passed_over} members that belong to no sample were passed over; "
+                   f"the first is {made.example!r}", err=True)
     classes_in_all, seen = len(made.manifest.classes), made.classes_seen
     without = f"; {classes_in_all - seen} classes have no sample" if seen < classes_in_all else ""
-    typer.echo(f"{made.manifest.index_file.parent}: {len(made.manifest)} samples of {classes_in_all} classes in "
-               f"{len(made.manifest.shards)} shards{without}")
+    typer.echo(f"{made.manifest.index_file.parent}: {len(made.manifest)} samples of {classes_in_all} "
+               f"classes in {len(made.manifest.shards)} shards{without}")

@@ -146,8 +146,9 @@ class Stager:
             except Exception as error:  # a full disk, a lost server: training goes on without the copy
                 if (kind := getattr(error, "strerror", None) or type(error).__name__) not in said:
                     said.add(kind)
-                    print(f"warning: {self._manifest.place(number)} is not copied to {self._cache.folder} on host "
-                          f"{socket.gethostname()}: {error}; this is said once", file=sys.stderr, flush=True)
+                    print(f"warning: {self._manifest.place(number)} is not copied to "
+                          f"{self._cache.folder} on host {socket.gethostname()}: {error}; this is "
+                          "said once", file=sys.stderr, flush=True)
                 self._stop.wait(_LOOK_AGAIN_S)
 
     def _say_full(self, shard: Shard) -> None:

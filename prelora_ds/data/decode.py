@@ -13,15 +13,15 @@ from prelora_ds.core.errors import ConfigError
 
 Pixels = NDArray[np.uint8]  # [H, W, C]
 
-# Where Pillow, which `prelora shards build` looks at images with, calls one a decompression bomb. Headers are read
-# before any memory is asked for: one of 1 kB can say 65,376 x 65,408.
+# Pillow, with which `prelora shards build` looks at images, calls more a decompression bomb. Headers
+# are read before any memory is asked for: a file of 1 kB can say 65,376 x 65,408.
 MAX_PIXELS = 178_956_970
 _FORMATS = ("JPEG", "PNG", "WEBP")
 _JPEG = b"\xff\xd8"
 
 
 class UndecodableError(ValueError):
-    """Bytes that are not a whole picture in a known format, or one of more pixels than MAX_PIXELS."""
+    """Bytes that are not a whole picture in a known format of at most MAX_PIXELS."""
 
 
 def decode(data: bytes | bytearray, num_channels: int) -> Pixels:
@@ -31,7 +31,9 @@ def decode(data: bytes | bytearray, num_channels: int) -> Pixels:
     an oddity that loses no pixel. Raises UndecodableError, and ConfigError for other than 1 or 3 channels.
     """
     if num_channels not in (1, 3):
-        raise ConfigError("model.num_channels", num_channels, "images are decoded to grey or RGB", "use 1 or 3")
+        raise ConfigError(
+            "model.num_channels", num_channels, "images are decoded to grey or RGB", "use 1 or 3"
+        )
     if data[:2] == _JPEG:
         try:
             height, width, *_ = simplejpeg.decode_jpeg_header(data)
@@ -46,7 +48,9 @@ def decode(data: bytes | bytearray, num_channels: int) -> Pixels:
     try:
         return _by_pillow(data, num_channels)
     except UnidentifiedImageError as error:
-        raise UndecodableError(f"the bytes are not {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]}") from error
+        raise UndecodableError(
+            f"the bytes are not {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]}"
+        ) from error
     except MemoryError:
         raise
     except Exception as error:  # Pillow's readers let through whatever a damaged file leads to
@@ -57,7 +61,9 @@ def _by_pillow(data: bytes | bytearray, num_channels: int) -> Pixels:
     with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
         _check_size(*image.size)
         plain: Image.Image = image
-        if image.mode.startswith("I"):  # a PNG of 16 bits a channel, which Pillow's own conversion would clip
+        if image.mode.startswith(
+            "I"
+        ):  # a PNG of 16 bits a channel, which Pillow's own conversion would clip
             plain = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         pixels = np.asarray(plain.convert("RGB" if num_channels == 3 else "L"))
     return pixels if num_channels == 3 else pixels[..., None]
@@ -65,8 +71,10 @@ def _by_pillow(data: bytes | bytearray, num_channels: int) -> Pixels:
 
 def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
-        raise UndecodableError(f"its header says {width} x {height} pixels, and more than {MAX_PIXELS:,} are not "
-                               "decoded")
+        raise UndecodableError(
+            f"its header says {width} x {height} pixels, and more than {MAX_PIXELS:,} are not "
+            "decoded"
+        )
 
 
 def _webp_size(data: bytes | bytearray) -> tuple[int, int] | None:
@@ -78,7 +86,9 @@ def _webp_size(data: bytes | bytearray) -> tuple[int, int] | None:
         return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
     if chunk == b"VP8L":
         bits = int.from_bytes(data[21:25], "little")
-        return 1 + (bits & 0x3fff), 1 + (bits >> 14 & 0x3fff)
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
     if chunk == b"VP8 ":
-        return int.from_bytes(data[26:28], "little") & 0x3fff, int.from_bytes(data[28:30], "little") & 0x3fff
+        return int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(
+            data[28:30], "little"
+        ) & 0x3FFF
     return None

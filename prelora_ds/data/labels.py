@@ -10,7 +10,7 @@ from typing import Any
 
 from prelora_ds.core.errors import ConfigError
 
-# Without class names the classes are the numbers up to the largest label, and the head has a row for each.
+# Without class names the classes are the numbers up to the largest label; the head has a row for each.
 MOST_CLASSES = 1_000_000
 _NUMBER = re.compile(r"[+-]?[0-9]{1,20}")
 _NAMES = "name a text file with one class name per line, in the order of the labels 0, 1, ..."
@@ -44,8 +44,12 @@ def read_classes(path: Path, key: str = "--classes") -> tuple[str, ...]:
         if "\0" in name:
             raise ConfigError(key, str(path), f"line {number} holds a null byte", _NAMES)
         if name in lines:
-            raise ConfigError(key, str(path), f"names {name!r} twice, in lines {lines[name]} and "
-                              f"{number}", "give each class a name of its own")
+            raise ConfigError(
+                key,
+                str(path),
+                f"names {name!r} twice, in lines {lines[name]} and {number}",
+                "give each class a name of its own",
+            )
         if name:
             lines[name] = number
     if not lines:
@@ -56,8 +60,10 @@ def read_classes(path: Path, key: str = "--classes") -> tuple[str, ...]:
 class LabelReader:
     """The label of a sample from its ``.cls`` or its ``.json``.
 
-    ``label_key`` None: the number in ``.cls``, or, where there is none, what ``.json`` has under "label". Otherwise
-    ``.json`` has it under this key, and ``.cls`` is not looked at. A label in JSON may be the name of a class.
+    label_key None: the number in ``.cls``, or, where there is no ``.cls``, what ``.json`` has under
+    "label". Otherwise it is what ``.json`` has under this key, and ``.cls`` is not looked at.
+
+    A label in JSON may be the name of a class, where ``classes`` are given.
     """
 
     def __init__(self, label_key: str | None, classes: Sequence[str] | None) -> None:
@@ -68,27 +74,39 @@ class LabelReader:
             self._numbers.setdefault(name, []).append(number)
 
     def member(self, extensions: Sequence[str]) -> str:
-        """Which of a sample's members, given by their extensions, has the label. Raises SampleError."""
+        """The extension, out of those of a sample, of the label. Raises SampleError."""
         wanted = ("json",) if self._only_json else ("cls", "json")
         found = next((extension for extension in wanted if extension in extensions), None)
         if found is not None:
             return found
         if "cls" in extensions:
-            raise SampleError(f"has a .cls and no .json, and the label is wanted from the key {self.key!r} of a .json",
-                              "leave --label-key out to take the labels from .cls")
-        raise SampleError(f"has the members {sorted(extensions)}, and none with its label (.cls or .json)",
-                          "write the shards again, with a label beside each image")
+            raise SampleError(
+                f"has a .cls and no .json, and the label is wanted under {self.key!r} in a .json",
+                "leave --label-key out to take the labels from .cls",
+            )
+        raise SampleError(
+            f"has the members {sorted(extensions)}, and none with its label (.cls or .json)",
+            "write the shards again, with a label beside each image",
+        )
 
     def read(self, extension: str, data: bytes) -> int:
         """The label that the member with this extension holds. Raises SampleError."""
         label = _number(data) if extension == "cls" else self._of_json(data)
         if label < 0 or (self._classes is not None and label >= len(self._classes)):
-            of = "of any class" if self._classes is None else f"of any of the {len(self._classes)} classes"
-            raise SampleError(f"has the label {label}, which is not the number {of}",
-                             "classes count from 0: write other labels, or give all class names with --classes")
+            of = (
+                "of any class"
+                if self._classes is None
+                else f"of any of the {len(self._classes)} classes"
+            )
+            raise SampleError(
+                f"has the label {label}, which is not the number {of}",
+                "classes count from 0: write other labels, or give all class names with --classes",
+            )
         if label >= MOST_CLASSES:
-            raise SampleError(f"has the label {label}, and the classes would be the numbers from 0 to {label}",
-                             f"write labels below {MOST_CLASSES:,} that count from 0")
+            raise SampleError(
+                f"has the label {label}, and the classes would be the numbers from 0 to {label}",
+                f"write labels below {MOST_CLASSES:,} that count from 0",
+            )
         return label
 
     def _of_json(self, data: bytes) -> int:
@@ -97,36 +115,57 @@ class LabelReader:
         except (ValueError, RecursionError) as error:
             if isinstance(error, SampleError):
                 raise
-            raise SampleError(f"has a .json that cannot be read ({error})", "write the shards again") from error
+            raise SampleError(
+                f"has a .json that cannot be read ({error})", "write the shards again"
+            ) from error
         if not isinstance(content, dict) or self.key not in content:
-            has = f"the keys {_shown(sorted(content))}" if isinstance(content, dict) else _shown(content)
-            raise SampleError(f"has a .json without the key {self.key!r}; it holds {has}",
-                             "name the key of the label with --label-key")
+            has = (
+                f"the keys {_shown(sorted(content))}"
+                if isinstance(content, dict)
+                else _shown(content)
+            )
+            raise SampleError(
+                f"has a .json without the key {self.key!r}; it holds {has}",
+                "name the key of the label with --label-key",
+            )
         label = content[self.key]
         if isinstance(label, int) and not isinstance(label, bool):
             return label
         if not isinstance(label, str):
-            raise SampleError(f"has {_shown(label)} under {self.key!r} in its .json, which is neither a number nor a "
-                             "name", "name the key of the label with --label-key")
+            raise SampleError(
+                f"has {_shown(label)} under {self.key!r} in its .json, which is neither a number "
+                "nor a name",
+                "name the key of the label with --label-key",
+            )
         return self._of_name(label)
 
     def _of_name(self, name: str) -> int:
         numbers = self._numbers.get(name, [])
         if len(numbers) > 1:
-            raise SampleError(f"has the label {name!r}, which is the name of the classes {numbers[0]} and {numbers[1]}",
-                             "give each class a name of its own with --classes")
+            raise SampleError(
+                f"has the label {name!r}, which is the name of the classes {numbers[0]} and "
+                f"{numbers[1]}",
+                "give each class a name of its own with --classes",
+            )
         if numbers:
             return numbers[0]
         if _NUMBER.fullmatch(name.strip()):
             return int(name)
-        among = "no class names are given" if self._classes is None else \
-            f"it is not the name of any of the {len(self._classes)} classes"
-        raise SampleError(f"has the label {_shown(name)} in its .json, and {among}",
-                         "give the names of all classes with --classes FILE or --like SHARDS")
+        among = (
+            "no class names are given"
+            if self._classes is None
+            else f"it is not the name of any of the {len(self._classes)} classes"
+        )
+        raise SampleError(
+            f"has the label {_shown(name)} in its .json, and {among}",
+            "give the names of all classes with --classes FILE or --like SHARDS",
+        )
 
     def _once(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if sum(key == self.key for key, _ in pairs) > 1:
-            raise SampleError(f"has the key {self.key!r} twice in its .json", "write the shards again")
+            raise SampleError(
+                f"has the key {self.key!r} twice in its .json", "write the shards again"
+            )
         return dict(pairs)
 
 
@@ -134,8 +173,10 @@ def _number(data: bytes) -> int:
     """The number in a ``.cls``. Raises SampleError."""
     text = data.removeprefix(b"\xef\xbb\xbf").strip().decode("ascii", "replace")
     if not _NUMBER.fullmatch(text):
-        raise SampleError(f"has {_shown(data)} in its .cls, which is not a number",
-                         "write the number of the class there, or name a key of its .json with --label-key")
+        raise SampleError(
+            f"has {_shown(data)} in its .cls, which is not a number",
+            "write the number of the class there, or name a key of its .json with --label-key",
+        )
     return int(text)
 
 

@@ -78,7 +78,7 @@ class Workers:
 
 @dataclass(frozen=True)
 class _Failure:
-    """An error of a worker, in the place of a batch: DataLoader would make a text of 35 lines out of it."""
+    """An error of a worker in the place of a batch: DataLoader would make 35 lines out of it."""
 
     error: ExpectedError
 
@@ -95,7 +95,8 @@ class _Telling(Dataset[Any]):
         except ExpectedError as error:
             return _Failure(error)
         except MemoryError as error:
-            return _Failure(WorkerLostError(f"a data worker asked for more memory than there is ({error}){_REMEDY}"))
+            problem = f"a data worker asked for more memory than there is ({error})"
+            return _Failure(WorkerLostError(problem + _REMEDY))
 
 
 class _TellingStream(IterableDataset[Any]):

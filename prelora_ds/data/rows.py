@@ -1,7 +1,7 @@
 """``index.npy``: a row of fixed size for each sample, read at its place and never mapped.
 
-A file that is cut while it is mapped ends the process with SIGBUS, and no message. A read tells what is wrong, costs
-microseconds, and all processes of a node share the pages just the same.
+A file that is cut while it is mapped ends the process with SIGBUS, and no message. A read tells what
+is wrong, costs microseconds, and all processes of a node share the pages just the same.
 """
 
 from __future__ import annotations
@@ -19,12 +19,30 @@ from numpy.typing import NDArray
 
 from prelora_ds.core.errors import TRY_AGAIN_EXIT_CODE, ConfigError, ExpectedError
 
-ROW = np.dtype([("offset", "<i8"), ("length", "<u4"), ("crc32", "<u4"), ("label", "<i4"),
-                ("shard", "<i4"), ("extension", "u1")])
+ROW = np.dtype(
+    [
+        ("offset", "<i8"),
+        ("length", "<u4"),
+        ("crc32", "<u4"),
+        ("label", "<i4"),
+        ("shard", "<i4"),
+        ("extension", "u1"),
+    ]
+)
 _PACKED = struct.Struct("<qIIiiB")  # a ROW
 _HEADER = 1 << 16  # bytes; NumPy refuses longer ones, and ours has 128
-_USER_CAN_MEND = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR,
-                  errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
+_USER_CAN_MEND = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EINVAL,
+}
 
 
 class DataFileError(ExpectedError, RuntimeError):
@@ -39,18 +57,20 @@ class DataFileError(ExpectedError, RuntimeError):
 
 
 def disk_error(key: str, path: str | Path, error: OSError, act: str, remedy: str) -> ExpectedError:
-    """What to raise for ``error``: a ConfigError where the user named what cannot be, else DataFileError.
+    """What to raise for ``error``: ConfigError where the user named what cannot be, or DataFileError.
 
-    act: what could not be done, as "cannot be written".
+    act: what could not be done, as in "cannot be written".
     """
     if error.errno in _USER_CAN_MEND:
         return ConfigError(key, str(path), f"{act} ({error.strerror})", remedy)
-    return DataFileError(f"{str(path)!r} {act} ({error.strerror or error})\n  remedy: look after the disk, and run "
-                         "the same command again")
+    return DataFileError(
+        f"{str(path)!r} {act} ({error.strerror or error})\n  remedy: look after the disk, and run "
+        "the same command again"
+    )
 
 
 class Row(NamedTuple):
-    """``length`` bytes of image from byte ``offset`` of shard number ``shard``, and what belongs to them."""
+    """An image: ``length`` bytes from byte ``offset`` of shard number ``shard``."""
 
     offset: int
     length: int
@@ -63,9 +83,10 @@ class Row(NamedTuple):
 class RowFile:
     """The rows of an index file that had the checksum ``crc32`` when it was opened.
 
-    Every read looks whether the file is still that one. Where its time, size or inode is another, its checksum is
-    compared; where this differs too, or the file is gone, DataFileError is raised. A pickled copy takes the path along,
-    and not the rows.
+    Every read looks whether the file is still that one. Where its time, size or inode is another,
+    its checksum is compared; where this differs too, or the file is gone, DataFileError is raised.
+
+    A pickled copy takes the path along, and not the rows.
     """
 
     def __init__(self, path: Path) -> None:
@@ -74,7 +95,9 @@ class RowFile:
         self._file: IO[bytes] | None = None
         with path.open("rb", buffering=0) as file:
             self._stamp, self.crc32 = _stamp_of(file), _crc32_of(file)
-            self._first, self._count = _place_of_rows(os.pread(file.fileno(), _HEADER, 0), self._stamp[1])
+            self._first, self._count = _place_of_rows(
+                os.pread(file.fileno(), _HEADER, 0), self._stamp[1]
+            )
 
     def __len__(self) -> int:
         return self._count
@@ -86,11 +109,15 @@ class RowFile:
         """That of ``sample``. Raises IndexError, and DataFileError."""
         if not 0 <= sample < self._count:
             raise IndexError(f"there is no sample {sample} among {self._count}")
-        return Row._make(_PACKED.unpack(self._read(self._first + sample * _PACKED.size, _PACKED.size)))
+        return Row._make(
+            _PACKED.unpack(self._read(self._first + sample * _PACKED.size, _PACKED.size))
+        )
 
     def slice(self, first: int, count: int) -> NDArray[np.void]:
-        """``count`` rows from ``first`` on, of dtype ROW, in memory and read-only. Raises DataFileError."""
-        return np.frombuffer(self._read(self._first + first * _PACKED.size, count * _PACKED.size), ROW)
+        """``count`` rows from ``first`` on, of dtype ROW, read-only. Raises DataFileError."""
+        return np.frombuffer(
+            self._read(self._first + first * _PACKED.size, count * _PACKED.size), ROW
+        )
 
     def _read(self, place: int, size: int) -> bytes:
         try:
@@ -109,8 +136,10 @@ class RowFile:
         return data
 
     def _changed(self, problem: str) -> DataFileError:
-        return DataFileError(f"{self.path} is not as it was when it was opened: {problem}\n  remedy: put the data set "
-                             "back as it was, and run the same command again")
+        return DataFileError(
+            f"{self.path} is not as it was when it was opened: {problem}\n  remedy: put the data "
+            "set back as it was, and run the same command again"
+        )
 
 
 def _pread(file: IO[bytes], size: int, place: int) -> bytes:
@@ -142,7 +171,9 @@ def _place_of_rows(header: bytes, size: int) -> tuple[int, int]:
         if (version := np.lib.format.read_magic(file)) != (1, 0):
             raise ValueError(f"is of version {version} of NumPy's format")
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    except Exception as error:  # NumPy reads the header as Python, and each way to fail has its own error
+    except (
+        Exception
+    ) as error:  # NumPy reads the header as Python, and each way to fail has its own error
         raise ValueError(f"is not an index ({type(error).__name__}: {error})") from error
     rest = size - file.tell()
     if dtype != ROW or len(shape) != 1 or fortran or shape[0] * ROW.itemsize != rest:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import tarfile
+import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
@@ -16,7 +19,7 @@ from numpy.typing import NDArray
 
 from prelora_ds.core.errors import ConfigError
 from prelora_ds.data.labels import LabelReader, SampleError
-from prelora_ds.data.manifest import EXTENSIONS, Shard, file_crc32
+from prelora_ds.data.manifest import EXTENSIONS, Shard, file_crc32, is_url
 from prelora_ds.data.rows import ROW, disk_error
 
 _PICKLES = ("pyd", "pkl", "pickle", "pth", "pt")
@@ -31,8 +34,8 @@ _PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x
 class ScannedShard(NamedTuple):
     """A shard and its rows.
 
-    pickled: how many pickled members its samples have; nothing here ever decodes one. passed_over: the names of the
-    members that belong to no sample.
+    pickled: how many pickled members its samples have; nothing here ever decodes one.
+    passed_over: the names of the members that belong to no sample.
     """
 
     shard: Shard
@@ -47,16 +50,27 @@ class _Member(NamedTuple):
     info: tarfile.TarInfo
 
 
-def index_shard(path: str | Path, key: str = "data.train", *, label_key: str | None = None,
-                classes: Sequence[str] | None = None) -> ScannedShard:
-    """Scan a tar of samples: ``KEY.EXT`` (image), and ``KEY.cls`` or ``KEY.json`` (label, see `LabelReader`).
+def index_shard(
+    path: str | Path,
+    key: str = "data.train",
+    *,
+    label_key: str | None = None,
+    classes: Sequence[str] | None = None,
+) -> ScannedShard:
+    """Scan a tar of samples: ``KEY.EXT`` (image), ``KEY.cls`` or ``KEY.json`` (see `LabelReader`).
 
-    Other members of a sample are passed over. So are members that belong to none: those that webdataset passes over
-    (hidden files, names without an extension, ``__meta__``), and groups without an image and a label.
+    Other members of a sample are passed over. So are members that belong to none: those that
+    webdataset passes over (hidden files, names without an extension, ``__meta__``), and groups
+    without an image and a label.
 
-    Raises ConfigError, with the offset, for a file that is not a whole tar, for a shard without samples, for a key or
-    a member that comes twice, for a sample without a label or without exactly one image of at least a byte, and for an
-    image or a label whose bytes do not lie in the tar in one piece (links, sparse members).
+    Raises ConfigError, with the offset, for
+
+    - a file that is not a whole tar, and a shard without samples;
+    - a key or a member that comes twice;
+    - a sample without a label, or without exactly one image of at least a byte;
+    - an image or a label whose bytes do not lie in the tar in one piece (links, sparse members).
+
+    Raises DataFileError where the disk fails.
     """
     path, labels = Path(path), LabelReader(label_key, classes)
     rows: list[tuple[int, int, int, int, int, int]] = []
@@ -80,16 +94,23 @@ def index_shard(path: str | Path, key: str = "data.train", *, label_key: str | N
                         raise SampleError(f"{where}: the name comes twice in this shard", _MEND)
                     seen.add(name)
                     rows.append(_row(file, where, members, labels))
-                    pickled += sum(extension.rpartition(".")[2] in _PICKLES for extension in members)
+                    pickled += sum(
+                        extension.rpartition(".")[2] in _PICKLES for extension in members
+                    )
                 _check_end(file, tar.offset)
         if not rows:
-            raise SampleError("at byte 0: the shard is empty, it has no sample" + _and(passed), _MEND)
+            raise SampleError(
+                "at byte 0: the shard is empty, it has no sample" + _and(passed), _MEND
+            )
         shard = Shard(path.name, path.stat().st_size, len(rows), file_crc32(path), first=0)
     except SampleError as error:
         raise ConfigError(key, str(path), str(error), error.remedy) from error
     except OSError as error:
-        raise disk_error(key, path, error, "cannot be read", "name shards that this user may read") from error
-    # Besides its own errors, tarfile lets through what a damaged number or a long chain of headers leads to.
+        raise disk_error(
+            key, path, error, "cannot be read", "name shards that this user may read"
+        ) from error
+    # Besides its own errors, tarfile lets through what a damaged number or a long chain of headers
+    # leads to.
     except (tarfile.TarError, ValueError, OverflowError, RecursionError, MemoryError) as error:
         raise ConfigError(key, str(path), f"this shard cannot be read ({error})", _MEND) from error
     return ScannedShard(shard, np.array(rows, ROW), pickled, tuple(passed))
@@ -104,14 +125,18 @@ def _members(tar: tarfile.TarFile, passed: list[str]) -> Iterator[_Member]:
             passed.append(info.name)
 
 
-def _row(file: IO[bytes], where: str, members: dict[str, tarfile.TarInfo], labels: LabelReader
-         ) -> tuple[int, int, int, int, int, int]:
+def _row(
+    file: IO[bytes], where: str, members: dict[str, tarfile.TarInfo], labels: LabelReader
+) -> tuple[int, int, int, int, int, int]:
     """The row of a sample, given the members by their extensions. Raises SampleError."""
     images = [extension for extension in members if extension in EXTENSIONS]
     if len(images) != 1:
-        raise SampleError(f"{where} has {len(images)} images ({', '.join(EXTENSIONS)}) among its members "
-                          f"{sorted(members)}", "give each sample one image and one label, one after "
-                          "the other in the tar (`tar --sort=name` puts them so)")
+        raise SampleError(
+            f"{where} has {len(images)} images ({', '.join(EXTENSIONS)}) among its members "
+            f"{sorted(members)}",
+            "give each sample one image and one label, one after "
+            "the other in the tar (`tar --sort=name` puts them so)",
+        )
     image = members[images[0]]
     try:
         of_label = labels.member(list(members))
@@ -125,39 +150,61 @@ def _row(file: IO[bytes], where: str, members: dict[str, tarfile.TarInfo], label
         label = labels.read(of_label, _read(file, members[of_label]))
     except SampleError as error:
         raise SampleError(f"{where} {error}", error.remedy) from error
-    return image.offset_data, image.size, zlib.crc32(_read(file, image)), label, 0, EXTENSIONS.index(images[0])
+    return (
+        image.offset_data,
+        image.size,
+        zlib.crc32(_read(file, image)),
+        label,
+        0,
+        EXTENSIONS.index(images[0]),
+    )
 
 
 def _refuse_scattered(member: tarfile.TarInfo, where: str) -> None:
     """Raise where the bytes of ``member`` are not those at its place in the tar."""
     if member.issparse():
-        raise SampleError(f"{where}: {member.name!r} is stored with holes (sparse), and its bytes do not lie in one "
-                         "piece", "write the shard again without tar's option --sparse (-S)")
+        raise SampleError(
+            f"{where}: {member.name!r} is stored with holes (sparse), and its bytes do not lie in "
+            "one piece",
+            "write the shard again without tar's option --sparse (-S)",
+        )
     if not member.isreg():
-        kind = "a hard link" if member.islnk() else "a symbolic link" if member.issym() else "not a file"
-        raise SampleError(f"{where}: {member.name!r} is {kind}, and has no bytes of its own in the shard",
-                         "write the shard again with tar's options --dereference --hard-dereference")
+        kind = (
+            "a hard link"
+            if member.islnk()
+            else "a symbolic link"
+            if member.issym()
+            else "not a file"
+        )
+        raise SampleError(
+            f"{where}: {member.name!r} is {kind}, and has no bytes of its own in the shard",
+            "write the shard again with tar's options --dereference --hard-dereference",
+        )
 
 
 def _refuse_packed(file: IO[bytes]) -> None:
     begin = os.pread(file.fileno(), max(map(len, _PACKED)), 0)
     for magic, name in _PACKED.items():
         if begin.startswith(magic):
-            raise SampleError(f"is compressed with {name}: samples have no place of their own in it",
-                             "unpack the shard, and index the plain tar")
+            raise SampleError(
+                f"is compressed with {name}: samples have no place of their own in it",
+                "unpack the shard, and index the plain tar",
+            )
 
 
 def _check_end(file: IO[bytes], offset: int) -> None:
-    """Raise unless the tar that was read up to ``offset`` ends there, and nothing but zeros follows."""
-    # tarfile takes a damaged header for the end of the archive; the true end is two blocks of zeros.
+    """Raise unless the tar that was read up to ``offset`` ends there, and only zeros follow."""
+    # tarfile takes a damaged header for the end of the archive; the true end is two blocks of zeros
     if not ends_whole(file, offset):
         raise SampleError(f"damaged or cut short at byte {offset}", _MEND)
     place = offset
     while part := os.pread(file.fileno(), 1 << 20, place):
         if part.strip(b"\0"):
-            raise SampleError(f"something follows the end of the archive (byte {offset}) that a tar "
-                              "reader does not see", "join tars with `tar --concatenate` and not with "
-                              "cat, or write the shard again")
+            raise SampleError(
+                f"something follows the end of the archive (byte {offset}) that a tar "
+                "reader does not see",
+                "join tars with `tar --concatenate` and not with cat, or write the shard again",
+            )
         place += len(part)
 
 
@@ -167,9 +214,10 @@ def ends_whole(file: IO[bytes], offset: int) -> bool:
 
 
 def split(member: str) -> tuple[str, str] | None:
-    """``folder/KEY.EXT`` -> (``folder/KEY``, ``ext``): as in WebDataset, at the first dot of the file name.
+    """``folder/KEY.EXT`` -> (``folder/KEY``, ``ext``), at the first dot of the file name.
 
-    None for a member that belongs to no sample: a hidden one, one without an extension, ``__meta__``.
+    None for what belongs to no sample: hidden members, ``__meta__``, names without an extension.
+    All this is as in WebDataset.
     """
     path = PurePosixPath(member)
     stem, _, extension = path.name.partition(".")
@@ -182,10 +230,31 @@ def _read(file: IO[bytes], member: tarfile.TarInfo) -> bytes:
     if member.offset_data + member.size > os.fstat(file.fileno()).st_size:
         raise SampleError(f"at byte {member.offset_data}: {member.name!r} is cut short", _MEND)
     if member.size > _LARGEST:
-        raise SampleError(f"at byte {member.offset_data}: {member.name!r} has {member.size} bytes, "
-                          f"and more than {_LARGEST} are not read", _MEND)
+        raise SampleError(
+            f"at byte {member.offset_data}: {member.name!r} has {member.size} bytes, "
+            f"and more than {_LARGEST} are not read",
+            _MEND,
+        )
     return os.pread(file.fileno(), member.size, member.offset_data)
 
 
 def _and(passed: list[str]) -> str:
     return f" ({len(passed)} members belong to none; the first is {passed[0]!r})" if passed else ""
+
+
+@contextmanager
+def local_shard(place: str) -> Iterator[Path]:
+    """The shard as a file of this host; a remote one is there while the context is."""
+    if not is_url(place):
+        yield Path(place)
+        return
+    import fsspec
+
+    with tempfile.TemporaryDirectory(prefix="prelora-") as folder:
+        path = Path(folder) / place.rpartition("/")[2]
+        try:
+            with fsspec.open(place, "rb") as remote, path.open("wb") as file:
+                shutil.copyfileobj(remote, file, 1 << 20)
+        except Exception as error:  # each protocol has its own errors
+            raise OSError(f"{place}: {type(error).__name__}: {error}") from error
+        yield path

@@ -17,8 +17,8 @@ _Bytes = TypeVar("_Bytes", bytes, bytearray)
 _OPEN_FILES = 256  # a process may open 1,024 files, and a data set has more shards than that
 _TRIES, _WAIT_S = 3, 0.5  # of a read that fails: remote stores and parallel file systems have bad moments
 _REMEDY = "`prelora shards verify {0}` lists what is damaged; write or copy those shards again"
-_UNDECODABLE = ("`prelora shards verify {0} --decode` lists every image that cannot be decoded; write the shards again "
-                "without them")
+_UNDECODABLE = ("`prelora shards verify {0} --decode` lists every image that cannot be decoded; "
+                "write the shards again without them")
 
 
 class CorruptSampleError(ExpectedError, RuntimeError):
@@ -48,7 +48,10 @@ class SampleStore:
         return self.__dict__ | {"_files": {}, "_filesystem": None}
 
     def read(self, sample: int) -> tuple[bytes | bytearray, int]:
-        """(image bytes, label) of sample ``sample``. Raises CorruptSampleError, and DataFileError for the index."""
+        """(image bytes, label) of sample ``sample``.
+
+        Raises CorruptSampleError, and DataFileError where the index is not what it was.
+        """
         offset, length, crc32, label, number, _ = self.manifest.index.row(sample)
         shard = self.manifest.shards[number]
         if self._cache is not None and (copy := self._cache.copy_of(shard)) is not None:
@@ -69,7 +72,8 @@ class SampleStore:
             raise self.corrupt(sample, f"checksum {found:08x}, and {crc32:08x} in the manifest")
         return data, label
 
-    def corrupt(self, sample: int, problem: str, *, undecodable: bool = False) -> CorruptSampleError:
+    def corrupt(self, sample: int, problem: str, *,
+                undecodable: bool = False) -> CorruptSampleError:
         """The error that names the place of ``sample``, and the command that finds all like it."""
         row, folder = self.manifest.index.row(sample), self.manifest.folder
         remedy = (_UNDECODABLE if undecodable else _REMEDY).format(

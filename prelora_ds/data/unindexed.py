@@ -50,14 +50,17 @@ class Unindexed:
         try:
             found: list[str] = expand_source(self.pattern)
         except (ValueError, AssertionError) as error:  # the latter for a variable that is not set
-            raise ConfigError("data.train", self.pattern, f"is not a pattern ({error})", _PATTERN) from error
+            raise ConfigError("data.train", self.pattern, f"is not a pattern ({error})",
+                              _PATTERN) from error
         return found
 
     def check(self) -> None:
-        """Raise ConfigError for what is not a pattern, and for local shards none of which is there."""
+        """Raise ConfigError for what is not a pattern, and where no local shard is there."""
         found = self.shards()
-        if not any(is_url(place) or place.startswith("pipe:") or os.path.isfile(place) for place in found):
-            raise ConfigError("data.train", self.pattern, f"none of its {len(found)} shards is there", _PATTERN)
+        if not any(is_url(place) or place.startswith("pipe:") or os.path.isfile(place)
+                   for place in found):
+            raise ConfigError("data.train", self.pattern,
+                              f"none of its {len(found)} shards is there", _PATTERN)
 
 
 class UnindexedLoader(Loader):

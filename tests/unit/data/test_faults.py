@@ -272,7 +272,6 @@ def test_a_worker_without_memory_says_what_to_do_in_two_lines():
 def test_workers_give_the_same_however_they_are_started(folder):
     """In a process of its own: a fork of this one would copy the locks of other tests' threads."""
     script = f"""
-from prelora_ds.data.check import verify
 from prelora_ds.data.datasets import Look
 from prelora_ds.data.loader import TrainLoader
 from prelora_ds.data.manifest import Manifest
