@@ -19,6 +19,8 @@ _LAUNCHERS = (("RANK", "WORLD_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_
 
 SamplesPerShard = Annotated[int, typer.Option(min=1)]
 Workers = Annotated[int | None, typer.Option(min=1, help="processes; as many as this process may use cores, else")]
+LabelKey = Annotated[str | None, typer.Option(
+    help="of the label in .json; .cls is then not looked at. Without it: .cls, or .json's `label`")]
 Like = Annotated[Path | None, typer.Option(help="a folder of shards whose classes to take (for val: those of train)")]
 
 
@@ -95,7 +97,7 @@ def verify(folder: str,
            workers: Workers = None) -> None:
     """Find every cut and every flipped bit in the shards of FOLDER, a path or a URL.
 
-    With --decode also every image that training could not decode. Exit code 1 if there is a problem.
+    With --decode also every image that training could not decode. Exit code 1 if there is any.
     """
     from prelora_ds.data import check
     from prelora_ds.data.parallel import cores
@@ -119,9 +121,7 @@ def index(source: str,
           classes: Annotated[Path | None, typer.Option(exists=True, dir_okay=False,
                                                        help="a file with a class name a line")] = None,
           like: Like = None,
-          label_key: Annotated[str | None, typer.Option(help="of the label in .json; .cls is then not looked "
-                                                        "at. Without it: .cls, or `label` in .json")
-                               ] = None,
+          label_key: LabelKey = None,
           workers: Workers = None) -> None:
     """Make the manifest of shards that others wrote: a folder or a pattern like URL/train-{0000..1023}.tar.
 
@@ -138,14 +138,14 @@ def index(source: str,
     names = Manifest.load(like, "--like", sizes=False).classes if like is not None else \
         read_classes(classes) if classes is not None else None
     with CountProgress("shards", shown=True) as progress:
-        made = indexing.index(source, out, classes=names, label_key=label_key, workers=workers or cores(),
-                              progress=progress.show)
+        made = indexing.index(source, out, classes=names, label_key=label_key,
+                              workers=workers or cores(), progress=progress.show)
     if made.pickled:
         typer.echo(f"{source}: {made.pickled} pickled members were passed over, and not decoded", err=True)
     if made.passed_over:
-        typer.echo(f"{source}: {made.passed_over} members that belong to no sample were passed over; "
-                   f"the first is {made.example!r}", err=True)
+        typer.echo(f"{source}: {made.passed_over} members that belong to no sample were passed "
+                   f"over; the first is {made.example!r}", err=True)
     classes_in_all, seen = len(made.manifest.classes), made.classes_seen
     without = f"; {classes_in_all - seen} classes have no sample" if seen < classes_in_all else ""
-    typer.echo(f"{made.manifest.index_file.parent}: {len(made.manifest)} samples of {classes_in_all} "
-               f"classes in {len(made.manifest.shards)} shards{without}")
+    typer.echo(f"{made.manifest.index_file.parent}: {len(made.manifest)} samples of "
+               f"{classes_in_all} classes in {len(made.manifest.shards)} shards{without}")

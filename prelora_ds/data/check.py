@@ -1,4 +1,4 @@
-"""`prelora shards verify`: every byte of a folder of shards, read once and held against its manifest."""
+"""`prelora shards verify`: every byte of a folder of shards, held against its manifest."""
 
 from __future__ import annotations
 
@@ -54,12 +54,13 @@ def verify(folder: str | Path, *, decode: bool = False, workers: int = 1,
     """All that differs from the manifest of ``folder``, a path or a URL; in the order of shards and offsets.
 
     The checksum of the whole file finds any change; those of the images, and the structure of the tar, tell where.
-    With ``decode`` every image is decoded as training does it, and one that cannot be is a problem too. Raises
-    ConfigError where the manifest or the index itself is damaged.
+    With ``decode`` every image is decoded as training does it; one that cannot be is a problem too.
+    Raises ConfigError where the manifest or the index itself is damaged.
     """
     manifest = Manifest.load(folder, "FOLDER", sizes=False)
     rows = manifest.rows
-    checks = (_ShardCheck(manifest.place(number), shard, rows[shard.first:shard.first + shard.samples].copy(),
+    checks = (_ShardCheck(manifest.place(number), shard,
+                          rows[shard.first:shard.first + shard.samples].copy(),
                           manifest.classes, manifest.label_key, decode)
               for number, shard in enumerate(manifest.shards))
     problems: list[Problem] = []

@@ -13,8 +13,8 @@ from prelora_ds.core.errors import ConfigError
 
 Pixels = NDArray[np.uint8]  # [H, W, C]
 
-# Pillow, with which `prelora shards build` looks at images, calls more a decompression bomb. Headers
-# are read before any memory is asked for: a file of 1 kB can say 65,376 x 65,408.
+# Pillow, with which `prelora shards build` looks at images, calls more a decompression bomb.
+# Headers are read before any memory is asked for: a file of 1 kB can say 65,376 x 65,408.
 MAX_PIXELS = 178_956_970
 _FORMATS = ("JPEG", "PNG", "WEBP")
 _JPEG = b"\xff\xd8"

@@ -21,13 +21,16 @@ from prelora_ds.data.scan import ScannedShard, index_shard, local_shard
 
 Progress = Callable[[int, int], None]
 _MOST_SHARDS = 1_000_000
-_PATTERN = "name a folder, or a pattern such as FOLDER/train-{000000..001023}.tar whose shards are all there"
+_PATTERN = (
+    "name a folder, or a pattern such as FOLDER/train-{000000..001023}.tar whose shards are all there"
+)
 
 
 class Indexed(NamedTuple):
     """A new manifest, and what a user should hear of it.
 
-    classes_seen: classes that have a sample. pickled: members of samples in pickle formats, which are never decoded.
+    classes_seen: classes that have a sample.
+    pickled: members of samples in pickle formats, which are never decoded.
     passed_over: members that belong to no sample; ``example`` is the name of the first.
     """
 
@@ -47,12 +50,14 @@ def index(
     workers: int = 1,
     progress: Progress = lambda done, total: None,
 ) -> Indexed:
-    """Make the manifest of shards that others wrote: a folder or a brace pattern, of paths or of URLs.
+    """Make the manifest of shards that others wrote: a folder or a brace pattern, paths or URLs.
 
-    It is written beside the shards, or to the folder ``out``, which has to be given for a URL. ``classes`` are taken
-    from a manifest of version 1 where there is one, and are the numbers otherwise. For ``label_key`` see `LabelReader`.
-    Raises ConfigError for a shard that is missing or has a mistake (`index_shard`) with its offset, and where there is
-    a manifest already; DataFileError where the disk fails.
+    It is written beside the shards, or to the folder ``out``, which has to be given for a URL. Without
+    ``classes`` they are those of a manifest of version 1 where there is one, and the numbers
+    otherwise. For ``label_key`` see `LabelReader`.
+
+    Raises ConfigError for a shard that is missing or has a mistake (`index_shard`) with its offset, and
+    where there is a manifest already; DataFileError where the disk fails.
     """
     folder, names = _shards_of(source)
     if out is None and is_url(folder):
@@ -138,7 +143,7 @@ def _index_shard(
 
 
 def _shards_of(source: str) -> tuple[str, list[str]]:
-    """(folder, names) of the shards of a folder or of a pattern such as ``FOLDER/train-{0000..1023}.tar``."""
+    """(folder, names) of the shards of a folder, or of a pattern such as ``F/train-{0000..1023}.tar``."""
     if not is_url(source) and os.path.isdir(source):
         folder = source.rstrip("/") or "/"
         try:
@@ -193,7 +198,7 @@ def _shards_of(source: str) -> tuple[str, list[str]]:
 
 
 def _expanded(pattern: str) -> tuple[str, list[str]]:
-    """(folder, names) of a brace pattern. Raises ConfigError where a local one names what is not there."""
+    """(folder, names) of a brace pattern. Raises ConfigError for local shards that are not there."""
     from braceexpand import braceexpand
 
     try:

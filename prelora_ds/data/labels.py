@@ -10,7 +10,8 @@ from typing import Any
 
 from prelora_ds.core.errors import ConfigError
 
-# Without class names the classes are the numbers up to the largest label; the head has a row for each.
+# Without class names the classes are the numbers up to the largest label, and each has a row in
+# the head.
 MOST_CLASSES = 1_000_000
 _NUMBER = re.compile(r"[+-]?[0-9]{1,20}")
 _NAMES = "name a text file with one class name per line, in the order of the labels 0, 1, ..."

@@ -3,8 +3,8 @@
 A tar reader stops without a word at a damaged header, so shards are scanned once, when they are written; from then on
 every read goes by the manifest, to an exact place, and a shard that is missing or of another size is an error.
 
-Two files: ``manifest.json`` has the classes and the shards, ``index.npy`` a row of fixed size for each sample (25
-bytes, 32 MB for ImageNet), which is read from the file when it is needed.
+Two files: ``manifest.json`` has the classes and the shards, ``index.npy`` a row of fixed size for
+each sample (25 bytes, 32 MB for ImageNet), which is read from the file when it is needed.
 """
 
 from __future__ import annotations
@@ -48,10 +48,11 @@ class Shard(NamedTuple):
 class Manifest:
     """A data set: shards in ``folder`` (a path, or a URL), and the class names that the labels 0, 1, ... stand for.
 
-    ``index`` has a row for each sample in the order of shards and files: ``length`` bytes of image from ``offset`` of
-    ``shard``, their ``crc32``, ``label`` and ``extension``. A sample's index is the number of its row. A pickled
-    manifest takes the path of the index along and not the rows. ``label_key``: that of the labels in the shards' .json,
-    where `prelora shards index` was given one.
+    ``index`` has a row for each sample in the order of shards and files: ``length`` bytes of image
+    from ``offset`` of ``shard``, their ``crc32``, ``label`` and ``extension``. A sample's index is
+    the number of its row. A pickled manifest takes the path of the index along and not the rows.
+
+    ``label_key`` is that of the labels in .json, where `prelora shards index` was given one.
     """
 
     folder: Path | str
@@ -79,17 +80,19 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: str | Path, key: str = "data.train", *, sizes: bool = True) -> Manifest:
-        """Read the manifest of ``folder``, a path or an fsspec URL, and hold every shard on a local disk against it.
+        """Read the manifest of ``folder``, a path or an fsspec URL, and look at local shards.
 
         ``key`` is the setting that named the folder. Raises ConfigError for a missing folder, a missing or invalid
-        manifest, an index that is not its own, no samples at all, a missing shard, and a shard of another size;
-        DataFileError where the disk fails. Shards of a URL are not looked at, nor any without ``sizes``.
+        manifest, an index that is not its own, no samples at all, a missing shard, and a shard of
+        another size; DataFileError where the disk fails. Shards of a URL are not looked at, nor any
+        without ``sizes``.
         """
         here = _fetched(str(folder), key) if is_url(folder) else Path(folder)
         path = here / MANIFEST_NAME
         try:
             if not here.is_dir():
-                raise ConfigError(key, str(folder), "no such folder", "write shards there with `prelora shards`")
+                raise ConfigError(key, str(folder), "no such folder",
+                                  "write shards there with `prelora shards`")
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["version"] == 1:
                 raise ConfigError(key, str(path), "a manifest of version 1, without checksums",
@@ -132,7 +135,8 @@ def save_manifest(folder: Path, classes: Sequence[str], shards: Sequence[Shard],
     np.lib.format.write_array(buffer, index, version=(1, 0), allow_pickle=False)
     content = {
         "version": _VERSION, "samples": len(index), "index_crc32": zlib.crc32(buffer.getbuffer()),
-        **({} if base is None else {"base": base}), **({} if label_key is None else {"label_key": label_key}),
+        **({} if base is None else {"base": base}),
+        **({} if label_key is None else {"label_key": label_key}),
         "classes": list(classes),
         "shards": [{name: getattr(shard, name) for name in ("name", "size_bytes", "samples", "crc32")}
                    for shard in shards],
@@ -173,12 +177,14 @@ def _parse(folder: Path | str, here: Path, content: dict[str, Any]) -> Manifest:
     shards: list[Shard] = []
     first = 0
     for entry in content["shards"]:
-        shards.append(Shard(_file_name(entry["name"]), _count(entry, "size_bytes"), _count(entry, "samples"),
-                            _count(entry, "crc32"), first))
+        shards.append(Shard(_file_name(entry["name"]), _count(entry, "size_bytes"),
+                            _count(entry, "samples"), _count(entry, "crc32"), first))
         first += shards[-1].samples
     if len({shard.name for shard in shards}) < len(shards):
         raise ValueError("a shard is named twice")
-    label_key = None if content.get("label_key") is None else _text(content["label_key"], "label_key")
+    label_key = content.get("label_key")
+    if label_key is not None:
+        _text(label_key, "label_key")
     base, crc32 = content.get("base"), _count(content, "index_crc32")
     index = _index(here / INDEX_NAME, crc32, first)
     place = folder if base is None else _text(base, "base")
@@ -200,11 +206,12 @@ def _index(path: Path, crc32: int, samples: int) -> RowFile:
     else:
         found, problem = index.crc32, ""
     if found != crc32:
-        raise ValueError(f"{INDEX_NAME} has the checksum {found:08x} and not {crc32:08x}: damaged, or of other shards")
+        raise ValueError(f"{INDEX_NAME} has the checksum {found:08x} and not {crc32:08x}: damaged, "
+                         "or of other shards")
     if problem:
         raise ValueError(f"{INDEX_NAME} {problem}")
     if len(index) != samples:
-        raise ValueError(f"{INDEX_NAME} has {len(index)} rows, and the shards have {samples} samples")
+        raise ValueError(f"{INDEX_NAME} has {len(index)} rows, and the shards {samples} samples")
     if samples == 0:
         raise ValueError("no samples")
     return index
@@ -214,7 +221,8 @@ def _check_rows(rows: NDArray[np.void], number: int, shard: Shard, classes: int)
     """Raise ValueError where a row of ``shard`` points at what is not there."""
     offset, length = rows["offset"], rows["length"].astype(np.int64)
     # not offset + length, which may overflow
-    if (rows["shard"] != number).any() or offset.min() < 0 or (offset > shard.size_bytes - length).any():
+    outside = (offset < 0) | (offset > shard.size_bytes - length)
+    if (rows["shard"] != number).any() or outside.any():
         raise ValueError(f"{shard.name}: a sample lies outside of its {shard.size_bytes} bytes")
     if rows["label"].min() < 0 or rows["label"].max() >= classes:
         raise ValueError(f"{shard.name}: a label is not of any of the {classes} classes")
@@ -244,7 +252,7 @@ def _file_name(value: Any) -> str:
 
 
 def _check_protocol(url: str, key: str) -> None:
-    """Raise where shards at ``url`` could not be read for want of a package, now and not sample by sample."""
+    """Raise ConfigError where the package that reads ``url`` is not installed."""
     import fsspec
 
     try:
@@ -272,7 +280,8 @@ def _fetched(url: str, key: str) -> Path:
     import fsspec
 
     try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prelora_ds" / "manifests"
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        cache = home / "prelora_ds" / "manifests"
         with fsspec.open(f"{url}/{MANIFEST_NAME}") as file:
             text = file.read()
         here = cache / hashlib.sha256(url.encode() + text).hexdigest()[:32]

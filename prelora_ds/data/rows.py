@@ -1,7 +1,7 @@
 """``index.npy``: a row of fixed size for each sample, read at its place and never mapped.
 
-A file that is cut while it is mapped ends the process with SIGBUS, and no message. A read tells what
-is wrong, costs microseconds, and all processes of a node share the pages just the same.
+A file that is cut while it is mapped ends the process with SIGBUS, and no message. A read tells
+what is wrong, costs microseconds, and all processes of a node share the pages just the same.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ class DataFileError(ExpectedError, RuntimeError):
 
 
 def disk_error(key: str, path: str | Path, error: OSError, act: str, remedy: str) -> ExpectedError:
-    """What to raise for ``error``: ConfigError where the user named what cannot be, or DataFileError.
+    """What to raise for ``error``: ConfigError where the user named what cannot be, or
+    DataFileError.
 
     act: what could not be done, as in "cannot be written".
     """

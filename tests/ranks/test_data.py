@@ -114,8 +114,8 @@ def test_an_index_that_is_cut_under_a_run_ends_it_with_75_and_one_message(forge,
     os.truncate(tmp_path / "train" / "index.npy", 1000)
     codes, said = job.end(), job.said()
     assert 75 in codes and set(codes) <= {75, -9} and said.count("error") == 1, (codes, said)
-    assert re.search(r"error( \(rank 1 on \S+\))?: \S+train/index\.npy is not as it was when it was opened: "
-                     r"its content is another\n  remedy: put the data set back", said), said
+    assert re.search(r"error( \(rank 1 on \S+\))?: \S+train/index\.npy is not as it was when it "
+                     r"was opened: its content is another\n  remedy: put the data set back", said), said
 
 
 def test_an_image_of_the_evaluation_that_cannot_be_decoded_is_one_message(forge, tmp_path):
@@ -123,12 +123,14 @@ def test_an_image_of_the_evaluation_that_cannot_be_decoded_is_one_message(forge,
     samples = [(f"{i:03d}", png if i != 20 else b"<html>404</html>", "png", label)
                for i, (_, png, _, label) in enumerate(digits("val"))]
     shutil.rmtree(tmp_path / "val")
-    manifest = write_shards(samples, tmp_path / "val", samples_per_shard=512, class_names=DIGIT_CLASSES)
+    manifest = write_shards(samples, tmp_path / "val", samples_per_shard=512,
+                            class_names=DIGIT_CLASSES)
     job = Job(forge, tmp_path / "out", tmp_path, "data.workers=1", zero=1)
     codes, said = job.end(), job.said()
     assert codes[0] == 1 and said.count("error: ") == 1 and "Traceback" not in said, (codes, said)
-    place = f"sample 20, 16 bytes from byte {manifest.rows['offset'][20]} of {manifest.place(0)}: no picture: "
-    assert place in said and f"remedy: `prelora shards verify {tmp_path / 'val'} --decode` lists" in said, said
+    offset = manifest.rows["offset"][20]
+    assert f"sample 20, 16 bytes from byte {offset} of {manifest.place(0)}: no picture" in said, said
+    assert f"remedy: `prelora shards verify {tmp_path / 'val'} --decode` lists" in said, said
 
 
 def test_a_worker_that_is_killed_is_named_by_its_rank_and_ends_the_run(shards, tmp_path):

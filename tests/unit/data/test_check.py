@@ -1,4 +1,4 @@
-"""verify finds every change and names its shard; index gives the same manifest again, and reads URLs."""
+"""verify finds every change and names its shard; index gives the same manifest again."""
 
 from __future__ import annotations
 
@@ -130,10 +130,11 @@ def test_shards_without_a_manifest_get_the_same_one_again(whole, folder):
 
 
 def test_verify_reads_labels_in_json_as_index_did(tmp_path):
-    path = write_tar(tmp_path / "x" / "0.tar", [("a.jpg", picture(1)), ("a.json", b'{"name": "eel"}')])
+    members = [("a.jpg", picture(1)), ("a.json", b'{"name": "eel"}')]
+    path = write_tar(tmp_path / "x" / "0.tar", members)
     index(str(path.parent), classes=("cat", "eel"), label_key="name")
     data = bytearray(path.read_bytes())
-    data[int(Manifest.load(path.parent).rows["length"][0]) + 512] ^= 1  # padding: no sample is harmed
+    data[512 + len(members[0][1])] ^= 1  # padding: no sample is harmed
     path.write_bytes(data)
     problem, = verify(path.parent)
     assert problem.sample is None and "padding" in problem.problem
@@ -145,7 +146,8 @@ def test_verify_reads_labels_in_json_as_index_did(tmp_path):
 def test_what_is_not_a_file_is_not_waited_for(folder, tmp_path, kind):
     path = folder / "shard-000001.tar"
     path.unlink()
-    os.mkfifo(path) if kind == "pipe" else path.mkdir() if kind == "folder" else path.symlink_to("/dev/zero")
+    make = {"pipe": os.mkfifo, "folder": os.mkdir, "device": functools.partial(os.symlink, "/dev/zero")}
+    make[kind](path)
     assert [(p.shard, p.problem) for p in verify(folder)] == [(path.name, "is not a file")]
     with pytest.raises(ConfigError, match=r"shard-000001\.tar'?: is not a file"):
         index(str(folder), tmp_path / "out")
@@ -154,14 +156,16 @@ def test_what_is_not_a_file_is_not_waited_for(folder, tmp_path, kind):
 
 
 def test_what_cannot_be_decoded_is_listed_when_asked_for(tmp_path):
-    write_tar(tmp_path / "x" / "0.tar", [("a.jpg", picture(1)), ("a.cls", b"0"), ("b.jpg", b"<html>404</html>"),
-                                         ("b.cls", b"0"), ("c.png", picture(2, "PNG")[:-30]), ("c.cls", b"0")])
+    images = {"a.jpg": picture(1), "b.jpg": b"<html>404</html>", "c.png": picture(2, "PNG")[:-30]}
+    write_tar(tmp_path / "x" / "0.tar", [member for name, data in images.items()
+                                         for member in ((name, data), (f"{name[0]}.cls", b"0"))])
     write_tar(tmp_path / "x" / "1.tar", [("a.webp", picture(3, "WEBP")), ("a.cls", b"0")])
     rows = index(str(tmp_path / "x")).manifest.rows
     assert verify(tmp_path / "x") == []
     for workers in (1, 2):
         problems = verify(tmp_path / "x", decode=True, workers=workers)
-        assert [(p.shard, p.sample, p.offset) for p in problems] == [("0.tar", n, rows["offset"][n]) for n in (1, 2)]
+        found = [(p.shard, p.sample, p.offset) for p in problems]
+        assert found == [("0.tar", number, rows["offset"][number]) for number in (1, 2)]
         assert all("cannot be decoded: " in p.problem for p in problems)
     os.truncate(tmp_path / "x" / "1.tar", 520)
     assert [p.sample for p in verify(tmp_path / "x", decode=True)] == [1, 2, 3]

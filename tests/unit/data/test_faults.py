@@ -194,9 +194,9 @@ def test_an_image_of_the_evaluation_that_cannot_be_decoded_is_named_in_two_lines
     with pytest.raises(CorruptSampleError) as caught:
         list(eval_batches(manifest, LOOK, batch_size=4, rank=0, world_size=1, workers=workers))
     assert str(caught.value) == (
-        f"sample 17, 17 bytes from byte {manifest.rows['offset'][17]} of {folder}/shard-000001.tar: no picture: the "
-        f"bytes are not JPEG, PNG or WEBP\n  remedy: `prelora shards verify {folder} --decode` lists every image that "
-        "cannot be decoded; write the shards again without them")
+        f"sample 17, 17 bytes from byte {manifest.rows['offset'][17]} of {folder}/shard-000001.tar: "
+        f"no picture: the bytes are not JPEG, PNG or WEBP\n  remedy: `prelora shards verify {folder} "
+        "--decode` lists every image that cannot be decoded; write the shards again without them")
     assert [problem.sample for problem in verify(folder, decode=True)] == [17]
 
 
@@ -264,7 +264,7 @@ class Greedy(Dataset):
 
 def test_a_worker_without_memory_says_what_to_do_in_two_lines():
     workers = Workers(Greedy(), [[0]], 1, "forkserver")
-    with pytest.raises(WorkerLostError, match=r"more memory than .*11\.9 GiB\)\n  remedy: .*fewer") as caught:
+    with pytest.raises(WorkerLostError, match=r"more memory .*GiB\)\n  remedy: .*fewer") as caught:
         next(workers)
     assert len(str(caught.value).splitlines()) == 2
 

@@ -115,7 +115,7 @@ def test_a_missing_shard_is_a_fault_and_nothing_but_missing_shards_an_error(fold
 def test_a_pattern_that_matches_nothing_is_refused_at_the_start(folder):
     Unindexed(f"{folder}/shard-{{000003..000009}}.tar", SAMPLES, CLASSES).check()
     for pattern in ("shard-{000008..000009}.tar", "*.tar", "shard-{0..", "${none}.tar", ""):
-        with pytest.raises(ConfigError, match=r"data\.train = .*(\d shards is there|is not a pattern)"):
+        with pytest.raises(ConfigError, match=r"data\.train = .*(is there|is not a pattern)"):
             Unindexed(f"{folder}/{pattern}", SAMPLES, CLASSES).check()
 
 
