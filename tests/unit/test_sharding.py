@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -62,3 +63,32 @@ def test_a_mistake_is_one_message_with_a_remedy_and_exit_code_2(monkeypatch, cap
     said = capsys.readouterr().err.replace("\r", "\n")
     assert said.count("error: ") == said.count("\n  remedy: ") == 1 and "Traceback" not in said
     assert not Path(tmp_path / "x" / "manifest.json").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 8 KiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", folder]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting takes root")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_is_one_message_and_75_and_the_same_command_succeeds_later(monkeypatch, capsys,
+                                                                                tmp_path, small_disk):
+    members = [member for number in range(400)
+               for member in ((f"{number}.jpg", b"x"), (f"{number}.cls", b"0"))]
+    write_tar(tmp_path / "x" / "0.tar", members)
+    command = ("index", tmp_path / "x", "--out", small_disk)
+    assert shards(monkeypatch, *command) == 75
+    said = capsys.readouterr().err
+    assert said.count("error: ") == 1 and "cannot be written there (No space left on device)" in said
+    assert list(small_disk.iterdir()) == []
+    subprocess.run(["mount", "-o", "remount,size=1m,ro", small_disk], check=True)
+    assert shards(monkeypatch, *command) == 2
+    assert "cannot be written there (Read-only file system)" in capsys.readouterr().err
+    subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
+    assert shards(monkeypatch, *command) == 0
