@@ -21,6 +21,8 @@ AtLeast1 = Annotated[int, typer.Option(min=1)]
 Seed = Annotated[int, typer.Option(min=0)]
 SamplesPerShard = AtLeast1
 Workers = Annotated[int | None, typer.Option(min=1, help="processes; as many as this process may use cores, else")]
+LabelKey = Annotated[str | None, typer.Option(
+    help="of the label in .json; .cls is then not looked at. Without it: .cls, or .json's `label`")]
 Like = Annotated[Path | None, typer.Option(help="a folder of shards whose classes to take (for val: those of train)")]
 
 
@@ -102,20 +104,27 @@ def build(source: Path, out: Path,
 
 
 @shards_app.command()
-def verify(folder: str, workers: Workers = None) -> None:
-    """Find every cut and every flipped bit in the shards of FOLDER, a path or a URL; exit code 1 if there is one."""
+def verify(folder: str,
+           decode: Annotated[bool, typer.Option("--decode", help="decode every image too")] = False,
+           workers: Workers = None) -> None:
+    """Find every cut and every flipped bit in the shards of FOLDER, a path or a URL.
+
+    With --decode also every image that training could not decode. Exit code 1 if there is any.
+    """
     from prelora_ds.data import check
     from prelora_ds.data.parallel import cores
     from prelora_ds.reporting.progress import CountProgress
 
     with CountProgress("shards", shown=True) as progress:
-        problems = check.verify(folder, workers=workers or cores(), progress=progress.show)
+        problems = check.verify(folder, decode=decode, workers=workers or cores(),
+                                progress=progress.show)
     for problem in problems:
         typer.echo(f"{folder}: {problem}")
     if problems:
-        typer.echo(f"{folder}: {len({problem.shard for problem in problems})} damaged shards")
+        typer.echo(f"{folder}: {len({problem.shard for problem in problems})} shards have problems")
         raise typer.Exit(1)
-    typer.echo(f"{folder}: every shard is as in the manifest")
+    decoded = ", and every image can be decoded" if decode else ""
+    typer.echo(f"{folder}: every shard is as in the manifest{decoded}")
 
 
 @shards_app.command()
@@ -124,25 +133,31 @@ def index(source: str,
           classes: Annotated[Path | None, typer.Option(exists=True, dir_okay=False,
                                                        help="a file with a class name a line")] = None,
           like: Like = None,
-          label_key: Annotated[str, typer.Option(help="of the label in .json")] = "label",
+          label_key: LabelKey = None,
           workers: Workers = None) -> None:
     """Make the manifest of shards that others wrote: a folder or a pattern like URL/train-{0000..1023}.tar.
 
     Samples are an image (.jpg, .jpeg, .png, .webp) and a label, in .cls or .json. Nothing pickled is ever decoded.
     """
-    from prelora_ds.data import check
+    from prelora_ds.data import indexing
+    from prelora_ds.data.labels import read_classes
     from prelora_ds.data.manifest import Manifest
     from prelora_ds.data.parallel import cores
     from prelora_ds.reporting.progress import CountProgress
 
     if classes is not None and like is not None:
         raise ConfigError("--classes", str(classes), "--like names the classes too", "give one of them")
-    names = Manifest.load(like, "--like").classes if like is not None else \
-        tuple(classes.read_text().splitlines()) if classes is not None else None
+    names = Manifest.load(like, "--like", sizes=False).classes if like is not None else \
+        read_classes(classes) if classes is not None else None
     with CountProgress("shards", shown=True) as progress:
-        made = check.index(source, out, classes=names, label_key=label_key, workers=workers or cores(),
-                           progress=progress.show)
+        made = indexing.index(source, out, classes=names, label_key=label_key,
+                              workers=workers or cores(), progress=progress.show)
     if made.pickled:
         typer.echo(f"{source}: {made.pickled} pickled members were passed over, and not decoded", err=True)
-    typer.echo(f"{made.manifest.index_file.parent}: {len(made.manifest)} samples of {len(made.manifest.classes)} "
-               f"classes in {len(made.manifest.shards)} shards")
+    if made.passed_over:
+        typer.echo(f"{source}: {made.passed_over} members that belong to no sample were passed "
+                   f"over; the first is {made.example!r}", err=True)
+    classes_in_all, seen = len(made.manifest.classes), made.classes_seen
+    without = f"; {classes_in_all - seen} classes have no sample" if seen < classes_in_all else ""
+    typer.echo(f"{made.manifest.index_file.parent}: {len(made.manifest)} samples of "
+               f"{classes_in_all} classes in {len(made.manifest.shards)} shards{without}")

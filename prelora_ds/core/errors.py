@@ -18,12 +18,14 @@ INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells report it
 class ExpectedError(Exception):
     """An error whose text is the whole message: no traceback. ``exit_code`` is what the process ends with.
 
-    ``of_one_rank``: other ranks do not meet it, so the one that does has to say it. ``blames``: the ranks that failed,
+    ``of_one_rank``: other ranks do not meet it, so the one that does has to say it; where others
+    may (``others_may_meet_it``), it lets rank 0 speak first. ``blames``: the ranks that failed,
     where the one that tells did not.
     """
 
     exit_code = DIVERGED_EXIT_CODE
     of_one_rank = False
+    others_may_meet_it = False
     blames: Sequence[int] = ()
 
 

@@ -45,7 +45,8 @@ class CorruptBudget:
         return CorruptBudgetError(
             f"{self._count} unreadable samples in epoch {self._epoch} are more than data.corrupt_budget "
             f"= {self._share:g} of {self._samples} samples allows; one of them: {fault}\n  remedy: `prelora shards "
-            "verify` lists what is damaged; write those shards again, or raise data.corrupt_budget")
+            "verify FOLDER --decode` lists what is damaged; write those shards again, or raise "
+            "data.corrupt_budget")
 
     @property
     def last_fault(self) -> str:

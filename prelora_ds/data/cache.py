@@ -134,6 +134,7 @@ class Stager:
 
     def _run(self) -> None:
         shards, keep = self._manifest.shards, self._cache.names(self._manifest)
+        said: set[str] = set()
         begin = zlib.crc32(socket.gethostname().encode()) % len(shards)
         for number in [*range(begin, len(shards)), *range(begin)]:
             if self._stop.is_set():
@@ -143,10 +144,12 @@ class Stager:
                     self._say_full(shards[number])
                     return
             except Exception as error:  # a full disk, a lost server: training goes on without the copy
-                print(f"warning: {self._manifest.place(number)} is not copied to {self._cache.folder} on host "
-                      f"{socket.gethostname()}: {error}", file=sys.stderr, flush=True)
+                if (kind := getattr(error, "strerror", None) or type(error).__name__) not in said:
+                    said.add(kind)
+                    print(f"warning: {self._manifest.place(number)} is not copied to "
+                          f"{self._cache.folder} on host {socket.gethostname()}: {error}; this is "
+                          "said once", file=sys.stderr, flush=True)
                 self._stop.wait(_LOOK_AGAIN_S)
-
 
     def _say_full(self, shard: Shard) -> None:
         """One line a node, whose ranks share the folder."""

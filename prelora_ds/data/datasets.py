@@ -108,8 +108,9 @@ class TrainImages(Dataset[MicroBatch]):
                 return *load(self.store, other, self._look.num_channels), [f"{fault}; sample {other} is in its place"]
             except CorruptSampleError as error:
                 last = error.problem
+                remedy = error.remedy
         raise CorruptSampleError(f"{fault}; nor could {_REPLACEMENTS} others be read that were to take its place, the "
-                                 f"last: {last}")
+                                 f"last: {last}", remedy)
 
 
 class EvalImages(Dataset[tuple[Tensor, Tensor, Tensor]]):
@@ -137,7 +138,7 @@ def load(store: SampleStore, sample: int, num_channels: int) -> tuple[Pixels, in
     try:
         return decode(data, num_channels), label
     except UndecodableError as error:
-        raise store.corrupt(sample, f"no picture: {error}") from error
+        raise store.corrupt(sample, f"no picture: {error}", undecodable=True) from error
 
 
 def keyed(*key: int) -> np.random.Generator:

@@ -13,12 +13,15 @@ from prelora_ds.core.errors import ConfigError
 
 Pixels = NDArray[np.uint8]  # [H, W, C]
 
+# Pillow, with which `prelora shards build` looks at images, calls more a decompression bomb.
+# Headers are read before any memory is asked for: a file of 1 kB can say 65,376 x 65,408.
+MAX_PIXELS = 178_956_970
 _FORMATS = ("JPEG", "PNG", "WEBP")
 _JPEG = b"\xff\xd8"
 
 
 class UndecodableError(ValueError):
-    """Bytes that are no whole picture in a known format."""
+    """Bytes that are not a whole picture in a known format of at most MAX_PIXELS."""
 
 
 def decode(data: bytes | bytearray, num_channels: int) -> Pixels:
@@ -28,20 +31,64 @@ def decode(data: bytes | bytearray, num_channels: int) -> Pixels:
     an oddity that loses no pixel. Raises UndecodableError, and ConfigError for other than 1 or 3 channels.
     """
     if num_channels not in (1, 3):
-        raise ConfigError("model.num_channels", num_channels, "images are decoded to grey or RGB", "use 1 or 3")
+        raise ConfigError(
+            "model.num_channels", num_channels, "images are decoded to grey or RGB", "use 1 or 3"
+        )
     if data[:2] == _JPEG:
         try:
+            height, width, *_ = simplejpeg.decode_jpeg_header(data)
+            _check_size(width, height)
             return simplejpeg.decode_jpeg(data, "RGB" if num_channels == 3 else "GRAY")  # type: ignore[no-any-return]
+        except UndecodableError:
+            raise
         except ValueError:
             pass  # Pillow has the last word
+    elif size := _webp_size(data):
+        _check_size(*size)  # Pillow makes room for the canvas before it looks at the size
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            plain: Image.Image = image
-            if image.mode.startswith("I"):  # a PNG of 16 bits a channel, which Pillow's own conversion would clip
-                plain = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            pixels = np.asarray(plain.convert("RGB" if num_channels == 3 else "L"))
+        return _by_pillow(data, num_channels)
     except UnidentifiedImageError as error:
-        raise UndecodableError(f"neither of {', '.join(_FORMATS)}") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UndecodableError(str(error)) from error
+        raise UndecodableError(
+            f"the bytes are not {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]}"
+        ) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's readers let through whatever a damaged file leads to
+        raise UndecodableError(str(error) or type(error).__name__) from error
+
+
+def _by_pillow(data: bytes | bytearray, num_channels: int) -> Pixels:
+    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        _check_size(*image.size)
+        plain: Image.Image = image
+        if image.mode.startswith(
+            "I"
+        ):  # a PNG of 16 bits a channel, which Pillow's own conversion would clip
+            plain = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        pixels = np.asarray(plain.convert("RGB" if num_channels == 3 else "L"))
     return pixels if num_channels == 3 else pixels[..., None]
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise UndecodableError(
+            f"its header says {width} x {height} pixels, and more than {MAX_PIXELS:,} are not "
+            "decoded"
+        )
+
+
+def _webp_size(data: bytes | bytearray) -> tuple[int, int] | None:
+    """(width, height) of the canvas by the first chunk of a WebP file; None for anything else."""
+    if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(data) < 30:
+        return None
+    chunk = data[12:16]
+    if chunk == b"VP8X":
+        return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
+    if chunk == b"VP8L":
+        bits = int.from_bytes(data[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    if chunk == b"VP8 ":
+        return int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(
+            data[28:30], "little"
+        ) & 0x3FFF
+    return None

@@ -10,12 +10,13 @@ import multiprocessing.connection
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import count
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from prelora_ds.core.errors import ConfigError, ExpectedError
 from prelora_ds.data.batch import MicroBatch
@@ -28,6 +29,7 @@ from prelora_ds.data.store import SampleStore
 WorkerStart = Literal["forkserver", "spawn", "fork"]
 _FAULTS_SAID = 20
 _WORKER_ENDS_S = 5.0
+_REMEDY = "\n  remedy: where memory ran out, fewer data.workers or a smaller train.micro_batch_size"
 
 
 class WorkerLostError(ExpectedError, RuntimeError):
@@ -51,7 +53,12 @@ class Workers:
 
     def __next__(self) -> Any:
         try:
-            return next(self._batches)
+            batch = next(self._batches)
+            if isinstance(batch, _Failure):
+                raise batch.error
+            return batch
+        except ExpectedError:
+            raise
         except (RuntimeError, OSError, EOFError) as error:
             # DataLoader says so itself, unless the worker died in the middle of a message: that is an OSError.
             said = isinstance(error, RuntimeError)
@@ -63,11 +70,46 @@ class Workers:
             if not said and not gone:
                 raise
             raise WorkerLostError(f"a data worker is gone (process: exit code {gone}; {type(error).__name__}: {error})"
-                                  "\n  remedy: where memory ran out, fewer data.workers or a smaller "
-                                  "train.micro_batch_size; else look into the system's log") from error
+                                  f"{_REMEDY}; else look into the system's log") from error
 
     def close(self) -> None:
         self._batches = iter(())
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An error of a worker in the place of a batch: DataLoader would make 35 lines out of it."""
+
+    error: ExpectedError
+
+
+class _Telling(Dataset[Any]):
+    """``dataset`` in a worker."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+
+    def __getitems__(self, keys: Any) -> Any:
+        try:
+            return self._dataset.__getitems__(keys)
+        except ExpectedError as error:
+            return _Failure(error)
+        except MemoryError as error:
+            problem = f"a data worker asked for more memory than there is ({error})"
+            return _Failure(WorkerLostError(problem + _REMEDY))
+
+
+class _TellingStream(IterableDataset[Any]):
+    """The same for a data set that has its own order."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self._dataset
+        except ExpectedError as error:
+            yield _Failure(error)
 
 
 def _loader(dataset: Dataset[Any], keys: Iterable[Any] | None, count: int, start: WorkerStart) -> DataLoader[Any]:
@@ -77,7 +119,8 @@ def _loader(dataset: Dataset[Any], keys: Iterable[Any] | None, count: int, start
     if start == "forkserver":
         context.set_forkserver_preload([__name__])
     return DataLoader(
-        dataset, **({"batch_size": None} if keys is None else {"batch_sampler": keys}), collate_fn=as_is,
+        _TellingStream(dataset) if keys is None else _Telling(dataset),
+        **({"batch_size": None} if keys is None else {"batch_sampler": keys}), collate_fn=as_is,
         num_workers=count, multiprocessing_context=context, pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else it draws from the global generator, and dropout would depend on workers
     )

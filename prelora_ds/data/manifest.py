@@ -3,8 +3,8 @@
 A tar reader stops without a word at a damaged header, so shards are scanned once, when they are written; from then on
 every read goes by the manifest, to an exact place, and a shard that is missing or of another size is an error.
 
-Two files: ``manifest.json`` has the classes and the shards, ``index.npy`` a row of fixed size for each sample. The
-index is mapped and not read: its pages are shared by all processes of a node (25 bytes a sample, 32 MB for ImageNet).
+Two files: ``manifest.json`` has the classes and the shards, ``index.npy`` a row of fixed size for
+each sample (25 bytes, 32 MB for ImageNet), which is read from the file when it is needed.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from uuid import uuid4
 import numpy as np
 from numpy.typing import NDArray
 
-from prelora_ds.core.errors import ConfigError
+from prelora_ds.core.errors import ConfigError, ExpectedError
+from prelora_ds.data.rows import ROW, RowFile, disk_error
 
 MANIFEST_NAME, INDEX_NAME = "manifest.json", "index.npy"
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # the column ``extension`` of a row counts in this
-ROW = np.dtype([("offset", "<i8"), ("length", "<u4"), ("crc32", "<u4"), ("label", "<i4"), ("shard", "<i4"),
-                ("extension", "u1")])
 _VERSION = 2
+_PROTOCOLS = "install what the protocol needs (http: aiohttp, s3: s3fs, gs: gcsfs)"
 _REWRITE = ("copy the folder again from where it is whole, or write it again with `prelora shards build`; "
             "`prelora shards verify` lists what is damaged")
 
@@ -48,23 +48,31 @@ class Shard(NamedTuple):
 class Manifest:
     """A data set: shards in ``folder`` (a path, or a URL), and the class names that the labels 0, 1, ... stand for.
 
-    ``rows``, of dtype ROW, has a row for each sample in the order of shards and files: ``length`` bytes of image from
-    ``offset`` of ``shard``, their ``crc32``, ``label`` and ``extension``. A sample's index is the number of its row.
-    Where ``rows`` is mapped from ``index_file``, a pickled manifest takes the path along and not the rows.
+    ``index`` has a row for each sample in the order of shards and files: ``length`` bytes of image
+    from ``offset`` of ``shard``, their ``crc32``, ``label`` and ``extension``. A sample's index is
+    the number of its row. A pickled manifest takes the path of the index along and not the rows.
+
+    ``label_key`` is that of the labels in .json, where `prelora shards index` was given one.
     """
 
     folder: Path | str
     classes: tuple[str, ...]
     shards: tuple[Shard, ...]
     index_crc32: int
-    rows: NDArray[np.void] = field(compare=False, repr=False)
-    index_file: Path = field(compare=False)
+    index: RowFile = field(compare=False, repr=False)
+    label_key: str | None = field(default=None, compare=False)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.index)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _mapped, (self.folder, self.classes, self.shards, self.index_crc32, self.index_file)
+    @property
+    def rows(self) -> NDArray[np.void]:
+        """All rows, of dtype ROW, read anew. Raises DataFileError."""
+        return self.index.slice(0, len(self.index))
+
+    @property
+    def index_file(self) -> Path:
+        return self.index.path
 
     def place(self, shard: int) -> str:
         """Path or URL of shard number ``shard``."""
@@ -72,17 +80,19 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: str | Path, key: str = "data.train", *, sizes: bool = True) -> Manifest:
-        """Map the index of ``folder``, a path or an fsspec URL, and hold every shard on a local disk against it.
+        """Read the manifest of ``folder``, a path or an fsspec URL, and look at local shards.
 
         ``key`` is the setting that named the folder. Raises ConfigError for a missing folder, a missing or invalid
-        manifest, an index that is not its own, no samples at all, a missing shard, and a shard of another size. Those
-        of a URL are not looked at, nor any without ``sizes``.
+        manifest, an index that is not its own, no samples at all, a missing shard, and a shard of
+        another size; DataFileError where the disk fails. Shards of a URL are not looked at, nor any
+        without ``sizes``.
         """
         here = _fetched(str(folder), key) if is_url(folder) else Path(folder)
-        if not here.is_dir():
-            raise ConfigError(key, str(folder), "no such folder", "write shards there with `prelora shards`")
         path = here / MANIFEST_NAME
         try:
+            if not here.is_dir():
+                raise ConfigError(key, str(folder), "no such folder",
+                                  "write shards there with `prelora shards`")
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["version"] == 1:
                 raise ConfigError(key, str(path), "a manifest of version 1, without checksums",
@@ -93,12 +103,17 @@ class Manifest:
             raise ConfigError(key, str(folder), f"holds no {name}",
                               "name a folder made by `prelora shards`, or let `prelora shards index` look through it") \
                 from None
-        except ConfigError:
+        except OSError as error:
+            raise disk_error(key, error.filename or str(folder), error, "cannot be read",
+                             "name a folder of shards that this user may read") from error
+        except ExpectedError:
             raise
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ConfigError(key, str(path), f"invalid manifest ({type(error).__name__}: {error})", _REWRITE) \
                 from error
-        if sizes and not is_url(manifest.folder):
+        if is_url(manifest.folder):
+            _check_protocol(str(manifest.folder), key)
+        elif sizes:
             _check_sizes(manifest, key)
         return manifest
 
@@ -108,11 +123,11 @@ def is_url(folder: str | Path) -> bool:
 
 
 def save_manifest(folder: Path, classes: Sequence[str], shards: Sequence[Shard], rows: Sequence[NDArray[np.void]], *,
-                  base: str | None = None) -> None:
+                  base: str | None = None, label_key: str | None = None) -> None:
     """Write ``index.npy`` and then, at once and whole, ``manifest.json`` into ``folder``.
 
     ``rows`` has those of each shard; their shard numbers are set here. ``base`` is the URL of the shards where
-    they do not lie beside the manifest.
+    they do not lie beside the manifest, ``label_key`` that of the labels in .json. Raises OSError.
     """
     for number, of_shard in enumerate(rows):
         of_shard["shard"] = number
@@ -121,6 +136,7 @@ def save_manifest(folder: Path, classes: Sequence[str], shards: Sequence[Shard],
     content = {
         "version": _VERSION, "samples": len(index), "index_crc32": zlib.crc32(buffer.getbuffer()),
         **({} if base is None else {"base": base}),
+        **({} if label_key is None else {"label_key": label_key}),
         "classes": list(classes),
         "shards": [{name: getattr(shard, name) for name in ("name", "size_bytes", "samples", "crc32")}
                    for shard in shards],
@@ -151,45 +167,98 @@ def file_crc32(path: Path) -> int:
     return crc32
 
 
-def _mapped(folder: Path | str, classes: tuple[str, ...], shards: tuple[Shard, ...], index_crc32: int,
-            index_file: Path) -> Manifest:
-    # A plain view: a memmap makes an object with a dictionary of its own for every row that is taken out of it.
-    rows = np.load(index_file, mmap_mode="r", allow_pickle=False).view(np.ndarray)
-    if rows.dtype != ROW or rows.shape != (sum(shard.samples for shard in shards),):
-        raise ValueError(f"{index_file} has rows {rows.shape} of {rows.dtype}, which are not this manifest's")
-    return Manifest(folder, classes, shards, index_crc32, rows, index_file)
-
-
 def _parse(folder: Path | str, here: Path, content: dict[str, Any]) -> Manifest:
     """``folder`` is what the user named, ``here`` where the two files are."""
     if content["version"] != _VERSION:
         raise ValueError(f"version {content['version']!r}, and this program reads version {_VERSION}")
-    classes, shards, first = tuple(map(str, content["classes"])), [], 0
+    if not isinstance(content["classes"], list):
+        raise ValueError("classes is not a list")
+    classes = tuple(_text(name, "a class name") for name in content["classes"])
+    shards: list[Shard] = []
+    first = 0
     for entry in content["shards"]:
-        shards.append(Shard(str(entry["name"]), int(entry["size_bytes"]), int(entry["samples"]), int(entry["crc32"]),
-                            first))
+        shards.append(Shard(_file_name(entry["name"]), _count(entry, "size_bytes"),
+                            _count(entry, "samples"), _count(entry, "crc32"), first))
         first += shards[-1].samples
-    index = here / INDEX_NAME
-    if (found := file_crc32(index)) != content["index_crc32"]:
-        raise ValueError(f"{INDEX_NAME} has the checksum {found:08x} and not {content['index_crc32']:08x}: "
-                         "damaged, or of other shards")
-    manifest = _mapped(content.get("base", folder), classes, tuple(shards), found, index)
-    if len(manifest) == 0:
-        raise ValueError("no samples")
+    if len({shard.name for shard in shards}) < len(shards):
+        raise ValueError("a shard is named twice")
+    label_key = content.get("label_key")
+    if label_key is not None:
+        _text(label_key, "label_key")
+    base, crc32 = content.get("base"), _count(content, "index_crc32")
+    index = _index(here / INDEX_NAME, crc32, first)
+    place = folder if base is None else _text(base, "base")
+    if not place:
+        raise ValueError("base is empty")
+    manifest = Manifest(place, classes, tuple(shards), crc32, index, label_key)
     for number, shard in enumerate(shards):
-        if Path(shard.name).name != shard.name:
-            raise ValueError(f"{shard.name!r} is no file name")
-        rows = manifest.rows[shard.first:shard.first + shard.samples]
         if shard.samples < 1:
             raise ValueError(f"{shard.name} is empty")
-        stop = rows["offset"] + rows["length"]
-        if (rows["shard"] != number).any() or rows["offset"].min() < 0 or stop.max() > shard.size_bytes:
-            raise ValueError(f"{shard.name}: a sample lies outside of its {shard.size_bytes} bytes")
-        if rows["label"].min() < 0 or rows["label"].max() >= len(classes):
-            raise ValueError(f"{shard.name}: a label is of none of the {len(classes)} classes")
-        if rows["extension"].max() >= len(EXTENSIONS):
-            raise ValueError(f"{shard.name}: an image is in none of the formats {EXTENSIONS}")
+        _check_rows(index.slice(shard.first, shard.samples), number, shard, len(classes))
     return manifest
+
+
+def _index(path: Path, crc32: int, samples: int) -> RowFile:
+    try:
+        index = RowFile(path)
+    except ValueError as error:
+        found, problem = file_crc32(path), str(error)
+    else:
+        found, problem = index.crc32, ""
+    if found != crc32:
+        raise ValueError(f"{INDEX_NAME} has the checksum {found:08x} and not {crc32:08x}: damaged, "
+                         "or of other shards")
+    if problem:
+        raise ValueError(f"{INDEX_NAME} {problem}")
+    if len(index) != samples:
+        raise ValueError(f"{INDEX_NAME} has {len(index)} rows, and the shards {samples} samples")
+    if samples == 0:
+        raise ValueError("no samples")
+    return index
+
+
+def _check_rows(rows: NDArray[np.void], number: int, shard: Shard, classes: int) -> None:
+    """Raise ValueError where a row of ``shard`` points at what is not there."""
+    offset, length = rows["offset"], rows["length"].astype(np.int64)
+    # not offset + length, which may overflow
+    outside = (offset < 0) | (offset > shard.size_bytes - length)
+    if (rows["shard"] != number).any() or outside.any():
+        raise ValueError(f"{shard.name}: a sample lies outside of its {shard.size_bytes} bytes")
+    if rows["label"].min() < 0 or rows["label"].max() >= classes:
+        raise ValueError(f"{shard.name}: a label is not of any of the {classes} classes")
+    if rows["extension"].max() >= len(EXTENSIONS):
+        raise ValueError(f"{shard.name}: an image is not in any of the formats {EXTENSIONS}")
+
+
+def _count(content: dict[str, Any], name: str) -> int:
+    value = content[name]
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"{name} is {value!r:.60}, and not a whole number")
+    return value
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str) or "\0" in value:
+        raise ValueError(f"{name} is {value!r:.60}, and not a text")
+    value.encode()  # a UnicodeEncodeError (a ValueError) for what cannot be written anywhere
+    return value
+
+
+def _file_name(value: Any) -> str:
+    name = _text(value, "the name of a shard")
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise ValueError(f"{name!r} is not a file name")
+    return name
+
+
+def _check_protocol(url: str, key: str) -> None:
+    """Raise ConfigError where the package that reads ``url`` is not installed."""
+    import fsspec
+
+    try:
+        fsspec.get_filesystem_class(url.partition("://")[0])
+    except (ImportError, ValueError) as error:
+        raise ConfigError(key, url, f"shards there cannot be read ({error})", _PROTOCOLS) from error
 
 
 def _check_sizes(manifest: Manifest, key: str) -> None:
@@ -199,6 +268,8 @@ def _check_sizes(manifest: Manifest, key: str) -> None:
             size = os.stat(file).st_size
         except FileNotFoundError:
             raise ConfigError(key, file, "the manifest names this shard, and it is missing", _REWRITE) from None
+        except OSError as error:
+            raise disk_error(key, file, error, "cannot be looked at", _REWRITE) from error
         if size != shard.size_bytes:
             problem = f"the shard has {size} bytes, and {shard.size_bytes} in the manifest"
             raise ConfigError(key, file, problem, _REWRITE)
@@ -208,8 +279,9 @@ def _fetched(url: str, key: str) -> Path:
     """A folder of this host with the two files of ``url``; the index is fetched once for each content."""
     import fsspec
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "prelora_ds" / "manifests"
     try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        cache = home / "prelora_ds" / "manifests"
         with fsspec.open(f"{url}/{MANIFEST_NAME}") as file:
             text = file.read()
         here = cache / hashlib.sha256(url.encode() + text).hexdigest()[:32]
@@ -220,6 +292,5 @@ def _fetched(url: str, key: str) -> Path:
             write_whole(here / MANIFEST_NAME, text)
     except Exception as error:  # each protocol has its own errors, and a missing package is an ImportError
         raise ConfigError(key, url, f"cannot be read ({type(error).__name__}: {error})",
-                          "name a folder with a manifest.json, and install what the protocol needs "
-                          "(http: aiohttp, s3: s3fs, gs: gcsfs)") from error
+                          f"name a folder with a manifest.json, and {_PROTOCOLS}") from error
     return here

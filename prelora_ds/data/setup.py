@@ -21,17 +21,20 @@ _TIMED = 32  # images
 _HEADROOM = 1.25
 
 
-def open_data(config: Config) -> tuple[TrainData, Manifest]:
-    """Training and validation data, held against each other. Raises ConfigError."""
+def open_data(config: Config, *, sizes: bool = True) -> tuple[TrainData, Manifest]:
+    """Training and validation data, held against each other. Raises ConfigError.
+
+    sizes: whether to look at every shard, which one rank per host does for all.
+    """
     data = config.data
-    val = Manifest.load(data.val, key="data.val")
+    val = Manifest.load(data.val, key="data.val", sizes=sizes)
     if data.reader == "webdataset":
         assert data.samples_per_epoch is not None, "the config holds both or none"
         unindexed = Unindexed(data.train, data.samples_per_epoch, val.classes)
-        unindexed.shards()  # none is an error now and not later
+        unindexed.check()
         train: TrainData = unindexed
     else:
-        train = Manifest.load(data.train, key="data.train")
+        train = Manifest.load(data.train, key="data.train", sizes=sizes)
     if train.classes != val.classes:
         raise ConfigError("data.val", data.val, f"has {len(val.classes)} classes, and data.train {len(train.classes)}, "
                           "or other names", "name two parts of one data set")

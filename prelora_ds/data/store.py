@@ -6,6 +6,7 @@ import errno
 import os
 import time
 import zlib
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from prelora_ds.core.errors import ExpectedError
@@ -15,17 +16,22 @@ from prelora_ds.data.manifest import Manifest, is_url
 _Bytes = TypeVar("_Bytes", bytes, bytearray)
 _OPEN_FILES = 256  # a process may open 1,024 files, and a data set has more shards than that
 _TRIES, _WAIT_S = 3, 0.5  # of a read that fails: remote stores and parallel file systems have bad moments
-_REMEDY = "`prelora shards verify` lists what is damaged; write or copy those shards again"
+_REMEDY = "`prelora shards verify {0}` lists what is damaged; write or copy those shards again"
+_UNDECODABLE = ("`prelora shards verify {0} --decode` lists every image that cannot be decoded; "
+                "write the shards again without them")
 
 
 class CorruptSampleError(ExpectedError, RuntimeError):
-    """An image that cannot be read or decoded; names its shard and byte offset."""
+    """An image that cannot be read or decoded: ``problem`` names its shard and byte offset."""
 
     of_one_rank = True
 
-    def __init__(self, text: str) -> None:
-        super().__init__(text if _REMEDY in text else f"{text}\n  remedy: {_REMEDY}")
-        self.problem = text
+    def __init__(self, problem: str, remedy: str) -> None:
+        self.problem, self.remedy = problem, remedy
+        super().__init__(f"{problem}\n  remedy: {remedy}")
+
+    def __reduce__(self) -> tuple[type[CorruptSampleError], tuple[str, str]]:
+        return type(self), (self.problem, self.remedy)
 
 
 class SampleStore:
@@ -42,8 +48,11 @@ class SampleStore:
         return self.__dict__ | {"_files": {}, "_filesystem": None}
 
     def read(self, sample: int) -> tuple[bytes | bytearray, int]:
-        """(image bytes, label) of sample ``sample``. Raises CorruptSampleError."""
-        offset, length, crc32, label, number, _ = self.manifest.rows[sample].item()
+        """(image bytes, label) of sample ``sample``.
+
+        Raises CorruptSampleError, and DataFileError where the index is not what it was.
+        """
+        offset, length, crc32, label, number, _ = self.manifest.index.row(sample)
         shard = self.manifest.shards[number]
         if self._cache is not None and (copy := self._cache.copy_of(shard)) is not None:
             try:
@@ -53,7 +62,8 @@ class SampleStore:
             except OSError:
                 pass
             self._forget(copy)  # the copy is gone or bad: the original counts
-            self._cache.discard(shard)
+            with suppress(OSError):
+                self._cache.discard(shard)
         try:
             data = self._original(self.manifest.place(number), offset, length)
         except Exception as error:  # each protocol has its own errors
@@ -62,11 +72,14 @@ class SampleStore:
             raise self.corrupt(sample, f"checksum {found:08x}, and {crc32:08x} in the manifest")
         return data, label
 
-    def corrupt(self, sample: int, problem: str) -> CorruptSampleError:
-        """The error that names the place of ``sample``."""
-        row = self.manifest.rows[sample]
-        return CorruptSampleError(f"sample {sample}, {row['length']} bytes from byte {row['offset']} of "
-                                  f"{self.manifest.place(row['shard'])}: {problem}")
+    def corrupt(self, sample: int, problem: str, *,
+                undecodable: bool = False) -> CorruptSampleError:
+        """The error that names the place of ``sample``, and the command that finds all like it."""
+        row, folder = self.manifest.index.row(sample), self.manifest.folder
+        remedy = (_UNDECODABLE if undecodable else _REMEDY).format(
+            folder if self._remote else self.manifest.index_file.parent)
+        return CorruptSampleError(f"sample {sample}, {row.length} bytes from byte {row.offset} of "
+                                  f"{self.manifest.place(row.shard)}: {problem}", remedy)
 
     def close(self) -> None:
         while self._files:

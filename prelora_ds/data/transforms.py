@@ -19,6 +19,7 @@ from prelora_ds.data.decode import Pixels
 
 _AREA = (0.05, 1.0)
 _RATIO = (3 / 4, 4 / 3)
+_LONGEST = 100  # times the short side
 
 
 def train_crop(pixels: Pixels, *, image_size: int, crop: Crop, rng: np.random.Generator) -> Tensor:
@@ -47,6 +48,10 @@ def eval_transform(pixels: Pixels, *, image_size: int, crop: Crop) -> Tensor:
     if crop != "inception":
         return _resize(image, image_size, image_size)
     short, (height, width) = round(image_size * 256 / 224), image.shape[-2:]
+    # The resize of a strip of 1 x 60,000 pixels would ask for 12 GB, and only its centre is seen.
+    height, width = min(height, _LONGEST * width), min(width, _LONGEST * height)
+    top, left = (image.shape[-2] - height) // 2, (image.shape[-1] - width) // 2
+    image = image[:, top:top + height, left:left + width]
     image = _resize(image, short * height // min(height, width), short * width // min(height, width))
     top, left = round((image.shape[-2] - image_size) / 2), round((image.shape[-1] - image_size) / 2)
     return image[:, top:top + image_size, left:left + image_size]

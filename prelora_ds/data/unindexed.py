@@ -6,6 +6,7 @@ shuffled through a buffer. So batches are equal on all ranks and never end, and 
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,14 +20,16 @@ from prelora_ds.core.errors import ConfigError
 from prelora_ds.data.batch import MicroBatch
 from prelora_ds.data.datasets import Look, keyed
 from prelora_ds.data.decode import UndecodableError, decode
+from prelora_ds.data.labels import LabelReader, SampleError
 from prelora_ds.data.loader import Loader, Workers, WorkerStart, rank_share
-from prelora_ds.data.manifest import EXTENSIONS
+from prelora_ds.data.manifest import EXTENSIONS, is_url
 from prelora_ds.data.order import Position, Stream
 from prelora_ds.data.store import CorruptSampleError
 
 _BUFFER = 1000  # samples of the shuffle, a worker
 _STREAM_KEY, _PIXEL_KEY = 4, 5
 _HOPELESS = 1000  # faults in a row
+_PATTERN = "write .../{000000..000999}.tar, for shards that are there"
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,23 @@ class Unindexed:
         return self.samples
 
     def shards(self) -> list[str]:
-        """Paths or URLs. Raises ConfigError for a pattern of none."""
+        """Paths or URLs. Raises ConfigError for what is not a pattern."""
         from webdataset.shardlists import expand_source
 
-        found: list[str] = expand_source(self.pattern)
-        if not found:
-            raise ConfigError("data.train", self.pattern, "a pattern of no shards", "write .../{000000..000999}.tar")
+        try:
+            found: list[str] = expand_source(self.pattern)
+        except (ValueError, AssertionError) as error:  # the latter for a variable that is not set
+            raise ConfigError("data.train", self.pattern, f"is not a pattern ({error})",
+                              _PATTERN) from error
         return found
+
+    def check(self) -> None:
+        """Raise ConfigError for what is not a pattern, and where no local shard is there."""
+        found = self.shards()
+        if not any(is_url(place) or place.startswith("pipe:") or os.path.isfile(place)
+                   for place in found):
+            raise ConfigError("data.train", self.pattern,
+                              f"none of its {len(found)} shards is there", _PATTERN)
 
 
 class UnindexedLoader(Loader):
@@ -106,9 +119,14 @@ class _Images(IterableDataset[MicroBatch]):
         import webdataset as wds
 
         def note(error: Exception) -> bool:
-            faults.append(f"{type(error).__name__}: {error}")
+            return tell(f"{type(error).__name__}: {error}")
+
+        def tell(fault: str) -> bool:
+            faults.append(fault)
             if len(faults) > _HOPELESS:
-                raise CorruptSampleError(f"{_HOPELESS} faults in a row; the last: {faults[-1]}")
+                raise CorruptSampleError(
+                    f"{_HOPELESS} faults in a row; the last: {faults[-1]}",
+                    "look whether data.train names shards of images with labels in .cls")
             return True
 
         # wds.utils.make_seed is not that of all versions: the key goes in as a number of our own.
@@ -118,18 +136,20 @@ class _Images(IterableDataset[MicroBatch]):
             # nothing else is ever looked at, pickled members least of all
             wds.tarfile_to_samples(handler=note, select_files=lambda name: name.lower().endswith(_MEMBERS)),
             wds.shuffle(_BUFFER, rng=random.Random(own)))
+        labels = LabelReader(None, self._data.classes)
         for sample in stream:
             where = f"sample {sample['__key__']} of {sample['__url__']}"
             images = [key for key in sample if key in EXTENSIONS]
             try:
                 if len(images) != 1 or "cls" not in sample:
-                    raise ValueError("one image and a .cls belong together")
-                label = int(sample["cls"])
-                if not 0 <= label < len(self._data.classes):
-                    raise ValueError(f"label {label} is of none of the {len(self._data.classes)} classes")
+                    tell(f"{where}: one image and a .cls belong together")
+                    continue
+                label = labels.read("cls", sample["cls"])
                 yield decode(sample[images[0]], self._look.num_channels), label
-            except (ValueError, UndecodableError) as error:
-                note(ValueError(f"{where}: {error}"))
+            except SampleError as error:
+                tell(f"{where} {error}")
+            except UndecodableError as error:
+                tell(f"{where}: no picture: {error}")
 
 
 _MEMBERS = (".cls", *(f".{extension}" for extension in EXTENSIONS))

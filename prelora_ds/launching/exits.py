@@ -85,6 +85,8 @@ def fail(error: ExpectedError, ranks: Ranks) -> NoReturn:
     """
     if ranks.rank != 0 and not error.of_one_rank:
         _wait_for_the_launcher(GRACE_S)
+    elif ranks.rank != 0 and error.others_may_meet_it:
+        _wait_for_the_launcher(ECHO_GRACE_S)
     if ranks.rank == 0 or ranks.local_rank == 0 or error.of_one_rank:
         where = "" if ranks.rank == 0 else f" (rank {ranks.rank} on {socket.gethostname()})"
         print(f"error{where}: {error}", file=sys.stderr, flush=True)

@@ -62,7 +62,7 @@ def disk(folder: Path) -> dict[str, Any]:
 
 def shards(folder: Path) -> str:
     """The digest of the manifest, when its first and last shard can be read; else what is wrong."""
-    from prelora_ds.core.errors import ConfigError
+    from prelora_ds.core.errors import ExpectedError
     from prelora_ds.data.manifest import Manifest
 
     try:
@@ -71,7 +71,7 @@ def shards(folder: Path) -> str:
             with (folder / shard.name).open("rb") as file:
                 file.read(4096)
         return f"{len(manifest)} samples"
-    except (OSError, ConfigError) as exc:
+    except (OSError, ExpectedError) as exc:
         return f"error: {exc}"
 
 

@@ -101,7 +101,7 @@ def check_run(config: Config, ranks: Ranks) -> tuple[Config, TrainData, Manifest
     from prelora_ds.data.setup import open_data
     from prelora_ds.launching.autosize import settle
 
-    train_data, val_data = open_data(config)
+    train_data, val_data = open_data(config, sizes=ranks.local_rank == 0)
     layout = check_families(config, len(train_data.classes))
     return settle(config, layout, ranks), train_data, val_data
 

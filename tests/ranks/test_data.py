@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -17,7 +19,7 @@ from support.runs import LABELS, Trainer, config
 
 from prelora_ds.data.batch import MicroBatch, draw_mix
 from prelora_ds.data.manifest import Manifest
-from prelora_ds.data.writer import write_digits
+from prelora_ds.data.writer import DIGIT_CLASSES, digits, write_digits, write_shards
 
 DEBUG = "launch/recipes/vit_tiny_debug.yaml"
 
@@ -100,6 +102,35 @@ def test_a_run_bears_what_the_budget_allows_and_goes_on_with_mixup_and_sigmoid(f
     assert sum(row["data/corrupt"] for row in rows) == 1 and rows[-1]["epoch"] == 1.0
     assert "data workers: the cores of a rank less one" in job.said() and "waiting for data, ms" in job.said()
     assert len(list((tmp_path / "cache").glob("*shard-*.tar"))) == 2  # the damaged one is not kept
+
+
+def test_an_index_that_is_cut_under_a_run_ends_it_with_75_and_one_message(forge, tmp_path):
+    """A mapped one would end it with SIGBUS."""
+    write_digits(tmp_path)
+    out = tmp_path / "out"
+    job = Job(forge, out, tmp_path, "train.duration=100000 steps", "train.eval_every=100000 steps",
+              "convergence=null", zero=1)
+    job.wait_for(out / "metrics.jsonl")
+    os.truncate(tmp_path / "train" / "index.npy", 1000)
+    codes, said = job.end(), job.said()
+    assert 75 in codes and set(codes) <= {75, -9} and said.count("error") == 1, (codes, said)
+    assert re.search(r"error( \(rank 1 on \S+\))?: \S+train/index\.npy is not as it was when it "
+                     r"was opened: its content is another\n  remedy: put the data set back", said), said
+
+
+def test_an_image_of_the_evaluation_that_cannot_be_decoded_is_one_message(forge, tmp_path):
+    write_digits(tmp_path)
+    samples = [(f"{i:03d}", png if i != 20 else b"<html>404</html>", "png", label)
+               for i, (_, png, _, label) in enumerate(digits("val"))]
+    shutil.rmtree(tmp_path / "val")
+    manifest = write_shards(samples, tmp_path / "val", samples_per_shard=512,
+                            class_names=DIGIT_CLASSES)
+    job = Job(forge, tmp_path / "out", tmp_path, "data.workers=1", zero=1)
+    codes, said = job.end(), job.said()
+    assert codes[0] == 1 and said.count("error: ") == 1 and "Traceback" not in said, (codes, said)
+    offset = manifest.rows["offset"][20]
+    assert f"sample 20, 16 bytes from byte {offset} of {manifest.place(0)}: no picture" in said, said
+    assert f"remedy: `prelora shards verify {tmp_path / 'val'} --decode` lists" in said, said
 
 
 def test_a_worker_that_is_killed_is_named_by_its_rank_and_ends_the_run(shards, tmp_path):

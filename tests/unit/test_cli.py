@@ -96,4 +96,4 @@ def test_shards_are_built_verified_and_indexed(
     capsys.readouterr()
     assert prelora(monkeypatch, "shards", "verify", out, "--workers", "1") == 1
     said = capsys.readouterr().out
-    assert "shard-000000.tar" in said and "1 damaged shards" in said
+    assert "shard-000000.tar" in said and "1 shards have problems" in said

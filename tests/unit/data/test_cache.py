@@ -179,6 +179,16 @@ def test_a_folder_that_cannot_be_written_is_a_warning_and_training_goes_on(manif
     images, faults = batches(manifest, ShardCache(tmp_path / "cache", total(manifest)))
     assert torch.equal(images, batches(manifest)[0]) and not faults
     assert "warning: " in capfd.readouterr().err
+    stage(manifest, ShardCache(tmp_path / "cache", total(manifest)))
+    assert capfd.readouterr().err.count("warning: ") == 1  # and not one per shard
+
+
+def test_a_copy_that_can_neither_be_read_nor_removed_is_passed_over(manifest, tmp_path):
+    cache = ShardCache(tmp_path / "cache", total(manifest))
+    for shard in manifest.shards:
+        (cache.folder / f"{shard.crc32:08x}-{shard.size_bytes}-{shard.name}").mkdir(parents=True)
+    images, faults = batches(manifest, cache)
+    assert torch.equal(images, batches(manifest)[0]) and not faults
 
 
 def test_a_server_that_is_gone_is_named_with_shard_and_offset(manifest, url, monkeypatch):

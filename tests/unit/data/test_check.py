@@ -1,13 +1,10 @@
-"""verify finds every change and names its shard; index makes the manifest of shards that others wrote."""
+"""verify finds every change and names its shard; index gives the same manifest again."""
 
 from __future__ import annotations
 
 import functools
 import http.server
-import io
-import json
 import os
-import pickle
 import re
 import shutil
 import tarfile
@@ -17,14 +14,14 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
-import webdataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from support.shards import picture, write_tar
 
 from prelora_ds.core.errors import ConfigError
-from prelora_ds.data.check import index, verify
-from prelora_ds.data.manifest import EXTENSIONS, INDEX_NAME, MANIFEST_NAME, Manifest
+from prelora_ds.data.check import verify
+from prelora_ds.data.indexing import index
+from prelora_ds.data.manifest import INDEX_NAME, MANIFEST_NAME, Manifest
 from prelora_ds.data.writer import DIGIT_CLASSES, digits, write_shards
 
 PER_SHARD = 90
@@ -40,23 +37,6 @@ def whole(tmp_path_factory):
 def folder(whole, tmp_path):
     shutil.copytree(whole.folder, tmp_path / "copy")
     return tmp_path / "copy"
-
-
-def picture(number, form="JPEG"):
-    buffer = io.BytesIO()
-    pixels = np.random.default_rng(number).integers(0, 256, (10, 8, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(buffer, form)
-    return buffer.getvalue()
-
-
-def write_tar(path, members):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
 
 
 def test_whole_shards_are_whole(whole):
@@ -113,7 +93,8 @@ def test_other_labels_headers_and_padding_are_told_apart(whole, folder):
     original = (folder / name).read_bytes()
     for place, wanted, sample in ((label, r"label \d, and \d in the manifest", PER_SHARD + 5),
                                   (header + 124, f"cut short at byte {header}", PER_SHARD + 5),
-                                  (len(original) - 1, "padding", None)):
+                                  (len(original) - 1, "follows the end of the archive", None),
+                                  (int(row["offset"]) + int(row["length"]), "padding", None)):
         damaged = bytearray(original)
         damaged[place] ^= 1
         (folder / name).write_bytes(damaged)
@@ -148,100 +129,46 @@ def test_shards_without_a_manifest_get_the_same_one_again(whole, folder):
     assert {name: (folder / name).read_bytes() for name in before} == before
 
 
-def test_a_manifest_is_not_replaced_except_one_of_version_1_whose_classes_stay(whole, folder):
-    with pytest.raises(ConfigError, match="there is a manifest already"):
-        index(str(folder))
-    (folder / MANIFEST_NAME).write_text(json.dumps({"version": 1, "classes": [f"digit {i}" for i in range(10)]}))
-    (folder / INDEX_NAME).unlink()
-    assert index(str(folder)).manifest.classes[3] == "digit 3"
-    assert np.array_equal(Manifest.load(folder).rows, whole.rows)
+def test_verify_reads_labels_in_json_as_index_did(tmp_path):
+    members = [("a.jpg", picture(1)), ("a.json", b'{"name": "eel"}')]
+    path = write_tar(tmp_path / "x" / "0.tar", members)
+    index(str(path.parent), classes=("cat", "eel"), label_key="name")
+    data = bytearray(path.read_bytes())
+    data[512 + len(members[0][1])] ^= 1  # padding: no sample is harmed
+    path.write_bytes(data)
+    problem, = verify(path.parent)
+    assert problem.sample is None and "padding" in problem.problem
+    path.write_bytes(path.read_bytes().replace(b"eel", b"cat"))
+    assert "label 0, and 1 in the manifest" in verify(path.parent)[0].problem
 
 
-def test_images_and_labels_in_their_several_formats(tmp_path):
-    images = {"a": picture(1), "b": picture(2, "PNG"), "c": picture(3, "WEBP"), "d": picture(4)}
-    write_tar(tmp_path / "x" / "0.tar", [
-        ("a.jpeg", images["a"]), ("a.cls", b"2\n"), ("b.png", images["b"]), ("b.json", b'{"label": 1, "other": "x"}'),
-        ("c.webp", images["c"]), ("c.json", b'{"label": "eel"}')])
-    write_tar(tmp_path / "x" / "1.tar", [("a.jpg", images["d"]), ("a.json", b'{"label": "0"}')])  # its own a
-    made = index(str(tmp_path / "x"), classes=("cat", "dog", "eel")).manifest
-    assert made.rows["label"].tolist() == [2, 1, 2, 0]
-    assert [EXTENSIONS[code] for code in made.rows["extension"]] == ["jpeg", "png", "webp", "jpg"]
-    for row, data in zip(made.rows, images.values(), strict=True):
-        with open(made.place(row["shard"]), "rb") as file:
-            file.seek(row["offset"])
-            assert file.read(row["length"]) == data
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
+def test_what_is_not_a_file_is_not_waited_for(folder, tmp_path, kind):
+    path = folder / "shard-000001.tar"
+    path.unlink()
+    make = {"pipe": os.mkfifo, "folder": os.mkdir, "device": functools.partial(os.symlink, "/dev/zero")}
+    make[kind](path)
+    assert [(p.shard, p.problem) for p in verify(folder)] == [(path.name, "is not a file")]
+    with pytest.raises(ConfigError, match=r"shard-000001\.tar'?: is not a file"):
+        index(str(folder), tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"shard-000001\.tar"):
+        Manifest.load(folder)
 
 
-def test_the_label_may_stand_under_another_key(tmp_path):
-    write_tar(tmp_path / "x" / "0.tar", [("a.jpg", picture(1)), ("a.json", b'{"class_id": 3}')])
-    with pytest.raises(ConfigError, match=r"0\.tar.*at byte 0, sample 'a' has no label \(KeyError: 'label'\)"):
-        index(str(tmp_path / "x"))
-    assert index(str(tmp_path / "x"), label_key="class_id").manifest.rows["label"].tolist() == [3]
-
-
-class Trap:
-    def __reduce__(self):
-        return os.mkdir, (os.environ["TRAP"],)
-
-
-def test_pickled_members_are_counted_and_never_decoded(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRAP", str(tmp_path / "sprung"))
-    trap = pickle.dumps(Trap())
-    write_tar(tmp_path / "x" / "0.tar", [("a.jpg", picture(1)), ("a.cls", b"0"), ("a.pyd", trap), ("b.jpg", picture(2)),
-                                         ("b.cls", b"0"), ("b.meta.pkl", trap), ("b.pth", trap)])
-    made = index(str(tmp_path / "x"))
-    assert made.pickled == 3 and len(made.manifest) == 2 and verify(tmp_path / "x") == []
-    assert not (tmp_path / "sprung").exists()
-
-
-@pytest.mark.parametrize(("members", "problem"), [
-    ([], "at byte 0: the shard is empty"),
-    ([("a.jpg", b"x"), ("a.cls", b"0"), ("b.jpg", b"x")], r"at byte 2048, sample 'b' has 1 images.*a \.cls or \.json"),
-    ([("a.jpg", b"x"), ("a.cls", b"0"), ("b.jpg", b"x"), ("b.cls", b"0"), ("a.jpg", b"x"), ("a.cls", b"0")],
-     "at byte 4096, sample 'a': the name comes twice"),
-    ([("a.jpg", b"x"), ("a.jpg", b"y"), ("a.cls", b"0")], "at byte 0, sample 'a': the name comes twice"),
-    ([("a.jpg", b"x"), ("a.cls", b"0"), ("b.jpg", b"x"), ("b.cls", b"3")], "at byte 2048, sample 'b' has the label 3"),
-    ([("a.jpg", b"x"), ("a.cls", b"-1")], "at byte 0, sample 'a' has the label -1"),
-    ([("a.jpg", b"x"), ("a.json", b'{"label": 1.5}')], "neither a number nor a name"),
-    ([("a.jpg", b"x"), ("a.json", b'{"label": tru')], "has no label"),
-    ([("a.jpg", b"x"), ("a.json", b"[1]")], "has no label"),
-    ([("a.jpg", b"x"), ("a.json", b'{"label": "zebra"}')], "zebra"),
-])
-def test_a_mistake_in_a_shard_is_named_with_its_offset(tmp_path, members, problem):
-    write_tar(tmp_path / "x" / "good.tar", [("a.jpg", b"x"), ("a.cls", b"0")])
-    write_tar(tmp_path / "x" / "wrong.tar", members)
-    for workers in (1,) if members else (1, 2):
-        with pytest.raises(ConfigError, match=rf"SOURCE = .*wrong\.tar.*{problem}"):
-            index(str(tmp_path / "x"), classes=("cat", "dog", "eel"), workers=workers)
-    assert not (tmp_path / "x" / MANIFEST_NAME).exists()
-
-
-def test_a_damaged_header_and_a_cut_are_named_with_their_offset(whole, folder):
-    for name in (MANIFEST_NAME, INDEX_NAME):
-        (folder / name).unlink()
-    path, offset = folder / whole.shards[2].name, int(whole.rows["offset"][2 * PER_SHARD + 9])
-    original = path.read_bytes()
-    damaged = bytearray(original)
-    damaged[offset - 512 + 3] ^= 4
-    for data, place in ((damaged, offset - 512), (original[:offset - 512], offset - 512)):
-        path.write_bytes(data)
-        with pytest.raises(ConfigError, match=rf"shard-000002\.tar.*at byte {place}"):
-            index(str(folder))
-
-
-def test_patterns_name_shards_of_one_folder(whole, folder, tmp_path):
-    pattern = f"{folder}/shard-{{000001..000002}}.tar"
-    made = index(pattern, tmp_path / "part").manifest
-    assert [shard.name for shard in made.shards] == ["shard-000001.tar", "shard-000002.tar"]
-    assert made.place(1) == f"{folder}/shard-000002.tar" and verify(tmp_path / "part") == []
-    assert np.array_equal(made.rows["crc32"], whole.rows["crc32"][PER_SHARD:3 * PER_SHARD])
-    for source, problem in ((f"{folder}/{{a/1,b/2}}.tar", "several folders"), (f"{folder}/{{a,a}}.tar", "twice"),
-                            (str(tmp_path / "none"), "no such folder"), (str(tmp_path), "holds no shards")):
-        with pytest.raises(ConfigError, match=problem):
-            index(source, tmp_path / "other")
-    (folder / "more.tar.gz").write_bytes(b"")
-    with pytest.raises(ConfigError, match=r"more\.tar\.gz is compressed"):
-        index(str(folder), tmp_path / "other")
+def test_what_cannot_be_decoded_is_listed_when_asked_for(tmp_path):
+    images = {"a.jpg": picture(1), "b.jpg": b"<html>404</html>", "c.png": picture(2, "PNG")[:-30]}
+    write_tar(tmp_path / "x" / "0.tar", [member for name, data in images.items()
+                                         for member in ((name, data), (f"{name[0]}.cls", b"0"))])
+    write_tar(tmp_path / "x" / "1.tar", [("a.webp", picture(3, "WEBP")), ("a.cls", b"0")])
+    rows = index(str(tmp_path / "x")).manifest.rows
+    assert verify(tmp_path / "x") == []
+    for workers in (1, 2):
+        problems = verify(tmp_path / "x", decode=True, workers=workers)
+        found = [(p.shard, p.sample, p.offset) for p in problems]
+        assert found == [("0.tar", number, rows["offset"][number]) for number in (1, 2)]
+        assert all("cannot be decoded: " in p.problem for p in problems)
+    os.truncate(tmp_path / "x" / "1.tar", 520)
+    assert [p.sample for p in verify(tmp_path / "x", decode=True)] == [1, 2, 3]
 
 
 @pytest.fixture
@@ -290,14 +217,3 @@ def test_shards_in_other_remote_places_go_through_fsspec(whole, tmp_path):
         memory.rm("/bucket", recursive=True)
     with pytest.raises(ConfigError, match=r"SOURCE = 'nothing://x': cannot be listed"):
         index("nothing://x", tmp_path / "other")
-
-
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_shards_of_webdatasets_own_writer_are_indexed(tmp_path):
-    with webdataset.ShardWriter(str(tmp_path / "s-%04d.tar"), maxcount=3, verbose=0) as writer:
-        for number in range(8):
-            writer.write({"__key__": f"{number:04d}", "jpg": picture(number), "json": {"label": number % 2},
-                          "extra.pyd": {"a": 1}})
-    made = index(str(tmp_path))
-    assert [shard.samples for shard in made.manifest.shards] == [3, 3, 2] and made.pickled == 8
-    assert made.manifest.rows["label"].tolist() == [0, 1] * 4

@@ -21,12 +21,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.utils.data import Dataset
 
 from prelora_ds.core.errors import ConfigError
 from prelora_ds.data.budget import CorruptBudget, CorruptBudgetError
+from prelora_ds.data.check import verify
 from prelora_ds.data.datasets import Look
-from prelora_ds.data.loader import TrainLoader, WorkerLostError, eval_batches
+from prelora_ds.data.loader import TrainLoader, WorkerLostError, Workers, eval_batches
 from prelora_ds.data.manifest import Manifest
+from prelora_ds.data.rows import DataFileError
 from prelora_ds.data.store import CorruptSampleError
 from prelora_ds.data.writer import write_shards
 
@@ -185,6 +188,29 @@ def test_evaluation_replaces_nothing(folder):
         list(eval_batches(Manifest.load(folder), LOOK, batch_size=4, rank=0, world_size=1, workers=0))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_of_the_evaluation_that_cannot_be_decoded_is_named_in_two_lines(folder, workers):
+    manifest = Manifest.load(folder)
+    with pytest.raises(CorruptSampleError) as caught:
+        list(eval_batches(manifest, LOOK, batch_size=4, rank=0, world_size=1, workers=workers))
+    assert str(caught.value) == (
+        f"sample 17, 17 bytes from byte {manifest.rows['offset'][17]} of {folder}/shard-000001.tar: "
+        f"no picture: the bytes are not JPEG, PNG or WEBP\n  remedy: `prelora shards verify {folder} "
+        "--decode` lists every image that cannot be decoded; write the shards again without them")
+    assert [problem.sample for problem in verify(folder, decode=True)] == [17]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_index_that_is_cut_under_a_loader_ends_it_with_75(folder, workers):
+    made = loader(folder, workers=workers)
+    made.next()
+    os.truncate(folder / "index.npy", 500)
+    with pytest.raises(DataFileError, match=r"index\.npy is not as it was") as caught:
+        for _ in range(20):
+            made.next()
+    assert caught.value.exit_code == 75 and len(str(caught.value).splitlines()) == 2
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_data_set_without_any_readable_sample_ends_the_loader(tmp_path, workers):
     write_shards(((str(i), b"nothing", "png", 0) for i in range(12)), tmp_path / "bad", samples_per_shard=6,
@@ -230,6 +256,18 @@ def test_a_budget_of_nothing_bears_nothing():
 
 
 # ---- workers
+
+class Greedy(Dataset):
+    def __getitems__(self, keys: object) -> object:
+        raise MemoryError("Unable to allocate 11.9 GiB")
+
+
+def test_a_worker_without_memory_says_what_to_do_in_two_lines():
+    workers = Workers(Greedy(), [[0]], 1, "forkserver")
+    with pytest.raises(WorkerLostError, match=r"more memory .*GiB\)\n  remedy: .*fewer") as caught:
+        next(workers)
+    assert len(str(caught.value).splitlines()) == 2
+
 
 def test_workers_give_the_same_however_they_are_started(folder):
     """In a process of its own: a fork of this one would copy the locks of other tests' threads."""

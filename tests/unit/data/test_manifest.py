@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import zlib
 
@@ -12,7 +13,16 @@ import psutil
 import pytest
 
 from prelora_ds.core.errors import ConfigError
-from prelora_ds.data.manifest import EXTENSIONS, INDEX_NAME, MANIFEST_NAME, ROW, Manifest, Shard, save_manifest
+from prelora_ds.data.manifest import (
+    EXTENSIONS,
+    INDEX_NAME,
+    MANIFEST_NAME,
+    Manifest,
+    Shard,
+    save_manifest,
+)
+from prelora_ds.data.rows import ROW, DataFileError, Row
+from prelora_ds.data.store import SampleStore
 from prelora_ds.data.writer import DIGIT_CLASSES, digits, write_shards
 
 
@@ -63,17 +73,72 @@ def large(folder, samples=1_281_167, samples_per_shard=1000):
     return shards
 
 
-def test_an_index_of_1_28_million_samples_is_mapped_not_read_and_small(tmp_path):
+def test_an_index_of_1_28_million_samples_is_read_at_its_place_and_takes_no_memory(tmp_path):
     for shard in large(tmp_path):
         with (tmp_path / shard.name).open("wb") as file:
             file.truncate(shard.size_bytes)
     private = psutil.Process().memory_full_info().uss
     manifest = Manifest.load(tmp_path)
     copies = [pickle.loads(pickle.dumps(manifest)) for _ in range(8)]
-    assert len(manifest) == 1_281_167 and manifest.rows["offset"][::1000].sum() == 512 * 1282
-    assert all(copy.rows["length"].min() == 1024 for copy in copies)  # every page of every copy is touched
-    assert psutil.Process().memory_full_info().uss - private < manifest.rows.nbytes + (20 << 20)
-    assert manifest.rows.nbytes < 33e6 and len(pickle.dumps(manifest)) < 100_000
+    assert len(manifest) == 1_281_167
+    for sample in range(0, len(manifest), 9999):
+        offset = sample % 1000 * 2048 + 512
+        expected = Row(offset, 1024, 0, 0, sample // 1000, 0)
+        assert {copy.index.row(sample) for copy in copies} == {expected}
+    assert psutil.Process().memory_full_info().uss - private < 20 << 20
+    assert manifest.rows["offset"][::1000].sum() == 512 * 1282
+    assert manifest.index_file.stat().st_size < 33e6 and len(pickle.dumps(manifest)) < 100_000
+
+
+def test_an_index_that_is_cut_under_a_reader_is_an_error_with_75_and_no_signal(shards):
+    """A mapped file that is cut ends the process with SIGBUS."""
+    store = SampleStore(shards)
+    store.read(300)
+    for size in (shards.index_file.stat().st_size - 1, 2000, 0):
+        os.truncate(shards.index_file, size)
+        with pytest.raises(DataFileError, match=r"index\.npy is not as it (.|\n)*again") as caught:
+            store.read(300)
+        assert caught.value.exit_code == 75
+    with pytest.raises(DataFileError):
+        pickle.loads(pickle.dumps(shards)).index.row(0)
+    with pytest.raises(DataFileError):
+        assert shards.rows is None
+
+
+def test_an_index_of_the_same_content_is_the_same_and_another_one_is_not(shards, tmp_path):
+    store, content = SampleStore(shards), shards.index_file.read_bytes()
+    expected = store.read(300)
+    os.utime(shards.index_file, (1, 1))
+    assert store.read(300) == expected
+    (tmp_path / "new").write_bytes(content)
+    (tmp_path / "new").replace(shards.index_file)  # as rsync does
+    assert store.read(300) == expected == SampleStore(pickle.loads(pickle.dumps(shards))).read(300)
+    changed = bytearray(content)
+    changed[-25 + 16] ^= 1  # the label of the last sample
+    shards.index_file.write_bytes(changed)
+    with pytest.raises(DataFileError, match="its content is another"):
+        pickle.loads(pickle.dumps(shards)).index.row(0)
+    assert store.read(300) == expected  # from the file that was opened, which has no name any more
+    shards.index_file.unlink()
+    with pytest.raises(DataFileError, match="No such file"):
+        pickle.loads(pickle.dumps(shards)).index.row(0)
+    shards.index_file.write_bytes(content)
+    assert store.read(300) == expected
+
+
+def test_there_is_no_row_before_the_first_and_after_the_last(shards):
+    assert shards.index.row(359) == tuple(shards.rows[359].item())
+    for sample in (-1, 360):
+        with pytest.raises(IndexError):
+            shards.index.row(sample)
+
+
+def test_the_shards_are_looked_at_by_those_who_are_asked_to(shards):
+    """One rank per host is: a million ranks times shards would be too many for a file system."""
+    (shards.folder / "shard-000002.tar").unlink()
+    assert Manifest.load(shards.folder, sizes=False) == shards
+    with pytest.raises(ConfigError, match="missing"):
+        Manifest.load(shards.folder)
 
 
 def test_a_manifest_is_read_from_a_url_and_its_index_kept(shards, tmp_path, monkeypatch):
@@ -86,6 +151,12 @@ def test_a_manifest_is_read_from_a_url_and_its_index_kept(shards, tmp_path, monk
     with pytest.raises(ConfigError, match=r"data\.val = 'memory://copy': cannot be read.*index\.npy"):
         Manifest.load("memory://copy", "data.val")
     assert not (tmp_path / "cache" / "prelora_ds" / "manifests" / "index.npy").exists()
+
+
+def test_shards_behind_a_protocol_that_is_not_known_are_refused_at_the_start(shards):
+    change(shards.folder, lambda c: c.update(base="nothing://bucket"))
+    with pytest.raises(ConfigError, match=r"data\.train = 'nothing://bucket': shards there"):
+        Manifest.load(shards.folder)
 
 
 def test_a_manifest_of_version_1_says_what_to_do(shards):

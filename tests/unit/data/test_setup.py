@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 from typing import Any
 
 import pytest
 
-from prelora_ds.configuring import validate
+from prelora_ds.configuring import load_config, validate
 from prelora_ds.core.config import Config
 from prelora_ds.core.errors import ConfigError
 from prelora_ds.data.loader import TrainLoader
@@ -15,6 +16,8 @@ from prelora_ds.data.manifest import Manifest
 from prelora_ds.data.setup import count_workers, decode_rate, make_loader, open_data, samples_per_epoch
 from prelora_ds.data.unindexed import Unindexed, UnindexedLoader
 from prelora_ds.data.writer import digits, write_shards
+from prelora_ds.launching.ranks import Ranks
+from prelora_ds.launching.start import check_run
 from prelora_ds.reporting.plan import fastest_images_per_s
 
 
@@ -41,6 +44,20 @@ def test_a_dropped_tail_shortens_the_epoch_and_may_not_leave_it_empty(shards):
     assert samples_per_epoch(config(shards, size=64), 1437) == 1437
     with pytest.raises(ConfigError, match=r"data\.tail = 'drop': leaves nothing"):
         open_data(config(shards, tail="drop", size=2048))
+
+
+def test_ranks_that_are_not_the_first_of_their_host_leave_the_shards_alone(shards, tmp_path):
+    copy = shutil.copytree(shards, tmp_path / "copy")
+    (copy / "train" / "shard-000001.tar").unlink()
+    assert len(open_data(config(copy), sizes=False)[0]) == 1437
+    with pytest.raises(ConfigError, match=r"data\.train = .*shard-000001\.tar.*missing"):
+        open_data(config(copy))
+    tiny = load_config("launch/recipes/vit_tiny_debug.yaml",
+                       [f"data.train={copy / 'train'}", f"data.val={copy / 'val'}"],
+                       "ds_configs/zero2.json")
+    check_run(tiny, Ranks(rank=1, local_rank=1, world_size=2))
+    with pytest.raises(ConfigError, match=r"data\.train = .*shard-000001\.tar.*missing"):
+        check_run(tiny, Ranks(rank=2, local_rank=0, world_size=4))
 
 
 def test_other_classes_are_refused(shards, tmp_path):

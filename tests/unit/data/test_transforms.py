@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.memory import small_memory
 
 from prelora_ds.core.errors import ConfigError
 from prelora_ds.data.datasets import keyed
@@ -121,6 +122,16 @@ def test_evaluation_resizes_and_crops_as_torchvision_does(height, width):
     image = torch.from_numpy(pixels).permute(2, 0, 1)
     expected = center_crop(resize(image, [73], antialias=True), [64, 64])
     assert torch.equal(eval_transform(pixels, image_size=64, crop="inception"), expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 60_000), (60_000, 1), (2, 65_000)])
+def test_a_strip_is_evaluated_and_trained_on_with_little_memory(shape):
+    pixels = np.arange(np.prod(shape)).reshape(*shape, 1).astype(np.uint8).repeat(3, axis=2)
+    with small_memory():
+        for crop in ("inception", "pad", "none"):
+            evaluated = eval_transform(pixels, image_size=224, crop=crop)
+            trained = train_crop(pixels, image_size=224, crop=crop, rng=keyed(1))
+            assert evaluated.shape == trained.shape == (3, 224, 224)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

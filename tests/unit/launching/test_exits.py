@@ -6,6 +6,7 @@ import pytest
 
 from prelora_ds.core.errors import ConfigError, TrainingDivergedError
 from prelora_ds.data.loader import WorkerLostError
+from prelora_ds.data.rows import DataFileError
 from prelora_ds.data.store import CorruptSampleError
 from prelora_ds.launching import exits
 from prelora_ds.launching.ranks import Ranks
@@ -53,13 +54,23 @@ def test_the_other_ranks_of_a_host_say_nothing(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("error", [CorruptSampleError("sample 3 of shard-000001.tar"), WorkerLostError("it is gone")])
+@pytest.mark.parametrize("error", [CorruptSampleError("sample 3 of shard-000001.tar", "look"),
+                                   WorkerLostError("it is gone")])
 def test_what_one_rank_alone_has_met_it_says_at_once(
     error, capsys: pytest.CaptureFixture[str], naps: list[float]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         exits.fail(error, Ranks(5, 1, 8))
     assert (ended.value.code, naps) == (1, [])
+    assert capsys.readouterr().err == f"error (rank 5 on {socket.gethostname()}): {error}\n"
+
+
+def test_what_all_ranks_may_meet_is_left_to_rank_0_for_a_moment(capsys: pytest.CaptureFixture[str],
+                                                                naps: list[float]) -> None:
+    error = DataFileError("the index was cut")
+    with pytest.raises(SystemExit) as ended:
+        exits.fail(error, Ranks(5, 1, 8))
+    assert (ended.value.code, naps) == (75, [exits.ECHO_GRACE_S])
     assert capsys.readouterr().err == f"error (rank 5 on {socket.gethostname()}): {error}\n"
 
 

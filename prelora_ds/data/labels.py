@@ -1,0 +1,186 @@
+"""Labels and class names, as they stand in shards and lists that others wrote."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from prelora_ds.core.errors import ConfigError
+
+# Without class names the classes are the numbers up to the largest label, and each has a row in
+# the head.
+MOST_CLASSES = 1_000_000
+_NUMBER = re.compile(r"[+-]?[0-9]{1,20}")
+_NAMES = "name a text file with one class name per line, in the order of the labels 0, 1, ..."
+_SHOWN = 60  # characters of what was found in the place of a label
+
+
+class SampleError(ValueError):
+    """A sample cannot be taken from its shard; ``remedy`` tells what to do about it."""
+
+    def __init__(self, problem: str, remedy: str) -> None:
+        self.remedy = remedy
+        super().__init__(problem)
+
+
+def read_classes(path: Path, key: str = "--classes") -> tuple[str, ...]:
+    """The class names of a text file, one per line; a byte-order mark and blank lines are dropped.
+
+    Raises ConfigError for a file that cannot be read, is not UTF-8 or names nothing, and for a name
+    that comes twice: it would not be clear which number it stands for.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # every kind of line end becomes \n
+    except UnicodeDecodeError as error:
+        problem = f"is not UTF-8 text ({error.reason} at byte {error.start})"
+        raise ConfigError(key, str(path), problem, "save the file as UTF-8") from error
+    except OSError as error:
+        raise ConfigError(key, str(path), f"cannot be read ({error.strerror})", _NAMES) from error
+    lines: dict[str, int] = {}
+    for number, line in enumerate(text.split("\n"), 1):
+        name = line.strip()
+        if "\0" in name:
+            raise ConfigError(key, str(path), f"line {number} holds a null byte", _NAMES)
+        if name in lines:
+            raise ConfigError(
+                key,
+                str(path),
+                f"names {name!r} twice, in lines {lines[name]} and {number}",
+                "give each class a name of its own",
+            )
+        if name:
+            lines[name] = number
+    if not lines:
+        raise ConfigError(key, str(path), "names no class", _NAMES)
+    return tuple(lines)
+
+
+class LabelReader:
+    """The label of a sample from its ``.cls`` or its ``.json``.
+
+    label_key None: the number in ``.cls``, or, where there is no ``.cls``, what ``.json`` has under
+    "label". Otherwise it is what ``.json`` has under this key, and ``.cls`` is not looked at.
+
+    A label in JSON may be the name of a class, where ``classes`` are given.
+    """
+
+    def __init__(self, label_key: str | None, classes: Sequence[str] | None) -> None:
+        self.key, self._only_json = label_key or "label", label_key is not None
+        self._classes = classes
+        self._numbers: dict[str, list[int]] = {}
+        for number, name in enumerate(classes or ()):
+            self._numbers.setdefault(name, []).append(number)
+
+    def member(self, extensions: Sequence[str]) -> str:
+        """The extension, out of those of a sample, of the label. Raises SampleError."""
+        wanted = ("json",) if self._only_json else ("cls", "json")
+        found = next((extension for extension in wanted if extension in extensions), None)
+        if found is not None:
+            return found
+        if "cls" in extensions:
+            raise SampleError(
+                f"has a .cls and no .json, and the label is wanted under {self.key!r} in a .json",
+                "leave --label-key out to take the labels from .cls",
+            )
+        raise SampleError(
+            f"has the members {sorted(extensions)}, and none with its label (.cls or .json)",
+            "write the shards again, with a label beside each image",
+        )
+
+    def read(self, extension: str, data: bytes) -> int:
+        """The label that the member with this extension holds. Raises SampleError."""
+        label = _number(data) if extension == "cls" else self._of_json(data)
+        if label < 0 or (self._classes is not None and label >= len(self._classes)):
+            of = (
+                "of any class"
+                if self._classes is None
+                else f"of any of the {len(self._classes)} classes"
+            )
+            raise SampleError(
+                f"has the label {label}, which is not the number {of}",
+                "classes count from 0: write other labels, or give all class names with --classes",
+            )
+        if label >= MOST_CLASSES:
+            raise SampleError(
+                f"has the label {label}, and the classes would be the numbers from 0 to {label}",
+                f"write labels below {MOST_CLASSES:,} that count from 0",
+            )
+        return label
+
+    def _of_json(self, data: bytes) -> int:
+        try:
+            content = json.loads(data, object_pairs_hook=self._once)
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, SampleError):
+                raise
+            raise SampleError(
+                f"has a .json that cannot be read ({error})", "write the shards again"
+            ) from error
+        if not isinstance(content, dict) or self.key not in content:
+            has = (
+                f"the keys {_shown(sorted(content))}"
+                if isinstance(content, dict)
+                else _shown(content)
+            )
+            raise SampleError(
+                f"has a .json without the key {self.key!r}; it holds {has}",
+                "name the key of the label with --label-key",
+            )
+        label = content[self.key]
+        if isinstance(label, int) and not isinstance(label, bool):
+            return label
+        if not isinstance(label, str):
+            raise SampleError(
+                f"has {_shown(label)} under {self.key!r} in its .json, which is neither a number "
+                "nor a name",
+                "name the key of the label with --label-key",
+            )
+        return self._of_name(label)
+
+    def _of_name(self, name: str) -> int:
+        numbers = self._numbers.get(name, [])
+        if len(numbers) > 1:
+            raise SampleError(
+                f"has the label {name!r}, which is the name of the classes {numbers[0]} and "
+                f"{numbers[1]}",
+                "give each class a name of its own with --classes",
+            )
+        if numbers:
+            return numbers[0]
+        if _NUMBER.fullmatch(name.strip()):
+            return int(name)
+        among = (
+            "no class names are given"
+            if self._classes is None
+            else f"it is not the name of any of the {len(self._classes)} classes"
+        )
+        raise SampleError(
+            f"has the label {_shown(name)} in its .json, and {among}",
+            "give the names of all classes with --classes FILE or --like SHARDS",
+        )
+
+    def _once(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if sum(key == self.key for key, _ in pairs) > 1:
+            raise SampleError(
+                f"has the key {self.key!r} twice in its .json", "write the shards again"
+            )
+        return dict(pairs)
+
+
+def _number(data: bytes) -> int:
+    """The number in a ``.cls``. Raises SampleError."""
+    text = data.removeprefix(b"\xef\xbb\xbf").strip().decode("ascii", "replace")
+    if not _NUMBER.fullmatch(text):
+        raise SampleError(
+            f"has {_shown(data)} in its .cls, which is not a number",
+            "write the number of the class there, or name a key of its .json with --label-key",
+        )
+    return int(text)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
