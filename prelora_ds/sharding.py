@@ -19,6 +19,7 @@ _LAUNCHERS = (("RANK", "WORLD_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_
 
 SamplesPerShard = Annotated[int, typer.Option(min=1)]
 Workers = Annotated[int | None, typer.Option(min=1, help="processes; as many as this process may use cores, else")]
+Seed = Annotated[int, typer.Option(min=0)]
 Like = Annotated[Path | None, typer.Option(help="a folder of shards whose classes to take (for val: those of train)")]
 
 
@@ -44,7 +45,7 @@ def digits(out: Path, samples_per_shard: SamplesPerShard = 512) -> None:
 
 
 @shards_app.command()
-def photographs(out: Path, train: int = 256, val: int = 64, short_side: int = 384, seed: int = 0,
+def photographs(out: Path, train: int = 256, val: int = 64, short_side: int = 384, seed: Seed = 0,
                 samples_per_shard: SamplesPerShard = 128) -> None:
     """Write JPEGs cut from the photographs of the scikit-image and foolbox wheels, labelled as in ImageNet."""
     from prelora_ds.data import writer
@@ -66,7 +67,7 @@ def build(source: Path, out: Path,
           like: Like = None,
           resize_short: Annotated[int | None, typer.Option(min=1, help="pixels of the short side; JPEG again")] = None,
           quality: Annotated[int | None, typer.Option(min=1, max=100, help="of --resize-short's JPEGs [90]")] = None,
-          samples_per_shard: SamplesPerShard = 1024, workers: Workers = None, seed: int = 0) -> None:
+          samples_per_shard: SamplesPerShard = 1024, workers: Workers = None, seed: Seed = 0) -> None:
     """Write the images of SOURCE, shuffled by seed, to the new folder OUT; on many hosts under mpiexec or srun.
 
     Bytes are untouched without --resize-short. After a kill, the same command goes on where it stopped.

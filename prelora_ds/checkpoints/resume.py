@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from prelora_ds.checkpoints.folder import (
@@ -30,7 +29,7 @@ from prelora_ds.core.errors import ConfigError
 from prelora_ds.core.plan import Layout
 from prelora_ds.engine.build import Counters
 from prelora_ds.engine.checkpoint import read_state
-from prelora_ds.engine.rng import restore_rng
+from prelora_ds.engine.rng import restore_rng, seed_rng
 from prelora_ds.engine.state import EngineState
 from prelora_ds.metrics import cut_back
 
@@ -54,11 +53,10 @@ class Checkpoint:
 
     def restore_rng(self, seed: int) -> None:
         """Set this rank's generators: as they were, or in a world of another size anew, from seed, rank and step."""
-        rank = dist.get_rank()
         if self.manifest.world_size == dist.get_world_size():
             restore_rng(self.rng)
         else:
-            torch.manual_seed((seed + 1 + rank) * 1_000_003 + self.run.step)
+            seed_rng(seed, dist.get_rank(), self.run.step)
 
 
 def candidates(out: Path, resume: str) -> list[Path]:

@@ -155,6 +155,11 @@ def test_durations_of_another_unit_or_number_differ() -> None:
     (DataConfig, {"train": "a", "val": "b", "corrupt_budget": 1}, "less than 1"),
     (TrainConfig, TRAIN | {"loss": "hinge"}, "'softmax' or 'sigmoid'"),
     (RunConfig, {"name": "t"}, "Field required"),
+    (RunConfig, {"name": "t", "output_dir": "o", "seed": -1}, "greater than or equal to 0"),
+    (RunConfig, {"name": "t", "output_dir": "o", "seed": 2**64}, "less than 18446744073709551616"),
+    (RunConfig, {"name": "t", "output_dir": "o", "seed": 0.5}, "valid integer"),
+    (RunConfig, {"name": "t", "output_dir": "~/o"}, "only a shell expands"),
+    (RunConfig, {"name": "", "output_dir": "o"}, "is empty"),
 ])
 def test_bad_values_are_refused(model: type, values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message) as caught:
