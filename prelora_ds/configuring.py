@@ -48,7 +48,13 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = (),
     Raises ConfigError with key, value and remedy: a missing or unreadable file, an unknown key, a bad value, or a
     DeepSpeed JSON that sets what the recipe owns.
     """
-    tree = read_tree(Path(recipe))
+    return validate(read_settings(recipe, overrides, deepspeed_config), str(recipe))
+
+
+def read_settings(recipe: str | Path, overrides: Sequence[str] = (),
+                  deepspeed_config: str | Path | None = None) -> dict[str, Any]:
+    """What `load_config` validates. Raises ConfigError."""
+    tree = _read_recipe(Path(recipe))
     if deepspeed_config is not None:
         tree["deepspeed"] = read_deepspeed_json(Path(deepspeed_config))  # the overrides have the last word
     for text in overrides:
@@ -59,7 +65,7 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = (),
     except UnreadableError as exc:
         raise ConfigError("recipe and overrides", " ".join([str(recipe), *overrides]), str(exc),
                           "correct the override or the ${...} of the recipe") from exc
-    return validate(values, str(recipe))
+    return values
 
 
 def validate(values: Mapping[str, Any], source: str) -> Config:
@@ -180,11 +186,7 @@ def dump_yaml(config: Config) -> str:
     return write_yaml(without_interpolation(config.model_dump(mode="json")))
 
 
-def read_tree(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file of settings as it stands there, not validated.
-
-    Raises ConfigError.
-    """
+def _read_recipe(path: Path) -> dict[str, Any]:
     near = difflib.get_close_matches(path.name, _neighbours(path), n=1)
     hint = f"did you mean {path.parent / near[0]}?" if near else "see launch/recipes/"
     try:

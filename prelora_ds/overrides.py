@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from types import NoneType
 from typing import Any
 
@@ -64,6 +66,17 @@ def _merge(tree: dict[str, Any], key: str, value: Any) -> None:
             _merge(tree[key], name, inner)
     else:
         tree[key] = value
+
+
+def as_override(key: str, value: Any) -> str:
+    """What a shell takes as the override that gives ``value`` to ``key``."""
+    place = tuple(key.split("."))
+    try:
+        plain = isinstance(value, str) and read_value(value, is_text, place) == value
+    except UnreadableError:
+        plain = False
+    text = value if plain else json.dumps(value, ensure_ascii=False)
+    return shlex.quote(f"{key}={text}")
 
 
 def interpolate(tree: dict[str, Any]) -> dict[str, Any]:
