@@ -228,7 +228,14 @@ def _config_error(exc: ValidationError, source: str) -> ConfigError:
         return ConfigError(key, error["input"], f"unknown key (in {source})",
                            f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}")
     if error["type"] == "missing":
-        return ConfigError(key, None, f"is required (in {source})", f"set {key}")
+        *section, last = error["loc"]
+        remedy = f"set {key}" if isinstance(last, str) else \
+            f"give {'.'.join(map(str, section))} as a whole, for example [0.9, 0.95]"
+        return ConfigError(key, None, f"is required (in {source})", remedy)
+    if error["type"] == "model_type":
+        first = keys_of(Config, error["loc"])[0]
+        return ConfigError(key, error["input"], f"is not a mapping of keys (in {source})",
+                           f"set single keys of it, for example {key}.{first}")
     message = error["msg"].removeprefix("Value error, ")
     value = error["input"] if not isinstance(error["input"], dict) else "..."
     wanted = {"bool_type": "write true or false", "int_type": "write a whole number",

@@ -75,18 +75,22 @@ def candidates(out: Path, resume: str) -> list[Path]:
 
 def origin_of(out: Path) -> str | None:
     """The path that the run of ``out`` was told to go on from, if it was."""
-    return (out / ORIGIN).read_text().strip() if (out / ORIGIN).is_file() else None
+    if not (out / ORIGIN).is_file():
+        return None
+    return (out / ORIGIN).read_text(encoding="utf-8", errors="replace").strip() or None
 
 
 def checkpoints_at(place: str, key: str = "--resume") -> list[Path]:
     """The checkpoint at a path, or those of the run there. Raises ConfigError about ``key``."""
-    path = Path(place)
-    if (path / MANIFEST).is_file() and step_of(path) >= 0:
-        return [path]
-    found = list_checkpoints(path / FOLDER) or list_checkpoints(path)
-    if not found:
-        raise ConfigError(key, place, "is no checkpoint and no run that has one",
-                          "name a run's folder, or one of its checkpoints/step-...")
+    path, remedy = Path(place), "name a run's folder, or one of its checkpoints/step-..."
+    try:
+        if (path / MANIFEST).is_file() and step_of(path) >= 0:
+            return [path]
+        found = list_checkpoints(path / FOLDER) or list_checkpoints(path)
+    except OSError as exc:
+        raise ConfigError(key, place, f"cannot be read ({exc.strerror})", remedy) from exc
+    if not place or not found:  # an empty text, of a variable that is not set, is not this folder
+        raise ConfigError(key, place, "is neither a checkpoint nor a run that has one", remedy)
     return found
 
 

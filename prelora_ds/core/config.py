@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from prelora_ds.core.data_config import DataConfig
-from prelora_ds.core.fields import Duration, DurationField, PathText, Positive, Seconds, Seed, Share, Strict, Text
+from prelora_ds.core.fields import Duration, DurationField, Place, Positive, Seconds, Seed, Share, Strict, Text
 
 MERGED_UP_TO = 384  # hidden size
 FAMILIES = ("q", "k", "v", "o", "fc1", "fc2")
@@ -21,7 +21,7 @@ FAMILIES = ("q", "k", "v", "o", "fc1", "fc2")
 
 class RunConfig(Strict):
     name: Text
-    output_dir: PathText
+    output_dir: Place
     seed: Seed = 0
 
 
@@ -189,7 +189,7 @@ class PhasesConfig(Strict):
     warmup: PhaseConfig = PhaseConfig()
     lora: PhaseConfig = PhaseConfig()
     memory_gib: Annotated[float, Field(gt=0)] | None = None
-    calibration: PathText | None = None
+    calibration: Place | None = None
 
 
 class CheckpointConfig(Strict):

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, PlainValidator, model_validator
 
-from prelora_ds.core.fields import Location, PathText, Positive, Share, Strict
+from prelora_ds.core.fields import Place, Positive, Share, Strict
 
 
 class AugmentLevel(NamedTuple):
@@ -49,8 +49,8 @@ class DataConfig(Strict):
     whole shards, ``cache_gib`` of them. ``workers: auto`` counts them by the cores of a rank and the LoRA phase's rate.
     """
 
-    train: Location
-    val: Location
+    train: Place
+    val: Place
     reader: Literal["manifest", "webdataset"] = "manifest"
     samples_per_epoch: Positive | None = None
     tail: Literal["continue", "drop"] = "continue"
@@ -61,7 +61,7 @@ class DataConfig(Strict):
     cutmix: Annotated[float, Field(ge=0)] = 0.0
     random_erasing: Annotated[float, Field(ge=0, le=1)] = 0.0
     corrupt_budget: Share = 0.001
-    cache_dir: PathText | None = None
+    cache_dir: Place | None = None
     cache_gib: Annotated[float, Field(gt=0)] = 200.0
     workers: Workers = 2
     worker_start: Literal["forkserver", "spawn", "fork"] = "forkserver"

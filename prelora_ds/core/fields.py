@@ -28,7 +28,7 @@ class Duration:
     """
 
     # So few digits that `__str__` writes them all.
-    _PATTERN = re.compile(r"\s*([0-9]{1,16}(?:\.[0-9]{1,12})?)\s*(steps?|epochs?|%)\s*")
+    _PATTERN = re.compile(r"\s*((?:0|[1-9][0-9]{0,15})(?:\.[0-9]{1,12})?)\s*(steps?|epochs?|%)\s*")
 
     def __init__(self, text: str) -> None:
         match = self._PATTERN.fullmatch(text) if isinstance(text, str) else None
@@ -68,7 +68,7 @@ def parse_seconds(text: object) -> float:
     """
     seconds = float(text) if isinstance(text, int | float) else 0.0
     if isinstance(text, str):
-        if match := re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(h|min|m|s)\s*", text):
+        if match := re.fullmatch(r"\s*((?:0|[1-9][0-9]*)(?:\.[0-9]+)?)\s*(h|min|m|s)\s*", text):
             seconds = float(match[1]) * {"h": 3600, "min": 60, "m": 60, "s": 1}[match[2]]
         elif match := re.fullmatch(r"([0-9]+):([0-5][0-9]):([0-5][0-9])", text):
             seconds = 3600.0 * int(match[1]) + 60 * int(match[2]) + int(match[3])
@@ -83,17 +83,14 @@ def _as_text(text: str) -> str:
     return text
 
 
-def _as_location(text: str) -> str:
+def _as_place(text: str) -> str:
     if text.startswith("~"):
         raise ValueError(f'{text!r} begins with "~", which only a shell expands; write the whole '
                          "path, with ${oc.env:HOME} in place of the ~, or ./~ for a folder of that "
                          "name")
-    return text
-
-
-def _as_path(text: str) -> str:
-    if any(len(part.encode()) > 255 for part in text.split("/")):
-        raise ValueError("has a part of more than 255 bytes, which no file system takes as a name")
+    longest = max(len(part.encode()) for part in text.split("/"))
+    if "://" not in text and (longest > 255 or len(text.encode()) > 4000):
+        raise ValueError("is longer than a path may be: 255 bytes between two slashes, 4000 in all")
     return text
 
 
@@ -102,8 +99,7 @@ DurationField = Annotated[Duration, BeforeValidator(_as_duration), PlainSerializ
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Text = Annotated[str, AfterValidator(_as_text)]
-Location = Annotated[Text, AfterValidator(_as_location)]  # a path or a URL
-PathText = Annotated[Location, AfterValidator(_as_path)]
+Place = Annotated[Text, AfterValidator(_as_place)]  # a path or a URL
 Seed = Annotated[int, Field(ge=0, lt=2**64)]  # what torch.manual_seed takes
 
 

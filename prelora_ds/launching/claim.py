@@ -150,9 +150,14 @@ def _check_sources(sources: Sequence[Path], config: Config, data: Mapping[str, s
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the run in ``folder`` came to its end."""
+    """Whether the run in ``folder`` came to its end. Raises ConfigError when its log is damaged."""
     plans = folder / "plans.jsonl"
-    return plans.is_file() and any(row["event"] == "end" for row in read_lines(plans))
+    try:
+        return plans.is_file() and any(row["event"] == "end" for row in read_lines(plans))
+    except (ValueError, KeyError, TypeError) as exc:
+        raise ConfigError("run.output_dir", str(folder),
+                          f"{plans.name} is not the log of a run: {exc!r}",
+                          "put the log back, or choose another run.output_dir") from exc
 
 
 def _stored(values: Mapping[str, Any], config: Config, where: Path, *,
