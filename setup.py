@@ -28,6 +28,7 @@ setup(
         "mpi4py>=4.1.2,<5",
         "pydantic>=2.14,<3",
         "omegaconf>=2.4,<3",
+        "pyyaml>=6.0.3,<7",
         "rich>=15,<16",
         "typer>=0.29,<1",
         "jinja2>=3.1.6,<4",
@@ -36,6 +37,8 @@ setup(
         "pillow>=12,<14",
         "tensorboard>=2.21,<3",
         "scikit-learn>=1.9,<2",
+        "scipy>=1.17,<2",
+        "braceexpand>=0.1.7,<0.2",
         "fsspec>=2026.9,<2027",
     ],
     extras_require={

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ValidationError
-from yaml import YAMLError
+from pydantic import ValidationError
 
 from prelora_ds.core.config import Config
 from prelora_ds.core.errors import ConfigError
+from prelora_ds.core.fields import keys_of
 from prelora_ds.core.plan import Phase
+from prelora_ds.core.resuming import with_new_names
 from prelora_ds.core.timing import Rates
+from prelora_ds.documents import UnreadableError, check_plain, read_json, read_yaml, write_yaml
+from prelora_ds.overrides import interpolate, is_text, override, without_interpolation
 
 # Keys of a DeepSpeed JSON that have another owner, and that owner.
 OWNED_BY_RECIPE = {
@@ -76,25 +76,33 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = (),
     Raises ConfigError with key, value and remedy: a missing or unreadable file, an unknown key, a bad value, or a
     DeepSpeed JSON that sets what the recipe owns.
     """
+    return validate(read_settings(recipe, overrides, deepspeed_config), str(recipe))
+
+
+def read_settings(recipe: str | Path, overrides: Sequence[str] = (),
+                  deepspeed_config: str | Path | None = None) -> dict[str, Any]:
+    """What `load_config` validates. Raises ConfigError."""
     tree = _read_recipe(Path(recipe))
     if deepspeed_config is not None:
         tree["deepspeed"] = read_deepspeed_json(Path(deepspeed_config))  # the overrides have the last word
-    for override in overrides:
-        key, separator, _ = override.partition("=")
-        if not separator or not key:
-            raise ConfigError("override", override, "is not of the form a.b=c", "write for example train.log_every=10")
+    for text in overrides:
+        override(tree, text)
     try:
-        merged = OmegaConf.merge(OmegaConf.create(tree), OmegaConf.from_dotlist(list(overrides)))
-        values = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, YAMLError, ValueError) as exc:
-        raise ConfigError("recipe and overrides", " ".join([str(recipe), *overrides]), str(exc).splitlines()[0],
-                          "mend the override or the ${...} of the recipe") from exc
-    assert isinstance(values, dict)
-    return validate(values, str(recipe))
+        values = interpolate(tree)
+        check_plain(values)
+    except UnreadableError as exc:
+        raise ConfigError("recipe and overrides", " ".join([str(recipe), *overrides]), str(exc),
+                          "correct the override or the ${...} of the recipe") from exc
+    return values
 
 
 def validate(values: Mapping[str, Any], source: str) -> Config:
-    """A Config of a plain mapping; raises ConfigError that names the first offending key of ``source``."""
+    """A Config of a plain mapping.
+
+    Keys of an older version are read under their new names. Raises ConfigError that names the first
+    offending key of ``source``.
+    """
+    values = with_new_names(values)
     if isinstance(values.get("deepspeed"), dict):
         values = {**values, "deepspeed": _without_auto(values["deepspeed"])}
         check_deepspeed(values["deepspeed"], "the DeepSpeed config")
@@ -130,15 +138,18 @@ def _check_phase(config: Config, world_size: int, phase: Phase) -> None:
 
 
 def read_deepspeed_json(path: Path) -> dict[str, Any]:
-    """A checked DeepSpeed JSON, "auto" left out; raises ConfigError when it is missing, no object, or refused."""
-    if not path.is_file():
-        raise ConfigError("--deepspeed_config", str(path), "there is no such file", "see ds_configs/")
+    """A checked DeepSpeed JSON, "auto" left out.
+
+    Raises ConfigError when it is missing, is not an object, or is refused.
+    """
     try:
-        values = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as exc:
-        raise ConfigError("--deepspeed_config", str(path), f"is no JSON: {exc}", "mend the file") from exc
+        values = read_json(_read_text(path, "--deepspeed_config", "see ds_configs/"))
+    except UnreadableError as exc:
+        raise ConfigError("--deepspeed_config", str(path), f"is not JSON: {exc}",
+                          "correct the file") from exc
     if not isinstance(values, dict):
-        raise ConfigError("--deepspeed_config", str(path), "is no JSON object", "see ds_configs/")
+        raise ConfigError("--deepspeed_config", str(path), "is not a JSON object",
+                          "see ds_configs/")
     values = _without_auto(values)
     check_deepspeed(values, str(path))
     return values  # type: ignore[no-any-return]
@@ -159,7 +170,7 @@ def check_deepspeed(values: Mapping[str, Any], source: str) -> None:
     if type(stage) is not int or stage not in (0, 1, 2, 3):
         raise ConfigError(f"{source}: zero_optimization.stage", stage, "is no ZeRO stage", "choose 0, 1, 2 or 3")
     for key in ("reduce_bucket_size", "stage3_param_persistence_threshold"):
-        if not isinstance(zero.get(key, 0), int | float):
+        if isinstance(zero.get(key), bool) or not isinstance(zero.get(key, 0), int | float):
             raise ConfigError(f"{source}: zero_optimization.{key}", zero[key], "is no number", "write it as a number")
     for key, (off, why) in REFUSED_ZERO_KEYS.items():
         if zero.get(key, off) not in (None, off, {"device": "none"}):
@@ -193,7 +204,7 @@ def _section(values: Mapping[str, Any], key: str, source: str) -> Mapping[str, A
 def read_calibration(path: Path, key: str) -> tuple[Rates, float]:
     """Rates, and GiB of memory of a rank, that `prelora_ds.calibrate` wrote to ``path``; raises ConfigError."""
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path.read_text(encoding="utf-8"))
         return Rates(**content["rates"]), float(content["memory_gib"])
     except (OSError, ValueError, KeyError, TypeError) as exc:
         raise ConfigError(key, str(path), f"is no calibration: {exc!r}",
@@ -202,21 +213,39 @@ def read_calibration(path: Path, key: str) -> tuple[Rates, float]:
 
 def dump_yaml(config: Config) -> str:
     """The resolved config as YAML that `load_config` reads back to the same Config."""
-    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+    return write_yaml(without_interpolation(config.model_dump(mode="json")))
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-        raise ConfigError("--recipe", str(path), "there is no such file",
-                          f"did you mean {path.parent / near[0]}?" if near else "see launch/recipes/")
+    near = difflib.get_close_matches(path.name, _neighbours(path), n=1)
+    hint = f"did you mean {path.parent / near[0]}?" if near else "see launch/recipes/"
     try:
-        tree = OmegaConf.to_container(OmegaConf.load(path))
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as exc:
-        raise ConfigError("--recipe", str(path), f"is no YAML: {str(exc).splitlines()[0]}", "mend the file") from exc
+        tree = read_yaml(_read_text(path, "--recipe", hint), is_text)
+    except UnreadableError as exc:
+        raise ConfigError("--recipe", str(path), f"is not YAML: {exc}", "correct the file") from exc
     if not isinstance(tree, dict):
-        raise ConfigError("--recipe", str(path), "is no mapping of keys", "see launch/recipes/")
-    return tree  # type: ignore[return-value]
+        raise ConfigError("--recipe", str(path), "is not a mapping of keys", "see launch/recipes/")
+    return tree
+
+
+def _neighbours(path: Path) -> list[str]:
+    try:
+        return [] if path.is_file() else [p.name for p in path.parent.glob("*.yaml")]
+    except OSError:
+        return []
+
+
+def _read_text(path: Path, key: str, hint: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as exc:
+        raise ConfigError(key, str(path), "there is no such file", hint) from exc
+    except OSError as exc:
+        raise ConfigError(key, str(path), f"cannot be read ({exc.strerror})",
+                          "name another file") from exc
+    except UnicodeDecodeError as exc:
+        raise ConfigError(key, str(path), f"is not a text in UTF-8: {exc}",
+                          "save it as UTF-8") from exc
 
 
 def _config_error(exc: ValidationError, source: str) -> ConfigError:
@@ -224,24 +253,25 @@ def _config_error(exc: ValidationError, source: str) -> ConfigError:
     error = min(exc.errors(), key=lambda e: e["type"] != "extra_forbidden")
     key = ".".join(str(part) for part in error["loc"]) or source
     if error["type"] == "extra_forbidden":
-        known = _keys_at(error["loc"][:-1])
+        known = keys_of(Config, error["loc"][:-1])
         near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
         return ConfigError(key, error["input"], f"unknown key (in {source})",
                            f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}")
     if error["type"] == "missing":
-        return ConfigError(key, None, f"is required (in {source})", f"set {key}")
+        *section, last = error["loc"]
+        remedy = f"set {key}" if isinstance(last, str) else \
+            f"give {'.'.join(map(str, section))} as a whole, for example [0.9, 0.95]"
+        return ConfigError(key, None, f"is required (in {source})", remedy)
+    if error["type"] == "model_type":
+        first = keys_of(Config, error["loc"])[0]
+        return ConfigError(key, error["input"], f"is not a mapping of keys (in {source})",
+                           f"set single keys of it, for example {key}.{first}")
     message = error["msg"].removeprefix("Value error, ")
     value = error["input"] if not isinstance(error["input"], dict) else "..."
-    return ConfigError(key, value, f"{message[0].lower()}{message[1:]} (in {source})", f"set another {key}")
-
-
-def _keys_at(path: Sequence[str | int]) -> list[str]:
-    model: Any = Config
-    for part in path:
-        annotation = model.model_fields[part].annotation
-        options = [annotation, *getattr(annotation, "__args__", ())]
-        model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
-    return [field.alias or name for name, field in model.model_fields.items()]
+    wanted = {"bool_type": "write true or false", "int_type": "write a whole number",
+              "float_type": "write a number", "string_type": "write a text"}
+    return ConfigError(key, value, f"{message[0].lower()}{message[1:]} (in {source})",
+                       wanted.get(error["type"], f"set another {key}"))
 
 
 def _without_auto(value: Any) -> Any:

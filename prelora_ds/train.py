@@ -34,6 +34,7 @@ from prelora_ds.data.setup import TrainData, identity, make_loader, samples_per_
 from prelora_ds.engine.build import Engine, StepStats, build_engine
 from prelora_ds.engine.census import peak_rss_bytes
 from prelora_ds.engine.measure import check_ranks_agree, weight_norms
+from prelora_ds.engine.rng import seed_rng
 from prelora_ds.engine.runtime import freeze_imports, make_monitor, on_rank_0, synchronize
 from prelora_ds.engine.state import initial_state
 from prelora_ds.engine.transition import release_checked, transition
@@ -104,7 +105,7 @@ def _begin(run: Run, saver: Saver, found: Checkpoint | None) -> tuple[Engine, Ru
             begin_sigmoid_head(module, labels)
         host = initial_state(module, dist.get_rank(), dist.get_world_size())
         del module
-        torch.manual_seed(config.run.seed + 1 + dist.get_rank())  # dropout differs from rank to rank
+        seed_rng(config.run.seed, dist.get_rank())  # dropout differs from rank to rank
         state = RunState(0, _controller(run).initial(), DivergenceWatch())
         engine = build_engine(config, state.phase.plan, run.layout, labels, host)
     else:

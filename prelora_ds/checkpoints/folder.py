@@ -22,6 +22,7 @@ from prelora_ds.core.errors import ConfigError
 
 FORMAT = 1
 FOLDER = "checkpoints"  # in run.output_dir
+SAVED = ".saved"  # in run.output_dir: empty, and there once a checkpoint has been written
 MANIFEST, STATE, LATEST, ASIDE = "manifest.json", "state.json", "latest", "aside"
 _STEP = re.compile(r"step-(\d{8,})")
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from prelora_ds.checkpoints.folder import (
@@ -31,7 +30,7 @@ from prelora_ds.core.errors import ConfigError
 from prelora_ds.core.plan import Layout
 from prelora_ds.engine.build import Counters
 from prelora_ds.engine.checkpoint import part_name, read_state
-from prelora_ds.engine.rng import restore_rng
+from prelora_ds.engine.rng import restore_rng, seed_rng
 from prelora_ds.engine.state import EngineState
 from prelora_ds.metrics import cut_back
 
@@ -55,11 +54,10 @@ class Checkpoint:
 
     def restore_rng(self, seed: int) -> None:
         """Set this rank's generators: as they were, or in a world of another size anew, from seed, rank and step."""
-        rank = dist.get_rank()
         if self.manifest.world_size == dist.get_world_size():
             restore_rng(self.rng)
         else:
-            torch.manual_seed((seed + 1 + rank) * 1_000_003 + self.run.step)
+            seed_rng(seed, dist.get_rank(), self.run.step)
 
 
 def candidates(out: Path, resume: str) -> list[Path]:
@@ -78,18 +76,22 @@ def candidates(out: Path, resume: str) -> list[Path]:
 
 def origin_of(out: Path) -> str | None:
     """The path that the run of ``out`` was told to go on from, if it was."""
-    return (out / ORIGIN).read_text().strip() if (out / ORIGIN).is_file() else None
+    if not (out / ORIGIN).is_file():
+        return None
+    return (out / ORIGIN).read_text(encoding="utf-8", errors="replace").strip() or None
 
 
 def checkpoints_at(place: str, key: str = "--resume") -> list[Path]:
     """The checkpoint at a path, or those of the run there. Raises ConfigError about ``key``."""
-    path = Path(place)
-    if (path / MANIFEST).is_file() and step_of(path) >= 0:
-        return [path]
-    found = list_checkpoints(path / FOLDER) or list_checkpoints(path)
-    if not found:
-        raise ConfigError(key, place, "is no checkpoint and no run that has one",
-                          "name a run's folder, or one of its checkpoints/step-...")
+    path, remedy = Path(place), "name a run's folder, or one of its checkpoints/step-..."
+    try:
+        if (path / MANIFEST).is_file() and step_of(path) >= 0:
+            return [path]
+        found = list_checkpoints(path / FOLDER) or list_checkpoints(path)
+    except OSError as exc:
+        raise ConfigError(key, place, f"cannot be read ({exc.strerror})", remedy) from exc
+    if not place or not found:  # an empty text, of a variable that is not set, is not this folder
+        raise ConfigError(key, place, "is neither a checkpoint nor a run that has one", remedy)
     return found
 
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from prelora_ds.checkpoints.folder import (
     FOLDER,
     LATEST,
+    SAVED,
     STATE,
     CheckpointManifest,
     FileRecord,
@@ -223,6 +224,7 @@ class Saver:
         commit(pending.partial, final, manifest)
         try:
             sync_folder(self.root)
+            (self.root.parent / SAVED).touch()
             write_text(self.root / LATEST, final.name + "\n")
         except OSError as exc:
             self.say(f"warning: {final.name} is whole, and its name could not be written into {LATEST}: {exc}")

@@ -13,16 +13,16 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from prelora_ds.core.data_config import DataConfig
-from prelora_ds.core.fields import Duration, DurationField, Positive, Seconds, Share, Strict
+from prelora_ds.core.fields import Duration, DurationField, Place, Positive, Seconds, Seed, Share, Strict, Text
 
 MERGED_UP_TO = 384  # hidden size
 FAMILIES = ("q", "k", "v", "o", "fc1", "fc2")
 
 
 class RunConfig(Strict):
-    name: str
-    output_dir: str
-    seed: Annotated[int, Field(ge=0)] = 0
+    name: Text
+    output_dir: Place
+    seed: Seed = 0
 
 
 class ModelConfig(Strict):
@@ -66,7 +66,7 @@ class ModelConfig(Strict):
             try:
                 groups = re.compile(pattern).groupindex
             except re.error as exc:
-                raise ValueError(f"families.{family}: {pattern!r} is no regular expression: {exc}") from exc
+                raise ValueError(f"families.{family}: {pattern!r} is not a regular expression: {exc}") from exc
             if "layer" not in groups:
                 raise ValueError(f"families.{family}: {pattern!r} has no group (?P<layer>...)")
         return self
@@ -153,7 +153,7 @@ class LoraConfig(Strict):
     def _ranks_are_powers_of_two(self) -> LoraConfig:
         for name, rank in (("r_min", self.r_min), ("r_max", self.r_max)):
             if rank & (rank - 1):
-                raise ValueError(f"{name} {rank} is no power of two; Algorithm 2 chooses among powers of two, "
+                raise ValueError(f"{name} {rank} is not a power of two; Algorithm 2 chooses among powers of two, "
                                  f"for example {1 << rank.bit_length() - 1} or {1 << rank.bit_length()}")
         if self.r_min > self.r_max:
             raise ValueError(f"r_min {self.r_min} is larger than r_max {self.r_max}")
@@ -189,7 +189,7 @@ class PhasesConfig(Strict):
     warmup: PhaseConfig = PhaseConfig()
     lora: PhaseConfig = PhaseConfig()
     memory_gib: Annotated[float, Field(gt=0)] | None = None
-    calibration: str | None = None
+    calibration: Place | None = None
 
 
 class CheckpointConfig(Strict):

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, PlainValidator, model_validator
 
-from prelora_ds.core.fields import Positive, Share, Strict
+from prelora_ds.core.fields import Place, Positive, Share, Strict
 
 
 class AugmentLevel(NamedTuple):
@@ -30,7 +30,8 @@ AUGMENT_LEVELS: dict[str, AugmentLevel] = {
 def _as_workers(value: Any) -> int | Literal["auto"]:
     if value == "auto" or (type(value) is int and value >= 0):
         return value  # type: ignore[no-any-return]
-    raise ValueError(f'{value!r} is no number of workers: give "auto", or an integer greater than or equal to 0')
+    raise ValueError(f'{value!r} is not a number of workers: give "auto", or an integer greater than '
+                     "or equal to 0")
 
 
 # Not a union that pydantic checks part by part: it would report both parts.
@@ -48,8 +49,8 @@ class DataConfig(Strict):
     whole shards, ``cache_gib`` of them. ``workers: auto`` counts them by the cores of a rank and the LoRA phase's rate.
     """
 
-    train: str
-    val: str
+    train: Place
+    val: Place
     reader: Literal["manifest", "webdataset"] = "manifest"
     samples_per_epoch: Positive | None = None
     tail: Literal["continue", "drop"] = "continue"
@@ -60,7 +61,7 @@ class DataConfig(Strict):
     cutmix: Annotated[float, Field(ge=0)] = 0.0
     random_erasing: Annotated[float, Field(ge=0, le=1)] = 0.0
     corrupt_budget: Share = 0.001
-    cache_dir: str | None = None
+    cache_dir: Place | None = None
     cache_gib: Annotated[float, Field(gt=0)] = 200.0
     workers: Workers = 2
     worker_start: Literal["forkserver", "spawn", "fork"] = "forkserver"

@@ -29,6 +29,9 @@ class ExpectedError(Exception):
     blames: Sequence[int] = ()
 
 
+LONGEST_VALUE = 400  # characters of a value in a message
+
+
 class ConfigError(ExpectedError, ValueError):
     """A setting, file or environment that the user can mend.
 
@@ -39,7 +42,10 @@ class ConfigError(ExpectedError, ValueError):
 
     def __init__(self, key: str, value: object, problem: str, remedy: str) -> None:
         self.key, self.value, self.problem, self.remedy = key, value, problem, remedy
-        super().__init__(f"{key} = {value!r}: {problem}\n  remedy: {remedy}")
+        shown = repr(value)
+        if len(shown) > LONGEST_VALUE:
+            shown = f"{shown[:LONGEST_VALUE // 2]} ... {shown[-LONGEST_VALUE // 4:]}"
+        super().__init__(f"{key} = {shown}: {problem}\n  remedy: {remedy}")
 
     def __reduce__(self) -> tuple[type[ConfigError], tuple[str, object, str, str]]:
         return type(self), (self.key, self.value, self.problem, self.remedy)

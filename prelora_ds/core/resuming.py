@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from typing import Any
 
 # Where, how fast and on how many ranks; what is watched and kept.
@@ -15,19 +16,77 @@ MAY_DIFFER = (
 MAY_DIFFER_IN_A_NEW_RUN = ("optimizer", "train.duration", "train.label_smoothing", "convergence", "lora.warmup")
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], *,
-                new_run: bool = False) -> Iterator[tuple[str, Any, Any]]:
-    """(key, old value, new value) wherever two configs, as JSON, differ in what may not."""
+# Keys that a later version has renamed: old name -> new name. This is the only place for it:
+# `with_new_names` reads stored runs and recipes of older versions by it.
+RENAMED: dict[str, str] = {}
+_NOTHING = object()
+
+
+def may_differ(key: str, *, new_run: bool = False) -> bool:
+    """Whether a resumed run, or a new one from its checkpoint, may have another ``key``."""
     free = MAY_DIFFER + (MAY_DIFFER_IN_A_NEW_RUN if new_run else ())
-    before, after = dict(_leaves(old)), dict(_leaves(new))
-    for key in sorted(before.keys() | after.keys()):
-        if before.get(key) != after.get(key) and not any(key == f or key.startswith(f + ".") for f in free):
-            yield key, before.get(key), after.get(key)
+    return any(key == name or key.startswith(name + ".") for name in free)
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], *, new_run: bool = False,
+                prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(key, old value, new value) wherever two whole configs, as JSON, differ in what may not.
+
+    Sections with other keys (one is null, or holds what the user names) differ as a whole.
+    """
+    for key in sorted(old.keys() | new.keys()):
+        name, before, after = prefix + key, old.get(key), new.get(key)
+        if before == after or may_differ(name, new_run=new_run):
+            continue
+        if isinstance(before, Mapping) and isinstance(after, Mapping) \
+                and before.keys() == after.keys():
+            yield from differences(before, after, new_run=new_run, prefix=f"{name}.")
         else:
-            yield f"{prefix}{key}", value
+            yield name, before, after
+
+
+def what_binds(stored: Mapping[str, Any], config: Mapping[str, Any], *,
+               new_run: bool = False) -> dict[str, Any]:
+    """The ``stored`` config of a run, with the values of ``config`` for all that may differ.
+
+    What an older version allowed there is thus no reason to refuse a run that does without it.
+    """
+    bound = with_new_names(stored)
+    for name in MAY_DIFFER + (MAY_DIFFER_IN_A_NEW_RUN if new_run else ()):
+        _take(bound, name)
+        value = _take(deepcopy(dict(config)), name)
+        if value is not _NOTHING:
+            _put(bound, name, value)
+    return bound
+
+
+def with_new_names(values: Mapping[str, Any],
+                   renamed: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """A copy of a config's ``values`` with the keys of older versions under their new names.
+
+    renamed: RENAMED, if it is not given. A new name that is there already keeps its value.
+    """
+    copied = deepcopy(dict(values))
+    for old, new in (RENAMED if renamed is None else renamed).items():
+        value = _take(copied, old)
+        if value is not _NOTHING:
+            _put(copied, new, value)
+    return copied
+
+
+def _take(tree: Any, name: str) -> Any:
+    """Remove the value of a dotted name and return it."""
+    *sections, key = name.split(".")
+    for section in sections:
+        tree = tree.get(section) if isinstance(tree, dict) else None
+    return tree.pop(key, _NOTHING) if isinstance(tree, dict) else _NOTHING
+
+
+def _put(tree: Any, name: str, value: Any) -> None:
+    """Set a dotted name that has no value yet."""
+    *sections, key = name.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            return
+    tree.setdefault(key, value)

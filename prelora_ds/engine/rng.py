@@ -21,6 +21,16 @@ def capture_rng() -> str:
     return json.dumps(states)
 
 
+def seed_rng(seed: int, rank: int, step: int = 0) -> None:
+    """Set torch's generators of one rank anew, by ``run.seed``, rank and the steps done.
+
+    Ranks differ from each other, and a step from the next. Torch takes seeds of 64 bits, so the
+    product is taken modulo 2^64; its factor is odd and brings no two of them together.
+    """
+    own = seed + 1 + rank
+    torch.manual_seed((own if step == 0 else own * 1_000_003 + step) % 2**64)
+
+
 def restore_rng(text: str) -> None:
     """Set the generators as `capture_rng` found them; the device's only where both have one."""
     states = json.loads(text)

@@ -10,19 +10,22 @@ from typing import Any
 
 from prelora_ds.checkpoints.folder import (
     FOLDER,
+    SAVED,
     BrokenCheckpointError,
     discard_partial,
+    list_checkpoints,
     read_run_state,
     root_of,
     write_text,
 )
 from prelora_ds.checkpoints.resume import ORIGIN, candidates, origin_of
-from prelora_ds.configuring import dump_yaml, load_config
+from prelora_ds.configuring import dump_yaml, read_settings, validate
 from prelora_ds.core.config import Config
 from prelora_ds.core.errors import ConfigError
-from prelora_ds.core.resuming import differences
+from prelora_ds.core.resuming import differences, may_differ, what_binds
 from prelora_ds.launching.lease import NAME, Lease
 from prelora_ds.metrics import read_lines
+from prelora_ds.overrides import as_override
 
 CONFIG = "config.yaml"
 
@@ -39,15 +42,18 @@ class Claim:
     origin: str | None
 
 
-def claim_output(folder: Path, config: Config, resume: str, data: Mapping[str, str]) -> Claim:
+def claim_output(folder: Path, config: Config, resume: str, data: Mapping[str, str], *,
+                 steps: int) -> Claim:
     """Take the output folder for this job and write config.yaml into it; by rank 0, before anything expensive.
 
-    data: what tells the data sets from others, by key. Raises LaunchError when a living job has the folder, ConfigError
-    when it holds something else than this run, unfinished, or cannot be written; then nothing in it has changed.
+    data: what tells the data sets from others, by key. steps: those of the whole run.
+    Raises LaunchError when a living job has the folder, ConfigError when it holds something else
+    than this run, unfinished, or cannot be written; then nothing in it has changed.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError("run.output_dir", str(folder), "is no folder", "choose another run.output_dir")
     with _writing(folder), ExitStack() as refused:
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError("run.output_dir", str(folder), "is not a folder",
+                              "choose another run.output_dir")
         folder.mkdir(parents=True, exist_ok=True)
         lease = Lease(folder).take()
         refused.callback(lease.release)
@@ -58,8 +64,12 @@ def claim_output(folder: Path, config: Config, resume: str, data: Mapping[str, s
         if begun and new_run and origin not in (None, origin_of(folder)):
             raise ConfigError("--resume", resume, f"is of another run, and {folder} holds one already",
                               "choose another run.output_dir")
-        _check_sources(sources, config, data, new_run=new_run)
+        if begun and (new_run or not sources):
+            _check_not_lost(folder)
+        _check_sources(sources, config, data, new_run=new_run, steps=steps)
         discard_partial(folder / FOLDER)
+        if not begun:
+            (folder / SAVED).unlink(missing_ok=True)
         if new_run and origin is not None:
             write_text(folder / ORIGIN, origin + "\n")
         elif not begun and resume == "never":
@@ -81,7 +91,7 @@ def _writing(folder: Path) -> Iterator[None]:
 def _check_folder(folder: Path, config: Config, resume: str) -> bool:
     """Hold what is in the folder against this run; whether a run has begun in it, and not only been refused."""
     held = {path.name for path in folder.iterdir() if not path.name.startswith((NAME, f".{CONFIG}", f".{ORIGIN}"))}
-    own, begun = (folder / CONFIG).is_file(), bool(held - {CONFIG, ORIGIN})
+    own, begun = (folder / CONFIG).is_file(), bool(held - {CONFIG, ORIGIN, SAVED})
     if begun and (resume == "never" or not own):
         what = "holds another run" if own else "exists and is not empty"
         raise ConfigError("run.output_dir", str(folder), what, "choose another run.output_dir, or move this one away")
@@ -89,23 +99,47 @@ def _check_folder(folder: Path, config: Config, resume: str) -> bool:
         raise ConfigError("run.output_dir", str(folder), "holds a finished run",
                           "choose another run.output_dir; `prelora report` prints what came of this one")
     if own:
-        before = load_config(folder / CONFIG).model_dump(mode="json")  # raises where the file is somebody else's
+        # Also where no run has begun: the file may be somebody else's.
+        before = _stored(read_settings(folder / CONFIG), config, folder / CONFIG, new_run=False)
         if begun:
-            _same(before, config, folder, new_run=False)
+            whole = bool(list_checkpoints(folder / FOLDER))
+            _same(before, config, folder, new_run=False, checkpoint=folder if whole else None)
     return begun
 
 
-def _check_sources(sources: Sequence[Path], config: Config, data: Mapping[str, str], *, new_run: bool) -> None:
+def _check_not_lost(folder: Path) -> None:
+    """Refuse to begin anew where checkpoints were written and are gone.
+
+    To begin would delete the rows of the logs. Raises ConfigError.
+    """
+    if (folder / SAVED).exists() and not list_checkpoints(folder / FOLDER):
+        raise ConfigError("run.output_dir", str(folder),
+                          f"holds the logs of a run whose checkpoints were removed from {FOLDER}/",
+                          f"put the checkpoints back; or, to begin anew, move {folder} away or "
+                          "choose another run.output_dir")
+
+
+def _check_sources(sources: Sequence[Path], config: Config, data: Mapping[str, str], *,
+                   new_run: bool, steps: int) -> None:
     """Hold settings and data against those of the newest checkpoint that can be read; the others are told when loaded.
 
-    A new run may have other data."""
+    A new run may have other data, and has to last longer than to its checkpoint."""
     for source in sources:
         try:
             state = read_run_state(source)
-            before, trained_on = state["config"], state["data"]
-        except (BrokenCheckpointError, KeyError):
+            before, trained_on = state["config"], dict(state["data"])
+            step = int(state["run"]["step"])
+        except (BrokenCheckpointError, KeyError, TypeError, ValueError):
             continue
-        _same(before, config, source, new_run=new_run)
+        if not isinstance(before, dict):
+            continue
+        _same(_stored(before, config, source, new_run=new_run), config, source, new_run=new_run,
+              checkpoint=source)
+        if new_run and step >= steps:
+            raise ConfigError("train.duration", str(config.train.duration),
+                              f"ends the run after step {steps}, and the checkpoint {source} is of "
+                              f"step {step} already", "choose a longer train.duration, or name an "
+                              "earlier checkpoint with --resume")
         for key in () if new_run else sorted(data.keys() & trained_on.keys()):
             if data[key] != trained_on[key]:
                 raise ConfigError(key, config.data.train if key == "data.train" else config.data.val,
@@ -116,13 +150,40 @@ def _check_sources(sources: Sequence[Path], config: Config, data: Mapping[str, s
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the run in ``folder`` came to its end."""
+    """Whether the run in ``folder`` came to its end. Raises ConfigError when its log is damaged."""
     plans = folder / "plans.jsonl"
-    return plans.is_file() and any(row["event"] == "end" for row in read_lines(plans))
+    try:
+        return plans.is_file() and any(row["event"] == "end" for row in read_lines(plans))
+    except (ValueError, KeyError, TypeError) as exc:
+        raise ConfigError("run.output_dir", str(folder),
+                          f"{plans.name} is not the log of a run: {exc!r}",
+                          "put the log back, or choose another run.output_dir") from exc
 
 
-def _same(before: Mapping[str, Any], config: Config, where: Path, *, new_run: bool) -> None:
-    for key, old, new in differences(before, config.model_dump(mode="json"), new_run=new_run):
+def _stored(values: Mapping[str, Any], config: Config, where: Path, *,
+            new_run: bool) -> dict[str, Any]:
+    """The config of a stored run as this version has it, perhaps a later one than wrote it.
+
+    Keys that are missing have their defaults. Raises ConfigError.
+    """
+    bound = what_binds(values, config.model_dump(mode="json"), new_run=new_run)
+    try:
+        return validate(bound, str(where)).model_dump(mode="json")
+    except ConfigError as exc:
+        raise ConfigError("run.output_dir", config.run.output_dir,
+                          f"{where} holds settings that this version of prelora_ds does not take: "
+                          f"{exc.key} = {exc.value!r} {exc.problem}",
+                          "continue with the version that wrote them, or choose another "
+                          "run.output_dir") from exc
+
+
+def _same(before: Mapping[str, Any], config: Config, where: Path, *, new_run: bool,
+          checkpoint: Path | None) -> None:
+    """checkpoint: what a new run with other settings may begin from, if there is one."""
+    after = config.model_dump(mode="json")
+    for key, old, new in differences(before, after, new_run=new_run):
+        other = "choose another run.output_dir"
+        if checkpoint is not None and not new_run and may_differ(key, new_run=True):
+            other += f" and begin it with --resume {checkpoint}"
         raise ConfigError(key, new, f"was {old!r} in {where}, and a resumed run keeps it",
-                          f"set {key}={old}, or choose another run.output_dir"
-                          + ("" if new_run else " and begin it with --resume " + str(where)))
+                          f"set {as_override(key, old)}, or {other}")

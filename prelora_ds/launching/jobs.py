@@ -12,13 +12,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from jinja2.exceptions import TemplateError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from prelora_ds.core.config import Config
 from prelora_ds.core.errors import ConfigError
+from prelora_ds.documents import UnreadableError, read_yaml
 from prelora_ds.launching.supervised import LEASE
 
 PROFILES = Path(__file__).with_name("profiles")
@@ -79,8 +79,8 @@ def load_profile(name: str) -> Profile:
         raise ConfigError("--profile", name, "there is no such profile",
                           f"choose {', '.join(sorted(p.stem for p in PROFILES.glob('*.yaml')))}, or a .yaml file")
     try:
-        return Profile.model_validate(yaml.safe_load(path.read_text()))
-    except (yaml.YAMLError, ValidationError) as exc:
+        return Profile.model_validate(read_yaml(path.read_text(encoding="utf-8")))
+    except (UnreadableError, UnicodeDecodeError, ValidationError) as exc:
         raise ConfigError("--profile", name, f"is no profile: {exc}", "see launching/profiles/") from exc
 
 

@@ -60,13 +60,16 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
     ranks.export(os.environ)
     claim, sources, origin = None, (), None
     if ranks.rank == 0:
-        claim = claim_output(Path(config.run.output_dir), config, resume, identity(train_data, val_data))
+        timeline = Timeline(samples_per_epoch(config, len(train_data)),
+                            config.train.global_batch_size, config.train.duration)
+        claim = claim_output(Path(config.run.output_dir), config, resume,
+                             identity(train_data, val_data), steps=timeline.total_steps)
         sources, origin = claim.sources, claim.origin
     try:
         if claim is not None:
             guard.checks.append(claim.lease.check)
             print(dump_yaml(config), flush=True)
-            warn_of_a_short_run(config, samples_per_epoch(config, len(train_data)))
+            warn_of_a_short_run(config, timeline)
         guard.beat(2 * config.launch.timeout_s)  # the roll call ends by itself, and says who is missing
         # After the claim: a rank 0 that is refused its folder has not yet let the others in, and its exit code counts.
         hosts = call_the_roll(ranks, make_of(dump_yaml(config)), os.environ, config.launch.timeout_s, give_up)
@@ -106,9 +109,8 @@ def check_run(config: Config, ranks: Ranks) -> tuple[Config, TrainData, Manifest
     return settle(config, layout, ranks), train_data, val_data
 
 
-def warn_of_a_short_run(config: Config, samples: int) -> None:
+def warn_of_a_short_run(config: Config, timeline: Timeline) -> None:
     """Say when the warm-up of the rate is longer than the run: legal for a trial, and no training."""
-    timeline = Timeline(samples, config.train.global_batch_size, config.train.duration)
     warmup = timeline.step_after(0, config.optimizer.warmup)
     if warmup > timeline.total_steps:
         print(f"warning: optimizer.warmup = {config.optimizer.warmup} takes {warmup} steps, and the run has "

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
+from support.configs import MINIMAL, merged, mistake
 
 from prelora_ds.configuring import (
     OWNED_BY_RECIPE,
@@ -18,14 +19,10 @@ from prelora_ds.configuring import (
     validate,
 )
 from prelora_ds.core.config import Config, Duration
-from prelora_ds.core.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
 DS_CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
-MINIMAL: dict[str, Any] = {
-    "run": {"name": "t", "output_dir": "o"}, "data": {"train": "a", "val": "b"},
-    "train": {"duration": "10 epochs", "global_batch_size": 24, "micro_batch_size": 4}}
 
 
 @pytest.fixture
@@ -33,17 +30,6 @@ def recipe(tmp_path: Path) -> Path:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(MINIMAL | {"convergence": {"tau": 1.0, "zeta": 5.0}}))
     return path
-
-
-def merged(changes: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    return {key: {**MINIMAL.get(key, {}), **changes.get(key, {})} for key in MINIMAL | changes}
-
-
-def mistake(*args: Any, call: Any = load_config, **kwargs: Any) -> ConfigError:
-    with pytest.raises(ConfigError) as caught:
-        call(*args, **kwargs)
-    assert caught.value.remedy
-    return caught.value
 
 
 # ---- what the repository ships
@@ -108,12 +94,31 @@ def test_what_is_no_override_is_refused_with_an_example(recipe: Path, override: 
     assert "train.log_every=10" in error.remedy
 
 
-@pytest.mark.parametrize("override", ["train.log_every=[1,", "run.name=${no.such.key}",
-                                      "run.name=${oc.env:NO_SUCH_VAR}"])
-def test_an_override_that_cannot_be_read_is_named(recipe: Path, override: str) -> None:
-    error = mistake(recipe, [override])
+@pytest.mark.parametrize("override", [
+    "run.name=${no.such.key}", "run.name=${oc.env:NO_SUCH_VAR}", "run.name=${",
+    "run.name=${run.name}", "lora.r_min=${lora.r_max} lora.r_max=${lora.r_min}"])
+def test_an_interpolation_that_leads_nowhere_is_named(recipe: Path, override: str) -> None:
+    error = mistake(recipe, override.split(" "))
     assert error.key == "recipe and overrides"
     assert error.value == f"{recipe} {override}"
+
+
+@pytest.mark.parametrize(("key", "text", "problem"), [
+    ("train.log_every", "[1,", "cannot be read: line 1, column 4: "),
+    ("run.name", "", "cannot be read: has no value"),
+    ("run.name", "'a", "cannot be read: line 1, column 3: while scanning a quoted scalar"),
+    ("lora.families", "[q, &a [*a]]", "cannot be read: line 1, column 5: is nested"),
+    ("optimizer.betas.0", "0.5", "optimizer.betas is a list, which an override gives as a whole"),
+    ("lora.families.1", "q", "lora.families is a list"),
+    ("run.name.first", "a", "run.name is 't', which holds no keys"),
+    ("deepspeed." + ".".join("a" * 99), "1", "names a key of more than"),
+])
+def test_an_override_that_cannot_be_read_is_named_with_the_cause(
+    recipe: Path, key: str, text: str, problem: str
+) -> None:
+    error = mistake(recipe, [f"{key}={text}"])
+    assert key in (error.key, str(error.value).partition("=")[0])
+    assert error.problem.startswith(problem)
 
 
 # ---- keys and values
@@ -154,9 +159,9 @@ def test_a_missing_key_is_named() -> None:
 @pytest.mark.parametrize(("changes", "key", "value", "problem"), [
     ({"convergence": {"tau": -1, "zeta": 5}}, "convergence.tau", -1, "greater than 0"),
     ({"convergence": {"tau": 1, "zeta": "much"}}, "convergence.zeta", "much", "valid number"),
-    ({"train": {"duration": "soon"}}, "train.duration", "soon", "'soon' is no duration"),
+    ({"train": {"duration": "soon"}}, "train.duration", "soon", "'soon' is not a duration"),
     ({"train": {"duration": "5 %"}}, "train", "...", "cannot last a share of itself"),
-    ({"lora": {"r_max": 48}}, "lora", "...", "r_max 48 is no power of two"),
+    ({"lora": {"r_max": 48}}, "lora", "...", "r_max 48 is not a power of two"),
     ({"optimizer": {"betas": [.9, 1.0]}}, "optimizer.betas.1", 1.0, "less than 1"),
     ({"model": {"image_size": 30}}, "model", "...", "image_size 30 is not divisible by patch_size 16"),
 ])
@@ -184,10 +189,28 @@ def test_a_missing_recipe_is_told_with_the_nearest_name(recipe: Path) -> None:
 
 
 @pytest.mark.parametrize(("content", "problem"), [
-    (b"train: [1, 2", "is no YAML"), (b"a: b: c", "is no YAML"), (b"\xff\xfe\x00\xd8", "is no YAML"),
-    (b"- a\n- b\n", "is no mapping of keys"), (b"\tx: 1", "is no YAML"),
+    (b"train: [1, 2", "is not YAML: line 1, column 13: while parsing a flow sequence, expected"),
+    (b"x: 1\na: b: c", "is not YAML: line 2, column 5: mapping values are not allowed here"),
+    (b"\xff\xfe\x00\xd8", "is not a text in UTF-8"), (b"- a\n- b\n", "is not a mapping of keys"),
+    (b"x: 1\n\ty: 1", "is not YAML: line 2, column 1: "), (b"", "is not a mapping of keys"),
+    (b"x: 1\ny: 2\n'x': 1\n", "is not YAML: line 3, column 1: the key 'x' is in line 1 already"),
+    (b"x: &x {y: 1, y: 2}\n", "is not YAML: line 1, column 14: the key 'y' is in line 1 already"),
+    (b"x: 1\n---\ny: 1\n", "is not YAML: line 2, column 1: expected a single document"),
+    (b"x: !!int 0100\n", "is not YAML: line 1, column 4: tags (!...) are not read"),
+    (b"x: &x [*x]\n", "is not YAML: line 1, column 4: is nested more than"),
+    (b"a: &a {b: 1}\nc:\n  <<: *a\n", "is not YAML: line 3, column 3: `<<` is not part of"),
+    (b"[a, b]: 1\n", "is not YAML: line 1, column 1: a key is a text"),
+    (b"[" * 5000, "is not YAML: is nested more than"),
+    (b"x: \x01", "is not YAML: line 1: the character '\\x01'"),
+    (b'x: "\\0"', "is not YAML: the text '\\x00' holds the character"),
+    (b'x: "\\ud800"', "is not YAML: the text '\\ud800' holds the character"),
+    (b"x: &x0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + b"".join(
+        b"x%d: &x%d [%s]\n" % (i, i, b", ".join([b"*x%d" % (i - 1)] * 10)) for i in range(1, 9)),
+     "is not YAML: the document holds more than 100,000 values"),
 ])
-def test_what_is_no_recipe_is_refused(tmp_path: Path, content: bytes, problem: str) -> None:
+def test_what_is_not_a_recipe_is_refused_with_line_and_cause(
+    tmp_path: Path, content: bytes, problem: str
+) -> None:
     path = tmp_path / "bad.yaml"
     path.write_bytes(content)
     error = mistake(path)
@@ -202,10 +225,20 @@ def test_a_missing_deepspeed_json_is_refused(recipe: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("content", "problem"), [
-    (b"{stage: 2}", "is no JSON:"), (b"", "is no JSON:"), (b"\xff\xfe", "is no JSON:"), (b"[1]", "is no JSON object"),
-    (b"2", "is no JSON object"),
+    (b"{stage: 2}", "is not JSON: Expecting"), (b"", "is not JSON:"),
+    (b"\xff\xfe", "is not a text in UTF-8"),
+    (b"[1]", "is not a JSON object"), (b"2", "is not a JSON object"),
+    (b'{"bf16": {"enabled": true, "enabled": true}}', "is not JSON: the key 'enabled' is there"),
+    (b'{"prescale_gradients": NaN}', "is not JSON: NaN is not a finite number"),
+    (b'{"gradient_predivide_factor": 1e999}', "is not JSON: 1e999 is not a finite number"),
+    (b"[" * 100_000, "is not JSON: is nested more than"),
+    (b'{"a":' * 50 + b"1" + b"}" * 50, "is not JSON: is nested"),
+    (b'{"comms_logger": "\\ud800"}', "is not JSON: the text '\\ud800' holds"),
+    (b'{"comms_logger": ' + b"9" * 5000 + b"}", "is not JSON: holds a number of more digits"),
 ])
-def test_what_is_no_json_object_is_refused(recipe: Path, tmp_path: Path, content: bytes, problem: str) -> None:
+def test_what_is_not_a_json_object_is_refused(
+    recipe: Path, tmp_path: Path, content: bytes, problem: str
+) -> None:
     path = tmp_path / "bad.json"
     path.write_bytes(content)
     error = mistake(recipe, (), path)

@@ -49,13 +49,13 @@ def test_durations_are_read_exactly(text: str, value: Fraction, unit: str) -> No
 @pytest.mark.parametrize("text", ["", "500", "steps", "-1 steps", "1e3 steps", "5 min", "1,5 epochs", ".5 epochs",
                                   "5 epochs or so", "nan epochs", "5 % steps"])
 def test_what_is_no_duration_is_refused_with_examples(text: str) -> None:
-    with pytest.raises(ValueError, match='is no duration; write "500 steps", "10 epochs" or "5 %"'):
+    with pytest.raises(ValueError, match='is not a duration; write "500 steps", "10 epochs" or "5 %"'):
         Duration(text)
 
 
 @pytest.mark.parametrize("value", [5, 0.5, None, ["5 steps"]])
 def test_a_duration_is_text(value: Any) -> None:
-    with pytest.raises(ValueError, match="is no duration"):
+    with pytest.raises(ValueError, match="is not a duration"):
         Duration(value)
 
 
@@ -111,9 +111,9 @@ def test_durations_of_another_unit_or_number_differ() -> None:
     (ConvergenceConfig, {"tau": 1, "zeta": 5, "k": 2.5}, "valid integer"),
     (ConvergenceConfig, {"tau": 1, "zeta": 5, "statistic": "median"}, "'mean' or 'last'"),
     (ConvergenceConfig, {"tau": 1, "zeta": 5, "aggregate": "max"}, "'norm_of_mean' or 'mean_of_layers'"),
-    (ConvergenceConfig, {"tau": 1, "zeta": 5, "every": "1"}, "is no duration"),
-    (LoraConfig, {"r_min": 6}, "r_min 6 is no power of two.*for example 4 or 8"),
-    (LoraConfig, {"r_max": 48}, "r_max 48 is no power of two.*for example 32 or 64"),
+    (ConvergenceConfig, {"tau": 1, "zeta": 5, "every": "1"}, "is not a duration"),
+    (LoraConfig, {"r_min": 6}, "r_min 6 is not a power of two.*for example 4 or 8"),
+    (LoraConfig, {"r_max": 48}, "r_max 48 is not a power of two.*for example 32 or 64"),
     (LoraConfig, {"r_min": 0}, "greater than 0"),
     (LoraConfig, {"r_min": 64, "r_max": 8}, "r_min 64 is larger than r_max 8"),
     (LoraConfig, {"families": []}, "families must name each family once"),
@@ -148,13 +148,18 @@ def test_durations_of_another_unit_or_number_differ() -> None:
     (OptimizerConfig, {"weight_decay": math.nan}, "finite number"),
     (DataConfig, {"train": "a", "val": "b", "crop": "centre"}, "'inception', 'pad' or 'none'"),
     (DataConfig, {"train": "a", "val": "b", "workers": -1}, "greater than or equal to 0"),
-    (DataConfig, {"train": "a", "val": "b", "workers": "many"}, "'many' is no number of workers"),
+    (DataConfig, {"train": "a", "val": "b", "workers": "many"}, "'many' is not a number of workers"),
     (DataConfig, {"train": "a", "val": "b", "augment": "medium3"}, "'medium2'"),
     (DataConfig, {"train": "a", "val": "b", "reader": "webdataset"}, "samples_per_epoch"),
     (DataConfig, {"train": "a", "val": "b", "samples_per_epoch": 9}, "samples_per_epoch"),
     (DataConfig, {"train": "a", "val": "b", "corrupt_budget": 1}, "less than 1"),
     (TrainConfig, TRAIN | {"loss": "hinge"}, "'softmax' or 'sigmoid'"),
     (RunConfig, {"name": "t"}, "Field required"),
+    (RunConfig, {"name": "t", "output_dir": "o", "seed": -1}, "greater than or equal to 0"),
+    (RunConfig, {"name": "t", "output_dir": "o", "seed": 2**64}, "less than 18446744073709551616"),
+    (RunConfig, {"name": "t", "output_dir": "o", "seed": 0.5}, "valid integer"),
+    (RunConfig, {"name": "t", "output_dir": "~/o"}, "only a shell expands"),
+    (RunConfig, {"name": "", "output_dir": "o"}, "is empty"),
 ])
 def test_bad_values_are_refused(model: type, values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message) as caught:

@@ -14,7 +14,7 @@ def test_where_and_on_how_many_ranks_may_differ() -> None:
 
 def test_what_is_trained_may_not_and_is_named_with_both_values() -> None:
     new = {**OLD, "run": {"output_dir": "a", "seed": 1}, "optimizer": {"lr": 2.0}, "convergence": {"tau": 1.0}}
-    assert list(differences(OLD, new)) == [("convergence.tau", None, 1.0), ("optimizer.lr", 1.0, 2.0),
+    assert list(differences(OLD, new)) == [("convergence", None, {"tau": 1.0}), ("optimizer.lr", 1.0, 2.0),
                                            ("run.seed", 0, 1)]
 
 

@@ -2,46 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from support.claims import DATA, begin, checkpoint, claim, config
 
-from prelora_ds.checkpoints.folder import FOLDER, STATE, CheckpointManifest, FileRecord, commit, set_aside, step_folder
-from prelora_ds.configuring import load_config
-from prelora_ds.core.config import Config
+from prelora_ds.checkpoints.folder import FOLDER, SAVED, set_aside
+from prelora_ds.checkpoints.resume import checkpoints_at
 from prelora_ds.core.errors import ConfigError
 from prelora_ds.launching.claim import claim_output
-
-DATA = {"data.train": "1,437 samples, index 01234567", "data.val": "360 samples, index 89abcdef"}
-
-
-def config(out: Path, *overrides: str) -> Config:
-    return load_config("launch/recipes/vit_tiny_debug.yaml",
-                       [f"run.output_dir={out}", "data.train=t", "data.val=v", *overrides])
-
-
-def claim(out: Path, resume: str = "auto", *overrides: str, data: dict[str, str] | None = None) -> list[Path]:
-    """The checkpoints that a run in ``out`` may go on from; it ends at once."""
-    found = claim_output(out, config(out, *overrides), resume, data or DATA)
-    found.lease.release()
-    return list(found.sources)
-
-
-def checkpoint(run: Path, step: int, *overrides: str) -> Path:
-    """A checkpoint of ``run``, without weights."""
-    root = run / FOLDER
-    partial = root / f".{step}.partial"
-    partial.mkdir(parents=True)
-    (partial / STATE).write_text(json.dumps(
-        {"config": config(run, *overrides).model_dump(mode="json"), "data": DATA}))
-    commit(partial, step_folder(root, step),
-           CheckpointManifest(1, 0, "full", {STATE: FileRecord.of(partial / STATE)}, step))
-    return step_folder(root, step)
-
-
-def begin(run: Path) -> None:
-    (run / "plans.jsonl").write_text('{"event": "plan", "step": 0}\n')
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
@@ -101,3 +71,118 @@ def test_a_new_run_may_have_other_rates_and_data_and_a_resumed_one_may_not(tmp_p
     begin(out)
     with pytest.raises(ConfigError, match=r"data.train = 't': has 100 samples, index 00000000, and the run in"):
         claim(out, data=others)
+
+
+# ---- logs without checkpoints
+
+def test_logs_whose_checkpoints_were_removed_are_refused_and_kept(tmp_path: Path) -> None:
+    """Whether the folder is gone, or only what was in it."""
+    out = tmp_path / "out"
+    assert claim(out) == []
+    begin(out)
+    assert claim(out) == []  # ended before its first checkpoint
+    saved = checkpoint(out, 10)
+    (out / SAVED).touch()
+    (saved.parent / "latest").write_text(f"{saved.name}\n")
+    assert claim(out) == [saved]
+    for gone in (saved, saved.parent / "latest", saved.parent):
+        away = tmp_path / "away"
+        gone.rename(away)
+        if gone.name != "latest":
+            before = contents(out)
+            with pytest.raises(ConfigError, match="whose checkpoints were removed"):
+                claim(out)
+            assert contents(out) == before
+        away.rename(gone)
+    assert claim(out) == [saved]
+
+
+def test_a_folder_that_was_emptied_by_hand_takes_a_new_run(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    claim(out)
+    (out / SAVED).touch()
+    (out / "config.yaml").unlink()
+    assert claim(out) == []
+    begin(out)
+    assert claim(out) == []  # what the former run had saved is forgotten
+
+
+# ---- a duration that ends before the checkpoint
+
+@pytest.mark.parametrize(("duration", "steps"), [
+    ("10 steps", 10), ("20 steps", 20), ("0.5 epochs", 12)])
+def test_a_new_run_has_to_last_longer_than_to_its_checkpoint(
+    tmp_path: Path, duration: str, steps: int
+) -> None:
+    source = checkpoint(tmp_path / "old", 20)
+    both = rf"ends the run after step {steps}, and the checkpoint .* is of step 20 already"
+    with pytest.raises(ConfigError, match=both) as caught:
+        claim(tmp_path / "new", str(source), f"train.duration={duration}", steps=steps)
+    assert (caught.value.key, caught.value.value) == ("train.duration", duration)
+    assert not (tmp_path / "new/config.yaml").exists()
+    assert claim(tmp_path / "new", str(source), "train.duration=21 steps", steps=21) == [source]
+
+
+def test_the_runs_own_checkpoint_of_its_last_step_is_taken(tmp_path: Path) -> None:
+    """It was ended while it wrote its export."""
+    out = tmp_path / "out"
+    claim(out)
+    begin(out)
+    last = checkpoint(out, 20)
+    assert claim(out) == [last]
+
+
+# ---- what is damaged
+
+@pytest.mark.parametrize("change", [
+    lambda state: state.pop("run"), lambda state: state.update(run=[]),
+    lambda state: state.pop("config"), lambda state: state.update(config=3),
+    lambda state: state.update(data=None), lambda state: state.clear()])
+def test_a_state_that_is_not_one_is_left_to_the_loader(tmp_path: Path, change: Any) -> None:
+    saved = checkpoint(tmp_path / "old", 10, change=change)
+    assert claim(tmp_path / "new", str(saved)) == [saved]
+
+
+def test_a_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    too_long = tmp_path.joinpath(*["z" * 250] * 20)
+    for out in (tmp_path / "file", tmp_path / "file/below", Path("/proc/x"), too_long):
+        with pytest.raises(ConfigError) as caught:
+            claim(out)
+        assert caught.value.key == "run.output_dir"
+
+
+@pytest.mark.parametrize("resume", ["", ".", "nothing", "x" * 300, "a\n"])
+def test_what_is_not_a_run_is_refused_by_its_name(tmp_path: Path, resume: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        claim(tmp_path / "out", resume)
+    assert (caught.value.key, caught.value.value) == ("--resume", resume)
+
+
+def test_an_empty_name_is_not_the_folder_one_is_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = checkpoint(tmp_path, 10)
+    wanted = config(tmp_path / "new")
+    monkeypatch.chdir(tmp_path)
+    assert checkpoints_at(".") == [saved.relative_to(tmp_path)]
+    with pytest.raises(ConfigError, match="neither a checkpoint nor a run"):
+        claim_output(tmp_path / "new", wanted, "", DATA, steps=20)
+
+
+@pytest.mark.parametrize("log", [b"\xff\n", b"{}\n", b"[1]\n", b"end\n"])
+def test_a_damaged_log_is_named(tmp_path: Path, log: bytes) -> None:
+    claim(tmp_path / "out")
+    (tmp_path / "out/plans.jsonl").write_bytes(log)
+    with pytest.raises(ConfigError, match=r"plans\.jsonl is not the log of a run"):
+        claim(tmp_path / "out")
+
+
+@pytest.mark.parametrize("origin", [b"", b"\xff\xfe", b"\0"])
+def test_a_damaged_origin_is_one_message_or_none(tmp_path: Path, origin: bytes) -> None:
+    claim(tmp_path / "out")
+    (tmp_path / "out/origin").write_bytes(origin)
+    try:
+        assert claim(tmp_path / "out") == []
+    except ConfigError as error:
+        assert error.key == "--resume"

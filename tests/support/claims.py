@@ -1,0 +1,53 @@
+"""Output folders as runs leave them, claimed and given up again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from prelora_ds.checkpoints.folder import (
+    FOLDER,
+    STATE,
+    CheckpointManifest,
+    FileRecord,
+    commit,
+    step_folder,
+)
+from prelora_ds.configuring import load_config
+from prelora_ds.core.config import Config
+from prelora_ds.launching.claim import claim_output
+
+DATA = {"data.train": "1,437 samples, index 01234567", "data.val": "360 samples, index 89abcdef"}
+
+
+def config(out: Path, *overrides: str) -> Config:
+    return load_config("launch/recipes/vit_tiny_debug.yaml",
+                       [f"run.output_dir={out}", "data.train=t", "data.val=v", *overrides])
+
+
+def claim(out: Path, resume: str = "auto", *overrides: str, data: dict[str, str] | None = None,
+          steps: int = 20) -> list[Path]:
+    """The checkpoints that a run in ``out`` may go on from; it ends at once."""
+    found = claim_output(out, config(out, *overrides), resume, data or DATA, steps=steps)
+    found.lease.release()
+    return list(found.sources)
+
+
+def checkpoint(run: Path, step: int, *overrides: str, change: Callable[[Any], None] = id) -> Path:
+    """A checkpoint of ``run``, without weights. change: of its state."""
+    root = run / FOLDER
+    partial = root / f".{step}.partial"
+    partial.mkdir(parents=True)
+    state = {"config": config(run, *overrides).model_dump(mode="json"), "data": DATA,
+             "run": {"step": step}}
+    change(state)
+    (partial / STATE).write_text(json.dumps(state))
+    commit(partial, step_folder(root, step),
+           CheckpointManifest(1, 0, "full", {STATE: FileRecord.of(partial / STATE)}, step))
+    return step_folder(root, step)
+
+
+def begin(run: Path) -> None:
+    (run / "plans.jsonl").write_text('{"event": "plan", "step": 0}\n')
