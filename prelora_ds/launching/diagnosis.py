@@ -33,11 +33,11 @@ class Failure:
     kind: str
 
 
-def diagnose(own: Path, returncode: int, hosts: Sequence[Host], silent: Sequence[str],
+def diagnose(own: Path, returncode: int | None, hosts: Sequence[Host], silent: Sequence[str],
              unheard: set[str]) -> Failure:
     """The user's mistake, else a silent host, else the first record that is no echo of another rank's end.
 
-    A mistake that rank 0's host does not tell as well is that of one host (another disk, another interface).
+    A mistake that rank 0's host does not tell as its own is that of one host (another disk, another interface).
     ``own``: the attempt's folder. silent: hosts that do not answer. unheard: those of ranks that left no record until
     they were ended.
     """
@@ -46,7 +46,7 @@ def diagnose(own: Path, returncode: int, hosts: Sequence[Host], silent: Sequence
     places = {came["rank"]: came["host"] for came in records_of(own, "rank", hosts)}
     for record in began:
         if record["code"] == USAGE_EXIT_CODE and record["host"] not in silent:
-            if places.get(0, record["host"]) == record["host"]:
+            if not record["blames"] and places.get(0, record["host"]) == record["host"]:
                 return _told(record, places, hosts)
             record["code"] = TRY_AGAIN_EXIT_CODE
     if silent:

@@ -16,7 +16,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from prelora_ds.core.errors import FENCED_EXIT_CODE, LaunchError
+from prelora_ds.core.errors import FENCED_EXIT_CODE, TRY_AGAIN_EXIT_CODE, LaunchError
 from prelora_ds.launching.files import replace_text
 from prelora_ds.launching.supervised import read_json
 
@@ -27,10 +27,11 @@ DEAD_AFTER_S = 30.0  # without a change
 
 class Lease:
     """Held by rank 0's process from `take` to `release`. Its `check` is for the guard: a lease that another job has
-    taken over means that this one was given up for dead."""
+    taken over means that this one was given up for dead, and without the folder there is nothing to write to."""
 
     def __init__(self, folder: Path) -> None:
         self.path, self._token, self._ended = folder / NAME, uuid.uuid4().hex, threading.Event()
+        self._missed = False
 
     def take(self) -> Lease:
         """Raises LaunchError when a living job holds the folder; waits up to half a minute to see whether it lives."""
@@ -42,22 +43,45 @@ class Lease:
                 continue
             os.write(descriptor, self._text(0).encode())
             os.close(descriptor)
+            self._folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
             self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
             self._thread.start()
             return self
 
     def release(self) -> None:
+        """Give the folder back. A disk that takes no changes any more keeps the file, which a dead process does not
+        hold: that must not hide why the run ends."""
+        if self._ended.is_set():
+            return
         self._ended.set()
-        self._thread.join()
-        if read_json(self.path).get("token") == self._token:
-            self.path.unlink(missing_ok=True)
+        self._thread.join(RENEWED_EVERY_S)  # not for ever: its disk may stall
+        with contextlib.suppress(OSError):
+            os.close(self._folder)
+            if read_json(self.path).get("token") == self._token:
+                self.path.unlink(missing_ok=True)
 
     def check(self) -> tuple[int, str] | None:
-        """For `Guard.checks`."""
+        """For `Guard.watch`: 88 when another job holds the folder, 75 when two looks in a row find it removed or
+        moved."""
+        if self._ended.is_set():
+            return None
+        missed, self._missed = self._missed, not self._is_there()
+        if missed and self._missed:
+            return TRY_AGAIN_EXIT_CODE, (f"{self.path.parent} was removed or moved while this job was writing to it\n"
+                                         "  remedy: put it back, and start the same command again")
         held = read_json(self.path)
         if held.get("token", self._token) == self._token:
             return None
-        return FENCED_EXIT_CODE, f"error: {self.path} was taken over by process {held['pid']} on {held['host']}"
+        return FENCED_EXIT_CODE, f"{self.path} was taken over by {_holder(held)}"
+
+    def _is_there(self) -> bool:
+        """Whether the path still leads to the folder that was taken; what the disk does not tell is no sign."""
+        try:
+            return os.path.samestat(os.stat(self.path.parent), os.fstat(self._folder))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError:
+            return True
 
     def _text(self, renewals: int) -> str:
         pid = os.getpid()
@@ -68,20 +92,19 @@ class Lease:
         renewals = 0
         while not self._ended.wait(RENEWED_EVERY_S):
             renewals += 1
-            try:
-                if read_json(self.path).get("token", self._token) == self._token:
+            # Not into another folder that has its path now. A full disk ends no training.
+            with contextlib.suppress(OSError):
+                if self._is_there() and read_json(self.path).get("token", self._token) == self._token:
                     replace_text(self.path, self._text(renewals))
-            except OSError:  # a full disk ends no training
-                continue
 
     def _wait_for_its_end(self) -> None:
         first, begun = read_json(self.path), time.monotonic()
         if first and not _surely_dead(first):
-            here = (first.get("host"), first.get("boot")) == (socket.gethostname(), _boot_id())
+            here = _is_of_this_machine(first)
             while not here and time.monotonic() - begun < DEAD_AFTER_S and read_json(self.path) == first:
                 time.sleep(0.5)
             if here or read_json(self.path) not in (first, {}):
-                raise LaunchError(f"{self.path.parent} is in use by process {first.get('pid')} on {first.get('host')}\n"
+                raise LaunchError(f"{self.path.parent} is in use by {_holder(first)}\n"
                                   "  remedy: end that job, or choose another run.output_dir")
         # Whoever moves it away may create the next one; what was moved must be what was judged.
         moved = self.path.with_name(f"{NAME}.{self._token}.dead")
@@ -97,9 +120,17 @@ class Lease:
 
 def _surely_dead(held: dict[str, Any]) -> bool:
     """Whether the holder was a process of this machine and is no more."""
-    if held.get("host") != socket.gethostname() or held.get("boot") != _boot_id():
-        return False
-    return _born(held.get("pid", -1)) != held.get("born")
+    return _is_of_this_machine(held) and _born(held["pid"]) != held["born"]
+
+
+def _is_of_this_machine(held: dict[str, Any]) -> bool:
+    """Whether this machine can tell if the holder lives: not of a file that names no process."""
+    return (held.get("host") == socket.gethostname() and held.get("boot") == _boot_id()
+            and isinstance(held.get("pid"), int) and isinstance(held.get("born"), str))
+
+
+def _holder(held: dict[str, Any]) -> str:
+    return f"process {held.get('pid', '?')} on {held.get('host', 'an unknown host')}"
 
 
 def _born(pid: int) -> str | None:

@@ -6,6 +6,7 @@ to be 0 when pdsh had been killed.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -23,7 +24,7 @@ from prelora_ds.launching.diagnosis import Failure, diagnose, records_of, succee
 from prelora_ds.launching.hostfile import Host, fill, format_hostfile, format_mpi_hosts, travels, write_ds_env
 from prelora_ds.launching.lease import Lease
 from prelora_ds.launching.network import interface_environment, is_mine
-from prelora_ds.launching.supervised import LEASE, write_json
+from prelora_ds.launching.supervised import LEASE, attempt_of, write_json
 
 TICK_S = 0.5
 FENCE_S = 6.0  # a rank's guard looks at the lease every 5 s
@@ -84,7 +85,7 @@ class Supervisor:
             self._mine.release()
 
     def _attempts(self) -> int:
-        first = 1 + max((int(path.name.removeprefix("attempt-")) for path in self.folder.glob("attempt-*")), default=0)
+        first = 1 + max((attempt_of(path) or 0 for path in self.folder.iterdir()), default=0)
         former: tuple[object, object] | None = None
         for attempt in range(first, first + self.policy.max_restarts + 1):
             self._renew(attempt)
@@ -169,7 +170,8 @@ class Supervisor:
             return process.wait(ANSWER_S) == 0
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)  # with what it started: `timeout` has a child
-            process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(TICK_S)  # one that the kernel holds ends later
             return False
 
     def _attempt(self, attempt: int, hosts: Sequence[Host]) -> int | Failure:
@@ -235,16 +237,18 @@ class Supervisor:
         return ([] if succeeded(own) else self._silent_twice(hosts)), unheard
 
     def _end(self, process: subprocess.Popen[bytes], attempt: int) -> None:
+        """End the launcher and what is left of its process group: ranks whose launcher was killed get the same grace.
+
+        A process that the kernel holds (a disk that does not answer) is left behind."""
         for number in (signal.SIGTERM, signal.SIGKILL):
             deadline = time.monotonic() + self.policy.grace_s
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, number)
-            except ProcessLookupError:
-                break
-            while process.poll() is None and time.monotonic() < deadline:
+            while _group_lives(process) and time.monotonic() < deadline:
                 self._renew(attempt)
                 time.sleep(TICK_S)
-        process.wait()
+        if process.poll() is None:
+            self.say(f"process {process.pid} does not end after SIGKILL; it is left behind")
 
     def _renew(self, attempt: int) -> None:
         if self._mine.check() is not None:
@@ -257,6 +261,17 @@ class Supervisor:
         while time.monotonic() < deadline:
             self._renew(attempt)
             time.sleep(TICK_S)
+
+
+def _group_lives(process: subprocess.Popen[bytes]) -> bool:
+    """Whether a process of the group that ``process`` leads is left; a zombie is not."""
+    process.poll()
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, group = entry.read_text().rpartition(")")[2].split()[:3]
+            if int(group) == process.pid and state not in "ZX":
+                return True
+    return False
 
 
 def check_policy(policy: Policy, hosts: Sequence[Host]) -> None:
