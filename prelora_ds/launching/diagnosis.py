@@ -113,8 +113,9 @@ def place_of(rank: int | None, hosts: Sequence[Host]) -> str | None:
 
 
 def succeeded(own: Path) -> bool:
-    """Whether rank 0 left the mark that all is on disk."""
-    return (own / "DONE").exists() or (own / "STOPPED").exists()
+    """Whether rank 0 left the mark that all is on disk. A stop that orphans asked for is not the end of the run."""
+    orphans = (read_json(path).get("code") == ORPHAN_EXIT_CODE for path in own.glob("exit-*.json"))
+    return (own / "DONE").exists() or ((own / "STOPPED").exists() and not any(orphans))
 
 
 def _tail(path: Path, lines: int = 6) -> str:

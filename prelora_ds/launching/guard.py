@@ -46,7 +46,7 @@ class Guard:
         self.last_words: Callable[[int, str], None] = lambda code, why: None  # before it ends the process
         self._watched: list[_Watched] = []
         self._beat, self._ended = time.monotonic(), threading.Event()
-        self._orphaned = ""  # why
+        self.orphaned = ""  # why, once it is one
 
     def start(self) -> Guard:
         threading.Thread(target=self._run, name="guard", daemon=True).start()
@@ -73,8 +73,8 @@ class Guard:
                     self._look(watched)
                     watched.due = time.monotonic() + watched.every_s
             still = time.monotonic() - self._beat
-            if self._orphaned and still > ORPHAN_LIMIT_S:
-                self.end(ORPHAN_EXIT_CODE, f"error (rank {self.rank}): {self._orphaned}; asked to stop, it took no "
+            if self.orphaned and still > ORPHAN_LIMIT_S:
+                self.end(ORPHAN_EXIT_CODE, f"error (rank {self.rank}): {self.orphaned}; asked to stop, it took no "
                          f"step for {still:.0f} s; where this process stands:", stacks=True)
             if still > self.limit_s:
                 self.end(HANG_EXIT_CODE, f"error (rank {self.rank}): no step for {still:.0f} s (guard.hang_limit is "
@@ -94,8 +94,8 @@ class Guard:
         code, why = verdict
         if code != ORPHAN_EXIT_CODE or self.stop_request is None or not self.stop_request.ask(why):
             self.end(code, f"error (rank {self.rank}): {why}")
-        if not self._orphaned:
-            self._orphaned = why
+        if not self.orphaned:
+            self.orphaned = why
             self._beat = max(self._beat, time.monotonic())
 
     def end(self, code: int, why: str, *, stacks: bool = False) -> NoReturn:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from prelora_ds.configuring import check_world, dump_yaml, load_config
 from prelora_ds.core.config import Config
-from prelora_ds.core.errors import ConfigError, LaunchError, Stopped
+from prelora_ds.core.errors import ORPHAN_EXIT_CODE, ConfigError, LaunchError, Stopped
 from prelora_ds.core.plan import Layout, Phase, warmup_plan
 from prelora_ds.core.schedule import Timeline
 from prelora_ds.launching.guard import Guard, end_now
@@ -83,7 +83,9 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
             if ranks.rank == 0:
                 print_report(Path(config.run.output_dir))
             watch.mark("DONE")
-        except Stopped:
+        except Stopped as why:
+            if guard.orphaned:  # nobody asked the run to end: a supervisor starts it again
+                watch.ended(ORPHAN_EXIT_CODE, str(why))
             watch.mark("STOPPED")
             close_process_group()
             raise

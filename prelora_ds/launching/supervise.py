@@ -182,9 +182,11 @@ class Supervisor:
             process = self._launch(own, hosts, attempt, log)
             try:
                 silent, unheard = self._watch(process, own, hosts, attempt, pool)
+                ended = succeeded(own)
             finally:
                 self._end(process, attempt)
-        if succeeded(own):
+        # Ranks that only now stop with a checkpoint do so because their attempt is ended.
+        if ended or (own / "DONE").exists() or (self.stop_asked and succeeded(own)):
             return 0 if (own / "DONE").exists() else STOPPED_EXIT_CODE
         failure = diagnose(own, process.returncode, hosts, silent, unheard)
         # Ranks that the launcher lost end when they see that their attempt is over, or see nothing of it any more.

@@ -118,10 +118,19 @@ def test_a_launcher_that_hangs_after_a_rank_ended_is_killed(world: World) -> Non
 
 def test_ranks_whose_launcher_was_killed_get_the_grace_to_save(world: World) -> None:
     script = """
+    [ "$attempt" = 2 ] && mark DONE && exit
     ( trap 'sleep 0.3; mark STOPPED; exit 99' TERM; mark trapped; while :; do sleep 0.05; done ) &
     while [ ! -e "$own/trapped" ]; do sleep 0.05; done
     kill -KILL $$"""
-    assert world.supervisor(script, grace_s=5.0).run() == 99
+    assert world.supervisor(script, grace_s=5.0).run() == 0
+    assert (world.folder / "out" / "attempt-1" / "STOPPED").exists()
+    assert any(line.startswith("attempt 1 failed on a, b (exit code 75)") for line in world.said)
+
+
+def test_a_run_that_orphans_stopped_is_started_again(world: World) -> None:
+    script = """[ "$attempt" = 2 ] && mark DONE && exit; mark STOPPED; die 87 b "the launcher is gone" """
+    assert world.supervisor(script).run() == 0
+    assert any("attempt 1 failed (exit code 87): the launcher is gone" in line for line in world.said)
 
 
 def test_an_attempt_whose_process_ignores_all_but_sigkill_is_bounded(world: World) -> None:
