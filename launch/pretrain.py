@@ -19,9 +19,10 @@ from prelora_ds.launching.supervised import Supervision
 
 
 def main(argv: list[str]) -> None:
-    ancestors = Ancestors()  # before a launcher that is ended now can be mistaken for another parent
+    ancestors = Ancestors()  # first: a launcher may be killed while the rank begins
     outlive_streams()
-    ranks, stop, watch = Ranks(rank=0, local_rank=0, world_size=1), StopRequest().install(), Supervision(None)
+    ranks, stop = Ranks(rank=0, local_rank=0, world_size=1), StopRequest().install()
+    watch = Supervision(None)
     try:
         watch = Supervision(supervised_folder(argv))
         ranks = find_ranks(os.environ)
@@ -34,7 +35,8 @@ def main(argv: list[str]) -> None:
         args = parse_arguments(argv, __doc__)
         from prelora_ds.launching.start import start  # heavy imports only once the launch itself is sound
 
-        start(ranks, args.recipe, args.overrides, args.deepspeed_config, args.resume, watch, stop, guard)
+        start(ranks, args.recipe, args.overrides, args.deepspeed_config, args.resume, watch, stop,
+              guard)
     except Stopped as why:
         stopped(why, ranks)
     except ExpectedError as error:

@@ -1,6 +1,7 @@
-"""The processes that started this rank. When its launcher is gone, nobody waits for the rank or signals it.
+"""The processes that started this rank.
 
-A process that loses its parent gets another one (init, or a subreaper), whatever ended the parent.
+When its launcher is gone, nobody waits for the rank, and nobody passes a signal on to it. Whatever
+ended the launcher, a process that loses its parent gets another one: init, or a subreaper.
 """
 
 from __future__ import annotations
@@ -45,9 +46,11 @@ SHELLS = frozenset(("sh", "bash", "dash", "ash", "zsh", "ksh", "csh", "tcsh", "f
 class Ancestors:
     """The line from this process up to its outermost launcher, as it was when this was made.
 
-    It has this process's parent and all known launchers above it: `deepspeed` is the parent of the process that starts
-    the ranks. A shell is no launcher, since what runs in its background may outlive it; neither is an unknown program
-    that gave this process a session of its own. The line does not cross an interactive shell.
+    The line holds the parent and each known launcher above it: on one host, the process that starts
+    the ranks is itself started by `deepspeed`.
+
+    A shell is not a launcher, because a job in its background may outlive it. Neither is an unknown
+    program that gave this process a session of its own. The line ends at an interactive shell.
     """
 
     def __init__(self) -> None:
@@ -98,7 +101,10 @@ def _words(pid: int) -> Sequence[str]:
 
 
 def _name(words: Sequence[str]) -> str:
-    """``bash``, or of Python the script or the module after -m. A daemon may call itself ``slurmstepd: [7.0]``."""
+    """The program; where that is Python, its script, or its module after -m.
+
+    A daemon may add to its name: ``slurmstepd: [7.0]``.
+    """
     program = os.path.basename(words[0].split(":")[0]).removeprefix("-")
     if not program.startswith("python"):
         return program

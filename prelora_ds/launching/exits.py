@@ -12,7 +12,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn, TextIO
 
-from prelora_ds.core.errors import INTERRUPTED_EXIT_CODE, STOPPED_EXIT_CODE, ExpectedError, RefusedError, Stopped
+from prelora_ds.core.errors import (
+    INTERRUPTED_EXIT_CODE,
+    STOPPED_EXIT_CODE,
+    ExpectedError,
+    RefusedError,
+    Stopped,
+)
 from prelora_ds.launching.ranks import Ranks
 
 # Long enough for rank 0 to speak and for the launcher to end the others; every rank finds the same mistake.
@@ -38,9 +44,16 @@ def stopped(why: Stopped, ranks: Ranks) -> NoReturn:
 
 
 def outlive_streams() -> None:
-    """Let a standard stream that cannot be written swallow what is: its reader is gone (a launcher that is ended closes
-    the pipe before its ranks have saved), its disk is full, its terminal is closed. No checkpoint may be lost to a line
-    of text. What was closed at the start is opened on nothing, before a file of the run gets its descriptor."""
+    """Let standard output and error drop what cannot be written.
+
+    No checkpoint may be lost to a line of text.
+
+    A stream cannot be written when its reader is gone (a launcher that is ended closes the pipe
+    before its ranks have saved), when its disk is full, or when its terminal is closed.
+
+    A stream that is closed from the start is opened on /dev/null, before a file of the run can get
+    its descriptor.
+    """
     for number in range(3):
         try:
             os.fstat(number)
@@ -77,9 +90,9 @@ class _Outliving:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())  # what is still buffered, and what C code writes, goes there too
             os.close(nowhere)
-            if not isinstance(error, BrokenPipeError) and sys.stderr is not self:  # to those who still read the other
-                print(f"warning: {self._stream.name} cannot be written ({error.strerror}): what the run prints there "
-                      "is lost from here on", file=sys.stderr, flush=True)
+            if not isinstance(error, BrokenPipeError) and sys.stderr is not self:
+                print(f"warning: {self._stream.name} cannot be written ({error.strerror}): what the "
+                      "run prints there is lost from here on", file=sys.stderr, flush=True)
             return None
 
 
@@ -96,9 +109,12 @@ def one_message() -> Iterator[None]:
 def fail(error: ExpectedError, ranks: Ranks) -> NoReturn:
     """Say ``error`` once and end with its exit code.
 
-    The launcher ends all ranks at the first one that exits, so the others keep still and let rank 0 speak. A host that
-    is still there after the grace had a mistake of its own, and its first rank says it. What only one rank has met
-    it says at once; a rank that heard it from another ends at once, and only rank 0 repeats it.
+    The launcher ends all ranks at the first one that exits, so the others keep still and let rank 0
+    speak. A host that is still there after the grace had a mistake of its own, and its first rank
+    says it.
+
+    What only one rank has met it says at once. A rank that heard of it from another one ends at
+    once, and only rank 0 repeats it.
     """
     heard = isinstance(error, RefusedError)
     if ranks.rank != 0 and not error.of_one_rank and not heard:

@@ -1,7 +1,7 @@
 """A thread in every rank that ends a process which goes nowhere, so that one lost rank hangs no others.
 
-It runs while the main thread sits in a collective. Other reasons to end a process (a lease that is no longer held, a
-launcher that is gone) are given to it as checks.
+It runs while the main thread sits in a collective. Other reasons to end a process (a lease that is
+no longer held, a launcher that is gone) are given to it as checks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Check = Callable[[], tuple[int, str] | None]  # None, or the exit code to end wi
 
 TICK_S = 1.0
 SHARED_DISK_S = 5.0  # between two looks at a file that all ranks look at
-ORPHAN_LIMIT_S = 120.0  # without a step, in an evaluation, a switch or a checkpoint that an orphan still finishes
+ORPHAN_LIMIT_S = 120.0  # without a step: a switch or a checkpoint that is under way may still end
 
 
 @dataclass
@@ -41,7 +41,8 @@ class Guard:
     stop: where an orphan asks for a checkpoint before it ends; without one it ends at once.
     """
 
-    def __init__(self, limit_s: float = math.inf, rank: int = 0, stop: StopRequest | None = None) -> None:
+    def __init__(self, limit_s: float = math.inf, rank: int = 0,
+                 stop: StopRequest | None = None) -> None:
         self.limit_s, self.rank, self.stop_request = limit_s, rank, stop
         self.last_words: Callable[[int, str], None] = lambda code, why: None  # before it ends the process
         self._watched: list[_Watched] = []
@@ -53,10 +54,13 @@ class Guard:
         return self
 
     def watch(self, check: Check, every_s: float = SHARED_DISK_S) -> None:
-        """Call ``check`` every ``every_s`` seconds; the first that answers ends the process with its code.
+        """Call ``check`` every ``every_s`` seconds; the first that answers ends the process.
 
-        Code 87 (an orphan) asks the run to stop with a checkpoint first, where steps have begun. A check that raises is
-        reported once and called again."""
+        The process ends with the code of the answer. Where steps have begun, code 87 (an orphan)
+        first asks the run to stop with a checkpoint.
+
+        A check that raises is reported once and called again.
+        """
         self._watched.append(_Watched(check, every_s))
 
     def beat(self, longer_s: float = 0.0) -> None:
@@ -74,8 +78,9 @@ class Guard:
                     watched.due = time.monotonic() + watched.every_s
             still = time.monotonic() - self._beat
             if self.orphaned and still > ORPHAN_LIMIT_S:
-                self.end(ORPHAN_EXIT_CODE, f"error (rank {self.rank}): {self.orphaned}; asked to stop, it took no "
-                         f"step for {still:.0f} s; where this process stands:", stacks=True)
+                self.end(ORPHAN_EXIT_CODE, f"error (rank {self.rank}): {self.orphaned}; the run was "
+                         f"asked to stop, and took no step for {still:.0f} s; where this process stands:",
+                         stacks=True)
             if still > self.limit_s:
                 self.end(HANG_EXIT_CODE, f"error (rank {self.rank}): no step for {still:.0f} s (guard.hang_limit is "
                          f"{self.limit_s:.0f} s); where this process stands:", stacks=True)
@@ -83,10 +88,10 @@ class Guard:
     def _look(self, watched: _Watched) -> None:
         try:
             verdict = watched.check()
-        except Exception as error:  # whatever it is: without this thread a hang would hold the job for ever
+        except Exception as error:  # without this thread a hang would hold the job for ever
             if not watched.failed:
-                say(f"warning (rank {self.rank}): a check of the guard failed, and is tried again every "
-                    f"{watched.every_s:.0f} s: {type(error).__name__}: {error}")
+                say(f"warning (rank {self.rank}): a check of the guard failed, and is tried again "
+                    f"every {watched.every_s:g} s: {type(error).__name__}: {error}")
             watched.failed = True
             return
         if verdict is None:

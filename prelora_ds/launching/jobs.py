@@ -53,7 +53,8 @@ class Profile(BaseModel):
 class Job:
     """One job of a chain. Paths are absolute.
 
-    folder: the checkout, in which launch/pretrain.py is. stage: copy the shards to the profile's scratch folder first.
+    folder: the checkout, in which launch/pretrain.py is. stage: copy the shards to the profile's
+    scratch folder first.
     """
 
     name: str
@@ -146,7 +147,8 @@ def _asked(job: Job, profile: Profile) -> list[tuple[str, str]]:
 
 def _check(job: Job, profile: Profile) -> None:
     if not (job.folder / SCRIPT).is_file():
-        raise ConfigError("the working folder", str(job.folder), f"has no {SCRIPT}, which the job would start there",
+        raise ConfigError("the working folder", str(job.folder),
+                          f"has no {SCRIPT}, which the job would start there",
                           "run `prelora job` in a checkout of prelora_ds that all hosts see")
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,63}", job.name):
         raise ConfigError("run.name", job.name, "is no name of a job", "begin with a letter; letters, digits, _ and -")

@@ -26,8 +26,10 @@ DEAD_AFTER_S = 30.0  # without a change
 
 
 class Lease:
-    """Held by rank 0's process from `take` to `release`. Its `check` is for the guard: a lease that another job has
-    taken over means that this one was given up for dead, and without the folder there is nothing to write to."""
+    """Held by rank 0's process from `take` to `release`; the guard watches its `check`.
+
+    A lease that another job has taken over means that this one was given up for dead.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.path, self._token, self._ended = folder / NAME, uuid.uuid4().hex, threading.Event()
@@ -49,8 +51,11 @@ class Lease:
             return self
 
     def release(self) -> None:
-        """Give the folder back. A disk that takes no changes any more keeps the file, which a dead process does not
-        hold: that must not hide why the run ends."""
+        """Give the folder back.
+
+        A disk that takes no changes any more keeps the file. That must not hide why the run ends,
+        and it does no harm: a dead process holds nothing.
+        """
         if self._ended.is_set():
             return
         self._ended.set()
@@ -61,21 +66,24 @@ class Lease:
                 self.path.unlink(missing_ok=True)
 
     def check(self) -> tuple[int, str] | None:
-        """For `Guard.watch`: 88 when another job holds the folder, 75 when two looks in a row find it removed or
-        moved."""
+        """For `Guard.watch`: 88 when another job holds the folder, 75 when it was removed or moved.
+
+        The folder has to be missing twice in a row.
+        """
         if self._ended.is_set():
             return None
         missed, self._missed = self._missed, not self._is_there()
         if missed and self._missed:
-            return TRY_AGAIN_EXIT_CODE, (f"{self.path.parent} was removed or moved while this job was writing to it\n"
-                                         "  remedy: put it back, and start the same command again")
+            return TRY_AGAIN_EXIT_CODE, (
+                f"{self.path.parent} was removed or moved while this job was writing to it\n"
+                "  remedy: put it back, and start the same command again")
         held = read_json(self.path)
         if held.get("token", self._token) == self._token:
             return None
         return FENCED_EXIT_CODE, f"{self.path} was taken over by {_holder(held)}"
 
     def _is_there(self) -> bool:
-        """Whether the path still leads to the folder that was taken; what the disk does not tell is no sign."""
+        """Whether the path still leads to the folder that was taken, or the disk does not tell."""
         try:
             return os.path.samestat(os.stat(self.path.parent), os.fstat(self._folder))
         except (FileNotFoundError, NotADirectoryError):
@@ -94,7 +102,8 @@ class Lease:
             renewals += 1
             # Not into another folder that has its path now. A full disk ends no training.
             with contextlib.suppress(OSError):
-                if self._is_there() and read_json(self.path).get("token", self._token) == self._token:
+                held = read_json(self.path)
+                if self._is_there() and held.get("token", self._token) == self._token:
                     replace_text(self.path, self._text(renewals))
 
     def _wait_for_its_end(self) -> None:

@@ -20,7 +20,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from prelora_ds.core.errors import DIVERGED_EXIT_CODE, ConfigError, ExpectedError, LaunchError, RefusedError
+from prelora_ds.core.errors import (
+    DIVERGED_EXIT_CODE,
+    ConfigError,
+    ExpectedError,
+    LaunchError,
+    RefusedError,
+)
 from prelora_ds.launching.network import is_mine
 from prelora_ds.launching.ranks import Ranks
 
@@ -48,9 +54,9 @@ def call_the_roll(ranks: Ranks, make: Mapping[str, str], environ: MutableMapping
 
     end: ends this process when torch's store itself hangs, as it does where something else listens at the port.
 
-    Raises LaunchError when ranks are missing after ``timeout_s``, the master cannot be reached or its port is taken;
-    ConfigError when a rank is there twice or a host has other versions, code or config; RefusedError when a rank could
-    not begin (`declining`). All ranks raise alike.
+    Raises LaunchError when ranks are missing after ``timeout_s``, the master cannot be reached or
+    its port is taken; ConfigError when a rank is there twice or a host has other versions, code or
+    config; RefusedError when a rank could not begin (`declining`). All ranks raise alike.
     """
     global _store
     from torch.distributed import DistError
@@ -83,14 +89,19 @@ def call_the_roll(ranks: Ranks, make: Mapping[str, str], environ: MutableMapping
 
 @contextmanager
 def declining(ranks: Ranks, environ: Mapping[str, str]) -> Iterator[None]:
-    """What a rank checks on its own before the roll call: when it raises, the others learn it at the roll call and do
-    not wait for this rank. A master that is not known, or does not answer within DECLINE_S, is told nothing."""
+    """For what a rank checks by itself before the roll call.
+
+    When that raises, the other ranks learn of it at the roll call and do not wait for this rank.
+    That is tried for DECLINE_S seconds, and not at all while the master's address is unknown.
+    """
     try:
         yield
     except Exception as error:
         if ranks.world_size > 1 and ranks.master_addr is not None:
             code = getattr(error, "exit_code", DIVERGED_EXIT_CODE)
-            text = str(error) if isinstance(error, ExpectedError) else f"{type(error).__name__}: {error}"
+            text = str(error)
+            if not isinstance(error, ExpectedError):
+                text = f"{type(error).__name__}: {text}"
             # In a thread: torch's store may hang where something else listens at the port.
             refused = [ranks.rank, socket.gethostname(), code, text]
             telling = threading.Thread(target=_decline, args=(ranks, environ, refused), daemon=True)
@@ -100,8 +111,8 @@ def declining(ranks: Ranks, environ: Mapping[str, str]) -> Iterator[None]:
 
 
 def _decline(ranks: Ranks, environ: Mapping[str, str], refused: list[Any]) -> None:
-    """Rank 0 serves the store until the others have read its verdict, or have declined themselves."""
-    prefix, deadline = _prefix(environ), time.monotonic() + DECLINE_S
+    """Rank 0 serves the store until the others have read the verdict or have declined, too."""
+    prefix, others, deadline = _prefix(environ), ranks.world_size - 1, time.monotonic() + DECLINE_S
     with contextlib.suppress(RuntimeError):  # torch's DistError is one
         store = _open_store(ranks, environ, DECLINE_S)
         if ranks.rank != 0:
@@ -109,8 +120,9 @@ def _decline(ranks: Ranks, environ: Mapping[str, str], refused: list[Any]) -> No
             store.add(f"{prefix}/declined", 1)
             return
         store.set(f"{prefix}/verdict", json.dumps(_verdict(refused=refused)))
-        while (sum(store.add(f"{prefix}/{key}", 0) for key in ("read", "declined")) < ranks.world_size - 1
-               and time.monotonic() < deadline):
+        while time.monotonic() < deadline:
+            if sum(store.add(f"{prefix}/{key}", 0) for key in ("read", "declined")) >= others:
+                break
             time.sleep(POLL_S)
 
 
@@ -152,14 +164,15 @@ def _exchange(store: Any, ranks: Ranks, card: Card, timeout_s: float, prefix: st
     verdict: dict[str, Any]
     store.set(f"{prefix}/card/{store.add(f'{prefix}/turns', 1)}", json.dumps(asdict(card)))
     if ranks.rank == 0:
-        refused = False
-        while ((came := store.add(f"{prefix}/turns", 0)) < ranks.world_size and time.monotonic() < deadline
-               and not (refused := store.check([f"{prefix}/refused"]))):
+        came, refused = 0, False
+        while came < ranks.world_size and not refused and time.monotonic() < deadline:
             time.sleep(POLL_S)
+            came, refused = store.add(f"{prefix}/turns", 0), store.check([f"{prefix}/refused"])
         if refused:
             verdict = _verdict(refused=json.loads(store.get(f"{prefix}/refused")))
         else:
-            cards = [Card(**json.loads(store.get(f"{prefix}/card/{turn}"))) for turn in range(1, came + 1)]
+            texts = [store.get(f"{prefix}/card/{turn}") for turn in range(1, came + 1)]
+            cards = [Card(**json.loads(text)) for text in texts]
             verdict = judge(cards, ranks.world_size, timeout_s)
         store.set(f"{prefix}/verdict", json.dumps(verdict))
     store.wait([f"{prefix}/verdict"], timedelta(seconds=timeout_s + 2 * READ_S))

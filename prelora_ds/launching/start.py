@@ -31,7 +31,8 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
     """Check, then train. Raises ConfigError before any process group or weight is made; Stopped after a checkpoint.
 
     resume: auto (go on with what run.output_dir holds), never, or a checkpoint or run to go on from. watch: the rank's
-    side of a supervisor. stop: made when the rank began, for its walltime. guard: one that runs already.
+    side of a supervisor. stop: made when the rank began, for its walltime. guard: one that has been
+    started.
     """
     config = load_config(recipe, overrides, deepspeed_config)
     with declining(ranks, os.environ):  # another host may have other data, devices and disks
@@ -39,7 +40,11 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
 
         # torch and DeepSpeed take seconds to import: only now, when the cheap mistakes are out
         from prelora_ds.data.setup import identity, samples_per_epoch
-        from prelora_ds.engine.runtime import check_zero_config, choose_accelerator, init_process_group
+        from prelora_ds.engine.runtime import (
+            check_zero_config,
+            choose_accelerator,
+            init_process_group,
+        )
 
         choose_accelerator()
         for phase in Phase:
@@ -63,7 +68,8 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
         choose_interface(config.launch.interface, ranks.master_addr, os.environ)
         ranks.export(os.environ)
         if ranks.rank == 0:
-            claim = claim_output(Path(config.run.output_dir), config, resume, identity(train_data, val_data))
+            claim = claim_output(Path(config.run.output_dir), config, resume,
+                                 identity(train_data, val_data))
             sources, origin = claim.sources, claim.origin
     try:
         if claim is not None:

@@ -21,7 +21,15 @@ from typing import IO
 
 from prelora_ds.core.errors import STOPPED_EXIT_CODE, USAGE_EXIT_CODE, ConfigError, LaunchError
 from prelora_ds.launching.diagnosis import Failure, diagnose, records_of, succeeded
-from prelora_ds.launching.hostfile import Host, fill, format_hostfile, format_mpi_hosts, travels, write_ds_env
+from prelora_ds.launching.hostfile import (
+    Host,
+    fill,
+    fill_command,
+    format_hostfile,
+    format_mpi_hosts,
+    travels,
+    write_ds_env,
+)
 from prelora_ds.launching.lease import Lease
 from prelora_ds.launching.network import interface_environment, is_mine
 from prelora_ds.launching.supervised import LEASE, attempt_of, write_json
@@ -75,14 +83,19 @@ class Supervisor:
     def run(self) -> int:
         """Attempts until one succeeds; returns the exit code: 0, 99 (stopped with a checkpoint), or a failure's.
 
-        Raises LaunchError when another supervisor has the run: a newer attempt would end its ranks.
+        Raises LaunchError when another supervisor has the run (a newer attempt would end its ranks), or
+        the folder cannot be written.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._mine.take()
         try:
-            return self._attempts()
-        finally:
-            self._mine.release()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._mine.take()
+            try:
+                return self._attempts()
+            finally:
+                self._mine.release()
+        except OSError as exc:
+            raise LaunchError(f"{exc.filename or self.folder} cannot be written ({exc.strerror})\n"
+                              "  remedy: make room, and start the same command again") from exc
 
     def _attempts(self) -> int:
         first = 1 + max((attempt_of(path) or 0 for path in self.folder.iterdir()), default=0)
@@ -157,7 +170,7 @@ class Supervisor:
         return [name for name in self._silent(hosts) if name in suspects] if suspects else []
 
     def _answers(self, host: Host) -> bool:
-        command = [fill(word, {"host": host.name}) for word in shlex.split(self.policy.probe)]
+        command = fill_command("--probe", self.policy.probe, {"host": host.name})
         try:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                                        stderr=subprocess.DEVNULL, start_new_session=True)
@@ -208,8 +221,15 @@ class Supervisor:
         environ = os.environ | network | {"DS_ENV_FILE": str(own / "ds_env"), "MASTER_ADDR": words["master"],
                                           "MASTER_PORT": words["port"]}
         self.say(shlex.join(command))
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environ,
-                                start_new_session=True)
+        try:
+            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log,
+                                    stderr=subprocess.STDOUT, env=environ, start_new_session=True)
+        except (FileNotFoundError, PermissionError) as exc:
+            raise ConfigError("COMMAND", command[0], f"cannot be started ({exc.strerror})",
+                              "name a launcher that is installed on this host") from exc
+        except OSError as exc:
+            raise LaunchError(f"the launcher could not be started ({exc.strerror})\n"
+                              "  remedy: look at the processes and the memory of this host") from exc
 
     def _watch(self, process: subprocess.Popen[bytes], own: Path, hosts: Sequence[Host], attempt: int,
                pool: ThreadPoolExecutor) -> tuple[list[str], set[str]]:
@@ -239,12 +259,14 @@ class Supervisor:
         return ([] if succeeded(own) else self._silent_twice(hosts)), unheard
 
     def _end(self, process: subprocess.Popen[bytes], attempt: int) -> None:
-        """End the launcher and what is left of its process group: ranks whose launcher was killed get the same grace.
+        """End the launcher and what is left of its process group.
 
-        A process that the kernel holds (a disk that does not answer) is left behind."""
+        Ranks whose launcher was killed get the same grace as others. A process that the kernel
+        holds, such as by a disk that does not answer, is left behind.
+        """
         for number in (signal.SIGTERM, signal.SIGKILL):
             deadline = time.monotonic() + self.policy.grace_s
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, number)
             while _group_lives(process) and time.monotonic() < deadline:
                 self._renew(attempt)

@@ -38,17 +38,19 @@ class Supervision:
         if folder is not None:
             self.attempt = attempt_of(folder)
             if self.attempt is None:
-                raise ConfigError("--supervised", str(folder), "is not a folder that `prelora supervise` made",
+                raise ConfigError("--supervised", str(folder),
+                                  "is not a folder that `prelora supervise` made",
                                   "leave it out: the supervisor sets it itself")
             if rank is not None:
                 write_json(folder / f"rank-{rank}.json", {"rank": rank, "host": socket.gethostname(),
                                                           "pid": os.getpid()})
 
     def check(self) -> tuple[int, str] | None:
-        """For `Guard.watch`: 88 when a newer attempt runs, 87 when the lease did not change for its patience.
+        """For `Guard.watch`: 88 when a newer attempt runs, 87 when the lease did not change.
 
-        Time is this process's own, so clocks that differ do no harm; a lease that cannot be read, or is not one, has
-        not changed.
+        The lease itself says for how many seconds it may stay the same. Time is this process's
+        own, so clocks that differ do no harm. A lease that cannot be read, or is not one, has not
+        changed.
         """
         if self.folder is None or self.attempt is None:
             return None
@@ -61,12 +63,14 @@ class Supervision:
         self._looked_at = time.monotonic()
         self._changed_at += self._looked_at - now
         if lease.get("attempt", self.attempt) > self.attempt:
-            return FENCED_EXIT_CODE, f"attempt {lease['attempt']} runs, and this rank is of attempt {self.attempt}"
+            return FENCED_EXIT_CODE, (f"attempt {lease['attempt']} runs, and this rank belongs to "
+                                      f"attempt {self.attempt}")
         if lease and lease != self._seen:
             self._seen, self._changed_at = lease, self._looked_at
         silent_s, patience_s = self._looked_at - self._changed_at, float(self._seen.get("patience_s", 60.0))
         if silent_s > patience_s:
-            return ORPHAN_EXIT_CODE, f"the supervisor is gone: its lease has not changed for {silent_s:.0f} s"
+            return ORPHAN_EXIT_CODE, ("the supervisor is gone: its lease has not changed for "
+                                      f"{silent_s:.0f} s")
         if lease.get("stop") and not self._stopping:
             self._stopping = True
             os.kill(os.getpid(), signal.SIGUSR1)  # as a batch system warns: checkpoint, then 99
@@ -101,8 +105,8 @@ def attempt_of(folder: Path) -> int | None:
 def _lease(path: Path) -> dict[str, Any]:
     """The supervisor's lease; {} where there is none, or something else has its name."""
     lease = read_json(path)
-    sound = isinstance(lease.get("attempt"), int) and isinstance(lease.get("patience_s", 60.0), int | float)
-    return lease if sound else {}
+    attempt, patience_s = lease.get("attempt"), lease.get("patience_s", 60.0)
+    return lease if isinstance(attempt, int) and isinstance(patience_s, int | float) else {}
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,24 @@ def test_an_attempt_whose_process_ignores_all_but_sigkill_is_bounded(world: Worl
     begun = time.monotonic()
     assert world.supervisor(script).run() == 0
     assert time.monotonic() - begun < 20
+
+
+@pytest.mark.parametrize("change", [{"command": ["/nowhere/launcher"]}, {"policy": Policy(2, 2, probe="'")}])
+def test_a_command_that_cannot_be_started_is_the_user_s_mistake(world: World, change: dict) -> None:
+    with pytest.raises(ConfigError, match=r"COMMAND = '/nowhere/launcher': cannot be started|--probe = "):
+        replace(world.supervisor("mark DONE"), **change).run()
+
+
+def test_a_folder_that_cannot_be_written_is_worth_another_try(world: World) -> None:
+    (world.folder / "out").touch()
+    with pytest.raises(LaunchError, match="out cannot be written"):
+        world.supervisor("mark DONE").run()
+
+
+@pytest.mark.parametrize("record", [{"code": "x"}, {"code": 1, "blames": 7}, {"rank": []}])
+def test_a_record_of_other_content_is_one_that_cannot_be_read(tmp_path: Path, record: dict) -> None:
+    ends(tmp_path / "attempt-1", record)
+    assert "a record cannot be read" in diagnose(tmp_path / "attempt-1", 1, HOSTS, [], set()).why
 
 
 def test_a_folder_beside_the_attempts_is_not_counted_as_one(world: World) -> None:
