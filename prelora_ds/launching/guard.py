@@ -75,7 +75,6 @@ class Guard:
             for watched in self._watched:
                 if time.monotonic() >= watched.due:
                     self._look(watched)
-                    watched.due = time.monotonic() + watched.every_s
             still = time.monotonic() - self._beat
             if self.orphaned and still > ORPHAN_LIMIT_S:
                 self.end(ORPHAN_EXIT_CODE, f"error (rank {self.rank}): {self.orphaned}; the run was "
@@ -85,7 +84,13 @@ class Guard:
                 self.end(HANG_EXIT_CODE, f"error (rank {self.rank}): no step for {still:.0f} s (guard.hang_limit is "
                          f"{self.limit_s:.0f} s); where this process stands:", stacks=True)
 
+    def look(self) -> None:
+        """Call all checks now."""
+        for watched in self._watched:
+            self._look(watched)
+
     def _look(self, watched: _Watched) -> None:
+        watched.due = time.monotonic() + watched.every_s
         try:
             verdict = watched.check()
         except Exception as error:  # without this thread a hang would hold the job for ever

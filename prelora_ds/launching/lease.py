@@ -16,7 +16,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from prelora_ds.core.errors import FENCED_EXIT_CODE, TRY_AGAIN_EXIT_CODE, LaunchError
+from prelora_ds.core.errors import FENCED_EXIT_CODE, LaunchError
 from prelora_ds.launching.files import replace_text
 from prelora_ds.launching.supervised import read_json
 
@@ -72,24 +72,26 @@ class Lease:
         """
         if self._ended.is_set():
             return None
-        missed, self._missed = self._missed, not self._is_there()
-        if missed and self._missed:
-            return TRY_AGAIN_EXIT_CODE, (
-                f"{self.path.parent} was removed or moved while this job was writing to it\n"
-                "  remedy: put it back, and start the same command again")
+        lost, missed_before = self.lost(), self._missed
+        self._missed = lost is not None
+        if lost is not None and missed_before:
+            return lost.exit_code, str(lost)
         held = read_json(self.path)
         if held.get("token", self._token) == self._token:
             return None
         return FENCED_EXIT_CODE, f"{self.path} was taken over by {_holder(held)}"
 
-    def _is_there(self) -> bool:
-        """Whether the path still leads to the folder that was taken, or the disk does not tell."""
+    def lost(self) -> LaunchError | None:
+        """The error where the path does not lead to the folder any more that was taken."""
         try:
-            return os.path.samestat(os.stat(self.path.parent), os.fstat(self._folder))
+            if os.path.samestat(os.stat(self.path.parent), os.fstat(self._folder)):
+                return None
         except (FileNotFoundError, NotADirectoryError):
-            return False
+            pass
         except OSError:
-            return True
+            return None  # the disk does not tell
+        return LaunchError(f"{self.path.parent} was removed or moved while this job was writing to it\n"
+                           "  remedy: put it back, and start the same command again")
 
     def _text(self, renewals: int) -> str:
         pid = os.getpid()
@@ -103,7 +105,7 @@ class Lease:
             # Not into another folder that has its path now. A full disk ends no training.
             with contextlib.suppress(OSError):
                 held = read_json(self.path)
-                if self._is_there() and held.get("token", self._token) == self._token:
+                if self.lost() is None and held.get("token", self._token) == self._token:
                     replace_text(self.path, self._text(renewals))
 
     def _wait_for_its_end(self) -> None:

@@ -90,10 +90,17 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
                 print_report(Path(config.run.output_dir))
             watch.mark("DONE")
         except Stopped as why:
+            guard.look()  # another rank may have seen it first
             if guard.orphaned:  # nobody asked the run to end: a supervisor starts it again
-                watch.ended(ORPHAN_EXIT_CODE, str(why))
+                watch.ended(ORPHAN_EXIT_CODE, guard.orphaned)
             watch.mark("STOPPED")
             close_process_group()
+            if guard.orphaned and guard.orphaned not in str(why):
+                raise Stopped(f"{why}; {guard.orphaned}") from why
+            raise
+        except OSError as exc:
+            if claim is not None and (lost := claim.lease.lost()) is not None:
+                raise lost from exc
             raise
         close_process_group()
     finally:

@@ -68,6 +68,14 @@ def shell(*arguments):
     ]
 
 
+def supervised(*arguments):
+    out = next(word.partition("=")[2] for word in arguments if word.startswith("run.output_dir="))
+    hosts = Path(f"{out}.hosts")
+    hosts.write_text("localhost slots=2\n")
+    supervise = ["supervise", "--hostfile", str(hosts), "--nodes", "1", "--probe", "", "--"]
+    return [sys.executable, "-m", "prelora_ds.cli", *supervise, *torchrun(*arguments)]
+
+
 def deepspeed(*arguments):
     return launch_command(*arguments)[0]
 
@@ -166,6 +174,7 @@ def launched(tmp_path, shards):
         (torchrun, signal.SIGKILL, None, ()),
         (shell, signal.SIGKILL, None, ()),
         (mpirun, signal.SIGKILL, None, ()),
+        (supervised, signal.SIGKILL, None, ()),
     ],
     ids=[
         "deepspeed-TERM",
@@ -174,6 +183,7 @@ def launched(tmp_path, shards):
         "torchrun-KILL",
         "torchrun-bash-KILL",
         "mpirun-KILL",
+        "supervise-KILL",
     ],
 )
 def test_ranks_whose_launcher_is_ended_stop_with_a_checkpoint(
@@ -185,10 +195,10 @@ def test_ranks_whose_launcher_is_ended_stop_with_a_checkpoint(
     launch.wait_for(launch.is_over, 2 * ENDED_S)
     newest = list_checkpoints(launch.out / "checkpoints")[0]
     CheckpointManifest.load(newest).verify(newest)
-    said = launch.log.read_text(errors="replace")
-    assert start is mpirun or "the launcher is gone" in said, said[
-        -3000:
-    ]  # what ranks say goes through mpirun
+    if start is not mpirun:  # through which goes what ranks say
+        own_log = Path(f"{launch.out}.supervise/attempt-1/launcher.log")
+        said = (own_log if own_log.exists() else launch.log).read_text(errors="replace")
+        assert "the launcher is gone" in said, said[-3000:]
 
 
 def test_before_the_first_step_ranks_whose_launcher_is_ended_end_at_once(launched):
@@ -199,6 +209,15 @@ def test_before_the_first_step_ranks_whose_launcher_is_ended_end_at_once(launche
     launch.wait_for(launch.is_over, 2 * ENDED_S)
     assert "the launcher is gone" in launch.log.read_text(errors="replace")
     assert not (launch.out / "metrics.jsonl").exists()
+
+
+def test_nothing_is_left_of_ranks_that_are_killed(launched):
+    """Their loader's workers, and what serves those, end by themselves."""
+    launch = launched(deepspeed, "data.workers=2")
+    launch.trains()
+    for pid in launch.pids("pretrain.py"):
+        os.kill(pid, signal.SIGKILL)
+    launch.wait_for(launch.is_over, 2 * ENDED_S)
 
 
 def test_ranks_that_no_launcher_ends_hear_in_seconds_that_rank_0_was_refused(forge, shards, tmp_path):
