@@ -26,8 +26,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _end_with_parent() -> None:
-    """Let this worker end when its parent is killed: it would wait for its next job for ever."""
+def end_with_parent() -> None:
+    """In a worker: end with the parent, even when that is killed.
+
+    A worker of a pool would wait for its next job for ever.
+    """
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -49,7 +52,7 @@ def unordered(function: Callable[[Job], Result], jobs: Iterable[Job], workers: i
     rest = iter(jobs)
     # A fresh process each: a fork would copy locks held by threads of torch or Arrow.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
         running: set[Future[Result]] = set()
         try:
             while True:
