@@ -8,8 +8,10 @@ import os
 import sys
 
 from prelora_ds.core.errors import ExpectedError, Stopped
+from prelora_ds.launching.ancestors import Ancestors
 from prelora_ds.launching.arguments import parse_arguments, supervised_folder
-from prelora_ds.launching.exits import crash, fail, interrupted, outlive_pipes, stopped
+from prelora_ds.launching.exits import crash, fail, interrupted, outlive_streams, stopped
+from prelora_ds.launching.guard import Guard
 from prelora_ds.launching.mpi import find_ranks
 from prelora_ds.launching.ranks import Ranks
 from prelora_ds.launching.stop import StopRequest
@@ -17,16 +19,24 @@ from prelora_ds.launching.supervised import Supervision
 
 
 def main(argv: list[str]) -> None:
-    outlive_pipes()
+    ancestors = Ancestors()  # first: a launcher may be killed while the rank begins
+    outlive_streams()
     ranks, stop = Ranks(rank=0, local_rank=0, world_size=1), StopRequest().install()
-    watch = Supervision(supervised_folder(argv))
+    watch = Supervision(None)
     try:
+        watch = Supervision(supervised_folder(argv))
         ranks = find_ranks(os.environ)
         watch = Supervision(watch.folder, ranks.rank)
+        guard = Guard(rank=ranks.rank, stop=stop)
+        guard.watch(ancestors.check, every_s=1.0)
+        guard.watch(watch.check)
+        guard.last_words = watch.ended
+        guard.start()
         args = parse_arguments(argv, __doc__)
         from prelora_ds.launching.start import start  # heavy imports only once the launch itself is sound
 
-        start(ranks, args.recipe, args.overrides, args.deepspeed_config, args.resume, watch, stop)
+        start(ranks, args.recipe, args.overrides, args.deepspeed_config, args.resume, watch, stop,
+              guard)
     except Stopped as why:
         stopped(why, ranks)
     except ExpectedError as error:

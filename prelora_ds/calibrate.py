@@ -29,6 +29,7 @@ from prelora_ds.core.config import Config
 from prelora_ds.core.errors import ConfigError
 from prelora_ds.core.plan import Layout, Phase, Plan, full_plan, lora_plan, warmup_plan
 from prelora_ds.core.timing import KINDS, SHARED, Rates, Work, step_work
+from prelora_ds.data.parallel import end_with_parent
 from prelora_ds.launching.exits import one_message
 
 LABELS = 1000
@@ -171,6 +172,7 @@ def _rank(sender: Any, rank: int, world_size: int, local_size: int, port: int, c
           reduces: bool) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
                    "LOCAL_SIZE": str(local_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    end_with_parent()
     from prelora_ds.engine.runtime import choose_accelerator, init_process_group
 
     choose_accelerator()

@@ -72,6 +72,14 @@ class NotSavedError(ExpectedError, RuntimeError):
     exit_code = TRY_AGAIN_EXIT_CODE
 
 
+class RefusedError(ExpectedError, RuntimeError):
+    """Another rank could not begin and says why; this one ends with it, and with its exit code."""
+
+    def __init__(self, rank: int, host: str, exit_code: int, text: str) -> None:
+        super().__init__(f"rank {rank} on host {host} could not begin: {text}")
+        self.exit_code, self.blames = exit_code, (rank,)
+
+
 class LaunchError(ExpectedError, RuntimeError):
     """A host, a network or a port failed the run, not the recipe: another try, or another host, may work."""
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from typing import TypeVar
 
-from prelora_ds.core.errors import ExpectedError
+from prelora_ds.core.errors import ORPHAN_EXIT_CODE, ExpectedError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -25,6 +26,21 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def end_with_parent() -> None:
+    """In a worker: end with the parent, even when that is killed.
+
+    A worker of a pool would wait for its next job for ever.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(ORPHAN_EXIT_CODE)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
 def unordered(function: Callable[[Job], Result], jobs: Iterable[Job], workers: int) -> Iterator[Result]:
     """Results as they come, of ``workers`` processes; in this process, and in order, where that is 1.
 
@@ -35,7 +51,8 @@ def unordered(function: Callable[[Job], Result], jobs: Iterable[Job], workers: i
         return
     rest = iter(jobs)
     # A fresh process each: a fork would copy locks held by threads of torch or Arrow.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
         running: set[Future[Result]] = set()
         try:
             while True:

@@ -63,6 +63,7 @@ def supervise(command: Annotated[list[str], typer.Argument(help="-- LAUNCHER ...
     import signal
 
     from prelora_ds.configuring import check_world
+    from prelora_ds.launching.exits import outlive_streams
     from prelora_ds.launching.hostfile import read_hostfile
     from prelora_ds.launching.supervise import PROBE, Policy, Supervisor, check_policy
 
@@ -90,8 +91,10 @@ def supervise(command: Annotated[list[str], typer.Argument(help="-- LAUNCHER ...
     def ask_to_stop(*_: object) -> None:
         supervisor.stop_asked = True
 
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, ask_to_stop)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as of `nohup`
+            signal.signal(number, ask_to_stop)
+    outlive_streams()  # a reader of the log that ends shall not end the run
     code = supervisor.run()
     if code:
         raise typer.Exit(code)

@@ -33,11 +33,12 @@ class Failure:
     kind: str
 
 
-def diagnose(own: Path, returncode: int, hosts: Sequence[Host], silent: Sequence[str],
+def diagnose(own: Path, returncode: int | None, hosts: Sequence[Host], silent: Sequence[str],
              unheard: set[str]) -> Failure:
     """The user's mistake, else a silent host, else the first record that is no echo of another rank's end.
 
-    A mistake that rank 0's host does not tell as well is that of one host (another disk, another interface).
+    A mistake that rank 0's host does not report as its own is that of one host (another disk,
+    another interface).
     ``own``: the attempt's folder. silent: hosts that do not answer. unheard: those of ranks that left no record until
     they were ended.
     """
@@ -46,7 +47,7 @@ def diagnose(own: Path, returncode: int, hosts: Sequence[Host], silent: Sequence
     places = {came["rank"]: came["host"] for came in records_of(own, "rank", hosts)}
     for record in began:
         if record["code"] == USAGE_EXIT_CODE and record["host"] not in silent:
-            if places.get(0, record["host"]) == record["host"]:
+            if not record["blames"] and places.get(0, record["host"]) == record["host"]:
                 return _told(record, places, hosts)
             record["code"] = TRY_AGAIN_EXIT_CODE
     if silent:
@@ -93,8 +94,15 @@ def records_of(own: Path, kind: str, hosts: Sequence[Host]) -> list[dict[str, An
     """What ranks left of their begin (``rank``) or their end (``exit``), oldest first; hosts as in the hostfile."""
     paths = sorted(own.glob(f"{kind}-*.json"), key=lambda path: (path.stat().st_mtime_ns, path.name))
     unread = {"rank": None, "code": TRY_AGAIN_EXIT_CODE, "why": "a record cannot be read", "blames": []}
-    records = [unread | read_json(path) for path in paths]
+    records = [unread | (found if _is_sound(found := read_json(path)) else {}) for path in paths]
     return [record | {"host": known_as(str(record.get("host")), record["rank"], hosts)} for record in records]
+
+
+def _is_sound(record: Mapping[str, Any]) -> bool:
+    """Whether what is in a record is what a rank writes."""
+    rank, blames = record.get("rank"), record.get("blames", [])
+    return (isinstance(rank, int | None) and isinstance(record.get("code", 0), int)
+            and isinstance(blames, list) and all(isinstance(blamed, int) for blamed in blames))
 
 
 def known_as(name: str, rank: int | None, hosts: Sequence[Host]) -> str:
@@ -113,8 +121,12 @@ def place_of(rank: int | None, hosts: Sequence[Host]) -> str | None:
 
 
 def succeeded(own: Path) -> bool:
-    """Whether rank 0 left the mark that all is on disk."""
-    return (own / "DONE").exists() or (own / "STOPPED").exists()
+    """Whether rank 0 left the mark that all is on disk.
+
+    A stop that orphans asked for is not the end of the run.
+    """
+    orphans = (read_json(path).get("code") == ORPHAN_EXIT_CODE for path in own.glob("exit-*.json"))
+    return (own / "DONE").exists() or ((own / "STOPPED").exists() and not any(orphans))
 
 
 def _tail(path: Path, lines: int = 6) -> str:

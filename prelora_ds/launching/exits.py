@@ -8,11 +8,17 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn, TextIO
 
-from prelora_ds.core.errors import INTERRUPTED_EXIT_CODE, STOPPED_EXIT_CODE, ExpectedError, Stopped
+from prelora_ds.core.errors import (
+    INTERRUPTED_EXIT_CODE,
+    STOPPED_EXIT_CODE,
+    ExpectedError,
+    RefusedError,
+    Stopped,
+)
 from prelora_ds.launching.ranks import Ranks
 
 # Long enough for rank 0 to speak and for the launcher to end the others; every rank finds the same mistake.
@@ -37,10 +43,28 @@ def stopped(why: Stopped, ranks: Ranks) -> NoReturn:
     sys.exit(STOPPED_EXIT_CODE)
 
 
-def outlive_pipes() -> None:
-    """Let a standard stream whose reader is gone swallow what is written: a launcher that is ended closes the pipe
-    before its ranks have saved, and no checkpoint may be lost to a line of text."""
-    sys.stdout, sys.stderr = _Outliving(sys.stdout), _Outliving(sys.stderr)  # type: ignore[assignment]
+def outlive_streams() -> None:
+    """Let standard output and error drop what cannot be written.
+
+    No checkpoint may be lost to a line of text.
+
+    A stream cannot be written when its reader is gone (a launcher that is ended closes the pipe
+    before its ranks have saved), when its disk is full, or when its terminal is closed.
+
+    A stream that is closed from the start is opened on /dev/null, before a file of the run can get
+    its descriptor.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is None:  # Python found it closed
+            stream = open(number, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+            setattr(sys, f"__{name}__", stream)
+        setattr(sys, name, _Outliving(stream))
 
 
 class _Outliving:
@@ -53,16 +77,22 @@ class _Outliving:
     def write(self, text: str) -> int:
         return self._try(lambda: self._stream.write(text)) or 0
 
+    def writelines(self, lines: Iterable[str]) -> None:
+        self.write("".join(lines))
+
     def flush(self) -> None:
         self._try(self._stream.flush)
 
     def _try(self, act: Callable[[], int | None]) -> int | None:
         try:
             return act()
-        except BrokenPipeError:
+        except OSError as error:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())  # what is still buffered, and what C code writes, goes there too
             os.close(nowhere)
+            if not isinstance(error, BrokenPipeError) and sys.stderr is not self:
+                print(f"warning: {self._stream.name} cannot be written ({error.strerror}): what the "
+                      "run prints there is lost from here on", file=sys.stderr, flush=True)
             return None
 
 
@@ -79,15 +109,19 @@ def one_message() -> Iterator[None]:
 def fail(error: ExpectedError, ranks: Ranks) -> NoReturn:
     """Say ``error`` once and end with its exit code.
 
-    The launcher ends all ranks at the first one that exits, so the others keep still and let rank 0 speak. A host that
-    is still there after the grace had a mistake of its own, and its first rank says it. What one rank
-    alone has met it says at once.
+    The launcher ends all ranks at the first one that exits, so the others keep still and let rank 0
+    speak. A host that is still there after the grace had a mistake of its own, and its first rank
+    says it.
+
+    What only one rank has met it says at once. A rank that heard of it from another one ends at
+    once, and only rank 0 repeats it.
     """
-    if ranks.rank != 0 and not error.of_one_rank:
+    heard = isinstance(error, RefusedError)
+    if ranks.rank != 0 and not error.of_one_rank and not heard:
         _wait_for_the_launcher(GRACE_S)
     elif ranks.rank != 0 and error.others_may_meet_it:
         _wait_for_the_launcher(ECHO_GRACE_S)
-    if ranks.rank == 0 or ranks.local_rank == 0 or error.of_one_rank:
+    if ranks.rank == 0 or (ranks.local_rank == 0 and not heard) or error.of_one_rank:
         where = "" if ranks.rank == 0 else f" (rank {ranks.rank} on {socket.gethostname()})"
         print(f"error{where}: {error}", file=sys.stderr, flush=True)
     sys.exit(error.exit_code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -94,6 +95,15 @@ def fill(word: str, values: Mapping[str, str]) -> str:
     for key, value in values.items():
         word = word.replace("{" + key + "}", value)
     return word
+
+
+def fill_command(key: str, text: str, values: Mapping[str, str]) -> list[str]:
+    """The words of the command line ``text``, filled in. Raises ConfigError for the option ``key``."""
+    try:
+        words = shlex.split(text)
+    except ValueError as exc:
+        raise ConfigError(key, text, f"is not a command line ({exc})", "close its quotes") from exc
+    return [fill(word, values) for word in words]
 
 
 def travels(value: str) -> bool:

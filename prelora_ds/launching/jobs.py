@@ -22,6 +22,7 @@ from prelora_ds.documents import UnreadableError, read_yaml
 from prelora_ds.launching.supervised import LEASE
 
 PROFILES = Path(__file__).with_name("profiles")
+SCRIPT = Path("launch/pretrain.py")  # what a job starts, in its folder
 
 
 class Profile(BaseModel):
@@ -50,7 +51,11 @@ class Profile(BaseModel):
 
 @dataclass(frozen=True)
 class Job:
-    """One job of a chain. Paths are absolute; ``stage``: copy the shards to the profile's scratch folder first."""
+    """One job of a chain. Paths are absolute.
+
+    folder: the checkout, in which launch/pretrain.py is. stage: copy the shards to the profile's
+    scratch folder first.
+    """
 
     name: str
     script: Path
@@ -101,7 +106,7 @@ def render(job: Job, profile: Profile, config: Config) -> str:
         words += [f"data.train={sets[0]}", f"data.val={sets[1]}"]
     if profile.interface is not None and config.launch.interface is None:
         words.append(f"launch.interface={profile.interface}")
-    run = f"{shlex.quote(sys.executable)} -u launch/pretrain.py --recipe " + " ".join(map(shlex.quote, words))
+    run = f"{shlex.quote(sys.executable)} -u {SCRIPT} --recipe " + " ".join(map(shlex.quote, words))
     if job.stage:  # in double quotes: the site's folder has ${USER} in it
         run += f' "data.train={copies[0]}" "data.val={copies[1]}"'
     environment = Environment(loader=FileSystemLoader(PROFILES), undefined=StrictUndefined, trim_blocks=True,
@@ -141,6 +146,10 @@ def _asked(job: Job, profile: Profile) -> list[tuple[str, str]]:
 
 
 def _check(job: Job, profile: Profile) -> None:
+    if not (job.folder / SCRIPT).is_file():
+        raise ConfigError("the working folder", str(job.folder),
+                          f"has no {SCRIPT}, which the job would start there",
+                          "run `prelora job` in a checkout of prelora_ds that all hosts see")
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,63}", job.name):
         raise ConfigError("run.name", job.name, "is no name of a job", "begin with a letter; letters, digits, _ and -")
     if not re.fullmatch(r"[A-Za-z0-9_./:@-]*", "".join(filter(None, (job.account, job.queue, job.filesystems)))):

@@ -26,11 +26,14 @@ DEAD_AFTER_S = 30.0  # without a change
 
 
 class Lease:
-    """Held by rank 0's process from `take` to `release`. Its `check` is for the guard: a lease that another job has
-    taken over means that this one was given up for dead."""
+    """Held by rank 0's process from `take` to `release`; the guard watches its `check`.
+
+    A lease that another job has taken over means that this one was given up for dead.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.path, self._token, self._ended = folder / NAME, uuid.uuid4().hex, threading.Event()
+        self._missed = False
 
     def take(self) -> Lease:
         """Raises LaunchError when a living job holds the folder; waits up to half a minute to see whether it lives."""
@@ -42,22 +45,53 @@ class Lease:
                 continue
             os.write(descriptor, self._text(0).encode())
             os.close(descriptor)
+            self._folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
             self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
             self._thread.start()
             return self
 
     def release(self) -> None:
+        """Give the folder back.
+
+        A disk that takes no changes any more keeps the file. That must not hide why the run ends,
+        and it does no harm: a dead process holds nothing.
+        """
+        if self._ended.is_set():
+            return
         self._ended.set()
-        self._thread.join()
-        if read_json(self.path).get("token") == self._token:
-            self.path.unlink(missing_ok=True)
+        self._thread.join(RENEWED_EVERY_S)  # not for ever: its disk may stall
+        with contextlib.suppress(OSError):
+            os.close(self._folder)
+            if read_json(self.path).get("token") == self._token:
+                self.path.unlink(missing_ok=True)
 
     def check(self) -> tuple[int, str] | None:
-        """For `Guard.checks`."""
+        """For `Guard.watch`: 88 when another job holds the folder, 75 when it was removed or moved.
+
+        The folder has to be missing twice in a row.
+        """
+        if self._ended.is_set():
+            return None
+        lost, missed_before = self.lost(), self._missed
+        self._missed = lost is not None
+        if lost is not None and missed_before:
+            return lost.exit_code, str(lost)
         held = read_json(self.path)
         if held.get("token", self._token) == self._token:
             return None
-        return FENCED_EXIT_CODE, f"error: {self.path} was taken over by process {held['pid']} on {held['host']}"
+        return FENCED_EXIT_CODE, f"{self.path} was taken over by {_holder(held)}"
+
+    def lost(self) -> LaunchError | None:
+        """The error where the path does not lead to the folder any more that was taken."""
+        try:
+            if os.path.samestat(os.stat(self.path.parent), os.fstat(self._folder)):
+                return None
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError:
+            return None  # the disk does not tell
+        return LaunchError(f"{self.path.parent} was removed or moved while this job was writing to it\n"
+                           "  remedy: put it back, and start the same command again")
 
     def _text(self, renewals: int) -> str:
         pid = os.getpid()
@@ -68,20 +102,20 @@ class Lease:
         renewals = 0
         while not self._ended.wait(RENEWED_EVERY_S):
             renewals += 1
-            try:
-                if read_json(self.path).get("token", self._token) == self._token:
+            # Not into another folder that has its path now. A full disk ends no training.
+            with contextlib.suppress(OSError):
+                held = read_json(self.path)
+                if self.lost() is None and held.get("token", self._token) == self._token:
                     replace_text(self.path, self._text(renewals))
-            except OSError:  # a full disk ends no training
-                continue
 
     def _wait_for_its_end(self) -> None:
         first, begun = read_json(self.path), time.monotonic()
         if first and not _surely_dead(first):
-            here = (first.get("host"), first.get("boot")) == (socket.gethostname(), _boot_id())
+            here = _is_of_this_machine(first)
             while not here and time.monotonic() - begun < DEAD_AFTER_S and read_json(self.path) == first:
                 time.sleep(0.5)
             if here or read_json(self.path) not in (first, {}):
-                raise LaunchError(f"{self.path.parent} is in use by process {first.get('pid')} on {first.get('host')}\n"
+                raise LaunchError(f"{self.path.parent} is in use by {_holder(first)}\n"
                                   "  remedy: end that job, or choose another run.output_dir")
         # Whoever moves it away may create the next one; what was moved must be what was judged.
         moved = self.path.with_name(f"{NAME}.{self._token}.dead")
@@ -97,9 +131,17 @@ class Lease:
 
 def _surely_dead(held: dict[str, Any]) -> bool:
     """Whether the holder was a process of this machine and is no more."""
-    if held.get("host") != socket.gethostname() or held.get("boot") != _boot_id():
-        return False
-    return _born(held.get("pid", -1)) != held.get("born")
+    return _is_of_this_machine(held) and _born(held["pid"]) != held["born"]
+
+
+def _is_of_this_machine(held: dict[str, Any]) -> bool:
+    """Whether this machine can tell if the holder lives: not of a file that names no process."""
+    return (held.get("host") == socket.gethostname() and held.get("boot") == _boot_id()
+            and isinstance(held.get("pid"), int) and isinstance(held.get("born"), str))
+
+
+def _holder(held: dict[str, Any]) -> str:
+    return f"process {held.get('pid', '?')} on {held.get('host', 'an unknown host')}"
 
 
 def _born(pid: int) -> str | None:

@@ -20,7 +20,8 @@ from statistics import median
 from types import MappingProxyType
 from typing import Any
 
-from prelora_ds.launching.hostfile import Host, fill
+from prelora_ds.core.errors import ConfigError
+from prelora_ds.launching.hostfile import Host, fill_command
 
 CLOCK_S = 1.0
 SLOW = 0.5  # of the median bandwidth
@@ -69,8 +70,13 @@ class _Line:
                    if key in os.environ]
         remote += [f"exec {shlex.quote(sys.executable)} -m prelora_ds.launching.hostcheck"]
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the line is open)
-        self.process = subprocess.Popen([*(fill(word, {"host": host}) for word in shlex.split(ssh)), "; ".join(remote)],
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors)
+        command = fill_command("--ssh", ssh, {"host": host})
+        try:
+            self.process = subprocess.Popen([*command, "; ".join(remote)], stdin=subprocess.PIPE,
+                                            stdout=subprocess.PIPE, stderr=self.errors)
+        except (FileNotFoundError, PermissionError) as exc:
+            raise ConfigError("--ssh", ssh, f"cannot be started ({exc.strerror})",
+                              "install it, or name another command with {host} in it") from exc
 
     def ask(self, name: str, timeout_s: float, **question: Any) -> dict[str, Any]:
         """The answer, or {"error": ...}, also when none came in time."""
@@ -97,7 +103,8 @@ class _Line:
             self.process.wait(2)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(2)  # one that the kernel holds ends later
 
     def _why(self) -> str:
         self.process.poll()

@@ -138,7 +138,8 @@ def _slurm_local_size(environ: Mapping[str, str], world_size: int | None) -> int
         if match is None:
             raise ConfigError("environment", {"SLURM_STEP_TASKS_PER_NODE": text}, "is no list of tasks", "use srun")
         tasks += [int(match[1])] * int(match[2] or 1)
-    node = int(environ["SLURM_NODEID"])
+    text = environ["SLURM_NODEID"]
+    node = int(text) if text.isdecimal() else len(tasks)
     if node >= len(tasks) or sum(tasks) != world_size:
         raise ConfigError("environment", {key: environ[key] for key in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_NODEID",
                           "SLURM_STEP_NUM_TASKS")}, "ranks contradict each other", "start with srun itself")
@@ -160,7 +161,7 @@ def _check_agreement(readings: list[_Reading], environ: Mapping[str, str]) -> No
     for field in ("rank", "world_size", "local_rank", "local_size"):
         said = {reading.source: getattr(reading, field) for reading in readings}
         numbers = {number for number in said.values() if number is not None}
-        if field == "world_size" and environ.get("WORLD_SIZE", "").isdigit():
+        if field == "world_size" and environ.get("WORLD_SIZE", "").isdecimal():
             numbers.add(int(environ["WORLD_SIZE"]))
         if len(numbers) > 1:
             keys = {key for source in (*said, SOURCES[0]) for key in getattr(source, field) if key in environ}
@@ -195,7 +196,7 @@ def _master_addr(ranks: Ranks, environ: Mapping[str, str], nodefile: str) -> str
 def _master_port(environ: Mapping[str, str]) -> int:
     text = environ.get("MASTER_PORT")
     if text is not None:
-        if not text.isdigit() or not 0 < int(text) < 65536:
+        if not text.isdecimal() or not 0 < int(text) < 65536:
             raise ConfigError("environment", {"MASTER_PORT": text}, "is no port", "choose one from 1024 to 65535")
         return int(text)
     job = re.match(r"\d+", environ.get("SLURM_JOB_ID") or environ.get("PBS_JOBID") or "")

@@ -5,6 +5,7 @@ The store of the roll call is the one that torch's process group then uses, as t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import platform
@@ -19,7 +20,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from prelora_ds.core.errors import ConfigError, LaunchError
+from prelora_ds.core.errors import (
+    DIVERGED_EXIT_CODE,
+    ConfigError,
+    ExpectedError,
+    LaunchError,
+    RefusedError,
+)
 from prelora_ds.launching.network import is_mine
 from prelora_ds.launching.ranks import Ranks
 
@@ -27,6 +34,7 @@ from prelora_ds.launching.ranks import Ranks
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "prelora_ds", "torchvision", "numpy", "pillow", "simplejpeg")
 POLL_S = 0.1
 READ_S = 5.0  # rank 0 keeps the store open so long for the others to read a bad verdict
+DECLINE_S = 20.0  # a rank that cannot begin tries so long to let the others know
 _store: Any = None  # rank 0 serves it as long as it lives
 
 
@@ -46,15 +54,15 @@ def call_the_roll(ranks: Ranks, make: Mapping[str, str], environ: MutableMapping
 
     end: ends this process when torch's store itself hangs, as it does where something else listens at the port.
 
-    Raises LaunchError when ranks are missing after ``timeout_s``, the master cannot be reached or its port is taken;
-    ConfigError when a rank is there twice or a host has other versions, code or config. All ranks raise alike.
+    Raises LaunchError when ranks are missing after ``timeout_s``, the master cannot be reached or
+    its port is taken; ConfigError when a rank is there twice or a host has other versions, code or
+    config; RefusedError when a rank could not begin (`declining`). All ranks raise alike.
     """
     global _store
-    from torch.distributed import DistError, TCPStore
+    from torch.distributed import DistError
 
-    assert ranks.master_addr is not None
-    here, agent = socket.gethostname(), environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if ranks.rank == 0 and not agent:
+    here = socket.gethostname()
+    if _serves(ranks, environ):
         check_master(ranks)
     where = f"MASTER_ADDR:MASTER_PORT = {ranks.master_addr}:{ranks.master_port}"
     remedy = "is this rank 0's address on the network that all hosts share? set MASTER_ADDR (deepspeed: --master_addr)"
@@ -62,13 +70,14 @@ def call_the_roll(ranks: Ranks, make: Mapping[str, str], environ: MutableMapping
     lost = LaunchError(f"{failed}\n  remedy: {remedy}", blames=(0,))
     try:
         with _overdue(timeout_s, end, lost):
-            _store = store = TCPStore(ranks.master_addr, ranks.master_port, is_master=ranks.rank == 0 and not agent,
-                                      timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
+            _store = store = _open_store(ranks, environ, timeout_s)
         with _overdue(timeout_s, end, lost):  # anew: rank 0 may have begun later, and counts its own time
             verdict = _exchange(store, ranks, Card(ranks.rank, ranks.local_rank, here, make), timeout_s,
-                                f"roll/{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}")
+                                _prefix(environ))
     except (DistError, RuntimeError) as exc:
         raise LaunchError(f"{failed}: {str(exc).splitlines()[0]}\n  remedy: {remedy}", blames=(0,)) from exc
+    if verdict["refused"]:
+        raise RefusedError(*verdict["refused"])
     if verdict["missing"]:
         raise LaunchError(*verdict["missing"])
     if verdict["mistake"]:
@@ -76,6 +85,65 @@ def call_the_roll(ranks: Ranks, make: Mapping[str, str], environ: MutableMapping
     environ.setdefault("TORCHELASTIC_RESTART_COUNT", "0")
     environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # torch's process group joins this store
     return list(verdict["hosts"])
+
+
+@contextmanager
+def declining(ranks: Ranks, environ: Mapping[str, str]) -> Iterator[None]:
+    """For what a rank checks by itself before the roll call.
+
+    When that raises, the other ranks learn of it at the roll call and do not wait for this rank.
+    That is tried for DECLINE_S seconds, and not at all while the master's address is unknown.
+    """
+    try:
+        yield
+    except Exception as error:
+        if ranks.world_size > 1 and ranks.master_addr is not None:
+            code = getattr(error, "exit_code", DIVERGED_EXIT_CODE)
+            text = str(error)
+            if not isinstance(error, ExpectedError):
+                text = f"{type(error).__name__}: {text}"
+            # In a thread: torch's store may hang where something else listens at the port.
+            refused = [ranks.rank, socket.gethostname(), code, text]
+            telling = threading.Thread(target=_decline, args=(ranks, environ, refused), daemon=True)
+            telling.start()
+            telling.join(DECLINE_S)
+        raise
+
+
+def _decline(ranks: Ranks, environ: Mapping[str, str], refused: list[Any]) -> None:
+    """Rank 0 serves the store until the others have read the verdict or have declined, too."""
+    prefix, others, deadline = _prefix(environ), ranks.world_size - 1, time.monotonic() + DECLINE_S
+    with contextlib.suppress(RuntimeError):  # torch's DistError is one
+        store = _open_store(ranks, environ, DECLINE_S)
+        if ranks.rank != 0:
+            store.set(f"{prefix}/refused", json.dumps(refused))
+            store.add(f"{prefix}/declined", 1)
+            return
+        store.set(f"{prefix}/verdict", json.dumps(_verdict(refused=refused)))
+        while time.monotonic() < deadline:
+            if sum(store.add(f"{prefix}/{key}", 0) for key in ("read", "declined")) >= others:
+                break
+            time.sleep(POLL_S)
+
+
+def _open_store(ranks: Ranks, environ: Mapping[str, str], timeout_s: float) -> Any:
+    from torch.distributed import TCPStore
+
+    return TCPStore(ranks.master_addr, ranks.master_port, is_master=_serves(ranks, environ),
+                    timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
+
+
+def _serves(ranks: Ranks, environ: Mapping[str, str]) -> bool:
+    """Whether this rank is the one that listens: torchrun may do that itself."""
+    return ranks.rank == 0 and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+
+def _prefix(environ: Mapping[str, str]) -> str:
+    return f"roll/{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+
+
+def _verdict(**found: Any) -> dict[str, Any]:
+    return {"hosts": [], "refused": None, "missing": None, "mistake": None} | found
 
 
 @contextmanager
@@ -93,14 +161,22 @@ def _overdue(timeout_s: float, end: Callable[[LaunchError], None], error: Launch
 def _exchange(store: Any, ranks: Ranks, card: Card, timeout_s: float, prefix: str) -> dict[str, Any]:
     """Hand in ``card``; rank 0 collects until all are there or time is up, and all get its verdict."""
     deadline = time.monotonic() + timeout_s
+    verdict: dict[str, Any]
     store.set(f"{prefix}/card/{store.add(f'{prefix}/turns', 1)}", json.dumps(asdict(card)))
     if ranks.rank == 0:
-        while (came := store.add(f"{prefix}/turns", 0)) < ranks.world_size and time.monotonic() < deadline:
+        came, refused = 0, False
+        while came < ranks.world_size and not refused and time.monotonic() < deadline:
             time.sleep(POLL_S)
-        cards = [Card(**json.loads(store.get(f"{prefix}/card/{turn}"))) for turn in range(1, came + 1)]
-        store.set(f"{prefix}/verdict", json.dumps(judge(cards, ranks.world_size, timeout_s)))
+            came, refused = store.add(f"{prefix}/turns", 0), store.check([f"{prefix}/refused"])
+        if refused:
+            verdict = _verdict(refused=json.loads(store.get(f"{prefix}/refused")))
+        else:
+            texts = [store.get(f"{prefix}/card/{turn}") for turn in range(1, came + 1)]
+            cards = [Card(**json.loads(text)) for text in texts]
+            verdict = judge(cards, ranks.world_size, timeout_s)
+        store.set(f"{prefix}/verdict", json.dumps(verdict))
     store.wait([f"{prefix}/verdict"], timedelta(seconds=timeout_s + 2 * READ_S))
-    verdict: dict[str, Any] = json.loads(store.get(f"{prefix}/verdict"))
+    verdict = json.loads(store.get(f"{prefix}/verdict"))
     store.add(f"{prefix}/read", 1)
     if ranks.rank == 0:
         closing = time.monotonic() + READ_S
@@ -111,7 +187,7 @@ def _exchange(store: Any, ranks: Ranks, card: Card, timeout_s: float, prefix: st
 
 def judge(cards: Sequence[Card], world_size: int, waited_s: float) -> dict[str, Any]:
     """The hosts by rank, and the parts of a LaunchError (``missing``) or of a ConfigError (``mistake``)."""
-    verdict: dict[str, Any] = {"hosts": [], "missing": None, "mistake": None}
+    verdict = _verdict()
     by_rank: dict[int, Card] = {}
     by_place: dict[tuple[str, int], Card] = {}
     for card in cards:

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, NoReturn
 
 from prelora_ds.configuring import check_world, dump_yaml, load_config
 from prelora_ds.core.config import Config
-from prelora_ds.core.errors import ConfigError, LaunchError, Stopped
+from prelora_ds.core.errors import ORPHAN_EXIT_CODE, ConfigError, LaunchError, Stopped
 from prelora_ds.core.plan import Layout, Phase, warmup_plan
 from prelora_ds.core.schedule import Timeline
 from prelora_ds.launching.guard import Guard, end_now
 from prelora_ds.launching.mpi import complete
 from prelora_ds.launching.network import choose_interface
 from prelora_ds.launching.ranks import Ranks
-from prelora_ds.launching.rollcall import call_the_roll, make_of
+from prelora_ds.launching.rollcall import call_the_roll, declining, make_of
 from prelora_ds.launching.stop import StopRequest
 from prelora_ds.launching.supervised import Supervision
 
@@ -26,48 +26,56 @@ if TYPE_CHECKING:
 
 
 def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config: str | None,
-          resume: str = "auto", watch: Supervision | None = None, stop: StopRequest | None = None) -> None:
+          resume: str = "auto", watch: Supervision | None = None, stop: StopRequest | None = None,
+          guard: Guard | None = None) -> None:
     """Check, then train. Raises ConfigError before any process group or weight is made; Stopped after a checkpoint.
 
     resume: auto (go on with what run.output_dir holds), never, or a checkpoint or run to go on from. watch: the rank's
-    side of a supervisor. stop: made when the rank began, for its walltime.
+    side of a supervisor. stop: made when the rank began, for its walltime. guard: one that has been
+    started.
     """
     config = load_config(recipe, overrides, deepspeed_config)
-    config, train_data, val_data = check_run(config, ranks)
+    with declining(ranks, os.environ):  # another host may have other data, devices and disks
+        config, train_data, val_data = check_run(config, ranks)
 
-    # torch and DeepSpeed take seconds to import: only now, when the cheap mistakes are out
-    from prelora_ds.data.setup import identity, samples_per_epoch
-    from prelora_ds.engine.runtime import check_zero_config, choose_accelerator, init_process_group
+        # torch and DeepSpeed take seconds to import: only now, when the cheap mistakes are out
+        from prelora_ds.data.setup import identity, samples_per_epoch
+        from prelora_ds.engine.runtime import (
+            check_zero_config,
+            choose_accelerator,
+            init_process_group,
+        )
 
-    choose_accelerator()
-    for phase in Phase:
-        check_zero_config(config.for_phase(phase).deepspeed.get("zero_optimization", {}))
-    from prelora_ds.launching.claim import claim_output
+        choose_accelerator()
+        for phase in Phase:
+            check_zero_config(config.for_phase(phase).deepspeed.get("zero_optimization", {}))
+        from prelora_ds.launching.claim import claim_output
 
     stop = stop or StopRequest()
     stop.walltime_s = config.checkpoint.walltime
-    guard = Guard(config.guard.hang_limit, ranks.rank).start()
+    guard = guard or Guard(rank=ranks.rank, stop=stop).start()
+    guard.beat()
+    guard.limit_s = config.guard.hang_limit
     watch = watch or Supervision(None, ranks.rank)
-    guard.checks.append(watch.check)
-    guard.last_words = watch.ended
 
     def give_up(error: LaunchError) -> NoReturn:
         watch.failed(error)
         end_now(error.exit_code, f"error: {error}")
 
     ranks = complete(ranks, config.launch.interface)
-    choose_interface(config.launch.interface, ranks.master_addr, os.environ)
-    ranks.export(os.environ)
     claim, sources, origin = None, (), None
-    if ranks.rank == 0:
-        timeline = Timeline(samples_per_epoch(config, len(train_data)),
-                            config.train.global_batch_size, config.train.duration)
-        claim = claim_output(Path(config.run.output_dir), config, resume,
-                             identity(train_data, val_data), steps=timeline.total_steps)
-        sources, origin = claim.sources, claim.origin
+    with declining(ranks, os.environ):
+        choose_interface(config.launch.interface, ranks.master_addr, os.environ)
+        ranks.export(os.environ)
+        if ranks.rank == 0:
+            timeline = Timeline(samples_per_epoch(config, len(train_data)),
+                                config.train.global_batch_size, config.train.duration)
+            claim = claim_output(Path(config.run.output_dir), config, resume,
+                                 identity(train_data, val_data), steps=timeline.total_steps)
+            sources, origin = claim.sources, claim.origin
     try:
         if claim is not None:
-            guard.checks.append(claim.lease.check)
+            guard.watch(claim.lease.check)
             print(dump_yaml(config), flush=True)
             warn_of_a_short_run(config, timeline)
         guard.beat(2 * config.launch.timeout_s)  # the roll call ends by itself, and says who is missing
@@ -83,15 +91,24 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
             if ranks.rank == 0:
                 print_report(Path(config.run.output_dir))
             watch.mark("DONE")
-        except Stopped:
+        except Stopped as why:
+            guard.look()  # another rank may have seen it first
+            if guard.orphaned:  # nobody asked the run to end: a supervisor starts it again
+                watch.ended(ORPHAN_EXIT_CODE, guard.orphaned)
             watch.mark("STOPPED")
             close_process_group()
+            if guard.orphaned and guard.orphaned not in str(why):
+                raise Stopped(f"{why}; {guard.orphaned}") from why
+            raise
+        except OSError as exc:
+            if claim is not None and (lost := claim.lease.lost()) is not None:
+                raise lost from exc
             raise
         close_process_group()
     finally:
-        guard.stop()
         if claim is not None:
             claim.lease.release()
+        guard.stop()
 
 
 def check_run(config: Config, ranks: Ranks) -> tuple[Config, TrainData, Manifest]:

@@ -12,16 +12,20 @@ ONE_WISH_S = 2.0
 
 
 class StopRequest:
-    """Asked for by SIGTERM, SIGUSR1, or ``walltime_s`` (`checkpoint.walltime`), counted from when this is made.
+    """Asked for by SIGTERM, SIGHUP, SIGUSR1 or `ask`, or by a time limit.
 
-    SIGTERM is a wish once steps are taken. Before that there is nothing to save, and it ends the process, also within a
-    call that no handler interrupts: a launcher whose other rank was refused would wait for half a minute.
+    walltime_s: that limit (`checkpoint.walltime`), in seconds since this was made.
+
+    SIGTERM and SIGHUP are wishes once steps are taken. Before that there is nothing to save, and
+    they end the process, also within a call that no handler interrupts: a launcher whose other
+    rank was refused would wait for half a minute.
     """
 
     def __init__(self, walltime_s: float | None = None) -> None:
         self.walltime_s, self._begun, self._asked_at, self._longest_s = walltime_s, time.monotonic(), 0.0, 0.0
         self.reason: str | None = None
         self._signalled: float | None = None
+        self._stepping = False
 
     def install(self) -> StopRequest:
         """Take SIGUSR1. The handler only makes a note: whoever would read what it prints may be gone."""
@@ -29,8 +33,17 @@ class StopRequest:
         return self
 
     def begin_steps(self) -> None:
-        """Take SIGTERM too."""
+        """Take SIGTERM too, and the SIGHUP of a closed terminal unless `nohup` has it ignored."""
+        self._stepping = True
         signal.signal(signal.SIGTERM, self._on_signal)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, self._on_signal)
+
+    def ask(self, reason: str) -> bool:
+        """Ask from any thread. Returns whether steps have begun: only then is a wish acted on."""
+        if self._stepping and self.reason is None:
+            self.reason = reason
+        return self._stepping
 
     def asked(self, save_s: float = 0.0) -> bool:
         """Whether this rank wants to stop; to be called once a step. ``save_s``: seconds that a checkpoint takes."""
@@ -46,8 +59,9 @@ class StopRequest:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        # A wish comes by several ways (the scheduler, the supervisor's lease); SIGUSR1 is never more than one.
-        if self._signalled is not None and now - self._signalled > ONE_WISH_S and number != signal.SIGUSR1:
+        # One wish comes by several ways (scheduler, supervisor, terminal). Only SIGTERM insists.
+        again = self._signalled is not None and now - self._signalled > ONE_WISH_S
+        if again and number == signal.SIGTERM:
             os._exit(128 + number)
         if self._signalled is None:
             self._signalled, self.reason = now, signal.Signals(number).name

@@ -6,6 +6,7 @@ to be 0 when pdsh had been killed.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -20,10 +21,18 @@ from typing import IO
 
 from prelora_ds.core.errors import STOPPED_EXIT_CODE, USAGE_EXIT_CODE, ConfigError, LaunchError
 from prelora_ds.launching.diagnosis import Failure, diagnose, records_of, succeeded
-from prelora_ds.launching.hostfile import Host, fill, format_hostfile, format_mpi_hosts, travels, write_ds_env
+from prelora_ds.launching.hostfile import (
+    Host,
+    fill,
+    fill_command,
+    format_hostfile,
+    format_mpi_hosts,
+    travels,
+    write_ds_env,
+)
 from prelora_ds.launching.lease import Lease
 from prelora_ds.launching.network import interface_environment, is_mine
-from prelora_ds.launching.supervised import LEASE, write_json
+from prelora_ds.launching.supervised import LEASE, attempt_of, write_json
 
 TICK_S = 0.5
 FENCE_S = 6.0  # a rank's guard looks at the lease every 5 s
@@ -74,17 +83,22 @@ class Supervisor:
     def run(self) -> int:
         """Attempts until one succeeds; returns the exit code: 0, 99 (stopped with a checkpoint), or a failure's.
 
-        Raises LaunchError when another supervisor has the run: a newer attempt would end its ranks.
+        Raises LaunchError when another supervisor has the run (a newer attempt would end its ranks), or
+        the folder cannot be written.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._mine.take()
         try:
-            return self._attempts()
-        finally:
-            self._mine.release()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._mine.take()
+            try:
+                return self._attempts()
+            finally:
+                self._mine.release()
+        except OSError as exc:
+            raise LaunchError(f"{exc.filename or self.folder} cannot be written ({exc.strerror})\n"
+                              "  remedy: make room, and start the same command again") from exc
 
     def _attempts(self) -> int:
-        first = 1 + max((int(path.name.removeprefix("attempt-")) for path in self.folder.glob("attempt-*")), default=0)
+        first = 1 + max((attempt_of(path) or 0 for path in self.folder.iterdir()), default=0)
         former: tuple[object, object] | None = None
         for attempt in range(first, first + self.policy.max_restarts + 1):
             self._renew(attempt)
@@ -156,7 +170,7 @@ class Supervisor:
         return [name for name in self._silent(hosts) if name in suspects] if suspects else []
 
     def _answers(self, host: Host) -> bool:
-        command = [fill(word, {"host": host.name}) for word in shlex.split(self.policy.probe)]
+        command = fill_command("--probe", self.policy.probe, {"host": host.name})
         try:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                                        stderr=subprocess.DEVNULL, start_new_session=True)
@@ -169,7 +183,8 @@ class Supervisor:
             return process.wait(ANSWER_S) == 0
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)  # with what it started: `timeout` has a child
-            process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(TICK_S)  # one that the kernel holds ends later
             return False
 
     def _attempt(self, attempt: int, hosts: Sequence[Host]) -> int | Failure:
@@ -180,9 +195,11 @@ class Supervisor:
             process = self._launch(own, hosts, attempt, log)
             try:
                 silent, unheard = self._watch(process, own, hosts, attempt, pool)
+                ended = succeeded(own)
             finally:
                 self._end(process, attempt)
-        if succeeded(own):
+        # Ranks that only now stop with a checkpoint do so because their attempt is ended.
+        if ended or (own / "DONE").exists() or (self.stop_asked and succeeded(own)):
             return 0 if (own / "DONE").exists() else STOPPED_EXIT_CODE
         failure = diagnose(own, process.returncode, hosts, silent, unheard)
         # Ranks that the launcher lost end when they see that their attempt is over, or see nothing of it any more.
@@ -204,8 +221,15 @@ class Supervisor:
         environ = os.environ | network | {"DS_ENV_FILE": str(own / "ds_env"), "MASTER_ADDR": words["master"],
                                           "MASTER_PORT": words["port"]}
         self.say(shlex.join(command))
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environ,
-                                start_new_session=True)
+        try:
+            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log,
+                                    stderr=subprocess.STDOUT, env=environ, start_new_session=True)
+        except (FileNotFoundError, PermissionError) as exc:
+            raise ConfigError("COMMAND", command[0], f"cannot be started ({exc.strerror})",
+                              "name a launcher that is installed on this host") from exc
+        except OSError as exc:
+            raise LaunchError(f"the launcher could not be started ({exc.strerror})\n"
+                              "  remedy: look at the processes and the memory of this host") from exc
 
     def _watch(self, process: subprocess.Popen[bytes], own: Path, hosts: Sequence[Host], attempt: int,
                pool: ThreadPoolExecutor) -> tuple[list[str], set[str]]:
@@ -235,16 +259,20 @@ class Supervisor:
         return ([] if succeeded(own) else self._silent_twice(hosts)), unheard
 
     def _end(self, process: subprocess.Popen[bytes], attempt: int) -> None:
+        """End the launcher and what is left of its process group.
+
+        Ranks whose launcher was killed get the same grace as others. A process that the kernel
+        holds, such as by a disk that does not answer, is left behind.
+        """
         for number in (signal.SIGTERM, signal.SIGKILL):
             deadline = time.monotonic() + self.policy.grace_s
-            try:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, number)
-            except ProcessLookupError:
-                break
-            while process.poll() is None and time.monotonic() < deadline:
+            while _group_lives(process) and time.monotonic() < deadline:
                 self._renew(attempt)
                 time.sleep(TICK_S)
-        process.wait()
+        if process.poll() is None:
+            self.say(f"process {process.pid} does not end after SIGKILL; it is left behind")
 
     def _renew(self, attempt: int) -> None:
         if self._mine.check() is not None:
@@ -257,6 +285,17 @@ class Supervisor:
         while time.monotonic() < deadline:
             self._renew(attempt)
             time.sleep(TICK_S)
+
+
+def _group_lives(process: subprocess.Popen[bytes]) -> bool:
+    """Whether a process of the group that ``process`` leads is left; a zombie is not."""
+    process.poll()
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, group = entry.read_text().rpartition(")")[2].split()[:3]
+            if int(group) == process.pid and state not in "ZX":
+                return True
+    return False
 
 
 def check_policy(policy: Policy, hosts: Sequence[Host]) -> None:

@@ -212,7 +212,7 @@ def strike(site: Site, fault: Fault, expected: Sequence[float], nodes: int = 2, 
 
 
 def supervisor_killed(site: Site) -> dict[str, Any]:
-    """Ranks that nobody supervises any more end by themselves."""
+    """Ranks that nobody supervises any more stop by themselves, with a checkpoint."""
     folder = site.new("supervisor-killed")
     process = supervise(site, folder, length=_length(400))  # for longer than the ranks' patience
     _until(lambda: (folder / "out" / "checkpoints" / "latest").exists(), 120)
@@ -224,11 +224,13 @@ def supervisor_killed(site: Site) -> dict[str, Any]:
     # A rank may feel that another has ended before it looks at the lease itself.
     ends = [json.loads(text) for text in records]
     assert any(end["code"] == 87 for end in ends) and all(is_echo(end) for end in ends), records
+    assert (folder / "out.supervise" / "attempt-1" / "STOPPED").exists(), records
     process.wait(30)
     assert process.returncode != 0
     return {"what": "the supervisor is killed", "hosts": 2, "ended_s": round(time.monotonic() - struck, 1),
             "named": all('"host": "host' in text for text in records),
-            "says": next(text for text in records if '"code": 87' in text)[:160], "result": "ranks end, 87"}
+            "says": next(text for text in records if '"code": 87' in text)[:160],
+            "result": "ranks stop with a checkpoint"}
 
 
 def refused(site: Site, name: str, command: Sequence[str | Path], words: Sequence[str], environ: dict[str, str],

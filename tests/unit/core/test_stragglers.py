@@ -18,7 +18,7 @@ def window(watch: StragglerWatch, forward: list[float], data: list[float], step_
 def test_a_rank_above_one_and_a_half_times_the_median_is_named_with_its_host() -> None:
     slow, = window(StragglerWatch(HOSTS), [0.3, 0.3, 0.3, 0.5, 0.3, 0.3], [0.0] * 6)
     assert (slow.rank, slow.host, slow.what) == (3, "b", "forward")
-    assert str(slow) == ("host b (rank 3) is slow: forward 500.0 ms a step, the median of all ranks is 300.0 ms")
+    assert str(slow) == ("host b (rank 3) is slow: forward 500.0 ms per step, the median of all ranks is 300.0 ms")
 
 
 def test_waiting_for_data_counts_too_but_not_where_it_is_too_short_to_hold_up_anybody() -> None:
@@ -32,6 +32,16 @@ def test_one_slow_step_in_a_window_is_no_straggler_and_a_window_ends_where_the_n
     for step in range(20):
         forward = [0.3] * 5 + [9.0 if step % 5 == 0 else 0.3]
         assert watch.add(1.0, forward=forward) == []
+
+
+def test_a_rank_that_stays_slow_is_reported_ever_more_rarely_and_another_one_at_once() -> None:
+    watch, reported = StragglerWatch(["a", "b", "c", "d", "e"], over=2), []
+    for number in range(1, 101):
+        slow_ranks = [0.9 if number >= 50 else 0.3, 0.3, 0.3, 0.9, 0.3]
+        reported += [(number, slow.rank, slow.windows) for slow in window(watch, slow_ranks, [0.0] * 5)]
+    assert [row[0] for row in reported if row[1] == 3] == [1, 2, 4, 8, 16, 32, 64]
+    assert [row[0] for row in reported if row[1] == 0] == [50, 51, 53, 57, 65, 81]
+    assert all(windows == number - (0 if rank == 3 else 49) for number, rank, windows in reported)
 
 
 @given(st.lists(st.floats(0.1, 10.0), min_size=2, max_size=16))

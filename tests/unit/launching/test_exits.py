@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 
 import pytest
 
-from prelora_ds.core.errors import ConfigError, TrainingDivergedError
+from prelora_ds.core.errors import ConfigError, RefusedError, TrainingDivergedError
 from prelora_ds.data.loader import WorkerLostError
 from prelora_ds.data.rows import DataFileError
 from prelora_ds.data.store import CorruptSampleError
@@ -52,6 +54,18 @@ def test_the_other_ranks_of_a_host_say_nothing(capsys: pytest.CaptureFixture[str
         exits.fail(CONFIG_ERROR, Ranks(5, 1, 8))
     assert ended.value.code == 2
     assert capsys.readouterr().err == ""
+
+
+def test_a_rank_that_heard_of_anothers_mistake_ends_at_once_and_only_rank_0_repeats_it(
+    capsys: pytest.CaptureFixture[str], naps: list[float]
+) -> None:
+    said = {}
+    for rank in (0, 1, 4):
+        with pytest.raises(SystemExit) as ended:
+            exits.fail(RefusedError(2, "b", 2, "no data"), Ranks(rank, rank % 4, 8))
+        assert ended.value.code == 2
+        said[rank] = capsys.readouterr().err
+    assert said == {0: "error: rank 2 on host b could not begin: no data\n", 1: "", 4: ""} and naps == []
 
 
 @pytest.mark.parametrize("error", [CorruptSampleError("sample 3 of shard-000001.tar", "look"),
@@ -124,3 +138,33 @@ def test_an_interrupt_is_told_by_rank_0_alone_and_ends_every_rank_as_a_shell_rep
     assert ended.value.code == 130
     assert capsys.readouterr().err == said
     assert naps == []
+
+
+STREAMS = """
+import os, sys
+from prelora_ds.launching.exits import outlive_streams
+outlive_streams()
+first = os.open(os.devnull, os.O_RDONLY)
+for stream in (sys.stdout, sys.stderr):
+    print("a line", file=stream, flush=True)
+    stream.writelines(["more\\n"])
+    stream.flush()
+os.write(1, b"of C code\\n")
+sys.exit(7 if first > 2 else 1)
+"""
+
+
+@pytest.mark.parametrize("streams", [
+    "<&-", ">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full", "2>/dev/full", ">/dev/full 2>&1",
+    "| true; exit ${PIPESTATUS[0]}"])
+def test_a_standard_stream_that_cannot_be_written_ends_nothing(streams: str) -> None:
+    done = subprocess.run(["bash", "-c", f'"$0" -c "$1" {streams}', sys.executable, STREAMS], check=False,
+                          capture_output=True, text=True)
+    assert done.returncode == 7
+    if streams == ">/dev/full":
+        assert done.stderr.startswith("warning: <stdout> cannot be written (No space left on device)")
+        assert done.stderr.count("warning") == 1
+    elif streams == "2>/dev/full":
+        assert done.stdout.startswith("a line\nmore\n") and done.stdout.endswith("of C code\n")
+    else:
+        assert "Traceback" not in done.stderr and "Error" not in done.stderr

@@ -17,7 +17,7 @@ from prelora_ds.core.errors import ConfigError
 from prelora_ds.launching.jobs import PROFILES, Job, Profile, load_profile, render
 
 RECIPE = Path("launch/recipes/vit_large_in1k_prelora_exp1.yaml").resolve()
-JOB = Job("chain", Path("/shared/job.sh"), Path("/shared/code"), RECIPE, ["train.log_every=5"], None, 16, 1, 7200.0,
+JOB = Job("chain", Path("/shared/job.sh"), Path.cwd(), RECIPE, ["train.log_every=5"], None, 16, 1, 7200.0,
           300, 50, account="acct")
 
 
@@ -73,7 +73,8 @@ def test_what_a_site_would_refuse_is_refused_here(profile: str, changes: dict, k
 def test_a_pbs_chain_goes_on_while_the_run_ends_with_99_and_stops_at_its_end(tmp_path: Path) -> None:
     """The script as it is, but for a supervisor that needs three jobs; the in-job timer warns it."""
     folder, log = tmp_path / "code", tmp_path / "log"
-    folder.mkdir()
+    (folder / "launch").mkdir(parents=True)
+    (folder / "launch" / "pretrain.py").touch()
     (tmp_path / "nodes").write_text("n1\nn1\nn2\n")
     run = tmp_path / "python"
     run.write_text(f"""#!/bin/bash
@@ -106,6 +107,32 @@ exec bash "$1"
     assert ends == ["99", "99", "0"]
     assert (tmp_path / "hostfile").read_text() == "n1 slots=4\nn2 slots=4\n"
     assert not list(tmp_path.glob("out.job.*"))
+
+
+def test_a_folder_without_the_script_that_a_job_starts_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"has no launch/pretrain\.py.*\n  remedy: run `prelora job` in a checkout"):
+        script("polaris", folder=tmp_path)
+
+
+@pytest.mark.parametrize(("leases", "requeued"), [
+    ([None] * 6, False), (["1", "2", "3", "4", "5", "6"], False), (["1", "2", None, None, "3", None, "4", ""], False),
+    (["1", "", ""], False), (["1", "2", "2"], True)])
+def test_the_last_node_of_a_slurm_job_requeues_it_only_when_the_lease_was_read_twice_and_is_the_same(
+        tmp_path: Path, leases: list[str | None], requeued: bool) -> None:
+    """The lines of the script that watch; at each look the lease is another one, or none (None), and then it ends."""
+    watcher = re.search(r"bash -c '\n(seen=.*?done)' watch", script("slurm"), re.DOTALL)
+    assert watcher is not None
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho \"$@\" > {tmp_path}/said")
+    looks = "\n".join(f"{n}) " + ("rm -f lease" if text is None else f"printf '%s' '{text}' > lease") + ";;"
+                      for n, text in enumerate(leases, 1))
+    (tmp_path / "sleep").write_text(
+        f"#!/bin/bash\necho x >> looks\ncase $(wc -l < looks) in\n{looks}\n*) exit 1;;\nesac")
+    for name in ("scontrol", "sleep"):
+        (tmp_path / name).chmod(0o755)
+    subprocess.run(["bash", "-c", watcher[1], "watch", "lease", "17"], cwd=tmp_path, timeout=20, check=False,
+                   stderr=subprocess.DEVNULL, env={"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    assert (tmp_path / "said").exists() == requeued
+    assert not requeued or (tmp_path / "said").read_text() == "requeue 17\n"
 
 
 def test_the_limit_grows_with_the_nodes_and_another_queue_has_its_own() -> None:

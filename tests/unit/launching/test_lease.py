@@ -92,3 +92,56 @@ def test_a_lease_that_is_no_json_is_nobody_s(tmp_path: Path) -> None:
     lease = Lease(tmp_path).take()
     assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid() and lease.check() is None
     lease.release()
+
+
+@pytest.mark.parametrize("text", [
+    '{"token": "x"}', '{"token": null, "pid": {}}', '{"token": 7, "host": [], "pid": "../1"}'])
+def test_a_lease_of_other_content_is_another_s(tmp_path: Path, text: str) -> None:
+    lease = Lease(tmp_path).take()
+    (tmp_path / NAME).write_text(text)
+    code, why = lease.check() or (0, "")
+    assert code == 88 and "was taken over by process" in why
+    lease.release()
+    assert (tmp_path / NAME).read_text() == text
+
+
+@pytest.mark.parametrize("content", [
+    "[]", "[" * 100_000, '{"token": "x"}', "{this machine}", '{"pid": "\\u0000", "born": "1", {this machine}'])
+def test_a_lease_that_names_no_process_is_held_by_nobody_once_it_does_not_change(tmp_path: Path, content: str) -> None:
+    left_behind(tmp_path)
+    mine = json.loads((tmp_path / NAME).read_text())
+    machine = json.dumps({"host": mine["host"], "boot": mine["boot"]})
+    (tmp_path / NAME).write_text(content.replace("{this machine}", machine if content[1] == "t" else machine[1:]))
+    Lease(tmp_path).take().release()
+
+
+def test_a_folder_that_is_removed_or_moved_ends_the_job_with_75_and_is_not_made_anew(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    lease = Lease(out).take()
+    out.rename(tmp_path / "elsewhere")
+    assert lease.check() is None, "one look may be a hiccup of the disk"
+    (tmp_path / "out").mkdir()  # as a checkpoint would
+    time.sleep(0.2)
+    code, why = lease.check() or (0, "")
+    assert code == 75 and f"{out} was removed or moved" in why
+    assert not list(out.iterdir())
+    lease.release()
+
+
+def test_a_disk_that_takes_no_changes_does_not_hide_why_a_run_ends(tmp_path: Path) -> None:
+    code = f"""
+import os
+from pathlib import Path
+from prelora_ds.launching.lease import Lease
+lease = Lease(Path({str(tmp_path)!r})).take()
+os.chmod({str(tmp_path)!r}, 0o500)
+if os.geteuid() == 0:
+    os.seteuid(65534)  # nothing is read-only for root
+lease.release()
+lease.release()
+print("why it ends")
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    tmp_path.chmod(0o700)
+    assert (done.stdout, done.stderr) == ("why it ends\n", "")

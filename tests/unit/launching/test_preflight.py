@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from prelora_ds.core.errors import ConfigError
 from prelora_ds.launching.hostfile import Host
 from prelora_ds.launching.preflight import Questions, _Line, preflight
 
@@ -19,3 +22,9 @@ def test_hosts_that_all_fail_are_a_report_and_no_crash(tmp_path: Path) -> None:
     report = preflight([Host("a", 1), Host("b", 1)], Questions(folder=tmp_path, ssh="false"))
     assert not report.fit and all("not reachable" in " ".join(said) for said in report.problems.values())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("ssh", ["/nowhere/ssh {host}", "ssh '{host}"])
+def test_an_ssh_that_cannot_be_started_is_the_user_s_mistake(tmp_path: Path, ssh: str) -> None:
+    with pytest.raises(ConfigError, match="--ssh = "):
+        preflight([Host("a", 1)], Questions(folder=tmp_path, ssh=ssh))

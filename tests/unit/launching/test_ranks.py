@@ -112,7 +112,12 @@ def test_launchers_that_contradict_each_other_are_named(environ: dict[str, str],
     assert set(mistake(environ).value) == named
 
 
-@pytest.mark.parametrize("port", ["0", "70000", "http"])
+@pytest.mark.parametrize("node", ["x", "-1", "99", "²"])
+def test_a_slurm_node_that_is_not_in_the_step_is_refused(node: str) -> None:
+    assert mistake(SRUN | {"SLURM_NODEID": node}).problem == "ranks contradict each other"
+
+
+@pytest.mark.parametrize("port", ["0", "70000", "http", "²", "-1", ""])
 def test_a_port_that_is_none_is_refused(port: str) -> None:
     assert mistake(SRUN | {"MASTER_PORT": port}).problem == "is no port"
 

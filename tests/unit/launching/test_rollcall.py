@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 from support.pool import free_port
 
-from prelora_ds.core.errors import ConfigError, LaunchError
+from prelora_ds.core.errors import ConfigError, LaunchError, RefusedError
 from prelora_ds.launching.ranks import Ranks
-from prelora_ds.launching.rollcall import Card, call_the_roll, check_master, judge, make_of
+from prelora_ds.launching.rollcall import Card, call_the_roll, check_master, declining, judge, make_of
 
 MAKE = {"torch": "2.14.1", "config": "abc"}
 ALL = [Card(rank, rank % 2, f"host{rank // 2}", MAKE) for rank in range(6)]
@@ -22,7 +22,7 @@ def never(error: LaunchError) -> None:
 
 def test_a_full_roll_gives_the_host_of_each_rank_in_whatever_order_they_come() -> None:
     assert judge(ALL[::-1], 6, 1.0) == {"hosts": ["host0", "host0", "host1", "host1", "host2", "host2"],
-                                        "missing": None, "mistake": None}
+                                        "refused": None, "missing": None, "mistake": None}
 
 
 def test_who_is_missing_and_who_came_are_named() -> None:
@@ -96,6 +96,55 @@ def test_rank_0_that_begins_later_is_waited_for_and_says_who_is_missing(monkeypa
         return caught.value
     with ThreadPoolExecutor(2) as pool:
         assert [error.blames for error in pool.map(call, range(2))] == [(2,), (2,)]
+
+
+MISTAKE = ConfigError("data.train", "/data", "there is no such folder", "mount it")
+
+
+@pytest.mark.parametrize("refused", [0, 2])
+def test_the_others_hear_in_seconds_that_a_rank_was_refused(refused: int) -> None:
+    port = free_port()
+
+    def call(rank: int) -> BaseException:
+        ranks = Ranks(rank, rank, 3, 3, "127.0.0.1", port)
+        with pytest.raises((ConfigError, RefusedError)) as caught:
+            if rank == refused:
+                with declining(ranks, {}):
+                    raise MISTAKE
+            time.sleep(1.0)  # the others come later
+            call_the_roll(ranks, MAKE, {}, 60.0, never)
+        return caught.value
+
+    begun = time.monotonic()
+    with ThreadPoolExecutor(3) as pool:
+        errors = list(pool.map(call, range(3)))
+    assert time.monotonic() - begun < 15
+    assert errors.pop(refused) is MISTAKE
+    for error in errors:
+        assert isinstance(error, RefusedError) and (error.exit_code, error.blames) == (2, (refused,))
+        assert f"rank {refused} on host" in str(error) and "there is no such folder" in str(error)
+
+
+def test_ranks_that_are_all_refused_do_not_wait_for_each_other() -> None:
+    port = free_port()
+
+    def call(rank: int) -> None:
+        with pytest.raises(ZeroDivisionError), declining(Ranks(rank, rank, 3, 3, "127.0.0.1", port), {}):
+            _ = 1 / 0
+
+    begun = time.monotonic()
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(call, range(3)))
+    assert time.monotonic() - begun < 5
+
+
+def test_a_rank_that_is_refused_waits_for_nobody_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prelora_ds.launching.rollcall.DECLINE_S", 0.5)
+    begun = time.monotonic()
+    for rank, master in ((0, "127.0.0.1"), (1, "127.0.0.1"), (1, None)):
+        with pytest.raises(ConfigError), declining(Ranks(rank, rank, 2, 2, master, free_port()), {}):
+            raise MISTAKE
+    assert time.monotonic() - begun < 5
 
 
 def test_a_rank_that_nobody_listens_to_blames_rank_0() -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,55 @@ def test_a_launcher_that_hangs_after_a_rank_ended_is_killed(world: World) -> Non
     script = """trap '' TERM; [ "$attempt" = 2 ] && mark DONE; (die 1 b x); sleep 60"""
     assert world.supervisor(script).run() == 0
     assert time.monotonic() - begun < 20
+
+
+def test_ranks_whose_launcher_was_killed_get_the_grace_to_save(world: World) -> None:
+    script = """
+    [ "$attempt" = 2 ] && mark DONE && exit
+    ( trap 'sleep 0.3; mark STOPPED; exit 99' TERM; mark trapped; while :; do sleep 0.05; done ) &
+    while [ ! -e "$own/trapped" ]; do sleep 0.05; done
+    kill -KILL $$"""
+    assert world.supervisor(script, grace_s=5.0).run() == 0
+    assert (world.folder / "out" / "attempt-1" / "STOPPED").exists()
+    assert any(line.startswith("attempt 1 failed on a, b (exit code 75)") for line in world.said)
+
+
+def test_a_run_that_orphans_stopped_is_started_again(world: World) -> None:
+    script = """[ "$attempt" = 2 ] && mark DONE && exit; mark STOPPED; die 87 b "the launcher is gone" """
+    assert world.supervisor(script).run() == 0
+    assert any("attempt 1 failed (exit code 87): the launcher is gone" in line for line in world.said)
+
+
+def test_an_attempt_whose_process_ignores_all_but_sigkill_is_bounded(world: World) -> None:
+    script = """( trap '' TERM; sleep 60 ) & [ "$attempt" = 2 ] && mark DONE; die 1 b x"""
+    begun = time.monotonic()
+    assert world.supervisor(script).run() == 0
+    assert time.monotonic() - begun < 20
+
+
+@pytest.mark.parametrize("change", [{"command": ["/nowhere/launcher"]}, {"policy": Policy(2, 2, probe="'")}])
+def test_a_command_that_cannot_be_started_is_the_user_s_mistake(world: World, change: dict) -> None:
+    with pytest.raises(ConfigError, match=r"COMMAND = '/nowhere/launcher': cannot be started|--probe = "):
+        replace(world.supervisor("mark DONE"), **change).run()
+
+
+def test_a_folder_that_cannot_be_written_is_worth_another_try(world: World) -> None:
+    (world.folder / "out").touch()
+    with pytest.raises(LaunchError, match="out cannot be written"):
+        world.supervisor("mark DONE").run()
+
+
+@pytest.mark.parametrize("record", [{"code": "x"}, {"code": 1, "blames": 7}, {"rank": []}])
+def test_a_record_of_other_content_is_one_that_cannot_be_read(tmp_path: Path, record: dict) -> None:
+    ends(tmp_path / "attempt-1", record)
+    assert "a record cannot be read" in diagnose(tmp_path / "attempt-1", 1, HOSTS, [], set()).why
+
+
+def test_a_folder_beside_the_attempts_is_not_counted_as_one(world: World) -> None:
+    for name in ("attempt-2", "attempt-7.bak", "attempt-", "attempt-x", "old"):
+        (world.folder / "out" / name).mkdir(parents=True)
+    assert world.supervisor("mark DONE").run() == 0
+    assert (world.folder / "out" / "attempt-3" / "DONE").exists()
 
 
 def test_a_host_that_falls_silent_ends_the_attempt(world: World) -> None:
@@ -259,6 +309,11 @@ def test_a_mistake_that_only_another_host_than_rank_0s_tells_is_that_hosts(tmp_p
     ends(tmp_path / "2", {"rank": 2, "host": "b", **mistake}, {"rank": 1, "host": "a", **mistake})
     write_json(tmp_path / "2" / "rank-0.json", {"rank": 0, "host": "a"})
     assert diagnose(tmp_path / "2", 1, HOSTS[:2], [], set()).code == 2
+    heard = {"rank": 0, "host": "a", "code": 2, "why": "rank 2 on host b could not begin: ...", "blames": [2]}
+    ends(tmp_path / "3", heard, {"rank": 2, "host": "b", **mistake})
+    write_json(tmp_path / "3" / "rank-0.json", {"rank": 0, "host": "a"})
+    failure = diagnose(tmp_path / "3", 2, HOSTS[:2], [], set())
+    assert (failure.code, failure.hosts) == (75, ["b"]) and "no such folder" in failure.why
 
 
 def test_a_rank_that_only_felt_anothers_end_is_an_echo() -> None:
@@ -282,12 +337,30 @@ def test_a_rank_ends_when_the_lease_stops_or_names_a_newer_attempt(tmp_path: Pat
     assert watch.check() is None
     time.sleep(0.3)
     code, why = watch.check() or (0, "")
-    assert code == 87 and "rank 3" in why
+    assert code == 87 and "the supervisor is gone" in why
     write_json(tmp_path / LEASE, {"attempt": 2, "renewed": 2, "patience_s": 0.2})
     assert watch.check() is None
     write_json(tmp_path / LEASE, {"attempt": 3, "renewed": 3})
     assert (watch.check() or (0, ""))[0] == 88
     assert json.loads((own / "rank-3.json").read_text())["rank"] == 3
+
+
+@pytest.mark.parametrize("lease", [{"token": "x"}, {"attempt": "9"}, {"attempt": 2, "patience_s": []}])
+def test_a_lease_of_other_content_has_not_changed(tmp_path: Path, lease: dict) -> None:
+    own = tmp_path / "attempt-1"
+    own.mkdir()
+    write_json(tmp_path / LEASE, {"attempt": 1, "renewed": 1, "patience_s": 0.2})
+    watch = Supervision(own, 3)
+    assert watch.check() is None
+    write_json(tmp_path / LEASE, lease)
+    assert watch.check() is None
+    time.sleep(0.3)
+    assert (watch.check() or (0, ""))[0] == 87
+
+
+def test_a_folder_that_no_supervisor_made_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--supervised"):
+        Supervision(tmp_path / "attempt-x", 0)
 
 
 def test_a_shared_disk_that_stalls_is_no_silence_of_the_supervisor(
