@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 
 # How a process ends. 75, 87 and 88 are for whoever watches over a job.
@@ -13,6 +14,8 @@ ORPHAN_EXIT_CODE = 87
 FENCED_EXIT_CODE = 88
 STOPPED_EXIT_CODE = 99  # as asked, with a checkpoint; the same command goes on
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells report it
+# An OSError of these numbers is of the disk or its server, and the same command may succeed later.
+DISK_FAULTS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE})
 
 
 class ExpectedError(Exception):
@@ -43,6 +46,14 @@ class ConfigError(ExpectedError, ValueError):
         return type(self), (self.key, self.value, self.problem, self.remedy)
 
 
+def cannot_write(key: str, value: object, error: OSError) -> ExpectedError:
+    """What to raise for ``error`` at a place that the user chose by ``key``."""
+    if error.errno in DISK_FAULTS:
+        return NotSavedError(f"{key} = {value!r}: cannot be written ({error.strerror})\n"
+                             "  remedy: make room there, or repair the disk; then give the same command again")
+    return ConfigError(key, value, f"cannot be written ({error.strerror})", "choose a place that you may write to")
+
+
 class TrainingDivergedError(ExpectedError, RuntimeError):
     """The loss or the gradient norm became NaN or infinite; names step and phase."""
 
@@ -52,7 +63,7 @@ class Stopped(Exception):
 
 
 class NotSavedError(ExpectedError, RuntimeError):
-    """The run was asked to stop, and its last checkpoint could not be written."""
+    """A checkpoint or a model could not be written; those before are there, and the same command may succeed."""
 
     exit_code = TRY_AGAIN_EXIT_CODE
 

@@ -63,6 +63,11 @@ class Manifest:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def identity(self) -> str:
+        """What tells this data set from others, wherever it lies, in words."""
+        return f"{len(self):,} samples, index {self.index_crc32:08x}"
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _mapped, (self.folder, self.classes, self.shards, self.index_crc32, self.index_file)
 

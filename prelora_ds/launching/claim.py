@@ -18,11 +18,12 @@ from prelora_ds.checkpoints.folder import (
 )
 from prelora_ds.checkpoints.resume import ORIGIN, candidates, origin_of
 from prelora_ds.configuring import dump_yaml, load_config
+from prelora_ds.core.classes import classes_of, difference
 from prelora_ds.core.config import Config
-from prelora_ds.core.errors import ConfigError
+from prelora_ds.core.errors import ConfigError, cannot_write
 from prelora_ds.core.resuming import differences
 from prelora_ds.launching.lease import NAME, Lease
-from prelora_ds.metrics import read_lines
+from prelora_ds.metrics import check_logs, read_lines
 
 CONFIG = "config.yaml"
 
@@ -39,11 +40,14 @@ class Claim:
     origin: str | None
 
 
-def claim_output(folder: Path, config: Config, resume: str, data: Mapping[str, str]) -> Claim:
+def claim_output(folder: Path, config: Config, resume: str, data: Mapping[str, str],
+                 classes: Sequence[str] = ()) -> Claim:
     """Take the output folder for this job and write config.yaml into it; by rank 0, before anything expensive.
 
-    data: what tells the data sets from others, by key. Raises LaunchError when a living job has the folder, ConfigError
-    when it holds something else than this run, unfinished, or cannot be written; then nothing in it has changed.
+    data: what tells the data sets from others, by key. classes: theirs; none where they are not known.
+
+    Raises LaunchError when a living job has the folder, NotSavedError when its disk is full, and ConfigError when it
+    holds something else than this run, unfinished, or cannot be written; then nothing in it has changed.
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigError("run.output_dir", str(folder), "is no folder", "choose another run.output_dir")
@@ -52,13 +56,14 @@ def claim_output(folder: Path, config: Config, resume: str, data: Mapping[str, s
         lease = Lease(folder).take()
         refused.callback(lease.release)
         begun = _check_folder(folder, config, resume)
+        check_logs(folder)
         sources = candidates(folder, resume)
         new_run = bool(sources) and root_of(sources[0].resolve()) != (folder / FOLDER).resolve()
         origin = None if resume in ("auto", "never") else str(Path(resume).resolve())
         if begun and new_run and origin not in (None, origin_of(folder)):
             raise ConfigError("--resume", resume, f"is of another run, and {folder} holds one already",
                               "choose another run.output_dir")
-        _check_sources(sources, config, data, new_run=new_run)
+        _check_sources(sources, config, data, classes, new_run=new_run)
         discard_partial(folder / FOLDER)
         if new_run and origin is not None:
             write_text(folder / ORIGIN, origin + "\n")
@@ -74,8 +79,7 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as exc:
-        raise ConfigError("run.output_dir", str(folder), f"cannot be written ({exc.strerror})",
-                          "choose a folder that you may write to") from exc
+        raise cannot_write("run.output_dir", str(folder), exc) from exc
 
 
 def _check_folder(folder: Path, config: Config, resume: str) -> bool:
@@ -95,17 +99,23 @@ def _check_folder(folder: Path, config: Config, resume: str) -> bool:
     return begun
 
 
-def _check_sources(sources: Sequence[Path], config: Config, data: Mapping[str, str], *, new_run: bool) -> None:
-    """Hold settings and data against those of the newest checkpoint that can be read; the others are told when loaded.
+def _check_sources(sources: Sequence[Path], config: Config, data: Mapping[str, str], classes: Sequence[str], *,
+                   new_run: bool) -> None:
+    """Hold settings, classes and data against those of the newest checkpoint that can be read; the others are told when
+    loaded.
 
-    A new run may have other data."""
+    A new run may have other data, but of the same classes: the head of the checkpoint has a row for each."""
     for source in sources:
         try:
             state = read_run_state(source)
-            before, trained_on = state["config"], state["data"]
-        except (BrokenCheckpointError, KeyError):
+            before, trained_on, known = state["config"], state["data"], classes_of(state)
+        except (BrokenCheckpointError, KeyError, TypeError):
             continue
         _same(before, config, source, new_run=new_run)
+        if classes and known and (problem := difference(classes, known, f"the checkpoint {source}")):
+            raise ConfigError("data.train", config.data.train, problem,
+                              "name data of the classes that the checkpoint was trained on, or begin without it in "
+                              "another run.output_dir")
         for key in () if new_run else sorted(data.keys() & trained_on.keys()):
             if data[key] != trained_on[key]:
                 raise ConfigError(key, config.data.train if key == "data.train" else config.data.val,
@@ -118,7 +128,7 @@ def _check_sources(sources: Sequence[Path], config: Config, data: Mapping[str, s
 def is_finished(folder: Path) -> bool:
     """Whether the run in ``folder`` came to its end."""
     plans = folder / "plans.jsonl"
-    return plans.is_file() and any(row["event"] == "end" for row in read_lines(plans))
+    return plans.is_file() and any(row.get("event") == "end" for row in read_lines(plans))
 
 
 def _same(before: Mapping[str, Any], config: Config, where: Path, *, new_run: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -12,7 +13,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn, TextIO
 
-from prelora_ds.core.errors import INTERRUPTED_EXIT_CODE, STOPPED_EXIT_CODE, ExpectedError, Stopped
+from prelora_ds.core.errors import (
+    DISK_FAULTS,
+    INTERRUPTED_EXIT_CODE,
+    STOPPED_EXIT_CODE,
+    TRY_AGAIN_EXIT_CODE,
+    ExpectedError,
+    Stopped,
+)
 from prelora_ds.launching.ranks import Ranks
 
 # Long enough for rank 0 to speak and for the launcher to end the others; every rank finds the same mistake.
@@ -38,14 +46,29 @@ def stopped(why: Stopped, ranks: Ranks) -> NoReturn:
 
 
 def outlive_pipes() -> None:
-    """Let a standard stream whose reader is gone swallow what is written: a launcher that is ended closes the pipe
-    before its ranks have saved, and no checkpoint may be lost to a line of text."""
-    sys.stdout, sys.stderr = _Outliving(sys.stdout), _Outliving(sys.stderr)  # type: ignore[assignment]
+    """Let a standard stream swallow what it cannot write: a run must not end because its reader is gone, its disk is
+    full, or it was never open. The first loss that is not of a reader is told on the other stream."""
+    for descriptor in (0, 1, 2):
+        _open_if_closed(descriptor)
+    out, err = (stream or os.fdopen(descriptor, "w") for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)))
+    sys.stdout, sys.stderr = _Outliving(out, "standard output", err), _Outliving(err, "standard error", out)
+
+
+def _open_if_closed(descriptor: int) -> None:
+    """A file that is opened later would get the number, and what is printed would be written into it."""
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        os.dup2(nowhere, descriptor)  # also makes it inheritable
+        if nowhere != descriptor:
+            os.close(nowhere)
 
 
 class _Outliving:
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    def __init__(self, stream: TextIO, name: str, other: TextIO) -> None:
+        self._stream, self._name, self._other = stream, name, other
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]  # for a terminal without UTF-8
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -59,11 +82,26 @@ class _Outliving:
     def _try(self, act: Callable[[], int | None]) -> int | None:
         try:
             return act()
-        except BrokenPipeError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())  # what is still buffered, and what C code writes, goes there too
-            os.close(nowhere)
+        except OSError as exc:
+            self._lose(exc)
             return None
+
+    def _lose(self, error: OSError) -> None:
+        """Send what is buffered nowhere; a disk may have room again later, a pipe has no reader again."""
+        own, nowhere = self._stream.fileno(), os.open(os.devnull, os.O_WRONLY)
+        kept = None if isinstance(error, BrokenPipeError) else os.dup(own)
+        os.dup2(nowhere, own)  # what C code writes to a dead pipe goes there too
+        os.close(nowhere)
+        self._stream.flush()
+        if kept is None:
+            return
+        os.dup2(kept, own)
+        os.close(kept)
+        name, self._name = self._name, ""
+        if name:
+            with contextlib.suppress(OSError):
+                print(f"warning: {name} cannot be written ({error.strerror}); what it was told is lost",
+                      file=self._other, flush=True)
 
 
 @contextmanager
@@ -96,8 +134,14 @@ def _wait_for_the_launcher(seconds: float) -> None:
     time.sleep(seconds)
 
 
+def crash_code(error: Exception) -> int:
+    """What a rank ends with that meets ``error``: a disk that failed may hold out another time."""
+    return TRY_AGAIN_EXIT_CODE if isinstance(error, OSError) and error.errno in DISK_FAULTS else 1
+
+
 def crash(ranks: Ranks, error: Exception, *, ending: bool = False) -> NoReturn:
-    """Print ``error`` with rank and host, and end at once with 1; a rank that lost another keeps still for a while.
+    """Print ``error`` with rank and host, and end at once with `crash_code`; a rank that lost another keeps still for a
+    while.
 
     The rank that began it says what it was. The others only felt it, and the launcher ends them; where it does not, a
     line of theirs is all that is left of a host that went down. ending: whether the launcher has sent its signal
@@ -112,8 +156,11 @@ def crash(ranks: Ranks, error: Exception, *, ending: bool = False) -> NoReturn:
         _wait_for_the_launcher(ECHO_GRACE_S)
         said = (f"{here} lost the connection to another rank ({str(error).splitlines()[0]})\n"
                 "  remedy: look for the first error of another rank, or for a host that went down")
+    elif crash_code(error) == TRY_AGAIN_EXIT_CODE:
+        said = (f"{here} could not use its disk: {error}\n"
+                "  remedy: make room there, or repair it; the same command resumes from the newest checkpoint")
     else:
         said = f"{here} failed\n{''.join(traceback.format_exception(error))}"
     print(f"error: {said}", file=sys.stderr, flush=True)
     sys.stdout.flush()
-    os._exit(1)
+    os._exit(crash_code(error))

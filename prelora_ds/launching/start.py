@@ -60,7 +60,8 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
     ranks.export(os.environ)
     claim, sources, origin = None, (), None
     if ranks.rank == 0:
-        claim = claim_output(Path(config.run.output_dir), config, resume, identity(train_data, val_data))
+        claim = claim_output(Path(config.run.output_dir), config, resume, identity(train_data, val_data),
+                             train_data.classes)
         sources, origin = claim.sources, claim.origin
     try:
         if claim is not None:
@@ -72,13 +73,12 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
         hosts = call_the_roll(ranks, make_of(dump_yaml(config)), os.environ, config.launch.timeout_s, give_up)
         guard.beat()
         init_process_group()
-        from prelora_ds.reporting.table import print_report
         from prelora_ds.train import train
 
         try:
             train(config, train_data, val_data, hosts, sources=sources, origin=origin, stop=stop, guard=guard)
             if ranks.rank == 0:
-                print_report(Path(config.run.output_dir))
+                report_if_possible(Path(config.run.output_dir))
             watch.mark("DONE")
         except Stopped:
             watch.mark("STOPPED")
@@ -113,6 +113,16 @@ def warn_of_a_short_run(config: Config, samples: int) -> None:
     if warmup > timeline.total_steps:
         print(f"warning: optimizer.warmup = {config.optimizer.warmup} takes {warmup} steps, and the run has "
               f"{timeline.total_steps}: the rate never reaches optimizer.lr", flush=True)
+
+
+def report_if_possible(out: Path) -> None:
+    """Print the table of a run that has ended well, also where its logs are damaged or gone."""
+    from prelora_ds.reporting.table import print_report
+
+    try:
+        print_report(out)
+    except ConfigError as error:
+        print(f"warning: there is no report: {error}", flush=True)
 
 
 def check_families(config: Config, num_labels: int) -> Layout:

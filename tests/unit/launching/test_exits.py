@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -113,3 +117,72 @@ def test_an_interrupt_is_told_by_rank_0_alone_and_ends_every_rank_as_a_shell_rep
     assert ended.value.code == 130
     assert capsys.readouterr().err == said
     assert naps == []
+
+
+# ---- standard streams
+
+PRINTS = """
+import os, sys
+from prelora_ds.launching.exits import outlive_pipes
+outlive_pipes()
+file = os.open({path!r}, os.O_CREAT | os.O_WRONLY)
+for number in range(3):
+    print("out", number, flush=True)
+    print("err", number, file=sys.stderr, flush=True)
+    os.write(1, b"C out\\n") if {c} else None
+print("unflushed", "x" * 100_000)
+os.write(file, b"content")
+sys.exit(7)
+"""
+
+
+def prints(tmp_path: Path, redirections: str, *, c: bool = False) -> subprocess.CompletedProcess[str]:
+    """A process that prints to both streams and writes a file; it is as it shall be if it ends with 7."""
+    script = tmp_path / "prints.py"
+    script.write_text(PRINTS.format(path=str(tmp_path / "file"), c=c))
+    return subprocess.run(f"{sys.executable} {script} {redirections}", shell=True, text=True, timeout=60,
+                          capture_output=True, check=False)
+
+
+FULL = "cannot be written (No space left on device); what it was told is lost"
+
+
+@pytest.mark.parametrize(("redirections", "out", "err"), [
+    (">/dev/full", "", f"err 0\nerr 1\nerr 2\nwarning: standard output {FULL}\n"),
+    ("2>/dev/full", f"out 0\nwarning: standard error {FULL}\nout 1\nout 2\nunflushed", ""),
+    (">/dev/full 2>&1", "", ""), (">&-", "", "err 0\nerr 1\nerr 2\n"), ("2>&-", "out 0\nout 1\nout 2\nunflushed", ""),
+    (">&- 2>&-", "", ""), ("<&- >&- 2>&-", "", ""),
+])
+def test_a_stream_that_is_full_or_closed_ends_nothing_and_the_other_one_tells(
+    redirections: str, out: str, err: str, tmp_path: Path
+) -> None:
+    ended = prints(tmp_path, redirections)
+    assert ended.returncode == 7, ended.stderr
+    assert ended.stdout.split(" x")[0] == out
+    assert sorted(ended.stderr.splitlines()) == sorted(err.splitlines())
+    assert (tmp_path / "file").read_text() == "content"
+
+
+def test_what_is_printed_to_a_closed_stream_reaches_no_file(tmp_path: Path) -> None:
+    ended = prints(tmp_path, ">&-", c=True)
+    assert ended.returncode == 7 and (tmp_path / "file").read_text() == "content"
+
+
+def test_a_terminal_without_utf_8_ends_nothing(tmp_path: Path) -> None:
+    script = ("from prelora_ds.launching.exits import outlive_pipes\noutlive_pipes()\n"
+              "print('caf\\u00e9', '\\ud800')")
+    ended = subprocess.run([sys.executable, "-c", script], env=os.environ | {"PYTHONIOENCODING": "ascii"},
+                           capture_output=True, check=False)
+    assert (ended.returncode, ended.stdout) == (0, b"caf\\xe9 \\ud800\n")
+
+
+def test_a_disk_that_fails_is_one_message_and_75_and_a_bug_is_1() -> None:
+    script = ("import errno, sys\nfrom prelora_ds.launching.exits import crash\n"
+              "from prelora_ds.launching.ranks import Ranks\n"
+              "crash(Ranks(1, 1, 2), OSError(getattr(errno, sys.argv[1]), 'it failed', 'file'))")
+    codes = {}
+    for name in ("ENOSPC", "EIO", "EPERM"):
+        ended = subprocess.run([sys.executable, "-c", script, name], text=True, capture_output=True, check=False)
+        codes[name] = ended.returncode
+        assert ("failed\n" in ended.stderr) == (name == "EPERM"), ended.stderr
+    assert codes == {"ENOSPC": 75, "EIO": 75, "EPERM": 1}
