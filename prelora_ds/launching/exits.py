@@ -106,12 +106,20 @@ class _Outliving:
 
 @contextmanager
 def one_message() -> Iterator[None]:
-    """For a command of one process: an ExpectedError is a line and its exit code, not a traceback."""
+    """For a command of one process: an ExpectedError is a line and its exit code, not a traceback; so is a disk that
+    fails, be it under the standard output."""
     try:
         yield
     except ExpectedError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in DISK_FAULTS:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left of the output would fail once more at the exit
+        print(f"error: {error}\n  remedy: make room, or repair the disk; then give the same command again",
+              file=sys.stderr)
+        sys.exit(TRY_AGAIN_EXIT_CODE)
 
 
 def fail(error: ExpectedError, ranks: Ranks) -> NoReturn:
