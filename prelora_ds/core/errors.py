@@ -46,9 +46,16 @@ class ConfigError(ExpectedError, ValueError):
         return type(self), (self.key, self.value, self.problem, self.remedy)
 
 
+def is_disk_fault(error: Exception) -> bool:
+    """Whether a disk or its server failed, so that another try may pass; torch.save tells so by a RuntimeError."""
+    if isinstance(error, OSError):
+        return error.errno in DISK_FAULTS
+    return isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error)
+
+
 def cannot_write(key: str, value: object, error: OSError) -> ExpectedError:
     """What to raise for ``error`` at a place that the user chose by ``key``."""
-    if error.errno in DISK_FAULTS:
+    if is_disk_fault(error):
         return NotSavedError(f"{key} = {value!r}: cannot be written ({error.strerror})\n"
                              "  remedy: make room there, or repair the disk; then give the same command again")
     return ConfigError(key, value, f"cannot be written ({error.strerror})", "choose a place that you may write to")

@@ -14,12 +14,12 @@ from contextlib import contextmanager
 from typing import Any, NoReturn, TextIO
 
 from prelora_ds.core.errors import (
-    DISK_FAULTS,
     INTERRUPTED_EXIT_CODE,
     STOPPED_EXIT_CODE,
     TRY_AGAIN_EXIT_CODE,
     ExpectedError,
     Stopped,
+    is_disk_fault,
 )
 from prelora_ds.launching.ranks import Ranks
 
@@ -114,7 +114,7 @@ def one_message() -> Iterator[None]:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:
-        if error.errno not in DISK_FAULTS:
+        if not is_disk_fault(error):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left of the output would fail once more at the exit
         print(f"error: {error}\n  remedy: make room, or repair the disk; then give the same command again",
@@ -144,7 +144,7 @@ def _wait_for_the_launcher(seconds: float) -> None:
 
 def crash_code(error: Exception) -> int:
     """What a rank ends with that meets ``error``: a disk that failed may hold out another time."""
-    return TRY_AGAIN_EXIT_CODE if isinstance(error, OSError) and error.errno in DISK_FAULTS else 1
+    return TRY_AGAIN_EXIT_CODE if is_disk_fault(error) else 1
 
 
 def crash(ranks: Ranks, error: Exception, *, ending: bool = False) -> NoReturn:

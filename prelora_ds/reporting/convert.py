@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -190,8 +189,5 @@ def _write_deepspeed(config: Config, classes: Sequence[str], layout: Layout, fou
                           found.counters)
     try:
         engine.ds.save_checkpoint(str(out), tag=found.folder.name, client_state={"classes": list(classes)})
-    except RuntimeError as exc:
-        if "PytorchStreamWriter" not in str(exc):
-            raise
-        raise OSError(errno.EIO, f"torch could not write ({str(exc).splitlines()[0]})", str(out)) from exc
-    release(engine)
+    finally:
+        release(engine)

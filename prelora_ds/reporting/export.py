@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from prelora_ds.checkpoints.folder import sync_folder
 from prelora_ds.core.classes import unnamed
 from prelora_ds.core.config import Config
-from prelora_ds.core.errors import NotSavedError
+from prelora_ds.core.errors import NotSavedError, is_disk_fault
 from prelora_ds.core.plan import Layout, Plan
 from prelora_ds.engine.build import Engine
 from prelora_ds.engine.release import release
@@ -84,8 +84,10 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)  # of this run, if it was cut off right here and resumed
         partial.rename(folder)
         sync_folder(folder.parent)
-    except (OSError, SafetensorError) as exc:
+    except (OSError, SafetensorError, RuntimeError) as exc:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(exc, RuntimeError) and not is_disk_fault(exc):
+            raise
         raise NotSavedError(f"the model could not be written to {folder}: {exc}\n"
                             "  remedy: make room there and give the same command again; the checkpoints are as they "
                             "were") from exc

@@ -406,7 +406,7 @@ def open_with_deepspeed(run, out):
 
     folder = export_checkpoint(Path(run), Path(out), "deepspeed")
     config = load_config(Path(run) / "config.yaml",
-                         ["train.micro_batch_size=64", "deepspeed.zero_optimization.stage=1"])
+                         ["train.micro_batch_size=64", "deepspeed.zero_optimization.stage=2"])
     module = build_model(config.model, 10)
     layout = find_layout(module, config.lora.families)
     found, zeros = read_checkpoint(folder, layout, 0, 1), read_checkpoint(folder, layout, 0, 1)

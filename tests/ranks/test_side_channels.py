@@ -3,8 +3,10 @@ with 75 and one message."""
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,14 @@ def fill(folder: Path) -> Path:
     return folder / "filler"
 
 
+def wait_until_stopped(job: Job, timeout: float = 200.0) -> None:
+    """Until rank 0 has got the SIGSTOP of its fault."""
+    deadline = time.monotonic() + timeout
+    while Path(f"/proc/{job.pids[0]}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        assert not job.zygote.wait(job.pids, 0.05, every=False), job.said()[-3000:]
+        assert time.monotonic() < deadline, job.said()[-3000:]
+
+
 # ---- what may fail
 
 def test_standard_streams_that_are_full_end_no_run(job, finished, tmp_path):
@@ -75,16 +85,17 @@ def test_standard_streams_that_are_closed_end_no_run(shards, tmp_path):
 
 def test_logs_and_tensorboard_that_cannot_be_written_cost_one_warning_each(job, small_disk, tmp_path):
     out = tmp_path / "out"
-    out.mkdir()
-    (small_disk / "tensorboard").mkdir()
-    (out / "tensorboard").symlink_to(small_disk / "tensorboard")
+    running = job(out, faults={0: {"place": "step", "call": 3, "delay": 0, "signal": int(signal.SIGSTOP)}})
+    wait_until_stopped(running)
     fill(small_disk)
+    shutil.rmtree(out / "tensorboard")
+    (out / "tensorboard").symlink_to(small_disk)
     for name in ("metrics", "plans", "windows"):
+        (out / f"{name}.jsonl").unlink()
         (out / f"{name}.jsonl").symlink_to("/dev/full")
-    (out / "config.yaml").symlink_to(tmp_path / "config.yaml")
-    ended = job(out)
-    assert ended.end() == [0, 0], ended.said()[-3000:]
-    said = ended.said()
+    running.kill(running.pids[0], signal.SIGCONT)
+    assert running.end() == [0, 0], running.said()[-3000:]
+    said = running.said()
     assert "Traceback" not in said and (out / "model/model.safetensors").is_file()
     for what in ("metrics.jsonl", "plans.jsonl", "windows.jsonl", "TensorBoard's events"):
         assert said.count(f"{what} cannot be written") == 1, said
@@ -94,9 +105,7 @@ def test_logs_and_tensorboard_that_cannot_be_written_cost_one_warning_each(job, 
 def test_logs_that_are_removed_while_it_trains_are_begun_again(job, tmp_path):
     out = tmp_path / "out"
     running = job(out, faults={0: {"place": "step", "call": 5, "delay": 0, "signal": int(signal.SIGSTOP)}})
-    running.wait_for(out / "checkpoints", timeout=200)
-    while len(read_lines(out / "metrics.jsonl")) < 4:
-        assert not running.zygote.wait(running.pids, 0.05, every=False), running.said()[-3000:]
+    wait_until_stopped(running)
     (out / "metrics.jsonl").unlink()
     running.kill(running.pids[0], signal.SIGCONT)
     assert running.end() == [0, 0], running.said()[-3000:]
@@ -111,9 +120,7 @@ def test_a_full_disk_at_the_export_is_75_and_the_same_command_finishes_it(job, f
     out, log = small_disk / "out", str(small_disk.with_name("log"))
     running = job(out, log=log, faults={0: {"place": "export", "call": 1, "delay": 0,
                                             "signal": int(signal.SIGSTOP)}})
-    running.wait_for(out / LAST, timeout=200)
-    while state(running.pids[0]) != "T":
-        assert not running.zygote.wait(running.pids, 0.05, every=False), running.said()[-3000:]
+    wait_until_stopped(running)
     filler = fill(small_disk)
     running.kill(running.pids[0], signal.SIGCONT)
     assert running.end(grace=20)[0] == 75, running.said()[-3000:]
@@ -127,11 +134,6 @@ def test_a_full_disk_at_the_export_is_75_and_the_same_command_finishes_it(job, f
     assert again.end() == [0, 0], again.said()[-3000:]
     assert (out / "model/model.safetensors").read_bytes() == (
         finished[0] / "model/model.safetensors").read_bytes()
-
-
-def state(pid: int) -> str:
-    """As /proc tells it: T is a process that is stopped."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 # ---- data of other classes
