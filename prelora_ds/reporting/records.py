@@ -8,10 +8,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from prelora_ds.core.errors import ConfigError
 
+def _printable(text: str) -> str:
+    text.encode()  # raises a ValueError for a surrogate, which JSON may escape and no terminal shows
+    return text
+
+
+Text = Annotated[str, AfterValidator(_printable)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Real = Annotated[float, Field(ge=-1e300, le=1e300, allow_inf_nan=False)]
 # Logs of earlier versions have NaN and infinities, where null stands today.
@@ -55,8 +61,8 @@ class Switch(Record):
 class Started(Event):
     """A plan that began after ``step``."""
 
-    phase: str
-    reason: str
+    phase: Text
+    reason: Text
     trainable_parameters: Count
     switch: Switch | None
 
@@ -78,7 +84,7 @@ class End(Event):
     """data: what tells the run's data sets from others, by key of the config; earlier versions did not write it."""
 
     peak_rss_bytes: Annotated[list[Count], Field(min_length=1)]
-    data: dict[str, str] = Field(default_factory=dict)
+    data: dict[str, Text] = Field(default_factory=dict)
 
 
 class Accuracy(Record):
@@ -86,8 +92,8 @@ class Accuracy(Record):
 
     correct: Count
     samples: Annotated[Count, Field(ge=1)]
-    data: str | None = None
-    identity: str | None = None
+    data: Text | None = None
+    identity: Text | None = None
 
     @model_validator(mode="after")
     def _at_most_all_are_right(self) -> Accuracy:
