@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from prelora_ds.core.errors import ConfigError
 
+
 def _printable(text: str) -> str:
     text.encode()  # raises a ValueError for a surrogate, which JSON may escape and no terminal shows
     return text
