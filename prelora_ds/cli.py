@@ -27,7 +27,9 @@ def evaluate(model: Path, data: Annotated[Path, typer.Option(help="a folder of s
 
     result = evaluate_folder(model, data)
     accuracy = result.accuracy
-    typer.echo(f"{model} on {data}: {accuracy.correct} of {accuracy.samples} right, {accuracy.acc1:.2%}")
+    typer.echo(
+        f"{model} on {data}: {accuracy.correct} of {accuracy.samples} right, {accuracy.acc1:.2%}"
+    )
     _save_json(model / "accuracy.json", result.to_json(), "MODEL")
 
 

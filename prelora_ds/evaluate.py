@@ -66,7 +66,12 @@ class Result:
     identity: str
 
     def to_json(self) -> dict[str, Any]:
-        return {"acc1": self.accuracy.acc1, **asdict(self.accuracy), "data": self.data, "identity": self.identity}
+        return {
+            "acc1": self.accuracy.acc1,
+            **asdict(self.accuracy),
+            "data": self.data,
+            "identity": self.identity,
+        }
 
 
 def evaluate_folder(model: Path, data: Path, *, batch_size: int = 64, workers: int = 0) -> Result:
@@ -83,15 +88,30 @@ def evaluate_folder(model: Path, data: Path, *, batch_size: int = 64, workers: i
     vit = open_vit(model)
     names = [str(vit.config.id2label[label]) for label in range(vit.config.num_labels)]
     if problem := difference(manifest.classes, names, f"the model in {model}"):
-        raise ConfigError("--data", str(data), problem, "name data of the classes that the model was trained on; "
-                          "`prelora shards build` and `prelora shards index` take them from its training data by "
-                          "--like")
+        raise ConfigError(
+            "--data",
+            str(data),
+            problem,
+            "name data of the classes that the model was trained on; "
+            "`prelora shards build` and `prelora shards index` take them from its training data by "
+            "--like",
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vit.eval().to(device)
-    look = Look(vit.config.image_size, vit.config.num_channels, getattr(vit.config, "eval_crop", "inception"))
-    batches = eval_batches(manifest, look, batch_size=batch_size, rank=0, world_size=1, workers=workers)
-    accuracy = evaluate(lambda images: vit(to_float(images.to(device), torch.float32)).logits, batches,
-                        samples=len(manifest), device=device)
+    look = Look(
+        vit.config.image_size,
+        vit.config.num_channels,
+        getattr(vit.config, "eval_crop", "inception"),
+    )
+    batches = eval_batches(
+        manifest, look, batch_size=batch_size, rank=0, world_size=1, workers=workers
+    )
+    accuracy = evaluate(
+        lambda images: vit(to_float(images.to(device), torch.float32)).logits,
+        batches,
+        samples=len(manifest),
+        device=device,
+    )
     return Result(accuracy, str(data), manifest.identity)
 
 
@@ -105,20 +125,36 @@ def open_vit(folder: Path) -> ViTForImageClassification:
 
     remedy = "name the model/ folder of a finished run, or what `prelora export --format hf` wrote"
     if (folder / "factory.json").is_file():
-        raise ConfigError("MODEL", str(folder), "is the export of a model.factory, and only a ViT can be evaluated",
-                          "open it by the code of its factory")
+        raise ConfigError(
+            "MODEL",
+            str(folder),
+            "is the export of a model.factory, and only a ViT can be evaluated",
+            "open it by the code of its factory",
+        )
     _check_config(folder, remedy)
     logging.set_verbosity_error()  # what it would say of missing weights is refused below
     logging.disable_progress_bar()
     try:
-        vit, info = ViTForImageClassification.from_pretrained(folder, output_loading_info=True, local_files_only=True)
+        vit, info = ViTForImageClassification.from_pretrained(
+            folder, output_loading_info=True, local_files_only=True
+        )
     except Exception as exc:  # transformers, safetensors and torch raise each their own
-        raise ConfigError("MODEL", str(folder), f"cannot be opened ({type(exc).__name__}: {_first_line(exc)})",
-                          remedy) from exc
-    odd = sorted(map(str, [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]))
+        raise ConfigError(
+            "MODEL",
+            str(folder),
+            f"cannot be opened ({type(exc).__name__}: {_first_line(exc)})",
+            remedy,
+        ) from exc
+    odd = sorted(
+        map(str, [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]])
+    )
     if odd:
-        raise ConfigError("MODEL", str(folder), f"its weights are not those of its config.json, first at {odd[0]}",
-                          remedy)
+        raise ConfigError(
+            "MODEL",
+            str(folder),
+            f"its weights are not those of its config.json, first at {odd[0]}",
+            remedy,
+        )
     return vit  # type: ignore[no-any-return]
 
 
@@ -128,21 +164,36 @@ def _check_config(folder: Path, remedy: str) -> None:
     try:
         config = json.loads(path.read_bytes())
     except OSError as exc:
-        raise ConfigError("MODEL", str(folder), f"its config.json cannot be read ({exc.strerror})", remedy) from exc
+        raise ConfigError(
+            "MODEL", str(folder), f"its config.json cannot be read ({exc.strerror})", remedy
+        ) from exc
     except (ValueError, RecursionError) as exc:
-        raise ConfigError("MODEL", str(folder), f"its config.json is not JSON ({exc})", remedy) from exc
+        raise ConfigError(
+            "MODEL", str(folder), f"its config.json is not JSON ({exc})", remedy
+        ) from exc
     if not isinstance(config, dict) or config.get("model_type") != "vit":
         raise ConfigError("MODEL", str(folder), "its config.json is not that of a ViT", remedy)
     for key, allowed in (("num_channels", (1, 3)), ("eval_crop", (None, *get_args(Crop)))):
         if config.get(key) not in allowed:
-            raise ConfigError("MODEL", str(folder), f"its config.json has {key} = {config.get(key)!r}", remedy)
+            raise ConfigError(
+                "MODEL", str(folder), f"its config.json has {key} = {config.get(key)!r}", remedy
+            )
     if type(config.get("image_size")) is not int or config["image_size"] < 1:
-        raise ConfigError("MODEL", str(folder), "its config.json has no image_size that is a positive integer", remedy)
+        raise ConfigError(
+            "MODEL",
+            str(folder),
+            "its config.json has no image_size that is a positive integer",
+            remedy,
+        )
     labels = config.get("id2label", {"0": "", "1": ""})  # transformers' default
     numbers = {str(label) for label in range(len(labels))} if isinstance(labels, dict) else None
     if not labels or set(labels) != numbers:
-        raise ConfigError("MODEL", str(folder), "its config.json does not name the labels 0, 1, ... by id2label",
-                          remedy)
+        raise ConfigError(
+            "MODEL",
+            str(folder),
+            "its config.json does not name the labels 0, 1, ... by id2label",
+            remedy,
+        )
 
 
 def _first_line(error: Exception) -> str:

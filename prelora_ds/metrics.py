@@ -17,7 +17,7 @@ LOGS = ("metrics", "plans", "windows")
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
-    """``value`` as strict JSON: a number that is NaN or infinite, which JSON does not have, becomes null."""
+    """``value`` as strict JSON: NaN and infinities, which JSON does not have, become null."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 
@@ -34,16 +34,20 @@ def _finite(value: Any) -> Any:
 class JsonLines:
     """A file of one JSON object per line, each with the operating system before `write` returns.
 
-    It is a side channel: what cannot be written is lost, and training continues. `sync_logs` brings rows to the disk.
+    It is a side channel: what cannot be written is lost, and training continues. `sync_logs` brings
+    rows to the disk.
     """
 
     def __init__(self, path: Path) -> None:
         self._path, self._descriptor = path, -1
-        with contextlib.suppress(OSError):  # the first row meets the same error, and its writer is told
+        with contextlib.suppress(OSError):  # the first row meets it again, and its writer is told
             self._open()
 
     def write(self, row: Mapping[str, Any]) -> str | None:
-        """Append ``row``, or nothing of it. Returns what was lost of the file and why, in words; None if nothing."""
+        """Append ``row``, or nothing of it.
+
+        Returns what was lost of the file and why, in words; None if nothing was.
+        """
         lost = None
         try:
             if self._descriptor >= 0 and not self._in_place():
@@ -84,15 +88,18 @@ class JsonLines:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file; a last line that a kill or a power cut left unfinished is left out.
+    """The rows of a JSON-lines file.
 
-    Raises ConfigError, which names the line, for one that is not a JSON object, and for a file that cannot be read.
+    A last line that a kill or a power cut left unfinished is left out. Raises ConfigError, which names
+    the line, for one that is not a JSON object, and for a file that cannot be read.
     """
     try:
         # After a power cut a file may end in zeros where its last blocks were not yet on disk.
         *lines, _ = path.read_bytes().rstrip(b"\0").split(b"\n")
     except OSError as exc:
-        raise ConfigError("log", str(path), f"cannot be read ({exc.strerror})", "make it readable") from exc
+        raise ConfigError(
+            "log", str(path), f"cannot be read ({exc.strerror})", "make it readable"
+        ) from exc
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -106,12 +113,19 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _damaged(path: Path, number: int, what: str) -> ConfigError:
-    return ConfigError("log", str(path), f"line {number} {what}",
-                       "remove that line, or move the file away; checkpoints and the model do not depend on it")
+    return ConfigError(
+        "log",
+        str(path),
+        f"line {number} {what}",
+        "remove that line, or move the file away; checkpoints and the model do not depend on it",
+    )
 
 
 def rows_until(path: Path, step: int) -> list[dict[str, Any]]:
-    """The rows of a log of steps up to ``step``. Raises ConfigError as `read_lines` does, and for a row of no step."""
+    """The rows of a log of steps up to ``step``.
+
+    Raises ConfigError as `read_lines` does, and for a row without a step.
+    """
     rows = read_lines(path)
     for number, row in enumerate(rows, start=1):
         if type(row.get("step", row.get("last_step"))) is not int:
@@ -120,7 +134,7 @@ def rows_until(path: Path, step: int) -> list[dict[str, Any]]:
 
 
 def check_logs(folder: Path) -> None:
-    """Raise ConfigError where `cut_back` would: before a run starts, and not when all its ranks have."""
+    """Raise ConfigError where `cut_back` would, for a run that has not started its ranks' group yet."""
     for path in _logs_in(folder):
         rows_until(path, 0)
 
@@ -130,7 +144,7 @@ def _logs_in(folder: Path) -> list[Path]:
 
 
 def cut_back(folder: Path, step: int) -> None:
-    """Take rows after ``step`` out of a run's logs: it continues from there, and each step shall be there once.
+    """Take rows after ``step`` out of a run's logs: it continues from there, and writes them again.
 
     Raises ConfigError for a log that cannot be understood, and OSError for one that cannot be written.
     """
@@ -147,9 +161,9 @@ def cut_back(folder: Path, step: int) -> None:
 
 
 def sync_logs(folder: Path) -> None:
-    """Bring the rows of a run's logs to the disk, before a checkpoint that counts on them has its name."""
+    """Bring the rows of a run's logs to the disk, before a checkpoint of their steps has its name."""
     for path in _logs_in(folder):
-        with contextlib.suppress(OSError):  # a log that cannot be written has been warned of, and costs no checkpoint
+        with contextlib.suppress(OSError):  # it has been warned of, and costs no checkpoint
             descriptor = os.open(path, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
@@ -160,12 +174,15 @@ def sync_logs(folder: Path) -> None:
 class RunLog:
     """The record of a run in its output folder, written only by rank 0 (``monitor`` is None elsewhere).
 
-    monitor: what `make_monitor` returns, made once for the run and lent to each engine, so that TensorBoard sees one
-    run with an unbroken axis (samples, as in DeepSpeed's own events). say: prints the one warning of each file that
-    cannot be written; training continues.
+    monitor: what `make_monitor` returns, made once for the run and lent to each engine, so that
+    TensorBoard sees one run with an unbroken axis (samples, as in DeepSpeed's own events).
+
+    say: prints the one warning of each file that cannot be written; training continues.
     """
 
-    def __init__(self, folder: Path, monitor: Any | None, say: Callable[[str], None] = print) -> None:
+    def __init__(
+        self, folder: Path, monitor: Any | None, say: Callable[[str], None] = print
+    ) -> None:
         self._folder, self._say, self._warned = folder, say, set[str]()
         self._open(monitor)
 

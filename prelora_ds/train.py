@@ -75,8 +75,8 @@ def train(config: Config, train_data: TrainData, val_data: Manifest, hosts: Sequ
     saver.say = progress.say
     run = Run(config, layout, timeline, train_data, val_data, CorruptBudget(config.data.corrupt_budget, samples),
               workers_of(config, train_data, progress),
-              RunLog(out, make_monitor(out, done * config.train.global_batch_size, progress.say), progress.say),
-              progress, out,
+              RunLog(out, make_monitor(out, done * config.train.global_batch_size, progress.say),
+                     progress.say), progress, out,
               guard or Guard(math.inf), hosts)
     try:
         engine, state = _begin(run, saver, found)
@@ -203,7 +203,8 @@ def _way_back(run: Run, saver: Saver, state: RunState, stats: StepStats, row: di
 def _go_back(run: Run, saver: Saver, engine: Engine, found: Checkpoint) -> tuple[Engine, RunState]:
     release(engine)
     samples = found.run.step * run.config.train.global_batch_size
-    run.log.rewind(lambda: (prepare(run.out, found), make_monitor(run.out, samples, run.progress.say))[1])
+    run.log.rewind(lambda: (prepare(run.out, found),
+                            make_monitor(run.out, samples, run.progress.say))[1])
     return _begin(run, saver, found)
 
 

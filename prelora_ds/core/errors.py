@@ -56,9 +56,13 @@ def is_disk_fault(error: Exception) -> bool:
 def cannot_write(key: str, value: object, error: OSError) -> ExpectedError:
     """What to raise for ``error`` at a place that the user chose by ``key``."""
     if is_disk_fault(error):
-        return NotSavedError(f"{key} = {value!r}: cannot be written ({error.strerror})\n"
-                             "  remedy: make room there, or repair the disk; then give the same command again")
-    return ConfigError(key, value, f"cannot be written ({error.strerror})", "choose a place that you may write to")
+        return NotSavedError(
+            f"{key} = {value!r}: cannot be written ({error.strerror})\n"
+            "  remedy: make room there, or repair the disk; then give the same command again"
+        )
+    return ConfigError(
+        key, value, f"cannot be written ({error.strerror})", "choose a place that you may write to"
+    )
 
 
 class TrainingDivergedError(ExpectedError, RuntimeError):

@@ -34,8 +34,9 @@ def open_data(config: Config) -> tuple[TrainData, Manifest]:
     else:
         train = Manifest.load(data.train, key="data.train")
     if problem := difference(val.classes, train.classes, "data.train"):
-        raise ConfigError("data.val", data.val, problem, "name two parts of one data set; `prelora shards build` and "
-                          f"`prelora shards index` give one the classes of the other by --like {data.train}")
+        raise ConfigError("data.val", data.val, problem, "name two parts of one data set; `prelora shards "
+                          "build` and `prelora shards index` give one the classes of the other by "
+                          f"--like {data.train}")
     if data.tail == "drop" and len(train) < config.train.global_batch_size:
         raise ConfigError("data.tail", "drop", f"leaves nothing: an epoch has {len(train)} samples, and a batch "
                           f"{config.train.global_batch_size}", "use continue, or a smaller train.global_batch_size")

@@ -12,7 +12,9 @@ from deepspeed.monitor.monitor import MonitorMaster
 class EnduringMonitor:
     """What DeepSpeed 0.19 asks of a monitor: ``enabled`` and ``write_events``.
 
-    The first failure is said once and ends the monitor: TensorBoard's writer does not recover. Training continues.
+    The first failure is said once and ends the monitor: TensorBoard's writer does not recover.
+    Training continues.
+
     make: returns DeepSpeed's monitor. say: prints a line.
     """
 
@@ -39,14 +41,18 @@ class EnduringMonitor:
     def _attempt(self, act: Callable[[], object]) -> None:
         try:
             act()
-        except Exception as exc:  # TensorBoard raises errors of its own, and TensorFlow's where that is installed
+        except Exception as exc:  # of TensorBoard's own, and TensorFlow's where that is installed
             self._master = None
-            self._say(f"warning: TensorBoard's events cannot be written ({exc}); training continues without them")
+            self._say(
+                f"warning: TensorBoard's events cannot be written ({exc}); training continues"
+            )
 
 
 def _silence_the_writer() -> None:
-    """Keep the thread in which TensorBoard writes from printing a traceback: its error is raised again by the next
-    call to the writer, and said there."""
+    """Keep the thread in which TensorBoard writes from printing a traceback.
+
+    Its error is raised again by the next call to the writer, and said there.
+    """
     former = threading.excepthook
     if getattr(former, "silences_tensorboard", False):
         return

@@ -94,11 +94,12 @@ def freeze_imports() -> None:
     gc.freeze()
 
 
-def make_monitor(folder: Path, after_samples: int = 0, say: Callable[[str], None] = print) -> EnduringMonitor | None:
+def make_monitor(folder: Path, after_samples: int = 0,
+                 say: Callable[[str], None] = print) -> EnduringMonitor | None:
     """DeepSpeed's monitor writing TensorBoard events to ``folder/tensorboard``, on rank 0; None on the others.
 
-    after_samples: where a resumed run continues; TensorBoard drops what an earlier run wrote beyond. say: prints the
-    one warning where the events cannot be written.
+    after_samples: where a resumed run continues; TensorBoard drops what an earlier run wrote beyond.
+    say: prints the one warning where the events cannot be written.
     """
     from deepspeed import comm
     from deepspeed.monitor.config import get_monitor_config

@@ -44,10 +44,12 @@ def claim_output(folder: Path, config: Config, resume: str, data: Mapping[str, s
                  classes: Sequence[str] = ()) -> Claim:
     """Take the output folder for this job and write config.yaml into it; by rank 0, before anything expensive.
 
-    data: what tells the data sets from others, by key. classes: theirs; none where they are not known.
+    data: what tells the data sets from others, by key.
+    classes: theirs; none where they are not known.
 
-    Raises LaunchError when a living job has the folder, NotSavedError when its disk is full, and ConfigError when it
-    holds something else than this run, unfinished, or cannot be written; then nothing in it has changed.
+    Raises LaunchError when a living job has the folder, NotSavedError when its disk is full, and
+    ConfigError when it holds something else than this run, unfinished, or cannot be written; then
+    nothing in it has changed.
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigError("run.output_dir", str(folder), "is no folder", "choose another run.output_dir")
@@ -99,12 +101,13 @@ def _check_folder(folder: Path, config: Config, resume: str) -> bool:
     return begun
 
 
-def _check_sources(sources: Sequence[Path], config: Config, data: Mapping[str, str], classes: Sequence[str], *,
-                   new_run: bool) -> None:
-    """Hold settings, classes and data against those of the newest checkpoint that can be read; the others are told when
-    loaded.
+def _check_sources(sources: Sequence[Path], config: Config, data: Mapping[str, str],
+                   classes: Sequence[str], *, new_run: bool) -> None:
+    """Hold settings, classes and data against those of the newest checkpoint that can be read.
 
-    A new run may have other data, but of the same classes: the head of the checkpoint has a row for each."""
+    The others are told when they are loaded. A new run may have other data, but of the same classes:
+    the head of the checkpoint has a row for each.
+    """
     for source in sources:
         try:
             state = read_run_state(source)
@@ -112,10 +115,11 @@ def _check_sources(sources: Sequence[Path], config: Config, data: Mapping[str, s
         except (BrokenCheckpointError, KeyError, TypeError):
             continue
         _same(before, config, source, new_run=new_run)
-        if classes and known and (problem := difference(classes, known, f"the checkpoint {source}")):
+        whose = f"the checkpoint {source}"
+        if classes and known and (problem := difference(classes, known, whose)):
             raise ConfigError("data.train", config.data.train, problem,
-                              "name data of the classes that the checkpoint was trained on, or begin without it in "
-                              "another run.output_dir")
+                              "name data of the classes that the checkpoint was trained on, or begin "
+                              "without it in another run.output_dir")
         for key in () if new_run else sorted(data.keys() & trained_on.keys()):
             if data[key] != trained_on[key]:
                 raise ConfigError(key, config.data.train if key == "data.train" else config.data.val,

@@ -46,16 +46,20 @@ def stopped(why: Stopped, ranks: Ranks) -> NoReturn:
 
 
 def outlive_pipes() -> None:
-    """Let a standard stream swallow what it cannot write: a run must not end because its reader is gone, its disk is
-    full, or it was never open. The first loss that is not of a reader is told on the other stream."""
+    """Let a standard stream swallow what it cannot write.
+
+    A run must not end because its reader is gone, its disk is full, or it was never open. The first
+    loss of a stream that has a reader is told on the other stream.
+    """
     for descriptor in (0, 1, 2):
         _open_if_closed(descriptor)
-    out, err = (stream or os.fdopen(descriptor, "w") for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)))
-    sys.stdout, sys.stderr = _Outliving(out, "standard output", err), _Outliving(err, "standard error", out)
+    out, err = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
+    sys.stdout = _Outliving(out, "standard output", err)  # type: ignore[assignment]
+    sys.stderr = _Outliving(err, "standard error", out)  # type: ignore[assignment]
 
 
 def _open_if_closed(descriptor: int) -> None:
-    """A file that is opened later would get the number, and what is printed would be written into it."""
+    """Keep a later file from getting the number: what is printed would be written into it."""
     try:
         os.fstat(descriptor)
     except OSError:
@@ -68,7 +72,8 @@ def _open_if_closed(descriptor: int) -> None:
 class _Outliving:
     def __init__(self, stream: TextIO, name: str, other: TextIO) -> None:
         self._stream, self._name, self._other = stream, name, other
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]  # for a terminal without UTF-8
+        # For a terminal without UTF-8.
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -87,7 +92,7 @@ class _Outliving:
             return None
 
     def _lose(self, error: OSError) -> None:
-        """Send what is buffered nowhere; a disk may have room again later, a pipe has no reader again."""
+        """Drop what is buffered. A disk may have room later; a pipe never has a reader again."""
         own, nowhere = self._stream.fileno(), os.open(os.devnull, os.O_WRONLY)
         kept = None if isinstance(error, BrokenPipeError) else os.dup(own)
         os.dup2(nowhere, own)  # what C code writes to a dead pipe goes there too
@@ -100,14 +105,16 @@ class _Outliving:
         name, self._name = self._name, ""
         if name:
             with contextlib.suppress(OSError):
-                print(f"warning: {name} cannot be written ({error.strerror}); what it was told is lost",
+                print(f"warning: {name} cannot be written ({error.strerror}); its text is lost",
                       file=self._other, flush=True)
 
 
 @contextmanager
 def one_message() -> Iterator[None]:
-    """For a command of one process: an ExpectedError is a line and its exit code, not a traceback; so is a disk that
-    fails, be it under the standard output."""
+    """For a command of one process: an ExpectedError is a line and its exit code, not a traceback.
+
+    So is a disk that fails, also under the standard output.
+    """
     try:
         yield
     except ExpectedError as error:
@@ -116,9 +123,10 @@ def one_message() -> Iterator[None]:
     except OSError as error:
         if not is_disk_fault(error):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left of the output would fail once more at the exit
-        print(f"error: {error}\n  remedy: make room, or repair the disk; then give the same command again",
-              file=sys.stderr)
+        # What is left of the output would fail once more at the exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        print(f"error: {error}\n"
+              "  remedy: make room, or repair the disk; then give the same command again", file=sys.stderr)
         sys.exit(TRY_AGAIN_EXIT_CODE)
 
 
@@ -148,8 +156,9 @@ def crash_code(error: Exception) -> int:
 
 
 def crash(ranks: Ranks, error: Exception, *, ending: bool = False) -> NoReturn:
-    """Print ``error`` with rank and host, and end at once with `crash_code`; a rank that lost another keeps still for a
-    while.
+    """Print ``error`` with rank and host, and end at once with `crash_code`.
+
+    A rank that lost another keeps still for a while.
 
     The rank that began it says what it was. The others only felt it, and the launcher ends them; where it does not, a
     line of theirs is all that is left of a host that went down. ending: whether the launcher has sent its signal
@@ -166,7 +175,8 @@ def crash(ranks: Ranks, error: Exception, *, ending: bool = False) -> NoReturn:
                 "  remedy: look for the first error of another rank, or for a host that went down")
     elif crash_code(error) == TRY_AGAIN_EXIT_CODE:
         said = (f"{here} could not use its disk: {error}\n"
-                "  remedy: make room there, or repair it; the same command resumes from the newest checkpoint")
+                "  remedy: make room there, or repair it; the same command resumes from the newest "
+                "checkpoint")
     else:
         said = f"{here} failed\n{''.join(traceback.format_exception(error))}"
     print(f"error: {said}", file=sys.stderr, flush=True)

@@ -60,8 +60,8 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
     ranks.export(os.environ)
     claim, sources, origin = None, (), None
     if ranks.rank == 0:
-        claim = claim_output(Path(config.run.output_dir), config, resume, identity(train_data, val_data),
-                             train_data.classes)
+        claim = claim_output(Path(config.run.output_dir), config, resume,
+                             identity(train_data, val_data), train_data.classes)
         sources, origin = claim.sources, claim.origin
     try:
         if claim is not None:

@@ -12,7 +12,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from prelora_ds.checkpoints.folder import FOLDER, BrokenCheckpointError, list_checkpoints, read_run_state, root_of
+from prelora_ds.checkpoints.folder import (
+    FOLDER,
+    BrokenCheckpointError,
+    list_checkpoints,
+    read_run_state,
+    root_of,
+)
 from prelora_ds.checkpoints.resume import Checkpoint, checkpoints_at, read_checkpoint
 from prelora_ds.configuring import validate
 from prelora_ds.core.classes import classes_of
@@ -38,9 +44,11 @@ def export_checkpoint(source: Path, out: Path, form: str) -> Path:
 
     hf: LoRA merged, for ``ViTForImageClassification.from_pretrained``. peft: the adapter, and in ``out/base`` the model
     that it belongs to. timm: ``model.safetensors`` for the timm model that ``timm.json`` describes, LoRA merged.
-    deepspeed: DeepSpeed's folder for one rank at stage 2, moments included. A weight that was frozen has the BF16 value
-    that training saw. Each has the class names, where the checkpoint knows them. Returns the checkpoint.
-    Raises ConfigError, and NotSavedError when the disk fails while ``out`` is written; then nothing of it is left.
+    deepspeed: DeepSpeed's folder for one rank at stage 2, moments included. A weight that was frozen
+    has the BF16 value that training saw. Each has the class names, where the checkpoint knows them.
+
+    Returns the checkpoint. Raises ConfigError, and NotSavedError when the disk fails while ``out`` is
+    written; then nothing of it is left.
     """
     if form not in FORMATS:
         raise ConfigError("--format", form, "is no format", f"choose among {', '.join(FORMATS)}")
@@ -52,7 +60,9 @@ def export_checkpoint(source: Path, out: Path, form: str) -> Path:
         if classes is None:
             raise BrokenCheckpointError(f"{folder}: its state does not tell the number of classes")
         with torch.device("meta"):
-            layout = find_layout(build_model(config.model, len(classes)), config.lora.families, config.model.families)
+            layout = find_layout(
+                build_model(config.model, len(classes)), config.lora.families, config.model.families
+            )
         found = read_checkpoint(folder, layout, 0, 1)
     except (BrokenCheckpointError, KeyError, TypeError, OSError) as exc:
         older = [f.name for f in list_checkpoints(folder.parent) if f != folder]
@@ -87,8 +97,12 @@ def _check_out(out: Path, checkpoint: Path) -> None:
     root = root_of(checkpoint.resolve())
     owner = root.parent if root.name == FOLDER else checkpoint.resolve()
     if owner in out.resolve().parents:
-        raise ConfigError("OUT", str(out), f"lies inside {owner}, and a run owns all that is in its folder",
-                          "name a folder outside of the run")
+        raise ConfigError(
+            "OUT",
+            str(out),
+            f"lies inside {owner}, and a run owns all that is in its folder",
+            "name a folder outside of the run",
+        )
     try:
         out.mkdir(parents=True)
         out.rmdir()
@@ -114,8 +128,16 @@ def _persistent(config: Config, labels: int) -> set[str]:
         return set(build_model(config.model, labels).state_dict())
 
 
-def _write_peft(values: Mapping[str, torch.Tensor], plan: Plan, layout: Layout, config: Config, classes: Sequence[str],
-                out: Path, *, base_named: Path) -> None:
+def _write_peft(
+    values: Mapping[str, torch.Tensor],
+    plan: Plan,
+    layout: Layout,
+    config: Config,
+    classes: Sequence[str],
+    out: Path,
+    *,
+    base_named: Path,
+) -> None:
     """``base_named``: where the adapter's config says that its base is."""
     from peft import get_peft_model
     from transformers import ViTForImageClassification
@@ -134,7 +156,9 @@ def _write_peft(values: Mapping[str, torch.Tensor], plan: Plan, layout: Layout, 
     model.save_pretrained(out)
 
 
-def _write_timm(weights: Mapping[str, torch.Tensor], config: Config, classes: Sequence[str], out: Path) -> None:
+def _write_timm(
+    weights: Mapping[str, torch.Tensor], config: Config, classes: Sequence[str], out: Path
+) -> None:
     renamed = {}
     for name, value in weights.items():
         block = re.fullmatch(r"vit\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
@@ -147,14 +171,30 @@ def _write_timm(weights: Mapping[str, torch.Tensor], config: Config, classes: Se
         elif block[2] not in ("attention.k_proj", "attention.v_proj"):
             renamed[f"blocks.{block[1]}.{_TIMM[block[2]]}.{block[3]}"] = value
     m = config.model
-    arguments = {"img_size": m.image_size, "patch_size": m.patch_size, "in_chans": m.num_channels,
-                 "num_classes": len(classes), "embed_dim": m.hidden_size, "depth": m.num_hidden_layers,
-                 "num_heads": m.num_attention_heads, "mlp_ratio": mlp_ratio(m.hidden_size, m.intermediate_size)}
+    arguments = {
+        "img_size": m.image_size,
+        "patch_size": m.patch_size,
+        "in_chans": m.num_channels,
+        "num_classes": len(classes),
+        "embed_dim": m.hidden_size,
+        "depth": m.num_hidden_layers,
+        "num_heads": m.num_attention_heads,
+        "mlp_ratio": mlp_ratio(m.hidden_size, m.intermediate_size),
+    }
     save_file({name: value.contiguous() for name, value in renamed.items()}, out / "model.safetensors")
-    (out / "timm.json").write_text(json.dumps({
-        "class": "timm.models.VisionTransformer", "arguments": arguments, "label_names": list(classes),
-        "note": "norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-12), as in transformers; inputs in [-1, 1]",
-    }, indent=2) + "\n")
+    (out / "timm.json").write_text(
+        json.dumps(
+            {
+                "class": "timm.models.VisionTransformer",
+                "arguments": arguments,
+                "label_names": list(classes),
+                "note": "norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-12), as in transformers; "
+                "inputs in [-1, 1]",
+            },
+            indent=2,
+        )
+        + "\n"
+    )
 
 
 def mlp_ratio(width: int, hidden: int) -> float:
@@ -166,12 +206,18 @@ def mlp_ratio(width: int, hidden: int) -> float:
     if int(width * ratio) < hidden:
         ratio = math.nextafter(ratio, math.inf)
     if int(width * ratio) != hidden:
-        raise ConfigError("model.intermediate_size", hidden, f"timm has no ratio of it to hidden_size {width}",
-                          "choose another --format")
+        raise ConfigError(
+            "model.intermediate_size",
+            hidden,
+            f"timm has no ratio of it to hidden_size {width}",
+            "choose another --format",
+        )
     return ratio
 
 
-def _write_deepspeed(config: Config, classes: Sequence[str], layout: Layout, found: Checkpoint, out: Path) -> None:
+def _write_deepspeed(
+    config: Config, classes: Sequence[str], layout: Layout, found: Checkpoint, out: Path
+) -> None:
     from prelora_ds.engine.build import build_engine
     from prelora_ds.engine.release import release
     from prelora_ds.engine.runtime import init_process_group
@@ -182,12 +228,24 @@ def _write_deepspeed(config: Config, classes: Sequence[str], layout: Layout, fou
     init_process_group()
     # Stage 2: DeepSpeed 0.19's optimizer of stage 1 in BF16 writes neither its stage nor what is frozen, and
     # zero_to_fp32.py asks for both. Branch: a merged weight would hold the adapters that stand beside it.
-    whole = {**config.model_dump(mode="json"), "phases": {}, "deepspeed": {"zero_optimization": {"stage": 2}}}
+    whole = {
+        **config.model_dump(mode="json"),
+        "phases": {},
+        "deepspeed": {"zero_optimization": {"stage": 2}},
+    }
     whole["train"]["micro_batch_size"] = config.train.global_batch_size
     whole["lora"]["mode"] = "branch"
-    engine = build_engine(validate(whole, "the checkpoint"), found.run.phase.plan, layout, len(classes), found.engine,
-                          found.counters)
+    engine = build_engine(
+        validate(whole, "the checkpoint"),
+        found.run.phase.plan,
+        layout,
+        len(classes),
+        found.engine,
+        found.counters,
+    )
     try:
-        engine.ds.save_checkpoint(str(out), tag=found.folder.name, client_state={"classes": list(classes)})
+        engine.ds.save_checkpoint(
+            str(out), tag=found.folder.name, client_state={"classes": list(classes)}
+        )
     finally:
         release(engine)

@@ -69,9 +69,10 @@ def merge(values: Mapping[str, torch.Tensor], plan: Plan, layout: Layout) -> dic
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes ``folder`` at the end, whole and on disk, and replaces one that is there.
+    """A folder to write into, which becomes ``folder`` at the end, whole and on disk.
 
-    Raises NotSavedError when the file system refuses it; then nothing of it is left, and ``folder`` is as it was.
+    It replaces a folder that is there. Raises NotSavedError when the file system refuses it; then
+    nothing of it is left, and ``folder`` is as it was.
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -81,19 +82,24 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         for path in partial.rglob("*"):
             if path.is_file():
                 _sync_file(path)
-        shutil.rmtree(folder, ignore_errors=True)  # of this run, if it was cut off right here and resumed
+        # It is of this run, if the run was cut off right here and resumed.
+        shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
         sync_folder(folder.parent)
     except (OSError, SafetensorError, RuntimeError) as exc:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(exc, RuntimeError) and not is_disk_fault(exc):
             raise
-        raise NotSavedError(f"the model could not be written to {folder}: {exc}\n"
-                            "  remedy: make room there and give the same command again; the checkpoints are as they "
-                            "were") from exc
+        raise NotSavedError(
+            f"the model could not be written to {folder}: {exc}\n"
+            "  remedy: make room there and give the same command again; the checkpoints are as they "
+            "were"
+        ) from exc
 
 
-def write_model(weights: Mapping[str, torch.Tensor], config: Config, classes: Sequence[str], folder: Path) -> None:
+def write_model(
+    weights: Mapping[str, torch.Tensor], config: Config, classes: Sequence[str], folder: Path
+) -> None:
     """Write the model of ``weights``, fp32, into the existing ``folder``. Raises OSError or SafetensorError."""
     if config.model.factory is None:
         with torch.device("meta"):
@@ -104,10 +110,20 @@ def write_model(weights: Mapping[str, torch.Tensor], config: Config, classes: Se
         model.load_state_dict(weights, assign=True)
         model.save_pretrained(folder)
     else:
-        save_file({name: t.contiguous() for name, t in weights.items()}, folder / "model.safetensors")
-        (folder / "factory.json").write_text(json.dumps(
-            {"factory": config.model.factory, "args": config.model.factory_args, "num_labels": len(classes),
-             "classes": list(classes)}, indent=2))
+        save_file(
+            {name: t.contiguous() for name, t in weights.items()}, folder / "model.safetensors"
+        )
+        (folder / "factory.json").write_text(
+            json.dumps(
+                {
+                    "factory": config.model.factory,
+                    "args": config.model.factory_args,
+                    "num_labels": len(classes),
+                    "classes": list(classes),
+                },
+                indent=2,
+            )
+        )
 
 
 def _sync_file(path: Path) -> None:

@@ -59,13 +59,13 @@ def predict_run(config: Config, cluster: Cluster, *, walltime_s: float | None = 
                 mean_rank: int = 30, calibration: Path | None = None) -> dict[str, Any]:
     """Bytes, step and epoch seconds per ZeRO stage and phase, and hours and jobs of the run, as JSON.
 
-    ``images`` and the number of classes come from the manifest in ``data.train`` where there is one (for shards without
-    one from `data.samples_per_epoch` and ``data.val``), else they are ImageNet-1k's; ``images_from`` and
-    ``labels_from`` of the result tell which. Every adapter has ``mean_rank``. Seconds and what fits are None where
-    nothing is known of the machine.
+    ``images`` and the number of classes come from the manifest in ``data.train`` where there is one,
+    for shards without one from `data.samples_per_epoch` and ``data.val``; else they are ImageNet-1k's.
+    ``images_from`` and ``labels_from`` of the result tell which. Every adapter has ``mean_rank``.
+    Seconds and what fits are None where nothing is known of the machine.
 
-    Raises ConfigError for a batch that does not divide, an unknown GPU, a bad calibration, or a model that is
-    no ViT.
+    Raises ConfigError for a batch that does not divide, an unknown GPU, a bad calibration, or a model
+    that is not a ViT.
     """
     if config.model.factory is not None:
         raise ConfigError("model.factory", config.model.factory, "only the costs of the ViT are known",

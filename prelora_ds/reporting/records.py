@@ -1,4 +1,7 @@
-"""What a run's logs and accuracy.json hold of which the report is made, checked: anybody may have edited the files."""
+"""The parts of a run's logs and accuracy.json that the report is made of.
+
+They are checked when they are read: anybody may have edited the files.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from prelora_ds.core.errors import ConfigError
 
@@ -22,8 +33,12 @@ Text = Annotated[str, AfterValidator(_printable)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Real = Annotated[float, Field(ge=-1e300, le=1e300, allow_inf_nan=False)]
 # Logs of earlier versions have NaN and infinities, where null stands today.
-Measured = Annotated[Real | None, BeforeValidator(
-    lambda value: None if isinstance(value, float) and not math.isfinite(value) else value)]
+Measured = Annotated[
+    Real | None,
+    BeforeValidator(
+        lambda value: None if isinstance(value, float) and not math.isfinite(value) else value
+    ),
+]
 OWNERS = ("weights", "gradients", "masters", "moments")
 
 
@@ -82,7 +97,11 @@ class Bytes(Event):
 
 
 class End(Event):
-    """data: what tells the run's data sets from others, by key of the config; earlier versions did not write it."""
+    """The end of a run, with the peak of resident bytes of each rank.
+
+    data: what tells the run's data sets from others, by key of the config. Earlier versions did not
+    write it.
+    """
 
     peak_rss_bytes: Annotated[list[Count], Field(min_length=1)]
     data: dict[str, Text] = Field(default_factory=dict)
@@ -113,8 +132,10 @@ def parse_steps(rows: Sequence[dict[str, Any]], path: Path) -> list[Step]:
 
 def parse_events(rows: Sequence[dict[str, Any]], path: Path) -> list[Event]:
     """``rows`` of the plans.jsonl at ``path``. Raises ConfigError, which names the line."""
-    return [_parsed(_KINDS.get(str(row.get("event")), Event), row, path, f"line {number}")
-            for number, row in enumerate(rows, start=1)]
+    return [
+        _parsed(_KINDS.get(str(row.get("event")), Event), row, path, f"line {number}")
+        for number, row in enumerate(rows, start=1)
+    ]
 
 
 def read_accuracy(path: Path) -> Accuracy:
@@ -122,9 +143,13 @@ def read_accuracy(path: Path) -> Accuracy:
     try:
         content = json.loads(path.read_bytes())
     except OSError as exc:
-        raise ConfigError("log", str(path), f"cannot be read ({exc.strerror})", "make it readable") from exc
+        raise ConfigError(
+            "log", str(path), f"cannot be read ({exc.strerror})", "make it readable"
+        ) from exc
     except (ValueError, RecursionError) as exc:
-        raise ConfigError("log", str(path), f"is not JSON ({exc})", "write it again with `prelora evaluate`") from exc
+        raise ConfigError(
+            "log", str(path), f"is not JSON ({exc})", "write it again with `prelora evaluate`"
+        ) from exc
     return _parsed(Accuracy, content, path, "the file")
 
 
@@ -134,5 +159,9 @@ def _parsed(kind: type[T], row: Any, path: Path, where: str) -> T:
     except ValidationError as exc:
         first = exc.errors(include_url=False, include_input=False)[0]
         key = ".".join(map(str, first["loc"])) or "the row"
-        raise ConfigError("log", str(path), f"{where} cannot be understood: {key}: {first['msg']}",
-                          "restore that file, or move it away; checkpoints and the model do not depend on it") from exc
+        raise ConfigError(
+            "log",
+            str(path),
+            f"{where} cannot be understood: {key}: {first['msg']}",
+            "restore that file, or move it away; checkpoints and the model do not depend on it",
+        ) from exc

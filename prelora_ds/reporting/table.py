@@ -38,7 +38,8 @@ def _read(folder: Path) -> tuple[list[Step], list[Event]]:
     metrics, plans = folder / "metrics.jsonl", folder / "plans.jsonl"
     if not metrics.is_file() or not plans.is_file():
         raise ConfigError("OUTPUT", str(folder), "holds no run", "name the run.output_dir of a run")
-    steps, events = parse_steps(read_lines(metrics), metrics), parse_events(read_lines(plans), plans)
+    steps = parse_steps(read_lines(metrics), metrics)
+    events = parse_events(read_lines(plans), plans)
     if not steps:
         raise ConfigError("OUTPUT", str(folder), "holds a run that has not logged a step",
                           "ask again when it has, or run it again if it has ended")
@@ -50,7 +51,8 @@ def _read(folder: Path) -> tuple[list[Step], list[Event]]:
 
 def _rows(steps: Sequence[Step], events: Sequence[Event]) -> list[dict[str, Any]]:
     plans = [event for event in events if isinstance(event, Started)]
-    begun = events[0].step if isinstance(events[0], Resume) else 0  # by a run that this one continues
+    # By a run that this one continues.
+    begun = events[0].step if isinstance(events[0], Resume) else 0
     epochs_per_step = steps[-1].epoch / steps[-1].step
     rows = []
     for i, plan in enumerate(plans):
@@ -58,18 +60,27 @@ def _rows(steps: Sequence[Step], events: Sequence[Event]) -> list[dict[str, Any]
         last = plans[i + 1].step if i + 1 < len(plans) else steps[-1].step
         own = [s for s in steps if plan.step < s.step <= last]
         trained = [s for s in own if s.step_s is not None]
-        measured = next((e for e in events if isinstance(e, Bytes) and plan.step < e.step <= last), None)
+        measured = next(
+            (e for e in events if isinstance(e, Bytes) and plan.step < e.step <= last), None
+        )
         evaluated = [s.acc1 for s in own if s.acc1 is not None]
-        rows.append({
-            "phase": plan.phase, "first_step": before + 1, "last_step": last,
-            "epochs": (own[-1].step - before) * epochs_per_step if own else 0.0,
-            "trainable_parameters": plan.trainable_parameters,
-            "predicted": measured and measured.predicted, "measured": measured and measured.measured,
-            "step_s": median(s.step_s for s in trained) if trained else None,
-            "data_s": median(s.data_s or 0.0 for s in trained) if trained else None,
-            "loss": trained[-1].loss if trained else None, "acc1": evaluated[-1] if evaluated else None,
-            "reason": plan.reason, "switch_s": None if plan.switch is None else plan.switch.seconds,
-        })
+        rows.append(
+            {
+                "phase": plan.phase,
+                "first_step": before + 1,
+                "last_step": last,
+                "epochs": (own[-1].step - before) * epochs_per_step if own else 0.0,
+                "trainable_parameters": plan.trainable_parameters,
+                "predicted": measured and measured.predicted,
+                "measured": measured and measured.measured,
+                "step_s": median(s.step_s for s in trained) if trained else None,
+                "data_s": median(s.data_s or 0.0 for s in trained) if trained else None,
+                "loss": trained[-1].loss if trained else None,
+                "acc1": evaluated[-1] if evaluated else None,
+                "reason": plan.reason,
+                "switch_s": None if plan.switch is None else plan.switch.seconds,
+            }
+        )
     return rows
 
 
@@ -107,7 +118,10 @@ def _accuracy_note(folder: Path, events: Sequence[Event]) -> Iterator[str]:
     if not path.is_file():
         return
     result = read_accuracy(path)
-    own = next((end.data["data.val"] for end in events if isinstance(end, End) and "data.val" in end.data), None)
+    own = next(
+        (end.data["data.val"] for end in events if isinstance(end, End) and "data.val" in end.data),
+        None,
+    )
     yield (f"exported model{_data_of(result, own)}: {result.correct} of {result.samples} right, "
            f"{result.correct / result.samples:.2%}")
 

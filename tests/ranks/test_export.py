@@ -20,8 +20,14 @@ from prelora_ds.reporting.convert import FORMATS, export_checkpoint, mlp_ratio
 
 CLASSES = [f"class {label}" for label in range(10)]
 # timm truncates 56 * (488 / 56) to 487.
-ODD = {"image_size": 16, "patch_size": 4, "hidden_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4,
-       "intermediate_size": 488}
+ODD = {
+    "image_size": 16,
+    "patch_size": 4,
+    "hidden_size": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 488,
+}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +49,9 @@ def make_checkpoint(folder: str) -> None:
     from prelora_ds.engine.transition import transition
 
     t = Trainer(config("zero2", model=ODD, lora={"mode": "merged"}))
-    saver = Saver(Path(folder), t.cfg, Timeline(1000, 8, t.cfg.train.duration), print, classes=CLASSES)
+    saver = Saver(
+        Path(folder), t.cfg, Timeline(1000, 8, t.cfg.train.duration), print, classes=CLASSES
+    )
     for plan in (t.warmup, t.lora):
         t.train(2)
         t.engine, _ = transition(t.engine, plan, keep_frozen=saver.keep_frozen)
@@ -83,7 +91,9 @@ def test_hf_and_the_base_of_peft_name_the_classes(run, hf, tmp_path):
     assert adapter["base_model_name_or_path"] == str(tmp_path / "peft/base")
     base = ViTForImageClassification.from_pretrained(tmp_path / "peft/base")
     both = PeftModel.from_pretrained(base, tmp_path / "peft")
-    assert torch.allclose(logits(both), logits(ViTForImageClassification.from_pretrained(hf)), atol=1e-5)
+    assert torch.allclose(
+        logits(both), logits(ViTForImageClassification.from_pretrained(hf)), atol=1e-5
+    )
 
 
 def test_timm_opens_sizes_that_do_not_divide(run, hf, tmp_path):
@@ -92,10 +102,13 @@ def test_timm_opens_sizes_that_do_not_divide(run, hf, tmp_path):
     export_checkpoint(run, tmp_path / "timm", "timm")
     described = json.loads((tmp_path / "timm/timm.json").read_text())
     assert described["label_names"] == CLASSES
-    model = timm.models.VisionTransformer(**described["arguments"],
-                                          norm_layer=partial(torch.nn.LayerNorm, eps=1e-12))
+    model = timm.models.VisionTransformer(
+        **described["arguments"], norm_layer=partial(torch.nn.LayerNorm, eps=1e-12)
+    )
     model.load_state_dict(load_file(tmp_path / "timm/model.safetensors"))
-    assert torch.allclose(logits(model), logits(ViTForImageClassification.from_pretrained(hf)), atol=1e-5)
+    assert torch.allclose(
+        logits(model), logits(ViTForImageClassification.from_pretrained(hf)), atol=1e-5
+    )
 
 
 def test_a_ratio_gives_every_size_back():
@@ -113,18 +126,29 @@ def test_deepspeed_s_own_script_opens_its_folder(run, own_pools, tmp_path):
 
     out = tmp_path / "deepspeed"
     own_pools(1).run(export_deepspeed, run=str(run), out=str(out))
-    done = subprocess.run([sys.executable, "zero_to_fp32.py", ".", tmp_path / "fp32"], cwd=out, text=True,
-                          capture_output=True, timeout=200, check=False)
+    done = subprocess.run(
+        [sys.executable, "zero_to_fp32.py", ".", tmp_path / "fp32"],
+        cwd=out,
+        text=True,
+        capture_output=True,
+        timeout=200,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     weights, seen = torch.load(tmp_path / "fp32/pytorch_model.bin"), 0
-    [checkpoint], [base] = list_checkpoints(run / "checkpoints"), list((run / "checkpoints").glob("base-*"))
+    [checkpoint], [base] = (
+        list_checkpoints(run / "checkpoints"),
+        list((run / "checkpoints").glob("base-*")),
+    )
     for folder in (base, checkpoint):  # what trained, and is there last, counts
         for path in folder.glob("*.safetensors"):
             with safe_open(path, "pt") as file:
                 for name, start in json.loads(file.metadata()["starts"]).items():
                     mine = file.get_tensor(f"value/{name}")
-                    got = weights[name].reshape(-1)[start:start + mine.numel()]
-                    assert torch.equal(got, mine.bfloat16().float() if folder == base else mine), name
+                    got = weights[name].reshape(-1)[start : start + mine.numel()]
+                    assert torch.equal(got, mine.bfloat16().float() if folder == base else mine), (
+                        name
+                    )
                     seen += mine.numel()
     assert seen == sum(w.numel() for w in weights.values()) > 0
     states = torch.load(out / checkpoint.name / "mp_rank_00_model_states.pt", weights_only=False)
@@ -146,8 +170,20 @@ def test_a_checkpoint_of_an_earlier_version_has_numbered_classes(run, tmp_path):
     assert labels == {str(label): f"LABEL_{label}" for label in range(10)}
 
 
-@pytest.mark.parametrize("out", ["/proc/x", "/dev/full/x", "{run}", "{run}/model", "{run}/checkpoints/step-00000099",
-                                 "{run}/checkpoints/../hf", "{here}/link", "{here}/dangling", "{here}/file"])
+@pytest.mark.parametrize(
+    "out",
+    [
+        "/proc/x",
+        "/dev/full/x",
+        "{run}",
+        "{run}/model",
+        "{run}/checkpoints/step-00000099",
+        "{run}/checkpoints/../hf",
+        "{here}/link",
+        "{here}/dangling",
+        "{here}/file",
+    ],
+)
 def test_an_out_that_cannot_be_is_refused_and_nothing_is_touched(run, out, tmp_path):
     (tmp_path / "link").symlink_to(run)
     (tmp_path / "dangling").symlink_to(tmp_path / "none")

@@ -48,7 +48,10 @@ def finished(forge, shards, tmp_path_factory):
 
 
 def fill(folder: Path) -> Path:
-    with (folder / "filler").open("wb", buffering=0) as filler, pytest.raises(OSError, match="No space left"):
+    with (
+        (folder / "filler").open("wb", buffering=0) as filler,
+        pytest.raises(OSError, match="No space left"),
+    ):
         while True:
             filler.write(bytes(4096))
     return folder / "filler"
@@ -64,28 +67,42 @@ def wait_until_stopped(job: Job, timeout: float = 200.0) -> None:
 
 # ---- what may fail
 
+
 def test_standard_streams_that_are_full_end_no_run(job, finished, tmp_path):
     ended = job(tmp_path / "out", log="/dev/full")
     assert ended.end() == [0, 0]
     assert (tmp_path / "out/model/model.safetensors").read_bytes() == (
-        finished[0] / "model/model.safetensors").read_bytes()
+        finished[0] / "model/model.safetensors"
+    ).read_bytes()
 
 
 def test_standard_streams_that_are_closed_end_no_run(shards, tmp_path):
     """A program without them writes its next file into their place."""
     command, environ = launch_command(
-        "--recipe", DEBUG, "--deepspeed_config", "ds_configs/zero2.json", f"run.output_dir={tmp_path / 'out'}",
-        f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", *SHORT,
-        runner="deepspeed.launcher.launch", ranks=1)
+        "--recipe",
+        DEBUG,
+        "--deepspeed_config",
+        "ds_configs/zero2.json",
+        f"run.output_dir={tmp_path / 'out'}",
+        f"data.train={shards / 'train'}",
+        f"data.val={shards / 'val'}",
+        *SHORT,
+        runner="deepspeed.launcher.launch",
+        ranks=1,
+    )
     closed = ["bash", "-c", '"$@" >&- 2>&-', "bash", *command]
     assert subprocess.run(closed, cwd=ROOT, env=environ, timeout=200, check=False).returncode == 0
     assert len(read_lines(tmp_path / "out/metrics.jsonl")) == 4
     assert (tmp_path / "out/model/model.safetensors").is_file()
 
 
-def test_logs_and_tensorboard_that_cannot_be_written_cost_one_warning_each(job, small_disk, tmp_path):
+def test_logs_and_tensorboard_that_cannot_be_written_cost_one_warning_each(
+    job, small_disk, tmp_path
+):
     out = tmp_path / "out"
-    running = job(out, faults={0: {"place": "step", "call": 3, "delay": 0, "signal": int(signal.SIGSTOP)}})
+    running = job(
+        out, faults={0: {"place": "step", "call": 3, "delay": 0, "signal": int(signal.SIGSTOP)}}
+    )
     wait_until_stopped(running)
     fill(small_disk)
     shutil.rmtree(out / "tensorboard")
@@ -104,7 +121,9 @@ def test_logs_and_tensorboard_that_cannot_be_written_cost_one_warning_each(job, 
 
 def test_logs_that_are_removed_while_it_trains_are_begun_again(job, tmp_path):
     out = tmp_path / "out"
-    running = job(out, faults={0: {"place": "step", "call": 5, "delay": 0, "signal": int(signal.SIGSTOP)}})
+    running = job(
+        out, faults={0: {"place": "step", "call": 5, "delay": 0, "signal": int(signal.SIGSTOP)}}
+    )
     wait_until_stopped(running)
     (out / "metrics.jsonl").unlink()
     running.kill(running.pids[0], signal.SIGCONT)
@@ -116,27 +135,37 @@ def test_logs_that_are_removed_while_it_trains_are_begun_again(job, tmp_path):
 
 # ---- what must not
 
-def test_a_full_disk_at_the_export_is_75_and_the_same_command_finishes_it(job, finished, small_disk):
+
+def test_a_full_disk_at_the_export_is_75_and_the_same_command_finishes_it(
+    job, finished, small_disk
+):
     out, log = small_disk / "out", str(small_disk.with_name("log"))
-    running = job(out, log=log, faults={0: {"place": "export", "call": 1, "delay": 0,
-                                            "signal": int(signal.SIGSTOP)}})
+    running = job(
+        out,
+        log=log,
+        faults={0: {"place": "export", "call": 1, "delay": 0, "signal": int(signal.SIGSTOP)}},
+    )
     wait_until_stopped(running)
     filler = fill(small_disk)
     running.kill(running.pids[0], signal.SIGCONT)
     assert running.end(grace=20)[0] == 75, running.said()[-3000:]
     said = running.said()
     assert said.count("error: ") == 1 and "Traceback" not in said, said
-    assert f"the model could not be written to {out / 'model'}: " in said and "No space left" in said
+    assert (
+        f"the model could not be written to {out / 'model'}: " in said and "No space left" in said
+    )
     assert not (out / "model").exists() and not (out / "model.partial").exists()
     CheckpointManifest.load(out / LAST).verify(out / LAST)
     filler.unlink()
     again = job(out, log=log)
     assert again.end() == [0, 0], again.said()[-3000:]
     assert (out / "model/model.safetensors").read_bytes() == (
-        finished[0] / "model/model.safetensors").read_bytes()
+        finished[0] / "model/model.safetensors"
+    ).read_bytes()
 
 
 # ---- data of other classes
+
 
 def classes(folder: Path, names: list[str]) -> Path:
     """Train and val of ``names``, one image of each class over and over."""
@@ -148,14 +177,29 @@ def classes(folder: Path, names: list[str]) -> Path:
 
 
 @pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize(("names", "said"), [
-    ([f"c{i}" for i in range(20)], "has 20 classes, and the checkpoint {checkpoint} has 10"),
-    ([f"c{i}" for i in range(5)], "has 5 classes, and the checkpoint {checkpoint} has 10"),
-    ([*map(str, range(9)), "ten"], "has 'ten' as its class 9, and the checkpoint {checkpoint} has '9'"),
-])
-def test_a_checkpoint_is_not_resumed_with_data_of_other_classes(forge, finished, tmp_path, world, names, said):
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ([f"c{i}" for i in range(20)], "has 20 classes, and the checkpoint {checkpoint} has 10"),
+        ([f"c{i}" for i in range(5)], "has 5 classes, and the checkpoint {checkpoint} has 10"),
+        (
+            [*map(str, range(9)), "ten"],
+            "has 'ten' as its class 9, and the checkpoint {checkpoint} has '9'",
+        ),
+    ],
+)
+def test_a_checkpoint_is_not_resumed_with_data_of_other_classes(
+    forge, finished, tmp_path, world, names, said
+):
     other = classes(tmp_path / "other", names)
-    refused = Job(forge, tmp_path / "out", other, "train.duration=24 steps", world=world, resume=str(finished[0]))
+    refused = Job(
+        forge,
+        tmp_path / "out",
+        other,
+        "train.duration=24 steps",
+        world=world,
+        resume=str(finished[0]),
+    )
     assert refused.end()[0] == 2, refused.said()[-3000:]
     assert said.format(checkpoint=finished[0] / LAST) in refused.said()
     assert refused.said().count("error: ") == 1 and "Traceback" not in refused.said()

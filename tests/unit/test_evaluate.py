@@ -107,8 +107,15 @@ def test_a_folder_that_is_no_data_set_is_refused(tmp_path: Path) -> None:
 
 # ---- an exported folder
 
-TINY = {"image_size": 8, "patch_size": 4, "num_channels": 1, "hidden_size": 8, "num_hidden_layers": 1,
-        "num_attention_heads": 1, "intermediate_size": 16}
+TINY = {
+    "image_size": 8,
+    "patch_size": 4,
+    "num_channels": 1,
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "intermediate_size": 16,
+}
 
 
 def export(folder: Path, classes: Sequence[str]) -> Path:
@@ -130,7 +137,9 @@ def copied(model: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(model, tmp_path / "model"))
 
 
-def test_the_result_names_the_data_and_what_tells_them_from_others(model: Path, shards: Path) -> None:
+def test_the_result_names_the_data_and_what_tells_them_from_others(
+    model: Path, shards: Path
+) -> None:
     result = evaluate_folder(model, shards / "val")
     manifest = Manifest.load(shards / "val")
     assert result.to_json() == {
@@ -154,7 +163,10 @@ def test_data_of_other_classes_than_the_model_s_are_refused(
 def test_a_model_of_an_earlier_version_whose_classes_have_no_names_is_held_by_their_number(
     shards: Path, tmp_path: Path
 ) -> None:
-    assert evaluate_folder(export(tmp_path / "ten", unnamed(10)), shards / "val").accuracy.samples == 360
+    assert (
+        evaluate_folder(export(tmp_path / "ten", unnamed(10)), shards / "val").accuracy.samples
+        == 360
+    )
     with pytest.raises(ConfigError, match=r"has 10 classes, and the model in .* has 9"):
         evaluate_folder(export(tmp_path / "nine", unnamed(9)), shards / "val")
 
@@ -162,7 +174,9 @@ def test_a_model_of_an_earlier_version_whose_classes_have_no_names_is_held_by_th
 def edited(folder: Path, **values: Any) -> None:
     path = folder / "config.json"
     content = json.loads(path.read_text()) | values
-    path.write_text(json.dumps({key: value for key, value in content.items() if value is not Ellipsis}))
+    path.write_text(
+        json.dumps({key: value for key, value in content.items() if value is not Ellipsis})
+    )
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
@@ -172,8 +186,14 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "cut weights": lambda folder: os.truncate(folder / "model.safetensors", 500),
     "other weights": lambda folder: (folder / "model.safetensors").write_bytes(b"<html>404</html>"),
     "a weight is missing": lambda folder: save_file(
-        {name: t for name, t in load_file(folder / "model.safetensors").items() if name != "classifier.bias"},
-        folder / "model.safetensors", {"format": "pt"}),
+        {
+            name: t
+            for name, t in load_file(folder / "model.safetensors").items()
+            if name != "classifier.bias"
+        },
+        folder / "model.safetensors",
+        {"format": "pt"},
+    ),
     "empty config": lambda folder: (folder / "config.json").write_bytes(b""),
     "garbage config": lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe{"),
     "config is a list": lambda folder: (folder / "config.json").write_text("[1]"),

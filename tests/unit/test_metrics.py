@@ -61,7 +61,10 @@ def step(number: int, **more: Any) -> dict[str, Any]:
 
 def fill(folder: Path) -> Path:
     """A file that takes all the room that is left."""
-    with (folder / "filler").open("wb", buffering=0) as filler, pytest.raises(OSError, match="No sp"):
+    with (
+        (folder / "filler").open("wb", buffering=0) as filler,
+        pytest.raises(OSError, match="No sp"),
+    ):
         while True:
             filler.write(bytes(4096))
     return folder / "filler"
@@ -85,8 +88,10 @@ def test_a_full_disk_loses_whole_rows_with_one_warning_and_later_rows_are_kept(
     log.close()
     steps = [row["step"] for row in read_lines(small_disk / "metrics.jsonl")]
     assert steps == [*range(1, len(steps)), 200] and len(steps) < 150
-    assert said == [f"warning: {small_disk / 'metrics.jsonl'} cannot be written (No space left on device); "
-                    "training continues"]
+    assert said == [
+        f"warning: {small_disk / 'metrics.jsonl'} cannot be written (No space left on device); "
+        "training continues"
+    ]
 
 
 @pytest.mark.parametrize("how", ["removed", "replaced"])
@@ -101,7 +106,9 @@ def test_a_log_that_is_taken_away_is_begun_again_with_one_warning(
                 path.write_text("")
         log.metrics(step(number), samples=number)
     assert [row["step"] for row in read_lines(path)] == [4]
-    assert said == [f"warning: {path} was removed or replaced; the rows before are lost; training continues"]
+    assert said == [
+        f"warning: {path} was removed or replaced; the rows before are lost; training continues"
+    ]
 
 
 def test_a_folder_that_is_taken_away_costs_one_warning_for_each_log(
@@ -119,8 +126,11 @@ def test_a_log_that_is_no_file_costs_one_warning_and_nobody_waits(
     kind: str, said: list[str], tmp_path: Path
 ) -> None:
     path = tmp_path / "metrics.jsonl"
-    {"folder": path.mkdir, "pipe": lambda: os.mkfifo(path),
-     "full": lambda: path.symlink_to("/dev/full")}[kind]()
+    {
+        "folder": path.mkdir,
+        "pipe": lambda: os.mkfifo(path),
+        "full": lambda: path.symlink_to("/dev/full"),
+    }[kind]()
     log = RunLog(tmp_path, Monitor(), said.append)
     log.metrics(step(1), samples=1)
     log.metrics(step(2), samples=2)
@@ -137,15 +147,20 @@ def test_other_ranks_write_nothing(tmp_path: Path, said: list[str]) -> None:
 
 def test_numbers_that_json_does_not_have_become_null(log: RunLog, tmp_path: Path) -> None:
     log.metrics(step(1, **{"train/loss": math.nan, "grad_norm": math.inf}), samples=1)
-    log.plans({"event": "bytes", "step": 3, "measured": {"weights": -math.inf, "ranks": (1.5, math.nan)}})
+    log.plans(
+        {"event": "bytes", "step": 3, "measured": {"weights": -math.inf, "ranks": (1.5, math.nan)}}
+    )
 
     def refuse(word: str) -> None:
         raise AssertionError(f"{word} is not JSON")
 
     text = (tmp_path / "metrics.jsonl").read_text()
-    assert json.loads(text, parse_constant=refuse) == step(1, **{"train/loss": None, "grad_norm": None})
-    assert json.loads((tmp_path / "plans.jsonl").read_text(), parse_constant=refuse)["measured"] == {
-        "weights": None, "ranks": [1.5, None]}
+    assert json.loads(text, parse_constant=refuse) == step(
+        1, **{"train/loss": None, "grad_norm": None}
+    )
+    assert json.loads((tmp_path / "plans.jsonl").read_text(), parse_constant=refuse)[
+        "measured"
+    ] == {"weights": None, "ranks": [1.5, None]}
 
 
 def test_rows_of_earlier_versions_with_nan_are_read(tmp_path: Path) -> None:
@@ -155,7 +170,9 @@ def test_rows_of_earlier_versions_with_nan_are_read(tmp_path: Path) -> None:
     assert math.isnan(first["train/loss"]) and second["train/loss"] == -math.inf
 
 
-@pytest.mark.parametrize("tail", [b"", b'{"step": 3, "epo', b'{"step": 3, "ep\0\0\0\0', b"\0" * 4096])
+@pytest.mark.parametrize(
+    "tail", [b"", b'{"step": 3, "epo', b'{"step": 3, "ep\0\0\0\0', b"\0" * 4096]
+)
 def test_an_unfinished_last_line_is_left_out(tail: bytes, tmp_path: Path) -> None:
     """Of a kill, or of a power cut, after which blocks that were not written are zeros."""
     path = tmp_path / "metrics.jsonl"
@@ -165,8 +182,23 @@ def test_an_unfinished_last_line_is_left_out(tail: bytes, tmp_path: Path) -> Non
     assert path.read_text() == to_json(step(1)) + "\n" + to_json(step(2)) + "\n"
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", "null", "1", "\x00x", "{'step': 1}", "[" * 5000, '{"step": 1} {}',
-                                  '{"step": "1"}', '{"step": true}', '{"step": 1.5}', "{}"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "[1]",
+        "null",
+        "1",
+        "\x00x",
+        "{'step': 1}",
+        "[" * 5000,
+        '{"step": 1} {}',
+        '{"step": "1"}',
+        '{"step": true}',
+        '{"step": 1.5}',
+        "{}",
+    ],
+)
 def test_a_damaged_line_is_told_before_a_run_resumes(line: str, tmp_path: Path) -> None:
     path = tmp_path / "windows.jsonl"
     path.write_text(f'{{"last_step": 1}}\n{line}\n{{"last_step": 3}}\n')
@@ -176,9 +208,15 @@ def test_a_damaged_line_is_told_before_a_run_resumes(line: str, tmp_path: Path) 
 
 
 def test_a_cut_log_keeps_the_rows_until_the_step(tmp_path: Path) -> None:
-    rows = {"metrics": [step(n) for n in range(1, 9)],
-            "plans": [{"event": "plan", "step": 0}, {"event": "bytes", "step": 3}, {"event": "plan", "step": 6}],
-            "windows": [{"last_step": 4, "loss": 1.0}, {"last_step": 8, "loss": 0.5}]}
+    rows = {
+        "metrics": [step(n) for n in range(1, 9)],
+        "plans": [
+            {"event": "plan", "step": 0},
+            {"event": "bytes", "step": 3},
+            {"event": "plan", "step": 6},
+        ],
+        "windows": [{"last_step": 4, "loss": 1.0}, {"last_step": 8, "loss": 0.5}],
+    }
     for name, content in rows.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(to_json(row) + "\n" for row in content))
     cut_back(tmp_path, 5)
@@ -215,12 +253,30 @@ def mutations(draw: st.DrawFn) -> bytes:
     for _ in range(draw(st.integers(1, 3))):
         at = draw(st.integers(0, len(data)))
         cut = draw(st.integers(0, 12))
-        data[at:at + cut] = draw(st.binary(max_size=4) | st.sampled_from(
-            [b"null", b"NaN", b"1e999", b"-1", b'"', b"{}", b"[]", b"\n", b"\0", b"9" * 30, b"true"]))
+        data[at : at + cut] = draw(
+            st.binary(max_size=4)
+            | st.sampled_from(
+                [
+                    b"null",
+                    b"NaN",
+                    b"1e999",
+                    b"-1",
+                    b'"',
+                    b"{}",
+                    b"[]",
+                    b"\n",
+                    b"\0",
+                    b"9" * 30,
+                    b"true",
+                ]
+            )
+        )
     return bytes(data)
 
 
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=mutations(), until=st.integers(-1, 6))
 def test_a_damaged_log_is_cut_rightly_or_refused(data: bytes, until: int, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"

@@ -98,7 +98,12 @@ def test_it_says_which_images_and_classes_it_assumed(
 def test_shards_without_a_manifest_have_the_images_that_the_recipe_tells(
     planned: Any, shards: Path
 ) -> None:
-    result = planned(*SMALL, "data.reader=webdataset", "data.samples_per_epoch=5000", f"data.val={shards / 'val'}")
+    result = planned(
+        *SMALL,
+        "data.reader=webdataset",
+        "data.samples_per_epoch=5000",
+        f"data.val={shards / 'val'}",
+    )
     assert (result["images"], result["images_from"]) == (5000, "data.samples_per_epoch")
     assert (result["labels"], result["labels_from"]) == (10, f"data.val = {shards / 'val'}")
 

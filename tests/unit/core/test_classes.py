@@ -17,10 +17,13 @@ def test_another_number_is_told_with_both() -> None:
     assert difference(ANIMALS, ANIMALS[:2], "the model") == "has 3 classes, and the model has 2"
 
 
-@pytest.mark.parametrize(("other", "said"), [
-    (("cat", "owl", "dog"), "has 'dog' as its class 1, and the model has 'owl'"),
-    (("cat", "dog", "Owl"), "has 'owl' as its class 2, and the model has 'Owl'"),
-])
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (("cat", "owl", "dog"), "has 'dog' as its class 1, and the model has 'owl'"),
+        (("cat", "dog", "Owl"), "has 'owl' as its class 2, and the model has 'Owl'"),
+    ],
+)
 def test_the_first_name_that_differs_is_told(other: tuple[str, ...], said: str) -> None:
     assert difference(ANIMALS, other, "the model") == said
 

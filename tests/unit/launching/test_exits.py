@@ -136,23 +136,37 @@ sys.exit(7)
 """
 
 
-def prints(tmp_path: Path, redirections: str, *, c: bool = False) -> subprocess.CompletedProcess[str]:
+def prints(
+    tmp_path: Path, redirections: str, *, c: bool = False
+) -> subprocess.CompletedProcess[str]:
     """A process that prints to both streams and writes a file; it is as it shall be if it ends with 7."""
     script = tmp_path / "prints.py"
     script.write_text(PRINTS.format(path=str(tmp_path / "file"), c=c))
-    return subprocess.run(f"{sys.executable} {script} {redirections}", shell=True, text=True, timeout=60,
-                          capture_output=True, check=False)
+    return subprocess.run(
+        f"{sys.executable} {script} {redirections}",
+        shell=True,
+        text=True,
+        timeout=60,
+        capture_output=True,
+        check=False,
+    )
 
 
-FULL = "cannot be written (No space left on device); what it was told is lost"
+FULL = "cannot be written (No space left on device); its text is lost"
 
 
-@pytest.mark.parametrize(("redirections", "out", "err"), [
-    (">/dev/full", "", f"err 0\nerr 1\nerr 2\nwarning: standard output {FULL}\n"),
-    ("2>/dev/full", f"out 0\nwarning: standard error {FULL}\nout 1\nout 2\nunflushed", ""),
-    (">/dev/full 2>&1", "", ""), (">&-", "", "err 0\nerr 1\nerr 2\n"), ("2>&-", "out 0\nout 1\nout 2\nunflushed", ""),
-    (">&- 2>&-", "", ""), ("<&- >&- 2>&-", "", ""),
-])
+@pytest.mark.parametrize(
+    ("redirections", "out", "err"),
+    [
+        (">/dev/full", "", f"err 0\nerr 1\nerr 2\nwarning: standard output {FULL}\n"),
+        ("2>/dev/full", f"out 0\nwarning: standard error {FULL}\nout 1\nout 2\nunflushed", ""),
+        (">/dev/full 2>&1", "", ""),
+        (">&-", "", "err 0\nerr 1\nerr 2\n"),
+        ("2>&-", "out 0\nout 1\nout 2\nunflushed", ""),
+        (">&- 2>&-", "", ""),
+        ("<&- >&- 2>&-", "", ""),
+    ],
+)
 def test_a_stream_that_is_full_or_closed_ends_nothing_and_the_other_one_tells(
     redirections: str, out: str, err: str, tmp_path: Path
 ) -> None:
@@ -171,8 +185,12 @@ def test_what_is_printed_to_a_closed_stream_reaches_no_file(tmp_path: Path) -> N
 def test_a_terminal_without_utf_8_ends_nothing(tmp_path: Path) -> None:
     script = ("from prelora_ds.launching.exits import outlive_pipes\noutlive_pipes()\n"
               "print('caf\\u00e9', '\\ud800')")
-    ended = subprocess.run([sys.executable, "-c", script], env=os.environ | {"PYTHONIOENCODING": "ascii"},
-                           capture_output=True, check=False)
+    ended = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        check=False,
+    )
     assert (ended.returncode, ended.stdout) == (0, b"caf\\xe9 \\ud800\n")
 
 
@@ -182,7 +200,9 @@ def test_a_disk_that_fails_is_one_message_and_75_and_a_bug_is_1() -> None:
               "crash(Ranks(1, 1, 2), OSError(getattr(errno, sys.argv[1]), 'it failed', 'file'))")
     codes = {}
     for name in ("ENOSPC", "EIO", "EPERM"):
-        ended = subprocess.run([sys.executable, "-c", script, name], text=True, capture_output=True, check=False)
+        ended = subprocess.run(
+            [sys.executable, "-c", script, name], text=True, capture_output=True, check=False
+        )
         codes[name] = ended.returncode
         assert ("failed\n" in ended.stderr) == (name == "EPERM"), ended.stderr
     assert codes == {"ENOSPC": 75, "EIO": 75, "EPERM": 1}

@@ -168,11 +168,24 @@ def test_the_exported_models_accuracy_is_told_with_its_data(
     assert printed(run).splitlines()[-1] == f"exported model {said}: 347 of 360 right, 96.39%"
 
 
-@pytest.mark.parametrize("content", [
-    b"", b"{", b"[]", b"null", b"{}", b'{"correct": 1}', b'{"correct": 1, "samples": 0}',
-    b'{"correct": 361, "samples": 360}', b'{"correct": true, "samples": 360}', b"\xff\xfe", b"[" * 9999,
-    b'{"correct": 1, "samples": 2, "data": 3}', b'{"correct": 1, "samples": ' + b"9" * 5000 + b"}",
-])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"{}",
+        b'{"correct": 1}',
+        b'{"correct": 1, "samples": 0}',
+        b'{"correct": 361, "samples": 360}',
+        b'{"correct": true, "samples": 360}',
+        b"\xff\xfe",
+        b"[" * 9999,
+        b'{"correct": 1, "samples": 2, "data": 3}',
+        b'{"correct": 1, "samples": ' + b"9" * 5000 + b"}",
+    ],
+)
 def test_an_accuracy_that_cannot_be_understood_is_refused(run: Path, content: bytes) -> None:
     (run / "model").mkdir()
     (run / "model/accuracy.json").write_bytes(content)
@@ -181,12 +194,20 @@ def test_an_accuracy_that_cannot_be_understood_is_refused(run: Path, content: by
     assert caught.value.value == str(run / "model/accuracy.json")
 
 
-def test_a_run_that_diverged_is_told_without_the_loss_that_json_does_not_have(tmp_path: Path) -> None:
+def test_a_run_that_diverged_is_told_without_the_loss_that_json_does_not_have(
+    tmp_path: Path,
+) -> None:
     """Its last row has no times, and in logs of earlier versions NaN."""
     last = {"step": 3, "epoch": 1.5, "phase": "full", "train/loss": float("nan"), "grad_norm": None}
     [full] = phase_rows(write(tmp_path, [*METRICS[:2], last], PLANS[:1]))
-    assert (full["last_step"], full["loss"], full["step_s"]) == (3, pytest.approx(2.8), pytest.approx(.0015))
-    assert phase_rows(write(tmp_path, [*METRICS[:2], last | {"train/loss": None}], PLANS[:1])) == [full]
+    assert (full["last_step"], full["loss"], full["step_s"]) == (
+        3,
+        pytest.approx(2.8),
+        pytest.approx(0.0015),
+    )
+    assert phase_rows(write(tmp_path, [*METRICS[:2], last | {"train/loss": None}], PLANS[:1])) == [
+        full
+    ]
 
 
 def test_the_peak_of_the_hungriest_rank_is_told_when_the_run_has_ended(run: Path) -> None:
@@ -196,16 +217,24 @@ def test_the_peak_of_the_hungriest_rank_is_told_when_the_run_has_ended(run: Path
     assert len(phase_rows(run)) == 3
 
 
-@pytest.mark.parametrize(("metrics", "plans", "problem"), [
-    ([], PLANS, "has not logged a step"), (METRICS, [], "does not tell when a phase began"),
-    (METRICS, [PLANS[1]], "does not tell when a phase began"),
-    ([{"step": 0, "epoch": 0.0}], PLANS, "line 1 cannot be understood: step"),
-    ([METRICS[0], {"step": 2}], PLANS, "line 2 cannot be understood: epoch"),
-    ([{"step": 1, "epoch": "1"}], PLANS, "line 1 cannot be understood: epoch"),
-    (METRICS, [{"event": "plan", "step": 0}], "line 1 cannot be understood: phase"),
-    (METRICS, [PLANS[0], PLANS[1] | {"measured": {}}], "line 2 cannot be understood"),
-    (METRICS, [PLANS[0], {"event": "end", "step": 9, "peak_rss_bytes": []}], "line 2 cannot be understood"),
-])
+@pytest.mark.parametrize(
+    ("metrics", "plans", "problem"),
+    [
+        ([], PLANS, "has not logged a step"),
+        (METRICS, [], "does not tell when a phase began"),
+        (METRICS, [PLANS[1]], "does not tell when a phase began"),
+        ([{"step": 0, "epoch": 0.0}], PLANS, "line 1 cannot be understood: step"),
+        ([METRICS[0], {"step": 2}], PLANS, "line 2 cannot be understood: epoch"),
+        ([{"step": 1, "epoch": "1"}], PLANS, "line 1 cannot be understood: epoch"),
+        (METRICS, [{"event": "plan", "step": 0}], "line 1 cannot be understood: phase"),
+        (METRICS, [PLANS[0], PLANS[1] | {"measured": {}}], "line 2 cannot be understood"),
+        (
+            METRICS,
+            [PLANS[0], {"event": "end", "step": 9, "peak_rss_bytes": []}],
+            "line 2 cannot be understood",
+        ),
+    ],
+)
 def test_logs_without_what_a_report_needs_are_refused(
     tmp_path: Path, metrics: list[dict[str, Any]], plans: list[dict[str, Any]], problem: str
 ) -> None:
@@ -220,8 +249,24 @@ def test_what_rich_would_take_for_markup_is_printed_as_it_is(tmp_path: Path) -> 
     assert "[/bold]" in text and "[/bold] from step 1: [red]because" in text
 
 
-WORDS = [b"null", b"NaN", b"1e999", b"-1", b"0", b'""', b"{}", b"[]", b"true", b"\n", b"\0", b"9" * 25,
-         b'"\\ud800"', b"9" * 5000, b"1e308", b"[" * 3000]
+WORDS = [
+    b"null",
+    b"NaN",
+    b"1e999",
+    b"-1",
+    b"0",
+    b'""',
+    b"{}",
+    b"[]",
+    b"true",
+    b"\n",
+    b"\0",
+    b"9" * 25,
+    b'"\\ud800"',
+    b"9" * 5000,
+    b"1e308",
+    b"[" * 3000,
+]
 
 
 @st.composite
@@ -241,12 +286,21 @@ def lines_of(rows: list[dict[str, Any]]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-EVENTS = [*PLANS, {"event": "end", "step": 10, "peak_rss_bytes": [2**30, 5], "data": {"data.val": OWN}}]
-ACCURACY = json.dumps({"acc1": 0.5, "correct": 180, "samples": 360, "loss": 1.5, "data": "x", "identity": OWN})
+EVENTS = [
+    *PLANS,
+    {"event": "end", "step": 10, "peak_rss_bytes": [2**30, 5], "data": {"data.val": OWN}},
+]
+ACCURACY = json.dumps(
+    {"acc1": 0.5, "correct": 180, "samples": 360, "loss": 1.5, "data": "x", "identity": OWN}
+)
 
 
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data(), which=st.sampled_from(["metrics.jsonl", "plans.jsonl", "model/accuracy.json"]))
+@settings(
+    deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    data=st.data(), which=st.sampled_from(["metrics.jsonl", "plans.jsonl", "model/accuracy.json"])
+)
 def test_damaged_files_are_reported_or_refused_with_one_message(
     data: st.DataObject, which: str, tmp_path: Path
 ) -> None:
