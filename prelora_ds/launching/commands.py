@@ -63,6 +63,7 @@ def supervise(command: Annotated[list[str], typer.Argument(help="-- LAUNCHER ...
     import signal
 
     from prelora_ds.configuring import check_world
+    from prelora_ds.launching.exits import outlive_pipes
     from prelora_ds.launching.hostfile import read_hostfile
     from prelora_ds.launching.supervise import PROBE, Policy, Supervisor, check_policy
 
@@ -84,6 +85,7 @@ def supervise(command: Annotated[list[str], typer.Argument(help="-- LAUNCHER ...
         return latest.read_text() if latest.is_file() else ""
 
     check_world(config, sum(host.slots for host in hosts[:nodes]))
+    outlive_pipes()  # a full disk under its output must not end the run that it watches
     supervisor = Supervisor(command, hosts, out.with_name(out.name + ".supervise"), policy, progress, fits,
                             lambda text: print(f"supervise: {text}", flush=True))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from prelora_ds.checkpoints.folder import FOLDER, STATE, CheckpointManifest, FileRecord, commit, set_aside, step_folder
 from prelora_ds.configuring import load_config
 from prelora_ds.core.config import Config
-from prelora_ds.core.errors import ConfigError
+from prelora_ds.core.errors import ConfigError, LaunchError, NotSavedError
 from prelora_ds.launching.claim import claim_output
 
 DATA = {"data.train": "1,437 samples, index 01234567", "data.val": "360 samples, index 89abcdef"}
@@ -101,3 +102,59 @@ def test_a_new_run_may_have_other_rates_and_data_and_a_resumed_one_may_not(tmp_p
     begin(out)
     with pytest.raises(ConfigError, match=r"data.train = 't': has 100 samples, index 00000000, and the run in"):
         claim(out, data=others)
+
+
+@pytest.mark.parametrize(("known", "problem"), [
+    ({"classes": ["cat", "owl"], "num_labels": 2}, "has 'dog' as its class 1, and the checkpoint .* has 'owl'"),
+    ({"classes": ["cat", "dog", "owl"], "num_labels": 3}, "has 2 classes, and the checkpoint .* has 3"),
+    ({"num_labels": 3}, "has 2 classes, and the checkpoint .* has 3"),  # of an earlier version
+    ({"num_labels": 2}, None), ({"classes": ["cat", "dog"], "num_labels": 2}, None),
+])
+@pytest.mark.parametrize("new", [True, False])
+def test_data_of_other_classes_are_refused_in_a_new_run_too(
+    tmp_path: Path, known: dict[str, object], problem: str | None, new: bool
+) -> None:
+    source = checkpoint(tmp_path / "old", 15)
+    state = json.loads((source / STATE).read_text())
+    (source / STATE).write_text(json.dumps(state | known))
+    out, resume = (tmp_path / "new", str(source)) if new else (tmp_path / "old", "auto")
+
+    def claim_it() -> None:
+        claim_output(out, config(out), resume, DATA, ("cat", "dog")).lease.release()
+
+    if not new:
+        claim(tmp_path / "elsewhere")
+        text = (tmp_path / "elsewhere/config.yaml").read_text()
+        (out / "config.yaml").write_text(text.replace(str(tmp_path / "elsewhere"), str(out)))
+    if problem is None:
+        claim_it()
+        return
+    with pytest.raises(ConfigError, match=problem) as caught:
+        claim_it()
+    assert caught.value.key == "data.train"
+    assert not (tmp_path / "new/config.yaml").exists()
+
+
+def test_a_damaged_log_is_told_before_the_run_resumes(tmp_path: Path) -> None:
+    claim(tmp_path)
+    begin(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\ngarbage\n{"step": 3}\n')
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl': line 2 is not JSON"):
+        claim(tmp_path)
+
+
+def test_a_full_disk_is_worth_another_try(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting takes root")
+    try:
+        with (disk / "filler").open("wb", buffering=0) as filler, pytest.raises(OSError, match="No space"):
+            while True:
+                filler.write(bytes(4096))
+        with pytest.raises((NotSavedError, LaunchError), match="No space left") as caught:
+            claim(disk / "out")
+        assert caught.value.exit_code == 75
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
