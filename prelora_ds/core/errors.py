@@ -14,6 +14,8 @@ ORPHAN_EXIT_CODE = 87
 FENCED_EXIT_CODE = 88
 STOPPED_EXIT_CODE = 99  # as asked, with a checkpoint; the same command goes on
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells report it
+# What is in the RuntimeErrors by which torch.save of torch 2.14 tells of a disk that is full.
+TORCH_COULD_NOT_WRITE = ("PytorchStreamWriter", "inline_container.cc", "iostream error")
 # An OSError of these numbers is of the disk or its server, and the same command may succeed later.
 DISK_FAULTS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE})
 
@@ -47,10 +49,10 @@ class ConfigError(ExpectedError, ValueError):
 
 
 def is_disk_fault(error: Exception) -> bool:
-    """Whether a disk or its server failed, so that another try may pass; torch.save tells so by a RuntimeError."""
+    """Whether a disk or its server failed, so that another try may pass."""
     if isinstance(error, OSError):
         return error.errno in DISK_FAULTS
-    return isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error)
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in TORCH_COULD_NOT_WRITE)
 
 
 def cannot_write(key: str, value: object, error: OSError) -> ExpectedError:

@@ -243,9 +243,6 @@ def _write_deepspeed(
         found.engine,
         found.counters,
     )
-    try:
-        engine.ds.save_checkpoint(
-            str(out), tag=found.folder.name, client_state={"classes": list(classes)}
-        )
-    finally:
-        release(engine)
+    state = {"classes": list(classes)}
+    engine.ds.save_checkpoint(str(out), tag=found.folder.name, client_state=state)
+    release(engine)

@@ -16,6 +16,7 @@ from transformers import ViTForImageClassification
 
 from prelora_ds.checkpoints.folder import list_checkpoints
 from prelora_ds.core.errors import ConfigError, NotSavedError
+from prelora_ds.model.families import canonical_name
 from prelora_ds.reporting.convert import FORMATS, export_checkpoint, mlp_ratio
 
 CLASSES = [f"class {label}" for label in range(10)]
@@ -135,7 +136,8 @@ def test_deepspeed_s_own_script_opens_its_folder(run, own_pools, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    weights, seen = torch.load(tmp_path / "fp32/pytorch_model.bin"), 0
+    found, seen = torch.load(tmp_path / "fp32/pytorch_model.bin"), 0
+    weights = {canonical_name(name): value for name, value in found.items()}
     [checkpoint], [base] = (
         list_checkpoints(run / "checkpoints"),
         list((run / "checkpoints").glob("base-*")),
