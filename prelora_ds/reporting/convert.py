@@ -51,7 +51,7 @@ def export_checkpoint(source: Path, out: Path, form: str) -> Path:
     written; then nothing of it is left.
     """
     if form not in FORMATS:
-        raise ConfigError("--format", form, "is no format", f"choose among {', '.join(FORMATS)}")
+        raise ConfigError("--format", form, "is not a format", f"choose among {', '.join(FORMATS)}")
     folder = checkpoints_at(str(source), "RUN")[0]
     _check_out(out, folder)
     try:
