@@ -68,9 +68,10 @@ def wait_until_stopped(job: Job, timeout: float = 200.0) -> None:
 # ---- what may fail
 
 
-def test_standard_streams_that_are_full_end_no_run(job, finished, tmp_path):
-    ended = job(tmp_path / "out", log="/dev/full")
-    assert ended.end() == [0, 0]
+def test_standard_streams_on_a_full_disk_end_no_run(job, finished, small_disk, tmp_path):
+    fill(small_disk)
+    ended = job(tmp_path / "out", log=str(small_disk / "log"))
+    assert ended.end() == [0, 0] and ended.said() == ""
     assert (tmp_path / "out/model/model.safetensors").read_bytes() == (
         finished[0] / "model/model.safetensors"
     ).read_bytes()
