@@ -243,51 +243,46 @@ def test_logs_that_are_not_there_need_no_sync(tmp_path: Path) -> None:
     assert (tmp_path / "windows.jsonl").read_text() == ""
 
 
-GOOD = "".join(to_json(step(n)) + "\n" for n in range(1, 6)).encode()
+LOGS_OF_5_STEPS = {
+    "metrics": [step(n) for n in range(1, 6)],
+    "plans": [{"event": "plan", "step": n, "phase": "full", "switch": None} for n in range(5)],
+    "windows": [{"index": n, "last_step": n, "loss": 1.5, "norms": {"q": {"0": 2.5}}} for n in range(5)],
+}
+WORDS = [b"null", b"NaN", b"1e999", b"-1", b'"', b"{}", b"[]", b"\n", b"\0", b"9" * 30, b"true"]
 
 
 @st.composite
-def mutations(draw: st.DrawFn) -> bytes:
-    """A log with a few bytes replaced, taken out or put in."""
-    data = bytearray(GOOD)
+def mutations(draw: st.DrawFn) -> tuple[str, bytes]:
+    """The name of a log, and its content with a few bytes replaced, taken out or put in."""
+    name = draw(st.sampled_from(sorted(LOGS_OF_5_STEPS)))
+    data = bytearray("".join(to_json(row) + "\n" for row in LOGS_OF_5_STEPS[name]).encode())
     for _ in range(draw(st.integers(1, 3))):
-        at = draw(st.integers(0, len(data)))
-        cut = draw(st.integers(0, 12))
-        data[at : at + cut] = draw(
-            st.binary(max_size=4)
-            | st.sampled_from(
-                [
-                    b"null",
-                    b"NaN",
-                    b"1e999",
-                    b"-1",
-                    b'"',
-                    b"{}",
-                    b"[]",
-                    b"\n",
-                    b"\0",
-                    b"9" * 30,
-                    b"true",
-                ]
-            )
-        )
-    return bytes(data)
+        at, cut = draw(st.integers(0, len(data))), draw(st.integers(0, 12))
+        data[at : at + cut] = draw(st.binary(max_size=4) | st.sampled_from(WORDS))
+    return name, bytes(data)
 
 
 @settings(
-    deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None, max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(data=mutations(), until=st.integers(-1, 6))
-def test_a_damaged_log_is_cut_rightly_or_refused(data: bytes, until: int, tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
+@given(log=mutations(), until=st.integers(-1, 6))
+def test_a_damaged_log_is_cut_rightly_or_refused(
+    log: tuple[str, bytes], until: int, tmp_path: Path
+) -> None:
+    for other in tmp_path.iterdir():
+        other.unlink()
+    name, data = log
+    path = tmp_path / f"{name}.jsonl"
     path.write_bytes(data)
     try:
         rows = read_lines(path)
-        cut_back(tmp_path, until)
+        check_logs(tmp_path)
     except ConfigError as error:
-        assert error.key == "log" and path.read_bytes() == data
+        assert error.key == "log"
+        with pytest.raises(ConfigError):
+            cut_back(tmp_path, until)
+        assert path.read_bytes() == data
         return
-    kept = read_lines(path)
-    assert all(row.get("step", row.get("last_step")) <= until for row in kept)
+    cut_back(tmp_path, until)
     wanted = [row for row in rows if row.get("step", row.get("last_step")) <= until]
-    assert to_json(kept) == to_json(wanted)
+    assert to_json(read_lines(path)) == to_json(wanted)
