@@ -82,7 +82,7 @@ class JsonLines:
             while data:
                 data = data[os.write(self._descriptor, data):]
         except OSError:
-            with contextlib.suppress(OSError):  # what is no regular file has no size
+            with contextlib.suppress(OSError):  # a pipe or a device has no size
                 os.ftruncate(self._descriptor, size)
             raise
 

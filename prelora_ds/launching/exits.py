@@ -151,7 +151,7 @@ def _wait_for_the_launcher(seconds: float) -> None:
 
 
 def crash_code(error: Exception) -> int:
-    """What a rank ends with that meets ``error``: a disk that failed may hold out another time."""
+    """The exit code of a rank that ``error`` ends: 75 for a fault of its disk, which may pass, else 1."""
     return TRY_AGAIN_EXIT_CODE if is_disk_fault(error) else 1
 
 
