@@ -10,7 +10,14 @@ import sys
 from prelora_ds.core.errors import ExpectedError, Stopped
 from prelora_ds.launching.ancestors import Ancestors
 from prelora_ds.launching.arguments import parse_arguments, supervised_folder
-from prelora_ds.launching.exits import crash, fail, interrupted, outlive_streams, stopped
+from prelora_ds.launching.exits import (
+    crash,
+    crash_code,
+    fail,
+    interrupted,
+    outlive_streams,
+    stopped,
+)
 from prelora_ds.launching.guard import Guard
 from prelora_ds.launching.mpi import find_ranks
 from prelora_ds.launching.ranks import Ranks
@@ -45,7 +52,7 @@ def main(argv: list[str]) -> None:
     except KeyboardInterrupt:
         interrupted(ranks)
     except Exception as error:
-        watch.ended(1, f"{type(error).__name__}: {error}")
+        watch.ended(crash_code(error), f"{type(error).__name__}: {error}")
         crash(ranks, error, ending=stop.reason is not None)
 
 

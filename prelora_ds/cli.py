@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from prelora_ds.core.errors import ConfigError
+from prelora_ds.core.errors import ConfigError, cannot_write
 from prelora_ds.launching import commands
 from prelora_ds.launching.exits import one_message
 from prelora_ds.sharding import shards_app
@@ -23,14 +22,15 @@ app.command()(commands.job)
 
 @app.command()
 def evaluate(model: Path, data: Annotated[Path, typer.Option(help="a folder of shards")]) -> None:
-    """Top-1 of an exported MODEL folder, as transformers opens it; kept in its accuracy.json."""
+    """Top-1 of an exported MODEL folder, as transformers opens it; kept with the data's name in its accuracy.json."""
     from prelora_ds.evaluate import evaluate_folder
 
-    accuracy = evaluate_folder(model, data)
-    result = {"acc1": accuracy.acc1, "correct": accuracy.correct, "samples": accuracy.samples, "loss": accuracy.loss,
-              "data": str(data)}
-    (model / "accuracy.json").write_text(json.dumps(result, indent=2) + "\n")
-    typer.echo(f"{model}: {accuracy.correct} of {accuracy.samples} right, {accuracy.acc1:.2%}")
+    result = evaluate_folder(model, data)
+    accuracy = result.accuracy
+    typer.echo(
+        f"{model} on {data}: {accuracy.correct} of {accuracy.samples} right, {accuracy.acc1:.2%}"
+    )
+    _save_json(model / "accuracy.json", result.to_json(), "MODEL")
 
 
 @app.command()
@@ -43,14 +43,19 @@ def report(output: Path) -> None:
 
 @app.command()
 def checkpoints(run: Path) -> None:
-    """The checkpoints of RUN, newest first, each verified."""
+    """The checkpoints of RUN, newest first, each verified; exit code 1 if one is broken."""
     from prelora_ds.checkpoints.folder import FOLDER, describe, list_checkpoints
 
     found = list_checkpoints(run / FOLDER)
     if not found:
         raise ConfigError("RUN", str(run), "has no checkpoints", "name the run.output_dir of a run")
+    broken = False
     for folder in found:
-        typer.echo(describe(folder))
+        line = describe(folder)
+        typer.echo(line)
+        broken |= line.startswith(f"{folder.name}  BROKEN: ")
+    if broken:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -87,8 +92,18 @@ def plan(recipe: Path, overrides: Annotated[list[str] | None, typer.Argument(hel
                          walltime_s=None if walltime is None else parse_walltime(walltime), images=images,
                          mean_rank=mean_rank, calibration=calibration)
     if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=2) + "\n")
+        _save_json(json_file, result, "--json")
     print_plan(result)
+
+
+def _save_json(path: Path, value: Any, key: str) -> None:
+    from prelora_ds.launching.files import replace_text
+    from prelora_ds.metrics import to_json
+
+    try:
+        replace_text(path, to_json(value, indent=2) + "\n")
+    except OSError as exc:
+        raise cannot_write(key, str(path), exc) from exc
 
 
 def main() -> None:

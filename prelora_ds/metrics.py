@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -10,55 +11,179 @@ from pathlib import Path
 from typing import Any
 
 from prelora_ds.core.convergence import Observation
+from prelora_ds.core.errors import ConfigError
 
 LOGS = ("metrics", "plans", "windows")
 
 
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """``value`` as strict JSON: NaN and infinities, which JSON does not have, become null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
 class JsonLines:
-    """A file of one JSON object a line, each on disk before `write` returns."""
+    """A file of one JSON object per line, each with the operating system before `write` returns.
+
+    It is a side channel: what cannot be written is lost, and training continues. `sync_logs` brings
+    rows to the disk.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
+        self._path, self._descriptor = path, -1
+        with contextlib.suppress(OSError):  # the first row meets it again, and its writer is told
+            self._open()
 
-    def write(self, row: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+    def write(self, row: Mapping[str, Any]) -> str | None:
+        """Append ``row``, or nothing of it.
+
+        Returns what was lost of the file and why, in words; None if nothing was.
+        """
+        lost = None
+        try:
+            if self._descriptor >= 0 and not self._in_place():
+                self.close()
+                lost = "was removed or replaced; the rows before are lost"
+            self._open()
+            self._append((to_json(row) + "\n").encode())
+        except OSError as exc:
+            return f"cannot be written ({exc.strerror})"
+        return lost
 
     def close(self) -> None:
-        self._file.close()
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _open(self) -> None:
+        if self._descriptor < 0:
+            # Without waiting: somebody may have put a pipe there that nobody reads.
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
+            self._descriptor = os.open(self._path, flags, 0o644)
+
+    def _in_place(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(self._descriptor))
+        except FileNotFoundError:
+            return False
+
+    def _append(self, data: bytes) -> None:
+        size = os.fstat(self._descriptor).st_size
+        try:
+            while data:
+                data = data[os.write(self._descriptor, data):]
+        except OSError:
+            with contextlib.suppress(OSError):  # a pipe or a device has no size
+                os.ftruncate(self._descriptor, size)
+            raise
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file; a last line that a kill cut short is left out."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
-            if line.endswith("\n")]
+    """The rows of a JSON-lines file.
+
+    A last line that a kill or a power cut left unfinished is left out. Raises ConfigError, which names
+    the line, for one that is not a JSON object, and for a file that cannot be read.
+    """
+    try:
+        # After a power cut a file may end in zeros where its last blocks were not yet on disk.
+        *lines, _ = path.read_bytes().rstrip(b"\0").split(b"\n")
+    except OSError as exc:
+        raise ConfigError(
+            "log", str(path), f"cannot be read ({exc.strerror})", "make it readable"
+        ) from exc
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as exc:
+            raise _damaged(path, number, f"is not JSON ({exc})") from exc
+        if not isinstance(row, dict):
+            raise _damaged(path, number, "is not a JSON object")
+        rows.append(row)
+    return rows
+
+
+def _damaged(path: Path, number: int, what: str) -> ConfigError:
+    return ConfigError(
+        "log",
+        str(path),
+        f"line {number} {what}",
+        "remove that line, or move the file away; checkpoints and the model do not depend on it",
+    )
+
+
+def rows_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """The rows of a log of steps up to ``step``.
+
+    Raises ConfigError as `read_lines` does, and for a row without a step.
+    """
+    rows = read_lines(path)
+    for number, row in enumerate(rows, start=1):
+        if type(row.get("step", row.get("last_step"))) is not int:
+            raise _damaged(path, number, "has no step")
+    return [row for row in rows if row.get("step", row.get("last_step")) <= step]
+
+
+def check_logs(folder: Path) -> None:
+    """Raise ConfigError where `cut_back` would, for a run that has not started its ranks' group yet."""
+    for path in _logs_in(folder):
+        rows_until(path, 0)
+
+
+def _logs_in(folder: Path) -> list[Path]:
+    return [path for name in LOGS if (path := folder / f"{name}.jsonl").is_file()]
 
 
 def cut_back(folder: Path, step: int) -> None:
-    """Take rows after ``step`` out of a run's files: it goes on from there, and each step shall be there once."""
-    for name in LOGS:
-        path = folder / f"{name}.jsonl"
-        if path.is_file():
-            rows = read_lines(path)
-            kept = [row for row in rows if row.get("step", row.get("last_step", 0)) <= step]
-            partial = path.with_suffix(".partial")
-            with partial.open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in kept)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
+    """Take rows after ``step`` out of a run's logs: it continues from there, and writes them again.
+
+    Raises ConfigError for a log that cannot be understood, and OSError for one that cannot be written.
+    """
+    for path in _logs_in(folder):
+        kept = "".join(to_json(row) + "\n" for row in rows_until(path, step)).encode()
+        if kept == path.read_bytes():
+            continue  # a full disk need not hold it twice
+        partial = path.with_suffix(".partial")
+        with partial.open("wb") as file:
+            file.write(kept)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+
+
+def sync_logs(folder: Path) -> None:
+    """Bring the rows of a run's logs to the disk, before a checkpoint of their steps has its name."""
+    for path in _logs_in(folder):
+        with contextlib.suppress(OSError):  # it has been warned of, and costs no checkpoint
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 class RunLog:
-    """The record of a run in its output folder, written by rank 0 alone (``monitor`` is None elsewhere).
+    """The record of a run in its output folder, written only by rank 0 (``monitor`` is None elsewhere).
 
-    monitor: DeepSpeed's MonitorMaster, made once for the run and lent to each engine, so that TensorBoard sees one run
-    with an unbroken axis (samples, as in DeepSpeed's own events).
+    monitor: what `make_monitor` returns, made once for the run and lent to each engine, so that
+    TensorBoard sees one run with an unbroken axis (samples, as in DeepSpeed's own events).
+
+    say: prints the one warning of each file that cannot be written; training continues.
     """
 
-    def __init__(self, folder: Path, monitor: Any | None) -> None:
-        self._folder = folder
+    def __init__(
+        self, folder: Path, monitor: Any | None, say: Callable[[str], None] = print
+    ) -> None:
+        self._folder, self._say, self._warned = folder, say, set[str]()
         self._open(monitor)
 
     def _open(self, monitor: Any | None) -> None:
@@ -66,22 +191,28 @@ class RunLog:
         names = LOGS if monitor is not None else ()
         self._files = {name: JsonLines(self._folder / f"{name}.jsonl") for name in names}
 
+    def _write(self, name: str, row: Mapping[str, Any]) -> None:
+        if self.monitor is None:
+            return
+        lost = self._files[name].write(row)
+        if lost is not None and name not in self._warned:
+            self._warned.add(name)
+            self._say(f"warning: {self._folder / name}.jsonl {lost}; training continues")
+
     def metrics(self, row: Mapping[str, Any], samples: int) -> None:
         """One logged step; its numbers also go to TensorBoard, at ``samples``."""
+        self._write("metrics", row)
         if self.monitor is not None:
-            self._files["metrics"].write(row)
             self.monitor.write_events([(key, float(value), samples) for key, value in row.items()
                                        if isinstance(value, int | float) and key != "step"])
 
     def plans(self, row: Mapping[str, Any]) -> None:
         """A plan that begins, or the bytes measured under it."""
-        if self.monitor is not None:
-            self._files["plans"].write(row)
+        self._write("plans", row)
 
     def windows(self, row: Mapping[str, Any]) -> None:
         """A closed window, and what Algorithm 1 said."""
-        if self.monitor is not None:
-            self._files["windows"].write(row)
+        self._write("windows", row)
 
     def rewind(self, cut: Callable[[], Any | None]) -> None:
         """Go on with the monitor that ``cut`` returns, in the files as it leaves them."""
@@ -92,7 +223,7 @@ class RunLog:
         for file in self._files.values():
             file.close()
         if self.monitor is not None:
-            self.monitor.tb_monitor.summary_writer.close()
+            self.monitor.close()
 
 
 class Meter:

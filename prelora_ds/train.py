@@ -68,24 +68,26 @@ def train(config: Config, train_data: TrainData, val_data: Manifest, hosts: Sequ
         layout = find_layout(build_model(config.model, len(train_data.classes)), config.lora.families,
                              config.model.families)
     saver = Saver(out, config, timeline, say=partial(print, flush=True) if rank == 0 else lambda text: None,
-                  data=identity(train_data, val_data))
+                  data=identity(train_data, val_data), classes=train_data.classes)
     found = load_newest(sources, layout, saver.say)
     done = prepare(out, found, origin)
     progress = TrainProgress(timeline.total_steps, shown=rank == 0, done=done)
     saver.say = progress.say
     run = Run(config, layout, timeline, train_data, val_data, CorruptBudget(config.data.corrupt_budget, samples),
               workers_of(config, train_data, progress),
-              RunLog(out, make_monitor(out, done * config.train.global_batch_size)), progress, out,
+              RunLog(out, make_monitor(out, done * config.train.global_batch_size, progress.say),
+                     progress.say), progress, out,
               guard or Guard(math.inf), hosts)
     try:
         engine, state = _begin(run, saver, found)
         if stop is not None:
             stop.begin_steps()
         engine, state = _loop(run, saver, stop or StopRequest(), engine, state)
-        export_model(engine, out / "model")
+        export_model(engine, out / "model", train_data.classes)
         peaks = [0] * dist.get_world_size()
         dist.all_gather_object(peaks, peak_rss_bytes())
-        run.log.plans({"event": "end", "step": timeline.total_steps, "peak_rss_bytes": peaks})
+        run.log.plans({"event": "end", "step": timeline.total_steps, "peak_rss_bytes": peaks,
+                       "data": identity(train_data, val_data)})
     finally:
         run.opened.close()
         saver.close()
@@ -205,7 +207,8 @@ def _way_back(run: Run, saver: Saver, state: RunState, stats: StepStats, row: di
 def _go_back(run: Run, saver: Saver, engine: Engine, found: Checkpoint) -> tuple[Engine, RunState]:
     release_checked(engine)
     samples = found.run.step * run.config.train.global_batch_size
-    run.log.rewind(lambda: (prepare(run.out, found), make_monitor(run.out, samples))[1])
+    run.log.rewind(lambda: (prepare(run.out, found),
+                            make_monitor(run.out, samples, run.progress.say))[1])
     return _begin(run, saver, found)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,7 @@ from prelora_ds.engine.build import Engine
 from prelora_ds.engine.checkpoint import part_name, write_part
 from prelora_ds.engine.rng import capture_rng
 from prelora_ds.engine.state import EngineState, Slice, copy_state
+from prelora_ds.metrics import sync_logs
 
 Files = dict[str, FileRecord]
 
@@ -60,8 +61,9 @@ class Saver:
     """
 
     def __init__(self, out: Path, config: Config, timeline: Timeline, say: Callable[[str], None],
-                 data: Mapping[str, str] | None = None) -> None:
+                 data: Mapping[str, str] | None = None, classes: Sequence[str] = ()) -> None:
         self._data = dict(data or {})  # what `claim_output` tells data sets apart by
+        self._classes = list(classes)
         self.root, self.base, self.slowest_s, self.last_step = out / FOLDER, None, 0.0, None
         self._config, self._timeline, self.say = config, timeline, say
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
@@ -122,7 +124,8 @@ class Saver:
         if self._rank == 0:
             document = json.dumps({
                 "run": state.to_json(engine.plan), "adam_steps": copied.adam_steps, "counters": vars(engine.counters()),
-                "num_labels": engine.num_labels, "data": self._data, "config": self._config.model_dump(mode="json")})
+                "num_labels": engine.num_labels, "data": self._data, "config": self._config.model_dump(mode="json"),
+                **({"classes": self._classes} if self._classes else {})})
         manifest = CheckpointManifest(self._world, engine.config.zero.stage, engine.plan.phase, {}, state.step,
                                       self.base, state.acc1)
         files = self._executor.submit(self._write_files, partial, copied, capture_rng(), document)
@@ -221,6 +224,7 @@ class Saver:
         manifest = CheckpointManifest(**{**vars(pending.manifest), "files": files})
         assert manifest.step is not None
         final = step_folder(self.root, manifest.step)
+        sync_logs(self.root.parent)
         commit(pending.partial, final, manifest)
         try:
             sync_folder(self.root)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 
 # How a process ends. 75, 87 and 88 are for whoever watches over a job.
@@ -13,6 +14,10 @@ ORPHAN_EXIT_CODE = 87
 FENCED_EXIT_CODE = 88
 STOPPED_EXIT_CODE = 99  # as asked, with a checkpoint; the same command goes on
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells report it
+# What is in the RuntimeErrors by which torch.save of torch 2.14 tells of a disk that is full.
+TORCH_COULD_NOT_WRITE = ("PytorchStreamWriter", "inline_container.cc", "iostream error")
+# An OSError of these numbers is of the disk or its server, and the same command may succeed later.
+DISK_FAULTS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE})
 
 
 class ExpectedError(Exception):
@@ -58,6 +63,23 @@ class DiskError(ConfigError):
     exit_code = TRY_AGAIN_EXIT_CODE
 
 
+def is_disk_fault(error: Exception) -> bool:
+    """Whether a disk or its server failed, so that another try may pass."""
+    if isinstance(error, OSError):
+        return error.errno in DISK_FAULTS
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in TORCH_COULD_NOT_WRITE)
+
+
+def cannot_write(key: str, value: object, error: OSError) -> ExpectedError:
+    """What to raise for ``error`` at a place that the user chose by ``key``."""
+    if is_disk_fault(error):
+        return DiskError(key, value, f"cannot be written ({error.strerror})",
+                         "make room there, or repair the disk; then give the same command again")
+    return ConfigError(
+        key, value, f"cannot be written ({error.strerror})", "choose a place that you may write to"
+    )
+
+
 class TrainingDivergedError(ExpectedError, RuntimeError):
     """The loss or the gradient norm became NaN or infinite; names step and phase."""
 
@@ -67,7 +89,7 @@ class Stopped(Exception):
 
 
 class NotSavedError(ExpectedError, RuntimeError):
-    """The run was asked to stop, and its last checkpoint could not be written."""
+    """A checkpoint or a model could not be written; those before are there, and the same command may succeed."""
 
     exit_code = TRY_AGAIN_EXIT_CODE
 

@@ -74,6 +74,11 @@ class Manifest:
     def index_file(self) -> Path:
         return self.index.path
 
+    @property
+    def identity(self) -> str:
+        """What tells this data set from others, wherever it lies, in words."""
+        return f"{len(self):,} samples, index {self.index_crc32:08x}"
+
     def place(self, shard: int) -> str:
         """Path or URL of shard number ``shard``."""
         return f"{self.folder}/{self.shards[shard].name}"

@@ -6,6 +6,7 @@ import math
 import os
 import time
 
+from prelora_ds.core.classes import difference
 from prelora_ds.core.config import Config
 from prelora_ds.core.errors import ConfigError
 from prelora_ds.data.cache import ShardCache
@@ -35,9 +36,10 @@ def open_data(config: Config, *, sizes: bool = True) -> tuple[TrainData, Manifes
         train: TrainData = unindexed
     else:
         train = Manifest.load(data.train, key="data.train", sizes=sizes)
-    if train.classes != val.classes:
-        raise ConfigError("data.val", data.val, f"has {len(val.classes)} classes, and data.train {len(train.classes)}, "
-                          "or other names", "name two parts of one data set")
+    if problem := difference(val.classes, train.classes, "data.train"):
+        raise ConfigError("data.val", data.val, problem, "name two parts of one data set; `prelora shards "
+                          "build` and `prelora shards index` give one the classes of the other by "
+                          f"--like {data.train}")
     if data.tail == "drop" and len(train) < config.train.global_batch_size:
         raise ConfigError("data.tail", "drop", f"leaves nothing: an epoch has {len(train)} samples, and a batch "
                           f"{config.train.global_batch_size}", "use continue, or a smaller train.global_batch_size")
@@ -46,7 +48,7 @@ def open_data(config: Config, *, sizes: bool = True) -> tuple[TrainData, Manifes
 
 def identity(train: TrainData, val: Manifest) -> dict[str, str]:
     """What tells these data sets from others, wherever they lie, by key of the config; nothing of one without index."""
-    return {key: f"{len(data):,} samples, index {data.index_crc32:08x}"
+    return {key: data.identity
             for key, data in (("data.train", train), ("data.val", val)) if isinstance(data, Manifest)}
 
 

@@ -8,11 +8,16 @@ import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from prelora_ds.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from deepspeed.monitor.monitor import MonitorMaster
+
+    from prelora_ds.engine.monitor import EnduringMonitor
 
 T = TypeVar("T")
 
@@ -91,25 +96,33 @@ def freeze_imports() -> None:
     gc.freeze()
 
 
-def make_monitor(folder: Path, after_samples: int = 0) -> Any | None:
+def make_monitor(folder: Path, after_samples: int = 0,
+                 say: Callable[[str], None] = print) -> EnduringMonitor | None:
     """DeepSpeed's monitor writing TensorBoard events to ``folder/tensorboard``, on rank 0; None on the others.
 
-    after_samples: where a resumed run goes on; TensorBoard drops what an earlier run wrote beyond.
+    after_samples: where a resumed run continues; TensorBoard drops what an earlier run wrote beyond.
+    say: prints the one warning where the events cannot be written.
     """
     from deepspeed import comm
     from deepspeed.monitor.config import get_monitor_config
     from deepspeed.monitor.monitor import MonitorMaster
 
+    from prelora_ds.engine.monitor import EnduringMonitor
+
     if comm.get_rank() != 0:
         return None
-    resumed = (folder / "tensorboard").is_dir()
-    tensorboard = {"enabled": True, "output_path": str(folder), "job_name": "tensorboard"}
-    monitor = MonitorMaster(get_monitor_config({"tensorboard": tensorboard}))
-    if resumed:
-        old = monitor.tb_monitor.summary_writer
-        old.close()
-        monitor.tb_monitor.summary_writer = type(old)(log_dir=old.log_dir, purge_step=after_samples + 1)
-    return monitor
+
+    def make() -> MonitorMaster:
+        resumed = (folder / "tensorboard").is_dir()
+        tensorboard = {"enabled": True, "output_path": str(folder), "job_name": "tensorboard"}
+        monitor = MonitorMaster(get_monitor_config({"tensorboard": tensorboard}))
+        if resumed:
+            old = monitor.tb_monitor.summary_writer
+            old.close()
+            monitor.tb_monitor.summary_writer = type(old)(log_dir=old.log_dir, purge_step=after_samples + 1)
+        return monitor
+
+    return EnduringMonitor(make, say)
 
 
 def on_rank_0(decide: Callable[[], T]) -> T:

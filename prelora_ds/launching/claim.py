@@ -20,11 +20,12 @@ from prelora_ds.checkpoints.folder import (
 )
 from prelora_ds.checkpoints.resume import ORIGIN, candidates, origin_of
 from prelora_ds.configuring import dump_yaml, read_settings, validate
+from prelora_ds.core.classes import classes_of, difference
 from prelora_ds.core.config import Config
-from prelora_ds.core.errors import ConfigError
+from prelora_ds.core.errors import ConfigError, cannot_write
 from prelora_ds.core.resuming import differences, may_differ, what_binds
 from prelora_ds.launching.lease import NAME, Lease
-from prelora_ds.metrics import read_lines
+from prelora_ds.metrics import check_logs, read_lines
 from prelora_ds.overrides import as_override
 
 CONFIG = "config.yaml"
@@ -42,13 +43,17 @@ class Claim:
     origin: str | None
 
 
-def claim_output(folder: Path, config: Config, resume: str, data: Mapping[str, str], *,
-                 steps: int) -> Claim:
+def claim_output(folder: Path, config: Config, resume: str, data: Mapping[str, str],
+                 classes: Sequence[str] = (), *, steps: int) -> Claim:
     """Take the output folder for this job and write config.yaml into it; by rank 0, before anything expensive.
 
-    data: what tells the data sets from others, by key. steps: those of the whole run.
-    Raises LaunchError when a living job has the folder, ConfigError when it holds something else
-    than this run, unfinished, or cannot be written; then nothing in it has changed.
+    data: what tells the data sets from others, by key.
+    classes: theirs; none where they are not known.
+    steps: those of the whole run.
+
+    Raises LaunchError when a living job has the folder, an error of exit code 75 when its disk is
+    full, and ConfigError when it holds something else than this run, unfinished, or cannot be
+    written; then nothing in it has changed.
     """
     with _writing(folder), ExitStack() as refused:
         if folder.exists() and not folder.is_dir():
@@ -58,6 +63,7 @@ def claim_output(folder: Path, config: Config, resume: str, data: Mapping[str, s
         lease = Lease(folder).take()
         refused.callback(lease.release)
         begun = _check_folder(folder, config, resume)
+        check_logs(folder)
         sources = candidates(folder, resume)
         new_run = bool(sources) and root_of(sources[0].resolve()) != (folder / FOLDER).resolve()
         origin = None if resume in ("auto", "never") else str(Path(resume).resolve())
@@ -66,7 +72,7 @@ def claim_output(folder: Path, config: Config, resume: str, data: Mapping[str, s
                               "choose another run.output_dir")
         if begun and (new_run or not sources):
             _check_not_lost(folder)
-        _check_sources(sources, config, data, new_run=new_run, steps=steps)
+        _check_sources(sources, config, data, classes, new_run=new_run, steps=steps)
         discard_partial(folder / FOLDER)
         if not begun:
             (folder / SAVED).unlink(missing_ok=True)
@@ -84,8 +90,7 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as exc:
-        raise ConfigError("run.output_dir", str(folder), f"cannot be written ({exc.strerror})",
-                          "choose a folder that you may write to") from exc
+        raise cannot_write("run.output_dir", str(folder), exc) from exc
 
 
 def _check_folder(folder: Path, config: Config, resume: str) -> bool:
@@ -119,15 +124,17 @@ def _check_not_lost(folder: Path) -> None:
                           "choose another run.output_dir")
 
 
-def _check_sources(sources: Sequence[Path], config: Config, data: Mapping[str, str], *,
-                   new_run: bool, steps: int) -> None:
-    """Hold settings and data against those of the newest checkpoint that can be read; the others are told when loaded.
+def _check_sources(sources: Sequence[Path], config: Config, data: Mapping[str, str],
+                   classes: Sequence[str], *, new_run: bool, steps: int) -> None:
+    """Hold settings, classes and data against those of the newest checkpoint that can be read.
 
-    A new run may have other data, and has to last longer than to its checkpoint."""
+    The others are told when they are loaded. A new run may have other data, but of the same classes:
+    the head of the checkpoint has a row for each. It has to last longer than to its checkpoint.
+    """
     for source in sources:
         try:
             state = read_run_state(source)
-            before, trained_on = state["config"], dict(state["data"])
+            before, trained_on, known = state["config"], dict(state["data"]), classes_of(state)
             step = int(state["run"]["step"])
         except (BrokenCheckpointError, KeyError, TypeError, ValueError):
             continue
@@ -135,6 +142,11 @@ def _check_sources(sources: Sequence[Path], config: Config, data: Mapping[str, s
             continue
         _same(_stored(before, config, source, new_run=new_run), config, source, new_run=new_run,
               checkpoint=source)
+        whose = f"the checkpoint {source}"
+        if classes and known and (problem := difference(classes, known, whose)):
+            raise ConfigError("data.train", config.data.train, problem,
+                              "name data of the classes that the checkpoint was trained on, or begin "
+                              "without it in another run.output_dir")
         if new_run and step >= steps:
             raise ConfigError("train.duration", str(config.train.duration),
                               f"ends the run after step {steps}, and the checkpoint {source} is of "
@@ -152,12 +164,7 @@ def _check_sources(sources: Sequence[Path], config: Config, data: Mapping[str, s
 def is_finished(folder: Path) -> bool:
     """Whether the run in ``folder`` came to its end. Raises ConfigError when its log is damaged."""
     plans = folder / "plans.jsonl"
-    try:
-        return plans.is_file() and any(row["event"] == "end" for row in read_lines(plans))
-    except (ValueError, KeyError, TypeError) as exc:
-        raise ConfigError("run.output_dir", str(folder),
-                          f"{plans.name} is not the log of a run: {exc!r}",
-                          "put the log back, or choose another run.output_dir") from exc
+    return plans.is_file() and any(row.get("event") == "end" for row in read_lines(plans))
 
 
 def _stored(values: Mapping[str, Any], config: Config, where: Path, *,

@@ -85,6 +85,7 @@ def supervise(command: Annotated[list[str], typer.Argument(help="-- LAUNCHER ...
         return latest.read_text() if latest.is_file() else ""
 
     check_world(config, sum(host.slots for host in hosts[:nodes]))
+    outlive_streams()  # a full disk under its output must not end the run that it watches
     supervisor = Supervisor(command, hosts, out.with_name(out.name + ".supervise"), policy, progress, fits,
                             lambda text: print(f"supervise: {text}", flush=True))
 
@@ -94,7 +95,6 @@ def supervise(command: Annotated[list[str], typer.Argument(help="-- LAUNCHER ...
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as of `nohup`
             signal.signal(number, ask_to_stop)
-    outlive_streams()  # a reader of the log that ends shall not end the run
     code = supervisor.run()
     if code:
         raise typer.Exit(code)

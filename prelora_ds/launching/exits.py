@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -15,9 +16,11 @@ from typing import Any, NoReturn, TextIO
 from prelora_ds.core.errors import (
     INTERRUPTED_EXIT_CODE,
     STOPPED_EXIT_CODE,
+    TRY_AGAIN_EXIT_CODE,
     ExpectedError,
     RefusedError,
     Stopped,
+    is_disk_fault,
 )
 from prelora_ds.launching.ranks import Ranks
 
@@ -44,32 +47,34 @@ def stopped(why: Stopped, ranks: Ranks) -> NoReturn:
 
 
 def outlive_streams() -> None:
-    """Let standard output and error drop what cannot be written.
+    """Let a standard stream swallow what it cannot write.
 
-    No checkpoint may be lost to a line of text.
-
-    A stream cannot be written when its reader is gone (a launcher that is ended closes the pipe
-    before its ranks have saved), when its disk is full, or when its terminal is closed.
-
-    A stream that is closed from the start is opened on /dev/null, before a file of the run can get
-    its descriptor.
+    A run must not end because its reader is gone, its disk is full, or it was never open. The first
+    loss of a stream that has a reader is told on the other stream.
     """
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
-    for name, number in (("stdout", 1), ("stderr", 2)):
-        stream = getattr(sys, name)
-        if stream is None:  # Python found it closed
-            stream = open(number, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
-            setattr(sys, f"__{name}__", stream)
-        setattr(sys, name, _Outliving(stream))
+    for descriptor in (0, 1, 2):
+        _open_if_closed(descriptor)
+    out, err = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
+    sys.stdout = _Outliving(out, "standard output", err)  # type: ignore[assignment]
+    sys.stderr = _Outliving(err, "standard error", out)  # type: ignore[assignment]
+
+
+def _open_if_closed(descriptor: int) -> None:
+    """Keep a later file from getting the number: what is printed would be written into it."""
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        os.dup2(nowhere, descriptor)  # also makes it inheritable
+        if nowhere != descriptor:
+            os.close(nowhere)
 
 
 class _Outliving:
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    def __init__(self, stream: TextIO, name: str, other: TextIO) -> None:
+        self._stream, self._name, self._other = stream, name, other
+        # For a terminal without UTF-8.
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -86,24 +91,47 @@ class _Outliving:
     def _try(self, act: Callable[[], int | None]) -> int | None:
         try:
             return act()
-        except OSError as error:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())  # what is still buffered, and what C code writes, goes there too
-            os.close(nowhere)
-            if not isinstance(error, BrokenPipeError) and sys.stderr is not self:
-                print(f"warning: {self._stream.name} cannot be written ({error.strerror}): what the "
-                      "run prints there is lost from here on", file=sys.stderr, flush=True)
+        except OSError as exc:
+            self._lose(exc)
             return None
+
+    def _lose(self, error: OSError) -> None:
+        """Drop what is buffered. A disk may have room later; a pipe never has a reader again."""
+        own, nowhere = self._stream.fileno(), os.open(os.devnull, os.O_WRONLY)
+        kept = None if isinstance(error, BrokenPipeError) else os.dup(own)
+        os.dup2(nowhere, own)  # what C code writes to a dead pipe goes there too
+        os.close(nowhere)
+        self._stream.flush()
+        if kept is None:
+            return
+        os.dup2(kept, own)
+        os.close(kept)
+        name, self._name = self._name, ""
+        if name:
+            with contextlib.suppress(OSError):
+                print(f"warning: {name} cannot be written ({error.strerror}); its text is lost",
+                      file=self._other, flush=True)
 
 
 @contextmanager
 def one_message() -> Iterator[None]:
-    """For a command of one process: an ExpectedError is a line and its exit code, not a traceback."""
+    """For a command of one process: an ExpectedError is a line and its exit code, not a traceback.
+
+    So is a disk that fails, also under the standard output.
+    """
     try:
         yield
     except ExpectedError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if not is_disk_fault(error):
+            raise
+        # What is left of the output would fail once more at the exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        print(f"error: {error}\n"
+              "  remedy: make room, or repair the disk; then give the same command again", file=sys.stderr)
+        sys.exit(TRY_AGAIN_EXIT_CODE)
 
 
 def fail(error: ExpectedError, ranks: Ranks) -> NoReturn:
@@ -132,8 +160,15 @@ def _wait_for_the_launcher(seconds: float) -> None:
     time.sleep(seconds)
 
 
+def crash_code(error: Exception) -> int:
+    """The exit code of a rank that ``error`` ends: 75 for a fault of its disk, which may pass, else 1."""
+    return TRY_AGAIN_EXIT_CODE if is_disk_fault(error) else 1
+
+
 def crash(ranks: Ranks, error: Exception, *, ending: bool = False) -> NoReturn:
-    """Print ``error`` with rank and host, and end at once with 1; a rank that lost another keeps still for a while.
+    """Print ``error`` with rank and host, and end at once with `crash_code`.
+
+    A rank that lost another keeps still for a while.
 
     The rank that began it says what it was. The others only felt it, and the launcher ends them; where it does not, a
     line of theirs is all that is left of a host that went down. ending: whether the launcher has sent its signal
@@ -148,8 +183,12 @@ def crash(ranks: Ranks, error: Exception, *, ending: bool = False) -> NoReturn:
         _wait_for_the_launcher(ECHO_GRACE_S)
         said = (f"{here} lost the connection to another rank ({str(error).splitlines()[0]})\n"
                 "  remedy: look for the first error of another rank, or for a host that went down")
+    elif crash_code(error) == TRY_AGAIN_EXIT_CODE:
+        said = (f"{here} could not use its disk: {error}\n"
+                "  remedy: make room there, or repair it; the same command resumes from the newest "
+                "checkpoint")
     else:
         said = f"{here} failed\n{''.join(traceback.format_exception(error))}"
     print(f"error: {said}", file=sys.stderr, flush=True)
     sys.stdout.flush()
-    os._exit(1)
+    os._exit(crash_code(error))

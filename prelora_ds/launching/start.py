@@ -71,7 +71,8 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
             timeline = Timeline(samples_per_epoch(config, len(train_data)),
                                 config.train.global_batch_size, config.train.duration)
             claim = claim_output(Path(config.run.output_dir), config, resume,
-                                 identity(train_data, val_data), steps=timeline.total_steps)
+                                 identity(train_data, val_data), train_data.classes,
+                                 steps=timeline.total_steps)
             sources, origin = claim.sources, claim.origin
     try:
         if claim is not None:
@@ -83,13 +84,12 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
         hosts = call_the_roll(ranks, make_of(dump_yaml(config)), os.environ, config.launch.timeout_s, give_up)
         guard.beat()
         init_process_group()
-        from prelora_ds.reporting.table import print_report
         from prelora_ds.train import train
 
         try:
             train(config, train_data, val_data, hosts, sources=sources, origin=origin, stop=stop, guard=guard)
             if ranks.rank == 0:
-                print_report(Path(config.run.output_dir))
+                report_if_possible(Path(config.run.output_dir))
             watch.mark("DONE")
         except Stopped as why:
             guard.look()  # another rank may have seen it first
@@ -132,6 +132,16 @@ def warn_of_a_short_run(config: Config, timeline: Timeline) -> None:
     if warmup > timeline.total_steps:
         print(f"warning: optimizer.warmup = {config.optimizer.warmup} takes {warmup} steps, and the run has "
               f"{timeline.total_steps}: the rate never reaches optimizer.lr", flush=True)
+
+
+def report_if_possible(out: Path) -> None:
+    """Print the table of a run that has ended well, also where its logs are damaged or gone."""
+    from prelora_ds.reporting.table import print_report
+
+    try:
+        print_report(out)
+    except ConfigError as error:
+        print(f"warning: there is no report: {error}", flush=True)
 
 
 def check_families(config: Config, num_labels: int) -> Layout:

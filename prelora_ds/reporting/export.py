@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from prelora_ds.checkpoints.folder import sync_folder
+from prelora_ds.core.classes import unnamed
 from prelora_ds.core.config import Config
+from prelora_ds.core.errors import NotSavedError, is_disk_fault
 from prelora_ds.core.plan import Layout, Plan
 from prelora_ds.engine.build import Engine
 from prelora_ds.engine.release import release
@@ -20,12 +26,15 @@ from prelora_ds.model.adapters import merged_weight
 from prelora_ds.model.vit import build_model
 
 
-def export_model(engine: Engine, folder: Path) -> None:
+def export_model(engine: Engine, folder: Path, classes: Sequence[str] | None = None) -> None:
     """Write ``engine``'s model to ``folder`` and end the engine. Collective; rank 0 writes.
 
     A ViT becomes a folder for ``ViTForImageClassification.from_pretrained``; any other module model.safetensors (its
     own names) and factory.json. What trained is written from the fp32 masters; a frozen weight as the BF16 value that
     the adapters were trained on, to which s*B*A is added in fp32. Appears whole or not at all.
+
+    classes: the names of the labels, which go into the folder; None where they are not known.
+    Raises NotSavedError, on all ranks, when the folder cannot be written.
     """
     kept = set(engine.module.state_dict())  # a buffer may be no part of a module's state
     device, state = engine.ds.device, export_state(engine.ds)
@@ -35,10 +44,18 @@ def export_model(engine: Engine, folder: Path) -> None:
         full = assemble(state, name, "value", shape, device)
         if dist.get_rank() == 0:
             values[name] = full.cpu()
+    failure: list[NotSavedError | None] = [None]
     if dist.get_rank() == 0:
         buffers = {name: buffer for name, buffer in state.buffers.items() if name in kept}
-        write_model(merge(values, engine.plan, engine.layout) | buffers, engine.config, engine.num_labels, folder)
-    dist.barrier()
+        try:
+            with whole_folder(folder) as partial:
+                write_model(merge(values, engine.plan, engine.layout) | buffers, engine.config,
+                            classes or unnamed(engine.num_labels), partial)
+        except NotSavedError as error:
+            failure = [error]
+    dist.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        raise failure[0]
 
 
 def merge(values: Mapping[str, torch.Tensor], plan: Plan, layout: Layout) -> dict[str, torch.Tensor]:
@@ -50,20 +67,68 @@ def merge(values: Mapping[str, torch.Tensor], plan: Plan, layout: Layout) -> dic
     return merged
 
 
-def write_model(weights: Mapping[str, torch.Tensor], config: Config, num_labels: int, folder: Path) -> None:
-    """Write the model of ``weights``, fp32, to ``folder``: whole or not at all."""
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes ``folder`` at the end, whole and on disk.
+
+    It replaces a folder that is there. Raises NotSavedError when the file system refuses it; then
+    nothing of it is left, and ``folder`` is as it was.
+    """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for path in partial.rglob("*"):
+            if path.is_file():
+                _sync_file(path)
+        # It is of this run, if the run was cut off right here and resumed.
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+        sync_folder(folder.parent)
+    except (OSError, SafetensorError, RuntimeError) as exc:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(exc, RuntimeError) and not is_disk_fault(exc):
+            raise
+        raise NotSavedError(
+            f"the model could not be written to {folder}: {exc}\n"
+            "  remedy: make room there and give the same command again; the checkpoints are as they "
+            "were"
+        ) from exc
+
+
+def write_model(
+    weights: Mapping[str, torch.Tensor], config: Config, classes: Sequence[str], folder: Path
+) -> None:
+    """Write the model of ``weights``, fp32, into the existing ``folder``. Raises OSError or SafetensorError."""
     if config.model.factory is None:
         with torch.device("meta"):
-            model = build_model(config.model, num_labels)
+            model = build_model(config.model, len(classes))
         model.config.eval_crop = config.data.crop  # how `prelora evaluate` prepares images
+        model.config.id2label = dict(enumerate(classes))
+        model.config.label2id = {name: label for label, name in enumerate(classes)}
         model.load_state_dict(weights, assign=True)
-        model.save_pretrained(partial)
+        model.save_pretrained(folder)
     else:
-        save_file({name: t.contiguous() for name, t in weights.items()}, partial / "model.safetensors")
-        (partial / "factory.json").write_text(json.dumps(
-            {"factory": config.model.factory, "args": config.model.factory_args, "num_labels": num_labels}, indent=2))
-    shutil.rmtree(folder, ignore_errors=True)  # of this run, if it was cut off right here and resumed
-    partial.rename(folder)
+        save_file(
+            {name: t.contiguous() for name, t in weights.items()}, folder / "model.safetensors"
+        )
+        (folder / "factory.json").write_text(
+            json.dumps(
+                {
+                    "factory": config.model.factory,
+                    "args": config.model.factory_args,
+                    "num_labels": len(classes),
+                    "classes": list(classes),
+                },
+                indent=2,
+            )
+        )
+
+
+def _sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -28,6 +28,7 @@ from prelora_ds.model.families import find_layout
 from prelora_ds.model.vit import build_model
 
 IMAGENET_IMAGES, IMAGENET_LABELS = 1_281_167, 1000
+ASSUMED = "assumed, as of ImageNet-1k: data.train has no manifest here"
 OWNERS = ("weights", "gradients", "masters", "moments", "buckets", "activations")
 NOTES = (
     "all figures are predicted; bytes are of one rank: states at the end of backward, activations when it begins",
@@ -58,10 +59,13 @@ def predict_run(config: Config, cluster: Cluster, *, walltime_s: float | None = 
                 mean_rank: int = 30, calibration: Path | None = None) -> dict[str, Any]:
     """Bytes, step and epoch seconds per ZeRO stage and phase, and hours and jobs of the run, as JSON.
 
-    ``images`` and the number of classes come from the manifest in ``data.train`` where there is one, else they are
-    ImageNet-1k's; every adapter has ``mean_rank``. Seconds and what fits are None where nothing is known of the
-    machine. Raises ConfigError for a batch that does not divide, an unknown GPU, a bad calibration, or a model that is
-    no ViT.
+    ``images`` and the number of classes come from the manifest in ``data.train`` where there is one,
+    for shards without one from `data.samples_per_epoch` and ``data.val``; else they are ImageNet-1k's.
+    ``images_from`` and ``labels_from`` of the result tell which. Every adapter has ``mean_rank``.
+    Seconds and what fits are None where nothing is known of the machine.
+
+    Raises ConfigError for a batch that does not divide, an unknown GPU, a bad calibration, or a model
+    that is not a ViT.
     """
     if config.model.factory is not None:
         raise ConfigError("model.factory", config.model.factory, "only the costs of the ViT are known",
@@ -69,9 +73,7 @@ def predict_run(config: Config, cluster: Cluster, *, walltime_s: float | None = 
     world = cluster.world_size
     check_world(config, world)
     rates, memory_gib = _machine(cluster, calibration)
-    found = Manifest.load(config.data.train) if (Path(config.data.train) / MANIFEST_NAME).is_file() else None
-    images = images or (len(found) if found else IMAGENET_IMAGES)
-    labels = len(found.classes) if found else IMAGENET_LABELS
+    images, images_from, labels, labels_from = _data(config, images)
     with torch.device("meta"):
         layout = find_layout(build_model(config.model, labels), config.lora.families)
     accum = config.grad_accum_steps(world)
@@ -84,9 +86,26 @@ def predict_run(config: Config, cluster: Cluster, *, walltime_s: float | None = 
         if rates is not None:
             runs.append(_run(config, zero, own, timeline, walltime_s))
     return {"predicted": True, "recipe": config.run.name, **asdict(cluster), "world_size": world, "images": images,
-            "labels": labels, "mean_rank": mean_rank, "micro_batch_size": config.train.micro_batch_size,
-            "grad_accum_steps": accum, "walltime_s": walltime_s, "memory_gib": memory_gib,
+            "images_from": images_from, "labels": labels, "labels_from": labels_from, "mean_rank": mean_rank,
+            "micro_batch_size": config.train.micro_batch_size, "grad_accum_steps": accum,
+            "walltime_s": walltime_s, "memory_gib": memory_gib,
             "rates": rates and asdict(rates), "rows": rows, "runs": runs, "notes": list(NOTES)}
+
+
+def _data(config: Config, images: int | None) -> tuple[int, str, int, str]:
+    """Images of an epoch and number of classes, each with where it is from, in words."""
+    data, number_from, labels, labels_from = config.data, "--images", IMAGENET_LABELS, ASSUMED
+    if images is None:
+        images, number_from = IMAGENET_IMAGES, ASSUMED
+        if data.samples_per_epoch is not None:
+            images, number_from = data.samples_per_epoch, "data.samples_per_epoch"
+    for key, folder in (("data.val", data.val), ("data.train", data.train)):  # the latter counts
+        if (Path(folder) / MANIFEST_NAME).is_file():
+            found = Manifest.load(folder, key)
+            labels, labels_from = len(found.classes), f"{key} = {folder}"
+            if key == "data.train" and number_from == ASSUMED:
+                images, number_from = len(found), labels_from
+    return images, number_from, labels, labels_from
 
 
 def fastest_images_per_s(config: Config, ranks_per_host: int, world_size: int, gpu: str | None) -> float | None:
@@ -130,6 +149,9 @@ def print_plan(result: dict[str, Any], console: Console | None = None) -> None:
     for run in result["runs"]:
         console.print(f"ZeRO {_stage(run)}: " + "; ".join(_sentence(name, run[name]) for name in ("earliest", "never")
                                                           if run[name]), highlight=False)
+    for line in (f"images of an epoch: {result['images']:,} ({result['images_from']})",
+                 f"classes: {result['labels']:,} ({result['labels_from']})"):
+        console.print(line, highlight=False, markup=False)
     rates = result["rates"]
     source = rates["source"] if rates else "nothing is known of this machine: calibrate it (prelora_ds.calibrate)"
     for line in (f"time: {source}", *result["notes"]):

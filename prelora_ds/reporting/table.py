@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
@@ -14,64 +13,126 @@ from rich.table import Table
 
 from prelora_ds.core.errors import ConfigError
 from prelora_ds.metrics import read_lines
-
-OWNERS = ("weights", "gradients", "masters", "moments")
+from prelora_ds.reporting.records import (
+    OWNERS,
+    Accuracy,
+    Bytes,
+    End,
+    Event,
+    Resume,
+    Started,
+    Step,
+    parse_events,
+    parse_steps,
+    read_accuracy,
+)
 
 
 def phase_rows(folder: Path) -> list[dict[str, Any]]:
-    """One row a phase of the run in ``folder``: epochs, steps, trainable parameters, bytes, step time, loss, accuracy,
-    and why it began. Raises ConfigError when there is no run."""
-    if not (folder / "metrics.jsonl").is_file() or not (folder / "plans.jsonl").is_file():
+    """One row per phase of the run in ``folder``: epochs, steps, trainable parameters, bytes, step time, loss,
+    accuracy, and why it began. Raises ConfigError when there is no run, or its logs cannot be understood."""
+    return _rows(*_read(folder))
+
+
+def _read(folder: Path) -> tuple[list[Step], list[Event]]:
+    metrics, plans = folder / "metrics.jsonl", folder / "plans.jsonl"
+    if not metrics.is_file() or not plans.is_file():
         raise ConfigError("OUTPUT", str(folder), "holds no run", "name the run.output_dir of a run")
-    steps, events = read_lines(folder / "metrics.jsonl"), read_lines(folder / "plans.jsonl")
+    steps = parse_steps(read_lines(metrics), metrics)
+    events = parse_events(read_lines(plans), plans)
     if not steps:
-        raise ConfigError("OUTPUT", str(folder), "holds a run that ended before its first logged step", "run it again")
-    plans = [e for e in events if e["event"] == "plan"]
-    rows, begun = [], events[0]["step"] if events[0]["event"] == "resume" else 0  # by a run that this one goes on from
-    epochs_a_step = steps[-1]["epoch"] / steps[-1]["step"]
+        raise ConfigError("OUTPUT", str(folder), "holds a run that has not logged a step",
+                          "ask again when it has, or run it again if it has ended")
+    if not any(isinstance(event, Started) for event in events):
+        raise ConfigError("OUTPUT", str(folder), "its plans.jsonl does not tell when a phase began",
+                          "restore that file; checkpoints and the model do not depend on it")
+    return steps, events
+
+
+def _rows(steps: Sequence[Step], events: Sequence[Event]) -> list[dict[str, Any]]:
+    plans = [event for event in events if isinstance(event, Started)]
+    # By a run that this one continues.
+    begun = events[0].step if isinstance(events[0], Resume) else 0
+    epochs_per_step = steps[-1].epoch / steps[-1].step
+    rows = []
     for i, plan in enumerate(plans):
-        before = max(plan["step"], begun)
-        last = plans[i + 1]["step"] if i + 1 < len(plans) else steps[-1]["step"]
-        own = [s for s in steps if plan["step"] < s["step"] <= last and "train/loss" in s]
-        measured = next((e for e in events if e["event"] == "bytes" and plan["step"] < e["step"] <= last), None)
-        evaluated = [s["val/acc1"] for s in own if "val/acc1" in s]
-        rows.append({
-            "phase": plan["phase"], "first_step": before + 1, "last_step": last,
-            "epochs": (own[-1]["step"] - before) * epochs_a_step if own else 0.0,
-            "trainable_parameters": plan["trainable_parameters"],
-            "predicted": measured and measured["predicted"], "measured": measured and measured["measured"],
-            "step_s": median(s["step_s"] for s in own) if own else None,
-            "data_s": median(s["data_s"] for s in own) if own else None,
-            "loss": own[-1]["train/loss"] if own else None, "acc1": evaluated[-1] if evaluated else None,
-            "reason": plan["reason"], "switch": plan["switch"],
-        })
+        before = max(plan.step, begun)
+        last = plans[i + 1].step if i + 1 < len(plans) else steps[-1].step
+        own = [s for s in steps if plan.step < s.step <= last]
+        trained = [s for s in own if s.step_s is not None]
+        measured = next(
+            (e for e in events if isinstance(e, Bytes) and plan.step < e.step <= last), None
+        )
+        evaluated = [s.acc1 for s in own if s.acc1 is not None]
+        rows.append(
+            {
+                "phase": plan.phase,
+                "first_step": before + 1,
+                "last_step": last,
+                "epochs": (own[-1].step - before) * epochs_per_step if own else 0.0,
+                "trainable_parameters": plan.trainable_parameters,
+                "predicted": measured and measured.predicted,
+                "measured": measured and measured.measured,
+                "step_s": median(s.step_s for s in trained) if trained else None,
+                "data_s": median(s.data_s or 0.0 for s in trained) if trained else None,
+                "loss": trained[-1].loss if trained else None,
+                "acc1": evaluated[-1] if evaluated else None,
+                "reason": plan.reason,
+                "switch_s": None if plan.switch is None else plan.switch.seconds,
+            }
+        )
     return rows
 
 
 def print_report(folder: Path, console: Console | None = None) -> None:
-    """Print the table of the run in ``folder``: bytes of rank 0 at the end of a backward pass, predicted / measured."""
+    """Print the table of the run in ``folder``: bytes of rank 0 at the end of a backward pass, predicted / measured.
+
+    Raises ConfigError as `phase_rows` does, and for a model/accuracy.json that cannot be understood.
+    """
     console = console or Console(width=132)
-    rows = phase_rows(folder)
+    steps, events = _read(folder)
+    rows = _rows(steps, events)
+    notes = [*_notes(rows, events), *_accuracy_note(folder, events)]
     table = Table(title=f"{escape(str(folder))}: bytes per rank at the end of a backward pass, predicted / measured")
     for column in ("", *(row["phase"] for row in rows)):
-        table.add_column(column, justify="left" if not column else "right")
+        table.add_column(escape(column), justify="left" if not column else "right")
     for label, cells in _lines(rows):
         table.add_row(label, *cells)
     console.print(table)
-    for line in _notes(folder, rows):
+    for line in notes:
         console.print(line, highlight=False, markup=False)
 
 
-def _notes(folder: Path, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+def _notes(rows: Sequence[dict[str, Any]], events: Sequence[Event]) -> Iterator[str]:
     for row in rows:
-        switch = f" (switch: {row['switch']['seconds']:.1f} s)" if row["switch"] else ""
+        switch = "" if row["switch_s"] is None else f" (switch: {row['switch_s']:.1f} s)"
         yield f"{row['phase']} from step {row['first_step']}: {row['reason']}{switch}"
-    for end in (e for e in read_lines(folder / "plans.jsonl") if e["event"] == "end"):
-        yield f"peak resident memory of a rank: {max(end['peak_rss_bytes']) / 2**30:.2f} GiB"
-    accuracy = folder / "model" / "accuracy.json"
-    if accuracy.is_file():
-        result = json.loads(accuracy.read_text())
-        yield f"exported model: {result['correct']} of {result['samples']} right, {result['acc1']:.2%}"
+    for end in events:
+        if isinstance(end, End):
+            yield f"peak resident memory of a rank: {max(end.peak_rss_bytes) / 2**30:.2f} GiB"
+
+
+def _accuracy_note(folder: Path, events: Sequence[Event]) -> Iterator[str]:
+    """What `prelora evaluate` found last, and on which data."""
+    path = folder / "model" / "accuracy.json"
+    if not path.is_file():
+        return
+    result = read_accuracy(path)
+    own = next(
+        (end.data["data.val"] for end in events if isinstance(end, End) and "data.val" in end.data),
+        None,
+    )
+    yield (f"exported model{_data_of(result, own)}: {result.correct} of {result.samples} right, "
+           f"{result.correct / result.samples:.2%}")
+
+
+def _data_of(result: Accuracy, own: str | None) -> str:
+    if result.data is None:
+        return " on data that are not named"
+    if None in (result.identity, own):
+        return f" on {result.data}"
+    whose = "the run's data.val" if result.identity == own else "which is not the run's data.val"
+    return f" on {result.data}, {whose}"
 
 
 def _lines(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[str]]]:

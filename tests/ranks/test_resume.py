@@ -406,7 +406,7 @@ def open_with_deepspeed(run, out):
 
     folder = export_checkpoint(Path(run), Path(out), "deepspeed")
     config = load_config(Path(run) / "config.yaml",
-                         ["train.micro_batch_size=64", "deepspeed.zero_optimization.stage=1"])
+                         ["train.micro_batch_size=64", "deepspeed.zero_optimization.stage=2"])
     module = build_model(config.model, 10)
     layout = find_layout(module, config.lora.families)
     found, zeros = read_checkpoint(folder, layout, 0, 1), read_checkpoint(folder, layout, 0, 1)
@@ -435,7 +435,7 @@ def test_an_export_that_cannot_be_is_told(stopped, tmp_path, capsys):
     full = stopped[0] / "checkpoints/step-00000003"
     with pytest.raises(ConfigError, match="is of phase full, which has no adapters\n  remedy: choose hf"):
         export_checkpoint(full, tmp_path / "out", "peft")
-    with pytest.raises(ConfigError, match="is no format"):
+    with pytest.raises(ConfigError, match="is not a format"):
         export_checkpoint(full, tmp_path / "out", "onnx")
     with pytest.raises(ConfigError, match=r"OUT = .* exists"):
         export_checkpoint(full, tmp_path, "hf")

@@ -115,7 +115,8 @@ def plant(place: str, call: int, delay: float, signal: int = signal.SIGKILL) -> 
         if calls[0] == call:
             if delay == 0:
                 os.kill(os.getpid(), signal)
-            threading.Thread(target=die, daemon=True).start()
+            else:
+                threading.Thread(target=die, daemon=True).start()
         return real(*args, **kwargs)
 
     setattr(owner, name, wrapper)

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from prelora_ds import cli
+from prelora_ds.checkpoints.folder import CheckpointManifest, FileRecord, commit, step_folder
 
 
 def prelora(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -68,6 +69,68 @@ def test_a_report_ends_well(
     assert "4,321" in out
     assert "2.5000" in out
     assert "full from step 1: training begins" in out
+
+
+RUN = {"metrics.jsonl": {"step": 1, "epoch": 0.5, "train/loss": 2.5, "step_s": 0.25, "data_s": 0.0},
+       "plans.jsonl": {"event": "plan", "step": 0, "phase": "full", "reason": "training begins",
+                       "trainable_parameters": 4321, "switch": None}}
+
+
+def test_an_output_that_cannot_be_written_is_one_message_and_75(tmp_path: Path) -> None:
+    for name, row in RUN.items():
+        (tmp_path / name).write_text(json.dumps(row) + "\n")
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "prelora_ds.cli", "report", tmp_path],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert ended.returncode == 75
+    assert ended.stderr.startswith("error: [Errno 28] No space left on device\n  remedy: ")
+    assert len(ended.stderr.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"garbage\n", b"\xff\xfe\n", b"{}\n", b"[1]\n", b"\0" * 99]
+)
+def test_a_report_on_logs_that_are_empty_or_garbage_is_one_message(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    content: bytes,
+) -> None:
+    for damaged in RUN:
+        for name, row in RUN.items():
+            (tmp_path / name).write_text(json.dumps(row) + "\n")
+        (tmp_path / damaged).write_bytes(content)
+        assert prelora(monkeypatch, "report", tmp_path) == 2
+        out, err = capsys.readouterr()
+        assert (out, err.count("error: "), err.count("remedy: ")) == (
+            "",
+            1,
+            1,
+        ) and "Traceback" not in err
+
+
+def test_checkpoints_of_which_one_is_broken_end_with_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for step in (1, 2):
+        partial = tmp_path / f"checkpoints/.{step}.partial"
+        partial.mkdir(parents=True)
+        (partial / "state.json").write_text("{}")
+        manifest = CheckpointManifest(
+            1, 2, "full", {"state.json": FileRecord.of(partial / "state.json")}, step
+        )
+        commit(partial, step_folder(tmp_path / "checkpoints", step), manifest)
+    assert prelora(monkeypatch, "checkpoints", tmp_path) == 0
+    (tmp_path / "checkpoints/step-00000002/state.json").unlink()
+    capsys.readouterr()
+    assert prelora(monkeypatch, "checkpoints", tmp_path) == 1
+    broken, whole = capsys.readouterr().out.splitlines()
+    assert "BROKEN" in broken and "verified" in whole
 
 
 def test_the_tools_start_without_torch_and_deepspeed() -> None:

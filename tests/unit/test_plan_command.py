@@ -80,6 +80,43 @@ def test_a_baseline_has_one_phase_and_its_data_their_own_size(planned: Any, tmp_
     assert all(run["earliest"] is None and run["never"]["jobs"] is None for run in result["runs"])
 
 
+def test_it_says_which_images_and_classes_it_assumed(
+    planned: Any, capsys: pytest.CaptureFixture[str], shards: Path
+) -> None:
+    assumed = "(assumed, as of ImageNet-1k: data.train has no manifest here)"
+    planned(*SMALL)
+    out = capsys.readouterr().out
+    assert f"images of an epoch: 1,281,167 {assumed}" in out and f"classes: 1,000 {assumed}" in out
+    planned(*SMALL, f"data.train={shards / 'train'}")
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"images of an epoch: 1,437 (data.train = {shards / 'train'})" in out
+    assert f"classes: 10 (data.train = {shards / 'train'})" in out and "assumed," not in out
+    planned(*SMALL, "--images", 1000)
+    assert "images of an epoch: 1,000 (--images)" in capsys.readouterr().out
+
+
+def test_shards_without_a_manifest_have_the_images_that_the_recipe_tells(
+    planned: Any, shards: Path
+) -> None:
+    result = planned(
+        *SMALL,
+        "data.reader=webdataset",
+        "data.samples_per_epoch=5000",
+        f"data.val={shards / 'val'}",
+    )
+    assert (result["images"], result["images_from"]) == (5000, "data.samples_per_epoch")
+    assert (result["labels"], result["labels_from"]) == (10, f"data.val = {shards / 'val'}")
+
+
+def test_figures_that_cannot_be_kept_are_one_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert plan(monkeypatch, *SMALL, "--json", tmp_path / "none/plan.json") == 2
+    assert "--json = " in capsys.readouterr().err
+    assert plan(monkeypatch, *SMALL, "--json", "/dev/full/plan.json") == 2
+    assert "cannot be written (Not a directory)" in capsys.readouterr().err
+
+
 def test_a_cpu_has_bytes_and_with_a_calibration_times(planned: Any, tmp_path: Path) -> None:
     bare = planned(*SMALL, "--gpu", "CPU", "--gpus-per-host", 2)
     assert all(r["step_s"] is None and r["fits"] is None and r["weights_bytes"] for r in bare["rows"])

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.claims import DATA, begin, checkpoint, claim, config
 
-from prelora_ds.checkpoints.folder import FOLDER, SAVED, set_aside
+from prelora_ds.checkpoints.folder import FOLDER, SAVED, STATE, set_aside
 from prelora_ds.checkpoints.resume import checkpoints_at
-from prelora_ds.core.errors import ConfigError
+from prelora_ds.core.errors import ConfigError, DiskError, LaunchError
 from prelora_ds.launching.claim import claim_output
 
 
@@ -174,7 +176,7 @@ def test_an_empty_name_is_not_the_folder_one_is_in(
 def test_a_damaged_log_is_named(tmp_path: Path, log: bytes) -> None:
     claim(tmp_path / "out")
     (tmp_path / "out/plans.jsonl").write_bytes(log)
-    with pytest.raises(ConfigError, match=r"plans\.jsonl is not the log of a run"):
+    with pytest.raises(ConfigError, match=r"plans\.jsonl"):
         claim(tmp_path / "out")
 
 
@@ -186,3 +188,61 @@ def test_a_damaged_origin_is_one_message_or_none(tmp_path: Path, origin: bytes) 
         assert claim(tmp_path / "out") == []
     except ConfigError as error:
         assert error.key == "--resume"
+
+
+# ---- classes
+
+@pytest.mark.parametrize(("known", "problem"), [
+    ({"classes": ["cat", "owl"], "num_labels": 2}, "has 'dog' as its class 1, and the checkpoint .* has 'owl'"),
+    ({"classes": ["cat", "dog", "owl"], "num_labels": 3}, "has 2 classes, and the checkpoint .* has 3"),
+    ({"num_labels": 3}, "has 2 classes, and the checkpoint .* has 3"),  # of an earlier version
+    ({"num_labels": 2}, None), ({"classes": ["cat", "dog"], "num_labels": 2}, None),
+])
+@pytest.mark.parametrize("new", [True, False])
+def test_data_of_other_classes_are_refused_in_a_new_run_too(
+    tmp_path: Path, known: dict[str, object], problem: str | None, new: bool
+) -> None:
+    source = checkpoint(tmp_path / "old", 15)
+    state = json.loads((source / STATE).read_text())
+    (source / STATE).write_text(json.dumps(state | known))
+    out, resume = (tmp_path / "new", str(source)) if new else (tmp_path / "old", "auto")
+
+    def claim_it() -> None:
+        claim_output(out, config(out), resume, DATA, ("cat", "dog"), steps=20).lease.release()
+
+    if not new:
+        claim(tmp_path / "elsewhere")
+        text = (tmp_path / "elsewhere/config.yaml").read_text()
+        (out / "config.yaml").write_text(text.replace(str(tmp_path / "elsewhere"), str(out)))
+    if problem is None:
+        claim_it()
+        return
+    with pytest.raises(ConfigError, match=problem) as caught:
+        claim_it()
+    assert caught.value.key == "data.train"
+    assert not (tmp_path / "new/config.yaml").exists()
+
+
+def test_a_damaged_log_is_told_before_the_run_resumes(tmp_path: Path) -> None:
+    claim(tmp_path)
+    begin(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\ngarbage\n{"step": 3}\n')
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl': line 2 is not JSON"):
+        claim(tmp_path)
+
+
+def test_a_full_disk_is_worth_another_try(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting takes root")
+    try:
+        with (disk / "filler").open("wb", buffering=0) as filler, pytest.raises(OSError, match="No space"):
+            while True:
+                filler.write(bytes(4096))
+        with pytest.raises((DiskError, LaunchError), match="No space left") as caught:
+            claim(disk / "out")
+        assert caught.value.exit_code == 75
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)

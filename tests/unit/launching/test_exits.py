@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -140,31 +142,90 @@ def test_an_interrupt_is_told_by_rank_0_alone_and_ends_every_rank_as_a_shell_rep
     assert naps == []
 
 
-STREAMS = """
+# ---- standard streams
+
+PRINTS = """
 import os, sys
 from prelora_ds.launching.exits import outlive_streams
 outlive_streams()
-first = os.open(os.devnull, os.O_RDONLY)
-for stream in (sys.stdout, sys.stderr):
-    print("a line", file=stream, flush=True)
-    stream.writelines(["more\\n"])
-    stream.flush()
-os.write(1, b"of C code\\n")
-sys.exit(7 if first > 2 else 1)
+file = os.open({path!r}, os.O_CREAT | os.O_WRONLY)
+for number in range(3):
+    print("out", number, flush=True)
+    print("err", number, file=sys.stderr, flush=True)
+    os.write(1, b"C out\\n") if {c} else None
+print("unflushed", "x" * 100_000)
+os.write(file, b"content")
+sys.exit(7)
 """
 
 
-@pytest.mark.parametrize("streams", [
-    "<&-", ">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full", "2>/dev/full", ">/dev/full 2>&1",
-    "| true; exit ${PIPESTATUS[0]}"])
-def test_a_standard_stream_that_cannot_be_written_ends_nothing(streams: str) -> None:
-    done = subprocess.run(["bash", "-c", f'"$0" -c "$1" {streams}', sys.executable, STREAMS], check=False,
-                          capture_output=True, text=True)
-    assert done.returncode == 7
-    if streams == ">/dev/full":
-        assert done.stderr.startswith("warning: <stdout> cannot be written (No space left on device)")
-        assert done.stderr.count("warning") == 1
-    elif streams == "2>/dev/full":
-        assert done.stdout.startswith("a line\nmore\n") and done.stdout.endswith("of C code\n")
-    else:
-        assert "Traceback" not in done.stderr and "Error" not in done.stderr
+def prints(
+    tmp_path: Path, redirections: str, *, c: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """A process that prints to both streams and writes a file; it is as it shall be if it ends with 7."""
+    script = tmp_path / "prints.py"
+    script.write_text(PRINTS.format(path=str(tmp_path / "file"), c=c))
+    return subprocess.run(
+        f"{sys.executable} {script} {redirections}",
+        shell=True,
+        text=True,
+        timeout=60,
+        capture_output=True,
+        check=False,
+    )
+
+
+FULL = "cannot be written (No space left on device); its text is lost"
+
+
+@pytest.mark.parametrize(
+    ("redirections", "out", "err"),
+    [
+        (">/dev/full", "", f"err 0\nerr 1\nerr 2\nwarning: standard output {FULL}\n"),
+        ("2>/dev/full", f"out 0\nwarning: standard error {FULL}\nout 1\nout 2\nunflushed", ""),
+        (">/dev/full 2>&1", "", ""),
+        (">&-", "", "err 0\nerr 1\nerr 2\n"),
+        ("2>&-", "out 0\nout 1\nout 2\nunflushed", ""),
+        (">&- 2>&-", "", ""),
+        ("<&- >&- 2>&-", "", ""),
+    ],
+)
+def test_a_stream_that_is_full_or_closed_ends_nothing_and_the_other_one_tells(
+    redirections: str, out: str, err: str, tmp_path: Path
+) -> None:
+    ended = prints(tmp_path, redirections)
+    assert ended.returncode == 7, ended.stderr
+    assert ended.stdout.split(" x")[0] == out
+    assert sorted(ended.stderr.splitlines()) == sorted(err.splitlines())
+    assert (tmp_path / "file").read_text() == "content"
+
+
+def test_what_is_printed_to_a_closed_stream_reaches_no_file(tmp_path: Path) -> None:
+    ended = prints(tmp_path, ">&-", c=True)
+    assert ended.returncode == 7 and (tmp_path / "file").read_text() == "content"
+
+
+def test_a_terminal_without_utf_8_ends_nothing(tmp_path: Path) -> None:
+    script = ("from prelora_ds.launching.exits import outlive_streams\noutlive_streams()\n"
+              "print('caf\\u00e9', '\\ud800')")
+    ended = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout) == (0, b"caf\\xe9 \\ud800\n")
+
+
+def test_a_disk_that_fails_is_one_message_and_75_and_a_bug_is_1() -> None:
+    script = ("import errno, sys\nfrom prelora_ds.launching.exits import crash\n"
+              "from prelora_ds.launching.ranks import Ranks\n"
+              "crash(Ranks(1, 1, 2), OSError(getattr(errno, sys.argv[1]), 'it failed', 'file'))")
+    codes = {}
+    for name in ("ENOSPC", "EIO", "EPERM"):
+        ended = subprocess.run(
+            [sys.executable, "-c", script, name], text=True, capture_output=True, check=False
+        )
+        codes[name] = ended.returncode
+        assert ("failed\n" in ended.stderr) == (name == "EPERM"), ended.stderr
+    assert codes == {"ENOSPC": 75, "EIO": 75, "EPERM": 1}

@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 
 from prelora_ds.core.errors import ConfigError
@@ -103,7 +106,7 @@ def test_reasons_and_switches_are_the_plans(run: Path) -> None:
     rows = phase_rows(run)
     assert [r["reason"] for r in rows] == ["training begins with all parameters", PASSED,
                                            "the warm-up of 3 epochs is over"]
-    assert [r["switch"] and r["switch"]["seconds"] for r in rows] == [None, 1.25, 2.5]
+    assert [r["switch_s"] for r in rows] == [None, 1.25, 2.5]
     assert [r["trainable_parameters"] for r in rows] == [1234567, 2345678, 34567]
 
 
@@ -143,11 +146,68 @@ def test_below_the_table_stands_why_each_phase_began(run: Path) -> None:
     ]
 
 
-def test_the_exported_models_accuracy_is_told_when_it_was_measured(run: Path) -> None:
+OWN, OTHER = "360 samples, index 01234567", "360 samples, index 89abcdef"
+
+
+@pytest.mark.parametrize(("named", "own", "said"), [
+    ({"data": "data/val", "identity": OWN}, OWN, "on data/val, the run's data.val"),
+    ({"data": "elsewhere", "identity": OTHER}, OWN,
+     "on elsewhere, which is not the run's data.val"),
+    ({"data": "data/val", "identity": OWN}, None, "on data/val"),  # a run of an earlier version
+    ({"data": "data/val"}, OWN, "on data/val"),
+    ({}, OWN, "on data that are not named"),
+])
+def test_the_exported_models_accuracy_is_told_with_its_data(
+    run: Path, named: dict[str, str], own: str | None, said: str
+) -> None:
     assert "exported model" not in printed(run)
+    end = {"event": "end", "step": 10, "peak_rss_bytes": [2**30]}
+    write(run, METRICS, [*PLANS, end | ({} if own is None else {"data": {"data.val": own}})])
     (run / "model").mkdir()
-    (run / "model/accuracy.json").write_text(json.dumps({"correct": 347, "samples": 360, "acc1": 347 / 360}))
-    assert printed(run).splitlines()[-1] == "exported model: 347 of 360 right, 96.39%"
+    (run / "model/accuracy.json").write_text(json.dumps({"correct": 347, "samples": 360, **named}))
+    assert printed(run).splitlines()[-1] == f"exported model {said}: 347 of 360 right, 96.39%"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"{}",
+        b'{"correct": 1}',
+        b'{"correct": 1, "samples": 0}',
+        b'{"correct": 361, "samples": 360}',
+        b'{"correct": true, "samples": 360}',
+        b"\xff\xfe",
+        b"[" * 9999,
+        b'{"correct": 1, "samples": 2, "data": 3}',
+        b'{"correct": 1, "samples": ' + b"9" * 5000 + b"}",
+    ],
+)
+def test_an_accuracy_that_cannot_be_understood_is_refused(run: Path, content: bytes) -> None:
+    (run / "model").mkdir()
+    (run / "model/accuracy.json").write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        printed(run)
+    assert caught.value.value == str(run / "model/accuracy.json")
+
+
+def test_a_run_that_diverged_is_told_without_the_loss_that_json_does_not_have(
+    tmp_path: Path,
+) -> None:
+    """Its last row has no times, and in logs of earlier versions NaN."""
+    last = {"step": 3, "epoch": 1.5, "phase": "full", "train/loss": float("nan"), "grad_norm": None}
+    [full] = phase_rows(write(tmp_path, [*METRICS[:2], last], PLANS[:1]))
+    assert (full["last_step"], full["loss"], full["step_s"]) == (
+        3,
+        pytest.approx(2.8),
+        pytest.approx(0.0015),
+    )
+    assert phase_rows(write(tmp_path, [*METRICS[:2], last | {"train/loss": None}], PLANS[:1])) == [
+        full
+    ]
 
 
 def test_the_peak_of_the_hungriest_rank_is_told_when_the_run_has_ended(run: Path) -> None:
@@ -155,6 +215,108 @@ def test_the_peak_of_the_hungriest_rank_is_told_when_the_run_has_ended(run: Path
     write(run, METRICS, [*PLANS, {"event": "end", "step": 10, "peak_rss_bytes": [2**30, 3 * 2**29, 2**20]}])
     assert printed(run).splitlines()[-1] == "peak resident memory of a rank: 1.50 GiB"
     assert len(phase_rows(run)) == 3
+
+
+@pytest.mark.parametrize(
+    ("metrics", "plans", "problem"),
+    [
+        ([], PLANS, "has not logged a step"),
+        (METRICS, [], "does not tell when a phase began"),
+        (METRICS, [PLANS[1]], "does not tell when a phase began"),
+        ([{"step": 0, "epoch": 0.0}], PLANS, "line 1 cannot be understood: step"),
+        ([METRICS[0], {"step": 2}], PLANS, "line 2 cannot be understood: epoch"),
+        ([{"step": 1, "epoch": "1"}], PLANS, "line 1 cannot be understood: epoch"),
+        (METRICS, [{"event": "plan", "step": 0}], "line 1 cannot be understood: phase"),
+        (METRICS, [PLANS[0], PLANS[1] | {"measured": {}}], "line 2 cannot be understood"),
+        (
+            METRICS,
+            [PLANS[0], {"event": "end", "step": 9, "peak_rss_bytes": []}],
+            "line 2 cannot be understood",
+        ),
+    ],
+)
+def test_logs_without_what_a_report_needs_are_refused(
+    tmp_path: Path, metrics: list[dict[str, Any]], plans: list[dict[str, Any]], problem: str
+) -> None:
+    write(tmp_path, metrics, plans)
+    for read in (phase_rows, printed):
+        with pytest.raises(ConfigError, match=problem):
+            read(tmp_path)
+
+
+def test_what_rich_would_take_for_markup_is_printed_as_it_is(tmp_path: Path) -> None:
+    text = printed(write(tmp_path, METRICS, [plan(0, "[/bold]", 1, "[red]because")]))
+    assert "[/bold]" in text and "[/bold] from step 1: [red]because" in text
+
+
+WORDS = [
+    b"null",
+    b"NaN",
+    b"1e999",
+    b"-1",
+    b"0",
+    b'""',
+    b"{}",
+    b"[]",
+    b"true",
+    b"\n",
+    b"\0",
+    b"9" * 25,
+    b'"\\ud800"',
+    b"9" * 5000,
+    b"1e308",
+    b"[" * 3000,
+]
+
+
+@st.composite
+def mutations(draw: st.DrawFn, content: bytes) -> bytes:
+    """``content`` with a value or a few bytes replaced, or as anything at all."""
+    if draw(st.integers(0, 9)) == 0:
+        return draw(st.binary(max_size=40))
+    data, values = content, [m.span(1) for m in re.finditer(rb": ([^,{}\[\]]+)", content)]
+    for _ in range(draw(st.integers(1, 2))):
+        start = draw(st.integers(0, len(data)))
+        start, stop = draw(st.sampled_from(values) | st.just((start, start + 3)))
+        data = data[:start] + draw(st.sampled_from(WORDS) | st.binary(max_size=3)) + data[stop:]
+    return data
+
+
+def lines_of(rows: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+EVENTS = [
+    *PLANS,
+    {"event": "end", "step": 10, "peak_rss_bytes": [2**30, 5], "data": {"data.val": OWN}},
+]
+ACCURACY = json.dumps(
+    {"acc1": 0.5, "correct": 180, "samples": 360, "loss": 1.5, "data": "x", "identity": OWN}
+)
+
+
+@settings(
+    deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    data=st.data(), which=st.sampled_from(["metrics.jsonl", "plans.jsonl", "model/accuracy.json"])
+)
+def test_damaged_files_are_reported_or_refused_with_one_message(
+    data: st.DataObject, which: str, tmp_path: Path
+) -> None:
+    write(tmp_path, METRICS, EVENTS)
+    (tmp_path / "model").mkdir(exist_ok=True)
+    (tmp_path / "model/accuracy.json").write_text(ACCURACY)
+    content = {"metrics.jsonl": lines_of(METRICS), "plans.jsonl": lines_of(EVENTS),
+               "model/accuracy.json": ACCURACY.encode()}[which]
+    (tmp_path / which).write_bytes(data.draw(mutations(content)))
+    try:
+        text = printed(tmp_path)
+    except ConfigError as error:
+        assert error.remedy and error.key in ("log", "OUTPUT")
+        return
+    text.encode()  # a terminal can show it
+    assert "from step" in text and "exported model" in text
 
 
 @pytest.mark.parametrize("there", [(), ("metrics.jsonl",), ("plans.jsonl",)])

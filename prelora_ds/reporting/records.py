@@ -1,0 +1,167 @@
+"""The parts of a run's logs and accuracy.json that the report is made of.
+
+They are checked when they are read: anybody may have edited the files.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from prelora_ds.core.errors import ConfigError
+
+
+def _printable(text: str) -> str:
+    text.encode()  # raises a ValueError for a surrogate, which JSON may escape and no terminal shows
+    return text
+
+
+Text = Annotated[str, AfterValidator(_printable)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Real = Annotated[float, Field(ge=-1e300, le=1e300, allow_inf_nan=False)]
+# Logs of earlier versions have NaN and infinities, where null stands today.
+Measured = Annotated[
+    Real | None,
+    BeforeValidator(
+        lambda value: None if isinstance(value, float) and not math.isfinite(value) else value
+    ),
+]
+OWNERS = ("weights", "gradients", "masters", "moments")
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", validate_by_name=True)
+
+
+T = TypeVar("T", bound=Record)
+
+
+class Step(Record):
+    """A row of metrics.jsonl; None stands for what was not measured at this step, or not finite."""
+
+    step: Annotated[Count, Field(ge=1)]
+    epoch: Real
+    loss: Measured = Field(None, alias="train/loss")
+    acc1: Measured = Field(None, alias="val/acc1")
+    step_s: Measured = None
+    data_s: Measured = None
+
+
+class Event(Record):
+    """A row of plans.jsonl of no other kind."""
+
+    step: Count
+
+
+class Resume(Event):
+    pass
+
+
+class Switch(Record):
+    seconds: Real
+
+
+class Started(Event):
+    """A plan that began after ``step``."""
+
+    phase: Text
+    reason: Text
+    trainable_parameters: Count
+    switch: Switch | None
+
+
+class Bytes(Event):
+    """Bytes of rank 0 by owner."""
+
+    predicted: dict[str, Count]
+    measured: dict[str, Count]
+
+    @model_validator(mode="after")
+    def _names_the_owners(self) -> Bytes:
+        if not all(owner in side for owner in OWNERS for side in (self.predicted, self.measured)):
+            raise ValueError(f"bytes have to name {', '.join(OWNERS)}")
+        return self
+
+
+class End(Event):
+    """The end of a run, with the peak of resident bytes of each rank.
+
+    data: what tells the run's data sets from others, by key of the config. Earlier versions did not
+    write it.
+    """
+
+    peak_rss_bytes: Annotated[list[Count], Field(min_length=1)]
+    data: dict[str, Text] = Field(default_factory=dict)
+
+
+class Accuracy(Record):
+    """What `prelora evaluate` wrote; earlier versions named neither data nor identity."""
+
+    correct: Count
+    samples: Annotated[Count, Field(ge=1)]
+    data: Text | None = None
+    identity: Text | None = None
+
+    @model_validator(mode="after")
+    def _at_most_all_are_right(self) -> Accuracy:
+        if self.correct > self.samples:
+            raise ValueError(f"{self.correct} of {self.samples} cannot be right")
+        return self
+
+
+_KINDS: Mapping[str, type[Event]] = {"resume": Resume, "plan": Started, "bytes": Bytes, "end": End}
+
+
+def parse_steps(rows: Sequence[dict[str, Any]], path: Path) -> list[Step]:
+    """``rows`` of the metrics.jsonl at ``path``. Raises ConfigError, which names the line."""
+    return [_parsed(Step, row, path, f"line {number}") for number, row in enumerate(rows, start=1)]
+
+
+def parse_events(rows: Sequence[dict[str, Any]], path: Path) -> list[Event]:
+    """``rows`` of the plans.jsonl at ``path``. Raises ConfigError, which names the line."""
+    return [
+        _parsed(_KINDS.get(str(row.get("event")), Event), row, path, f"line {number}")
+        for number, row in enumerate(rows, start=1)
+    ]
+
+
+def read_accuracy(path: Path) -> Accuracy:
+    """Raises ConfigError."""
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as exc:
+        raise ConfigError(
+            "log", str(path), f"cannot be read ({exc.strerror})", "make it readable"
+        ) from exc
+    except (ValueError, RecursionError) as exc:
+        raise ConfigError(
+            "log", str(path), f"is not JSON ({exc})", "write it again with `prelora evaluate`"
+        ) from exc
+    return _parsed(Accuracy, content, path, "the file")
+
+
+def _parsed(kind: type[T], row: Any, path: Path, where: str) -> T:
+    try:
+        return kind.model_validate(row)
+    except ValidationError as exc:
+        first = exc.errors(include_url=False, include_input=False)[0]
+        key = ".".join(map(str, first["loc"])) or "the row"
+        raise ConfigError(
+            "log",
+            str(path),
+            f"{where} cannot be understood: {key}: {first['msg']}",
+            "restore that file, or move it away; checkpoints and the model do not depend on it",
+        ) from exc

@@ -1,0 +1,20 @@
+"""Checkpoints as other versions would have written them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from prelora_ds.checkpoints.folder import STATE, CheckpointManifest, FileRecord
+
+
+def rewrite_state(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a checkpoint's state.json in place; it verifies as before."""
+    state = json.loads((folder / STATE).read_text())
+    change(state)
+    (folder / STATE).write_text(json.dumps(state))
+    manifest = CheckpointManifest.load(folder)
+    replace(manifest, files={**manifest.files, STATE: FileRecord.of(folder / STATE)}).write(folder)
