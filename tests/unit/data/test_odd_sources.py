@@ -351,6 +351,7 @@ def test_packed_idx_files_beside_the_plain_ones_are_passed_over_and_told(tmp_pat
     for suffix in ("", ".gz"):
         idx(tmp_path, f"train-images-idx3-ubyte{suffix}", IMAGES)
         idx(tmp_path, f"train-labels-idx1-ubyte{suffix}", LABELS)
+    (tmp_path / "._train-images-idx3-ubyte").write_bytes(b"\0\5\x16\7")
     assert "train-images-idx3-ubyte.gz in favour of train-images-idx3-ubyte" in found(tmp_path)[2]
 
 
