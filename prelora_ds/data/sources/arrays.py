@@ -18,7 +18,7 @@ from PIL import Image
 
 from prelora_ds.data.images import encode
 from prelora_ds.data.reading import broken, read_text, read_whole, reading, version
-from prelora_ds.data.sources.listing import Listing, Request, check_parts, choose_split, items
+from prelora_ds.data.sources.listing import Listing, Request, check_parts, choose_split, hidden, items
 
 IDX, CIFAR = "idx", "cifar"
 _IDX_NAME = re.compile(r"(?P<split>.*?)[-_.]?(?P<what>images|labels)[-.]idx(?P<axes>[13])-ubyte(\.gz)?")
@@ -30,7 +30,12 @@ _CIFAR_10_PARTS = range(1, 6)
 
 
 def detect_idx(source: Path) -> bool:
-    return source.is_dir() and any(_IDX_NAME.fullmatch(path.name) for path in source.iterdir())
+    return source.is_dir() and bool(_idx_files(source))
+
+
+def _idx_files(source: Path) -> list[tuple[Path, re.Match[str]]]:
+    return [(path, match) for path in sorted(source.iterdir())
+            if not hidden(path.name) and (match := _IDX_NAME.fullmatch(path.name))]
 
 
 def find_idx(request: Request) -> Listing:
@@ -40,12 +45,11 @@ def find_idx(request: Request) -> Listing:
     """
     found: dict[str, dict[str, Path]] = {}
     passed_over = []
-    for path in sorted(request.source.iterdir()):
-        if match := _IDX_NAME.fullmatch(path.name):
-            of_split = found.setdefault(match["split"].replace("t10k", "test") or "all", {})
-            kept = of_split.setdefault(match["what"], path)
-            if kept != path:  # sorted: the plain file comes before the packed one
-                passed_over.append(f"{path.name} in favour of {kept.name}")
+    for path, match in _idx_files(request.source):
+        of_split = found.setdefault(match["split"].replace("t10k", "test") or "all", {})
+        kept = of_split.setdefault(match["what"], path)
+        if kept != path:  # sorted: the plain file comes before the packed one
+            passed_over.append(f"{path.name} in favour of {kept.name}")
     split = choose_split(list(found), request)
     if found[split].keys() != {"images", "labels"}:
         raise broken(request.source, f"split {split} has only the {' and '.join(found[split])}",

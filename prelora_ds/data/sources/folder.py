@@ -102,7 +102,8 @@ def _splits(top: Path, names: list[str], request: Request) -> list[str]:
     raise ConfigError(
         "SOURCE",
         str(top),
-        f"the folders {some(named)} look like splits, and {some(others)} do not",
+        f"has folders with the names of splits ({some(named)}) beside other folders "
+        f"({some(others)})",
         f"give --split {named[0]}, or name {top / named[0]}; if all of them are classes, rename "
         f"{some(named)}",
     )

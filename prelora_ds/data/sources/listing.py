@@ -107,7 +107,11 @@ def some(names: Sequence[str], most: int = 5) -> str:
 def choose_split(found: Sequence[str], request: Request) -> str:
     """The split asked for, or the only one. Raises ConfigError for none, and for one of many."""
     if not found:
-        raise broken(request.source, "holds none of the files that this format has")
+        raise broken(
+            request.source,
+            "holds none of the files that this format has",
+            "name the folder that holds them, or leave --format out",
+        )
     if request.split is None and len(found) == 1:
         return found[0]
     if request.split is None or request.split not in found:

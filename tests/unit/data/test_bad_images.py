@@ -138,7 +138,7 @@ def test_the_images_that_other_ranks_could_not_read_are_told_by_rank_0(tmp_path)
         build(Request(source), tmp_path / "out", OPTIONS, world_size=2)
 
 
-def test_a_shard_of_bad_images_alone_is_left_out_and_a_source_of_them_is_refused(tmp_path):
+def test_a_shard_of_only_bad_images_is_left_out_and_a_source_of_them_is_refused(tmp_path):
     one = Options(samples_per_shard=1, seed=3, skip_bad=True)
     manifest = build(Request(plant(tmp_path / "in")), tmp_path / "out", one)
     assert len(manifest.shards) == len(manifest) == IMAGES - 5

@@ -73,7 +73,7 @@ def test_hidden_files_and_images_beside_the_classes_are_told(tmp_path):
 def test_splits_beside_another_folder_are_refused_with_what_to_write(tmp_path):
     plant(tmp_path, *(f"{split}/{name}" for split in ("train", "val", "extra") for name in TWO))
     said = refusal(tmp_path)
-    assert "train, val look like splits, and extra do not" in said and "--split train" in said
+    assert "splits (train, val) beside other folders (extra)" in said and "--split train" in said
     assert str(tmp_path / "train") in said
     classes, images, passed_over = listed(tmp_path, "val")
     assert classes == ("cat", "dog") and set(images) == {"val/cat/1.png", "val/dog/1.png"}
@@ -92,7 +92,7 @@ def test_a_class_may_be_called_train_where_it_holds_images(tmp_path):
     plant(tmp_path, "bus/1.png", "car/1.png", "train/1.png")
     assert listed(tmp_path)[0] == ("bus", "car", "train")
     plant(tmp_path, "test/1.png")
-    assert "test, train look like splits" in refusal(tmp_path)
+    assert "splits (test, train) beside" in refusal(tmp_path)
 
 
 def test_a_split_without_classes_and_a_flat_folder_are_told(tmp_path):
