@@ -77,13 +77,9 @@ def index(
     scans = [found[number] for number in range(len(names))]
     if classes is None:
         classes = tuple(map(str, range(1 + max(int(scan.rows["label"].max()) for scan in scans))))
-    base = (
-        None
-        if target.resolve() == Path(folder).resolve() and not is_url(folder)
-        else folder
-        if is_url(folder)
-        else str(Path(folder).resolve())
-    )
+    base: str | None = folder if is_url(folder) else str(Path(folder).resolve())
+    if base == str(target.resolve()):
+        base = None  # the shards lie beside the manifest
     try:
         save_manifest(
             target,
