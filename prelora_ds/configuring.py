@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from prelora_ds.core.config import Config
 from prelora_ds.core.errors import ConfigError
-from prelora_ds.core.fields import keys_of
+from prelora_ds.core.fields import annotation_at, keys_of
 from prelora_ds.core.plan import Phase
 from prelora_ds.core.resuming import with_new_names
 from prelora_ds.core.timing import Rates
@@ -251,14 +251,17 @@ def _read_text(path: Path, key: str, hint: str) -> str:
 def _config_error(exc: ValidationError, source: str) -> ConfigError:
     # A misspelt key that is required is missing as well; the unknown key says more.
     error = min(exc.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    key = ".".join(str(part) for part in error["loc"]) or source
+    place = error["loc"]
+    while error["type"] != "extra_forbidden" and place and annotation_at(Config, place) is None:
+        place = place[:-1]  # pydantic adds the part of a union that it tried
+    key = ".".join(str(part) for part in place) or source
     if error["type"] == "extra_forbidden":
         known = keys_of(Config, error["loc"][:-1])
         near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
         return ConfigError(key, error["input"], f"unknown key (in {source})",
                            f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}")
     if error["type"] == "missing":
-        *section, last = error["loc"]
+        *section, last = place
         remedy = f"set {key}" if isinstance(last, str) else \
             f"give {'.'.join(map(str, section))} as a whole, for example [0.9, 0.95]"
         return ConfigError(key, None, f"is required (in {source})", remedy)

@@ -34,6 +34,7 @@ _FLOAT = re.compile(r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+
 _DOUBTFUL = re.compile(
     r"[-+]?(0[0-9_]+(\.[0-9_]*)?([eE][-+]?[0-9]+)?|0[xXoObB][0-9a-fA-F_]+|\.(inf|nan))", re.I
 )
+_LINE_END = re.compile("[\x85\u2028\u2029]")
 _UNWRITABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 
 
@@ -212,8 +213,11 @@ class _Dumper(yaml.SafeDumper):
 def _write_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
     """In quotes where `read_scalar` would take it for something else.
 
-    PyYAML itself puts quotes where YAML 1.1 would.
+    PyYAML itself puts quotes where YAML 1.1 would. It reads some characters as the end of a line,
+    which only double quotes escape.
     """
+    if _LINE_END.search(text):
+        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"')
     try:
         style = None if read_scalar(text) == text else "'"
     except UnreadableError:

@@ -213,9 +213,21 @@ def test_whatever_a_config_holds_is_dumped_and_read_back(
 
 
 @pytest.mark.parametrize(
-    "text", ["${x}", "\\${x}", "\\\\${x}", "a${", "$\\{x}", "${oc.env:HOME}\\", "\\"]
+    "text",
+    [
+        "a\x85b",
+        "a\u2028",
+        "\u2029~",
+        "${x}",
+        "\\${x}",
+        "\\\\${x}",
+        "a${",
+        "$\\{x}",
+        "${oc.env:HOME}\\",
+        "\\",
+    ],
 )
-def test_a_text_that_looks_like_an_interpolation_is_dumped_as_a_text(
+def test_a_text_that_looks_like_something_else_is_dumped_as_a_text(
     tmp_path: Path, text: str
 ) -> None:
     path = tmp_path / "dump.yaml"

@@ -185,6 +185,11 @@ def test_what_is_not_of_the_type_of_its_key_is_refused(recipe: Path, override: s
     assert len(str(mistake(recipe, [override]))) < 2000
 
 
+def test_a_value_of_a_key_that_takes_several_types_is_named_by_the_key_alone(recipe: Path) -> None:
+    for key in ("phases.lora.micro_batch_size", "phases.warmup.zero_stage", "data.samples_per_epoch"):
+        assert mistake(recipe, [f"{key}=many"]).key == key
+
+
 def test_every_number_and_switch_of_the_config_refuses_what_only_looks_like_one() -> None:
     """Whatever key is added later is held to the same."""
     checked = set()
