@@ -17,7 +17,8 @@ INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells report it
 # What is in the RuntimeErrors by which torch.save of torch 2.14 tells of a disk that is full.
 TORCH_COULD_NOT_WRITE = ("PytorchStreamWriter", "inline_container.cc", "iostream error")
 # An OSError of these numbers is of the disk or its server, and the same command may succeed later.
-DISK_FAULTS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE})
+DISK_FAULTS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EREMOTEIO, errno.ESTALE,
+                         errno.ETIMEDOUT})
 
 
 class ExpectedError(Exception):
@@ -57,10 +58,14 @@ class ConfigError(ExpectedError, ValueError):
 
 
 class DiskError(ConfigError):
-    """A disk or file system that failed, not a setting: the same command may succeed once it works
-    again."""
+    """A disk or file system that failed, or a file that changed under a run.
+
+    The same command may succeed later, or on another host.
+    """
 
     exit_code = TRY_AGAIN_EXIT_CODE
+    of_one_rank = True
+    others_may_meet_it = True
 
 
 def is_disk_fault(error: Exception) -> bool:
@@ -70,14 +75,22 @@ def is_disk_fault(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in TORCH_COULD_NOT_WRITE)
 
 
-def cannot_write(key: str, value: object, error: OSError) -> ExpectedError:
-    """What to raise for ``error`` at a place that the user chose by ``key``."""
+def file_error(key: str, path: object, error: OSError, act: str, remedy: str) -> ConfigError:
+    """What to raise for ``error`` at a path that the user chose by ``key``.
+
+    act: what could not be done, as in "cannot be written". remedy: for an error of the path itself;
+    one of the disk is a DiskError and has its own.
+    """
+    problem = f"{act} ({error.strerror or error})"
     if is_disk_fault(error):
-        return DiskError(key, value, f"cannot be written ({error.strerror})",
+        return DiskError(key, str(path), problem,
                          "make room there, or repair the disk; then give the same command again")
-    return ConfigError(
-        key, value, f"cannot be written ({error.strerror})", "choose a place that you may write to"
-    )
+    return ConfigError(key, str(path), problem, remedy)
+
+
+def cannot_write(key: str, path: object, error: OSError) -> ConfigError:
+    """`file_error` of a place that could not be written."""
+    return file_error(key, path, error, "cannot be written", "choose a place that you may write to")
 
 
 class TrainingDivergedError(ExpectedError, RuntimeError):

@@ -24,7 +24,7 @@ from uuid import uuid4
 import numpy as np
 from numpy.typing import NDArray
 
-from prelora_ds.core.errors import ConfigError, DiskError, ExpectedError
+from prelora_ds.core.errors import ConfigError, DiskError, ExpectedError, is_disk_fault
 from prelora_ds.data.bad_images import LIST_NAME, BadImage, refusal, told, write_list
 from prelora_ds.data.build_plan import (
     Options,
@@ -40,7 +40,7 @@ from prelora_ds.data.build_plan import (
 from prelora_ds.data.images import prepare
 from prelora_ds.data.manifest import ROW, Manifest, Shard, save_manifest, write_whole
 from prelora_ds.data.parallel import unordered
-from prelora_ds.data.reading import AGAIN, describe, not_accessible, of_the_path
+from prelora_ds.data.reading import AGAIN, describe, not_accessible
 from prelora_ds.data.scan import index_shard
 from prelora_ds.data.sources import KINDS
 from prelora_ds.data.sources.listing import Request
@@ -207,7 +207,7 @@ def _samples(job: _Job, bad: list[BadImage]) -> Iterator[tuple[str, bytes, str, 
             image, problem = kind.name(file, offset, length), describe(error)
             if isinstance(error, OSError):
                 problem = error.strerror or problem
-                if not of_the_path(error) or not os.path.exists(job.source):
+                if is_disk_fault(error) or not os.path.exists(job.source):
                     raise DiskError("SOURCE", image, f"cannot be read ({problem})",
                                     f"see to the disk, and {AGAIN}") from error
             bad.append(BadImage(image, problem))

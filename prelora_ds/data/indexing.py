@@ -13,10 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from prelora_ds.core.errors import ConfigError, ExpectedError
+from prelora_ds.core.errors import ConfigError, ExpectedError, file_error
 from prelora_ds.data.manifest import MANIFEST_NAME, Manifest, is_url, save_manifest
 from prelora_ds.data.parallel import unordered
-from prelora_ds.data.rows import DataFileError, disk_error
 from prelora_ds.data.scan import ScannedShard, index_shard, local_shard
 
 Progress = Callable[[int, int], None]
@@ -57,7 +56,7 @@ def index(
     otherwise. For ``label_key`` see `LabelReader`.
 
     Raises ConfigError for a shard that is missing or has a mistake (`index_shard`) with its offset, and
-    where there is a manifest already; DataFileError where the disk fails.
+    where there is a manifest already; DiskError where the disk fails.
     """
     folder, names = _shards_of(source)
     if out is None and is_url(folder):
@@ -113,7 +112,7 @@ def _check_writable(folder: Path, key: str) -> None:
 
 
 def _unwritable(folder: Path, key: str, error: OSError) -> ExpectedError:
-    return disk_error(
+    return file_error(
         key,
         folder,
         error,
@@ -132,9 +131,8 @@ def _index_shard(
     except ConfigError as error:
         raise ConfigError("SOURCE", place, error.problem, error.remedy) from error
     except OSError as error:
-        raise DataFileError(
-            f"{error}\n  remedy: look whether the shard is there, and run the same command again"
-        ) from error
+        raise file_error("SOURCE", place, error, "cannot be read",
+                         "look whether the shard is there") from error
     return number, scanned._replace(shard=scanned.shard._replace(name=place.rpartition("/")[2]))
 
 
@@ -145,7 +143,7 @@ def _shards_of(source: str) -> tuple[str, list[str]]:
         try:
             names = sorted(os.listdir(folder))
         except OSError as error:
-            raise disk_error(
+            raise file_error(
                 "SOURCE", source, error, "cannot be listed", "name a folder that this user may read"
             ) from error
     elif "{" in source or source.endswith(".tar"):

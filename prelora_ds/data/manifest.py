@@ -23,8 +23,8 @@ from uuid import uuid4
 import numpy as np
 from numpy.typing import NDArray
 
-from prelora_ds.core.errors import ConfigError, ExpectedError
-from prelora_ds.data.rows import ROW, RowFile, disk_error
+from prelora_ds.core.errors import ConfigError, ExpectedError, file_error
+from prelora_ds.data.rows import ROW, RowFile
 
 MANIFEST_NAME, INDEX_NAME = "manifest.json", "index.npy"
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # the column ``extension`` of a row counts in this
@@ -67,7 +67,7 @@ class Manifest:
 
     @property
     def rows(self) -> NDArray[np.void]:
-        """All rows, of dtype ROW, read anew. Raises DataFileError."""
+        """All rows, of dtype ROW, read anew. Raises DiskError."""
         return self.index.slice(0, len(self.index))
 
     @property
@@ -89,7 +89,7 @@ class Manifest:
 
         ``key`` is the setting that named the folder. Raises ConfigError for a missing folder, a missing or invalid
         manifest, an index that is not its own, no samples at all, a missing shard, and a shard of
-        another size; DataFileError where the disk fails. Shards of a URL are not looked at, nor any
+        another size; DiskError where the disk fails. Shards of a URL are not looked at, nor any
         without ``sizes``.
         """
         here = _fetched(str(folder), key) if is_url(folder) else Path(folder)
@@ -109,7 +109,7 @@ class Manifest:
                               "name a folder made by `prelora shards`, or let `prelora shards index` look through it") \
                 from None
         except OSError as error:
-            raise disk_error(key, error.filename or str(folder), error, "cannot be read",
+            raise file_error(key, error.filename or str(folder), error, "cannot be read",
                              "name a folder of shards that this user may read") from error
         except ExpectedError:
             raise
@@ -274,7 +274,7 @@ def _check_sizes(manifest: Manifest, key: str) -> None:
         except FileNotFoundError:
             raise ConfigError(key, file, "the manifest names this shard, and it is missing", _REWRITE) from None
         except OSError as error:
-            raise disk_error(key, file, error, "cannot be looked at", _REWRITE) from error
+            raise file_error(key, file, error, "cannot be looked at", _REWRITE) from error
         if size != shard.size_bytes:
             problem = f"the shard has {size} bytes, and {shard.size_bytes} in the manifest"
             raise ConfigError(key, file, problem, _REWRITE)

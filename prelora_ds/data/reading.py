@@ -3,7 +3,6 @@ of the file."""
 
 from __future__ import annotations
 
-import errno
 import gzip
 import os
 from collections.abc import Iterator
@@ -11,28 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
 
-from prelora_ds.core.errors import ConfigError, DiskError, ExpectedError
+from prelora_ds.core.errors import ConfigError, ExpectedError, file_error
 
 MAX_IMAGE_BYTES = 1 << 30
 MAX_TEXT_BYTES = 1 << 28
 MAX_UNPACKED_BYTES = 1 << 31  # EMNIST, the largest of its kind, has 0.6 GB
 AGAIN = "run the same command again: it continues where it stopped"
 _CHECK = "look at the file, and fetch it again if it is damaged"
-# How the file system says that a path itself is at fault. Any other error is of the disk, and may
-# pass.
-_OF_THE_PATH = {
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-    errno.ELOOP,
-    errno.ENAMETOOLONG,
-    errno.ENOTEMPTY,
-    errno.EINVAL,
-    errno.ENXIO,
-}
 _PACKED = {
     b"\x1f\x8b": ("gzip", "gunzip"),
     b"BZh": ("bzip2", "bunzip2"),
@@ -50,24 +34,11 @@ def broken(
     return ConfigError("SOURCE", str(path), problem, remedy)
 
 
-def of_the_path(error: OSError) -> bool:
-    """Whether ``error`` is about the file and stays, in contrast to a disk that fails or is
-    full."""
-    return (
-        error.errno is None or error.errno in _OF_THE_PATH
-    )  # gzip, tarfile and Arrow set no number
-
-
 def not_accessible(
-    key: str, path: str | Path, error: OSError, problem: str = "cannot be read"
+    key: str, path: str | Path, error: OSError, act: str = "cannot be read"
 ) -> ConfigError:
     """ConfigError for a path that the user can change, DiskError for a disk that failed."""
-    problem = f"{problem} ({error.strerror or error})"
-    if of_the_path(error):
-        return ConfigError(
-            key, str(path), problem, "make it accessible to this user, or name another path"
-        )
-    return DiskError(key, str(path), problem, f"see to the disk, and {AGAIN}")
+    return file_error(key, path, error, act, "make it accessible to this user, or name another path")
 
 
 @contextmanager

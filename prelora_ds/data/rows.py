@@ -6,7 +6,6 @@ what is wrong, costs microseconds, and all processes of a node share the pages j
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import struct
@@ -17,7 +16,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from prelora_ds.core.errors import TRY_AGAIN_EXIT_CODE, ConfigError, ExpectedError
+from prelora_ds.core.errors import DiskError
 
 ROW = np.dtype(
     [
@@ -31,43 +30,6 @@ ROW = np.dtype(
 )
 _PACKED = struct.Struct("<qIIiiB")  # a ROW
 _HEADER = 1 << 16  # bytes; NumPy refuses longer ones, and ours has 128
-_USER_CAN_MEND = {
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-    errno.ENAMETOOLONG,
-    errno.ELOOP,
-    errno.EINVAL,
-}
-
-
-class DataFileError(ExpectedError, RuntimeError):
-    """A file of the data set that the disk did not give or take, or that changed under a run.
-
-    The same command may work later, or on another host.
-    """
-
-    exit_code = TRY_AGAIN_EXIT_CODE
-    of_one_rank = True
-    others_may_meet_it = True
-
-
-def disk_error(key: str, path: str | Path, error: OSError, act: str, remedy: str) -> ExpectedError:
-    """What to raise for ``error``: ConfigError where the user named what cannot be, or
-    DataFileError.
-
-    act: what could not be done, as in "cannot be written".
-    """
-    if error.errno in _USER_CAN_MEND:
-        return ConfigError(key, str(path), f"{act} ({error.strerror})", remedy)
-    return DataFileError(
-        f"{str(path)!r} {act} ({error.strerror or error})\n  remedy: look after the disk, and run "
-        "the same command again"
-    )
 
 
 class Row(NamedTuple):
@@ -85,7 +47,7 @@ class RowFile:
     """The rows of an index file that had the checksum ``crc32`` when it was opened.
 
     Every read looks whether the file is still that one. Where its time, size or inode is another,
-    its checksum is compared; where this differs too, or the file is gone, DataFileError is raised.
+    its checksum is compared; where this differs too, or the file is gone, DiskError is raised.
 
     A pickled copy takes the path along, and not the rows.
     """
@@ -107,7 +69,7 @@ class RowFile:
         return self.__dict__ | {"_file": None}
 
     def row(self, sample: int) -> Row:
-        """That of ``sample``. Raises IndexError, and DataFileError."""
+        """That of ``sample``. Raises IndexError, and DiskError."""
         if not 0 <= sample < self._count:
             raise IndexError(f"there is no sample {sample} among {self._count}")
         return Row._make(
@@ -115,7 +77,7 @@ class RowFile:
         )
 
     def slice(self, first: int, count: int) -> NDArray[np.void]:
-        """``count`` rows from ``first`` on, of dtype ROW, read-only. Raises DataFileError."""
+        """``count`` rows from ``first`` on, of dtype ROW, read-only. Raises DiskError."""
         return np.frombuffer(
             self._read(self._first + first * _PACKED.size, count * _PACKED.size), ROW
         )
@@ -136,11 +98,9 @@ class RowFile:
             raise self._changed(f"it ends at byte {place + len(data)}")
         return data
 
-    def _changed(self, problem: str) -> DataFileError:
-        return DataFileError(
-            f"{self.path} is not as it was when it was opened: {problem}\n  remedy: put the data "
-            "set back as it was, and run the same command again"
-        )
+    def _changed(self, problem: str) -> DiskError:
+        return DiskError("data", str(self.path), f"is not as it was when it was opened: {problem}",
+                         "put the data set back as it was, and run the same command again")
 
 
 def _pread(file: IO[bytes], size: int, place: int) -> bytes:

@@ -17,10 +17,10 @@ from typing import IO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from prelora_ds.core.errors import ConfigError
+from prelora_ds.core.errors import ConfigError, file_error
 from prelora_ds.data.labels import LabelReader, SampleError
 from prelora_ds.data.manifest import EXTENSIONS, Shard, file_crc32, is_url
-from prelora_ds.data.rows import ROW, disk_error
+from prelora_ds.data.rows import ROW
 
 _PICKLES = ("pyd", "pkl", "pickle", "pth", "pt")
 _LABELS = ("cls", "json")
@@ -70,7 +70,7 @@ def index_shard(
     - a sample without a label, or without exactly one image of at least a byte;
     - an image or a label whose bytes do not lie in the tar in one piece (links, sparse members).
 
-    Raises DataFileError where the disk fails.
+    Raises DiskError where the disk fails.
     """
     path, labels = Path(path), LabelReader(label_key, classes)
     rows: list[tuple[int, int, int, int, int, int]] = []
@@ -106,7 +106,7 @@ def index_shard(
     except SampleError as error:
         raise ConfigError(key, str(path), str(error), error.remedy) from error
     except OSError as error:
-        raise disk_error(
+        raise file_error(
             key, path, error, "cannot be read", "name shards that this user may read"
         ) from error
     # Besides its own errors, tarfile lets through what a damaged number or a long chain of headers

@@ -50,7 +50,7 @@ class SampleStore:
     def read(self, sample: int) -> tuple[bytes | bytearray, int]:
         """(image bytes, label) of sample ``sample``.
 
-        Raises CorruptSampleError, and DataFileError where the index is not what it was.
+        Raises CorruptSampleError, and DiskError where the index is not what it was.
         """
         offset, length, crc32, label, number, _ = self.manifest.index.row(sample)
         shard = self.manifest.shards[number]

@@ -23,13 +23,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import Dataset
 
-from prelora_ds.core.errors import ConfigError
+from prelora_ds.core.errors import ConfigError, DiskError
 from prelora_ds.data.budget import CorruptBudget, CorruptBudgetError
 from prelora_ds.data.check import verify
 from prelora_ds.data.datasets import Look
 from prelora_ds.data.loader import TrainLoader, WorkerLostError, Workers, eval_batches
 from prelora_ds.data.manifest import Manifest
-from prelora_ds.data.rows import DataFileError
 from prelora_ds.data.store import CorruptSampleError
 from prelora_ds.data.writer import write_shards
 
@@ -205,7 +204,7 @@ def test_an_index_that_is_cut_under_a_loader_ends_it_with_75(folder, workers):
     made = loader(folder, workers=workers)
     made.next()
     os.truncate(folder / "index.npy", 500)
-    with pytest.raises(DataFileError, match=r"index\.npy is not as it was") as caught:
+    with pytest.raises(DiskError, match=r"index\.npy': is not as it was") as caught:
         for _ in range(20):
             made.next()
     assert caught.value.exit_code == 75 and len(str(caught.value).splitlines()) == 2

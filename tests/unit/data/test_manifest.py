@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 
-from prelora_ds.core.errors import ConfigError
+from prelora_ds.core.errors import ConfigError, DiskError
 from prelora_ds.data.manifest import (
     EXTENSIONS,
     INDEX_NAME,
@@ -21,7 +21,7 @@ from prelora_ds.data.manifest import (
     Shard,
     save_manifest,
 )
-from prelora_ds.data.rows import ROW, DataFileError, Row
+from prelora_ds.data.rows import ROW, Row
 from prelora_ds.data.store import SampleStore
 from prelora_ds.data.writer import DIGIT_CLASSES, digits, write_shards
 
@@ -96,12 +96,12 @@ def test_an_index_that_is_cut_under_a_reader_is_an_error_with_75_and_no_signal(s
     store.read(300)
     for size in (shards.index_file.stat().st_size - 1, 2000, 0):
         os.truncate(shards.index_file, size)
-        with pytest.raises(DataFileError, match=r"index\.npy is not as it (.|\n)*again") as caught:
+        with pytest.raises(DiskError, match=r"index\.npy': is not as it (.|\n)*again") as caught:
             store.read(300)
         assert caught.value.exit_code == 75
-    with pytest.raises(DataFileError):
+    with pytest.raises(DiskError):
         pickle.loads(pickle.dumps(shards)).index.row(0)
-    with pytest.raises(DataFileError):
+    with pytest.raises(DiskError):
         assert shards.rows is None
 
 
@@ -116,11 +116,11 @@ def test_an_index_of_the_same_content_is_the_same_and_another_one_is_not(shards,
     changed = bytearray(content)
     changed[-25 + 16] ^= 1  # the label of the last sample
     shards.index_file.write_bytes(changed)
-    with pytest.raises(DataFileError, match="its content is another"):
+    with pytest.raises(DiskError, match="its content is another"):
         pickle.loads(pickle.dumps(shards)).index.row(0)
     assert store.read(300) == expected  # from the file that was opened, which has no name any more
     shards.index_file.unlink()
-    with pytest.raises(DataFileError, match="No such file"):
+    with pytest.raises(DiskError, match="No such file"):
         pickle.loads(pickle.dumps(shards)).index.row(0)
     shards.index_file.write_bytes(content)
     assert store.read(300) == expected

@@ -9,18 +9,18 @@ import sys
 import time
 from pathlib import Path
 
-BODY = """
+BODY = r"""
 import os, time
 from prelora_ds.data.parallel import unordered
 
 def job(seconds):
-    print(os.getpid(), flush=True)
+    os.write(1, f"{os.getpid()}\n".encode())  # in one piece: others write there too
     time.sleep(seconds)
     return seconds
 
 if __name__ == "__main__":
     for seconds in unordered(job, [0.0, 0.0, 60.0, 60.0], 2):
-        print("done", flush=True)
+        os.write(1, b"done\n")
 """
 
 

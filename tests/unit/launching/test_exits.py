@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from prelora_ds.core.errors import ConfigError, RefusedError, TrainingDivergedError
+from prelora_ds.core.errors import ConfigError, DiskError, RefusedError, TrainingDivergedError
 from prelora_ds.data.loader import WorkerLostError
-from prelora_ds.data.rows import DataFileError
 from prelora_ds.data.store import CorruptSampleError
 from prelora_ds.launching import exits
 from prelora_ds.launching.ranks import Ranks
@@ -83,7 +82,7 @@ def test_what_one_rank_alone_has_met_it_says_at_once(
 
 def test_what_all_ranks_may_meet_is_left_to_rank_0_for_a_moment(capsys: pytest.CaptureFixture[str],
                                                                 naps: list[float]) -> None:
-    error = DataFileError("the index was cut")
+    error = DiskError("data", "index.npy", "was cut", "look")
     with pytest.raises(SystemExit) as ended:
         exits.fail(error, Ranks(5, 1, 8))
     assert (ended.value.code, naps) == (75, [exits.ECHO_GRACE_S])
