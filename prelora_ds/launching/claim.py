@@ -74,7 +74,9 @@ def claim_output(folder: Path, config: Config, resume: str, data: Mapping[str, s
             _check_not_lost(folder)
         _check_sources(sources, config, data, classes, new_run=new_run, steps=steps)
         discard_partial(folder / FOLDER)
-        if not begun:
+        if list_checkpoints(folder / FOLDER):
+            (folder / SAVED).touch()  # version 0.1.0 did not write it
+        elif not begun:
             (folder / SAVED).unlink(missing_ok=True)
         if new_run and origin is not None:
             write_text(folder / ORIGIN, origin + "\n")

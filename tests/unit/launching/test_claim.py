@@ -99,6 +99,17 @@ def test_logs_whose_checkpoints_were_removed_are_refused_and_kept(tmp_path: Path
     assert claim(out) == [saved]
 
 
+def test_a_run_of_0_1_0_is_known_to_have_checkpoints_once_it_is_continued(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    claim(out)
+    begin(out)
+    saved = checkpoint(out, 10)
+    assert claim(out) == [saved]
+    saved.rename(tmp_path / "away")
+    with pytest.raises(ConfigError, match="whose checkpoints were removed"):
+        claim(out)
+
+
 def test_a_folder_that_was_emptied_by_hand_takes_a_new_run(tmp_path: Path) -> None:
     out = tmp_path / "out"
     claim(out)
