@@ -153,7 +153,8 @@ def _write_peft(
         raise RuntimeError(f"peft has no parameter {odd[0]}")
     check_adapters(model.get_base_model(), plan)
     model.peft_config[ADAPTER_NAME].base_model_name_or_path = str(base_named)
-    model.save_pretrained(out)
+    # Otherwise peft looks for a vocabulary in the base, which has not got its name yet.
+    model.save_pretrained(out, save_embedding_layers=False)
 
 
 def _write_timm(
