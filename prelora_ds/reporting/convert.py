@@ -138,22 +138,23 @@ def _write_peft(
     *,
     base_named: Path,
 ) -> None:
-    """``base_named``: where the adapter's config says that its base is."""
+    """``base_named``: where the adapter's config and card say that its base is."""
     from peft import get_peft_model
     from transformers import ViTForImageClassification
 
     (out / "base").mkdir()
     write_model({name: values[name] for name in layout.parameters}, config, classes, out / "base")
-    model = get_peft_model(ViTForImageClassification.from_pretrained(out / "base"),
-                           peft_config(plan, config.lora.dropout), adapter_name=ADAPTER_NAME)
+    base = ViTForImageClassification.from_pretrained(out / "base")
+    base.name_or_path = base.config.name_or_path = str(base_named)  # peft copies both
+    model = get_peft_model(base, peft_config(plan, config.lora.dropout), adapter_name=ADAPTER_NAME)
     adapters = {f"base_model.model.{name.replace('.weight', f'.{ADAPTER_NAME}.weight')}": value
                 for name, value in values.items() if name not in layout.parameters}
     odd = model.load_state_dict(adapters, strict=False).unexpected_keys
     if odd:
         raise RuntimeError(f"peft has no parameter {odd[0]}")
     check_adapters(model.get_base_model(), plan)
-    model.peft_config[ADAPTER_NAME].base_model_name_or_path = str(base_named)
-    model.save_pretrained(out)
+    # Otherwise peft looks for a vocabulary in the base, which has not got its name yet.
+    model.save_pretrained(out, save_embedding_layers=False)
 
 
 def _write_timm(

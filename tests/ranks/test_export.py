@@ -90,6 +90,8 @@ def test_hf_and_the_base_of_peft_name_the_classes(run, hf, tmp_path):
     assert named(json.loads((tmp_path / "peft/base/config.json").read_text())) == CLASSES
     adapter = json.loads((tmp_path / "peft/adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == str(tmp_path / "peft/base")
+    written = [path for path in (tmp_path / "peft").rglob("*") if path.is_file()]
+    assert not any(b".partial" in path.read_bytes() for path in written)
     base = ViTForImageClassification.from_pretrained(tmp_path / "peft/base")
     both = PeftModel.from_pretrained(base, tmp_path / "peft")
     assert torch.allclose(
