@@ -26,11 +26,12 @@ from prelora_ds.checkpoints.folder import (
     write_text,
 )
 from prelora_ds.checkpoints.run_state import RunState
-from prelora_ds.core.errors import ConfigError
+from prelora_ds.core.errors import DISK_FAULTS, ConfigError, cannot_write
 from prelora_ds.core.plan import Layout
 from prelora_ds.engine.build import Counters
 from prelora_ds.engine.checkpoint import part_name, read_state
 from prelora_ds.engine.rng import restore_rng, seed_rng
+from prelora_ds.engine.runtime import on_rank_0
 from prelora_ds.engine.state import EngineState
 from prelora_ds.metrics import cut_back
 
@@ -164,24 +165,53 @@ def read_checkpoint(folder: Path, layout: Layout, rank: int, world_size: int) ->
 
 
 def prepare(out: Path, checkpoint: Checkpoint | None, origin: str | None = None) -> int:
-    """Make the run's folder fit to go on from ``checkpoint``, or to begin; returns the steps done. Rank 0 acts.
+    """Make the run's folder fit to continue from ``checkpoint``, or to begin; returns the steps done.
 
-    Rows of later steps leave the logs, later checkpoints are set aside. A checkpoint of another run lends its base (by
-    links, where these can be made). origin: the path that named the checkpoint, where one did.
+    Rank 0 acts: rows of later steps leave the logs, and later checkpoints are set aside. A checkpoint
+    of another run lends its base (by links, where these can be made). origin: the path that named the
+    checkpoint, where one did.
+
+    Collective. Raises ConfigError or DiskError on all ranks when the folder cannot be written.
     """
-    done, root = 0 if checkpoint is None else checkpoint.run.step, out / FOLDER
-    if dist.get_rank() == 0:
-        cut_back(out, done if checkpoint is not None and checkpoint.of_run(out) else -1)
-        set_aside(root, [path for path in list_checkpoints(root) if checkpoint is None or step_of(path) > done])
-        if checkpoint is not None and checkpoint.manifest.base is not None:
-            source, target = root_of(checkpoint.folder) / checkpoint.manifest.base, root / checkpoint.manifest.base
-            if not target.exists():
-                partial = root / f".{target.name}.partial"
-                shutil.copytree(source, partial, copy_function=_link_or_copy)
-                partial.rename(target)
-        if origin is not None:  # only now: what lies beyond the checkpoint is out of the way
-            write_text(out / ORIGIN, origin + "\n")
+    done = 0 if checkpoint is None else checkpoint.run.step
+
+    def act() -> None:
+        try:
+            _rewind(out, checkpoint, done)
+            if origin is not None:  # only now: what lies beyond the checkpoint is out of the way
+                write_text(out / ORIGIN, origin + "\n")
+        except OSError as exc:
+            raise cannot_write("run.output_dir", out, _first_error(exc)) from exc
+
+    on_rank_0(act)
     return done
+
+
+def _rewind(out: Path, checkpoint: Checkpoint | None, done: int) -> None:
+    root = out / FOLDER
+    cut_back(out, done if checkpoint is not None and checkpoint.of_run(out) else -1)
+    set_aside(root, [path for path in list_checkpoints(root) if checkpoint is None or step_of(path) > done])
+    if checkpoint is None or checkpoint.manifest.base is None:
+        return
+    source, target = root_of(checkpoint.folder) / checkpoint.manifest.base, root / checkpoint.manifest.base
+    if not target.exists():
+        partial = root / f".{target.name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            shutil.copytree(source, partial, copy_function=_link_or_copy)
+            partial.rename(target)
+        except OSError:
+            shutil.rmtree(partial, ignore_errors=True)  # it holds the room that the next try needs
+            raise
+
+
+def _first_error(error: OSError) -> OSError:
+    """What copytree, which collects the errors of all files as texts, says of the first."""
+    if isinstance(error, shutil.Error):
+        first = error.args[0][0][2]
+        full = next((number for number in DISK_FAULTS if os.strerror(number) in first), None)
+        return OSError(full, first)
+    return error
 
 
 def _link_or_copy(source: str, target: str) -> None:

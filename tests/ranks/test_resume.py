@@ -258,6 +258,21 @@ def test_a_full_disk_costs_checkpoints_and_neither_the_run_nor_those_before(stop
     assert job(out).end() == [0, 0]
 
 
+def test_a_new_run_whose_disk_has_no_room_for_the_base_ends_with_75(stopped, job, small_disk):
+    """The base comes from the run it begins from, over a border of file systems, before any step."""
+    out = small_disk / "out"
+    with (small_disk / "filler").open("wb") as filler:
+        filler.write(bytes(3 * 2**20 - 40 * 1024))  # room for the config and not for the base
+    refused = job(out, resume=str(stopped[0]))
+    assert 75 in refused.end(), refused.said()[-3000:]
+    said = refused.said()
+    assert said.count("error") == 1 and "Traceback" not in said, said
+    assert "run.output_dir" in said and "No space left" in said
+    assert not list((out / "checkpoints").glob("*")), "what was copied so far holds the room"
+    (small_disk / "filler").unlink()
+    assert job(out, resume=str(stopped[0])).end() == [0, 0]
+
+
 def test_a_folder_that_may_only_be_read_is_told_before_anything_starts(job, small_disk):
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     refused = job(small_disk / "out", log=str(small_disk.with_name("log")))
