@@ -30,6 +30,7 @@ from prelora_ds.core.errors import ConfigError
 from prelora_ds.core.plan import Layout, Phase, Plan, full_plan, lora_plan, warmup_plan
 from prelora_ds.core.timing import KINDS, SHARED, Rates, Work, step_work
 from prelora_ds.data.parallel import end_with_parent
+from prelora_ds.files import replace_file
 from prelora_ds.launching.exits import one_message
 
 LABELS = 1000
@@ -234,7 +235,7 @@ def main(recipe: Path, out: Path, overrides: Annotated[list[str] | None, typer.A
          ranks: Annotated[int, typer.Option(min=1, help="ranks that train on one host")] = 1) -> None:
     """Time a few steps of RECIPE's blocks on this machine and write OUT for `prelora plan --calibration OUT`."""
     result = calibrate(load_config(recipe, overrides or [], deepspeed_config), ranks)
-    out.write_text(json.dumps(result, indent=2) + "\n")
+    replace_file(out, json.dumps(result, indent=2) + "\n")
     for row in result["samples"]:
         typer.echo(f"{row['phase']:7} batch {row['micro_batch_size']:4} rank {row['lora_rank']:3} x {row['accum']}: "
                    f"measured {row['measured_s']:.4f} s, fitted {row['fitted_s']:.4f} s")

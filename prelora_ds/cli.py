@@ -97,11 +97,11 @@ def plan(recipe: Path, overrides: Annotated[list[str] | None, typer.Argument(hel
 
 
 def _save_json(path: Path, value: Any, key: str) -> None:
-    from prelora_ds.launching.files import replace_text
+    from prelora_ds.files import replace_file
     from prelora_ds.metrics import to_json
 
     try:
-        replace_text(path, to_json(value, indent=2) + "\n")
+        replace_file(path, to_json(value, indent=2) + "\n")
     except OSError as exc:
         raise cannot_write(key, str(path), exc) from exc
 

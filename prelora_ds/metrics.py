@@ -12,6 +12,7 @@ from typing import Any
 
 from prelora_ds.core.convergence import Observation
 from prelora_ds.core.errors import ConfigError
+from prelora_ds.files import replace_file
 
 LOGS = ("metrics", "plans", "windows")
 
@@ -152,12 +153,7 @@ def cut_back(folder: Path, step: int) -> None:
         kept = "".join(to_json(row) + "\n" for row in rows_until(path, step)).encode()
         if kept == path.read_bytes():
             continue  # a full disk need not hold it twice
-        partial = path.with_suffix(".partial")
-        with partial.open("wb") as file:
-            file.write(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        replace_file(path, kept)
 
 
 def sync_logs(folder: Path) -> None:

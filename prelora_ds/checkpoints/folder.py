@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from prelora_ds.core.errors import ConfigError
+from prelora_ds.files import replace_file
 
 FORMAT = 1
 FOLDER = "checkpoints"  # in run.output_dir
@@ -63,7 +64,7 @@ class CheckpointManifest:
 
     def write(self, folder: Path) -> None:
         data = asdict(self)
-        write_text(folder / MANIFEST, json.dumps({**data, "sha256": _digest(data)}, indent=1))
+        replace_file(folder / MANIFEST, json.dumps({**data, "sha256": _digest(data)}, indent=1))
 
     @classmethod
     def load(cls, folder: Path) -> CheckpointManifest:
@@ -166,26 +167,6 @@ def list_checkpoints(root: Path) -> list[Path]:
     """The checkpoint folders in ``root``, newest first; whether they are whole is not looked at."""
     found = [path for path in root.iterdir() if step_of(path) >= 0] if root.is_dir() else []
     return sorted(found, key=step_of, reverse=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace ``path`` by a file that is whole and on disk."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring the names in ``folder`` to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def commit(partial: Path, final: Path, manifest: CheckpointManifest) -> None:

@@ -23,7 +23,6 @@ from prelora_ds.checkpoints.folder import (
     root_of,
     set_aside,
     step_of,
-    write_text,
 )
 from prelora_ds.checkpoints.run_state import RunState
 from prelora_ds.core.errors import DISK_FAULTS, ConfigError, cannot_write
@@ -33,6 +32,7 @@ from prelora_ds.engine.checkpoint import part_name, read_state
 from prelora_ds.engine.rng import restore_rng, seed_rng
 from prelora_ds.engine.runtime import on_rank_0
 from prelora_ds.engine.state import EngineState
+from prelora_ds.files import new_folder, replace_file
 from prelora_ds.metrics import cut_back
 
 ORIGIN = "origin"  # in run.output_dir: the --resume PATH that the run has gone to
@@ -179,7 +179,7 @@ def prepare(out: Path, checkpoint: Checkpoint | None, origin: str | None = None)
         try:
             _rewind(out, checkpoint, done)
             if origin is not None:  # only now: what lies beyond the checkpoint is out of the way
-                write_text(out / ORIGIN, origin + "\n")
+                replace_file(out / ORIGIN, origin + "\n")
         except OSError as exc:
             raise cannot_write("run.output_dir", out, _first_error(exc)) from exc
 
@@ -195,14 +195,8 @@ def _rewind(out: Path, checkpoint: Checkpoint | None, done: int) -> None:
         return
     source, target = root_of(checkpoint.folder) / checkpoint.manifest.base, root / checkpoint.manifest.base
     if not target.exists():
-        partial = root / f".{target.name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            shutil.copytree(source, partial, copy_function=_link_or_copy)
-            partial.rename(target)
-        except OSError:
-            shutil.rmtree(partial, ignore_errors=True)  # it holds the room that the next try needs
-            raise
+        with new_folder(target) as partial:
+            shutil.copytree(source, partial, copy_function=_link_or_copy, dirs_exist_ok=True)
 
 
 def _first_error(error: OSError) -> OSError:

@@ -24,8 +24,6 @@ from prelora_ds.checkpoints.folder import (
     commit,
     retain,
     step_folder,
-    sync_folder,
-    write_text,
 )
 from prelora_ds.checkpoints.run_state import RunState
 from prelora_ds.core.config import Config
@@ -36,6 +34,7 @@ from prelora_ds.engine.build import Engine
 from prelora_ds.engine.checkpoint import part_name, write_part
 from prelora_ds.engine.rng import capture_rng
 from prelora_ds.engine.state import EngineState, Slice, copy_state
+from prelora_ds.files import replace_file, sync_folder
 from prelora_ds.metrics import sync_logs
 
 Files = dict[str, FileRecord]
@@ -191,7 +190,7 @@ class Saver:
         write_part(state, path, {"rng": rng})
         written = [path]
         if document is not None:
-            write_text(partial / STATE, document)
+            replace_file(partial / STATE, document)
             written.append(partial / STATE)
         return {p.name: FileRecord.of(p) for p in written}
 
@@ -229,7 +228,7 @@ class Saver:
         try:
             sync_folder(self.root)
             (self.root.parent / SAVED).touch()
-            write_text(self.root / LATEST, final.name + "\n")
+            replace_file(self.root / LATEST, final.name + "\n")
         except OSError as exc:
             self.say(f"warning: {final.name} is whole, and its name could not be written into {LATEST}: {exc}")
         # Gigabytes take seconds to remove: not while the ranks wait.

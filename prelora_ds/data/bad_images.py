@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from prelora_ds.core.errors import ConfigError
-from prelora_ds.data.manifest import write_whole
+from prelora_ds.files import replace_file
 
 LIST_NAME = "bad-images.txt"
 _SHOWN = 20
@@ -27,7 +27,7 @@ def write_list(folder: Path, bad: Sequence[BadImage]) -> None:
         (folder / LIST_NAME).unlink(missing_ok=True)
         return
     text = "".join(f"{one.image}: {one.problem}\n" for one in bad)
-    write_whole(folder / LIST_NAME, text.encode(errors="backslashreplace"))
+    replace_file(folder / LIST_NAME, text.encode(errors="backslashreplace"))
 
 
 def told(bad: Sequence[BadImage]) -> str:

@@ -38,7 +38,7 @@ from prelora_ds.data.build_plan import (
     write_plan,
 )
 from prelora_ds.data.images import prepare
-from prelora_ds.data.manifest import ROW, Manifest, Shard, save_manifest, write_whole
+from prelora_ds.data.manifest import ROW, Manifest, Shard, save_manifest
 from prelora_ds.data.parallel import unordered
 from prelora_ds.data.reading import AGAIN, describe, not_accessible
 from prelora_ds.data.scan import index_shard
@@ -46,6 +46,7 @@ from prelora_ds.data.sources import KINDS
 from prelora_ds.data.sources.listing import Request
 from prelora_ds.data.waiting import await_files
 from prelora_ds.data.writer import write_tar
+from prelora_ds.files import replace_file
 
 Progress = Callable[[int, int], None]
 PATIENCE_S = 600.0  # how long rank 0 waits for other ranks while none of them writes anything
@@ -113,7 +114,7 @@ def build(request: Request, out: Path, options: Options, *, kind: str | None = N
             return None  # rank 0 tells; Pillow is this host's own
         check_same(asked, planned, partial)
         if rank == 0 and planned != plan["asked"]:
-            write_whole(work / "plan.json", json.dumps(plan | {"asked": planned}).encode())
+            replace_file(work / "plan.json", json.dumps(plan | {"asked": planned}).encode())
         if rank == 0 and plan["passed_over"]:
             say(f"passed over: {plan['passed_over']}")
         shards = -(-len(items) // options.samples_per_shard)
@@ -181,7 +182,7 @@ def _write_shard(job: _Job) -> None:
     try:
         write_tar(hidden, _samples(job, bad))
         if bad and not job.options.skip_bad:
-            write_whole(result.with_suffix(".bad"), json.dumps(bad).encode())
+            replace_file(result.with_suffix(".bad"), json.dumps(bad).encode())
             return
         if len(bad) < len(job.samples):
             scanned = index_shard(hidden, "OUT")
@@ -191,7 +192,7 @@ def _write_shard(job: _Job) -> None:
         hidden.unlink(missing_ok=True)
     buffer = io.BytesIO()
     np.savez(buffer, shard=np.array(json.dumps(shard)), rows=rows, bad=np.array(json.dumps(bad)))
-    write_whole(result.with_suffix(".npz"), buffer.getvalue())
+    replace_file(result.with_suffix(".npz"), buffer.getvalue())
 
 
 def _samples(job: _Job, bad: list[BadImage]) -> Iterator[tuple[str, bytes, str, int]]:

@@ -21,11 +21,12 @@ import PIL
 from numpy.typing import NDArray
 
 from prelora_ds.core.errors import ConfigError
-from prelora_ds.data.manifest import Manifest, write_whole
+from prelora_ds.data.manifest import Manifest
 from prelora_ds.data.reading import describe, reading
 from prelora_ds.data.sources import find_images
 from prelora_ds.data.sources.listing import Listing, Request
 from prelora_ds.data.waiting import LONGEST_PAUSE_S
+from prelora_ds.files import replace_file
 
 _WINDOW = 16  # blocks of a file that are shuffled together
 
@@ -140,7 +141,7 @@ def write_plan(
     work.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     np.save(buffer, items[shuffled(items, options.seed)], allow_pickle=False)
-    write_whole(work / "items.npy", buffer.getvalue())
+    replace_file(work / "items.npy", buffer.getvalue())
     plan = {
         "asked": asked,
         "kind": listing.kind,
@@ -148,7 +149,7 @@ def write_plan(
         "files": listing.files,
         "passed_over": listing.passed_over,
     }
-    write_whole(work / "plan.json", json.dumps(plan).encode())
+    replace_file(work / "plan.json", json.dumps(plan).encode())
 
 
 def read_plan(work: Path) -> tuple[dict[str, Any], NDArray[np.void]]:

@@ -18,13 +18,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
-from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
 
 from prelora_ds.core.errors import ConfigError, ExpectedError, file_error
 from prelora_ds.data.rows import ROW, RowFile
+from prelora_ds.files import replace_file
 
 MANIFEST_NAME, INDEX_NAME = "manifest.json", "index.npy"
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # the column ``extension`` of a row counts in this
@@ -146,21 +146,8 @@ def save_manifest(folder: Path, classes: Sequence[str], shards: Sequence[Shard],
         "shards": [{name: getattr(shard, name) for name in ("name", "size_bytes", "samples", "crc32")}
                    for shard in shards],
     }
-    write_whole(folder / INDEX_NAME, buffer.getbuffer())
-    write_whole(folder / MANIFEST_NAME, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
-
-
-def write_whole(path: Path, data: bytes | memoryview) -> None:
-    """Write ``data`` to the disk under another name, and then rename: ``path`` is never seen in part."""
-    partial = path.with_name(f".{path.name}.{uuid4().hex}")
-    try:
-        with partial.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    replace_file(folder / INDEX_NAME, buffer.getbuffer())
+    replace_file(folder / MANIFEST_NAME, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def file_crc32(path: Path) -> int:
@@ -293,8 +280,8 @@ def _fetched(url: str, key: str) -> Path:
         here.mkdir(parents=True, exist_ok=True)
         if not (here / MANIFEST_NAME).exists():
             with fsspec.open(f"{url}/{INDEX_NAME}") as file:
-                write_whole(here / INDEX_NAME, file.read())
-            write_whole(here / MANIFEST_NAME, text)
+                replace_file(here / INDEX_NAME, file.read())
+            replace_file(here / MANIFEST_NAME, text)
     except Exception as error:  # each protocol has its own errors, and a missing package is an ImportError
         raise ConfigError(key, url, f"cannot be read ({type(error).__name__}: {error})",
                           f"name a folder with a manifest.json, and {_PROTOCOLS}") from error

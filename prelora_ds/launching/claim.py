@@ -16,7 +16,6 @@ from prelora_ds.checkpoints.folder import (
     list_checkpoints,
     read_run_state,
     root_of,
-    write_text,
 )
 from prelora_ds.checkpoints.resume import ORIGIN, candidates, origin_of
 from prelora_ds.configuring import dump_yaml, read_settings, validate
@@ -24,6 +23,7 @@ from prelora_ds.core.classes import classes_of, difference
 from prelora_ds.core.config import Config
 from prelora_ds.core.errors import ConfigError, cannot_write
 from prelora_ds.core.resuming import differences, may_differ, what_binds
+from prelora_ds.files import replace_file
 from prelora_ds.launching.lease import NAME, Lease
 from prelora_ds.metrics import check_logs, read_lines
 from prelora_ds.overrides import as_override
@@ -79,10 +79,10 @@ def claim_output(folder: Path, config: Config, resume: str, data: Mapping[str, s
         elif not begun:
             (folder / SAVED).unlink(missing_ok=True)
         if new_run and origin is not None:
-            write_text(folder / ORIGIN, origin + "\n")
+            replace_file(folder / ORIGIN, origin + "\n")
         elif not begun and resume == "never":
             (folder / ORIGIN).unlink(missing_ok=True)
-        write_text(folder / CONFIG, dump_yaml(config))
+        replace_file(folder / CONFIG, dump_yaml(config))
         refused.pop_all()
         return Claim(lease, sources, origin)
 

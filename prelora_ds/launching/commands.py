@@ -42,7 +42,9 @@ def preflight(hostfile: Hostfile,
         shards=() if config is None else folders_of(config),
         extensions=("cpu_adam",) if config is not None and config.zero.offload_optimizer else ()))
     if json_file is not None:
-        json_file.write_text(json.dumps(report.to_json(), indent=2) + "\n")
+        from prelora_ds.files import replace_file
+
+        replace_file(json_file, json.dumps(report.to_json(), indent=2) + "\n")
     print_report(report)
     if not report.fit:
         raise typer.Exit(TRY_AGAIN_EXIT_CODE)
@@ -118,7 +120,7 @@ def job(recipe: Path,
         dry_run: Annotated[bool, typer.Option(help="print it, write nothing")] = False) -> None:
     """Write a batch script that trains RECIPE to its end in a chain of jobs."""
     from prelora_ds.configuring import check_world, load_config
-    from prelora_ds.launching.files import replace_text
+    from prelora_ds.files import replace_file
     from prelora_ds.launching.jobs import Job, load_profile, render
     from prelora_ds.reporting.plan import parse_walltime
 
@@ -132,7 +134,7 @@ def job(recipe: Path,
     if dry_run:
         typer.echo(text, nl=False)
         return
-    replace_text(out, text, mode=0o755)
+    replace_file(out, text, executable=True)
     typer.echo(f"{out}: submit it with {'qsub' if site.scheduler == 'pbs' else 'sbatch'} {out}")
 
 

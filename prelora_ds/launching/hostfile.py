@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 
 from prelora_ds.core.errors import ConfigError
-from prelora_ds.launching.files import replace_text
+from prelora_ds.files import replace_file
 
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?")
 _LINE = re.compile(r"(\S+)\s+slots=([0-9]+)")
@@ -122,7 +122,7 @@ def write_ds_env(path: Path, values: Mapping[str, str]) -> None:
         if not travels(value):
             raise ConfigError(str(path), f"{key}={value}", "would be changed by the remote shell",
                               "use letters, digits and _./:,=@%+^- only")
-    replace_text(path, "".join(f"{key}={value}\n" for key, value in sorted(values.items())))
+    replace_file(path, "".join(f"{key}={value}\n" for key, value in sorted(values.items())))
 
 
 def expand_nodelist(text: str) -> list[str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from prelora_ds.core.errors import FENCED_EXIT_CODE, LaunchError
-from prelora_ds.launching.files import replace_text
+from prelora_ds.files import replace_file
 from prelora_ds.launching.supervised import read_json
 
 NAME = ".lease"
@@ -106,7 +106,7 @@ class Lease:
             with contextlib.suppress(OSError):
                 held = read_json(self.path)
                 if self.lost() is None and held.get("token", self._token) == self._token:
-                    replace_text(self.path, self._text(renewals))
+                    replace_file(self.path, self._text(renewals), durable=False)
 
     def _wait_for_its_end(self) -> None:
         first, begun = read_json(self.path), time.monotonic()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from prelora_ds.core.errors import FENCED_EXIT_CODE, ORPHAN_EXIT_CODE, ConfigError, ExpectedError
-from prelora_ds.launching.files import replace_text
+from prelora_ds.files import replace_file
 
 LEASE = "lease.json"
 ASLEEP_S = 10.0
@@ -112,7 +112,7 @@ def _lease(path: Path) -> dict[str, Any]:
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Whole or not at all; a full or lost disk is no reason to fail."""
     try:
-        replace_text(path, json.dumps(value))
+        replace_file(path, json.dumps(value), durable=False)
     except OSError:
         return
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +12,6 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from prelora_ds.checkpoints.folder import sync_folder
 from prelora_ds.core.classes import unnamed
 from prelora_ds.core.config import Config
 from prelora_ds.core.errors import NotSavedError, is_disk_fault
@@ -22,6 +19,7 @@ from prelora_ds.core.plan import Layout, Plan
 from prelora_ds.engine.build import Engine
 from prelora_ds.engine.release import release
 from prelora_ds.engine.state import assemble, export_state
+from prelora_ds.files import new_folder
 from prelora_ds.model.adapters import merged_weight
 from prelora_ds.model.vit import build_model
 
@@ -74,20 +72,10 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     It replaces a folder that is there. Raises NotSavedError when the file system refuses it; then
     nothing of it is left, and ``folder`` is as it was.
     """
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        for path in partial.rglob("*"):
-            if path.is_file():
-                _sync_file(path)
-        # It is of this run, if the run was cut off right here and resumed.
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-        sync_folder(folder.parent)
+        with new_folder(folder) as partial:
+            yield partial
     except (OSError, SafetensorError, RuntimeError) as exc:
-        shutil.rmtree(partial, ignore_errors=True)
         if isinstance(exc, RuntimeError) and not is_disk_fault(exc):
             raise
         raise NotSavedError(
@@ -124,11 +112,3 @@ def write_model(
                 indent=2,
             )
         )
-
-
-def _sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -22,9 +22,9 @@ from prelora_ds.checkpoints.folder import (
     set_aside,
     step_folder,
     step_of,
-    write_text,
 )
 from prelora_ds.core.errors import ConfigError
+from prelora_ds.files import replace_file
 
 
 def make(root: Path, step: int, *, acc1: float | None = None, base: str | None = None) -> Path:
@@ -151,7 +151,7 @@ def test_what_a_kill_leaves_is_removed_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / ".step-00000004.partial").mkdir()
     (tmp_path / ".step-00000004.partial" / "rank").write_text("half")
     (tmp_path / ".latest.partial").write_text("half")
-    write_text(tmp_path / "latest", "step-00000003\n")
+    replace_file(tmp_path / "latest", "step-00000003\n")
     discard_partial(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000003"]
 
