@@ -7,7 +7,7 @@
 import os
 import sys
 
-from prelora_ds.core.errors import ExpectedError, Stopped
+from prelora_ds.errors import ExpectedError, Stopped
 from prelora_ds.launching.ancestors import Ancestors
 from prelora_ds.launching.arguments import parse_arguments, supervised_folder
 from prelora_ds.launching.exits import (

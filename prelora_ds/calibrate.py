@@ -26,10 +26,10 @@ import typer
 
 from prelora_ds.configuring import load_config, validate
 from prelora_ds.core.config import Config
-from prelora_ds.core.errors import ConfigError
 from prelora_ds.core.plan import Layout, Phase, Plan, full_plan, lora_plan, warmup_plan
 from prelora_ds.core.timing import KINDS, SHARED, Rates, Work, step_work
 from prelora_ds.data.parallel import end_with_parent
+from prelora_ds.errors import ConfigError
 from prelora_ds.files import replace_file
 from prelora_ds.launching.exits import one_message
 

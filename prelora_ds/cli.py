@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from prelora_ds.core.errors import ConfigError, cannot_write
+from prelora_ds.errors import ConfigError, cannot_write
 from prelora_ds.launching import commands
 from prelora_ds.launching.exits import one_message
 from prelora_ds.sharding import shards_app

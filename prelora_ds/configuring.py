@@ -10,12 +10,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from prelora_ds.core.config import Config
-from prelora_ds.core.errors import ConfigError
 from prelora_ds.core.fields import annotation_at, keys_of
 from prelora_ds.core.plan import Phase
 from prelora_ds.core.resuming import with_new_names
 from prelora_ds.core.timing import Rates
 from prelora_ds.documents import UnreadableError, check_plain, read_json, read_yaml, write_yaml
+from prelora_ds.errors import ConfigError
 from prelora_ds.overrides import interpolate, is_text, override, without_interpolation
 
 # Keys of a DeepSpeed JSON that have another owner, and that owner.

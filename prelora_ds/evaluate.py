@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prelora_ds.core.classes import difference
 from prelora_ds.core.data_config import Crop
-from prelora_ds.core.errors import ConfigError
+from prelora_ds.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import ViTForImageClassification

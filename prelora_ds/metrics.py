@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prelora_ds.core.convergence import Observation
-from prelora_ds.core.errors import ConfigError
+from prelora_ds.errors import ConfigError
 from prelora_ds.files import replace_file
 
 LOGS = ("metrics", "plans", "windows")

@@ -12,9 +12,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from prelora_ds.core.config import Config
-from prelora_ds.core.errors import ConfigError
 from prelora_ds.core.fields import alternatives, annotation_at
 from prelora_ds.documents import DEEPEST, Place, UnreadableError, read_scalar, read_value
+from prelora_ds.errors import ConfigError
 
 
 def is_text(place: Place) -> bool:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from prelora_ds.core.errors import ConfigError
+from prelora_ds.errors import ConfigError
 
 shards_app = typer.Typer(no_args_is_help=True, help="Write, index and check WebDataset shards with a manifest.")
 

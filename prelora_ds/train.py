@@ -21,7 +21,6 @@ from prelora_ds.core.config import Config
 from prelora_ds.core.controller import PhaseController, PhaseState
 from prelora_ds.core.convergence import Observation
 from prelora_ds.core.divergence import DivergenceWatch
-from prelora_ds.core.errors import TrainingDivergedError
 from prelora_ds.core.fields import Duration
 from prelora_ds.core.schedule import Timeline, lr_at
 from prelora_ds.core.stragglers import StragglerWatch
@@ -38,6 +37,7 @@ from prelora_ds.engine.rng import seed_rng
 from prelora_ds.engine.runtime import freeze_imports, make_monitor, on_rank_0, synchronize
 from prelora_ds.engine.state import initial_state
 from prelora_ds.engine.transition import release_checked, transition
+from prelora_ds.errors import TrainingDivergedError
 from prelora_ds.evaluate import Accuracy, evaluate
 from prelora_ds.launching.guard import Guard
 from prelora_ds.launching.stop import StopRequest

@@ -10,9 +10,9 @@ from prelora_ds.checkpoints.run_state import RunState
 from prelora_ds.checkpoints.saver import Saver
 from prelora_ds.core.config import DivergenceConfig
 from prelora_ds.core.divergence import DivergenceWatch
-from prelora_ds.core.errors import TrainingDivergedError
 from prelora_ds.core.plan import Layout
 from prelora_ds.engine.build import StepStats
+from prelora_ds.errors import TrainingDivergedError
 
 
 def problem_of(watch: DivergenceWatch, step: int, stats: StepStats, config: DivergenceConfig) -> str | None:

@@ -25,13 +25,13 @@ from prelora_ds.checkpoints.folder import (
     step_of,
 )
 from prelora_ds.checkpoints.run_state import RunState
-from prelora_ds.core.errors import DISK_FAULTS, ConfigError, cannot_write
 from prelora_ds.core.plan import Layout
 from prelora_ds.engine.build import Counters
 from prelora_ds.engine.checkpoint import part_name, read_state
 from prelora_ds.engine.rng import restore_rng, seed_rng
 from prelora_ds.engine.runtime import on_rank_0
 from prelora_ds.engine.state import EngineState
+from prelora_ds.errors import DISK_FAULTS, ConfigError, cannot_write
 from prelora_ds.files import new_folder, replace_file
 from prelora_ds.metrics import cut_back
 

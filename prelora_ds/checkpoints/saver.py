@@ -27,13 +27,13 @@ from prelora_ds.checkpoints.folder import (
 )
 from prelora_ds.checkpoints.run_state import RunState
 from prelora_ds.core.config import Config
-from prelora_ds.core.errors import NotSavedError, Stopped
 from prelora_ds.core.plan import Plan
 from prelora_ds.core.schedule import Timeline
 from prelora_ds.engine.build import Engine
 from prelora_ds.engine.checkpoint import part_name, write_part
 from prelora_ds.engine.rng import capture_rng
 from prelora_ds.engine.state import EngineState, Slice, copy_state
+from prelora_ds.errors import NotSavedError, Stopped
 from prelora_ds.files import replace_file, sync_folder
 from prelora_ds.metrics import sync_logs
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from prelora_ds.core.errors import ConfigError
+from prelora_ds.errors import ConfigError
 from prelora_ds.files import replace_file
 
 LIST_NAME = "bad-images.txt"

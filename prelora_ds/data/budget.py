@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 
-from prelora_ds.core.errors import ExpectedError
+from prelora_ds.errors import ExpectedError
 
 
 class CorruptBudgetError(ExpectedError, RuntimeError):

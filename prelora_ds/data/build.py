@@ -24,7 +24,6 @@ from uuid import uuid4
 import numpy as np
 from numpy.typing import NDArray
 
-from prelora_ds.core.errors import ConfigError, DiskError, ExpectedError, is_disk_fault
 from prelora_ds.data.bad_images import LIST_NAME, BadImage, refusal, told, write_list
 from prelora_ds.data.build_plan import (
     Options,
@@ -46,6 +45,7 @@ from prelora_ds.data.sources import KINDS
 from prelora_ds.data.sources.listing import Request
 from prelora_ds.data.waiting import await_files
 from prelora_ds.data.writer import write_tar
+from prelora_ds.errors import ConfigError, DiskError, ExpectedError, is_disk_fault
 from prelora_ds.files import replace_file
 
 Progress = Callable[[int, int], None]

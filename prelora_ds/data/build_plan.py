@@ -20,12 +20,12 @@ import numpy as np
 import PIL
 from numpy.typing import NDArray
 
-from prelora_ds.core.errors import ConfigError
 from prelora_ds.data.manifest import Manifest
 from prelora_ds.data.reading import describe, reading
 from prelora_ds.data.sources import find_images
 from prelora_ds.data.sources.listing import Listing, Request
 from prelora_ds.data.waiting import LONGEST_PAUSE_S
+from prelora_ds.errors import ConfigError
 from prelora_ds.files import replace_file
 
 _WINDOW = 16  # blocks of a file that are shuffled together

@@ -14,11 +14,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from prelora_ds.core.errors import ConfigError
 from prelora_ds.data.decode import UndecodableError, decode
 from prelora_ds.data.manifest import EXTENSIONS, Manifest, Shard, file_crc32
 from prelora_ds.data.parallel import unordered
 from prelora_ds.data.scan import index_shard, local_shard
+from prelora_ds.errors import ConfigError
 
 Progress = Callable[[int, int], None]
 

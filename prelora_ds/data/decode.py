@@ -9,7 +9,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from prelora_ds.core.errors import ConfigError
+from prelora_ds.errors import ConfigError
 
 Pixels = NDArray[np.uint8]  # [H, W, C]
 

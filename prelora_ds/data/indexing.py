@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from prelora_ds.core.errors import ConfigError, ExpectedError, file_error
 from prelora_ds.data.manifest import MANIFEST_NAME, Manifest, is_url, save_manifest
 from prelora_ds.data.parallel import unordered
 from prelora_ds.data.scan import ScannedShard, index_shard, local_shard
+from prelora_ds.errors import ConfigError, ExpectedError, file_error
 
 Progress = Callable[[int, int], None]
 _MOST_SHARDS = 1_000_000

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prelora_ds.core.errors import ConfigError
+from prelora_ds.errors import ConfigError
 
 # Without class names the classes are the numbers up to the largest label, and each has a row in
 # the head.

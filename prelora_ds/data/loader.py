@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from prelora_ds.core.errors import ConfigError, ExpectedError
 from prelora_ds.data.batch import MicroBatch
 from prelora_ds.data.cache import ShardCache, Stager
 from prelora_ds.data.datasets import PADDING, EvalImages, Look, Rows, TrainImages, as_is
@@ -26,6 +25,7 @@ from prelora_ds.data.manifest import Manifest
 from prelora_ds.data.order import Position, Stream, Tail
 from prelora_ds.data.parallel import end_with_parent
 from prelora_ds.data.store import SampleStore
+from prelora_ds.errors import ConfigError, ExpectedError
 
 WorkerStart = Literal["forkserver", "spawn", "fork"]
 _FAULTS_SAID = 20

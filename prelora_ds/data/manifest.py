@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from prelora_ds.core.errors import ConfigError, ExpectedError, file_error
 from prelora_ds.data.rows import ROW, RowFile
+from prelora_ds.errors import ConfigError, ExpectedError, file_error
 from prelora_ds.files import replace_file
 
 MANIFEST_NAME, INDEX_NAME = "manifest.json", "index.npy"

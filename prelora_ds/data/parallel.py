@@ -11,7 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from typing import TypeVar
 
-from prelora_ds.core.errors import ORPHAN_EXIT_CODE, ExpectedError
+from prelora_ds.errors import ORPHAN_EXIT_CODE, ExpectedError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")

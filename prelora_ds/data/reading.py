@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
 
-from prelora_ds.core.errors import ConfigError, ExpectedError, file_error
+from prelora_ds.errors import ConfigError, ExpectedError, file_error
 
 MAX_IMAGE_BYTES = 1 << 30
 MAX_TEXT_BYTES = 1 << 28

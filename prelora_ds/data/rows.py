@@ -16,7 +16,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from prelora_ds.core.errors import DiskError
+from prelora_ds.errors import DiskError
 
 ROW = np.dtype(
     [

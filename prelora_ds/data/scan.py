@@ -17,10 +17,10 @@ from typing import IO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from prelora_ds.core.errors import ConfigError, file_error
 from prelora_ds.data.labels import LabelReader, SampleError
 from prelora_ds.data.manifest import EXTENSIONS, Shard, file_crc32, is_url
 from prelora_ds.data.rows import ROW
+from prelora_ds.errors import ConfigError, file_error
 
 _PICKLES = ("pyd", "pkl", "pickle", "pth", "pt")
 _LABELS = ("cls", "json")

@@ -8,7 +8,6 @@ import time
 
 from prelora_ds.core.classes import difference
 from prelora_ds.core.config import Config
-from prelora_ds.core.errors import ConfigError
 from prelora_ds.data.cache import ShardCache
 from prelora_ds.data.datasets import Look, keyed, load
 from prelora_ds.data.loader import Loader, TrainLoader
@@ -16,6 +15,7 @@ from prelora_ds.data.manifest import Manifest
 from prelora_ds.data.order import Stream
 from prelora_ds.data.store import CorruptSampleError, SampleStore
 from prelora_ds.data.unindexed import Unindexed, UnindexedLoader
+from prelora_ds.errors import ConfigError
 
 TrainData = Manifest | Unindexed
 _TIMED = 32  # images

@@ -9,9 +9,9 @@ import zlib
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from prelora_ds.core.errors import ExpectedError
 from prelora_ds.data.cache import ShardCache
 from prelora_ds.data.manifest import Manifest, is_url
+from prelora_ds.errors import ExpectedError
 
 _Bytes = TypeVar("_Bytes", bytes, bytearray)
 _OPEN_FILES = 256  # a process may open 1,024 files, and a data set has more shards than that

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from prelora_ds.core.errors import ConfigError
 from prelora_ds.data.batch import MicroBatch
 from prelora_ds.data.datasets import Look, keyed
 from prelora_ds.data.decode import UndecodableError, decode
@@ -25,6 +24,7 @@ from prelora_ds.data.loader import Loader, Workers, WorkerStart, rank_share
 from prelora_ds.data.manifest import EXTENSIONS, is_url
 from prelora_ds.data.order import Position, Stream
 from prelora_ds.data.store import CorruptSampleError
+from prelora_ds.errors import ConfigError
 
 _BUFFER = 1000  # samples of the shuffle, a worker
 _STREAM_KEY, _PIXEL_KEY = 4, 5

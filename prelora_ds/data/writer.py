@@ -19,10 +19,10 @@ from uuid import uuid4
 import numpy as np
 from PIL import Image
 
-from prelora_ds.core.errors import ConfigError
 from prelora_ds.data.images import encode
 from prelora_ds.data.manifest import EXTENSIONS, Manifest, save_manifest
 from prelora_ds.data.scan import ScannedShard, index_shard
+from prelora_ds.errors import ConfigError
 
 RawSample = tuple[str, bytes, str, int]
 

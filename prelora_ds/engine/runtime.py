@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from prelora_ds.core.errors import ConfigError
+from prelora_ds.errors import ConfigError
 
 if TYPE_CHECKING:
     from deepspeed.monitor.monitor import MonitorMaster

@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from prelora_ds.core.errors import ORPHAN_EXIT_CODE
+from prelora_ds.errors import ORPHAN_EXIT_CODE
 
 # What starts ranks, by the name of its program or module.
 LAUNCHERS = frozenset(

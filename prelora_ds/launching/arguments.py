@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from prelora_ds.core.errors import ConfigError
+from prelora_ds.errors import ConfigError
 
 _SUPERVISED = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
 _SUPERVISED.add_argument("--supervised", type=Path, metavar="FOLDER", help="set by `prelora supervise`: its records")

@@ -13,11 +13,11 @@ from typing import Any
 
 from prelora_ds.configuring import read_calibration
 from prelora_ds.core.config import Config, PhaseConfig, ZeroSettings
-from prelora_ds.core.errors import ConfigError
 from prelora_ds.core.fitting import Setting, fastest, setting, settings
 from prelora_ds.core.plan import Layout, Phase, Plan, lora_plan, warmup_plan
 from prelora_ds.core.timing import Rates, data_sheet_rates, gpu_named
 from prelora_ds.engine.runtime import accelerator_name, rank_memory_gib
+from prelora_ds.errors import ConfigError
 from prelora_ds.launching.ranks import Ranks
 
 

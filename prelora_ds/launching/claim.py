@@ -21,8 +21,8 @@ from prelora_ds.checkpoints.resume import ORIGIN, candidates, origin_of
 from prelora_ds.configuring import dump_yaml, read_settings, validate
 from prelora_ds.core.classes import classes_of, difference
 from prelora_ds.core.config import Config
-from prelora_ds.core.errors import ConfigError, cannot_write
 from prelora_ds.core.resuming import differences, may_differ, what_binds
+from prelora_ds.errors import ConfigError, cannot_write
 from prelora_ds.files import replace_file
 from prelora_ds.launching.lease import NAME, Lease
 from prelora_ds.metrics import check_logs, read_lines

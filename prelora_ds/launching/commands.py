@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from prelora_ds.core.config import Config
-from prelora_ds.core.errors import ConfigError
+from prelora_ds.errors import ConfigError
 
 Hostfile = Annotated[Path, typer.Option(help="lines `NAME slots=N`")]
 
@@ -27,7 +27,7 @@ def preflight(hostfile: Hostfile,
               json_file: Annotated[Path | None, typer.Option("--json", help="write all answers there")] = None) -> None:
     """Look at all hosts before a run: one table, exit code 0, or 75 when a host is not fit."""
     from prelora_ds.configuring import load_config
-    from prelora_ds.core.errors import TRY_AGAIN_EXIT_CODE
+    from prelora_ds.errors import TRY_AGAIN_EXIT_CODE
     from prelora_ds.launching.hostfile import read_hostfile
     from prelora_ds.launching.preflight import SSH, Questions, print_report
     from prelora_ds.launching.preflight import preflight as ask

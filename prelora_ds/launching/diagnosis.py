@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prelora_ds.core.errors import (
+from prelora_ds.errors import (
     FENCED_EXIT_CODE,
     HANG_EXIT_CODE,
     ORPHAN_EXIT_CODE,

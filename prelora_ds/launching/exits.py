@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn, TextIO
 
-from prelora_ds.core.errors import (
+from prelora_ds.errors import (
     INTERRUPTED_EXIT_CODE,
     STOPPED_EXIT_CODE,
     TRY_AGAIN_EXIT_CODE,

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
-from prelora_ds.core.errors import HANG_EXIT_CODE, ORPHAN_EXIT_CODE
+from prelora_ds.errors import HANG_EXIT_CODE, ORPHAN_EXIT_CODE
 from prelora_ds.launching.stop import StopRequest
 
 Check = Callable[[], tuple[int, str] | None]  # None, or the exit code to end with and why

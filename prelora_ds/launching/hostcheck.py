@@ -62,8 +62,8 @@ def disk(folder: Path) -> dict[str, Any]:
 
 def shards(folder: Path) -> str:
     """The digest of the manifest, when its first and last shard can be read; else what is wrong."""
-    from prelora_ds.core.errors import ExpectedError
     from prelora_ds.data.manifest import Manifest
+    from prelora_ds.errors import ExpectedError
 
     try:
         manifest = Manifest.load(folder, key="shards")

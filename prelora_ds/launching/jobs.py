@@ -17,8 +17,8 @@ from jinja2.exceptions import TemplateError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from prelora_ds.core.config import Config
-from prelora_ds.core.errors import ConfigError
 from prelora_ds.documents import UnreadableError, read_yaml
+from prelora_ds.errors import ConfigError
 from prelora_ds.launching.supervised import LEASE
 
 PROFILES = Path(__file__).with_name("profiles")

@@ -16,7 +16,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from prelora_ds.core.errors import FENCED_EXIT_CODE, LaunchError
+from prelora_ds.errors import FENCED_EXIT_CODE, LaunchError
 from prelora_ds.files import replace_file
 from prelora_ds.launching.supervised import read_json
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from prelora_ds.core.errors import ConfigError, LaunchError
+from prelora_ds.errors import ConfigError, LaunchError
 from prelora_ds.launching.network import address_towards, choose_interface, ipv4_of
 from prelora_ds.launching.ranks import MPI_TRACES, Ranks, discover_ranks
 

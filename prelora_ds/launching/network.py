@@ -7,7 +7,7 @@ import socket
 import struct
 from collections.abc import Mapping, MutableMapping
 
-from prelora_ds.core.errors import ConfigError
+from prelora_ds.errors import ConfigError
 
 SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
 

@@ -20,7 +20,7 @@ from statistics import median
 from types import MappingProxyType
 from typing import Any
 
-from prelora_ds.core.errors import ConfigError
+from prelora_ds.errors import ConfigError
 from prelora_ds.launching.hostfile import Host, fill_command
 
 CLOCK_S = 1.0

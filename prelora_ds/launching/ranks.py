@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 
-from prelora_ds.core.errors import ConfigError
+from prelora_ds.errors import ConfigError
 from prelora_ds.launching.hostfile import expand_nodelist
 
 DEFAULT_PORT = 29500

@@ -20,7 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from prelora_ds.core.errors import (
+from prelora_ds.errors import (
     DIVERGED_EXIT_CODE,
     ConfigError,
     ExpectedError,

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, NoReturn
 
 from prelora_ds.configuring import check_world, dump_yaml, load_config
 from prelora_ds.core.config import Config
-from prelora_ds.core.errors import ORPHAN_EXIT_CODE, ConfigError, LaunchError, Stopped
 from prelora_ds.core.plan import Layout, Phase, warmup_plan
 from prelora_ds.core.schedule import Timeline
+from prelora_ds.errors import ORPHAN_EXIT_CODE, ConfigError, LaunchError, Stopped
 from prelora_ds.launching.guard import Guard, end_now
 from prelora_ds.launching.mpi import complete
 from prelora_ds.launching.network import choose_interface

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from prelora_ds.core.errors import STOPPED_EXIT_CODE, USAGE_EXIT_CODE, ConfigError, LaunchError
+from prelora_ds.errors import STOPPED_EXIT_CODE, USAGE_EXIT_CODE, ConfigError, LaunchError
 from prelora_ds.launching.diagnosis import Failure, diagnose, records_of, succeeded
 from prelora_ds.launching.hostfile import (
     Host,

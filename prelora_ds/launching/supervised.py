@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prelora_ds.core.errors import FENCED_EXIT_CODE, ORPHAN_EXIT_CODE, ConfigError, ExpectedError
+from prelora_ds.errors import FENCED_EXIT_CODE, ORPHAN_EXIT_CODE, ConfigError, ExpectedError
 from prelora_ds.files import replace_file
 
 LEASE = "lease.json"

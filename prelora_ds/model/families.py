@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from prelora_ds.core.errors import ConfigError
 from prelora_ds.core.plan import Layout
+from prelora_ds.errors import ConfigError
 
 # Both naming generations of transformers: before 5, and 5. The paper calls o and fc1 both "dense".
 VIT_FAMILIES = {

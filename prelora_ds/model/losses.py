@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from prelora_ds.core.errors import ConfigError
+from prelora_ds.errors import ConfigError
 
 SIGMOID_BIAS = -6.9  # big_vision's: each of 1,000 classes begins near a probability of 1/1000
 

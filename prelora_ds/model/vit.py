@@ -11,7 +11,7 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from prelora_ds.core.config import ModelConfig
-from prelora_ds.core.errors import ConfigError
+from prelora_ds.errors import ConfigError
 
 
 def build_model(config: ModelConfig, num_labels: int) -> nn.Module:

@@ -23,8 +23,8 @@ from prelora_ds.checkpoints.resume import Checkpoint, checkpoints_at, read_check
 from prelora_ds.configuring import validate
 from prelora_ds.core.classes import classes_of
 from prelora_ds.core.config import Config
-from prelora_ds.core.errors import ConfigError, cannot_write
 from prelora_ds.core.plan import Layout, Plan
+from prelora_ds.errors import ConfigError, cannot_write
 from prelora_ds.model.adapters import check_adapters, fresh_adapter, peft_config
 from prelora_ds.model.families import find_layout
 from prelora_ds.model.lora_linear import ADAPTER_NAME

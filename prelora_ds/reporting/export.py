@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 
 from prelora_ds.core.classes import unnamed
 from prelora_ds.core.config import Config
-from prelora_ds.core.errors import NotSavedError, is_disk_fault
 from prelora_ds.core.plan import Layout, Plan
 from prelora_ds.engine.build import Engine
 from prelora_ds.engine.release import release
 from prelora_ds.engine.state import assemble, export_state
+from prelora_ds.errors import NotSavedError, is_disk_fault
 from prelora_ds.files import new_folder
 from prelora_ds.model.adapters import merged_weight
 from prelora_ds.model.vit import build_model

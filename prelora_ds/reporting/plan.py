@@ -17,13 +17,13 @@ from rich.table import Table
 from prelora_ds.configuring import check_world, read_calibration
 from prelora_ds.core import costs
 from prelora_ds.core.config import Config, ZeroSettings
-from prelora_ds.core.errors import ConfigError
 from prelora_ds.core.fields import parse_seconds
 from prelora_ds.core.fitting import USABLE, reuse_distance, setting, settings
 from prelora_ds.core.plan import Layout, Phase, Plan, full_plan, lora_plan, warmup_plan
 from prelora_ds.core.schedule import Timeline
 from prelora_ds.core.timing import GPUS, INTER_GB_S, LINK_EFFICIENCY, Rates, data_sheet_rates
 from prelora_ds.data.manifest import MANIFEST_NAME, Manifest
+from prelora_ds.errors import ConfigError
 from prelora_ds.model.families import find_layout
 from prelora_ds.model.vit import build_model
 

@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from prelora_ds.core.errors import ConfigError
+from prelora_ds.errors import ConfigError
 
 
 def _printable(text: str) -> str:

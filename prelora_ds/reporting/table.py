@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from prelora_ds.core.errors import ConfigError
+from prelora_ds.errors import ConfigError
 from prelora_ds.metrics import read_lines
 from prelora_ds.reporting.records import (
     OWNERS,

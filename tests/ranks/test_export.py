@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import ViTForImageClassification
 
 from prelora_ds.checkpoints.folder import list_checkpoints
-from prelora_ds.core.errors import ConfigError, NotSavedError
+from prelora_ds.errors import ConfigError, NotSavedError
 from prelora_ds.model.families import canonical_name
 from prelora_ds.reporting.convert import FORMATS, export_checkpoint, mlp_ratio
 

@@ -8,7 +8,7 @@ import pytest
 from support.launches import Job
 
 from prelora_ds.checkpoints.folder import CheckpointManifest, list_checkpoints, step_of
-from prelora_ds.core.errors import ConfigError
+from prelora_ds.errors import ConfigError
 from prelora_ds.metrics import read_lines
 
 SPIKE = ("optimizer.lr=0.3", "optimizer.warmup=0 steps", "train.divergence.spike=1.5",

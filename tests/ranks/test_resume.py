@@ -172,7 +172,7 @@ def damaged_checkpoints(source, folder):
 
     from prelora_ds.checkpoints.resume import candidates, load_newest
     from prelora_ds.configuring import load_config
-    from prelora_ds.core.errors import ConfigError
+    from prelora_ds.errors import ConfigError
     from prelora_ds.model.families import find_layout
     from prelora_ds.model.vit import build_model
 
@@ -444,7 +444,7 @@ def open_with_deepspeed(run, out):
 
 
 def test_an_export_that_cannot_be_is_told(stopped, tmp_path, capsys):
-    from prelora_ds.core.errors import ConfigError
+    from prelora_ds.errors import ConfigError
     from prelora_ds.reporting.convert import export_checkpoint
 
     full = stopped[0] / "checkpoints/step-00000003"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from prelora_ds.configuring import load_config
-from prelora_ds.core.errors import ConfigError
+from prelora_ds.errors import ConfigError
 
 MINIMAL: dict[str, Any] = {
     "run": {"name": "t", "output_dir": "o"},

@@ -15,9 +15,9 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from prelora_ds.core.errors import ConfigError
 from prelora_ds.data.sources import KINDS, find_images
 from prelora_ds.data.sources.listing import Request
+from prelora_ds.errors import ConfigError
 
 
 def picture(number, form="JPEG"):

@@ -7,8 +7,8 @@ import pytest
 from support.runs import config
 
 from prelora_ds.calibrate import calibration_cases, case_work, fit
-from prelora_ds.core.errors import ConfigError
 from prelora_ds.core.timing import KINDS, Rates, Work
+from prelora_ds.errors import ConfigError
 
 
 def test_a_fit_finds_the_costs_that_made_the_samples() -> None:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from support.configs import merged
 
 from prelora_ds.configuring import dump_yaml, load_config, validate
-from prelora_ds.core.errors import ConfigError
 from prelora_ds.documents import UnreadableError, check_plain
+from prelora_ds.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=12)

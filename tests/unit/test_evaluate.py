@@ -17,8 +17,8 @@ from support.runs import config
 from torch import Tensor
 
 from prelora_ds.core.classes import unnamed
-from prelora_ds.core.errors import ConfigError
 from prelora_ds.data.manifest import Manifest
+from prelora_ds.errors import ConfigError
 from prelora_ds.evaluate import Accuracy, evaluate, evaluate_folder
 from prelora_ds.model.vit import build_model
 from prelora_ds.reporting.export import whole_folder, write_model

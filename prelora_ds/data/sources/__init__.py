@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from prelora_ds.core.errors import ConfigError
 from prelora_ds.data.reading import broken, check_regular, packing, read_range, reading
 from prelora_ds.data.sources import arrays, folder, huggingface, ilsvrc
 from prelora_ds.data.sources.listing import Listing, Request, check_classes
+from prelora_ds.errors import ConfigError
 
 
 class Kind(NamedTuple):

@@ -14,8 +14,8 @@ import tarfile
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from prelora_ds.core.errors import ConfigError
 from prelora_ds.data.reading import MAX_TEXT_BYTES, describe, packing, read_text, reading
+from prelora_ds.errors import ConfigError
 
 WANTED = (
     "give --labels: the devkit (ILSVRC2012_devkit_t12.tar.gz, or the folder it unpacks to), or a "

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from prelora_ds.core.errors import ConfigError
 from prelora_ds.data.reading import broken, reading
 from prelora_ds.data.sources import ilsvrc
 from prelora_ds.data.sources.listing import (
@@ -20,6 +19,7 @@ from prelora_ds.data.sources.listing import (
     items,
     some,
 )
+from prelora_ds.errors import ConfigError
 
 KIND = "imagefolder"
 

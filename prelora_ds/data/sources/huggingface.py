@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from prelora_ds.core.errors import ConfigError
 from prelora_ds.data.reading import broken, read_range, read_text, reading, version
 from prelora_ds.data.sources.listing import (
     SPLITS,
@@ -24,6 +23,7 @@ from prelora_ds.data.sources.listing import (
     items,
     some,
 )
+from prelora_ds.errors import ConfigError
 
 KIND = "huggingface"
 _END = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream

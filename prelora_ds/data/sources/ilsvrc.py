@@ -16,11 +16,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from prelora_ds.core.errors import ConfigError
 from prelora_ds.data.reading import broken, reading
 from prelora_ds.data.scan import ends_whole
 from prelora_ds.data.sources.devkit import WANTED, labels_beside, read_labels
 from prelora_ds.data.sources.listing import IMAGES, Listing, Request, choose_split, hidden, items
+from prelora_ds.errors import ConfigError
 
 KIND = "ilsvrc2012"
 _SPLITS = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prelora_ds.core.errors import ConfigError
 from prelora_ds.data.reading import broken
+from prelora_ds.errors import ConfigError
 
 # ``length`` bytes from ``offset`` of file number ``file``; some kinds count rows there. ``block``:
 # what is read as one.

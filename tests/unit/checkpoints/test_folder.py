@@ -23,7 +23,7 @@ from prelora_ds.checkpoints.folder import (
     step_folder,
     step_of,
 )
-from prelora_ds.core.errors import ConfigError
+from prelora_ds.errors import ConfigError
 from prelora_ds.files import replace_file
 
 

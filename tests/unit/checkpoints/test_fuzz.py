@@ -25,8 +25,8 @@ from prelora_ds.checkpoints.folder import (
     step_folder,
 )
 from prelora_ds.core.divergence import DivergenceWatch
-from prelora_ds.core.errors import ConfigError
 from prelora_ds.core.plan import Layout, full_plan
+from prelora_ds.errors import ConfigError
 
 LAYOUT = Layout({"a.weight": (8, 4), "a.bias": (8,)}, {"q": {0: "a"}})
 PART = "rank-00000-of-00001.safetensors"

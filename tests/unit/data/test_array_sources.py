@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from support.sources import IMAGES, LABELS, cifar, found, idx, refusal
 
-from prelora_ds.core.errors import ConfigError
 from prelora_ds.data import reading
 from prelora_ds.data.sources import find_images
 from prelora_ds.data.sources.listing import Request
+from prelora_ds.errors import ConfigError
 
 
 @pytest.mark.parametrize("suffix", ["", ".bin"])

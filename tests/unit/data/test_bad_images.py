@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prelora_ds.core.errors import ConfigError, DiskError
 from prelora_ds.data import build as building
 from prelora_ds.data.build import build
 from prelora_ds.data.build_plan import Options
 from prelora_ds.data.manifest import Manifest
 from prelora_ds.data.sources.listing import Request
+from prelora_ds.errors import ConfigError, DiskError
 
 OPTIONS = Options(samples_per_shard=8, seed=3)
 SKIP = Options(samples_per_shard=8, seed=3, skip_bad=True)

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from prelora_ds.core.errors import ConfigError
 from prelora_ds.data.batch import draw_mix, mix_images, mix_labels
 from prelora_ds.data.datasets import Look
 from prelora_ds.data.loader import TrainLoader
 from prelora_ds.data.transforms import to_float
 from prelora_ds.data.writer import write_shards
+from prelora_ds.errors import ConfigError
 
 SAMPLES, SIZE = 37, 16  # an odd number: pairs lie across epochs
 LOOK = Look(SIZE, 3, "inception", flip=True, augment="medium2", random_erasing=0.3, mixup=0.5, cutmix=1.0)

@@ -19,7 +19,6 @@ import torch
 import webdataset
 from PIL import Image
 
-from prelora_ds.core.errors import ConfigError
 from prelora_ds.data import build as building
 from prelora_ds.data.build import Options, StalledError, build
 from prelora_ds.data.build_plan import shuffled
@@ -29,6 +28,7 @@ from prelora_ds.data.manifest import EXTENSIONS, Manifest
 from prelora_ds.data.parallel import WorkerDiedError, unordered
 from prelora_ds.data.sources.arrays import idx_array
 from prelora_ds.data.sources.listing import ITEM, Request
+from prelora_ds.errors import ConfigError
 from prelora_ds.sharding import place_in_job
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves the shards to the collector

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prelora_ds.core.errors import ConfigError
 from prelora_ds.data.build import build
 from prelora_ds.data.build_plan import Options
 from prelora_ds.data.sources.listing import Request
+from prelora_ds.errors import ConfigError
 
 OPTIONS = Options(samples_per_shard=8, seed=3)
 BAD = (3, 11, 17, 18, 30)

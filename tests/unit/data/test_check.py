@@ -18,11 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.shards import picture, write_tar
 
-from prelora_ds.core.errors import ConfigError
 from prelora_ds.data.check import verify
 from prelora_ds.data.indexing import index
 from prelora_ds.data.manifest import INDEX_NAME, MANIFEST_NAME, Manifest
 from prelora_ds.data.writer import DIGIT_CLASSES, digits, write_shards
+from prelora_ds.errors import ConfigError
 
 PER_SHARD = 90
 

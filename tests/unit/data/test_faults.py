@@ -23,7 +23,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import Dataset
 
-from prelora_ds.core.errors import ConfigError, DiskError
 from prelora_ds.data.budget import CorruptBudget, CorruptBudgetError
 from prelora_ds.data.check import verify
 from prelora_ds.data.datasets import Look
@@ -31,6 +30,7 @@ from prelora_ds.data.loader import TrainLoader, WorkerLostError, Workers, eval_b
 from prelora_ds.data.manifest import Manifest
 from prelora_ds.data.store import CorruptSampleError
 from prelora_ds.data.writer import write_shards
+from prelora_ds.errors import ConfigError, DiskError
 
 SAMPLES, BATCH = 30, 12
 LOOK = Look(16, 3, "inception", flip=True)

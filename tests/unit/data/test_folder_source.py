@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prelora_ds.core.errors import ConfigError
 from prelora_ds.data.sources import find_images
 from prelora_ds.data.sources.listing import Request
+from prelora_ds.errors import ConfigError
 
 
 def picture(number):
@@ -181,7 +181,7 @@ def test_a_class_name_that_is_not_utf_8_is_refused(tmp_path):
 @pytest.mark.skipif(os.geteuid() != 0, reason="to become another user takes root")
 def test_a_folder_that_may_not_be_read_is_one_message(tmp_path):
     plant(tmp_path / "source", *TWO)
-    code = ("import sys; from pathlib import Path; from prelora_ds.core.errors import ConfigError\n"
+    code = ("import sys; from pathlib import Path; from prelora_ds.errors import ConfigError\n"
             "from prelora_ds.data.sources import find_images, Request\n"
             "import os; os.seteuid(65534)\n"
             "try: find_images(Request(Path(sys.argv[1])))\n"

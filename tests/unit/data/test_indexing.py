@@ -13,11 +13,11 @@ import pytest
 import webdataset
 from support.shards import picture, write_tar
 
-from prelora_ds.core.errors import ConfigError
 from prelora_ds.data.check import verify
 from prelora_ds.data.indexing import index
 from prelora_ds.data.manifest import EXTENSIONS, INDEX_NAME, MANIFEST_NAME, Manifest
 from prelora_ds.data.writer import DIGIT_CLASSES, digits, write_shards
+from prelora_ds.errors import ConfigError
 
 PER_SHARD = 90
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from prelora_ds.core.errors import ConfigError
 from prelora_ds.data.labels import LabelReader, SampleError, read_classes
+from prelora_ds.errors import ConfigError
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from prelora_ds.core.errors import ConfigError
 from prelora_ds.data.datasets import Look
 from prelora_ds.data.loader import TrainLoader, eval_batches
 from prelora_ds.data.order import Stream, epoch_order
 from prelora_ds.data.writer import write_shards
+from prelora_ds.errors import ConfigError
 
 SAMPLES = 50
 LOOK = Look(16, 3, "inception", flip=True)

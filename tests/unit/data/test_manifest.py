@@ -12,7 +12,6 @@ import numpy as np
 import psutil
 import pytest
 
-from prelora_ds.core.errors import ConfigError, DiskError
 from prelora_ds.data.manifest import (
     EXTENSIONS,
     INDEX_NAME,
@@ -24,6 +23,7 @@ from prelora_ds.data.manifest import (
 from prelora_ds.data.rows import ROW, Row
 from prelora_ds.data.store import SampleStore
 from prelora_ds.data.writer import DIGIT_CLASSES, digits, write_shards
+from prelora_ds.errors import ConfigError, DiskError
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.shards import write_tar
 
-from prelora_ds.core.errors import ConfigError
 from prelora_ds.data.manifest import EXTENSIONS
 from prelora_ds.data.scan import index_shard
 from prelora_ds.data.writer import DIGIT_CLASSES, digits, write_shards
+from prelora_ds.errors import ConfigError
 
 
 @pytest.fixture

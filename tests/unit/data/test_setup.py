@@ -10,12 +10,12 @@ import pytest
 
 from prelora_ds.configuring import load_config, validate
 from prelora_ds.core.config import Config
-from prelora_ds.core.errors import ConfigError
 from prelora_ds.data.loader import TrainLoader
 from prelora_ds.data.manifest import Manifest
 from prelora_ds.data.setup import count_workers, decode_rate, make_loader, open_data, samples_per_epoch
 from prelora_ds.data.unindexed import Unindexed, UnindexedLoader
 from prelora_ds.data.writer import digits, write_shards
+from prelora_ds.errors import ConfigError
 from prelora_ds.launching.ranks import Ranks
 from prelora_ds.launching.start import check_run
 from prelora_ds.reporting.plan import fastest_images_per_s

@@ -24,10 +24,10 @@ from support.sources import (
     tar,
 )
 
-from prelora_ds.core.errors import ConfigError
 from prelora_ds.data.build import build
 from prelora_ds.data.build_plan import Options
 from prelora_ds.data.sources.listing import Request
+from prelora_ds.errors import ConfigError
 
 
 def sources(root):

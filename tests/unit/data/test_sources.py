@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from prelora_ds.core.errors import ConfigError
 from prelora_ds.data.sources import KINDS, find_images
 from prelora_ds.data.sources.listing import Request
+from prelora_ds.errors import ConfigError
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from support.memory import small_memory
 
-from prelora_ds.core.errors import ConfigError
 from prelora_ds.data.datasets import keyed
 from prelora_ds.data.decode import UndecodableError, decode
 from prelora_ds.data.transforms import eval_transform, to_float, train_crop
+from prelora_ds.errors import ConfigError
 
 
 def encode(image: Image.Image, form: str, **options: object) -> bytes:

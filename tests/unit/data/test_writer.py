@@ -11,7 +11,6 @@ import webdataset
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from prelora_ds.core.errors import ConfigError
 from prelora_ds.data.writer import (
     DIGIT_CLASSES,
     PHOTOGRAPH_CLASSES,
@@ -19,6 +18,7 @@ from prelora_ds.data.writer import (
     photographs,
     write_shards,
 )
+from prelora_ds.errors import ConfigError
 
 CLASSES = ("cat", "dog")
 

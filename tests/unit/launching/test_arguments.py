@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from prelora_ds.core.errors import ConfigError
+from prelora_ds.errors import ConfigError
 from prelora_ds.launching.arguments import parse_arguments, supervised_folder
 from prelora_ds.launching.commands import config_of
 from prelora_ds.launching.supervised import read_json

@@ -11,10 +11,10 @@ import torch
 
 from prelora_ds.configuring import validate
 from prelora_ds.core.config import FAMILIES, Config, ModelConfig
-from prelora_ds.core.errors import ConfigError
 from prelora_ds.core.fitting import USABLE, setting, settings
 from prelora_ds.core.plan import Layout, full_plan, lora_plan, warmup_plan
 from prelora_ds.core.timing import KINDS
+from prelora_ds.errors import ConfigError
 from prelora_ds.launching.autosize import settle
 from prelora_ds.launching.ranks import Ranks
 from prelora_ds.model.families import find_layout

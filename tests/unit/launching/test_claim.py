@@ -12,7 +12,7 @@ from support.claims import DATA, begin, checkpoint, claim, config
 
 from prelora_ds.checkpoints.folder import FOLDER, SAVED, STATE, set_aside
 from prelora_ds.checkpoints.resume import checkpoints_at
-from prelora_ds.core.errors import ConfigError, DiskError, LaunchError
+from prelora_ds.errors import ConfigError, DiskError, LaunchError
 from prelora_ds.launching.claim import claim_output
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from prelora_ds.core.errors import ConfigError, DiskError, RefusedError, TrainingDivergedError
 from prelora_ds.data.loader import WorkerLostError
 from prelora_ds.data.store import CorruptSampleError
+from prelora_ds.errors import ConfigError, DiskError, RefusedError, TrainingDivergedError
 from prelora_ds.launching import exits
 from prelora_ds.launching.ranks import Ranks
 

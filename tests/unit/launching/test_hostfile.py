@@ -7,7 +7,7 @@ from deepspeed.launcher.runner import _parse_hostfile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prelora_ds.core.errors import ConfigError
+from prelora_ds.errors import ConfigError
 from prelora_ds.launching.hostfile import (
     Host,
     expand_nodelist,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from prelora_ds.configuring import load_config
-from prelora_ds.core.errors import ConfigError
+from prelora_ds.errors import ConfigError
 from prelora_ds.launching.jobs import PROFILES, Job, Profile, load_profile, render
 
 RECIPE = Path("launch/recipes/vit_large_in1k_prelora_exp1.yaml").resolve()

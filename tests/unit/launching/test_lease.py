@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from prelora_ds.core.errors import LaunchError
+from prelora_ds.errors import LaunchError
 from prelora_ds.launching import lease as lease_module
 from prelora_ds.launching.lease import NAME, Lease
 

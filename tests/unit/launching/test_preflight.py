@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from prelora_ds.core.errors import ConfigError
+from prelora_ds.errors import ConfigError
 from prelora_ds.launching.hostfile import Host
 from prelora_ds.launching.preflight import Questions, _Line, preflight
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from support.pool import free_port
 
-from prelora_ds.core.errors import ConfigError, LaunchError, RefusedError
+from prelora_ds.errors import ConfigError, LaunchError, RefusedError
 from prelora_ds.launching.ranks import Ranks
 from prelora_ds.launching.rollcall import Card, call_the_roll, check_master, declining, judge, make_of
 

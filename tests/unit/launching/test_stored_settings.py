@@ -15,7 +15,7 @@ from support.claims import begin, checkpoint, claim
 
 from prelora_ds.configuring import load_config
 from prelora_ds.core import resuming
-from prelora_ds.core.errors import ConfigError
+from prelora_ds.errors import ConfigError
 from prelora_ds.overrides import as_override, override
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from prelora_ds.core.errors import ConfigError, LaunchError
+from prelora_ds.errors import ConfigError, LaunchError
 from prelora_ds.launching.diagnosis import diagnose, is_echo, known_as
 from prelora_ds.launching.hostfile import Host
 from prelora_ds.launching.lease import Lease

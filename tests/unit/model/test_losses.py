@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from prelora_ds.core.errors import ConfigError
+from prelora_ds.errors import ConfigError
 from prelora_ds.model.losses import begin_sigmoid_head, classification_loss
 
 LOGITS = torch.tensor([[2.0, -1.0, 0.5], [0.0, 1.0, -3.0]])

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from prelora_ds.core.config import FAMILIES, ModelConfig
-from prelora_ds.core.errors import ConfigError
 from prelora_ds.core.plan import warmup_plan
+from prelora_ds.errors import ConfigError
 from prelora_ds.model.adapters import attach_adapters
 from prelora_ds.model.families import find_layout, named_parameters
 from prelora_ds.model.vit import build_model, compile_blocks, logits_of
