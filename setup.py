@@ -14,7 +14,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["prelora_ds", "prelora_ds.*"]),
-    package_data={"prelora_ds": ["py.typed", "launching/profiles/*"]},
+    package_data={"prelora_ds": ["py.typed", "hosts/profiles/*"]},
     python_requires=">=3.11",
     # Exact versions stand in constraints.txt; DeepSpeed's internals move, so its range is one minor release.
     install_requires=[

@@ -56,9 +56,9 @@ def main() -> None:
 
 def saves(pipe: Connection, model: dict[str, Any], micro: int, rounds: int, folder: str) -> dict[str, Any]:
     """What each phase's saves cost this rank."""
-    from prelora_ds.checkpoints.saver import Saver
     from prelora_ds.core.schedule import Timeline
     from prelora_ds.engine.transition import transition
+    from prelora_ds.run.checkpoints.saver import Saver
 
     engine, _ = switch_ranks.first_engine(model, micro, stage=2)
     config = engine.run_config
@@ -86,10 +86,10 @@ def plans(layout: Any) -> tuple[Any, Any]:
 
 def one_phase(engine: Any, saver: Any, rounds: int, first_step: int, copy_speed: float) -> dict[str, float]:
     """Saves by turns; steps between them."""
-    from prelora_ds.checkpoints.folder import CheckpointManifest, list_checkpoints
-    from prelora_ds.checkpoints.run_state import RunState
     from prelora_ds.core.controller import PhaseState
     from prelora_ds.core.divergence import DivergenceWatch
+    from prelora_ds.run.checkpoints.checkpoint_folder import CheckpointManifest, list_checkpoints
+    from prelora_ds.run.run_state import RunState
 
     step, sync, copies, commits, alone, slowed = first_step, [], [], [], [], []
     for _ in range(rounds + 1):  # the first round warms up, but for the first copy

@@ -24,9 +24,9 @@ from harness import ROOT, print_table, record
 sys.path.insert(0, str(ROOT / "tests"))
 from support.launches import Job, Zygote, differences, traces, zygote
 
-from prelora_ds.checkpoints.folder import list_checkpoints, step_of
-from prelora_ds.data.writer import write_digits
-from prelora_ds.launching.claim import is_finished
+from prelora_ds.data.shards.writer import write_digits
+from prelora_ds.run.checkpoints.checkpoint_folder import list_checkpoints, step_of
+from prelora_ds.run.claim import is_finished
 
 STAGES, WORLD = (0, 1, 2, 3), 2
 SETTINGS = ("checkpoint.every=2 steps", "model.hidden_dropout_prob=0.1", "train.eval_every=5 steps")

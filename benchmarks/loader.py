@@ -40,8 +40,8 @@ from prelora_ds.data.datasets import Look, keyed
 from prelora_ds.data.loader import TrainLoader
 from prelora_ds.data.manifest import ROW, Manifest, Shard, save_manifest
 from prelora_ds.data.order import Stream
+from prelora_ds.data.shards.writer import PHOTOGRAPH_CLASSES, photographs, write_shards
 from prelora_ds.data.transforms import _inception_box, _resize
-from prelora_ds.data.writer import PHOTOGRAPH_CLASSES, photographs, write_shards
 
 SIZE, AREA, BATCH = 224, (0.05, 1.0), 32
 IMAGENET, IMAGENET_SHARDS, GLOBAL_BATCH = 1_281_167, 1024, 4096

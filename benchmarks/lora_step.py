@@ -23,7 +23,7 @@ from harness import interleaved, medians, print_table, record
 from torch import nn
 from torch.profiler import ProfilerActivity
 
-from prelora_ds.core.config import FAMILIES, ModelConfig
+from prelora_ds.config.tree import FAMILIES, ModelConfig
 from prelora_ds.core.plan import Layout, Plan, freeze_below, full_plan, lora_plan, warmup_plan
 from prelora_ds.model.adapters import attach_adapters
 from prelora_ds.model.families import find_layout, named_parameters

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from hosts import cluster, refusals, scenarios, slurm
 from hosts.scenarios import Site
 
-from prelora_ds.data.writer import write_digits
+from prelora_ds.data.shards.writer import write_digits
 
 Row = dict[str, Any]
 SLURM_FAULTS = ("a node of a Slurm job goes down", "the first node of a Slurm job goes down")

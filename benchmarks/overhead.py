@@ -83,7 +83,7 @@ def row(name: str, seconds: Sequence[float], bare: Sequence[float], losses: Sequ
 
 def write_recipe(folder: Path, steps: int) -> None:
     """Shards of the digits and the recipe that all loops follow, into ``folder``."""
-    from prelora_ds.data.writer import write_digits
+    from prelora_ds.data.shards.writer import write_digits
 
     write_digits(folder)
     recipe = {

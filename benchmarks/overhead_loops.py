@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from prelora_ds.configuring import load_config
-from prelora_ds.core.config import Config
+from prelora_ds.config.load import load_config
+from prelora_ds.config.tree import Config
 from prelora_ds.data.loader import Loader
 from prelora_ds.data.manifest import Manifest
 from prelora_ds.data.setup import make_loader
@@ -50,9 +50,9 @@ class Paced:
 def ours(pipe: Connection, folder: Path, turn: int) -> list[float]:
     """The whole of launch/pretrain.py behind its argument parser, with its logs, report and exported model."""
     import prelora_ds.train as train_module
-    from prelora_ds.launching.ranks import discover_ranks
-    from prelora_ds.launching.start import start
-    from prelora_ds.metrics import read_lines
+    from prelora_ds.hosts.discovery import discover_ranks
+    from prelora_ds.run.log import read_lines
+    from prelora_ds.start import start
 
     train_module.make_loader = lambda *args, **options: Paced(make_loader(*args, **options), pipe, turn)
     train_module.build_model = in_bf16

@@ -11,9 +11,9 @@ from dataclasses import asdict
 
 from harness import print_table, record
 
-from prelora_ds.calibrate import PAYLOADS, Case, calibration_cases, case_work, fit_rates, measure
-from prelora_ds.configuring import validate
+from prelora_ds.config.load import validate
 from prelora_ds.core.plan import Phase
+from prelora_ds.run.calibrate import PAYLOADS, Case, calibration_cases, case_work, fit_rates, measure
 
 CONFIG = {
     "run": {"name": "plan", "output_dir": "out/plan"},

@@ -16,11 +16,10 @@ from unittest.mock import patch
 import deepspeed
 import torch
 
-from prelora_ds.configuring import validate
+from prelora_ds.config.load import validate
 from prelora_ds.core.plan import Layout, Plan, full_plan, lora_plan, warmup_plan
 from prelora_ds.data.batch import MicroBatch
 from prelora_ds.engine import build as build_module
-from prelora_ds.engine import checkpoint as checkpoint_module
 from prelora_ds.engine import transition as transition_module
 from prelora_ds.engine.build import Engine, build_engine, deepspeed_config
 from prelora_ds.engine.census import engine_storages, live_storages, peak_rss_bytes, rss_bytes, settled
@@ -30,6 +29,7 @@ from prelora_ds.engine.state import EngineState, Slice, initial_state
 from prelora_ds.engine.transition import transition
 from prelora_ds.model.families import find_layout
 from prelora_ds.model.vit import build_model
+from prelora_ds.run.checkpoints import part as checkpoint_module
 
 LABELS = 1000
 SETTLE = 5  # rebuilds before growth is counted: caches fill, and glibc finds its size

@@ -23,7 +23,7 @@ from harness import print_table, record
 from ranks import Ranks
 from zero_stages_ranks import OWNERS, PARTS, phases, states_at_world
 
-from prelora_ds.data import writer
+from prelora_ds.data.shards import writer
 
 VIT_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096,
              "attn_implementation": "eager"}

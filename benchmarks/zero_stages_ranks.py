@@ -14,11 +14,11 @@ from unittest.mock import patch
 import torch
 from lora_step import ranks_in_turn
 
-from prelora_ds.configuring import validate
-from prelora_ds.core.budget import predict_bytes, worst_deviation
-from prelora_ds.core.config import FAMILIES, Config
-from prelora_ds.core.costs import communication, micro_batch
+from prelora_ds.config.load import validate
+from prelora_ds.config.tree import FAMILIES, Config
 from prelora_ds.core.plan import Layout, Plan, full_plan, lora_plan, warmup_plan
+from prelora_ds.cost.bytes import predict_bytes, worst_deviation
+from prelora_ds.cost.flops import communication, micro_batch
 from prelora_ds.data.batch import MicroBatch
 from prelora_ds.data.datasets import Look
 from prelora_ds.data.loader import TrainLoader

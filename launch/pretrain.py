@@ -8,9 +8,10 @@ import os
 import sys
 
 from prelora_ds.errors import ExpectedError, Stopped
-from prelora_ds.launching.ancestors import Ancestors
-from prelora_ds.launching.arguments import parse_arguments, supervised_folder
-from prelora_ds.launching.exits import (
+from prelora_ds.hosts.ancestors import Ancestors
+from prelora_ds.hosts.arguments import parse_arguments, supervised_folder
+from prelora_ds.hosts.discovery import Ranks
+from prelora_ds.hosts.exits import (
     crash,
     crash_code,
     fail,
@@ -18,11 +19,10 @@ from prelora_ds.launching.exits import (
     outlive_streams,
     stopped,
 )
-from prelora_ds.launching.guard import Guard
-from prelora_ds.launching.mpi import find_ranks
-from prelora_ds.launching.ranks import Ranks
-from prelora_ds.launching.stop import StopRequest
-from prelora_ds.launching.supervised import Supervision
+from prelora_ds.hosts.heartbeat import Supervision
+from prelora_ds.hosts.mpi import find_ranks
+from prelora_ds.run.guard import Guard
+from prelora_ds.run.stop import StopRequest
 
 
 def main(argv: list[str]) -> None:
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
         guard.last_words = watch.ended
         guard.start()
         args = parse_arguments(argv, __doc__)
-        from prelora_ds.launching.start import start  # heavy imports only once the launch itself is sound
+        from prelora_ds.start import start  # heavy imports only once the launch itself is sound
 
         start(ranks, args.recipe, args.overrides, args.deepspeed_config, args.resume, watch, stop,
               guard)

@@ -13,19 +13,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from prelora_ds.checkpoints.divergence import problem_of, way_back
-from prelora_ds.checkpoints.resume import Checkpoint, load_newest, prepare
-from prelora_ds.checkpoints.run_state import RunState
-from prelora_ds.checkpoints.saver import Saver
-from prelora_ds.core.config import Config
+from prelora_ds.config.fields import Duration
+from prelora_ds.config.tree import Config
 from prelora_ds.core.controller import PhaseController, PhaseState
 from prelora_ds.core.convergence import Observation
 from prelora_ds.core.divergence import DivergenceWatch
-from prelora_ds.core.fields import Duration
 from prelora_ds.core.schedule import Timeline, lr_at
 from prelora_ds.core.stragglers import StragglerWatch
 from prelora_ds.data.batch import MicroBatch
-from prelora_ds.data.budget import CorruptBudget
+from prelora_ds.data.corrupt import CorruptBudget
 from prelora_ds.data.datasets import Look
 from prelora_ds.data.loader import Loader, eval_batches
 from prelora_ds.data.manifest import Manifest
@@ -38,16 +34,20 @@ from prelora_ds.engine.runtime import freeze_imports, make_monitor, on_rank_0, s
 from prelora_ds.engine.state import initial_state
 from prelora_ds.engine.transition import release_checked, transition
 from prelora_ds.errors import TrainingDivergedError
-from prelora_ds.evaluate import Accuracy, evaluate
-from prelora_ds.launching.guard import Guard
-from prelora_ds.launching.stop import StopRequest
-from prelora_ds.metrics import Meter, RunLog
+from prelora_ds.exporting.hf import export_model
 from prelora_ds.model.families import find_layout
 from prelora_ds.model.losses import begin_sigmoid_head
 from prelora_ds.model.vit import build_model
-from prelora_ds.recording import Run, begin_plan, bytes_due, lend_monitor, log_bytes, workers_of
-from prelora_ds.reporting.export import export_model
 from prelora_ds.reporting.progress import TrainProgress
+from prelora_ds.run.checkpoints.resume import Checkpoint, load_newest, prepare
+from prelora_ds.run.checkpoints.saver import Saver
+from prelora_ds.run.evaluate import Accuracy, evaluate
+from prelora_ds.run.guard import Guard
+from prelora_ds.run.log import Meter, RunLog
+from prelora_ds.run.records import Run, begin_plan, bytes_due, lend_monitor, log_bytes, workers_of
+from prelora_ds.run.recover import problem_of, way_back
+from prelora_ds.run.run_state import RunState
+from prelora_ds.run.stop import StopRequest
 
 
 def train(config: Config, train_data: TrainData, val_data: Manifest, hosts: Sequence[str], *,
@@ -74,7 +74,7 @@ def train(config: Config, train_data: TrainData, val_data: Manifest, hosts: Sequ
     progress = TrainProgress(timeline.total_steps, shown=rank == 0, done=done)
     saver.say = progress.say
     run = Run(config, layout, timeline, train_data, val_data, CorruptBudget(config.data.corrupt_budget, samples),
-              workers_of(config, train_data, progress),
+              workers_of(config, train_data, progress, layout),
               RunLog(out, make_monitor(out, done * config.train.global_batch_size, progress.say),
                      progress.say), progress, out,
               guard or Guard(math.inf), hosts)

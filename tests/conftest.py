@@ -8,7 +8,7 @@ import hypothesis
 import pytest
 from support.pool import RankPool
 
-from prelora_ds.data.writer import write_digits
+from prelora_ds.data.shards.writer import write_digits
 
 hypothesis.settings.register_profile("no deadline", deadline=None)  # a busy machine is not a failure
 hypothesis.settings.load_profile("no deadline")

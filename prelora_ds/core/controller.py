@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from prelora_ds.core.config import ConvergenceConfig, LoraConfig
+from prelora_ds.config.tree import ConvergenceConfig, LoraConfig
 from prelora_ds.core.convergence import Observation, WindowStats, changes_by_layer, close_window, partially_converged
 from prelora_ds.core.plan import Layout, Phase, Plan, full_plan, lora_plan, warmup_plan
 from prelora_ds.core.ranks import assign_ranks

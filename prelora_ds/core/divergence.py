@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from prelora_ds.core.config import DivergenceConfig
+from prelora_ds.config.tree import DivergenceConfig
 
 
 @dataclass(frozen=True)

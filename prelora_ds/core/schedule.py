@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
-from prelora_ds.core.config import OptimizerConfig
-from prelora_ds.core.fields import Duration
+from prelora_ds.config.fields import Duration
+from prelora_ds.config.tree import OptimizerConfig
 
 
 @dataclass(frozen=True)

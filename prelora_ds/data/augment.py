@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
-from prelora_ds.core.data_config import AUGMENT_LEVELS, Augment
+from prelora_ds.config.data import AUGMENT_LEVELS, Augment
 
 _GREY = 128  # what moves in from outside
 _CUTOUT, _TRANSLATE = 40.0, 100.0  # pixels at level 10, on a picture of _SIZE

@@ -6,8 +6,8 @@ import math
 import os
 import time
 
+from prelora_ds.config.tree import Config
 from prelora_ds.core.classes import difference
-from prelora_ds.core.config import Config
 from prelora_ds.data.cache import ShardCache
 from prelora_ds.data.datasets import Look, keyed, load
 from prelora_ds.data.loader import Loader, TrainLoader

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from prelora_ds.core.data_config import Crop
+from prelora_ds.config.data import Crop
 from prelora_ds.data.decode import Pixels
 
 _AREA = (0.05, 1.0)

@@ -17,7 +17,7 @@ from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 
-from prelora_ds.core.config import Config
+from prelora_ds.config.tree import Config
 from prelora_ds.core.plan import Layout, Phase, Plan
 from prelora_ds.data.batch import MicroBatch, mix_images, mix_labels
 from prelora_ds.data.transforms import to_float

@@ -1,4 +1,4 @@
-"""Live bytes by owner, counted from the tensors that exist. Shares no code with the prediction in core/budget.py."""
+"""Live bytes by owner, counted from the tensors that exist. Shares no code with the prediction in cost/bytes.py."""
 
 from __future__ import annotations
 

@@ -12,7 +12,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from prelora_ds.errors import ConfigError
-from prelora_ds.metrics import read_lines
 from prelora_ds.reporting.records import (
     OWNERS,
     Accuracy,
@@ -26,6 +25,7 @@ from prelora_ds.reporting.records import (
     parse_steps,
     read_accuracy,
 )
+from prelora_ds.run.log import read_lines
 
 
 def phase_rows(folder: Path) -> list[dict[str, Any]]:

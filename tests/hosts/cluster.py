@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from prelora_ds.launching.hostfile import Host, format_hostfile
+from prelora_ds.hosts.hostfile import Host, format_hostfile
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ("/usr/sbin/sshd", "ssh", "ssh-keygen", "pdsh", "ip", "tc", "nsenter", "unshare", "setpriv")

@@ -21,9 +21,9 @@ from typing import Any
 from hosts.cluster import Cluster
 from hosts.slurm import Slurm
 
-from prelora_ds.launching.diagnosis import is_echo
-from prelora_ds.launching.hostfile import Host, format_mpi_hosts, write_ds_env
-from prelora_ds.metrics import read_lines
+from prelora_ds.hosts.diagnosis import is_echo
+from prelora_ds.hosts.hostfile import Host, format_mpi_hosts, write_ds_env
+from prelora_ds.run.log import read_lines
 
 RECIPE = "launch/recipes/vit_tiny_debug.yaml"
 PHASES = ["full", "warmup", "lora"]
@@ -413,7 +413,7 @@ def _length(steps: int) -> list[str]:
 def _submit(site: Site, folder: Path, walltime: str, *more: str) -> str:
     """The number of a job of the script that `prelora job` writes for 2 hosts and a spare."""
     assert site.slurm is not None
-    profile = Path("prelora_ds/launching/profiles/slurm.yaml").read_text()
+    profile = Path("prelora_ds/hosts/profiles/slurm.yaml").read_text()
     (folder / "mine.yaml").write_text(profile.replace("ranks_per_node: 4", "ranks_per_node: 1").replace(
         "--ntasks-per-node=4", "--ntasks-per-node=1"))
     arguments, script = site.arguments(folder / "out", "launch.interface=eth0", *more), folder / "job.sh"

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from support.launches import Job
 
-from prelora_ds.metrics import read_lines
+from prelora_ds.run.log import read_lines
 
 SETTINGS = ("checkpoint.every=4 steps", "train.duration=8 steps", "convergence=null",
             "model.hidden_dropout_prob=0.1")

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 from support.runs import MEDIUM, ZEROS, Trainer, config
 
-from prelora_ds.core.costs import communication
+from prelora_ds.cost.flops import communication
 
 SENT = {"all_reduce": "all_reduce", "all_gather": "all_gather_into_tensor", "reduce_scatter": "reduce_scatter_tensor"}
 

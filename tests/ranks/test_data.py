@@ -19,7 +19,7 @@ from support.runs import LABELS, Trainer, config
 
 from prelora_ds.data.batch import MicroBatch, draw_mix
 from prelora_ds.data.manifest import Manifest
-from prelora_ds.data.writer import DIGIT_CLASSES, digits, write_digits, write_shards
+from prelora_ds.data.shards.writer import DIGIT_CLASSES, digits, write_digits, write_shards
 
 DEBUG = "launch/recipes/vit_tiny_debug.yaml"
 

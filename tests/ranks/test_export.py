@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import ViTForImageClassification
 
-from prelora_ds.checkpoints.folder import list_checkpoints
 from prelora_ds.errors import ConfigError, NotSavedError
+from prelora_ds.exporting.convert import FORMATS, export_checkpoint, mlp_ratio
 from prelora_ds.model.families import canonical_name
-from prelora_ds.reporting.convert import FORMATS, export_checkpoint, mlp_ratio
+from prelora_ds.run.checkpoints.checkpoint_folder import list_checkpoints
 
 CLASSES = [f"class {label}" for label in range(10)]
 # timm truncates 56 * (488 / 56) to 487.
@@ -42,12 +42,12 @@ def run(own_pools, tmp_path_factory) -> Path:
 def make_checkpoint(folder: str) -> None:
     from support.runs import Trainer, config
 
-    from prelora_ds.checkpoints.run_state import RunState
-    from prelora_ds.checkpoints.saver import Saver
     from prelora_ds.core.controller import PhaseState
     from prelora_ds.core.divergence import DivergenceWatch
     from prelora_ds.core.schedule import Timeline
     from prelora_ds.engine.transition import transition
+    from prelora_ds.run.checkpoints.saver import Saver
+    from prelora_ds.run.run_state import RunState
 
     t = Trainer(config("zero2", model=ODD, lora={"mode": "merged"}))
     saver = Saver(

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from support.launches import Job
 
-from prelora_ds.checkpoints.folder import CheckpointManifest, list_checkpoints, step_of
 from prelora_ds.errors import ConfigError
-from prelora_ds.metrics import read_lines
+from prelora_ds.run.checkpoints.checkpoint_folder import CheckpointManifest, list_checkpoints, step_of
+from prelora_ds.run.log import read_lines
 
 SPIKE = ("optimizer.lr=0.3", "optimizer.warmup=0 steps", "train.divergence.spike=1.5",
          "train.divergence.over=1", "convergence=null")
@@ -68,11 +68,11 @@ def test_a_writing_thread_that_fails_on_one_rank_costs_all_ranks_that_checkpoint
 def save_with_a_failing_thread(folder):
     from support.runs import Trainer, config
 
-    from prelora_ds.checkpoints import saver as saver_module
-    from prelora_ds.checkpoints.run_state import RunState
     from prelora_ds.core.controller import PhaseState
     from prelora_ds.core.divergence import DivergenceWatch
     from prelora_ds.core.schedule import Timeline
+    from prelora_ds.run.checkpoints import saver as saver_module
+    from prelora_ds.run.run_state import RunState
 
     t = Trainer(config("zero2"))
     saver = saver_module.Saver(Path(folder), t.cfg, Timeline(1000, 8, t.cfg.train.duration), lambda text: None)

@@ -16,7 +16,7 @@ from support.launch import ROOT, launch_command
 from support.launches import DEBUG, Job
 from support.pool import free_port
 
-from prelora_ds.checkpoints.folder import CheckpointManifest, list_checkpoints
+from prelora_ds.run.checkpoints.checkpoint_folder import CheckpointManifest, list_checkpoints
 
 LONG = ("train.duration=9000 steps", "checkpoint.every=null")
 ENDED_S = 10.0  # measured; as many seconds more are for a busy machine

@@ -14,8 +14,8 @@ from support.launches import Job, differences, traces
 from support.zygote import DEAD_PIPE
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from prelora_ds.checkpoints.folder import CheckpointManifest, list_checkpoints, step_of
-from prelora_ds.metrics import read_lines
+from prelora_ds.run.checkpoints.checkpoint_folder import CheckpointManifest, list_checkpoints, step_of
+from prelora_ds.run.log import read_lines
 
 # Dropout, so that a generator which does not go on where it stopped shows.
 SETTINGS = ("checkpoint.every=3 steps", "checkpoint.keep_last=9", "model.hidden_dropout_prob=0.1")
@@ -170,11 +170,11 @@ def damaged_checkpoints(source, folder):
     """Each file of the newest checkpoint cut, flipped and removed in turn, and of the base that it refers to."""
     import torch.distributed as dist
 
-    from prelora_ds.checkpoints.resume import candidates, load_newest
-    from prelora_ds.configuring import load_config
+    from prelora_ds.config.load import load_config
     from prelora_ds.errors import ConfigError
     from prelora_ds.model.families import find_layout
     from prelora_ds.model.vit import build_model
+    from prelora_ds.run.checkpoints.resume import candidates, load_newest
 
     config = load_config(Path(source) / "config.yaml")
     layout = find_layout(build_model(config.model, 10), config.lora.families)
@@ -363,7 +363,7 @@ def logits_of_the_run(reference):
 
 
 def exported(run, out, form):
-    from prelora_ds.reporting.convert import export_checkpoint
+    from prelora_ds.exporting.convert import export_checkpoint
 
     assert export_checkpoint(run, out, form).name == "step-00000020"
     return out
@@ -410,14 +410,14 @@ def open_with_deepspeed(run, out):
     """Loaded by an engine with other weights, masters and moments are those of the checkpoint."""
     import torch
 
-    from prelora_ds.checkpoints.resume import read_checkpoint
-    from prelora_ds.configuring import load_config
+    from prelora_ds.config.load import load_config
     from prelora_ds.engine.build import build_engine
     from prelora_ds.engine.fragments import adam_state, fragments
     from prelora_ds.engine.state import EngineState
+    from prelora_ds.exporting.convert import export_checkpoint
     from prelora_ds.model.families import find_layout
     from prelora_ds.model.vit import build_model
-    from prelora_ds.reporting.convert import export_checkpoint
+    from prelora_ds.run.checkpoints.resume import read_checkpoint
 
     folder = export_checkpoint(Path(run), Path(out), "deepspeed")
     config = load_config(Path(run) / "config.yaml",
@@ -445,7 +445,7 @@ def open_with_deepspeed(run, out):
 
 def test_an_export_that_cannot_be_is_told(stopped, tmp_path, capsys):
     from prelora_ds.errors import ConfigError
-    from prelora_ds.reporting.convert import export_checkpoint
+    from prelora_ds.exporting.convert import export_checkpoint
 
     full = stopped[0] / "checkpoints/step-00000003"
     with pytest.raises(ConfigError, match="is of phase full, which has no adapters\n  remedy: choose hf"):
@@ -487,10 +487,10 @@ def test_what_four_ranks_wrote_fewer_read_bit_for_bit(job, reference, tmp_path):
     """All of a LoRA-phase checkpoint, put together from the files of 4 ranks and from the shares of 1, 2 and 3."""
     import torch
 
-    from prelora_ds.checkpoints.resume import read_checkpoint
-    from prelora_ds.configuring import load_config
+    from prelora_ds.config.load import load_config
     from prelora_ds.model.families import find_layout
     from prelora_ds.model.vit import build_model
+    from prelora_ds.run.checkpoints.resume import read_checkpoint
 
     out = tmp_path / "out"
     ended = job(out, world=4, zero=3,
@@ -527,9 +527,9 @@ def same_state(a, b):
 
 
 def run_state(plan, step):
-    from prelora_ds.checkpoints.run_state import RunState
     from prelora_ds.core.controller import PhaseState
     from prelora_ds.core.divergence import DivergenceWatch
+    from prelora_ds.run.run_state import RunState
 
     return RunState(step, PhaseState(plan), DivergenceWatch())
 
@@ -537,9 +537,9 @@ def run_state(plan, step):
 def save_in_lora_phase(zero, folder):
     from support.runs import Trainer, config
 
-    from prelora_ds.checkpoints.saver import Saver
     from prelora_ds.core.schedule import Timeline
     from prelora_ds.engine.transition import transition
+    from prelora_ds.run.checkpoints.saver import Saver
 
     t = Trainer(config(zero, micro=2))
     saver = Saver(Path(folder), t.cfg, Timeline(1000, 8, t.cfg.train.duration), print)
@@ -575,9 +575,9 @@ def load_elsewhere(zero, folder):
     import torch.distributed as dist
     from support.runs import LABELS, Trainer, config
 
-    from prelora_ds.checkpoints.resume import candidates, load_newest
     from prelora_ds.engine.build import build_engine
     from prelora_ds.engine.release import release
+    from prelora_ds.run.checkpoints.resume import candidates, load_newest
 
     world = dist.get_world_size()
     t = Trainer(config(zero, micro=8 // world))

@@ -13,9 +13,9 @@ import pytest
 from support.launch import ROOT, launch_command
 from support.launches import DEBUG, Job
 
-from prelora_ds.checkpoints.folder import CheckpointManifest
-from prelora_ds.data.writer import digits, write_shards
-from prelora_ds.metrics import read_lines
+from prelora_ds.data.shards.writer import digits, write_shards
+from prelora_ds.run.checkpoints.checkpoint_folder import CheckpointManifest
+from prelora_ds.run.log import read_lines
 
 LAST = "checkpoints/step-00000020"
 SHORT = ("train.duration=4 steps", "train.eval_every=4 steps", "convergence=null")

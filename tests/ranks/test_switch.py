@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.runs import MEDIUM, SMALL, ZEROS, Trainer, config, same
 
-from prelora_ds.core.budget import predict_bytes
+from prelora_ds.cost.bytes import predict_bytes
 from prelora_ds.engine import build as build_module
 from prelora_ds.engine import state as state_module
 from prelora_ds.engine.census import OWNERS, census, engine_storages, live_storages, rss_bytes, settled

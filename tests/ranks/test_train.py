@@ -20,17 +20,17 @@ from support.runs import LABELS, ZEROS, Trainer, config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import ViTForImageClassification
 
-from prelora_ds.configuring import load_config
+from prelora_ds.config.load import load_config
 from prelora_ds.core.schedule import Timeline
-from prelora_ds.data.budget import CorruptBudget
+from prelora_ds.data.corrupt import CorruptBudget
 from prelora_ds.data.manifest import Manifest
 from prelora_ds.data.transforms import to_float
-from prelora_ds.launching.guard import Guard
-from prelora_ds.metrics import RunLog, read_lines
-from prelora_ds.recording import Run
-from prelora_ds.recording import log_bytes as record_bytes
-from prelora_ds.reporting.export import export_model
+from prelora_ds.exporting.hf import export_model
 from prelora_ds.reporting.progress import TrainProgress
+from prelora_ds.run.guard import Guard
+from prelora_ds.run.log import RunLog, read_lines
+from prelora_ds.run.records import Run
+from prelora_ds.run.records import log_bytes as record_bytes
 
 ROOT = Path(__file__).parents[2]
 DEBUG = "launch/recipes/vit_tiny_debug.yaml"

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from prelora_ds.checkpoints.folder import STATE, CheckpointManifest, FileRecord
+from prelora_ds.run.checkpoints.checkpoint_folder import STATE, CheckpointManifest, FileRecord
 
 
 def rewrite_state(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:

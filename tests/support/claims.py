@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from prelora_ds.checkpoints.folder import (
+from prelora_ds.config.load import load_config
+from prelora_ds.config.tree import Config
+from prelora_ds.run.checkpoints.checkpoint_folder import (
     FOLDER,
     STATE,
     CheckpointManifest,
@@ -15,9 +17,7 @@ from prelora_ds.checkpoints.folder import (
     commit,
     step_folder,
 )
-from prelora_ds.configuring import load_config
-from prelora_ds.core.config import Config
-from prelora_ds.launching.claim import claim_output
+from prelora_ds.run.claim import claim_output
 
 DATA = {"data.train": "1,437 samples, index 01234567", "data.val": "360 samples, index 89abcdef"}
 

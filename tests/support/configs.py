@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from prelora_ds.configuring import load_config
+from prelora_ds.config.load import load_config
 from prelora_ds.errors import ConfigError
 
 MINIMAL: dict[str, Any] = {

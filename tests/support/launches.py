@@ -118,7 +118,7 @@ def zygote() -> Iterator[Zygote]:
 
 def traces(out: Path) -> dict[str, Any]:
     """What a run left that depends on nothing but its settings: rows without times, plans, and all exported bits."""
-    from prelora_ds.metrics import read_lines
+    from prelora_ds.run.log import read_lines
 
     rows = [{k: v for k, v in row.items() if k not in TIMES} for row in read_lines(out / "metrics.jsonl")]
     plans = [{k: v for k, v in row.items() if k != "switch"} for row in read_lines(out / "plans.jsonl")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from prelora_ds.configuring import validate
-from prelora_ds.core.config import Config
+from prelora_ds.config.load import validate
+from prelora_ds.config.tree import Config
 from prelora_ds.core.plan import Layout, Plan, full_plan, lora_plan, warmup_plan
 
 LABELS = 10

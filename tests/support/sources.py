@@ -15,8 +15,8 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from prelora_ds.data.sources import KINDS, find_images
-from prelora_ds.data.sources.listing import Request
+from prelora_ds.data.shards.sources import KINDS, find_images
+from prelora_ds.data.shards.sources.listing import Request
 from prelora_ds.errors import ConfigError
 
 

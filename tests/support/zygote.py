@@ -22,11 +22,13 @@ ROOT = Path(__file__).parents[2]
 DEAD_PIPE = "a pipe that nobody reads"
 # Where a rank may be killed, as a user of the names has them.
 PLACES = {
-    "step": ("prelora_ds.engine.build", "Engine.finish_step"), "write": ("prelora_ds.checkpoints.saver", "write_part"),
-    "commit": ("prelora_ds.checkpoints.saver", "commit"), "vote": ("prelora_ds.checkpoints.saver", "Saver._agree"),
-    "copy": ("prelora_ds.checkpoints.saver", "copy_state"), "switch": ("prelora_ds.train", "transition"),
+    "step": ("prelora_ds.engine.build", "Engine.finish_step"),
+    "write": ("prelora_ds.run.checkpoints.saver", "write_part"),
+    "commit": ("prelora_ds.run.checkpoints.saver", "commit"),
+    "vote": ("prelora_ds.run.checkpoints.saver", "Saver._agree"),
+    "copy": ("prelora_ds.run.checkpoints.saver", "copy_state"), "switch": ("prelora_ds.train", "transition"),
     "window": ("prelora_ds.train", "_decide"), "evaluate": ("prelora_ds.train", "_evaluate"),
-    "restore": ("prelora_ds.checkpoints.resume", "read_state"), "export": ("prelora_ds.train", "export_model"),
+    "restore": ("prelora_ds.run.checkpoints.resume", "read_state"), "export": ("prelora_ds.train", "export_model"),
 }
 
 
@@ -36,7 +38,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    for name in ("prelora_ds.launching.start", "prelora_ds.launching.claim", "prelora_ds.train",
+    for name in ("prelora_ds.start", "prelora_ds.run.claim", "prelora_ds.train",
                  "prelora_ds.reporting.table", "deepspeed.runtime.zero.muon.muon_optimizer"):
         importlib.import_module(name)
     answer(ready=len(os.listdir("/proc/self/task")))

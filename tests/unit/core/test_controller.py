@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prelora_ds.core.config import ConvergenceConfig, Duration, LoraConfig
+from prelora_ds.config.tree import ConvergenceConfig, Duration, LoraConfig
 from prelora_ds.core.controller import KEPT_WINDOWS, PhaseController, PhaseState
 from prelora_ds.core.convergence import Observation, partially_converged
 from prelora_ds.core.plan import Layout, Phase, lora_plan

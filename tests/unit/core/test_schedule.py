@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prelora_ds.core.config import Duration, OptimizerConfig
+from prelora_ds.config.tree import Duration, OptimizerConfig
 from prelora_ds.core.schedule import Timeline, lr_at
 
 SIZES = st.tuples(st.integers(1, 60), st.integers(1, 40), st.integers(1, 12))  # samples, global batch, epochs

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from prelora_ds.core.data_config import AUGMENT_LEVELS
+from prelora_ds.config.data import AUGMENT_LEVELS
 from prelora_ds.data.augment import OPERATIONS, augment, rand_augment
 from prelora_ds.data.datasets import keyed
 

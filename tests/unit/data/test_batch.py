@@ -14,8 +14,8 @@ from PIL import Image
 from prelora_ds.data.batch import draw_mix, mix_images, mix_labels
 from prelora_ds.data.datasets import Look
 from prelora_ds.data.loader import TrainLoader
+from prelora_ds.data.shards.writer import write_shards
 from prelora_ds.data.transforms import to_float
-from prelora_ds.data.writer import write_shards
 from prelora_ds.errors import ConfigError
 
 SAMPLES, SIZE = 37, 16  # an odd number: pairs lie across epochs

@@ -22,8 +22,8 @@ from prelora_ds.data.cache import ShardCache
 from prelora_ds.data.datasets import Look
 from prelora_ds.data.loader import TrainLoader
 from prelora_ds.data.manifest import Manifest
+from prelora_ds.data.shards.writer import write_shards
 from prelora_ds.data.store import CorruptSampleError, SampleStore
-from prelora_ds.data.writer import write_shards
 
 SAMPLES = 24
 LOOK = Look(8, 3, "inception", flip=True)

@@ -23,13 +23,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import Dataset
 
-from prelora_ds.data.budget import CorruptBudget, CorruptBudgetError
-from prelora_ds.data.check import verify
+from prelora_ds.data.corrupt import CorruptBudget, CorruptBudgetError
 from prelora_ds.data.datasets import Look
 from prelora_ds.data.loader import TrainLoader, WorkerLostError, Workers, eval_batches
 from prelora_ds.data.manifest import Manifest
+from prelora_ds.data.shards.verify import verify
+from prelora_ds.data.shards.writer import write_shards
 from prelora_ds.data.store import CorruptSampleError
-from prelora_ds.data.writer import write_shards
 from prelora_ds.errors import ConfigError, DiskError
 
 SAMPLES, BATCH = 30, 12

@@ -19,7 +19,7 @@ from support.memory import small_memory
 from prelora_ds.data.decode import MAX_PIXELS, UndecodableError, decode
 from prelora_ds.data.manifest import EXTENSIONS, INDEX_NAME, MANIFEST_NAME, Manifest
 from prelora_ds.data.rows import ROW
-from prelora_ds.data.writer import DIGIT_CLASSES, digits, write_shards
+from prelora_ds.data.shards.writer import DIGIT_CLASSES, digits, write_shards
 from prelora_ds.errors import ConfigError
 
 MANY = settings(

@@ -17,7 +17,7 @@ from PIL import Image
 from prelora_ds.data.datasets import Look
 from prelora_ds.data.loader import TrainLoader, eval_batches
 from prelora_ds.data.order import Stream, epoch_order
-from prelora_ds.data.writer import write_shards
+from prelora_ds.data.shards.writer import write_shards
 from prelora_ds.errors import ConfigError
 
 SAMPLES = 50

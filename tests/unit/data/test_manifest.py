@@ -21,8 +21,8 @@ from prelora_ds.data.manifest import (
     save_manifest,
 )
 from prelora_ds.data.rows import ROW, Row
+from prelora_ds.data.shards.writer import DIGIT_CLASSES, digits, write_shards
 from prelora_ds.data.store import SampleStore
-from prelora_ds.data.writer import DIGIT_CLASSES, digits, write_shards
 from prelora_ds.errors import ConfigError, DiskError
 
 

@@ -7,18 +7,21 @@ import shutil
 from typing import Any
 
 import pytest
+import torch
 
-from prelora_ds.configuring import load_config, validate
-from prelora_ds.core.config import Config
+from prelora_ds.config.load import load_config, validate
+from prelora_ds.config.tree import Config
+from prelora_ds.cost.forecast import fastest_images_per_s
 from prelora_ds.data.loader import TrainLoader
 from prelora_ds.data.manifest import Manifest
 from prelora_ds.data.setup import count_workers, decode_rate, make_loader, open_data, samples_per_epoch
+from prelora_ds.data.shards.writer import digits, write_shards
 from prelora_ds.data.unindexed import Unindexed, UnindexedLoader
-from prelora_ds.data.writer import digits, write_shards
 from prelora_ds.errors import ConfigError
-from prelora_ds.launching.ranks import Ranks
-from prelora_ds.launching.start import check_run
-from prelora_ds.reporting.plan import fastest_images_per_s
+from prelora_ds.hosts.discovery import Ranks
+from prelora_ds.model.families import find_layout
+from prelora_ds.model.vit import build_model
+from prelora_ds.start import check_run
 
 
 def config(shards: Any, size: int = 16, **data: Any) -> Config:
@@ -102,6 +105,8 @@ def test_a_worker_s_rate_is_measured(shards):
 def test_the_rate_of_the_fastest_phase_is_that_of_a_known_gpu(shards, name, known):
     cfg = config(shards)
     cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"micro_batch_size": 4})})
-    rate = fastest_images_per_s(cfg, 2, 4, name)
+    with torch.device("meta"):
+        layout = find_layout(build_model(cfg.model, 10), cfg.lora.families)
+    rate = fastest_images_per_s(cfg, layout, 2, 4, name)
     assert (rate is not None and rate > 0) == known
-    assert fastest_images_per_s(cfg, 4, 6, name) is None  # hosts that differ
+    assert fastest_images_per_s(cfg, layout, 4, 6, name) is None  # hosts that differ

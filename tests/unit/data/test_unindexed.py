@@ -16,9 +16,9 @@ from PIL import Image
 from prelora_ds.data.datasets import Look
 from prelora_ds.data.manifest import Manifest
 from prelora_ds.data.order import Position
+from prelora_ds.data.shards.writer import write_shards
 from prelora_ds.data.store import CorruptSampleError
 from prelora_ds.data.unindexed import Unindexed, UnindexedLoader
-from prelora_ds.data.writer import write_shards
 from prelora_ds.errors import ConfigError
 
 SAMPLES = 40

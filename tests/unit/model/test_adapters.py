@@ -8,7 +8,7 @@ import torch
 from peft import get_peft_model_state_dict
 from torch import nn
 
-from prelora_ds.core.config import FAMILIES, ModelConfig
+from prelora_ds.config.tree import FAMILIES, ModelConfig
 from prelora_ds.core.plan import AdapterSpec, Layout, Plan, full_plan, lora_plan, warmup_plan
 from prelora_ds.model.adapters import (
     attach_adapters,

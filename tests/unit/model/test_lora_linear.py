@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from prelora_ds.core.config import FAMILIES, ModelConfig
+from prelora_ds.config.tree import FAMILIES, ModelConfig
 from prelora_ds.core.plan import Plan, freeze_below, full_plan, lora_plan, warmup_plan
 from prelora_ds.model.adapters import attach_adapters, peft_config
 from prelora_ds.model.families import find_layout, named_parameters

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from prelora_ds.core.config import FAMILIES, ModelConfig
+from prelora_ds.config.tree import FAMILIES, ModelConfig
 from prelora_ds.core.plan import warmup_plan
 from prelora_ds.errors import ConfigError
 from prelora_ds.model.adapters import attach_adapters

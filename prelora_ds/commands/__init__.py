@@ -1,0 +1,1 @@
+"""The commands of `prelora`; the only files that know typer."""

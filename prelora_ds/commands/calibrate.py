@@ -1,0 +1,24 @@
+"""`prelora calibrate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from prelora_ds.commands.output import save_json
+
+
+def calibrate(recipe: Path, out: Path, overrides: Annotated[list[str] | None, typer.Argument(help="a.b=c")] = None,
+              deepspeed_config: Annotated[Path | None, typer.Option()] = None,
+              ranks: Annotated[int, typer.Option(min=1, help="ranks that train on one host")] = 1) -> None:
+    """Time a few steps of RECIPE's blocks on this machine and write OUT for `prelora plan --calibration OUT`."""
+    from prelora_ds.config.load import load_config
+    from prelora_ds.run.calibrate import calibrate as measure
+
+    result = measure(load_config(recipe, overrides or [], deepspeed_config), ranks)
+    save_json(out, result, "OUT")
+    for row in result["samples"]:
+        typer.echo(f"{row['phase']:7} batch {row['micro_batch_size']:4} rank {row['lora_rank']:3} x {row['accum']}: "
+                   f"measured {row['measured_s']:.4f} s, fitted {row['fitted_s']:.4f} s")

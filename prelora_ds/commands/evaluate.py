@@ -1,0 +1,22 @@
+"""`prelora evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from prelora_ds.commands.output import save_json
+
+
+def evaluate(model: Path, data: Annotated[Path, typer.Option(help="a folder of shards")]) -> None:
+    """Top-1 of an exported MODEL folder, as transformers opens it; kept with the data's name in its accuracy.json."""
+    from prelora_ds.run.evaluate import evaluate_folder
+
+    result = evaluate_folder(model, data)
+    accuracy = result.accuracy
+    typer.echo(
+        f"{model} on {data}: {accuracy.correct} of {accuracy.samples} right, {accuracy.acc1:.2%}"
+    )
+    save_json(model / "accuracy.json", result.to_json(), "MODEL")

@@ -1,0 +1,50 @@
+"""What the commands share: how they end, and how they write the files that a user names."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from prelora_ds.errors import TRY_AGAIN_EXIT_CODE, ExpectedError, cannot_write, is_disk_fault
+
+
+@contextmanager
+def one_message() -> Iterator[None]:
+    """For a command of one process: an ExpectedError is a line and its exit code, not a traceback.
+
+    So is a disk that fails, also under the standard output.
+    """
+    try:
+        yield
+    except ExpectedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except OSError as error:
+        if not is_disk_fault(error):
+            raise
+        # What is left of the output would fail once more at the exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        print(f"error: {error}\n"
+              "  remedy: make room, or repair the disk; then give the same command again", file=sys.stderr)
+        sys.exit(TRY_AGAIN_EXIT_CODE)
+
+
+def save_json(path: Path, value: Any, key: str) -> None:
+    """Write ``value`` as JSON to the path that the user named by ``key``. Raises ConfigError."""
+    from prelora_ds.run.log import to_json
+
+    save(path, to_json(value, indent=2) + "\n", key)
+
+
+def save(path: Path, text: str, key: str, *, executable: bool = False) -> None:
+    """Write ``text`` to the path that the user named by ``key``. Raises ConfigError."""
+    from prelora_ds.files import replace_file
+
+    try:
+        replace_file(path, text, executable=executable)
+    except OSError as exc:
+        raise cannot_write(key, path, exc) from exc

@@ -1,0 +1,12 @@
+"""`prelora report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def report(output: Path) -> None:
+    """The table of the run in OUTPUT: per phase, bytes predicted and measured, times, loss, accuracy, and why."""
+    from prelora_ds.reporting.table import print_report
+
+    print_report(output)

@@ -1,0 +1,187 @@
+"""What the config's models are made of."""
+
+from __future__ import annotations
+
+import re
+import types
+from collections.abc import Sequence
+from decimal import Decimal
+from fractions import Fraction
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationInfo,
+    field_validator,
+)
+
+from prelora_ds.errors import ConfigError
+
+
+class Duration:
+    """A stretch of training: ``"500 steps"``, ``"10 epochs"``, or ``"5 %"`` of the whole run.
+
+    A string and not a mapping, so that an override replaces the unit together with the number.
+    """
+
+    # So few digits that `__str__` writes them all.
+    _PATTERN = re.compile(r"\s*((?:0|[1-9][0-9]{0,15})(?:\.[0-9]{1,12})?)\s*(steps?|epochs?|%)\s*")
+
+    def __init__(self, text: str) -> None:
+        match = self._PATTERN.fullmatch(text) if isinstance(text, str) else None
+        if match is None:
+            raise ValueError(f'{text!r} is not a duration; write "500 steps", "10 epochs" or "5 %"')
+        number, unit = match.groups()
+        self.value = Fraction(number)
+        self.unit: Literal["step", "epoch", "%"] = unit.rstrip("s")  # type: ignore[assignment]
+        if self.unit == "step" and self.value.denominator != 1:
+            raise ValueError(f"{text!r}: a number of steps is whole")
+        if self.unit == "%" and self.value > 100:
+            raise ValueError(f"{text!r}: a share is at most 100 %")
+
+    def __str__(self) -> str:
+        # Not float's "g", which rounds to six digits and writes 1000000 as 1e+06.
+        number = f"{Decimal(self.value.numerator) / self.value.denominator:f}"
+        return f"{number} %" if self.unit == "%" else f"{number} {self.unit}{'' if number == '1' else 's'}"
+
+    def __repr__(self) -> str:
+        return f"Duration({str(self)!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Duration) and (self.value, self.unit) == (other.value, other.unit)
+
+    def __hash__(self) -> int:
+        return hash((self.value, self.unit))
+
+
+def _as_duration(value: Any) -> Duration:
+    return value if isinstance(value, Duration) else Duration(value)
+
+
+def parse_seconds(text: object) -> float:
+    """Seconds of ``"6 h"``, ``"90 min"``, ``"30 s"`` or ``"06:00:00"`` (a number is seconds already); above 0.
+
+    Raises ValueError.
+    """
+    seconds = float(text) if isinstance(text, int | float) else 0.0
+    if isinstance(text, str):
+        if match := re.fullmatch(r"\s*((?:0|[1-9][0-9]*)(?:\.[0-9]+)?)\s*(h|min|m|s)\s*", text):
+            seconds = float(match[1]) * {"h": 3600, "min": 60, "m": 60, "s": 1}[match[2]]
+        elif match := re.fullmatch(r"([0-9]+):([0-5][0-9]):([0-5][0-9])", text):
+            seconds = 3600.0 * int(match[1]) + 60 * int(match[2]) + int(match[3])
+    if seconds <= 0:
+        raise ValueError(f'{text!r} is not a time; write "6 h", "90 min", "30 s" or "06:00:00"')
+    return seconds
+
+
+def _as_text(text: str) -> str:
+    if not text or any(ord(character) < 32 for character in text):
+        raise ValueError(f"{text!r} is empty or holds a control character")
+    return text
+
+
+def _as_place(text: str) -> str:
+    if text.startswith("~"):
+        raise ValueError(f'{text!r} begins with "~", which only a shell expands; write the whole '
+                         "path, with ${oc.env:HOME} in place of the ~, or ./~ for a folder of that "
+                         "name")
+    longest = max(len(part.encode()) for part in text.split("/"))
+    if "://" not in text and (longest > 255 or len(text.encode()) > 4000):
+        raise ValueError("is longer than a path may be: 255 bytes between two slashes, 4000 in all")
+    return text
+
+
+def parse_walltime(text: str) -> float:
+    """Seconds of the ``--walltime`` of a command: ``6h``, ``90m`` or ``06:00:00``. Raises ConfigError."""
+    try:
+        return parse_seconds(text)
+    except ValueError as exc:
+        raise ConfigError("--walltime", text, "is not a walltime", "write 6h, 90m or 06:00:00") from exc
+
+
+Seconds = Annotated[float, BeforeValidator(parse_seconds)]
+DurationField = Annotated[Duration, BeforeValidator(_as_duration), PlainSerializer(str)]
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+Text = Annotated[str, AfterValidator(_as_text)]
+Place = Annotated[Text, AfterValidator(_as_place)]  # a path or a URL
+Seed = Annotated[int, Field(ge=0, lt=2**64)]  # what torch.manual_seed takes
+
+
+class Strict(BaseModel):
+    """Frozen; an unknown key, NaN and infinity are errors, and so is a value of another type.
+
+    True is not 1, and "5" is not 5. Only a float without a fraction stands for an integer, and a
+    list for a tuple.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False,
+                              arbitrary_types_allowed=True, serialize_by_alias=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_json_has_it(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None
+        kinds = alternatives(cls.model_fields[info.field_name].annotation)
+        if isinstance(value, bool) and bool not in kinds:
+            raise ValueError(f"{str(value).lower()} is not a value of this key")
+        if isinstance(value, float) and value.is_integer() and int in kinds and float not in kinds:
+            return int(value)
+        return tuple(value) if isinstance(value, list) and tuple in kinds else value
+
+
+def alternatives(annotation: Any) -> set[Any]:
+    """The types that an annotation allows.
+
+    These are the parts of a union, the types of a Literal's values, and ``tuple`` or ``dict``
+    without what they hold.
+    """
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return alternatives(get_args(annotation)[0])
+    if origin in (Union, types.UnionType):
+        return {kind for part in get_args(annotation) for kind in alternatives(part)}
+    if origin is Literal:
+        return {type(value) for value in get_args(annotation)}
+    return {origin or annotation}
+
+
+def annotation_at(model: type[BaseModel], place: Sequence[str | int]) -> Any:
+    """The annotation of the value at ``place`` of ``model``; None where no such key is known."""
+    annotation: Any = model
+    for key in place:
+        annotation = _inside(annotation, key)
+    return annotation
+
+
+def keys_of(model: type[BaseModel], place: Sequence[str | int]) -> list[str]:
+    """The keys of the section at ``place`` of ``model``."""
+    sections = [kind for kind in alternatives(annotation_at(model, place)) if _is_model(kind)]
+    return [field.alias or name for section in sections
+            for name, field in section.model_fields.items()]
+
+
+def _inside(annotation: Any, key: str | int) -> Any:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _inside(arguments[0], key)
+    if origin in (Union, types.UnionType):
+        found = (_inside(part, key) for part in arguments)
+        return next((inner for inner in found if inner is not None), None)
+    if origin is dict:
+        return arguments[1]
+    if origin is tuple:
+        return arguments[0]
+    if _is_model(annotation):
+        return next((field.annotation for name, field in annotation.model_fields.items()
+                     if (field.alias or name) == key), None)
+    return None
+
+
+def _is_model(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)

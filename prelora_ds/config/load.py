@@ -1,0 +1,272 @@
+"""Recipe YAML + ``a.b=c`` overrides + DeepSpeed JSON -> a validated Config. The only reader of files for it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from prelora_ds.config.changes import with_new_names
+from prelora_ds.config.documents import UnreadableError, check_plain, read_json, read_yaml, write_yaml
+from prelora_ds.config.fields import annotation_at, keys_of
+from prelora_ds.config.overrides import interpolate, is_text, override, without_interpolation
+from prelora_ds.config.tree import Config
+from prelora_ds.core.plan import Phase
+from prelora_ds.errors import ConfigError
+
+# Keys of a DeepSpeed JSON that have another owner, and that owner.
+OWNED_BY_RECIPE = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size / (train.micro_batch_size x ranks)",
+    "gradient_clipping": "optimizer.clip_grad_norm",
+    "optimizer": "optimizer",
+    "scheduler": "optimizer.warmup and optimizer.min_lr_ratio",
+    "fp16": "nothing: the engine trains in BF16",
+    "data_types": "nothing: gradients are accumulated in fp32",
+    "communication_data_type": "nothing: gradients are reduced in fp32",
+    "prescale_gradients": "nothing: gradients are reduced in fp32",
+    "gradient_predivide_factor": "nothing: gradients are reduced in fp32",
+    "tensorboard": "run.output_dir",
+}
+# What else a JSON may hold. DeepSpeed itself says nothing of a misspelt key here.
+KNOWN_KEYS = ("zero_optimization", "bf16", "zero_force_ds_cpu_optimizer", "comms_logger", "wall_clock_breakdown",
+              "memory_breakdown")
+BF16_KEYS = ("enabled", "immediate_grad_update", "check_grad_overflow")
+# Keys of zero_optimization that were tried at another value than DeepSpeed's default: tests/ranks/test_zero_keys.py
+# trains with each of them and gets the losses of the default. Any other key is refused.
+ZERO_KEYS = (
+    "stage", "offload_optimizer", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size",
+    "use_multi_rank_bucket_allreduce", "allgather_partitions", "allgather_bucket_size", "overlap_comm",
+    "load_from_fp32_weights", "sub_group_size", "round_robin_gradients", "parameter_alignment",
+    "memory_efficient_linear", "pipeline_loading_checkpoint", "override_module_apply", "log_trace_cache_warnings",
+    "enable_sanity_checks", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold",
+    "stage3_model_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance",
+    "stage3_gather_16bit_weights_on_model_save", "stage3_use_all_reduce_for_fetch_params",
+    "stage3_allgather_sequential")
+OFFLOAD_KEYS = ("device", "pin_memory", "buffer_count", "cpuadam_cores_perc")
+# Keys of zero_optimization that are refused, the value that leaves each off (accepted), and why.
+_ACROSS_A_SWITCH = "is not carried over a switch"
+_DEPRECATED = "is deprecated in DeepSpeed"
+REFUSED_ZERO_KEYS: dict[str, tuple[Any, str]] = {
+    "offload_param": (None, _ACROSS_A_SWITCH), "zenflow": (None, _ACROSS_A_SWITCH),
+    "zero_hpz_partition_size": (1, _ACROSS_A_SWITCH), "mics_shard_size": (-1, _ACROSS_A_SWITCH),
+    "zero_quantized_weights": (False, _ACROSS_A_SWITCH), "zero_quantized_gradients": (False, _ACROSS_A_SWITCH),
+    "zero_quantized_nontrainable_weights": (False, _ACROSS_A_SWITCH),
+    "compute_grad_norm": (True, "would leave divergence unseen, which is told by the gradient norm"),
+    "ignore_unused_parameters": (True, "would stop a step in which an adapter has no gradient"),
+    "leaf_module": (None, "is set by model.compile"),
+    "stage3_module_granularity_threshold": (0, "does not know the parameters of a model that is built in parts"),
+    "save_muon_momentum_buffer_in_memory": (False, "has no effect: the optimizer is AdamW"),
+    "legacy_stage1": (False, _DEPRECATED), "elastic_checkpoint": (False, _DEPRECATED),
+    "cpu_offload": (False, _DEPRECATED), "cpu_offload_param": (False, _DEPRECATED),
+    "cpu_offload_use_pin_memory": (False, _DEPRECATED),
+    "stage3_gather_fp16_weights_on_model_save": (False, _DEPRECATED),
+}
+
+
+def load_config(recipe: str | Path, overrides: Sequence[str] = (),
+                deepspeed_config: str | Path | None = None) -> Config:
+    """The validated config of a run.
+
+    Raises ConfigError with key, value and remedy: a missing or unreadable file, an unknown key, a bad value, or a
+    DeepSpeed JSON that sets what the recipe owns.
+    """
+    return validate(read_settings(recipe, overrides, deepspeed_config), str(recipe))
+
+
+def read_settings(recipe: str | Path, overrides: Sequence[str] = (),
+                  deepspeed_config: str | Path | None = None) -> dict[str, Any]:
+    """What `load_config` validates. Raises ConfigError."""
+    tree = _read_recipe(Path(recipe))
+    if deepspeed_config is not None:
+        tree["deepspeed"] = read_deepspeed_json(Path(deepspeed_config))  # the overrides have the last word
+    for text in overrides:
+        override(tree, text)
+    try:
+        values = interpolate(tree)
+        check_plain(values)
+    except UnreadableError as exc:
+        raise ConfigError("recipe and overrides", " ".join([str(recipe), *overrides]), str(exc),
+                          "correct the override or the ${...} of the recipe") from exc
+    return values
+
+
+def validate(values: Mapping[str, Any], source: str) -> Config:
+    """A Config of a plain mapping.
+
+    Keys of an older version are read under their new names. Raises ConfigError that names the first
+    offending key of ``source``.
+    """
+    values = with_new_names(values)
+    if isinstance(values.get("deepspeed"), dict):
+        values = {**values, "deepspeed": _without_auto(values["deepspeed"])}
+        check_deepspeed(values["deepspeed"], "the DeepSpeed config")
+    phases = values.get("phases")
+    for phase, own in phases.items() if isinstance(phases, dict) else ():
+        if isinstance(own, dict) and isinstance(own.get("deepspeed"), dict):
+            own = {**own, "deepspeed": _without_auto(own["deepspeed"])}
+            check_deepspeed(own["deepspeed"], f"phases.{phase}.deepspeed")
+            values = {**values, "phases": {**values["phases"], phase: own}}
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as exc:
+        raise _config_error(exc, source) from exc
+    for phase in (Phase.WARMUP, Phase.LORA):  # a zero_stage of its own goes with the offloading of the run's section
+        check_deepspeed(config.for_phase(phase).deepspeed, f"the DeepSpeed config with phases.{phase}")
+    return config
+
+
+def check_world(config: Config, world_size: int) -> None:
+    """Raise ConfigError when the batch does not divide over ``world_size`` ranks, in any phase."""
+    for phase in Phase if config.convergence else (Phase.FULL,):
+        _check_phase(config.for_phase(phase), world_size, phase)
+
+
+def _check_phase(config: Config, world_size: int, phase: Phase) -> None:
+    key = "train.micro_batch_size" if phase is Phase.FULL else f"phases.{phase}.micro_batch_size"
+    try:
+        config.grad_accum_steps(world_size)
+    except ValueError as exc:
+        raise ConfigError(key, config.train.micro_batch_size, str(exc),
+                          "choose a micro-batch so that global_batch_size = micro_batch_size x ranks x a whole number "
+                          "(1 at ZeRO stage 0), or another ZeRO stage") from exc
+
+
+def read_deepspeed_json(path: Path) -> dict[str, Any]:
+    """A checked DeepSpeed JSON, "auto" left out.
+
+    Raises ConfigError when it is missing, is not an object, or is refused.
+    """
+    try:
+        values = read_json(_read_text(path, "--deepspeed_config", "see ds_configs/"))
+    except UnreadableError as exc:
+        raise ConfigError("--deepspeed_config", str(path), f"is not JSON: {exc}",
+                          "correct the file") from exc
+    if not isinstance(values, dict):
+        raise ConfigError("--deepspeed_config", str(path), "is not a JSON object",
+                          "see ds_configs/")
+    values = _without_auto(values)
+    check_deepspeed(values, str(path))
+    return values  # type: ignore[no-any-return]
+
+
+def check_deepspeed(values: Mapping[str, Any], source: str) -> None:
+    """Raise ConfigError when a DeepSpeed config without "auto" sets what the recipe owns or is not supported."""
+    for key, owner in OWNED_BY_RECIPE.items():
+        if key in values:
+            raise ConfigError(f"{source}: {key}", values[key], f"this key is owned by the recipe ({owner})",
+                              f'remove "{key}" from {source} and set it in the recipe')
+    zero, bf16 = _section(values, "zero_optimization", source), _section(values, "bf16", source)
+    _only(values, (*OWNED_BY_RECIPE, *KNOWN_KEYS), source)
+    _only(bf16, BF16_KEYS, f"{source}: bf16")
+    if bf16.get("enabled", True) is not True:
+        raise ConfigError(f"{source}: bf16.enabled", False, "training runs in BF16", "set it to true")
+    stage = zero.get("stage", 0)
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
+        raise ConfigError(f"{source}: zero_optimization.stage", stage, "is no ZeRO stage", "choose 0, 1, 2 or 3")
+    for key in ("reduce_bucket_size", "stage3_param_persistence_threshold"):
+        if isinstance(zero.get(key), bool) or not isinstance(zero.get(key, 0), int | float):
+            raise ConfigError(f"{source}: zero_optimization.{key}", zero[key], "is no number", "write it as a number")
+    for key, (off, why) in REFUSED_ZERO_KEYS.items():
+        if zero.get(key, off) not in (None, off, {"device": "none"}):
+            raise ConfigError(f"{source}: zero_optimization.{key}", zero[key], why, "remove it")
+    _only(zero, (*ZERO_KEYS, *REFUSED_ZERO_KEYS), f"{source}: zero_optimization")
+    offload = _section(zero, "offload_optimizer", f"{source}: zero_optimization")
+    _only(offload, OFFLOAD_KEYS, f"{source}: zero_optimization.offload_optimizer")
+    target = offload.get("device", "none")
+    if target not in ("none", "cpu") or (target == "cpu" and stage not in (2, 3)):
+        raise ConfigError(f"{source}: zero_optimization.offload_optimizer.device", target,
+                          f"is not supported at stage {stage}", 'offload to "cpu" at stage 2 or 3')
+
+
+def _only(values: Mapping[str, Any], known: Sequence[str], source: str) -> None:
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise ConfigError(f"{source}: {key}", values[key], "unknown key",
+                              f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}")
+
+
+def _section(values: Mapping[str, Any], key: str, source: str) -> Mapping[str, Any]:
+    section = values.get(key)
+    if section is None:
+        return {}
+    if not isinstance(section, dict):
+        raise ConfigError(f"{source}: {key}", section, "is no mapping of keys", "see ds_configs/")
+    return section
+
+
+def dump_yaml(config: Config) -> str:
+    """The resolved config as YAML that `load_config` reads back to the same Config."""
+    return write_yaml(without_interpolation(config.model_dump(mode="json")))
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    near = difflib.get_close_matches(path.name, _neighbours(path), n=1)
+    hint = f"did you mean {path.parent / near[0]}?" if near else "see launch/recipes/"
+    try:
+        tree = read_yaml(_read_text(path, "--recipe", hint), is_text)
+    except UnreadableError as exc:
+        raise ConfigError("--recipe", str(path), f"is not YAML: {exc}", "correct the file") from exc
+    if not isinstance(tree, dict):
+        raise ConfigError("--recipe", str(path), "is not a mapping of keys", "see launch/recipes/")
+    return tree
+
+
+def _neighbours(path: Path) -> list[str]:
+    try:
+        return [] if path.is_file() else [p.name for p in path.parent.glob("*.yaml")]
+    except OSError:
+        return []
+
+
+def _read_text(path: Path, key: str, hint: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as exc:
+        raise ConfigError(key, str(path), "there is no such file", hint) from exc
+    except OSError as exc:
+        raise ConfigError(key, str(path), f"cannot be read ({exc.strerror})",
+                          "name another file") from exc
+    except UnicodeDecodeError as exc:
+        raise ConfigError(key, str(path), f"is not a text in UTF-8: {exc}",
+                          "save it as UTF-8") from exc
+
+
+def _config_error(exc: ValidationError, source: str) -> ConfigError:
+    # A misspelt key that is required is missing as well; the unknown key says more.
+    error = min(exc.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    place = error["loc"]
+    while error["type"] != "extra_forbidden" and place and annotation_at(Config, place) is None:
+        place = place[:-1]  # pydantic adds the part of a union that it tried
+    key = ".".join(str(part) for part in place) or source
+    if error["type"] == "extra_forbidden":
+        known = keys_of(Config, error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        return ConfigError(key, error["input"], f"unknown key (in {source})",
+                           f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}")
+    if error["type"] == "missing":
+        *section, last = place
+        remedy = f"set {key}" if isinstance(last, str) else \
+            f"give {'.'.join(map(str, section))} as a whole, for example [0.9, 0.95]"
+        return ConfigError(key, None, f"is required (in {source})", remedy)
+    if error["type"] == "model_type":
+        first = keys_of(Config, error["loc"])[0]
+        return ConfigError(key, error["input"], f"is not a mapping of keys (in {source})",
+                           f"set single keys of it, for example {key}.{first}")
+    message = error["msg"].removeprefix("Value error, ")
+    value = error["input"] if not isinstance(error["input"], dict) else "..."
+    wanted = {"bool_type": "write true or false", "int_type": "write a whole number",
+              "float_type": "write a number", "string_type": "write a text"}
+    return ConfigError(key, value, f"{message[0].lower()}{message[1:]} (in {source})",
+                       wanted.get(error["type"], f"set another {key}"))
+
+
+def _without_auto(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_auto(v) for k, v in value.items() if v != "auto"}
+    return value

@@ -1,0 +1,1 @@
+"""What a step costs on a machine: bytes, operations, communication and time. Nothing here runs a model."""

@@ -1,0 +1,141 @@
+"""What a recipe would need and take on a machine that need not be there. Every figure is predicted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from prelora_ds.config.load import check_world
+from prelora_ds.config.tree import Config, ZeroSettings
+from prelora_ds.core.plan import Layout, Phase, Plan, full_plan, lora_plan, warmup_plan
+from prelora_ds.core.schedule import Timeline
+from prelora_ds.cost import flops as costs
+from prelora_ds.cost.candidates import USABLE, reuse_distance, setting, settings
+from prelora_ds.cost.machines import Cluster, rates_and_memory
+from prelora_ds.cost.timing import Rates
+from prelora_ds.errors import ConfigError
+
+NOTES = (
+    "all figures are predicted; bytes are of one rank: states at the end of backward, activations when it begins",
+    "peak: the larger of the two moments, with staging copies and gathered weights; it fits if it takes at most "
+    f"{USABLE:.0%} of the memory",
+    "step: computing, optimizer and communication one after another; without loading, evaluation and checkpoints",
+    "jobs: of the walltime, one after another, without waiting, start-up and steps that are done again",
+)
+
+
+def predict_run(config: Config, cluster: Cluster, layout: Layout, images: int, *, walltime_s: float | None = None,
+                mean_rank: int = 30, calibration: Path | None = None) -> dict[str, Any]:
+    """Bytes, step and epoch seconds per ZeRO stage and phase, and hours and jobs of the run, as JSON.
+
+    layout: of the recipe's ViT. images: of an epoch. Every adapter has ``mean_rank``. Seconds and what
+    fits are None where nothing is known of the machine.
+
+    Raises ConfigError for a batch that does not divide, an unknown GPU, a bad calibration, or a model
+    that is not a ViT.
+    """
+    check_costs_are_known(config)
+    world = cluster.world_size
+    check_world(config, world)
+    rates, memory_gib = rates_and_memory(cluster, calibration)
+    accum = config.grad_accum_steps(world)
+    timeline = Timeline(images, config.train.global_batch_size, config.train.duration)
+    rows, runs = [], []
+    for zero in _settings(config, accum):
+        own = [_row(config, plan, layout, zero, cluster, rates, memory_gib, images)
+               for plan in _plans(config, layout, mean_rank)]
+        rows += own
+        if rates is not None:
+            runs.append(_run(config, zero, own, timeline, walltime_s))
+    return {"predicted": True, "recipe": config.run.name, **asdict(cluster), "world_size": world, "images": images,
+            "mean_rank": mean_rank, "micro_batch_size": config.train.micro_batch_size, "grad_accum_steps": accum,
+            "walltime_s": walltime_s, "memory_gib": memory_gib,
+            "rates": rates and asdict(rates), "rows": rows, "runs": runs, "notes": list(NOTES)}
+
+
+def check_costs_are_known(config: Config) -> None:
+    """Raise ConfigError for a model whose costs are not known."""
+    if config.model.factory is not None:
+        raise ConfigError("model.factory", config.model.factory, "only the costs of the ViT are known",
+                          "plan a recipe without model.factory")
+
+
+def fastest_images_per_s(config: Config, layout: Layout, ranks_per_host: int, world_size: int,
+                         gpu: str | None) -> float | None:
+    """Images per second that one rank takes in its fastest phase, as predicted for ``gpu``, a key of `GPUS`.
+
+    None without one, for a model that is not a ViT, and for hosts that differ in ranks.
+    """
+    if gpu is None or config.model.factory is not None or world_size % ranks_per_host:
+        return None
+    cluster = Cluster(world_size // ranks_per_host, ranks_per_host, gpu)
+    rows = predict_run(config, cluster, layout, images=1)["rows"]  # the time of a step knows no epoch
+    step_s = min(row["step_s"] for row in rows if (zero := config.for_phase(row["phase"]).zero)
+                 and (row["stage"], row["offload_optimizer"]) == (zero.stage, zero.offload_optimizer))
+    return config.train.global_batch_size / world_size / float(step_s)
+
+
+def _settings(config: Config, accum: int) -> Iterator[ZeroSettings]:
+    """All stages that can train this recipe, and the configured one with offload if it has that."""
+    for stage in range(4):
+        if not (stage == 0 and accum > 1) and not (stage == 3 and config.lora.mode == "merged"):
+            yield replace(config.zero, stage=stage, offload_optimizer=False)
+    if config.zero.offload_optimizer:
+        yield config.zero
+
+
+def _plans(config: Config, layout: Layout, rank: int) -> list[Plan]:
+    full = full_plan(layout, init_seed=0)
+    if config.convergence is None:
+        return [full]
+    warmup = warmup_plan(layout, {family: dict.fromkeys(layers, rank) for family, layers in layout.targets.items()},
+                         alpha_over_r=config.lora.alpha_over_r, init_seed=0, since_step=0,
+                         train_a=config.lora.mode != "fa")
+    return [full, warmup, lora_plan(layout, warmup, train_rest=config.lora.train_rest, since_step=0)]
+
+
+def _row(config: Config, plan: Plan, layout: Layout, zero: ZeroSettings, cluster: Cluster, rates: Rates | None,
+         memory_gib: float | None, images: int) -> dict[str, Any]:
+    config = config.for_phase(plan.phase)
+    world, batch, micro = cluster.world_size, config.train.global_batch_size, config.train.micro_batch_size
+    image = costs.micro_batch(config.model, plan, layout, 1, mode=config.lora_mode(zero.stage))
+    own, every = setting(config, plan, layout, zero, world, micro), settings(config, plan, layout, zero, world)
+    step_s = rates and rates.step_seconds(own.work, cluster.gpus_per_host)
+    extra = costs.buckets_bytes(plan, layout, zero) + costs.gathered_bytes(plan, layout, zero,
+                                                                           reuse_distance=reuse_distance(config))
+    return {"stage": zero.stage, "offload_optimizer": zero.offload_optimizer, "phase": plan.phase.value,
+            **{f"{owner}_bytes": getattr(own.states, owner)
+               for owner in ("weights", "gradients", "masters", "moments")},
+            "buckets_bytes": own.states.buffers + extra, "activations_bytes": micro * image.saved_bytes,
+            "peak_bytes": own.peak_bytes, "fits": None if memory_gib is None else own.fits(memory_gib),
+            "largest_micro_batch": memory_gib and max((s.micro_batch_size for s in every if s.fits(memory_gib)),
+                                                      default=0),
+            "step_s": step_s, "epoch_s": step_s and step_s * images / batch,
+            "wire_bytes": int(own.work.wire_gb * 1e9), "gflop_per_image": image.flops / 1e9}
+
+
+def _run(config: Config, zero: ZeroSettings, rows: list[dict[str, Any]], timeline: Timeline,
+         walltime_s: float | None) -> dict[str, Any]:
+    step_s = {row["phase"]: row["step_s"] for row in rows}
+
+    def entry(steps: dict[Phase, int]) -> dict[str, Any]:
+        seconds = sum(step_s[phase] * count for phase, count in steps.items())
+        return {"steps": steps, "hours": seconds / 3600, "jobs": walltime_s and math.ceil(seconds / walltime_s)}
+
+    return {"stage": zero.stage, "offload_optimizer": zero.offload_optimizer,
+            "earliest": config.convergence and entry(_earliest(config, timeline)),
+            "never": entry({Phase.FULL: timeline.total_steps})}
+
+
+def _earliest(config: Config, timeline: Timeline) -> dict[Phase, int]:
+    """Steps of each phase when Algorithm 1 passes at its first test."""
+    assert config.convergence is not None
+    c, total = config.convergence, timeline.total_steps
+    ticks = sorted(timeline.ticks(c.every))
+    warm = ticks[c.k * c.m - 1] if len(ticks) >= c.k * c.m else total
+    due = max(warm + 1, timeline.step_after(warm, config.lora.warmup))
+    lora = next((tick for tick in ticks if tick >= due), total)
+    return {Phase.FULL: warm, Phase.WARMUP: lora - warm, Phase.LORA: total - lora}

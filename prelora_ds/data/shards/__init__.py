@@ -1,0 +1,1 @@
+"""Writing, indexing and checking shards."""

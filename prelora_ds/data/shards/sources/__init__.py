@@ -1,0 +1,110 @@
+"""Data sets as their makers give them: what images are in them, and the bytes of one.
+
+A kind of source is a row of `KINDS`: how it looks, how its images are found, and how one is read
+and named. `find` runs once; `read` and `name` run in any process, in any order, with nothing but a
+row of the listing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from prelora_ds.data.shards.reading import broken, check_regular, packing, read_range, reading
+from prelora_ds.data.shards.sources import arrays, folder, huggingface, ilsvrc
+from prelora_ds.data.shards.sources.listing import Listing, Request, check_classes
+from prelora_ds.errors import ConfigError
+
+
+class Kind(NamedTuple):
+    """``read(file, offset, length)`` gives the bytes of an encoded image, ``name`` tells which it
+    is."""
+
+    detect: Callable[[Path], bool]
+    find: Callable[[Request], Listing]
+    read: Callable[[str, int, int], bytes]
+    name: Callable[[str, int, int], str]
+
+
+def _row(file: str, row: int, _: int) -> str:
+    return f"{file}, image {row}"
+
+
+# In the order they are tried; a tree of folders is what is left.
+KINDS = {
+    ilsvrc.KIND: Kind(ilsvrc.detect, ilsvrc.find, read_range, ilsvrc.name),
+    arrays.CIFAR: Kind(arrays.detect_cifar, arrays.find_cifar, arrays.read_cifar, _row),
+    arrays.IDX: Kind(arrays.detect_idx, arrays.find_idx, arrays.read_idx, _row),
+    huggingface.KIND: Kind(huggingface.detect, huggingface.find, huggingface.read, _row),
+    folder.KIND: Kind(folder.detect, folder.find, read_range, lambda file, offset, length: file),
+}
+
+
+def find_images(request: Request, kind: str | None = None) -> Listing:
+    """The images of a source, of ``kind`` or of the first that fits it.
+
+    Raises ConfigError for a source of no kind, and for whatever is wrong in it; DiskError where the
+    disk fails.
+    """
+    with reading(request.source, "a source"):
+        _check(request, kind)
+        if kind is None and request.labels is not None:
+            kind = ilsvrc.KIND  # no other has labels of its own
+        if kind is None:
+            kind = next(
+                (name for name, tried in KINDS.items() if tried.detect(request.source)), None
+            )
+        if kind is None:
+            raise ConfigError(
+                "SOURCE",
+                str(request.source),
+                f"looks like none of {', '.join(KINDS)}",
+                "name the folder with a sub-folder per class, or give --format",
+            )
+        try:
+            listing = KINDS[kind].find(request)
+        except (NotADirectoryError, IsADirectoryError) as error:
+            raise ConfigError(
+                "--format",
+                kind,
+                f"{request.source} is not of this format ({error.strerror})",
+                "leave --format out",
+            ) from error
+    if not len(listing.items):
+        raise ConfigError(
+            "SOURCE", str(request.source), "the source is empty, it has no images", "name another"
+        )
+    check_classes(request.source, listing.classes or ())
+    return listing
+
+
+def _check(request: Request, kind: str | None) -> None:
+    source, labels = request.source, request.labels
+    if not source.exists():
+        raise ConfigError(
+            "SOURCE", str(source), "no such file or folder", "name a data set on disk"
+        )
+    if kind is not None and kind not in KINDS:
+        raise ConfigError("--format", kind, "no such format", f"give one of {', '.join(KINDS)}")
+    if labels is not None:
+        with reading(labels, "labels", "--labels"):
+            if not labels.exists():
+                raise ConfigError(
+                    "--labels", str(labels), "no such file", "name a file of labels, or the devkit"
+                )
+            if kind not in (None, ilsvrc.KIND):
+                raise ConfigError(
+                    "--labels",
+                    str(labels),
+                    f"is not for the format {kind}, which has labels of its own",
+                    f"leave it out; it belongs to {ilsvrc.KIND}",
+                )
+            check_regular(labels)
+    check_regular(source)
+    if kind in (None, ilsvrc.KIND) and source.is_file() and (packed := packing(source)):
+        raise broken(
+            source,
+            f"is packed with {packed[0]}, and images are read where they lie",
+            f"unpack it with `{packed[1]}`, and name what comes out",
+        )

@@ -1,0 +1,239 @@
+"""ImageNet's and torchvision's tree: a folder for each class, images anywhere below."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from prelora_ds.data.shards.reading import broken, reading
+from prelora_ds.data.shards.sources import ilsvrc
+from prelora_ds.data.shards.sources.listing import (
+    IMAGES,
+    SPLITS,
+    Listing,
+    Request,
+    choose_split,
+    hidden,
+    items,
+    some,
+)
+from prelora_ds.errors import ConfigError
+
+KIND = "imagefolder"
+
+
+def detect(source: Path) -> bool:
+    return source.is_dir() and bool(_folders(source))
+
+
+def find(request: Request) -> Listing:
+    """Labels are the places of the folders in alphabetical order.
+
+    Folders that belong to a system or a program are passed over. Raises ConfigError for a class
+    without images, for folders of splits beside others, and where links lead to a folder above, or
+    twice to the same file.
+    """
+    top, tree = request.source, _Tree()
+    names = _folders(top)
+    if splits := _splits(top, names, request):
+        top = top / choose_split(splits, request)
+        tree.beside += [name for name in names if name not in splits]
+        names = _folders(top)
+        if not names and ilsvrc.detect(top):
+            return ilsvrc.find(Request(top, labels=request.labels))
+    elif request.split is not None:
+        raise ConfigError(
+            "--split",
+            request.split,
+            f"{top} is not divided into {', '.join(sorted(SPLITS))}",
+            "leave it out, and name the folder of the split",
+        )
+    images = {name: tree.images(top, name) for name in names}
+    for folder in {request.source, top}:
+        tree.look_beside(folder)
+    if not names:
+        raise broken(
+            top,
+            f"no folder with a sub-folder per class ({tree.passed_over() or 'it is empty'})",
+            "name a folder with a sub-folder per class; a flat folder needs --labels",
+        )
+    if empty := [name for name in names if not images[name]]:
+        remedy = "remove the empty folders, or put the images there"
+        raise (
+            broken(top / empty[0], "this class has no images", remedy)
+            if len(empty) == 1
+            else broken(
+                top, f"{len(empty)} of {len(names)} classes have no images: {some(empty)}", remedy
+            )
+        )
+    tree.check_links(images)
+    files = [file for name in names for file in images[name]]
+    labels = [label for label, name in enumerate(names) for _ in images[name]]
+    return Listing(
+        KIND,
+        tuple(names),
+        tuple(files),
+        items(range(len(files)), labels, 0, -1),
+        tree.passed_over(),
+    )
+
+
+def _folders(path: Path) -> list[str]:
+    return sorted(
+        entry.name for entry in path.iterdir() if not hidden(entry.name) and entry.is_dir()
+    )
+
+
+def _splits(top: Path, names: list[str], request: Request) -> list[str]:
+    """Those of the folders that are splits. Raises ConfigError where they may as well be
+    classes."""
+    named = [name for name in names if name.lower() in SPLITS]
+    others = [name for name in names if name not in named]
+    if not others:
+        return named
+    # CIFAR-100 has a class "train": a single folder of this name that holds the images themselves
+    # is a class.
+    if (len(named) == 1 and not _folders(top / named[0])) or not named:
+        return []
+    if request.split in named:
+        return named
+    raise ConfigError(
+        "SOURCE",
+        str(top),
+        f"has folders with the names of splits ({some(named)}) beside other folders "
+        f"({some(others)})",
+        f"give --split {named[0]}, or name {top / named[0]}; if all of them are classes, rename "
+        f"{some(named)}",
+    )
+
+
+class _Tree:
+    """A walk through the folders of all classes, and what it met beside images."""
+
+    def __init__(self) -> None:
+        self.beside: list[str] = []
+        self._suffixes, self._hidden = Counter[str](), Counter[str]()
+        self._hidden_files = self._special = self._stray = 0
+        self._folders: dict[str, str] = {}  # real path -> path that led there
+        self._links: dict[str, str] = {}  # the same of files that are links
+
+    def images(self, top: Path, name: str) -> list[str]:
+        path = str(top / name)
+        return sorted(
+            self._below(path, self._entered(path, os.path.realpath(path), os.path.realpath(top)))
+        )
+
+    def _entered(self, path: str, real: str, parent: str) -> str:
+        if os.path.commonpath([real, parent]) == real:
+            raise broken(path, f"is a link to {real}, a folder above it", "remove the link")
+        if real in self._folders:
+            raise broken(
+                path,
+                f"is the same folder as {self._folders[real]}, reached through a link",
+                "remove the link",
+            )
+        self._folders[real] = path
+        return real
+
+    def _below(self, path: str, real: str) -> Iterator[str]:
+        with reading(path, "a folder"):
+            entries = sorted(os.scandir(path), key=lambda entry: entry.name)
+        splits = [e.name for e in entries if e.name.lower() in SPLITS and _kind(e) == "folder"]
+        if len(splits) > 1:
+            raise broken(
+                path,
+                f"holds the folders {some(splits)} of splits, in the place of a class",
+                f"name {os.path.join(path, splits[0])}, or {path} with --split {splits[0]}, as "
+                "SOURCE; if the classes are above their splits, turn the folders round",
+            )
+        for entry in entries:
+            below = (
+                os.path.realpath(entry.path)
+                if entry.is_symlink()
+                else os.path.join(real, entry.name)
+            )
+            kind = _kind(entry)
+            if hidden(entry.name):
+                self._hidden[entry.name] += kind == "folder"
+                self._hidden_files += kind != "folder"
+            elif kind == "folder":
+                yield from self._below(entry.path, self._entered(entry.path, below, real))
+            elif kind == "special":
+                self._special += 1
+            elif (suffix := os.path.splitext(entry.name)[1].lower()) not in IMAGES:
+                self._suffixes[suffix or "no suffix"] += 1
+            else:
+                if entry.is_symlink() and self._links.setdefault(below, entry.path) != entry.path:
+                    raise _twice(below, self._links[below], entry.path)
+                yield entry.path
+
+    def look_beside(self, top: Path) -> None:
+        """Count what lies beside the folders of the classes."""
+        for entry in os.scandir(top):
+            if hidden(entry.name) and _kind(entry) == "folder":
+                self._hidden[entry.name] += 1
+            self._stray += (
+                not hidden(entry.name)
+                and os.path.splitext(entry.name)[1].lower() in IMAGES
+                and _kind(entry) != "folder"
+            )
+
+    def check_links(self, images: dict[str, list[str]]) -> None:
+        """Raises ConfigError for a link to an image that is in the tree itself."""
+        inside = {
+            target: os.path.join(self._folders[os.path.dirname(target)], os.path.basename(target))
+            for target in self._links
+            if os.path.dirname(target) in self._folders
+        }
+        paths = {path for of_class in images.values() for path in of_class} if inside else set()
+        for target, path in inside.items():
+            if path in paths and path != self._links[target]:
+                raise _twice(target, path, self._links[target])
+
+    def passed_over(self) -> str:
+        counts = [
+            f"{count} files with {suffix}" for suffix, count in sorted(self._suffixes.items())
+        ]
+        folders = [
+            name if count == 1 else f"{name} ({count} times)"
+            for name, count in sorted(self._hidden.items())
+            if count
+        ]
+        return ", ".join(
+            filter(
+                None,
+                [
+                    *counts,
+                    f"the hidden folders {some(folders)}" if folders else "",
+                    f"{self._hidden_files} hidden files" if self._hidden_files else "",
+                    f"{self._special} pipes or devices" if self._special else "",
+                    f"{self._stray} images beside the folders" if self._stray else "",
+                    f"the folders {some(self.beside)} beside the splits" if self.beside else "",
+                ],
+            )
+        )
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    """``folder``, ``file`` (also a link to nothing, which is told when it is read) or
+    ``special``."""
+    try:
+        return (
+            "folder"
+            if entry.is_dir()
+            else "file"
+            if entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
+            else "special"
+        )
+    except OSError:
+        return "file"  # a link that cannot be followed
+
+
+def _twice(target: str, first: str, second: str) -> ConfigError:
+    return broken(
+        second,
+        f"is the same file as {first} ({target}), reached through a link",
+        "remove the link, or make it a copy if the image is meant to come twice",
+    )

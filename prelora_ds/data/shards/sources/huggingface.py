@@ -1,0 +1,288 @@
+"""A Hugging Face image data set on disk: a folder of `save_to_disk` (Arrow), or one of Parquet files."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prelora_ds.data.shards.reading import broken, read_range, read_text, reading, version
+from prelora_ds.data.shards.sources.listing import (
+    SPLITS,
+    Listing,
+    Request,
+    check_parts,
+    choose_split,
+    hidden,
+    items,
+    some,
+)
+from prelora_ds.errors import ConfigError
+
+KIND = "huggingface"
+_END = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream
+_NUMBERED = re.compile(r"(?P<split>.+?)-(?P<part>\d+)-of-(?P<parts>\d+)(-[0-9a-f]+)?")
+
+
+def detect(source: Path) -> bool:
+    return source.is_dir() and (
+        any((source / name).is_file() for name in ("dataset_dict.json", "state.json"))
+        or next(_parquets(source), None) is not None
+    )
+
+
+def find(request: Request) -> Listing:
+    """The images of a split: a column of type Image or of bytes, and a ClassLabel, or whole
+    numbers.
+
+    Needs pyarrow. Raises ConfigError for other columns, for a file that is missing or damaged, and
+    for several configurations of the data set in one folder.
+    """
+    _arrow()
+    files = _files(request)
+    if not files:
+        raise broken(request.source, "holds no data files")
+    rows, classes = [], []
+    for number, file in enumerate(files):
+        with reading(file, "an Arrow or Parquet file"):
+            names, labels, blocks = _labels(file)
+            if None in labels:
+                raise ValueError(f"row {labels.index(None)} has no label")
+            rows.append(items(number, labels, range(len(labels)), 1, blocks))
+        classes.append(names)
+        if names != classes[0]:
+            raise broken(
+                file, f"its classes are not those of {files[0]}", "name a folder of one data set"
+            )
+    return Listing(KIND, classes[0], tuple(map(str, files)), np.concatenate(rows))
+
+
+def read(file: str, row: int, _: int) -> bytes:
+    """Raises ValueError for a row without an image."""
+    column, row = (
+        (_arrow_column(file), row) if file.endswith(".arrow") else _parquet_column(file, row)
+    )
+    image = column[row].as_py()
+    if isinstance(image, bytes):
+        return image
+    image = image or {}
+    if image.get("bytes") is not None:
+        return bytes(image["bytes"])
+    if image.get("path") is None:
+        raise ValueError("no image in this row")
+    return read_range(str(Path(file).parent / image["path"]), 0, -1)
+
+
+def _arrow() -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ConfigError(
+            "SOURCE", "huggingface", "needs pyarrow", "pip install 'prelora_ds[data]'"
+        ) from error
+    return pyarrow
+
+
+def _files(request: Request) -> list[Path]:
+    folder = request.source
+    if (folder / "dataset_dict.json").is_file():
+        folder = folder / choose_split(_json(folder / "dataset_dict.json", "splits"), request)
+        if not (folder / "state.json").is_file():
+            raise broken(
+                folder,
+                "holds no state.json, and dataset_dict.json names this split",
+                "fetch the missing files",
+            )
+    elif (folder / "state.json").is_file() and request.split is not None:
+        choose_split([str(_json(folder / "state.json", "_split"))], request)
+    if (folder / "state.json").is_file():
+        with reading(folder / "state.json", "the state of a data set"):
+            return [
+                folder / part["filename"] for part in _json(folder / "state.json", "_data_files")
+            ]
+    return _parquet_files(folder, request)
+
+
+def _json(path: Path, key: str) -> Any:
+    with reading(path, "JSON"):
+        content = json.loads(read_text(path))
+        if not isinstance(content, dict) or key not in content:
+            raise ValueError(f"it has no {key!r}")
+        return content[key]
+
+
+def _parquets(folder: Path) -> Any:
+    return (
+        path
+        for path in folder.rglob("*.parquet")
+        if not any(map(hidden, path.relative_to(folder).parts)) and path.is_file()
+    )
+
+
+class _Part(NamedTuple):
+    """A Parquet file: of what configuration (a folder) and split, and number ``part`` of ``parts``
+    where it is told."""
+
+    config: Path
+    split: str
+    path: Path
+    part: int | None = None
+    parts: int | None = None
+
+
+def _part(path: Path, top: Path) -> _Part:
+    """``CONFIG/train-00000-of-00002``, ``CONFIG/train``, ``CONFIG/train/0000`` or
+    ``CONFIG/train/ANY``."""
+    folder, stem = path.parent, path.stem
+    above = folder.parent if folder != top else top
+    if match := _NUMBERED.fullmatch(stem):
+        return _Part(folder, match["split"], path, int(match["part"]), int(match["parts"]))
+    if stem.isascii() and stem.isdigit():
+        return _Part(above, folder.name, path, int(stem))
+    if (split := stem.rstrip("0123456789").rstrip("-_.")).lower() in SPLITS:
+        return _Part(folder, split, path)
+    if folder.name.lower() in SPLITS:
+        return _Part(above, folder.name, path)
+    return _Part(folder, stem, path)
+
+
+def _parquet_files(folder: Path, request: Request) -> list[Path]:
+    """Raises ConfigError where the split asked for is there in several configurations, or lacks a
+    part."""
+    parts = sorted((_part(path, folder) for path in _parquets(folder)), key=lambda part: part.path)
+    split = choose_split(sorted({part.split for part in parts}), request)
+    parts = [part for part in parts if part.split == split]
+    if len(configs := sorted({part.config for part in parts})) > 1:
+        raise broken(
+            folder,
+            f"the split {split} is there {len(configs)} times, in the folders "
+            f"{some([str(config.relative_to(folder)) for config in configs])}",
+            f"name the folder of one of them as SOURCE, for example {configs[-1]}",
+        )
+    if len(totals := {part.parts for part in parts}) > 1:
+        raise broken(
+            folder,
+            f"the files of the split {split} do not agree on how many there are: "
+            f"{some([part.path.name for part in parts])}",
+            "remove the files of another version",
+        )
+    numbers = [part.part for part in parts if part.part is not None]
+    if total := totals.pop():
+        check_parts(folder, f"the split {split}", numbers, range(total))
+    elif numbers:
+        check_parts(
+            folder, f"the split {split}", numbers, range(min(*numbers, 1), max(numbers) + 1)
+        )
+    return [part.path for part in parts]
+
+
+def _labels(file: Path) -> tuple[tuple[str, ...] | None, list[int | None], NDArray[np.int64]]:
+    """(class names, labels, number of the part that is read at once) of a file's rows."""
+    pa = _arrow()
+    if file.suffix == ".arrow":
+        table = _table(str(file), version(file))
+        schema, blocks = table.schema, np.zeros(1, np.int64)
+    else:
+        parquet = pa.parquet.ParquetFile(file)
+        schema = parquet.schema_arrow
+        counts = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
+        blocks = np.repeat(np.arange(len(counts)), counts)
+    features = _features(schema.metadata)
+    image, label = _columns(features, schema.names)
+    if not _holds_images(pa, kind := schema.field(image).type):
+        raise broken(
+            file,
+            f"the column {image!r} has the type {kind}, where bytes or Hugging Face's "
+            "type Image are wanted",
+            "write the bytes of the images into the column",
+        )
+    if not pa.types.is_integer(kind := schema.field(label).type):
+        raise broken(
+            file,
+            f"the column {label!r} has the type {kind}, where a ClassLabel or whole "
+            "numbers are wanted",
+            "cast the column, for example with class_encode_column",
+        )
+    column = table[label] if file.suffix == ".arrow" else parquet.read([label])[label]
+    feature = features.get(label)
+    names = feature.get("names") if isinstance(feature, dict) else None
+    return tuple(map(str, names)) if names else None, column.to_pylist(), blocks
+
+
+def _holds_images(pa: Any, kind: Any) -> bool:
+    if pa.types.is_struct(kind):
+        return bool({field.name for field in kind} & {"bytes", "path"})
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _features(metadata: dict[bytes, bytes] | None) -> dict[str, Any]:
+    text = (metadata or {}).get(b"huggingface")
+    found: dict[str, Any] = json.loads(text)["info"]["features"] if text else {}
+    return found
+
+
+def _columns(features: dict[str, Any], names: list[str]) -> tuple[str, str]:
+    """(image, label): by type where the file tells it, else by name."""
+    images = [
+        name
+        for name, what in features.items()
+        if isinstance(what, dict) and what.get("_type") == "Image"
+    ]
+    labels = [
+        name
+        for name, what in features.items()
+        if isinstance(what, dict) and what.get("_type") == "ClassLabel"
+    ]
+    images = images or [name for name in ("image", "img") if name in names]
+    labels = labels or [name for name in ("label", "fine_label") if name in names]
+    labels = next(([name] for name in ("label", "fine_label") if name in labels), labels)
+    if len(images) != 1 or len(labels) != 1:
+        raise ValueError(
+            f"columns {names}: one image and one label are wanted, found {images} and {labels}"
+        )
+    return images[0], labels[0]
+
+
+@lru_cache(maxsize=1024)  # mapped, and not read: a data set of many files stays open
+def _table(file: str, _: tuple[int, int, int]) -> Any:
+    pa = _arrow()
+    mapped = pa.memory_map(file)
+    table = pa.ipc.open_stream(mapped).read_all()
+    # Arrow takes the end of a file for the end of its rows.
+    if mapped.size() < len(_END) or mapped.read_at(len(_END), mapped.size() - len(_END)) != _END:
+        raise ValueError("the end of the rows is missing: it is cut short")
+    table.validate(full=True)
+    return table
+
+
+def _arrow_column(file: str) -> Any:
+    table = _table(file, version(file))
+    return table[_columns(_features(table.schema.metadata), table.schema.names)[0]]
+
+
+@lru_cache(maxsize=64)
+def _parquet_file(file: str, _: tuple[int, int, int]) -> tuple[Any, str, list[int]]:
+    parquet = _arrow().parquet.ParquetFile(file)
+    image = _columns(_features(parquet.schema_arrow.metadata), parquet.schema_arrow.names)[0]
+    counts = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
+    return parquet, image, [0, *accumulate(counts)]
+
+
+def _parquet_column(file: str, row: int) -> tuple[Any, int]:
+    of_file = version(file)
+    starts = _parquet_file(file, of_file)[2]
+    group = int(np.searchsorted(starts, row, side="right")) - 1
+    return _group(file, of_file, group), row - starts[group]
+
+
+@lru_cache(maxsize=20)  # rows are shuffled within windows of 16 of these
+def _group(file: str, of_file: tuple[int, int, int], group: int) -> Any:
+    parquet, image, _ = _parquet_file(file, of_file)
+    return parquet.read_row_group(group, [image])[image]

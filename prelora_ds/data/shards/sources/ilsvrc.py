@@ -1,0 +1,232 @@
+"""ILSVRC2012 as it is downloaded: a tar of a tar per class for train; for val a tar or a folder of
+images, and labels.
+
+Labels are those of all published models: the place of a class's WordNet id among the 1000 in
+alphabetical order.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from prelora_ds.data.shards.reading import broken, reading
+from prelora_ds.data.shards.scan import ends_whole
+from prelora_ds.data.shards.sources.devkit import WANTED, labels_beside, read_labels
+from prelora_ds.data.shards.sources.listing import IMAGES, Listing, Request, choose_split, hidden, items
+from prelora_ds.errors import ConfigError
+
+KIND = "ilsvrc2012"
+_SPLITS = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
+_VAL_IMAGE = re.compile(r"ILSVRC2012_val_\d{8}\.jpe?g", re.IGNORECASE)
+_PACKED_TAR = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz)$")
+_LEVELS = 4  # Kaggle has LOC_val_solution.csv so far above ILSVRC/Data/CLS-LOC/val
+
+
+class _Member(NamedTuple):
+    name: str
+    offset: int
+    length: int
+
+
+def detect(source: Path) -> bool:
+    if source.is_dir():
+        return any((source / name).is_file() for name in _SPLITS.values()) or any(
+            _VAL_IMAGE.fullmatch(entry.name) for entry in os.scandir(source)
+        )
+    return source.is_file() and tarfile.is_tarfile(source)
+
+
+def find(request: Request) -> Listing:
+    """Raises ConfigError for a tar that is damaged, and for val images without a label, or twice."""
+    path = request.source
+    tars = (
+        [split for split, name in _SPLITS.items() if (path / name).is_file()]
+        if path.is_dir()
+        else []
+    )
+    if path.is_dir() and not tars:
+        return _flat(request)
+    if tars:
+        path = path / _SPLITS[choose_split(tars, request)]
+    passed = Counter[str]()
+    with reading(path, "a whole tar"), path.open("rb") as file:
+        members = list(_members(file, 0, os.fstat(file.fileno()).st_size, passed))
+        if packed := next(
+            (member.name for member in members if _PACKED_TAR.search(member.name)), None
+        ):
+            raise broken(
+                path,
+                f"its member {packed} is packed, and images are read where they lie in the tar",
+                "unpack its members, and write them to a tar again",
+            )
+        inner = [member for member in members if member.name.endswith(".tar")]
+        if not tars:
+            choose_split(["train" if inner else "val"], request)
+        if inner:
+            if request.labels is not None:
+                raise ConfigError(
+                    "--labels",
+                    str(request.labels),
+                    f"{path} has the labels of its images in it",
+                    "leave --labels out",
+                )
+            passed["members that are not a tar"] += len(members) - len(inner)
+            return _train(path, file, inner, passed)
+    classes, labels = _val_labels(
+        path, [member.name for member in members], request.labels or labels_beside(path.parent)
+    )
+    members.sort()
+    return Listing(
+        KIND,
+        classes,
+        (str(path),),
+        items(
+            0,
+            [labels[Path(member.name).stem] for member in members],
+            [member.offset for member in members],
+            [member.length for member in members],
+        ),
+        _told(passed),
+    )
+
+
+def name(file: str, offset: int, length: int) -> str:
+    """The image that lies at ``offset`` of a tar, by its header; the file itself for ``length``
+    -1."""
+    if length < 0:
+        return file
+    try:
+        with open(file, "rb") as tar:
+            header = os.pread(tar.fileno(), tarfile.BLOCKSIZE, offset - tarfile.BLOCKSIZE)
+        member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
+        return f"{file}, member {member} at byte {offset}"
+    except (OSError, tarfile.TarError):
+        return f"{file}, at byte {offset}"
+
+
+def _members(file: IO[bytes], start: int, stop: int, passed: Counter[str]) -> Iterator[_Member]:
+    """The files in the tar from ``start`` to ``stop`` of a file; those that are passed over are
+    counted in ``passed``.
+
+    Raises ValueError, with the offset, for a tar that goes on beyond, or has no end, or has a
+    member with holes.
+    """
+    file.seek(start)
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        for member in tar:
+            if member.issparse():
+                raise ValueError(
+                    f"{member.name} at byte {member.offset} is stored with holes (sparse); "
+                    "write the tar again without tar's option -S"
+                )
+            if member.size < 0 or member.offset_data + member.size > stop:
+                raise ValueError(f"cut short at byte {stop}, or damaged at byte {member.offset}")
+            base = Path(member.name).name
+            if hidden(base) and not member.isdir():
+                passed["hidden members"] += 1
+            elif member.isfile():
+                yield _Member(base, member.offset_data, member.size)
+            elif not member.isdir():
+                passed["links or devices"] += 1
+        if not ends_whole(file, tar.offset):
+            raise ValueError(f"damaged or cut short at byte {tar.offset}")
+
+
+def _train(path: Path, file: IO[bytes], tars: list[_Member], passed: Counter[str]) -> Listing:
+    wnids = sorted(tar.name.removesuffix(".tar") for tar in tars)
+    if len(set(wnids)) < len(wnids):
+        raise ValueError("a class comes twice")
+    number = {wnid: label for label, wnid in enumerate(wnids)}
+    offsets, lengths, labels = [], [], []
+    for tar in sorted(tars):
+        seen = set()
+        try:
+            for image in sorted(_members(file, tar.offset, tar.offset + tar.length, passed)):
+                if image.name in seen:
+                    raise ValueError(f"{image.name} comes twice")
+                seen.add(image.name)
+                offsets.append(image.offset)
+                lengths.append(image.length)
+                labels.append(number[tar.name.removesuffix(".tar")])
+        except (tarfile.TarError, ValueError) as error:
+            raise ValueError(f"{tar.name}: {error}") from error
+        if not seen:
+            raise ValueError(f"{tar.name}: no images")
+    return Listing(
+        KIND, tuple(wnids), (str(path),), items(0, labels, offsets, lengths), _told(passed)
+    )
+
+
+def _flat(request: Request) -> Listing:
+    """Kaggle's folder of val: the images themselves, with a table of labels beside it or in a
+    folder above."""
+    folder, passed = request.source, Counter[str]()
+    if request.split == "val" and (folder / "val").is_dir():
+        folder = folder / "val"
+    names = []
+    for entry in os.scandir(folder):
+        if hidden(entry.name):
+            passed["hidden files"] += 1
+        elif entry.is_dir():
+            passed["folders"] += 1
+        elif Path(entry.name).suffix.lower() in IMAGES:
+            names.append(entry.name)
+        else:
+            passed["other files"] += 1
+    if not names:
+        if request.labels is not None:
+            raise ConfigError(
+                "--labels",
+                str(request.labels),
+                f"is for a flat folder or a tar of images, and {folder} "
+                f"holds neither images nor {' or '.join(_SPLITS.values())}",
+                "leave it out",
+            )
+        choose_split([], request)
+    choose_split(["val"], request)
+    names.sort()
+    classes, labels = _val_labels(
+        folder, names, request.labels or labels_beside(folder.absolute(), _LEVELS)
+    )
+    return Listing(
+        KIND,
+        classes,
+        tuple(str(folder / name) for name in names),
+        items(range(len(names)), [labels[Path(name).stem] for name in names], 0, -1),
+        _told(passed),
+    )
+
+
+def _val_labels(
+    path: Path, names: list[str], source: Path | None
+) -> tuple[tuple[str, ...] | None, dict[str, int]]:
+    """(classes or None, label of each image by its name without suffix)."""
+    stems = sorted(Path(name).stem for name in names)
+    if not stems:
+        raise broken(path, "holds no images")
+    if twice := next((stem for stem, after in pairwise(stems) if stem == after), None):
+        raise broken(path, f"{twice} comes twice")
+    if source is None:
+        raise ConfigError(
+            "--labels", None, f"{path} has no labels in it, and none are beside it", WANTED
+        )
+    classes, labels = read_labels(source, stems)
+    if missing := [stem for stem in stems if stem not in labels]:
+        raise ConfigError(
+            "--labels",
+            str(source),
+            f"{len(missing)} images have no label, the first is {missing[0]}",
+            WANTED,
+        )
+    return classes, labels
+
+
+def _told(passed: Counter[str]) -> str:
+    return ", ".join(f"{count} {what}" for what, count in sorted(passed.items()) if count)

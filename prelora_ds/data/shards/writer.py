@@ -1,0 +1,155 @@
+"""Writing shards, and the images in Python packages to fill them: digits and photographs.
+
+A source yields samples ``(key, image bytes, extension, label)``.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import Literal, get_args
+from uuid import uuid4
+
+import numpy as np
+from PIL import Image
+
+from prelora_ds.data.manifest import EXTENSIONS, Manifest, save_manifest
+from prelora_ds.data.shards.images import encode
+from prelora_ds.data.shards.scan import ScannedShard, index_shard
+from prelora_ds.errors import ConfigError
+
+RawSample = tuple[str, bytes, str, int]
+
+Split = Literal["train", "val"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+DIGIT_CLASSES = tuple(map(str, range(10)))
+PHOTOGRAPH_CLASSES = tuple(f"imagenet-{label:03d}" for label in range(1000))
+_DIGITS_IN_VAL = 360
+# The colour photographs in scikit-image's wheel (all others are fetched), with the ImageNet class that fits best.
+_SKIMAGE_LABELS = {
+    "astronaut.png": 812, "chelsea.png": 282, "coffee.png": 967, "hubble_deep_field.jpg": 727,
+    "motorcycle_left.png": 670, "rocket.jpg": 744,
+}
+
+
+def write_shards(samples: Iterable[RawSample], folder: str | Path, *, samples_per_shard: int,
+                 class_names: Sequence[str]) -> Manifest:
+    """Write ``shard-000000.tar``, ... and their manifest into the new ``folder``; the same samples give the same bytes.
+
+    ``folder`` appears whole or not at all. Raises ConfigError when it exists, for no samples, and for a sample that
+    a reader would lose: a key twice or with a dot, an unknown extension, a label without a class name.
+    """
+    folder = Path(folder).absolute()
+    if samples_per_shard < 1:
+        raise ConfigError("samples_per_shard", samples_per_shard, "a shard holds at least one sample", "give 1 or more")
+    if folder.exists():
+        raise ConfigError("folder", str(folder), "exists already", "remove it, or give another folder")
+    partial = folder.with_name(f".{folder.name}.{uuid4().hex}")
+    partial.mkdir(parents=True)
+    try:
+        rest = _checked(samples, len(class_names))
+        shards: list[ScannedShard] = []
+        while chunk := list(islice(rest, samples_per_shard)):
+            path = partial / f"shard-{len(shards):06d}.tar"
+            write_tar(path, chunk)
+            shards.append(index_shard(path, "folder"))
+        if not shards:
+            raise ConfigError("samples", 0, "the source has no samples", "give a source with images")
+        save_manifest(partial, class_names, [scan.shard for scan in shards], [scan.rows for scan in shards])
+        if folder.exists():  # an empty folder made meanwhile would be replaced by the rename
+            raise ConfigError("folder", str(folder), "was made by another process meanwhile", "give another folder")
+        os.rename(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Manifest.load(folder, "folder")
+
+
+def write_tar(path: Path, samples: Iterable[RawSample]) -> None:
+    """Write a shard to the new file ``path``, and to the disk. Owner and time are fixed, so that bytes are."""
+    # Not with webdataset's TarWriter, which imports torch: 3 s and 200 MB in each worker process.
+    with path.open("xb") as file:
+        with tarfile.open(fileobj=file, mode="w") as tar:
+            for key, image, extension, label in samples:
+                for name, data in ((f"{key}.{extension}", image), (f"{key}.cls", str(label).encode())):
+                    member = tarfile.TarInfo(name)
+                    member.size, member.mode = len(data), 0o444
+                    tar.addfile(member, io.BytesIO(data))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _checked(samples: Iterable[RawSample], classes: int) -> Iterator[RawSample]:
+    seen = set()
+    for sample in samples:
+        key, _, extension, label = sample
+        if key in seen or not key or "." in key:
+            raise ConfigError("samples", key, "a key is unique, not empty and has no dot", "number the samples")
+        if extension not in EXTENSIONS:
+            raise ConfigError("samples", f"{key}.{extension}", "unknown image format", f"use one of {EXTENSIONS}")
+        if not 0 <= label < classes:
+            raise ConfigError("samples", key, f"label {label} is of none of the {classes} classes", "name all classes")
+        seen.add(key)
+        yield sample
+
+
+def digits(split: Split, seed: int = 0) -> Iterator[RawSample]:
+    """scikit-learn's handwritten digits as grey 8x8 PNGs: 1,437 samples in train, 360 in val, stratified by class."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    if split not in SPLITS:
+        raise ConfigError("split", split, "no such split of the digits", 'give "train" or "val"')
+    images, labels = load_digits(return_X_y=True)
+    train, val = train_test_split(np.arange(len(labels)), test_size=_DIGITS_IN_VAL, random_state=seed, stratify=labels)
+    for index in train if split == "train" else val:
+        pixels = np.rint(images[index].reshape(8, 8) * (255 / 16)).astype(np.uint8)
+        yield f"{index:06d}", encode(Image.fromarray(pixels), "PNG"), "png", int(labels[index])
+
+
+def write_digits(out: Path, samples_per_shard: int = 512) -> dict[str, Manifest]:
+    """Write both splits of the digits to the new folders ``out``/train and ``out``/val; their manifests by split."""
+    return {split: write_shards(digits(split), out / split, samples_per_shard=samples_per_shard,
+                                class_names=DIGIT_CLASSES) for split in SPLITS}
+
+
+def photographs(count: int, seed: int = 0, short_side: int = 400) -> Iterator[RawSample]:
+    """``count`` different JPEGs like ImageNet's, crops of photographs; the short side is ``short_side`` +- 10 %.
+
+    The photographs are those in the wheels of scikit-image and, where it is installed, of foolbox (20 of ImageNet):
+    nothing is downloaded. Labels are ImageNet's 0..999. Raises ConfigError when neither package is installed.
+    """
+    files = _photograph_files()
+    pictures = [Image.open(file).convert("RGB") for file, _ in files]
+    for number in range(count):
+        rng, chosen = np.random.default_rng((seed, number)), number % len(files)
+        picture = pictures[chosen]
+        share, ratio = rng.uniform(0.3, 1.0), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+        width = min(np.sqrt(share * picture.width * picture.height * ratio), picture.width)
+        height = min(width / ratio, picture.height)
+        left, top = rng.uniform(0, picture.width - width), rng.uniform(0, picture.height - height)
+        scale = short_side * rng.uniform(0.9, 1.1) / min(width, height)
+        size = (round(width * scale), round(height * scale))
+        crop = picture.resize(size, Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
+        yield f"{number:08d}", encode(crop, "JPEG", quality=92), "jpg", files[chosen][1]
+
+
+def _photograph_files() -> list[tuple[Path, int]]:
+    """Found by their package's place on disk: to import foolbox would import its dependencies."""
+    skimage, foolbox = (
+        Path(spec.submodule_search_locations[0]) / "data"
+        if (spec := find_spec(package)) and spec.submodule_search_locations else None
+        for package in ("skimage", "foolbox")
+    )
+    files = [(skimage / name, label) for name, label in _SKIMAGE_LABELS.items()] if skimage else []
+    if foolbox:  # imagenet_NUMBER_LABEL.jpg
+        files += [(file, int(file.stem.rpartition("_")[2])) for file in sorted(foolbox.glob("imagenet_*.jpg"))]
+    if not files:
+        raise ConfigError("source", "photographs", "needs the pictures in scikit-image or foolbox",
+                          "pip install scikit-image, or pip install --no-deps foolbox==3.3.4")
+    return files

@@ -1,0 +1,114 @@
+"""The final model as a folder that others open, LoRA merged in fp32."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from prelora_ds.config.tree import Config
+from prelora_ds.core.classes import unnamed
+from prelora_ds.core.plan import Layout, Plan
+from prelora_ds.engine.build import Engine
+from prelora_ds.engine.release import release
+from prelora_ds.engine.state import assemble, export_state
+from prelora_ds.errors import NotSavedError, is_disk_fault
+from prelora_ds.files import new_folder
+from prelora_ds.model.adapters import merged_weight
+from prelora_ds.model.vit import build_model
+
+
+def export_model(engine: Engine, folder: Path, classes: Sequence[str] | None = None) -> None:
+    """Write ``engine``'s model to ``folder`` and end the engine. Collective; rank 0 writes.
+
+    A ViT becomes a folder for ``ViTForImageClassification.from_pretrained``; any other module model.safetensors (its
+    own names) and factory.json. What trained is written from the fp32 masters; a frozen weight as the BF16 value that
+    the adapters were trained on, to which s*B*A is added in fp32. Appears whole or not at all.
+
+    classes: the names of the labels, which go into the folder; None where they are not known.
+    Raises NotSavedError, on all ranks, when the folder cannot be written.
+    """
+    kept = set(engine.module.state_dict())  # a buffer may be no part of a module's state
+    device, state = engine.ds.device, export_state(engine.ds)
+    release(engine)
+    values = {}
+    for name, shape in engine.plan.parameters(engine.layout).items():
+        full = assemble(state, name, "value", shape, device)
+        if dist.get_rank() == 0:
+            values[name] = full.cpu()
+    failure: list[NotSavedError | None] = [None]
+    if dist.get_rank() == 0:
+        buffers = {name: buffer for name, buffer in state.buffers.items() if name in kept}
+        try:
+            with whole_folder(folder) as partial:
+                write_model(merge(values, engine.plan, engine.layout) | buffers, engine.config,
+                            classes or unnamed(engine.num_labels), partial)
+        except NotSavedError as error:
+            failure = [error]
+    dist.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        raise failure[0]
+
+
+def merge(values: Mapping[str, torch.Tensor], plan: Plan, layout: Layout) -> dict[str, torch.Tensor]:
+    """The parameters of the model without adapters, fp32: W + s*B*A where ``plan`` has an adapter."""
+    merged = {name: values[name].float() for name in layout.parameters}
+    for path, spec in plan.adapters.items():
+        merged[f"{path}.weight"] = merged_weight(values[f"{path}.weight"], values[f"{path}.lora_A.weight"],
+                                                 values[f"{path}.lora_B.weight"], spec.scaling)
+    return merged
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes ``folder`` at the end, whole and on disk.
+
+    It replaces a folder that is there. Raises NotSavedError when the file system refuses it; then
+    nothing of it is left, and ``folder`` is as it was.
+    """
+    try:
+        with new_folder(folder) as partial:
+            yield partial
+    except (OSError, SafetensorError, RuntimeError) as exc:
+        if isinstance(exc, RuntimeError) and not is_disk_fault(exc):
+            raise
+        raise NotSavedError(
+            f"the model could not be written to {folder}: {exc}\n"
+            "  remedy: make room there and give the same command again; the checkpoints are as they "
+            "were"
+        ) from exc
+
+
+def write_model(
+    weights: Mapping[str, torch.Tensor], config: Config, classes: Sequence[str], folder: Path
+) -> None:
+    """Write the model of ``weights``, fp32, into the existing ``folder``. Raises OSError or SafetensorError."""
+    if config.model.factory is None:
+        with torch.device("meta"):
+            model = build_model(config.model, len(classes))
+        model.config.eval_crop = config.data.crop  # how `prelora evaluate` prepares images
+        model.config.id2label = dict(enumerate(classes))
+        model.config.label2id = {name: label for label, name in enumerate(classes)}
+        model.load_state_dict(weights, assign=True)
+        model.save_pretrained(folder)
+    else:
+        save_file(
+            {name: t.contiguous() for name, t in weights.items()}, folder / "model.safetensors"
+        )
+        (folder / "factory.json").write_text(
+            json.dumps(
+                {
+                    "factory": config.model.factory,
+                    "args": config.model.factory_args,
+                    "num_labels": len(classes),
+                    "classes": list(classes),
+                },
+                indent=2,
+            )
+        )

@@ -1,1 +1,0 @@
-"""Which rank a process is, and how a process ends."""

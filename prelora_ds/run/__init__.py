@@ -1,0 +1,1 @@
+"""One run and its folder: what it records, saves, decides and recovers from."""

@@ -1,0 +1,108 @@
+"""`auto` in `phases`: the settings of the phases that follow the full one, settled before a run begins.
+
+A LoRA phase leaves memory free, and where a stage no longer pays, it can be a cheaper one: a ZeRO-3 run need not gather
+its frozen base in every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from prelora_ds.config.tree import Config, PhaseConfig, ZeroSettings
+from prelora_ds.core.plan import Layout, Phase, Plan, lora_plan, warmup_plan
+from prelora_ds.cost.candidates import Setting, fastest, setting, settings
+from prelora_ds.cost.machines import read_calibration
+from prelora_ds.cost.timing import Rates, data_sheet_rates, gpu_named
+from prelora_ds.engine.runtime import accelerator_name, rank_memory_gib
+from prelora_ds.errors import ConfigError
+from prelora_ds.hosts.discovery import Ranks
+
+
+def settle(config: Config, layout: Layout, ranks: Ranks) -> Config:
+    """``config`` with every `auto` replaced; rank 0 prints by what and why.
+
+    Adapters are taken to have rank `lora.r_max`, the most that Algorithm 2 gives. Raises ConfigError when nothing fits,
+    when the calibration cannot be read, and for a model that is no ViT, whose costs are not known.
+    """
+    phases, world_size, ranks_per_host = config.phases, ranks.world_size, ranks.local_size or 1
+    if config.convergence is None or not (phases.warmup.is_auto or phases.lora.is_auto):
+        return config
+    if config.model.factory is not None:
+        raise ConfigError("phases", "auto", "only the costs of the ViT are known",
+                          "give micro_batch_size and zero_stage as numbers")
+    memory_gib, rates = _machine(config, world_size, ranks_per_host)
+    for plan in _plans(config, layout):
+        own: PhaseConfig = getattr(phases, plan.phase)
+        if own.is_auto:
+            candidates = list(_candidates(config.for_phase(plan.phase), own, plan, layout, world_size))
+            fitting = [s for s in candidates if s.fits(memory_gib)]
+            if not fitting:
+                least = min(candidates, key=lambda s: s.peak_bytes)
+                raise ConfigError(f"phases.{plan.phase}", "auto", f"no setting fits {memory_gib:.1f} GiB a rank; the "
+                                  f"smallest, ZeRO {least.zero.stage} with a micro-batch of {least.micro_batch_size}, "
+                                  f"takes {least.peak_bytes / 2**30:.1f} GiB", "use more ranks, or a higher "
+                                  "phases.memory_gib if there is more memory than that")
+            chosen = fastest(_largest_of_each_stage(fitting), rates, ranks_per_host)
+            config = _with(config, plan.phase, chosen)
+            if ranks.rank == 0:
+                print(_line(plan.phase, chosen, memory_gib, rates, ranks_per_host), flush=True)
+    return config
+
+
+def _machine(config: Config, world_size: int, ranks_per_host: int) -> tuple[float, Rates | None]:
+    """GiB of this rank, and the rates of its device where they are known."""
+    memory_gib = rank_memory_gib(ranks_per_host)
+    gpu = gpu_named(accelerator_name(), memory_gib)
+    rates = data_sheet_rates(gpu, hosts=max(1, world_size // ranks_per_host)) if gpu else None
+    if config.phases.calibration is not None:
+        rates, _ = read_calibration(Path(config.phases.calibration), "phases.calibration")
+    return config.phases.memory_gib or memory_gib, rates
+
+
+def _plans(config: Config, layout: Layout) -> list[Plan]:
+    ranks = {family: dict.fromkeys(layers, config.lora.r_max) for family, layers in layout.targets.items()}
+    warmup = warmup_plan(layout, ranks, alpha_over_r=config.lora.alpha_over_r, init_seed=0, since_step=0,
+                         train_a=config.lora.mode != "fa")
+    return [warmup, lora_plan(layout, warmup, train_rest=config.lora.train_rest, since_step=0)]
+
+
+def _candidates(config: Config, own: PhaseConfig, plan: Plan, layout: Layout, world_size: int) -> Iterator[Setting]:
+    for zero in _stages(config, plan) if own.zero_stage == "auto" else [config.zero]:
+        if own.micro_batch_size == "auto":
+            yield from settings(config, plan, layout, zero, world_size)
+        elif zero.stage or world_size * config.train.micro_batch_size == config.train.global_batch_size:
+            yield setting(config, plan, layout, zero, world_size, config.train.micro_batch_size)
+
+
+def _stages(config: Config, plan: Plan) -> Iterator[ZeroSettings]:
+    """All stages, with offload too where the run has it."""
+    for stage in range(4):
+        if not (stage == 3 and config.lora.mode == "merged" and plan.phase is Phase.LORA):
+            for offload in {False, config.zero.offload_optimizer and stage >= 2}:
+                yield replace(config.zero, stage=stage, offload_optimizer=offload)
+
+
+def _largest_of_each_stage(fitting: list[Setting]) -> list[Setting]:
+    largest: dict[ZeroSettings, Setting] = {}
+    for s in fitting:  # smaller micro-batches of a stage come first
+        largest[s.zero] = s
+    return list(largest.values())
+
+
+def _with(config: Config, phase: Phase, chosen: Setting) -> Config:
+    zero: dict[str, Any] = {**chosen.config.deepspeed.get("zero_optimization", {}), "stage": chosen.zero.stage}
+    if not chosen.zero.offload_optimizer:
+        zero.pop("offload_optimizer", None)
+    own = PhaseConfig(micro_batch_size=chosen.micro_batch_size,
+                      deepspeed={**chosen.config.deepspeed, "zero_optimization": zero})
+    return config.model_copy(update={"phases": config.phases.model_copy(update={phase.value: own})})
+
+
+def _line(phase: Phase, s: Setting, memory_gib: float, rates: Rates | None, ranks_per_host: int) -> str:
+    why = ("least bytes moved; no rates are known of this machine" if rates is None else
+           f"{rates.step_seconds(s.work, ranks_per_host):.3g} s a step predicted, {rates.source}")
+    return (f"auto: {phase}: ZeRO {s.zero.stage}{' offload' if s.zero.offload_optimizer else ''}, micro-batch "
+            f"{s.micro_batch_size}: {s.peak_bytes / 2**30:.2f} of {memory_gib:.1f} GiB predicted ({why})")

@@ -1,0 +1,152 @@
+"""`prelora plan` from the command line to the table and the JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prelora_ds import cli
+from prelora_ds.cost.timing import KINDS
+
+ROOT = Path(__file__).parents[3]
+RECIPE = ROOT / "launch/recipes/vit_large_in1k_prelora_exp1.yaml"
+SMALL = ("model.hidden_size=64", "model.num_hidden_layers=2", "model.num_attention_heads=4",
+         "model.intermediate_size=128", "train.global_batch_size=256", "train.micro_batch_size=16")
+
+
+def plan(monkeypatch: pytest.MonkeyPatch, *arguments: object, recipe: Path = RECIPE, stage: int | str = 2) -> int:
+    deepspeed = ROOT / f"ds_configs/zero{stage}.json"
+    monkeypatch.setattr(sys, "argv", ["prelora", "plan", str(recipe), *map(str, arguments),
+                                      "--deepspeed-config", str(deepspeed)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    def run(*arguments: object, **options: Any) -> dict[str, Any]:
+        assert plan(monkeypatch, *arguments, "--json", tmp_path / "plan.json", **options) == 0
+        return json.loads((tmp_path / "plan.json").read_text())
+
+    return run
+
+
+def test_the_paper_s_run_on_16_hosts(planned: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    result = planned("--hosts", 16, "--gpus-per-host", 4, "--walltime", "6h")
+    out = capsys.readouterr().out
+    assert "predicted" in out and "not measured" in out
+    assert [result[key] for key in ("world_size", "images", "labels", "grad_accum_steps")] == [64, 1281167, 1000, 1]
+    assert [(r["stage"], r["phase"]) for r in result["rows"]] == [(s, p) for s in range(4)
+                                                                  for p in ("full", "warmup", "lora")]
+    full, _, lora = (r for r in result["rows"] if r["stage"] == 2)
+    assert full["weights_bytes"] == 2 * 304_326_632
+    assert full["moments_bytes"] == 8 * 304_326_632 // 64
+    assert lora["gflop_per_image"] == pytest.approx(266, rel=2e-3)
+    assert full["fits"] and lora["step_s"] < full["step_s"]
+    assert full["epoch_s"] == pytest.approx(full["step_s"] * 1281167 / 4096)
+    assert full["peak_bytes"] >= full["activations_bytes"] + full["weights_bytes"]
+    for run in result["runs"]:
+        assert run["earliest"]["jobs"] == math.ceil(run["earliest"]["hours"] / 6)
+        assert sum(run["earliest"]["steps"].values()) == run["never"]["steps"]["full"]
+    # Three windows of three epochs, then ten epochs of warm-up, of 312.8 steps.
+    assert result["runs"][0]["earliest"]["steps"]["full"] == math.ceil(9 * 1281167 / 4096)
+    assert result["runs"][0]["earliest"]["steps"]["warmup"] == pytest.approx(10 * 1281167 / 4096, abs=1)
+
+
+def test_what_does_not_fit_is_said(planned: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    result = planned("train.micro_batch_size=512", "--hosts", 2)
+    assert {r["fits"] for r in result["rows"]} == {False}
+    assert all(0 < r["largest_micro_batch"] <= 256 if r["stage"] else r["largest_micro_batch"] == 0  # no accumulation
+               for r in result["rows"])
+    assert " no " in capsys.readouterr().out
+
+
+def test_stage_0_is_left_out_where_gradients_accumulate_and_offload_is_added(planned: Any) -> None:
+    result = planned(*SMALL, "--gpus-per-host", 8, stage="2_offload")
+    assert [(r["stage"], r["offload_optimizer"]) for r in result["rows"][::3]] == [(1, False), (2, False), (3, False),
+                                                                                   (2, True)]
+
+
+def test_a_baseline_has_one_phase_and_its_data_their_own_size(planned: Any, tmp_path: Path) -> None:
+    result = planned(*SMALL, "--images", 1000, recipe=ROOT / "launch/recipes/vit_large_in1k.yaml")
+    assert {r["phase"] for r in result["rows"]} == {"full"}
+    assert result["images"] == 1000
+    assert all(run["earliest"] is None and run["never"]["jobs"] is None for run in result["runs"])
+
+
+def test_it_says_which_images_and_classes_it_assumed(
+    planned: Any, capsys: pytest.CaptureFixture[str], shards: Path
+) -> None:
+    assumed = "(assumed, as of ImageNet-1k: data.train has no manifest here)"
+    planned(*SMALL)
+    out = capsys.readouterr().out
+    assert f"images of an epoch: 1,281,167 {assumed}" in out and f"classes: 1,000 {assumed}" in out
+    planned(*SMALL, f"data.train={shards / 'train'}")
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"images of an epoch: 1,437 (data.train = {shards / 'train'})" in out
+    assert f"classes: 10 (data.train = {shards / 'train'})" in out and "assumed," not in out
+    planned(*SMALL, "--images", 1000)
+    assert "images of an epoch: 1,000 (--images)" in capsys.readouterr().out
+
+
+def test_shards_without_a_manifest_have_the_images_that_the_recipe_tells(
+    planned: Any, shards: Path
+) -> None:
+    result = planned(
+        *SMALL,
+        "data.reader=webdataset",
+        "data.samples_per_epoch=5000",
+        f"data.val={shards / 'val'}",
+    )
+    assert (result["images"], result["images_from"]) == (5000, "data.samples_per_epoch")
+    assert (result["labels"], result["labels_from"]) == (10, f"data.val = {shards / 'val'}")
+
+
+def test_figures_that_cannot_be_kept_are_one_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert plan(monkeypatch, *SMALL, "--json", tmp_path / "none/plan.json") == 2
+    assert "--json = " in capsys.readouterr().err
+    assert plan(monkeypatch, *SMALL, "--json", "/dev/full/plan.json") == 2
+    assert "cannot be written (Not a directory)" in capsys.readouterr().err
+
+
+def test_a_cpu_has_bytes_and_with_a_calibration_times(planned: Any, tmp_path: Path) -> None:
+    bare = planned(*SMALL, "--gpu", "CPU", "--gpus-per-host", 2)
+    assert all(r["step_s"] is None and r["fits"] is None and r["weights_bytes"] for r in bare["rows"])
+    rates = {"seconds": dict.fromkeys(KINDS, 1.0), "source": "a test", "measured": True, "sharing": 2.0}
+    (tmp_path / "c.json").write_text(json.dumps({"rates": rates, "memory_gib": 8.0, "samples": []}))
+    alone, both = (planned(*SMALL, f"train.global_batch_size={128 * n}", "--gpu", "CPU", "--gpus-per-host", n,
+                           "--calibration", tmp_path / "c.json")["rows"] for n in (1, 2))
+    assert all(r["fits"] and r["step_s"] > 0 for r in (*alone, *both))
+    assert both[0]["step_s"] > 1.9 * alone[0]["step_s"]
+
+
+@pytest.mark.parametrize(("arguments", "key", "remedy"), [
+    (["--gpu", "A100-50"], "--gpu = 'A100-50'", "did you mean A100-80"),
+    (["--gpus-per-host", 3], "train.micro_batch_size = 16", "choose a micro-batch"),
+    (["--walltime", "soon"], "--walltime = 'soon'", "write 6h"),
+    (["--walltime", "0h"], "--walltime = '0h'", "write 6h"),
+    (["--calibration", "none.json"], "--calibration = 'none.json'", "prelora calibrate"),
+    (["model.factory=a.b:c", "model.families.x=(?P<layer>.)"], "model.factory", "without model.factory"),
+])
+def test_a_mistake_is_one_message_and_exit_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[object], key: str, remedy: str
+) -> None:
+    assert plan(monkeypatch, *SMALL, *arguments) == 2
+    err = capsys.readouterr().err
+    assert key in err and remedy in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("6h", 21600), ("1.5h", 5400), ("90m", 5400), ("24:00:00", 86400)])
+def test_walltimes(text: str, seconds: float) -> None:
+    from prelora_ds.config.fields import parse_walltime
+
+    assert parse_walltime(text) == seconds

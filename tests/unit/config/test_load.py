@@ -1,0 +1,382 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from support.configs import MINIMAL, merged, mistake
+
+from prelora_ds.config.load import (
+    OWNED_BY_RECIPE,
+    REFUSED_ZERO_KEYS,
+    ZERO_KEYS,
+    check_world,
+    dump_yaml,
+    load_config,
+    read_deepspeed_json,
+    validate,
+)
+from prelora_ds.config.tree import Config, Duration
+
+ROOT = Path(__file__).resolve().parents[3]
+RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
+DS_CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL | {"convergence": {"tau": 1.0, "zeta": 5.0}}))
+    return path
+
+
+# ---- what the repository ships
+
+def test_there_are_recipes_and_deepspeed_configs_to_test() -> None:
+    assert "digits_demo" in [path.stem for path in RECIPES]
+    assert {"zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"} <= {p.stem for p in DS_CONFIGS}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_loads_and_round_trips(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    copy = tmp_path / "config.yaml"
+    copy.write_text(dump_yaml(config))
+    assert load_config(copy) == config
+
+
+@pytest.mark.parametrize("path", DS_CONFIGS, ids=lambda path: path.stem)
+def test_every_deepspeed_config_loads_and_is_the_stage_of_its_name(path: Path, recipe: Path) -> None:
+    zero = load_config(recipe, deepspeed_config=path).zero
+    assert (zero.stage, zero.offload_optimizer) == (int(path.stem[4]), "offload" in path.stem)
+
+
+# ---- overrides
+
+def test_an_override_wins_over_the_recipe_and_the_last_one_over_the_others(recipe: Path) -> None:
+    config = load_config(recipe, ["train.duration=500 steps", "convergence.tau=0.5", "train.micro_batch_size=2",
+                                  "lora.families=[q,v]", "train.micro_batch_size=8", "data.flip=false"])
+    assert config.train.duration == Duration("500 steps")
+    assert config.convergence is not None
+    assert (config.convergence.tau, config.convergence.zeta) == (0.5, 5.0)
+    assert config.train.micro_batch_size == 8
+    assert config.train.global_batch_size == 24
+    assert config.lora.families == ("q", "v")
+    assert config.data.flip is False
+
+
+def test_an_override_can_take_a_section_away_or_fill_it(recipe: Path) -> None:
+    assert load_config(recipe, ["convergence=null"]).convergence is None
+    lora = load_config(recipe, ["lora.r_min=2", "lora.r_max=4", "lora.warmup=5 %"]).lora
+    assert (lora.r_min, lora.r_max, lora.warmup) == (2, 4, Duration("5 %"))
+
+
+def test_an_override_reaches_the_deepspeed_section_of_a_recipe(recipe: Path) -> None:
+    assert load_config(recipe, ["deepspeed.zero_optimization.stage=2"]).zero.stage == 2
+
+
+def test_the_deepspeed_json_replaces_the_recipes_section(recipe: Path) -> None:
+    assert load_config(recipe, (), ROOT / "ds_configs/zero3.json").zero.stage == 3
+
+
+def test_values_are_taken_from_other_keys_and_the_environment(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHARDS", "/scratch/shards")
+    config = load_config(recipe, ["run.output_dir=out/${run.name}", "data.train=${oc.env:SHARDS}/train"])
+    assert (config.run.output_dir, config.data.train) == ("out/t", "/scratch/shards/train")
+
+
+@pytest.mark.parametrize("override", ["train.log_every", "=3", ""])
+def test_what_is_no_override_is_refused_with_an_example(recipe: Path, override: str) -> None:
+    error = mistake(recipe, [override])
+    assert (error.key, error.value) == ("override", override)
+    assert "train.log_every=10" in error.remedy
+
+
+@pytest.mark.parametrize("override", [
+    "run.name=${no.such.key}", "run.name=${oc.env:NO_SUCH_VAR}", "run.name=${",
+    "run.name=${run.name}", "lora.r_min=${lora.r_max} lora.r_max=${lora.r_min}"])
+def test_an_interpolation_that_leads_nowhere_is_named(recipe: Path, override: str) -> None:
+    error = mistake(recipe, override.split(" "))
+    assert error.key == "recipe and overrides"
+    assert error.value == f"{recipe} {override}"
+
+
+@pytest.mark.parametrize(("key", "text", "problem"), [
+    ("train.log_every", "[1,", "cannot be read: line 1, column 4: "),
+    ("run.name", "", "cannot be read: has no value"),
+    ("run.name", "'a", "cannot be read: line 1, column 3: while scanning a quoted scalar"),
+    ("lora.families", "[q, &a [*a]]", "cannot be read: line 1, column 5: is nested"),
+    ("optimizer.betas.0", "0.5", "optimizer.betas is a list, which an override gives as a whole"),
+    ("lora.families.1", "q", "lora.families is a list"),
+    ("run.name.first", "a", "run.name is 't', which holds no keys"),
+    ("deepspeed." + ".".join("a" * 99), "1", "names a key of more than"),
+])
+def test_an_override_that_cannot_be_read_is_named_with_the_cause(
+    recipe: Path, key: str, text: str, problem: str
+) -> None:
+    error = mistake(recipe, [f"{key}={text}"])
+    assert key in (error.key, str(error.value).partition("=")[0])
+    assert error.problem.startswith(problem)
+
+
+# ---- keys and values
+
+@pytest.mark.parametrize(("override", "key", "value", "remedy"), [
+    ("train.micro_batch_sise=4", "train.micro_batch_sise", 4, "did you mean micro_batch_size?"),
+    ("convergence.taus=4", "convergence.taus", 4, "did you mean tau?"),
+    ("trane.log_every=4", "trane", {"log_every": 4}, "did you mean train?"),
+    ("data.xyzzy=1", "data.xyzzy", 1, "known here: train, val, reader, samples_per_epoch, tail, "
+     "crop, flip, augment, mixup, cutmix, random_erasing, corrupt_budget, cache_dir, cache_gib, workers, worker_start"),
+    ("lora.rmin=1", "lora.rmin", 1, "did you mean r_min?"),
+])
+def test_an_unknown_key_is_named_with_its_value_and_what_may_be_meant(
+    recipe: Path, override: str, key: str, value: object, remedy: str
+) -> None:
+    error = mistake(recipe, [override])
+    assert (error.key, error.value, error.remedy) == (key, value, remedy)
+    assert error.problem == f"unknown key (in {recipe})"
+    assert key in str(error)
+    assert repr(value) in str(error)
+    assert remedy in str(error)
+
+
+def test_a_required_key_that_is_misspelt_is_told_as_a_misspelling() -> None:
+    values = merged({"train": {"duratoin": "3 steps"}})
+    del values["train"]["duration"]
+    error = mistake(values, "r.yaml", call=validate)
+    assert (error.key, error.remedy) == ("train.duratoin", "did you mean duration?")
+
+
+def test_a_missing_key_is_named() -> None:
+    values = merged({})
+    del values["data"]["val"]
+    error = mistake(values, "r.yaml", call=validate)
+    assert (error.key, error.problem, error.remedy) == ("data.val", "is required (in r.yaml)", "set data.val")
+
+
+@pytest.mark.parametrize(("changes", "key", "value", "problem"), [
+    ({"convergence": {"tau": -1, "zeta": 5}}, "convergence.tau", -1, "greater than 0"),
+    ({"convergence": {"tau": 1, "zeta": "much"}}, "convergence.zeta", "much", "valid number"),
+    ({"train": {"duration": "soon"}}, "train.duration", "soon", "'soon' is not a duration"),
+    ({"train": {"duration": "5 %"}}, "train", "...", "cannot last a share of itself"),
+    ({"lora": {"r_max": 48}}, "lora", "...", "r_max 48 is not a power of two"),
+    ({"optimizer": {"betas": [.9, 1.0]}}, "optimizer.betas.1", 1.0, "less than 1"),
+    ({"model": {"image_size": 30}}, "model", "...", "image_size 30 is not divisible by patch_size 16"),
+])
+def test_a_bad_value_is_told_with_key_value_and_source(
+    changes: dict[str, dict[str, Any]], key: str, value: object, problem: str
+) -> None:
+    error = mistake(merged(changes), "r.yaml", call=validate)
+    assert (error.key, error.value) == (key, value)
+    assert problem in error.problem
+    assert "families" in key or "(in r.yaml)" in error.problem
+
+
+def test_families_of_ones_own_are_not_held_to_those_of_a_vit() -> None:
+    config = validate(merged({"model": {"families": {"gate": r"(?P<layer>\d+)"}}, "lora": {"families": ["gate"]}}), "r")
+    assert config.lora.families == ("gate",)
+
+
+# ---- files
+
+def test_a_missing_recipe_is_told_with_the_nearest_name(recipe: Path) -> None:
+    error = mistake(recipe.with_name("recipee.yaml"))
+    assert (error.key, error.problem) == ("--recipe", "there is no such file")
+    assert error.remedy == f"did you mean {recipe}?"
+    assert mistake(recipe.with_name("other.yaml")).remedy == "see launch/recipes/"
+
+
+@pytest.mark.parametrize(("content", "problem"), [
+    (b"train: [1, 2", "is not YAML: line 1, column 13: while parsing a flow sequence, expected"),
+    (b"x: 1\na: b: c", "is not YAML: line 2, column 5: mapping values are not allowed here"),
+    (b"\xff\xfe\x00\xd8", "is not a text in UTF-8"), (b"- a\n- b\n", "is not a mapping of keys"),
+    (b"x: 1\n\ty: 1", "is not YAML: line 2, column 1: "), (b"", "is not a mapping of keys"),
+    (b"x: 1\ny: 2\n'x': 1\n", "is not YAML: line 3, column 1: the key 'x' is in line 1 already"),
+    (b"x: &x {y: 1, y: 2}\n", "is not YAML: line 1, column 14: the key 'y' is in line 1 already"),
+    (b"x: 1\n---\ny: 1\n", "is not YAML: line 2, column 1: expected a single document"),
+    (b"x: !!int 0100\n", "is not YAML: line 1, column 4: tags (!...) are not read"),
+    (b"x: &x [*x]\n", "is not YAML: line 1, column 4: is nested more than"),
+    (b"a: &a {b: 1}\nc:\n  <<: *a\n", "is not YAML: line 3, column 3: `<<` is not part of"),
+    (b"[a, b]: 1\n", "is not YAML: line 1, column 1: a key is a text"),
+    (b"[" * 5000, "is not YAML: is nested more than"),
+    (b"x: \x01", "is not YAML: line 1: the character '\\x01'"),
+    (b'x: "\\0"', "is not YAML: the text '\\x00' holds the character"),
+    (b'x: "\\ud800"', "is not YAML: the text '\\ud800' holds the character"),
+    (b"x: &x0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + b"".join(
+        b"x%d: &x%d [%s]\n" % (i, i, b", ".join([b"*x%d" % (i - 1)] * 10)) for i in range(1, 9)),
+     "is not YAML: the document holds more than 100,000 values"),
+])
+def test_what_is_not_a_recipe_is_refused_with_line_and_cause(
+    tmp_path: Path, content: bytes, problem: str
+) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content)
+    error = mistake(path)
+    assert (error.key, error.value) == ("--recipe", str(path))
+    assert error.problem.startswith(problem)
+
+
+def test_a_missing_deepspeed_json_is_refused(recipe: Path, tmp_path: Path) -> None:
+    error = mistake(recipe, (), tmp_path / "zero9.json")
+    assert (error.key, error.value) == ("--deepspeed_config", str(tmp_path / "zero9.json"))
+    assert "ds_configs" in error.remedy
+
+
+@pytest.mark.parametrize(("content", "problem"), [
+    (b"{stage: 2}", "is not JSON: Expecting"), (b"", "is not JSON:"),
+    (b"\xff\xfe", "is not a text in UTF-8"),
+    (b"[1]", "is not a JSON object"), (b"2", "is not a JSON object"),
+    (b'{"bf16": {"enabled": true, "enabled": true}}', "is not JSON: the key 'enabled' is there"),
+    (b'{"prescale_gradients": NaN}', "is not JSON: NaN is not a finite number"),
+    (b'{"gradient_predivide_factor": 1e999}', "is not JSON: 1e999 is not a finite number"),
+    (b"[" * 100_000, "is not JSON: is nested more than"),
+    (b'{"a":' * 50 + b"1" + b"}" * 50, "is not JSON: is nested"),
+    (b'{"comms_logger": "\\ud800"}', "is not JSON: the text '\\ud800' holds"),
+    (b'{"comms_logger": ' + b"9" * 5000 + b"}", "is not JSON: holds a number of more digits"),
+])
+def test_what_is_not_a_json_object_is_refused(
+    recipe: Path, tmp_path: Path, content: bytes, problem: str
+) -> None:
+    path = tmp_path / "bad.json"
+    path.write_bytes(content)
+    error = mistake(recipe, (), path)
+    assert (error.key, error.value) == ("--deepspeed_config", str(path))
+    assert error.problem.startswith(problem)
+
+
+# ---- one owner a key
+REFUSED = [("offload_param", {"device": "cpu"}), ("zenflow", {"topk_ratio": .1}), ("zero_hpz_partition_size", 8),
+           ("zero_quantized_weights", True), ("zero_quantized_gradients", True),
+           ("zero_quantized_nontrainable_weights", True), ("cpu_offload", True), ("mics_shard_size", 2),
+           ("compute_grad_norm", False), ("cpu_offload_param", True), ("cpu_offload_use_pin_memory", True),
+           ("elastic_checkpoint", True), ("ignore_unused_parameters", False), ("leaf_module", {"classes": ["Block"]}),
+           ("legacy_stage1", True), ("save_muon_momentum_buffer_in_memory", True),
+           ("stage3_gather_fp16_weights_on_model_save", True), ("stage3_module_granularity_threshold", 5000)]
+
+
+def test_every_refused_key_has_a_value_that_is_refused() -> None:
+    assert {key for key, _ in REFUSED} == set(REFUSED_ZERO_KEYS)
+
+
+def test_every_key_that_deepspeed_knows_is_either_tried_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    known = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
+    # mics_shard_size is read beside the schema, in DeepSpeed's MiCS_Init
+    assert known | {"mics_shard_size"} == set(ZERO_KEYS) | set(REFUSED_ZERO_KEYS)
+
+
+def deepspeed_json(folder: Path, values: dict[str, Any]) -> Path:
+    path = folder / "ds.json"
+    path.write_text(json.dumps(values))
+    return path
+
+
+@pytest.mark.parametrize("key", OWNED_BY_RECIPE)
+def test_a_deepspeed_json_that_sets_what_the_recipe_owns_names_both_places(tmp_path: Path, key: str) -> None:
+    path = deepspeed_json(tmp_path, {"zero_optimization": {"stage": 2}, key: 17})
+    error = mistake(path, call=read_deepspeed_json)
+    assert (error.key, error.value) == (f"{path}: {key}", 17)
+    assert OWNED_BY_RECIPE[key] in error.problem
+    assert error.remedy == f'remove "{key}" from {path} and set it in the recipe'
+
+
+@pytest.mark.parametrize("key", OWNED_BY_RECIPE)
+def test_auto_leaves_a_key_to_its_owner(recipe: Path, tmp_path: Path, key: str) -> None:
+    path = deepspeed_json(tmp_path, {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}, key: "auto"})
+    assert load_config(recipe, (), path).deepspeed == {"zero_optimization": {"stage": 2}}
+    assert load_config(recipe, ["deepspeed.zero_optimization.stage=auto"]).zero.stage == 0
+
+
+def test_an_override_of_the_deepspeed_json_has_the_last_word(recipe: Path) -> None:
+    config = load_config(recipe, ["deepspeed.zero_optimization.stage=3"], "ds_configs/zero2.json")
+    assert config.zero.stage == 3
+
+
+@pytest.mark.parametrize(("values", "key"), [({"bf16": True}, "bf16"), ({"zero_optimization": 2}, "zero_optimization"),
+                                             ({"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}},
+                                              "offload_optimizer")])
+def test_a_section_of_the_wrong_shape_is_refused(tmp_path: Path, values: dict[str, Any], key: str) -> None:
+    error = mistake(deepspeed_json(tmp_path, values), call=read_deepspeed_json)
+    assert error.key.endswith(f": {key}") and error.problem == "is no mapping of keys"
+
+
+@pytest.mark.parametrize("key", ["optimizer", "train_batch_size"])
+def test_the_deepspeed_section_of_a_recipe_is_held_to_the_same(key: str) -> None:
+    error = mistake(MINIMAL | {"deepspeed": {key: 8}}, "r.yaml", call=validate)
+    assert error.key == f"the DeepSpeed config: {key}"
+
+
+@pytest.mark.parametrize(("values", "key"), [
+    *(({"zero_optimization": {"stage": 3, key: value}}, f"zero_optimization.{key}") for key, value in REFUSED),
+    ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage"),
+    ({"zero_optimization": {"stage": "2"}}, "zero_optimization.stage"),
+    ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}},
+     "zero_optimization.offload_optimizer.device"),
+    ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}},
+     "zero_optimization.offload_optimizer.device"),
+    ({"bf16": {"enabled": False}}, "bf16.enabled"),
+    ({"bf16": {"bf16_master_weights_and_grads": True}}, "bf16: bf16_master_weights_and_grads"),
+    ({"zero_optimisation": {"stage": 2}}, "zero_optimisation"),
+    ({"zero_optimization": {"stage": True}}, "zero_optimization.stage"),
+    ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "5e8"}}, "zero_optimization.reduce_bucket_size"),
+])
+def test_what_does_not_survive_a_switch_is_refused(tmp_path: Path, values: dict[str, Any], key: str) -> None:
+    path = deepspeed_json(tmp_path, values)
+    assert mistake(path, call=read_deepspeed_json).key == f"{path}: {key}"
+
+
+@pytest.mark.parametrize("zero", [
+    {"stage": 3, "offload_param": {"device": "none"}}, {"stage": 3, "zero_hpz_partition_size": 1},
+    {"stage": 3, "zero_quantized_weights": False}, {"stage": 2, "overlap_comm": True, "contiguous_gradients": True},
+    {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": True}},
+])
+def test_what_is_switched_off_or_does_no_harm_is_accepted(tmp_path: Path, zero: dict[str, Any]) -> None:
+    values = {"zero_optimization": zero, "bf16": {"enabled": True}, "wall_clock_breakdown": False}
+    assert read_deepspeed_json(deepspeed_json(tmp_path, values)) == values
+
+
+# ---- dump and world
+
+def test_dump_yaml_round_trips_every_kind_of_value(tmp_path: Path) -> None:
+    config = validate(merged({
+        "run": {"name": "007: true", "seed": 3},
+        "model": {"factory": "a.b:c", "factory_args": {"width": 3, "deep": {"on": None}},
+                  "families": {"x": r"^blocks\.(?P<layer>\d+)\.(q|k)$"}},
+        "optimizer": {"lr": 1e-5, "betas": [0.9, 0.95], "eps": 1e-12, "warmup": "0.1 %"},
+        "train": {"duration": "1234567 steps", "eval_every": "0.125 epochs"},
+        "convergence": {"tau": 0.25, "zeta": 1, "every": "1000000 steps"},
+        "lora": {"families": ["x"]}, "deepspeed": {"zero_optimization": {"stage": 3, "reduce_bucket_size": 5e8}},
+    }), "test")
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_yaml(config))
+    again = load_config(path)
+    assert again == config
+    assert isinstance(again, Config)
+    assert again.train.duration.value == 1234567
+    assert dump_yaml(again) == dump_yaml(config)
+
+
+def test_dump_yaml_keeps_no_convergence_as_none(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_yaml(validate(MINIMAL, "test")))
+    assert load_config(path).convergence is None
+
+
+def test_check_world_names_key_value_and_figures() -> None:
+    config = validate(merged({"deepspeed": {"zero_optimization": {"stage": 2}}}), "test")
+    check_world(config, 3)
+    error = mistake(config, 5, call=check_world)
+    assert (error.key, error.value) == ("train.micro_batch_size", 4)
+    assert "24 is not divisible by train.micro_batch_size 4 x 5 ranks = 20" in error.problem
+
+
+def test_check_world_refuses_accumulation_at_stage_0() -> None:
+    config = validate(MINIMAL, "test")
+    check_world(config, 6)
+    error = mistake(config, 2, call=check_world)
+    assert "ZeRO stage 0" in error.problem
+    assert "another ZeRO stage" in error.remedy

@@ -1,0 +1,197 @@
+"""A tree of folders gives the images of its classes, tells what it passed over, or is refused."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from prelora_ds.data.shards.sources import find_images
+from prelora_ds.data.shards.sources.listing import Request
+from prelora_ds.errors import ConfigError
+
+
+def picture(number):
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(number).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def plant(root, *names):
+    for number, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(number))
+    return root
+
+
+def listed(source, split=None):
+    """(classes, relative path -> label) and what was passed over."""
+    listing = find_images(Request(source, split))
+    assert listing.kind == "imagefolder"
+    files = [os.path.relpath(listing.files[item["file"]], source) for item in listing.items]
+    labels = listing.items["label"].tolist()
+    return listing.classes, dict(zip(files, labels, strict=True)), listing.passed_over
+
+
+def refusal(source, split=None):
+    with pytest.raises(ConfigError) as refused:
+        find_images(Request(source, split))
+    return str(refused.value)
+
+
+TWO = ("cat/1.png", "dog/1.png")
+FOUND = (("cat", "dog"), {"cat/1.png": 0, "dog/1.png": 1})
+
+
+@pytest.mark.parametrize("hidden", [
+    ".ipynb_checkpoints", ".git", "@eaDir", "__MACOSX", "lost+found", "$RECYCLE.BIN", "#recycle",
+    "System Volume Information",
+])
+def test_folders_of_systems_and_programs_are_not_classes_and_are_told(tmp_path, hidden):
+    plant(tmp_path, *TWO, f"{hidden}/1.png", f"cat/{hidden}/1.png", f"cat/deep/{hidden}/x/1.png")
+    (tmp_path / "cat" / "deep" / "2.png").write_bytes(picture(2))
+    classes, images, passed_over = listed(tmp_path)
+    assert (classes, images) == (FOUND[0], FOUND[1] | {"cat/deep/2.png": 0})
+    assert passed_over == f"the hidden folders {hidden} (3 times)"
+
+
+def test_hidden_files_and_images_beside_the_classes_are_told(tmp_path):
+    plant(tmp_path, *TWO, "cat/._1.png", "dog/.DS_Store", "stray.png")
+    os.mkfifo(tmp_path / "dog" / "pipe.png")
+    classes, images, passed_over = listed(tmp_path)
+    assert (classes, images) == FOUND
+    assert passed_over == "2 hidden files, 1 pipes or devices, 1 images beside the folders"
+
+
+def test_splits_beside_another_folder_are_refused_with_what_to_write(tmp_path):
+    plant(tmp_path, *(f"{split}/{name}" for split in ("train", "val", "extra") for name in TWO))
+    said = refusal(tmp_path)
+    assert "splits (train, val) beside other folders (extra)" in said and "--split train" in said
+    assert str(tmp_path / "train") in said
+    classes, images, passed_over = listed(tmp_path, "val")
+    assert classes == ("cat", "dog") and set(images) == {"val/cat/1.png", "val/dog/1.png"}
+    assert passed_over == "the folders extra beside the splits"
+    assert "extra" in refusal(tmp_path, "extra")
+
+
+@pytest.mark.parametrize("names", [("Train", "Test"), ("training", "validation"), ("train", "dev")])
+def test_splits_by_other_names_are_splits_too(tmp_path, names):
+    plant(tmp_path, *(f"{split}/{name}" for split in names for name in TWO), ".cache/x/1.png")
+    assert "has the splits" in refusal(tmp_path)
+    assert listed(tmp_path, names[0])[0] == ("cat", "dog")
+
+
+def test_a_class_may_be_called_train_where_it_holds_images(tmp_path):
+    plant(tmp_path, "bus/1.png", "car/1.png", "train/1.png")
+    assert listed(tmp_path)[0] == ("bus", "car", "train")
+    plant(tmp_path, "test/1.png")
+    assert "splits (test, train) beside" in refusal(tmp_path)
+
+
+def test_a_split_without_classes_and_a_flat_folder_are_told(tmp_path):
+    plant(tmp_path, "train/1.png", "val/1.png")
+    assert "no folder with a sub-folder per class (1 images beside" in refusal(tmp_path, "val")
+    assert "looks like none" in refusal(tmp_path / "val")
+
+
+@pytest.mark.parametrize("above", ["..", "../..", ".", "/"])
+@pytest.mark.timeout(20)
+def test_a_link_to_a_folder_above_is_refused_without_following_it(tmp_path, above):
+    plant(tmp_path / "source", *TWO)
+    (tmp_path / "source" / "cat" / "up").symlink_to(above)
+    said = refusal(tmp_path / "source")
+    assert "cat/up" in said and "a folder above it" in said
+
+
+def test_a_class_that_is_a_link_to_the_source_is_refused(tmp_path):
+    plant(tmp_path, *TWO)
+    (tmp_path / "all").symlink_to(tmp_path)
+    assert "a folder above it" in refusal(tmp_path)
+
+
+def test_a_folder_that_is_reached_twice_is_refused(tmp_path):
+    plant(tmp_path, *TWO)
+    (tmp_path / "cow").symlink_to(tmp_path / "cat")
+    assert "cow" in refusal(tmp_path) and "is the same folder as" in refusal(tmp_path)
+    (tmp_path / "cow").unlink()
+    (tmp_path / "dog" / "more").symlink_to("../cat")
+    assert "is the same folder as" in refusal(tmp_path)
+
+
+def test_a_link_to_nothing_is_an_image_that_its_reader_will_miss(tmp_path):
+    plant(tmp_path, *TWO)
+    links = {"a.png": "b.png", "b.png": "a.png", "c.png": "nowhere.png", "d": "e"}
+    for link, target in links.items():
+        (tmp_path / "cat" / link).symlink_to(target)
+    classes, images, passed_over = listed(tmp_path)
+    assert classes == FOUND[0] and passed_over == "1 files with no suffix"
+    assert images == FOUND[1] | {f"cat/{name}.png": 0 for name in "abc"}
+
+
+@pytest.mark.parametrize(("link", "target"), [
+    ("dog/2.png", "../cat/1.png"), ("cat/0.png", "1.png"), ("cat/2.png", "1.png"),
+    ("cow/1.png", "../cat/1.png"),
+])
+def test_a_file_that_is_reached_twice_is_refused(tmp_path, link, target):
+    plant(tmp_path, *TWO)
+    (tmp_path / link).parent.mkdir(exist_ok=True)
+    (tmp_path / link).symlink_to(target)
+    said = refusal(tmp_path)
+    assert link in said and "cat/1.png" in said and "is the same file as" in said
+
+
+def test_two_links_to_one_file_outside_are_refused(tmp_path):
+    plant(tmp_path, *TWO, "elsewhere.bin")
+    for name in ("cat", "dog"):
+        (tmp_path / name / "2.png").symlink_to(tmp_path / "elsewhere.bin")
+    assert "dog/2.png" in refusal(tmp_path) and "cat/2.png" in refusal(tmp_path)
+
+
+def test_classes_and_images_may_be_links_to_another_place(tmp_path):
+    plant(tmp_path / "store", "a/1.png", "b/1.png", "images/0001")
+    source = tmp_path / "source"
+    (source / "dog").mkdir(parents=True)
+    (source / "cat").symlink_to(tmp_path / "store" / "a")
+    (source / "dog" / "1.png").symlink_to(tmp_path / "store" / "b" / "1.png")
+    (source / "dog" / "2.png").symlink_to(tmp_path / "store" / "images" / "0001")
+    assert listed(source)[:2] == (("cat", "dog"), {"cat/1.png": 0, "dog/1.png": 1, "dog/2.png": 1})
+
+
+def test_all_empty_classes_are_named_at_once(tmp_path):
+    plant(tmp_path, *TWO, "eel/notes.txt", "fox/.hidden.png", "gnu/@eaDir/1.png")
+    assert "3 of 5 classes have no images: eel, fox, gnu" in refusal(tmp_path)
+
+
+def test_a_class_name_that_is_not_utf_8_is_refused(tmp_path):
+    plant(tmp_path, *TWO)
+    name = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.mkdir(name)
+    with open(name + b"/1.png", "wb") as file:
+        file.write(picture(3))
+    assert r"the class name 'caf\udce9' is not UTF-8" in refusal(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="to become another user takes root")
+def test_a_folder_that_may_not_be_read_is_one_message(tmp_path):
+    plant(tmp_path / "source", *TWO)
+    code = ("import sys; from pathlib import Path; from prelora_ds.errors import ConfigError\n"
+            "from prelora_ds.data.shards.sources import find_images, Request\n"
+            "import os; os.seteuid(65534)\n"
+            "try: find_images(Request(Path(sys.argv[1])))\n"
+            "except ConfigError as error: print(error, error.exit_code)")
+    for above in [tmp_path, *tmp_path.parents]:
+        if above.stat().st_uid == 0 and str(above).startswith("/tmp/"):
+            above.chmod(0o755)
+    for closed in ("source/cat", "source", ""):
+        (tmp_path / closed).chmod(0o700)
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "source")], text=True,
+                              capture_output=True, check=True)
+        assert "cannot be read (Permission denied)" in done.stdout, (closed, done)
+        assert done.stdout.strip().endswith("2")

@@ -1,0 +1,259 @@
+"""The output folder: whose it is, and which checkpoints a run goes on from."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.claims import DATA, begin, checkpoint, claim, config
+
+from prelora_ds.errors import ConfigError, DiskError, LaunchError
+from prelora_ds.run.checkpoints.checkpoint_folder import FOLDER, SAVED, STATE, set_aside
+from prelora_ds.run.checkpoints.resume import checkpoints_at
+from prelora_ds.run.claim import claim_output
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_run_that_never_began_binds_nobody_to_its_settings(tmp_path: Path) -> None:
+    """Its roll call was refused, say: what it left is config.yaml."""
+    out = tmp_path / "out"
+    assert claim(out) == [] and (out / "config.yaml").is_file()
+    assert claim(out, "never", "optimizer.lr=0.5") == []
+    begin(out)
+    with pytest.raises(ConfigError, match=r"optimizer.lr = 0.001: was 0.5 in"):
+        claim(out)
+
+
+def test_somebody_elses_folder_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("theirs: 1\n")
+    with pytest.raises(ConfigError):
+        claim(tmp_path)
+    assert contents(tmp_path) == {tmp_path / "config.yaml": b"theirs: 1\n"}
+
+
+def test_a_path_is_gone_to_once_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    source, other, out = checkpoint(tmp_path / "old", 15), checkpoint(tmp_path / "older", 3), tmp_path / "new"
+    assert claim(out, str(source)) == [source]
+    assert claim(out, str(source)) == [source]  # ended before it began
+    begin(out)
+    assert claim(out, str(source)) == [source]  # ended before its first checkpoint
+    assert [path.resolve() for path in claim(out)] == [source]  # and with --resume left out it is no other run
+    with pytest.raises(ConfigError, match="is of another run"):
+        claim(out, str(other))
+    own = checkpoint(out, 18)
+    assert claim(out, str(source)) == claim(out) == [own]
+
+
+def test_a_path_in_the_run_itself_goes_back_to_it(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    early, late = checkpoint(out, 3), checkpoint(out, 6)
+    claim(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/config.yaml").rename(out / "config.yaml")
+    begin(out)
+    assert claim(out, "auto") == [late, early]
+    assert claim(out, str(early)) == [early]
+    set_aside(out / FOLDER, [late])
+    assert claim(out, str(out / FOLDER / "aside" / late.name)) == [out / FOLDER / "aside" / late.name]
+
+
+def test_a_new_run_may_have_other_rates_and_data_and_a_resumed_one_may_not(tmp_path: Path) -> None:
+    source, out = checkpoint(tmp_path / "old", 15), tmp_path / "old"
+    others = DATA | {"data.train": "100 samples, index 00000000"}
+    assert claim(tmp_path / "new", str(source), "optimizer.lr=0.5", data=others) == [source]
+    with pytest.raises(ConfigError, match=r"lora.r_max = 8: was 4 in"):
+        claim(tmp_path / "newer", str(source), "lora.r_max=8")
+    assert not (tmp_path / "newer/config.yaml").exists()
+    (out / "config.yaml").write_text((tmp_path / "new/config.yaml").read_text().replace("0.5", "0.001"))
+    begin(out)
+    with pytest.raises(ConfigError, match=r"data.train = 't': has 100 samples, index 00000000, and the run in"):
+        claim(out, data=others)
+
+
+# ---- logs without checkpoints
+
+def test_logs_whose_checkpoints_were_removed_are_refused_and_kept(tmp_path: Path) -> None:
+    """Whether the folder is gone, or only what was in it."""
+    out = tmp_path / "out"
+    assert claim(out) == []
+    begin(out)
+    assert claim(out) == []  # ended before its first checkpoint
+    saved = checkpoint(out, 10)
+    (out / SAVED).touch()
+    (saved.parent / "latest").write_text(f"{saved.name}\n")
+    assert claim(out) == [saved]
+    for gone in (saved, saved.parent / "latest", saved.parent):
+        away = tmp_path / "away"
+        gone.rename(away)
+        if gone.name != "latest":
+            before = contents(out)
+            with pytest.raises(ConfigError, match="whose checkpoints were removed"):
+                claim(out)
+            assert contents(out) == before
+        away.rename(gone)
+    assert claim(out) == [saved]
+
+
+def test_a_run_of_0_1_0_is_known_to_have_checkpoints_once_it_is_continued(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    claim(out)
+    begin(out)
+    saved = checkpoint(out, 10)
+    assert claim(out) == [saved]
+    saved.rename(tmp_path / "away")
+    with pytest.raises(ConfigError, match="whose checkpoints were removed"):
+        claim(out)
+
+
+def test_a_folder_that_was_emptied_by_hand_takes_a_new_run(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    claim(out)
+    (out / SAVED).touch()
+    (out / "config.yaml").unlink()
+    assert claim(out) == []
+    begin(out)
+    assert claim(out) == []  # what the former run had saved is forgotten
+
+
+# ---- a duration that ends before the checkpoint
+
+@pytest.mark.parametrize(("duration", "steps"), [
+    ("10 steps", 10), ("20 steps", 20), ("0.5 epochs", 12)])
+def test_a_new_run_has_to_last_longer_than_to_its_checkpoint(
+    tmp_path: Path, duration: str, steps: int
+) -> None:
+    source = checkpoint(tmp_path / "old", 20)
+    both = rf"ends the run after step {steps}, and the checkpoint .* is of step 20 already"
+    with pytest.raises(ConfigError, match=both) as caught:
+        claim(tmp_path / "new", str(source), f"train.duration={duration}", steps=steps)
+    assert (caught.value.key, caught.value.value) == ("train.duration", duration)
+    assert not (tmp_path / "new/config.yaml").exists()
+    assert claim(tmp_path / "new", str(source), "train.duration=21 steps", steps=21) == [source]
+
+
+def test_the_runs_own_checkpoint_of_its_last_step_is_taken(tmp_path: Path) -> None:
+    """It was ended while it wrote its export."""
+    out = tmp_path / "out"
+    claim(out)
+    begin(out)
+    last = checkpoint(out, 20)
+    assert claim(out) == [last]
+
+
+# ---- what is damaged
+
+@pytest.mark.parametrize("change", [
+    lambda state: state.pop("run"), lambda state: state.update(run=[]),
+    lambda state: state.pop("config"), lambda state: state.update(config=3),
+    lambda state: state.update(data=None), lambda state: state.clear()])
+def test_a_state_that_is_not_one_is_left_to_the_loader(tmp_path: Path, change: Any) -> None:
+    saved = checkpoint(tmp_path / "old", 10, change=change)
+    assert claim(tmp_path / "new", str(saved)) == [saved]
+
+
+def test_a_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    too_long = tmp_path.joinpath(*["z" * 250] * 20)
+    for out in (tmp_path / "file", tmp_path / "file/below", Path("/proc/x"), too_long):
+        with pytest.raises(ConfigError) as caught:
+            claim(out)
+        assert caught.value.key == "run.output_dir"
+
+
+@pytest.mark.parametrize("resume", ["", ".", "nothing", "x" * 300, "a\n"])
+def test_what_is_not_a_run_is_refused_by_its_name(tmp_path: Path, resume: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        claim(tmp_path / "out", resume)
+    assert (caught.value.key, caught.value.value) == ("--resume", resume)
+
+
+def test_an_empty_name_is_not_the_folder_one_is_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = checkpoint(tmp_path, 10)
+    wanted = config(tmp_path / "new")
+    monkeypatch.chdir(tmp_path)
+    assert checkpoints_at(".") == [saved.relative_to(tmp_path)]
+    with pytest.raises(ConfigError, match="neither a checkpoint nor a run"):
+        claim_output(tmp_path / "new", wanted, "", DATA, steps=20)
+
+
+@pytest.mark.parametrize("log", [b"\xff\n", b"{}\n", b"[1]\n", b"end\n"])
+def test_a_damaged_log_is_named(tmp_path: Path, log: bytes) -> None:
+    claim(tmp_path / "out")
+    (tmp_path / "out/plans.jsonl").write_bytes(log)
+    with pytest.raises(ConfigError, match=r"plans\.jsonl"):
+        claim(tmp_path / "out")
+
+
+@pytest.mark.parametrize("origin", [b"", b"\xff\xfe", b"\0"])
+def test_a_damaged_origin_is_one_message_or_none(tmp_path: Path, origin: bytes) -> None:
+    claim(tmp_path / "out")
+    (tmp_path / "out/origin").write_bytes(origin)
+    try:
+        assert claim(tmp_path / "out") == []
+    except ConfigError as error:
+        assert error.key == "--resume"
+
+
+# ---- classes
+
+@pytest.mark.parametrize(("known", "problem"), [
+    ({"classes": ["cat", "owl"], "num_labels": 2}, "has 'dog' as its class 1, and the checkpoint .* has 'owl'"),
+    ({"classes": ["cat", "dog", "owl"], "num_labels": 3}, "has 2 classes, and the checkpoint .* has 3"),
+    ({"num_labels": 3}, "has 2 classes, and the checkpoint .* has 3"),  # of an earlier version
+    ({"num_labels": 2}, None), ({"classes": ["cat", "dog"], "num_labels": 2}, None),
+])
+@pytest.mark.parametrize("new", [True, False])
+def test_data_of_other_classes_are_refused_in_a_new_run_too(
+    tmp_path: Path, known: dict[str, object], problem: str | None, new: bool
+) -> None:
+    source = checkpoint(tmp_path / "old", 15)
+    state = json.loads((source / STATE).read_text())
+    (source / STATE).write_text(json.dumps(state | known))
+    out, resume = (tmp_path / "new", str(source)) if new else (tmp_path / "old", "auto")
+
+    def claim_it() -> None:
+        claim_output(out, config(out), resume, DATA, ("cat", "dog"), steps=20).lease.release()
+
+    if not new:
+        claim(tmp_path / "elsewhere")
+        text = (tmp_path / "elsewhere/config.yaml").read_text()
+        (out / "config.yaml").write_text(text.replace(str(tmp_path / "elsewhere"), str(out)))
+    if problem is None:
+        claim_it()
+        return
+    with pytest.raises(ConfigError, match=problem) as caught:
+        claim_it()
+    assert caught.value.key == "data.train"
+    assert not (tmp_path / "new/config.yaml").exists()
+
+
+def test_a_damaged_log_is_told_before_the_run_resumes(tmp_path: Path) -> None:
+    claim(tmp_path)
+    begin(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\ngarbage\n{"step": 3}\n')
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl': line 2 is not JSON"):
+        claim(tmp_path)
+
+
+def test_a_full_disk_is_worth_another_try(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting takes root")
+    try:
+        with (disk / "filler").open("wb", buffering=0) as filler, pytest.raises(OSError, match="No space"):
+            while True:
+                filler.write(bytes(4096))
+        with pytest.raises((DiskError, LaunchError), match="No space left") as caught:
+            claim(disk / "out")
+        assert caught.value.exit_code == 75
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)

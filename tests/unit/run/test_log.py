@@ -1,0 +1,288 @@
+"""The logs of a run as side channels: what they lose is told once, and what is read is right or refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from prelora_ds.errors import ConfigError
+from prelora_ds.run.log import RunLog, check_logs, cut_back, read_lines, sync_logs, to_json
+
+
+class Monitor:
+    """In the place of TensorBoard; rank 0 has one."""
+
+    def __init__(self) -> None:
+        self.events: list[Any] = []
+
+    def write_events(self, events: Any) -> None:
+        self.events += events
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def log(tmp_path: Path, said: list[str]) -> Iterator[RunLog]:
+    log = RunLog(tmp_path, Monitor(), said.append)
+    yield log
+    log.close()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting takes root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def step(number: int, **more: Any) -> dict[str, Any]:
+    return {"step": number, "epoch": number / 2, "phase": "full", "train/loss": 2.5} | more
+
+
+def fill(folder: Path) -> Path:
+    """A file that takes all the room that is left."""
+    with (
+        (folder / "filler").open("wb", buffering=0) as filler,
+        pytest.raises(OSError, match="No sp"),
+    ):
+        while True:
+            filler.write(bytes(4096))
+    return folder / "filler"
+
+
+def test_rows_are_in_the_file_when_they_are_written(log: RunLog, tmp_path: Path) -> None:
+    log.metrics(step(1), samples=64)
+    assert read_lines(tmp_path / "metrics.jsonl") == [step(1)]
+
+
+def test_a_full_disk_loses_whole_rows_with_one_warning_and_later_rows_are_kept(
+    small_disk: Path, said: list[str]
+) -> None:
+    log = RunLog(small_disk, Monitor(), said.append)
+    log.metrics(step(1), samples=64)
+    filler = fill(small_disk)
+    for number in range(2, 200):  # more than what is left of the file's last page
+        log.metrics(step(number), samples=64 * number)
+    filler.unlink()
+    log.metrics(step(200), samples=64 * 200)
+    log.close()
+    steps = [row["step"] for row in read_lines(small_disk / "metrics.jsonl")]
+    assert steps == [*range(1, len(steps)), 200] and len(steps) < 150
+    assert said == [
+        f"warning: {small_disk / 'metrics.jsonl'} cannot be written (No space left on device); "
+        "training continues"
+    ]
+
+
+@pytest.mark.parametrize("how", ["removed", "replaced"])
+def test_a_log_that_is_taken_away_is_begun_again_with_one_warning(
+    how: str, log: RunLog, said: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for number in range(1, 5):
+        if number in (2, 4):
+            path.unlink()
+            if how == "replaced":
+                path.write_text("")
+        log.metrics(step(number), samples=number)
+    assert [row["step"] for row in read_lines(path)] == [4]
+    assert said == [
+        f"warning: {path} was removed or replaced; the rows before are lost; training continues"
+    ]
+
+
+def test_a_folder_that_is_taken_away_costs_one_warning_for_each_log(
+    said: list[str], tmp_path: Path
+) -> None:
+    log = RunLog(tmp_path / "none", Monitor(), said.append)
+    for number in range(3):
+        log.metrics(step(number + 1), samples=1)
+        log.plans({"event": "plan", "step": 0})
+    assert len(said) == 2 and all("No such file or directory" in text for text in said)
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "full"])
+def test_a_log_that_is_no_file_costs_one_warning_and_nobody_waits(
+    kind: str, said: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    {
+        "folder": path.mkdir,
+        "pipe": lambda: os.mkfifo(path),
+        "full": lambda: path.symlink_to("/dev/full"),
+    }[kind]()
+    log = RunLog(tmp_path, Monitor(), said.append)
+    log.metrics(step(1), samples=1)
+    log.metrics(step(2), samples=2)
+    log.close()
+    assert len(said) == 1 and "metrics.jsonl cannot be written" in said[0]
+
+
+def test_other_ranks_write_nothing(tmp_path: Path, said: list[str]) -> None:
+    log = RunLog(tmp_path, None, said.append)
+    log.metrics(step(1), samples=1)
+    log.close()
+    assert list(tmp_path.iterdir()) == [] and said == []
+
+
+def test_numbers_that_json_does_not_have_become_null(log: RunLog, tmp_path: Path) -> None:
+    log.metrics(step(1, **{"train/loss": math.nan, "grad_norm": math.inf}), samples=1)
+    log.plans(
+        {"event": "bytes", "step": 3, "measured": {"weights": -math.inf, "ranks": (1.5, math.nan)}}
+    )
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=refuse) == step(
+        1, **{"train/loss": None, "grad_norm": None}
+    )
+    assert json.loads((tmp_path / "plans.jsonl").read_text(), parse_constant=refuse)[
+        "measured"
+    ] == {"weights": None, "ranks": [1.5, None]}
+
+
+def test_rows_of_earlier_versions_with_nan_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "train/loss": NaN}\n{"step": 2, "train/loss": -Infinity}\n')
+    first, second = read_lines(path)
+    assert math.isnan(first["train/loss"]) and second["train/loss"] == -math.inf
+
+
+@pytest.mark.parametrize(
+    "tail", [b"", b'{"step": 3, "epo', b'{"step": 3, "ep\0\0\0\0', b"\0" * 4096]
+)
+def test_an_unfinished_last_line_is_left_out(tail: bytes, tmp_path: Path) -> None:
+    """Of a kill, or of a power cut, after which blocks that were not written are zeros."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes((to_json(step(1)) + "\n" + to_json(step(2)) + "\n").encode() + tail)
+    assert read_lines(path) == [step(1), step(2)]
+    cut_back(tmp_path, 2)
+    assert path.read_text() == to_json(step(1)) + "\n" + to_json(step(2)) + "\n"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "[1]",
+        "null",
+        "1",
+        "\x00x",
+        "{'step': 1}",
+        "[" * 5000,
+        '{"step": 1} {}',
+        '{"step": "1"}',
+        '{"step": true}',
+        '{"step": 1.5}',
+        "{}",
+    ],
+)
+def test_a_damaged_line_is_told_before_a_run_resumes(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "windows.jsonl"
+    path.write_text(f'{{"last_step": 1}}\n{line}\n{{"last_step": 3}}\n')
+    with pytest.raises(ConfigError, match="line 2 ") as caught:
+        check_logs(tmp_path)
+    assert (caught.value.key, caught.value.value) == ("log", str(path))
+
+
+def test_a_cut_log_keeps_the_rows_until_the_step(tmp_path: Path) -> None:
+    rows = {
+        "metrics": [step(n) for n in range(1, 9)],
+        "plans": [
+            {"event": "plan", "step": 0},
+            {"event": "bytes", "step": 3},
+            {"event": "plan", "step": 6},
+        ],
+        "windows": [{"last_step": 4, "loss": 1.0}, {"last_step": 8, "loss": 0.5}],
+    }
+    for name, content in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(to_json(row) + "\n" for row in content))
+    cut_back(tmp_path, 5)
+    assert read_lines(tmp_path / "metrics.jsonl") == rows["metrics"][:5]
+    assert read_lines(tmp_path / "plans.jsonl") == rows["plans"][:2]
+    assert read_lines(tmp_path / "windows.jsonl") == rows["windows"][:1]
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".jsonl"] * 3
+
+
+def test_a_log_of_which_nothing_is_cut_takes_no_room_on_a_full_disk(small_disk: Path) -> None:
+    path = small_disk / "metrics.jsonl"
+    path.write_text("".join(to_json(step(n)) + "\n" for n in range(1, 9)))
+    fill(small_disk)
+    cut_back(small_disk, 8)
+    with pytest.raises(OSError, match="No space left"):
+        cut_back(small_disk, 7)
+    assert len(read_lines(path)) == 8
+
+
+def test_logs_that_are_not_there_need_no_sync(tmp_path: Path) -> None:
+    (tmp_path / "plans.jsonl").mkdir()
+    (tmp_path / "windows.jsonl").write_text("")
+    sync_logs(tmp_path)
+    assert (tmp_path / "windows.jsonl").read_text() == ""
+
+
+LOGS_OF_5_STEPS = {
+    "metrics": [step(n) for n in range(1, 6)],
+    "plans": [{"event": "plan", "step": n, "phase": "full", "switch": None} for n in range(5)],
+    "windows": [{"index": n, "last_step": n, "loss": 1.5, "norms": {"q": {"0": 2.5}}} for n in range(5)],
+}
+WORDS = [b"null", b"NaN", b"1e999", b"-1", b'"', b"{}", b"[]", b"\n", b"\0", b"9" * 30, b"true"]
+
+
+@st.composite
+def mutations(draw: st.DrawFn) -> tuple[str, bytes]:
+    """The name of a log, and its content with a few bytes replaced, taken out or put in."""
+    name = draw(st.sampled_from(sorted(LOGS_OF_5_STEPS)))
+    data = bytearray("".join(to_json(row) + "\n" for row in LOGS_OF_5_STEPS[name]).encode())
+    for _ in range(draw(st.integers(1, 3))):
+        at, cut = draw(st.integers(0, len(data))), draw(st.integers(0, 12))
+        data[at : at + cut] = draw(st.binary(max_size=4) | st.sampled_from(WORDS))
+    return name, bytes(data)
+
+
+@settings(
+    deadline=None, max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(log=mutations(), until=st.integers(-1, 6))
+def test_a_damaged_log_is_cut_rightly_or_refused(
+    log: tuple[str, bytes], until: int, tmp_path: Path
+) -> None:
+    for other in tmp_path.iterdir():
+        other.unlink()
+    name, data = log
+    path = tmp_path / f"{name}.jsonl"
+    path.write_bytes(data)
+    try:
+        rows = read_lines(path)
+        check_logs(tmp_path)
+    except ConfigError as error:
+        assert error.key == "log"
+        with pytest.raises(ConfigError):
+            cut_back(tmp_path, until)
+        assert path.read_bytes() == data
+        return
+    cut_back(tmp_path, until)
+    wanted = [row for row in rows if row.get("step", row.get("last_step")) <= until]
+    assert to_json(read_lines(path)) == to_json(wanted)
