@@ -286,6 +286,7 @@ def _set_weight(p: nn.Parameter, full: torch.Tensor) -> None:
         start = p.ds_tensor.ds_numel * comm.get_rank()
         part = full.view(-1)[start: start + p.ds_tensor.ds_numel]
         p.ds_tensor.detach()[: part.numel()].copy_(part)
+        p.ds_tensor.detach()[part.numel():].zero_()  # padding, which DeepSpeed 0.19 leaves as it found it
         if p.data.numel() == p.ds_numel:  # small parameters stay gathered
             p.data.copy_(full)
     else:

@@ -72,8 +72,10 @@ def _open_if_closed(descriptor: int) -> None:
 class _Outliving:
     def __init__(self, stream: TextIO, name: str, other: TextIO) -> None:
         self._stream, self._name, self._other = stream, name, other
-        # For a terminal without UTF-8.
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]
+        # For a terminal without UTF-8. A descriptor that was a file when Python looked, and is a
+        # pipe now, cannot be reconfigured.
+        with contextlib.suppress(OSError):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

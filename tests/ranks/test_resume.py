@@ -465,7 +465,8 @@ def test_the_list_of_checkpoints_verifies_each(stopped, tmp_path):
     from prelora_ds.cli import app
 
     lines = CliRunner().invoke(app, ["checkpoints", str(out)]).output.splitlines()
-    assert [line.split()[0] for line in lines] == [f"step-{step:08d}" for step in (15, 12, 9, 6, 3)]
+    assert [line.split()[0] for line in lines] == [f"step-{step:08d}" for step in (15, 12, 10, 9, 6, 3)]
+    assert "acc1 " in lines[2] and not any("acc1 " in line for line in (*lines[:2], *lines[3:]))  # evaluated there
     assert "lora" in lines[0] and "2 ranks, ZeRO 2" in lines[0] and "+ base-" in lines[0] and "verified" in lines[0]
     assert "BROKEN: " in lines[1] and "state.json: holds 2 bytes" in lines[1] and "full" in lines[-1]
 
