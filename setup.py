@@ -52,6 +52,7 @@ setup(
             "hypothesis>=6.170,<7",
             "ruff>=0.17,<0.18",
             "mypy>=2.4,<3",
+            "types-PyYAML>=6,<7",
             "import-linter>=2.16,<3",
             "scikit-image>=0.26,<0.27",
             "foolbox>=3.3.4,<4",

@@ -179,6 +179,7 @@ class _Builder:
             return self._mapping(node, at, depth)
         if isinstance(node, yaml.SequenceNode):
             return [self.value(item, (*at, i), depth + 1) for i, item in enumerate(node.value)]
+        assert isinstance(node, yaml.ScalarNode), "YAML has no other kind of node"
         if node.style is not None:  # in quotes, or a block
             return node.value
         if self._is_text(at):
