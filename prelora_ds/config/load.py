@@ -35,7 +35,9 @@ OWNED_BY_RECIPE = {
 # What else a JSON may hold. DeepSpeed itself says nothing of a misspelt key here.
 KNOWN_KEYS = ("zero_optimization", "bf16", "zero_force_ds_cpu_optimizer", "comms_logger", "wall_clock_breakdown",
               "memory_breakdown")
-BF16_KEYS = ("enabled", "immediate_grad_update", "check_grad_overflow")
+SWITCHES = ("zero_force_ds_cpu_optimizer", "wall_clock_breakdown", "memory_breakdown")  # true or false
+BF16_KEYS = ("enabled", "immediate_grad_update", "check_grad_overflow")  # true or false
+COMMS_LOGGER_KEYS = ("enabled", "verbose", "prof_all", "debug", "prof_ops")  # true or false, and a list
 # Keys of zero_optimization that were tried at another value than DeepSpeed's default: tests/ranks/test_zero_keys.py
 # trains with each of them and gets the losses of the default. Any other key is refused.
 ZERO_KEYS = (
@@ -160,22 +162,32 @@ def check_deepspeed(values: Mapping[str, Any], source: str) -> None:
         if key in values:
             raise ConfigError(f"{source}: {key}", values[key], f"this key is owned by the recipe ({owner})",
                               f'remove "{key}" from {source} and set it in the recipe')
-    zero, bf16 = _section(values, "zero_optimization", source), _section(values, "bf16", source)
     _only(values, (*OWNED_BY_RECIPE, *KNOWN_KEYS), source)
+    zero, bf16, comms = (_section(values, key, source) for key in ("zero_optimization", "bf16", "comms_logger"))
     _only(bf16, BF16_KEYS, f"{source}: bf16")
-    if bf16.get("enabled", True) is not True:
+    _only(comms, COMMS_LOGGER_KEYS, f"{source}: comms_logger")
+    _switches(values, SWITCHES, source)
+    _switches(bf16, BF16_KEYS, f"{source}: bf16")
+    _switches(comms, COMMS_LOGGER_KEYS[:-1], f"{source}: comms_logger")
+    operations = comms.get("prof_ops", [])
+    if not isinstance(operations, list) or not all(isinstance(name, str) for name in operations):
+        raise ConfigError(f"{source}: comms_logger.prof_ops", operations, "is not a list of names",
+                          'write for example ["all_reduce"]')
+    if bf16.get("enabled") is False:
         raise ConfigError(f"{source}: bf16.enabled", False, "training runs in BF16", "set it to true")
     stage = zero.get("stage", 0)
     if type(stage) is not int or stage not in (0, 1, 2, 3):
-        raise ConfigError(f"{source}: zero_optimization.stage", stage, "is no ZeRO stage", "choose 0, 1, 2 or 3")
+        raise ConfigError(f"{source}: zero_optimization.stage", stage, "is not a ZeRO stage", "choose 0, 1, 2 or 3")
     for key in ("reduce_bucket_size", "stage3_param_persistence_threshold"):
         if isinstance(zero.get(key), bool) or not isinstance(zero.get(key, 0), int | float):
-            raise ConfigError(f"{source}: zero_optimization.{key}", zero[key], "is no number", "write it as a number")
+            raise ConfigError(f"{source}: zero_optimization.{key}", zero[key], "is not a number",
+                              "write it as a number")
     for key, (off, why) in REFUSED_ZERO_KEYS.items():
         if zero.get(key, off) not in (None, off, {"device": "none"}):
             raise ConfigError(f"{source}: zero_optimization.{key}", zero[key], why, "remove it")
     _only(zero, (*ZERO_KEYS, *REFUSED_ZERO_KEYS), f"{source}: zero_optimization")
-    offload = _section(zero, "offload_optimizer", f"{source}: zero_optimization")
+    offload = {} if zero.get("offload_optimizer") is None else \
+        _section(zero, "offload_optimizer", f"{source}: zero_optimization")
     _only(offload, OFFLOAD_KEYS, f"{source}: zero_optimization.offload_optimizer")
     target = offload.get("device", "none")
     if target not in ("none", "cpu") or (target == "cpu" and stage not in (2, 3)):
@@ -192,12 +204,16 @@ def _only(values: Mapping[str, Any], known: Sequence[str], source: str) -> None:
 
 
 def _section(values: Mapping[str, Any], key: str, source: str) -> Mapping[str, Any]:
-    section = values.get(key)
-    if section is None:
-        return {}
+    section = values.get(key, {})
     if not isinstance(section, dict):
-        raise ConfigError(f"{source}: {key}", section, "is no mapping of keys", "see ds_configs/")
+        raise ConfigError(f"{source}: {key}", section, "is not a mapping of keys", "see ds_configs/")
     return section
+
+
+def _switches(values: Mapping[str, Any], keys: Sequence[str], source: str) -> None:
+    for key in keys:
+        if not isinstance(values.get(key, True), bool):
+            raise ConfigError(f"{source}: {key}", values[key], "is not a switch", "write true or false")
 
 
 def dump_yaml(config: Config) -> str:

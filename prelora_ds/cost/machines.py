@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from prelora_ds.config.documents import read_json
-from prelora_ds.cost.timing import GPUS, INTER_GB_S, LINK_EFFICIENCY, Rates, data_sheet_rates
+from prelora_ds.cost.timing import GPUS, INTER_GB_S, KINDS, LINK_EFFICIENCY, Rates, data_sheet_rates
 from prelora_ds.errors import ConfigError
 
 
@@ -55,7 +59,13 @@ def read_calibration(path: Path, key: str) -> tuple[Rates, float]:
     """Rates, and GiB of memory of a rank, that `prelora calibrate` wrote to ``path``; raises ConfigError."""
     try:
         content = read_json(path.read_text(encoding="utf-8"))
-        return Rates(**content["rates"]), float(content["memory_gib"])
+        rates = TypeAdapter(Rates).validate_json(json.dumps(content["rates"]), strict=True)
+        memory_gib = TypeAdapter(float).validate_python(content["memory_gib"], strict=True)
+        wrong = [kind for kind in KINDS if not 0 <= rates.seconds[kind] < math.inf]
+        if wrong or not 0 < memory_gib < math.inf or not 0 < rates.sharing < math.inf:
+            raise ValueError(f"{wrong[0] if wrong else 'memory_gib or sharing'} is not a figure of a machine")
+        return rates, memory_gib
     except (OSError, ValueError, KeyError, TypeError) as exc:
-        raise ConfigError(key, str(path), f"is not a calibration: {exc!r}",
+        problem = str(exc).splitlines()[0] if isinstance(exc, ValueError | OSError) else repr(exc)
+        raise ConfigError(key, str(path), f"is not a calibration: {problem}",
                           "write one with `prelora calibrate`") from exc

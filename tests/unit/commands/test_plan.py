@@ -150,3 +150,21 @@ def test_walltimes(text: str, seconds: float) -> None:
     from prelora_ds.config.fields import parse_walltime
 
     assert parse_walltime(text) == seconds
+
+
+@pytest.mark.parametrize("change", [
+    {"rates": {"source": "x", "measured": True, "seconds": {}}},
+    {"rates": {"source": "x", "measured": True, "seconds": "a"}},
+    {"memory_gib": -4}, {"memory_gib": "4"}, {"rates": None}, {"rates": {"seconds": 1}},
+])
+def test_a_calibration_of_other_content_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    from prelora_ds.cost.machines import read_calibration
+    from prelora_ds.errors import ConfigError
+
+    path = tmp_path / "c.json"
+    good = {"rates": {"source": "x", "measured": True, "seconds": dict.fromkeys(KINDS, 1.0)}, "memory_gib": 4.0}
+    path.write_text(json.dumps(good))
+    assert read_calibration(path, "--calibration")[1] == 4.0
+    path.write_text(json.dumps(good | change))
+    with pytest.raises(ConfigError, match="is not a calibration"):
+        read_calibration(path, "--calibration")

@@ -19,6 +19,7 @@ from prelora_ds.config.load import (
     validate,
 )
 from prelora_ds.config.tree import Config, Duration
+from prelora_ds.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[3]
 RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
@@ -301,7 +302,7 @@ def test_an_override_of_the_deepspeed_json_has_the_last_word(recipe: Path) -> No
                                               "offload_optimizer")])
 def test_a_section_of_the_wrong_shape_is_refused(tmp_path: Path, values: dict[str, Any], key: str) -> None:
     error = mistake(deepspeed_json(tmp_path, values), call=read_deepspeed_json)
-    assert error.key.endswith(f": {key}") and error.problem == "is no mapping of keys"
+    assert error.key.endswith(f": {key}") and error.problem == "is not a mapping of keys"
 
 
 @pytest.mark.parametrize("key", ["optimizer", "train_batch_size"])
@@ -380,3 +381,29 @@ def test_check_world_refuses_accumulation_at_stage_0() -> None:
     error = mistake(config, 2, call=check_world)
     assert "ZeRO stage 0" in error.problem
     assert "another ZeRO stage" in error.remedy
+
+
+@pytest.mark.parametrize(("values", "key"), [
+    ({"zero_optimization": None}, "zero_optimization"), ({"bf16": None}, "bf16"),
+    ({"bf16": {"immediate_grad_update": "x"}}, "bf16: immediate_grad_update"),
+    ({"bf16": {"enabled": 1}}, "bf16: enabled"), ({"comms_logger": 5}, "comms_logger"),
+    ({"comms_logger": {"nonsense": 1}}, "comms_logger: nonsense"),
+    ({"comms_logger": {"verbose": "yes"}}, "comms_logger: verbose"),
+    ({"comms_logger": {"prof_ops": "all_reduce"}}, "comms_logger.prof_ops"),
+    ({"wall_clock_breakdown": 5}, "wall_clock_breakdown"), ({"memory_breakdown": "x"}, "memory_breakdown"),
+    ({"zero_force_ds_cpu_optimizer": "maybe"}, "zero_force_ds_cpu_optimizer"),
+])
+def test_a_bad_value_of_any_deepspeed_key_is_refused_for_the_run_and_for_each_phase(
+        values: dict[str, Any], key: str) -> None:
+    """In a phase it would end the run at the switch, days into it."""
+    zero = {"zero_optimization": {"stage": 2}}
+    for changes in ({"deepspeed": {**zero, **values}}, {"phases": {"lora": {"deepspeed": {**zero, **values}}}}):
+        with pytest.raises(ConfigError) as refused:
+            validate(merged(changes), "test")
+        assert refused.value.key.endswith(f": {key}")
+
+
+def test_a_section_that_is_as_deepspeed_documents_it_is_taken() -> None:
+    comms = {"enabled": True, "verbose": False, "prof_all": False, "debug": False, "prof_ops": ["all_reduce"]}
+    zero = {"stage": 2, "offload_optimizer": None}
+    assert validate(merged({"deepspeed": {"zero_optimization": zero, "comms_logger": comms}}), "test").zero.stage == 2
