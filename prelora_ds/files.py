@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import socket
@@ -42,21 +43,26 @@ def replace_file(path: Path, data: str | bytes | memoryview, *, durable: bool = 
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, *, replace: bool) -> Iterator[Path]:
     """A folder to write into, which gets the name ``path`` at the end, whole and on disk.
 
-    A folder that has the name already is replaced. After an exception ``path`` is as it was, and
-    nothing else is left. Raises OSError.
+    replace: whether a folder of that name is replaced, for a caller that is the only one to write it;
+    what an earlier try left after a kill is removed then, too. Without, such a folder is an OSError.
+
+    After an exception ``path`` is as it was, and nothing else is left. Raises OSError.
     """
-    partial = path.with_name(f".{path.name}{PARTIAL}")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a kill
+    if replace:
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
+            shutil.rmtree(left, ignore_errors=True)
+    partial = path.with_name(f".{path.name}.{uuid4().hex}{PARTIAL}")
     try:
         partial.mkdir(parents=True)
         yield partial
         for file in partial.rglob("*"):
             if file.is_file():
                 _sync(file)
-        shutil.rmtree(path, ignore_errors=True)
+        if replace:
+            shutil.rmtree(path, ignore_errors=True)
         partial.rename(path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

@@ -12,6 +12,7 @@ from prelora_ds.config.tree import Config
 from prelora_ds.core.plan import Layout, Phase, warmup_plan
 from prelora_ds.core.schedule import Timeline
 from prelora_ds.errors import ORPHAN_EXIT_CODE, ConfigError, LaunchError, Stopped
+from prelora_ds.hosts.ancestors import launcher_here
 from prelora_ds.hosts.check_in import call_the_roll, declining, make_of
 from prelora_ds.hosts.discovery import Ranks
 from prelora_ds.hosts.heartbeat import Supervision
@@ -81,7 +82,8 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
             warn_of_a_short_run(config, timeline)
         guard.beat(2 * config.launch.timeout_s)  # the roll call ends by itself, and says who is missing
         # After the claim: a rank 0 that is refused its folder has not yet let the others in, and its exit code counts.
-        hosts = call_the_roll(ranks, make_of(dump_yaml(config)), os.environ, config.launch.timeout_s, give_up)
+        hosts = call_the_roll(ranks, make_of(dump_yaml(config)), os.environ, config.launch.timeout_s, give_up,
+                              launcher_here())
         guard.beat()
         init_process_group()
         from prelora_ds.train import train

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,9 @@ def evaluate(model: Path, data: Annotated[Path, typer.Option(help="a folder of s
 
     result = evaluate_folder(model, data)
     accuracy = result.accuracy
+    save_json(model / "accuracy.json", result.to_json(), "MODEL")
     typer.echo(
         f"{model} on {data}: {accuracy.correct} of {accuracy.samples} right, {accuracy.acc1:.2%}"
     )
-    save_json(model / "accuracy.json", result.to_json(), "MODEL")
+    if not math.isfinite(accuracy.loss):
+        typer.echo(f"warning: the logits of {model} are not all finite, and such images count as wrong", err=True)

@@ -74,7 +74,7 @@ def export_checkpoint(source: Path, out: Path, form: str) -> Path:
     if form == "peft" and not plan.adapters:
         raise ConfigError("--format", form, f"the checkpoint of step {found.run.step} is of phase {plan.phase}, which "
                           "has no adapters", "choose hf, or a later checkpoint")
-    with whole_folder(out) as partial:
+    with whole_folder(out, replace=False) as partial:
         if form == "deepspeed":
             _write_deepspeed(config, classes, layout, found, partial)
             return folder

@@ -46,7 +46,7 @@ def export_model(engine: Engine, folder: Path, classes: Sequence[str] | None = N
     if dist.get_rank() == 0:
         buffers = {name: buffer for name, buffer in state.buffers.items() if name in kept}
         try:
-            with whole_folder(folder) as partial:
+            with whole_folder(folder, replace=True) as partial:
                 write_model(merge(values, engine.plan, engine.layout) | buffers, engine.config,
                             classes or unnamed(engine.num_labels), partial)
         except NotSavedError as error:
@@ -66,14 +66,14 @@ def merge(values: Mapping[str, torch.Tensor], plan: Plan, layout: Layout) -> dic
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes ``folder`` at the end, whole and on disk.
+def whole_folder(folder: Path, *, replace: bool) -> Iterator[Path]:
+    """A folder to write into, which becomes ``folder`` at the end, whole and on disk (`new_folder`).
 
-    It replaces a folder that is there. Raises NotSavedError when the file system refuses it; then
+    Raises NotSavedError when the file system refuses it; then
     nothing of it is left, and ``folder`` is as it was.
     """
     try:
-        with new_folder(folder) as partial:
+        with new_folder(folder, replace=replace) as partial:
             yield partial
     except (OSError, SafetensorError, RuntimeError) as exc:
         if isinstance(exc, RuntimeError) and not is_disk_fault(exc):

@@ -68,6 +68,11 @@ class Ancestors:
         return None
 
 
+def launcher_here() -> int | None:
+    """The process id of the launcher that started this process on this host; None where none is known."""
+    return next((pid for pid, name in _line(os.getppid()) if name in LAUNCHERS), None)
+
+
 def _line(pid: int) -> Sequence[tuple[int, str]]:
     """Process ids and names from ``pid`` upwards, as far as the outermost launcher."""
     line, known = list[tuple[int, str]](), 0

@@ -49,14 +49,17 @@ class Card:
 
 
 def call_the_roll(ranks: Ranks, make: Mapping[str, str], environ: MutableMapping[str, str], timeout_s: float,
-                  end: Callable[[LaunchError], None]) -> list[str]:
+                  end: Callable[[LaunchError], None], launcher: int | None = None) -> list[str]:
     """Wait for every rank and compare; returns the host of each rank. Collective.
+
+    launcher: the process that started this rank on its host, where one is known. Two ranks of one host
+    that have different ones are of different jobs, and the one that is not rank 0's leaves.
 
     end: ends this process when torch's store itself hangs, as it does where something else listens at the port.
 
-    Raises LaunchError when ranks are missing after ``timeout_s``, the master cannot be reached or
-    its port is taken; ConfigError when a rank is there twice or a host has other versions, code or
-    config; RefusedError when a rank could not begin (`declining`). All ranks raise alike.
+    Raises LaunchError when ranks are missing after ``timeout_s``, the master cannot be reached, or
+    its port is taken, perhaps by another job's rank 0; ConfigError when a rank is there twice or a host
+    has other versions, code or config; RefusedError when a rank could not begin (`declining`). All ranks raise alike.
     """
     global _store
     from torch.distributed import DistError
@@ -72,8 +75,9 @@ def call_the_roll(ranks: Ranks, make: Mapping[str, str], environ: MutableMapping
         with _overdue(timeout_s, end, lost):
             _store = store = _open_store(ranks, environ, timeout_s)
         with _overdue(timeout_s, end, lost):  # anew: rank 0 may have begun later, and counts its own time
-            verdict = _exchange(store, ranks, Card(ranks.rank, ranks.local_rank, here, make), timeout_s,
-                                _prefix(environ))
+            prefix = _prefix(environ)
+            _meet(store, ranks, here, launcher, timeout_s, prefix)
+            verdict = _exchange(store, ranks, Card(ranks.rank, ranks.local_rank, here, make), timeout_s, prefix)
     except (DistError, RuntimeError) as exc:
         raise LaunchError(f"{failed}: {str(exc).splitlines()[0]}\n  remedy: {remedy}", blames=(0,)) from exc
     if verdict["refused"]:
@@ -158,6 +162,25 @@ def _overdue(timeout_s: float, end: Callable[[LaunchError], None], error: Launch
         timer.cancel()
 
 
+def _meet(store: Any, ranks: Ranks, here: str, launcher: int | None, timeout_s: float, prefix: str) -> None:
+    """Let no rank of another job into the roll: one that reached this store because of the same port.
+
+    Raises LaunchError on that rank.
+    """
+    key = f"{prefix}/launcher"
+    if ranks.rank == 0:
+        store.set(key, json.dumps([here, launcher]))
+        return
+    deadline = time.monotonic() + timeout_s
+    while not store.check([key]) and not store.check([f"{prefix}/verdict"]) and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+    if store.check([key]):
+        host, other = json.loads(store.get(key))
+        if host == here and None not in (launcher, other) and launcher != other:
+            raise LaunchError(f"MASTER_PORT = {ranks.master_port}: another job on this host, started by process "
+                              f"{other}, uses it\n  remedy: choose another port (deepspeed: --master_port)")
+
+
 def _exchange(store: Any, ranks: Ranks, card: Card, timeout_s: float, prefix: str) -> dict[str, Any]:
     """Hand in ``card``; rank 0 collects until all are there or time is up, and all get its verdict."""
     deadline = time.monotonic() + timeout_s
@@ -217,7 +240,8 @@ def judge(cards: Sequence[Card], world_size: int, waited_s: float) -> dict[str, 
         for key in sorted({*first.make, *card.make}):
             if first.make.get(key) != card.make.get(key):
                 verdict["mistake"] = (key, card.make.get(key), f"on host {card.host} (rank {rank}); host {first.host} "
-                                      f"has {first.make.get(key)!r}", "give all hosts the same installation and recipe")
+                                      f"has {first.make.get(key)!r}", "give all hosts the same installation and "
+                                      "recipe; if these are of two jobs, give each job a port of its own")
                 return verdict
     verdict["hosts"] = [by_rank[rank].host for rank in range(world_size)]
     return verdict

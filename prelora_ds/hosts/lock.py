@@ -96,7 +96,7 @@ class Lease:
     def _text(self, renewals: int) -> str:
         pid = os.getpid()
         return json.dumps({"token": self._token, "host": socket.gethostname(), "pid": pid, "born": _born(pid),
-                           "boot": _boot_id(), "renewals": renewals})
+                           "boot": _boot_id(), "processes": _pid_namespace(), "renewals": renewals})
 
     def _renew(self) -> None:
         renewals = 0
@@ -135,8 +135,10 @@ def _surely_dead(held: dict[str, Any]) -> bool:
 
 
 def _is_of_this_machine(held: dict[str, Any]) -> bool:
-    """Whether this machine can tell if the holder lives: not of a file that names no process."""
+    """Whether this machine can tell if the holder lives: not of a file that names no process, and not from inside a
+    container of one outside."""
     return (held.get("host") == socket.gethostname() and held.get("boot") == _boot_id()
+            and held.get("processes") == _pid_namespace()
             and isinstance(held.get("pid"), int) and isinstance(held.get("born"), str))
 
 
@@ -150,6 +152,14 @@ def _born(pid: int) -> str | None:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:
         return None
+
+
+def _pid_namespace() -> str:
+    """What numbers of processes mean here: in a container they are others."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
 
 
 def _boot_id() -> str:

@@ -13,6 +13,7 @@ from prelora_ds.config.load import dump_yaml, read_settings, validate
 from prelora_ds.config.overrides import as_override
 from prelora_ds.config.tree import Config
 from prelora_ds.core.classes import classes_of, difference
+from prelora_ds.core.plan import Phase
 from prelora_ds.errors import ConfigError, cannot_write
 from prelora_ds.files import replace_file
 from prelora_ds.hosts.lock import NAME, Lease
@@ -65,7 +66,7 @@ def claim_output(folder: Path, config: Config, resume: str, data: Mapping[str, s
         begun = _check_folder(folder, config, resume)
         check_logs(folder)
         sources = candidates(folder, resume)
-        new_run = bool(sources) and root_of(sources[0].resolve()) != (folder / FOLDER).resolve()
+        new_run = bool(sources) and root_of(sources[0]).resolve() != (folder / FOLDER).resolve()
         origin = None if resume in ("auto", "never") else str(Path(resume).resolve())
         if begun and new_run and origin not in (None, origin_of(folder)):
             raise ConfigError("--resume", resume, f"is of another run, and {folder} holds one already",
@@ -149,6 +150,9 @@ def _check_sources(sources: Sequence[Path], config: Config, data: Mapping[str, s
             raise ConfigError("data.train", config.data.train, problem,
                               "name data of the classes that the checkpoint was trained on, or begin "
                               "without it in another run.output_dir")
+        if new_run and config.convergence is None and _phase_of(state) == Phase.WARMUP:
+            raise ConfigError("convergence", None, f"would never end the warm-up that the checkpoint {source} is in",
+                              "keep convergence, or begin from a checkpoint of another phase")
         if new_run and step >= steps:
             raise ConfigError("train.duration", str(config.train.duration),
                               f"ends the run after step {steps}, and the checkpoint {source} is of "
@@ -161,6 +165,13 @@ def _check_sources(sources: Sequence[Path], config: Config, data: Mapping[str, s
                                   "name the data that the run began with, wherever it lies, or choose another "
                                   f"run.output_dir and begin it with --resume {source}")
         return
+
+
+def _phase_of(state: Mapping[str, Any]) -> str | None:
+    try:
+        return str(state["run"]["phase"]["plan"]["phase"])
+    except (KeyError, TypeError):
+        return None  # told when it is loaded
 
 
 def is_finished(folder: Path) -> bool:

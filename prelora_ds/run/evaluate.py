@@ -38,6 +38,7 @@ def evaluate(logits_of: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tens
              device: torch.device | str = "cpu") -> Accuracy:
     """Top-1 over ``batches`` of (images, labels, mask); ``reduce`` sums a tensor over ranks in place.
 
+    A sample whose logits are not all finite counts as wrong: argmax would take NaN for the answer.
     Raises RuntimeError unless exactly ``samples`` samples were counted.
     """
     counts = torch.zeros(2, dtype=torch.int64, device=device)
@@ -45,7 +46,8 @@ def evaluate(logits_of: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tens
     for images, labels, mask in batches:
         logits = logits_of(images)
         labels, mask = labels.to(logits.device), mask.to(logits.device)
-        counts += torch.stack([((logits.argmax(-1) == labels) & mask).sum(), mask.sum()])
+        right = (logits.argmax(-1) == labels) & logits.isfinite().all(-1)
+        counts += torch.stack([(right & mask).sum(), mask.sum()])
         losses = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
         loss += losses[mask].double().sum()
     if reduce is not None:

@@ -47,7 +47,7 @@ def test_a_file_that_cannot_be_written_is_as_it_was(tmp_path: Path) -> None:
         replace_file(disk / "file", "old")
         with pytest.raises(OSError, match="No space"):
             replace_file(disk / "file", bytes(1 << 16))
-        with pytest.raises(OSError, match="No space"), new_folder(disk / "folder") as partial:
+        with pytest.raises(OSError, match="No space"), new_folder(disk / "folder", replace=True) as partial:
             (partial / "large").write_bytes(bytes(1 << 16))
         assert [path.name for path in disk.iterdir()] == ["file"]
         assert (disk / "file").read_text() == "old"
@@ -75,20 +75,37 @@ def test_a_reader_never_finds_a_part(tmp_path: Path) -> None:
 
 def test_a_folder_gets_its_name_when_it_is_whole(tmp_path: Path) -> None:
     folder = tmp_path / "deep/folder"
-    with new_folder(folder) as partial:
+    with new_folder(folder, replace=True) as partial:
         (partial / "a").write_text("1")
         assert not folder.exists()
     assert (folder / "a").read_text() == "1"
-    with new_folder(folder) as partial:
+    with new_folder(folder, replace=True) as partial:
         (partial / "b").write_text("2")
     assert os.listdir(folder) == ["b"]
 
 
 def test_a_folder_that_fails_leaves_the_one_before(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
-    with new_folder(folder) as partial:
+    with new_folder(folder, replace=True) as partial:
         (partial / "a").write_text("1")
-    with pytest.raises(KeyboardInterrupt), new_folder(folder) as partial:
+    with pytest.raises(KeyboardInterrupt), new_folder(folder, replace=True) as partial:
         (partial / "a").write_text("2")
         raise KeyboardInterrupt
     assert (folder / "a").read_text() == "1" and os.listdir(tmp_path) == ["folder"]
+
+
+def test_two_writers_of_one_folder_do_not_take_each_others_files(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    with pytest.raises(OSError, match="not empty"), new_folder(folder, replace=False) as mine:
+        with new_folder(folder, replace=False) as theirs:
+            (theirs / "a").write_text("theirs")
+        (mine / "a").write_text("mine")
+    assert (folder / "a").read_text() == "theirs" and os.listdir(tmp_path) == ["folder"]
+
+
+def test_what_a_kill_left_of_a_folder_is_removed_by_its_only_writer(tmp_path: Path) -> None:
+    (tmp_path / ".folder.0123.partial").mkdir()
+    (tmp_path / ".folder2.0123.partial").mkdir()
+    with new_folder(tmp_path / "folder", replace=True):
+        pass
+    assert sorted(os.listdir(tmp_path)) == [".folder2.0123.partial", "folder"]

@@ -158,6 +158,12 @@ def step_of(folder: Path) -> int:
     return int(match[1]) if match else -1
 
 
+def check_name(folder: Path, manifest: CheckpointManifest) -> None:
+    """Raise BrokenCheckpointError where a checkpoint has the name of another step."""
+    if step_of(folder) not in (-1, manifest.step):
+        raise BrokenCheckpointError(f"{folder}: holds step {manifest.step}; give it back its own name")
+
+
 def root_of(folder: Path) -> Path:
     """The folder of checkpoints that one is of, also when it was set aside."""
     return folder.parent.parent if folder.parent.name == ASIDE else folder.parent
@@ -230,6 +236,7 @@ def describe(folder: Path) -> str:
     """A line: step, phase, ranks and stage, bytes without the base, and whether all of it verifies."""
     try:
         manifest = CheckpointManifest.load(folder)
+        check_name(folder, manifest)
         manifest.verify(folder)
         if manifest.base is not None:
             load_base(root_of(folder), manifest.base).verify(root_of(folder) / manifest.base)

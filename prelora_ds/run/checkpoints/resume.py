@@ -24,6 +24,7 @@ from prelora_ds.run.checkpoints.checkpoint_folder import (
     MANIFEST,
     BrokenCheckpointError,
     CheckpointManifest,
+    check_name,
     list_checkpoints,
     load_base,
     read_run_state,
@@ -51,7 +52,7 @@ class Checkpoint:
 
     def of_run(self, out: Path) -> bool:
         """Whether it is of the run in ``out``, and not one that a new run begins from."""
-        return root_of(self.folder.resolve()) == (out / FOLDER).resolve()
+        return root_of(self.folder).resolve() == (out / FOLDER).resolve()
 
     def restore_rng(self, seed: int) -> None:
         """Set this rank's generators: as they were, or in a world of another size anew, from seed, rank and step."""
@@ -136,6 +137,7 @@ def read_checkpoint(folder: Path, layout: Layout, rank: int, world_size: int) ->
     Raises BrokenCheckpointError or OSError; ConfigError for another format.
     """
     manifest, share = CheckpointManifest.load(folder), slice(rank, None, world_size)
+    check_name(folder, manifest)
     manifest.verify(folder, share)
     parts = [(folder, manifest.world_size)]
     if manifest.base is not None:
@@ -195,7 +197,7 @@ def _rewind(out: Path, checkpoint: Checkpoint | None, done: int) -> None:
         return
     source, target = root_of(checkpoint.folder) / checkpoint.manifest.base, root / checkpoint.manifest.base
     if not target.exists():
-        with new_folder(target) as partial:
+        with new_folder(target, replace=True) as partial:
             shutil.copytree(source, partial, copy_function=_link_or_copy, dirs_exist_ok=True)
 
 

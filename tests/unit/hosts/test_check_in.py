@@ -75,6 +75,40 @@ def test_ranks_meet_in_one_store() -> None:
     assert all(environ["TORCHELASTIC_USE_AGENT_STORE"] == "True" for environ in environs)
 
 
+def test_a_rank_of_another_job_on_the_same_port_leaves_and_does_no_harm() -> None:
+    port = free_port()
+
+    def call(rank: int, launcher: int | None) -> list[str] | LaunchError:
+        try:
+            return call_the_roll(Ranks(rank, rank, 2, 2, "127.0.0.1", port), MAKE, {}, 20.0, never, launcher)
+        except LaunchError as error:
+            return error
+
+    with ThreadPoolExecutor(3) as pool:
+        stranger = pool.submit(call, 1, 4242)
+        time.sleep(0.5)
+        mine = pool.submit(call, 0, 17)
+        refused = stranger.result()
+        theirs = pool.submit(call, 1, 17)
+        here = [socket.gethostname()] * 2
+        assert mine.result() == theirs.result() == here
+    assert isinstance(refused, LaunchError) and refused.exit_code == 75
+    assert f"MASTER_PORT = {port}: another job on this host, started by process 17" in str(refused)
+
+
+def test_ranks_whose_launcher_is_not_known_meet_all_the_same() -> None:
+    port = free_port()
+
+    def call(rank: int) -> list[str]:
+        launcher = None if rank else 17
+        return call_the_roll(Ranks(rank, rank, 2, 2, "127.0.0.1", port), MAKE, {}, 20.0, never, launcher)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(call, range(2))) == [[socket.gethostname()] * 2] * 2
+
+
+
+
 def test_every_rank_that_came_hears_who_did_not() -> None:
     port = free_port()
     def call(rank: int) -> LaunchError:

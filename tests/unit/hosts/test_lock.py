@@ -48,6 +48,16 @@ def test_a_killed_process_of_this_machine_holds_nothing_and_nobody_waits(tmp_pat
     assert time.monotonic() - begun < 0.5
 
 
+def test_a_process_of_another_pid_namespace_is_not_taken_for_dead(tmp_path: Path) -> None:
+    """As in a container, where its number means another process, or none."""
+    left_behind(tmp_path, processes="pid:[1]", pid=2**22 - 1)
+    begun = time.monotonic()
+    Lease(tmp_path).take().release()
+    assert time.monotonic() - begun >= 0.6  # it was watched before it was given up
+
+
+
+
 def test_another_host_s_lease_counts_while_it_changes_and_not_after(tmp_path: Path) -> None:
     left_behind(tmp_path, host="elsewhere", boot="other")
     ended = threading.Event()

@@ -183,3 +183,9 @@ def test_the_best_are_those_that_were_evaluated_and_of_equal_ones_the_earlier(tm
         make(tmp_path, step, acc1=acc1)
     retain(tmp_path, last=1, best=1, ticks=(), in_use=None)
     assert steps(tmp_path) == [5, 2]
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_noticed(tmp_path: Path) -> None:
+    make(tmp_path, 10).rename(step_folder(tmp_path, 25))
+    said = describe(step_folder(tmp_path, 25))
+    assert "BROKEN" in said and "holds step 10" in said

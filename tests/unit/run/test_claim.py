@@ -257,3 +257,31 @@ def test_a_full_disk_is_worth_another_try(tmp_path: Path) -> None:
         assert caught.value.exit_code == 75
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+# ---- moved, and begun anew
+
+def test_a_checkpoint_that_was_moved_and_linked_back_is_still_the_run_s_own(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    claim(out)
+    begin(out)
+    saved = checkpoint(out, 10)
+    saved.rename(tmp_path / saved.name)
+    saved.symlink_to(tmp_path / saved.name)
+    before = contents(out)
+    assert claim(out) == [saved]
+    assert {path: data for path, data in contents(out).items() if path.suffix == ".jsonl"} == {
+        path: data for path, data in before.items() if path.suffix == ".jsonl"}
+    with pytest.raises(ConfigError, match=r"was 0\.001"):  # as its own run it may not take another rate
+        claim(out, "auto", "optimizer.lr=1")
+
+
+def test_a_new_run_without_a_test_does_not_begin_in_a_warmup_that_nothing_would_end(tmp_path: Path) -> None:
+    def in_warmup(state: dict[str, Any]) -> None:
+        state["run"]["phase"] = {"plan": {"phase": "warmup"}}
+
+    saved = checkpoint(tmp_path / "old", 10, change=in_warmup)
+    with pytest.raises(ConfigError, match="would never end the warm-up") as caught:
+        claim(tmp_path / "new", str(saved), "convergence=null")
+    assert caught.value.key == "convergence"
+    assert claim(tmp_path / "new", str(saved)) == [saved]
