@@ -43,7 +43,7 @@ def read_hostfile(path: str | Path) -> list[Host]:
 def parse_hostfile(text: str, source: str) -> list[Host]:
     """As `read_hostfile`, of a text. DeepSpeed itself takes `a slots=4x` for 4 and a missing file for this host."""
     hosts: dict[str, Host] = {}
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines, which ends lines at a form feed too
         line = line.strip()
         if not line or line.startswith("#"):
             continue

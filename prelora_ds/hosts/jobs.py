@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ def load_profile(name: str) -> Profile:
     try:
         return Profile.model_validate(read_yaml(path.read_text(encoding="utf-8")))
     except (UnreadableError, UnicodeDecodeError, ValidationError) as exc:
-        raise ConfigError("--profile", name, f"is no profile: {exc}", "see launching/profiles/") from exc
+        raise ConfigError("--profile", name, f"is not a profile: {exc}", "see prelora_ds/hosts/profiles/") from exc
 
 
 def render(job: Job, profile: Profile, config: Config) -> str:
@@ -129,7 +130,18 @@ def render(job: Job, profile: Profile, config: Config) -> str:
     except TemplateError as exc:
         raise ConfigError("--profile", list(profile.directives), str(exc), "mend the profile's directives") from exc
     directives += [flag + value for flag, value in _asked(job, profile)]
-    return environment.get_template("job.sh.j2").render(values | {"directives": directives})
+    script = environment.get_template("job.sh.j2").render(values | {"directives": directives})
+    _check_bash_reads(script, job)
+    return script
+
+
+def _check_bash_reads(script: str, job: Job) -> None:
+    """Raise ConfigError for lines of the user that leave a quote open or the like."""
+    read = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True, check=False)
+    if read.returncode:
+        raise ConfigError("--setup, --container", [*(job.setup or ()), job.container],
+                          f"make a script that bash cannot read ({read.stderr.strip().splitlines()[0]})",
+                          "close what they open, or correct these lines in the profile")
 
 
 def place(data: str) -> str:
@@ -151,7 +163,11 @@ def _check(job: Job, profile: Profile) -> None:
                           f"has no {SCRIPT}, which the job would start there",
                           "run `prelora job` in a checkout of prelora_ds that all hosts see")
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,63}", job.name):
-        raise ConfigError("run.name", job.name, "is no name of a job", "begin with a letter; letters, digits, _ and -")
+        raise ConfigError("run.name", job.name, "is not a name of a job",
+                          "begin with a letter; letters, digits, _ and -")
+    for key, line in (("--container", job.container), *(("--setup", line) for line in job.setup or ())):
+        if line is not None and not line.isprintable():
+            raise ConfigError(key, line, "is more than one line", "write one line; --setup may be given again")
     if not re.fullmatch(r"[A-Za-z0-9_./:@-]*", "".join(filter(None, (job.account, job.queue, job.filesystems)))):
         raise ConfigError("--account, --queue", f"{job.account} {job.queue}", "has odd characters", "give plain names")
     if "account" in " ".join(profile.directives) and job.account is None:

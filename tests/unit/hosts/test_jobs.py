@@ -210,3 +210,13 @@ def test_a_profile_with_an_unknown_key_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="colour"):
         load_profile(str(path))
     assert isinstance(load_profile("slurm"), Profile)
+
+
+@pytest.mark.parametrize(("changes", "key"), [
+    ({"container": "apptainer exec\nimage.sif"}, "--container"), ({"setup": ["echo a\necho b"]}, "--setup"),
+    ({"setup": ['echo "open']}, "--setup, --container"), ({"container": "exec 'image.sif"}, "--setup, --container"),
+    ({"setup": ["if true; then"]}, "--setup, --container")])
+def test_lines_that_would_break_the_script_are_refused(changes: dict, key: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        script("slurm", **changes)
+    assert refused.value.key == key
