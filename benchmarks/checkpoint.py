@@ -76,7 +76,7 @@ def saves(pipe: Connection, model: dict[str, Any], micro: int, rounds: int, fold
 
 
 def plans(layout: Any) -> tuple[Any, Any]:
-    from prelora_ds.core.plan import lora_plan, warmup_plan
+    from prelora_ds.core.phases import lora_plan, warmup_plan
 
     ranks = {family: {layer: RANKS[(i + layer) % len(RANKS)] for layer in layers}
              for i, (family, layers) in enumerate(layout.targets.items())}

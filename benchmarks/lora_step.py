@@ -24,7 +24,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity
 
 from prelora_ds.config.tree import FAMILIES, ModelConfig
-from prelora_ds.core.plan import Layout, Plan, freeze_below, full_plan, lora_plan, warmup_plan
+from prelora_ds.core.phases import freeze_below, full_plan, lora_plan, warmup_plan
+from prelora_ds.core.plan import Layout, Plan
 from prelora_ds.model.adapters import attach_adapters
 from prelora_ds.model.families import find_layout, named_parameters
 from prelora_ds.model.lora_linear import lora_linears, merge_bases

@@ -17,7 +17,8 @@ import deepspeed
 import torch
 
 from prelora_ds.config.load import validate
-from prelora_ds.core.plan import Layout, Plan, full_plan, lora_plan, warmup_plan
+from prelora_ds.core.phases import full_plan, lora_plan, warmup_plan
+from prelora_ds.core.plan import Layout, Plan
 from prelora_ds.data.batch import MicroBatch
 from prelora_ds.engine import build as build_module
 from prelora_ds.engine import transition as transition_module

@@ -16,7 +16,8 @@ from lora_step import ranks_in_turn
 
 from prelora_ds.config.load import validate
 from prelora_ds.config.tree import FAMILIES, Config
-from prelora_ds.core.plan import Layout, Plan, full_plan, lora_plan, warmup_plan
+from prelora_ds.core.phases import full_plan, lora_plan, warmup_plan
+from prelora_ds.core.plan import Layout, Plan
 from prelora_ds.cost.bytes import predict_bytes, worst_deviation
 from prelora_ds.cost.flops import communication, micro_batch
 from prelora_ds.data.batch import MicroBatch

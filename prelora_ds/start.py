@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from prelora_ds.config.load import check_world, dump_yaml, load_config
 from prelora_ds.config.tree import Config
-from prelora_ds.core.plan import Layout, Phase, warmup_plan
+from prelora_ds.core.plan import Layout, Phase
 from prelora_ds.core.schedule import Timeline
 from prelora_ds.errors import ORPHAN_EXIT_CODE, ConfigError, LaunchError, Stopped
 from prelora_ds.hosts.ancestors import launcher_here
@@ -160,10 +160,9 @@ def check_families(config: Config, num_labels: int) -> Layout:
     with torch.device("meta"):
         module = build_model(config.model, num_labels)
     layout = find_layout(module, config.lora.families, config.model.families)
-    ranks = {family: dict.fromkeys(layers, config.lora.r_min) for family, layers in layout.targets.items()}
-    trial = warmup_plan(layout, ranks, alpha_over_r=1.0, init_seed=0, since_step=0)
+    _, warmup, _ = config.plans_at_rank(layout, config.lora.r_min)
     try:
-        attach_adapters(module, trial, dropout=config.lora.dropout)
+        attach_adapters(module, warmup, dropout=config.lora.dropout)
     except (RuntimeError, ValueError) as exc:
         raise ConfigError("lora.families", list(config.lora.families), f"adapters cannot be attached: {exc}",
                           "choose other lora.families, or narrow model.families") from exc

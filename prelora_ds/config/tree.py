@@ -14,6 +14,8 @@ from pydantic import Field, model_validator
 
 from prelora_ds.config.data import DataConfig
 from prelora_ds.config.fields import Duration, DurationField, Place, Positive, Seconds, Seed, Share, Strict, Text
+from prelora_ds.core.phases import plans_at_rank
+from prelora_ds.core.plan import Layout, Plan
 
 MERGED_UP_TO = 384  # hidden size
 FAMILIES = ("q", "k", "v", "o", "fc1", "fc2")
@@ -265,6 +267,11 @@ class Config(Strict):
         micro = self.train.micro_batch_size if own.micro_batch_size in (None, "auto") else own.micro_batch_size
         train = self.train.model_copy(update={"micro_batch_size": micro})
         return self.model_copy(update={"train": train, "deepspeed": deepspeed, "phases": PhasesConfig()})
+
+    def plans_at_rank(self, layout: Layout, lora_rank: int) -> tuple[Plan, Plan, Plan]:
+        """The plans of the full, warm-up and LoRA phases of this recipe, with one rank for all adapters."""
+        return plans_at_rank(layout, lora_rank, alpha_over_r=self.lora.alpha_over_r, train_a=self.lora.mode != "fa",
+                             train_rest=self.lora.train_rest)
 
     def lora_mode(self, stage: int | None = None) -> str:
         """``lora.mode`` as it is computed at ZeRO ``stage`` (by default the config's own).

@@ -8,7 +8,8 @@ from typing import Any
 
 from prelora_ds.config.tree import ConvergenceConfig, LoraConfig
 from prelora_ds.core.convergence import Observation, WindowStats, changes_by_layer, close_window, partially_converged
-from prelora_ds.core.plan import Layout, Phase, Plan, full_plan, lora_plan, warmup_plan
+from prelora_ds.core.phases import full_plan, lora_plan, warmup_plan
+from prelora_ds.core.plan import Layout, Phase, Plan
 from prelora_ds.core.ranks import assign_ranks
 from prelora_ds.core.schedule import Timeline
 

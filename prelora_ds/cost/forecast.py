@@ -10,7 +10,7 @@ from typing import Any
 
 from prelora_ds.config.load import check_world
 from prelora_ds.config.tree import Config, ZeroSettings
-from prelora_ds.core.plan import Layout, Phase, Plan, full_plan, lora_plan, warmup_plan
+from prelora_ds.core.plan import Layout, Phase, Plan
 from prelora_ds.core.schedule import Timeline
 from prelora_ds.cost import flops as costs
 from prelora_ds.cost.candidates import USABLE, reuse_distance, setting, settings
@@ -88,13 +88,8 @@ def _settings(config: Config, accum: int) -> Iterator[ZeroSettings]:
 
 
 def _plans(config: Config, layout: Layout, rank: int) -> list[Plan]:
-    full = full_plan(layout, init_seed=0)
-    if config.convergence is None:
-        return [full]
-    warmup = warmup_plan(layout, {family: dict.fromkeys(layers, rank) for family, layers in layout.targets.items()},
-                         alpha_over_r=config.lora.alpha_over_r, init_seed=0, since_step=0,
-                         train_a=config.lora.mode != "fa")
-    return [full, warmup, lora_plan(layout, warmup, train_rest=config.lora.train_rest, since_step=0)]
+    plans = config.plans_at_rank(layout, rank)
+    return list(plans if config.convergence is not None else plans[:1])
 
 
 def _row(config: Config, plan: Plan, layout: Layout, zero: ZeroSettings, cluster: Cluster, rates: Rates | None,

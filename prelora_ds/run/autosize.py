@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prelora_ds.config.tree import Config, PhaseConfig, ZeroSettings
-from prelora_ds.core.plan import Layout, Phase, Plan, lora_plan, warmup_plan
+from prelora_ds.core.plan import Layout, Phase, Plan
 from prelora_ds.cost.candidates import Setting, fastest, setting, settings
 from prelora_ds.cost.machines import read_calibration
 from prelora_ds.cost.timing import Rates, data_sheet_rates, gpu_named
@@ -63,10 +63,7 @@ def _machine(config: Config, world_size: int, ranks_per_host: int) -> tuple[floa
 
 
 def _plans(config: Config, layout: Layout) -> list[Plan]:
-    ranks = {family: dict.fromkeys(layers, config.lora.r_max) for family, layers in layout.targets.items()}
-    warmup = warmup_plan(layout, ranks, alpha_over_r=config.lora.alpha_over_r, init_seed=0, since_step=0,
-                         train_a=config.lora.mode != "fa")
-    return [warmup, lora_plan(layout, warmup, train_rest=config.lora.train_rest, since_step=0)]
+    return list(config.plans_at_rank(layout, config.lora.r_max)[1:])
 
 
 def _candidates(config: Config, own: PhaseConfig, plan: Plan, layout: Layout, world_size: int) -> Iterator[Setting]:

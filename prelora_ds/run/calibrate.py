@@ -21,7 +21,7 @@ import numpy as np
 
 from prelora_ds.config.load import validate
 from prelora_ds.config.tree import Config
-from prelora_ds.core.plan import Layout, Phase, Plan, full_plan, lora_plan, warmup_plan
+from prelora_ds.core.plan import Layout, Phase, Plan
 from prelora_ds.cost.timing import KINDS, SHARED, Rates, Work, step_work
 from prelora_ds.data.parallel import end_with_parent
 from prelora_ds.errors import ConfigError
@@ -116,11 +116,7 @@ def case_config(config: Config, case: Case, world_size: int) -> Config:
 
 def case_plan(config: Config, case: Case, layout: Layout) -> Plan:
     """The plan of a case, with one rank for all adapters."""
-    ranks = {family: dict.fromkeys(layers, case.lora_rank) for family, layers in layout.targets.items()}
-    warmup = warmup_plan(layout, ranks, alpha_over_r=config.lora.alpha_over_r, init_seed=0, since_step=0,
-                         train_a=config.lora.mode != "fa")
-    return {Phase.FULL: full_plan(layout, init_seed=0), Phase.WARMUP: warmup,
-            Phase.LORA: lora_plan(layout, warmup, train_rest=config.lora.train_rest, since_step=0)}[case.phase]
+    return next(plan for plan in config.plans_at_rank(layout, case.lora_rank) if plan.phase is case.phase)
 
 
 def case_work(config: Config, case: Case, world_size: int) -> Work:

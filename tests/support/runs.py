@@ -6,7 +6,8 @@ from typing import Any
 
 from prelora_ds.config.load import validate
 from prelora_ds.config.tree import Config
-from prelora_ds.core.plan import Layout, Plan, full_plan, lora_plan, warmup_plan
+from prelora_ds.core.phases import full_plan, lora_plan, warmup_plan
+from prelora_ds.core.plan import Layout, Plan
 
 LABELS = 10
 ZEROS: dict[str, dict[str, Any]] = {

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from prelora_ds.config.tree import ConvergenceConfig, Duration, LoraConfig
 from prelora_ds.core.controller import KEPT_WINDOWS, PhaseController, PhaseState
 from prelora_ds.core.convergence import Observation, partially_converged
-from prelora_ds.core.plan import Layout, Phase, lora_plan
+from prelora_ds.core.phases import lora_plan
+from prelora_ds.core.plan import Layout, Phase
 from prelora_ds.core.schedule import Timeline
 
 LAYERS = 4

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prelora_ds.core.plan import AdapterSpec, Layout, Phase, Plan, full_plan, lora_plan, warmup_plan
+from prelora_ds.core.phases import full_plan, lora_plan, warmup_plan
+from prelora_ds.core.plan import AdapterSpec, Layout, Phase, Plan
 
 LAYOUT = Layout(
     parameters={"embed": (1, 5, 8), "block.0.q.weight": (8, 8), "block.0.q.bias": (8,), "block.0.fc.weight": (16, 8),

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prelora_ds.config.tree import ZeroSettings
-from prelora_ds.core.plan import Layout, full_plan, lora_plan, warmup_plan
+from prelora_ds.core.phases import full_plan, lora_plan, warmup_plan
+from prelora_ds.core.plan import Layout
 from prelora_ds.cost.bytes import Bytes, predict_bytes, worst_deviation
 
 # 2048 + 64 + 40 = 2152 elements; an adapter of rank 4 adds 4 * 32 + 64 * 4 = 384.

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from prelora_ds.config.tree import FAMILIES, ModelConfig, ZeroSettings
-from prelora_ds.core.plan import Layout, full_plan, lora_plan, warmup_plan
+from prelora_ds.core.phases import full_plan, lora_plan, warmup_plan
+from prelora_ds.core.plan import Layout
 from prelora_ds.cost.bytes import predict_bytes, worst_deviation
 from prelora_ds.model.families import find_layout
 from prelora_ds.model.vit import build_model

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from prelora_ds.config.tree import FAMILIES, ModelConfig, ZeroSettings
-from prelora_ds.core.plan import Layout, Plan, freeze_below, full_plan, lora_plan, warmup_plan
+from prelora_ds.core.phases import freeze_below, full_plan, lora_plan, warmup_plan
+from prelora_ds.core.plan import Layout, Plan
 from prelora_ds.cost.flops import (
     Communication,
     buckets_bytes,

@@ -9,7 +9,8 @@ from peft import get_peft_model_state_dict
 from torch import nn
 
 from prelora_ds.config.tree import FAMILIES, ModelConfig
-from prelora_ds.core.plan import AdapterSpec, Layout, Plan, full_plan, lora_plan, warmup_plan
+from prelora_ds.core.phases import full_plan, lora_plan, warmup_plan
+from prelora_ds.core.plan import AdapterSpec, Layout, Plan
 from prelora_ds.model.adapters import (
     attach_adapters,
     check_adapters,

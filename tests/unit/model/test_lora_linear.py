@@ -10,7 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from prelora_ds.config.tree import FAMILIES, ModelConfig
-from prelora_ds.core.plan import Plan, freeze_below, full_plan, lora_plan, warmup_plan
+from prelora_ds.core.phases import freeze_below, full_plan, lora_plan, warmup_plan
+from prelora_ds.core.plan import Plan
 from prelora_ds.model.adapters import attach_adapters, peft_config
 from prelora_ds.model.families import find_layout, named_parameters
 from prelora_ds.model.lora_linear import LoraLinear, lora_linears, merge_bases

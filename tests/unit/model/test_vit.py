@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from prelora_ds.config.tree import FAMILIES, ModelConfig
-from prelora_ds.core.plan import warmup_plan
+from prelora_ds.core.phases import warmup_plan
 from prelora_ds.errors import ConfigError
 from prelora_ds.model.adapters import attach_adapters
 from prelora_ds.model.families import find_layout, named_parameters

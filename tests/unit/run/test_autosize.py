@@ -11,7 +11,8 @@ import torch
 
 from prelora_ds.config.load import validate
 from prelora_ds.config.tree import FAMILIES, Config, ModelConfig
-from prelora_ds.core.plan import Layout, full_plan, lora_plan, warmup_plan
+from prelora_ds.core.phases import full_plan, lora_plan, warmup_plan
+from prelora_ds.core.plan import Layout
 from prelora_ds.cost.candidates import USABLE, setting, settings
 from prelora_ds.cost.timing import KINDS
 from prelora_ds.errors import ConfigError

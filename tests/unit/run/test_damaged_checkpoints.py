@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from prelora_ds.core.divergence import DivergenceWatch
-from prelora_ds.core.plan import Layout, full_plan
+from prelora_ds.core.phases import full_plan
+from prelora_ds.core.plan import Layout
 from prelora_ds.errors import ConfigError
 from prelora_ds.run.checkpoints.checkpoint_folder import (
     MANIFEST,
