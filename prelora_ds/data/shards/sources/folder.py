@@ -10,14 +10,15 @@ from pathlib import Path
 from prelora_ds.data.shards.reading import broken, reading
 from prelora_ds.data.shards.sources import ilsvrc
 from prelora_ds.data.shards.sources.listing import (
-    IMAGES,
     SPLITS,
     Listing,
     Request,
     choose_split,
     hidden,
+    is_image,
     items,
     some,
+    split_in,
 )
 from prelora_ds.errors import ConfigError
 
@@ -50,6 +51,8 @@ def find(request: Request) -> Listing:
             f"{top} is not divided into {', '.join(sorted(SPLITS))}",
             "leave it out, and name the folder of the split",
         )
+    if len(names) == 1:
+        _refuse_wrapped(top, names[0])
     images = {name: tree.images(top, name) for name in names}
     for folder in {request.source, top}:
         tree.look_beside(folder)
@@ -89,15 +92,9 @@ def _folders(path: Path) -> list[str]:
 def _splits(top: Path, names: list[str], request: Request) -> list[str]:
     """Those of the folders that are splits. Raises ConfigError where they may as well be
     classes."""
-    named = [name for name in names if name.lower() in SPLITS]
+    named = _exact(top, names) or _alike(top, names)
     others = [name for name in names if name not in named]
-    if not others:
-        return named
-    # CIFAR-100 has a class "train": a single folder of this name that holds the images themselves
-    # is a class.
-    if (len(named) == 1 and not _folders(top / named[0])) or not named:
-        return []
-    if request.split in named:
+    if not named or not others or request.split in named:
         return named
     raise ConfigError(
         "SOURCE",
@@ -106,6 +103,69 @@ def _splits(top: Path, names: list[str], request: Request) -> list[str]:
         f"({some(others)})",
         f"give --split {named[0]}, or name {top / named[0]}; if all of them are classes, rename "
         f"{some(named)}",
+    )
+
+
+def _exact(top: Path, names: list[str]) -> list[str]:
+    """The folders whose whole name is that of a split, where they can be splits."""
+    named = [name for name in names if name.lower() in SPLITS]
+    # CIFAR-100 has a class "train": a single folder of this name that holds the images themselves
+    # is a class.
+    if len(named) == 1 < len(names) and not _folders(top / named[0]):
+        return []
+    # ``train`` beside ``test_set``: once there is one, a similar name is a split as well.
+    return [name for name in names if split_in(name)] if named else []
+
+
+def _alike(top: Path, names: list[str]) -> list[str]:
+    """The folders such as ``train2017`` or ``seg_test``, where they can be splits.
+
+    Names alone do not tell: ``passenger_train`` is a good class. They are splits if there is no
+    other folder and they are of different splits, or if images lie only in sub-folders that they
+    have in common.
+    """
+    named = [name for name in names if split_in(name)]
+    if len(named) == len(names) and len({split_in(name) for name in named}) > 1:
+        return named
+    nested = {name: set(_classes_below(top / name)) for name in named}
+    nested = {name: below for name, below in nested.items() if below}
+    shared = [
+        name
+        for name, below in nested.items()
+        if any(below & nested[other] for other in nested if other != name)
+    ]
+    # One of them beside one other folder: ``train2017`` beside ``unlabeled2017``.
+    return shared or (list(nested) if len(nested) == 1 and len(names) == 2 else [])
+
+
+def _classes_below(path: Path) -> list[str]:
+    """The sub-folders of a folder, empty if it holds images itself.
+
+    A single sub-folder of the folder's own name, as in ``seg_train/seg_train``, is looked into.
+    """
+    if _has_images(path):
+        return []
+    below = _folders(path)
+    return _classes_below(path / path.name) if below == [path.name] else below
+
+
+def _has_images(path: Path) -> bool:
+    return any(
+        not hidden(entry.name) and is_image(entry.name) and not entry.is_dir()
+        for entry in path.iterdir()
+    )
+
+
+def _refuse_wrapped(top: Path, name: str) -> None:
+    """Raises ConfigError where all images of the only class lie in its sub-folders: these are
+    rather the classes, and ``images`` or ``train2017`` is a folder around them."""
+    if _has_images(top / name) or not (below := _folders(top / name)):
+        return
+    raise broken(
+        top,
+        f"would be a single class, {name}, whose images are all in the sub-folders {some(below)}",
+        f"if these are the classes, name {top / name}; if {name} is the class, put its images "
+        "into the folder itself",
     )
 
 
@@ -140,8 +200,7 @@ class _Tree:
     def _below(self, path: str, real: str) -> Iterator[str]:
         with reading(path, "a folder"):
             entries = sorted(os.scandir(path), key=lambda entry: entry.name)
-        splits = [e.name for e in entries if e.name.lower() in SPLITS and _kind(e) == "folder"]
-        if len(splits) > 1:
+        if splits := _splits_below([e.name for e in entries if _kind(e) == "folder"]):
             raise broken(
                 path,
                 f"holds the folders {some(splits)} of splits, in the place of a class",
@@ -162,7 +221,8 @@ class _Tree:
                 yield from self._below(entry.path, self._entered(entry.path, below, real))
             elif kind == "special":
                 self._special += 1
-            elif (suffix := os.path.splitext(entry.name)[1].lower()) not in IMAGES:
+            elif not is_image(entry.name):
+                suffix = os.path.splitext(entry.name)[1].lower()
                 self._suffixes[suffix or "no suffix"] += 1
             else:
                 if entry.is_symlink() and self._links.setdefault(below, entry.path) != entry.path:
@@ -176,7 +236,7 @@ class _Tree:
                 self._hidden[entry.name] += 1
             self._stray += (
                 not hidden(entry.name)
-                and os.path.splitext(entry.name)[1].lower() in IMAGES
+                and is_image(entry.name)
                 and _kind(entry) != "folder"
             )
 
@@ -214,6 +274,15 @@ class _Tree:
                 ],
             )
         )
+
+
+def _splits_below(names: list[str]) -> list[str]:
+    """The splits among the sub-folders of a class, where there are several."""
+    if len(exact := [name for name in names if name.lower() in SPLITS]) > 1:
+        return exact
+    shown = [name for name in names if not hidden(name)]
+    return shown if len(set(filter(None, map(split_in, shown)))) > 1 and all(
+        map(split_in, shown)) else []
 
 
 def _kind(entry: os.DirEntry[str]) -> str:

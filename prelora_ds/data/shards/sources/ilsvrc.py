@@ -19,7 +19,7 @@ from typing import IO, NamedTuple
 from prelora_ds.data.shards.reading import broken, reading
 from prelora_ds.data.shards.scan import ends_whole
 from prelora_ds.data.shards.sources.devkit import WANTED, labels_beside, read_labels
-from prelora_ds.data.shards.sources.listing import IMAGES, Listing, Request, choose_split, hidden, items
+from prelora_ds.data.shards.sources.listing import Listing, Request, choose_split, hidden, is_image, items
 from prelora_ds.errors import ConfigError
 
 KIND = "ilsvrc2012"
@@ -176,7 +176,7 @@ def _flat(request: Request) -> Listing:
             passed["hidden files"] += 1
         elif entry.is_dir():
             passed["folders"] += 1
-        elif Path(entry.name).suffix.lower() in IMAGES:
+        elif is_image(entry.name):
             names.append(entry.name)
         else:
             passed["other files"] += 1

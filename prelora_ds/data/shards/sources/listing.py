@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,17 +23,18 @@ ITEM = np.dtype(
 )
 # torchvision's ImageFolder takes these.
 IMAGES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
+# Names of splits, and which of the three each of them means.
 SPLITS = {
-    "train",
-    "training",
-    "val",
-    "valid",
-    "validation",
-    "dev",
-    "eval",
-    "evaluation",
-    "test",
-    "testing",
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "eval": "val",
+    "evaluation": "val",
+    "test": "test",
+    "testing": "test",
 }
 MAX_CLASSES = 1_000_000  # a label beyond is a mistake, and the manifest names every class
 # What Synology, macOS, Windows, ext4 and Python leave in folders.
@@ -96,6 +98,22 @@ def hidden(name: str) -> bool:
     """Whether a file or folder of this name belongs to a system or a program, and never to a data
     set."""
     return name.startswith(".") or name.lower() in _SYSTEM
+
+
+def is_image(name: str) -> bool:
+    """Whether a file of this name is an image of a data set."""
+    return Path(name).suffix.lower() in IMAGES
+
+
+def split_in(name: str) -> str | None:
+    """The split whose name is a word of ``name``: "train" for ``train2017`` and ``seg_train``.
+
+    Words end at digits, at anything that is not a letter, and before a capital letter. None for a
+    name without such a word, as in ``trainer``.
+    """
+    words = re.split(r"[\W\d_]+|(?<=[a-z])(?=[A-Z])", name)
+    named = (SPLITS.get(word.lower().removesuffix("set")) for word in words)
+    return next(filter(None, named), None)
 
 
 def some(names: Sequence[str], most: int = 5) -> str:
