@@ -25,8 +25,18 @@ from prelora_ds.errors import ConfigError
 KIND = "imagefolder"
 
 
-def detect(source: Path) -> bool:
-    return source.is_dir() and bool(_folders(source))
+def detect(source: Path) -> Path | None:
+    return next((source / name for name in _folders(source)), None) if source.is_dir() else None
+
+
+def first_image(source: Path) -> Path | None:
+    """An image that lies in a folder below ``source``, if there is one."""
+    for path, folders, files in os.walk(source):
+        folders[:] = sorted(name for name in folders if not hidden(name))
+        for name in sorted(files) if Path(path) != source else ():
+            if is_image(name) and not hidden(name):
+                return Path(path, name)
+    return None
 
 
 def find(request: Request) -> Listing:
@@ -51,9 +61,9 @@ def find(request: Request) -> Listing:
             f"{top} is not divided into {', '.join(sorted(SPLITS))}",
             "leave it out, and name the folder of the split",
         )
+    images = {name: tree.images(top, name) for name in names}
     if len(names) == 1:
         _refuse_wrapped(top, names[0])
-    images = {name: tree.images(top, name) for name in names}
     for folder in {request.source, top}:
         tree.look_beside(folder)
     if not names:
@@ -159,7 +169,7 @@ def _has_images(path: Path) -> bool:
 def _refuse_wrapped(top: Path, name: str) -> None:
     """Raises ConfigError where all images of the only class lie in its sub-folders: these are
     rather the classes, and ``images`` or ``train2017`` is a folder around them."""
-    if _has_images(top / name) or not (below := _folders(top / name)):
+    if not (below := _folders(top / name)) or _has_images(top / name):
         return
     raise broken(
         top,

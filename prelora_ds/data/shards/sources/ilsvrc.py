@@ -35,12 +35,12 @@ class _Member(NamedTuple):
     length: int
 
 
-def detect(source: Path) -> bool:
+def detect(source: Path) -> Path | None:
     if source.is_dir():
-        return any((source / name).is_file() for name in _SPLITS.values()) or any(
-            _VAL_IMAGE.fullmatch(entry.name) for entry in os.scandir(source)
-        )
-    return source.is_file() and tarfile.is_tarfile(source)
+        tars = (source / name for name in _SPLITS.values())
+        images = (Path(entry) for entry in os.scandir(source) if _VAL_IMAGE.fullmatch(entry.name))
+        return next((tar for tar in tars if tar.is_file()), None) or next(images, None)
+    return source if source.is_file() and tarfile.is_tarfile(source) else None
 
 
 def find(request: Request) -> Listing:
