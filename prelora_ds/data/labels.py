@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ def read_classes(path: Path, key: str = "--classes") -> tuple[str, ...]:
     except OSError as error:
         raise ConfigError(key, str(path), f"cannot be read ({error.strerror})", _NAMES) from error
     lines: dict[str, int] = {}
+    forms: dict[str, str] = {}  # composed form -> name
     for number, line in enumerate(text.split("\n"), 1):
         name = line.strip()
         if "\0" in name:
@@ -50,6 +52,15 @@ def read_classes(path: Path, key: str = "--classes") -> tuple[str, ...]:
                 str(path),
                 f"names {name!r} twice, in lines {lines[name]} and {number}",
                 "give each class a name of its own",
+            )
+        composed = unicodedata.normalize("NFC", name)
+        if name and (other := forms.setdefault(composed, name)) != name:
+            raise ConfigError(
+                key,
+                str(path),
+                f"names the same text in two forms of Unicode, {other!a} and {name!a}, in lines "
+                f"{lines[other]} and {number}",
+                "give each class a name of its own, in one form",
             )
         if name:
             lines[name] = number

@@ -38,6 +38,7 @@ def test_a_name_is_a_whole_line(tmp_path):
         ("crane\n".encode("utf-16"), "is not UTF-8 text"),
         (b"", "names no class"),
         (b"\xef\xbb\xbf\n \n", "names no class"),
+        ("caf\xe9\ncafe\u0301\n".encode(), "names the same text in two forms.*lines 1 and 2"),
         (b"a\0b\n", "line 1 holds a null byte"),
     ],
 )

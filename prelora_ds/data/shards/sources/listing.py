@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -162,9 +163,9 @@ def check_parts(source: Path, what: str, found: Sequence[int], wanted: range) ->
 
 
 def check_classes(source: Path, names: Sequence[str]) -> None:
-    """Raises ConfigError for a class name that comes twice, and for one that cannot be written as
-    UTF-8."""
-    seen = set()
+    """Raises ConfigError for a class name that comes twice, also as two forms of the same text in
+    Unicode, and for one that cannot be written as UTF-8."""
+    seen: dict[str, str] = {}  # by the name's composed form
     for name in names:
         try:
             name.encode()
@@ -175,11 +176,21 @@ def check_classes(source: Path, names: Sequence[str]) -> None:
                 f"the class name {name!r} is not UTF-8, and a manifest cannot hold it",
                 "rename the class, for example with convmv",
             ) from error
-        if name in seen:
+        # macOS writes an accent as a character of its own (NFD), and most others do not (NFC).
+        composed = unicodedata.normalize("NFC", name)
+        other = seen.get(composed)
+        if other == name:
             raise ConfigError(
                 "SOURCE",
                 str(source),
                 f"the class name {name!r} comes twice",
                 "give every class a name of its own",
             )
-        seen.add(name)
+        if other is not None:
+            raise ConfigError(
+                "SOURCE",
+                str(source),
+                f"the class names {other!a} and {name!a} are the same text in two forms of Unicode",
+                "bring all names to one form, for example with convmv -f utf-8 -t utf-8 --nfc",
+            )
+        seen[composed] = name

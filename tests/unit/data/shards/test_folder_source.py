@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from prelora_ds.data.shards.build_plan import Options
+from prelora_ds.data.shards.build_shards import build
 from prelora_ds.data.shards.sources import find_images
 from prelora_ds.data.shards.sources.listing import Request
 from prelora_ds.errors import ConfigError
@@ -256,3 +258,19 @@ def test_a_folder_around_all_classes_is_not_the_only_class(tmp_path, around):
 def test_a_single_class_that_holds_its_images_is_a_class(tmp_path):
     plant(tmp_path, "cat/1.png", "cat/more/2.png")
     assert listed(tmp_path)[0] == ("cat",)
+
+
+def test_two_forms_of_one_name_in_unicode_are_not_two_classes(tmp_path):
+    plant(tmp_path, "caf\u00e9/1.png", "cafe\u0301/1.png")
+    said = refusal(tmp_path)
+    assert r"'cafe\u0301' and 'caf\xe9' are the same text in two forms of Unicode" in said
+    plant(tmp_path / "one", "cafe\u0301/1.png", "cafe/1.png")
+    assert listed(tmp_path / "one")[0] == ("cafe", "cafe\u0301")
+
+
+def test_classes_in_another_form_of_unicode_than_those_of_like_are_told(tmp_path):
+    plant(tmp_path / "train", "caf\u00e9/1.png", "b/1.png")
+    plant(tmp_path / "val", "cafe\u0301/1.png", "b/1.png")
+    build(Request(tmp_path / "train"), tmp_path / "shards", Options())
+    with pytest.raises(ConfigError, match=r"'cafe\\u0301'; 'caf\\xe9' is the same text in another"):
+        build(Request(tmp_path / "val"), tmp_path / "other", Options(), like=tmp_path / "shards")
