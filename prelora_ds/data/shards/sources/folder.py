@@ -168,8 +168,16 @@ def _has_images(path: Path) -> bool:
 
 def _refuse_wrapped(top: Path, name: str) -> None:
     """Raises ConfigError where all images of the only class lie in its sub-folders: these are
-    rather the classes, and ``images`` or ``train2017`` is a folder around them."""
-    if not (below := _folders(top / name)) or _has_images(top / name):
+    rather the classes, and ``images`` or ``train2017`` is a folder around them. So it is for a
+    folder within one of the same name, as ``seg_pred/seg_pred``."""
+    below = _folders(top / name)
+    if name == top.name and not below:
+        raise broken(
+            top,
+            f"would be a single class, {name}, which is the name of the folder around it as well",
+            "name a folder with a sub-folder per class; a flat folder needs --labels",
+        )
+    if not below or _has_images(top / name):
         return
     raise broken(
         top,

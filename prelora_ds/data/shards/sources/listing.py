@@ -109,11 +109,12 @@ def is_image(name: str) -> bool:
 def split_in(name: str) -> str | None:
     """The split whose name is a word of ``name``: "train" for ``train2017`` and ``seg_train``.
 
-    Words end at digits, at anything that is not a letter, and before a capital letter. None for a
-    name without such a word, as in ``trainer``.
+    Words end at digits, at anything that is not a letter, and before a capital letter; ``testset``,
+    ``testdata`` and ``testimages`` count as well. None for a name without such a word, as in
+    ``trainer``.
     """
     words = re.split(r"[\W\d_]+|(?<=[a-z])(?=[A-Z])", name)
-    named = (SPLITS.get(word.lower().removesuffix("set")) for word in words)
+    named = (SPLITS.get(re.sub("(set|data|images)$", "", word.lower())) for word in words)
     return next(filter(None, named), None)
 
 

@@ -203,6 +203,7 @@ def test_a_folder_that_may_not_be_read_is_one_message(tmp_path):
     ("train2017", "val2017"), ("training_set", "test_set"), ("seg_train", "seg_test"),
     ("TrainSet", "TestSet"), ("trainA", "testA"), ("train", "test_set"), ("train_1", "train_2"),
     ("my-train", "my.dev"), ("trainset", "valset"),
+    ("traindata", "testdata"), ("Train Images", "Test Images"), ("TRAIN2017", "VAL2017"),
 ])
 def test_folders_whose_names_contain_that_of_a_split_are_splits(tmp_path, names):
     plant(tmp_path, *(f"{split}/{name}" for split in names for name in TWO))
@@ -215,6 +216,7 @@ def test_splits_by_part_of_their_name_beside_other_folders_are_refused(tmp_path)
     plant(tmp_path, *(f"{split}/{split}/{name}" for split in ("seg_train", "seg_test")
                       for name in TWO), "seg_pred/seg_pred/1.png")
     assert "splits (seg_test, seg_train) beside other folders (seg_pred)" in refusal(tmp_path)
+    assert "single class, seg_pred" in refusal(tmp_path / "seg_pred")
     # The split is chosen, and the folder in it is not the only class.
     assert "single class, seg_train" in refusal(tmp_path, "seg_train")
     assert listed(tmp_path / "seg_train" / "seg_train")[0] == ("cat", "dog")
