@@ -18,7 +18,12 @@ from prelora_ds.data.shards.sources.listing import (
     is_image,
     items,
     some,
-    split_in,
+)
+from prelora_ds.data.shards.sources.split_folders import (
+    folders_in,
+    has_images,
+    split_folders,
+    splits_below,
 )
 from prelora_ds.errors import ConfigError
 
@@ -26,7 +31,7 @@ KIND = "imagefolder"
 
 
 def detect(source: Path) -> Path | None:
-    return next((source / name for name in _folders(source)), None) if source.is_dir() else None
+    return next((source / name for name in folders_in(source)), None) if source.is_dir() else None
 
 
 def first_image(source: Path) -> Path | None:
@@ -47,11 +52,11 @@ def find(request: Request) -> Listing:
     twice to the same file.
     """
     top, tree = request.source, _Tree()
-    names = _folders(top)
-    if splits := _splits(top, names, request):
+    names = folders_in(top)
+    if splits := split_folders(top, names, request):
         top = top / choose_split(splits, request)
         tree.beside += [name for name in names if name not in splits]
-        names = _folders(top)
+        names = folders_in(top)
         if not names and ilsvrc.detect(top):
             return ilsvrc.find(Request(top, labels=request.labels))
     elif request.split is not None:
@@ -93,91 +98,18 @@ def find(request: Request) -> Listing:
     )
 
 
-def _folders(path: Path) -> list[str]:
-    return sorted(
-        entry.name for entry in path.iterdir() if not hidden(entry.name) and entry.is_dir()
-    )
-
-
-def _splits(top: Path, names: list[str], request: Request) -> list[str]:
-    """Those of the folders that are splits. Raises ConfigError where they may as well be
-    classes."""
-    named = _exact(top, names) or _alike(top, names)
-    others = [name for name in names if name not in named]
-    if not named or not others or request.split in named:
-        return named
-    raise ConfigError(
-        "SOURCE",
-        str(top),
-        f"has folders with the names of splits ({some(named)}) beside other folders "
-        f"({some(others)})",
-        f"give --split {named[0]}, or name {top / named[0]}; if all of them are classes, rename "
-        f"{some(named)}",
-    )
-
-
-def _exact(top: Path, names: list[str]) -> list[str]:
-    """The folders whose whole name is that of a split, where they can be splits."""
-    named = [name for name in names if name.lower() in SPLITS]
-    # CIFAR-100 has a class "train": a single folder of this name that holds the images themselves
-    # is a class.
-    if len(named) == 1 < len(names) and not _folders(top / named[0]):
-        return []
-    # ``train`` beside ``test_set``: once there is one, a similar name is a split as well.
-    return [name for name in names if split_in(name)] if named else []
-
-
-def _alike(top: Path, names: list[str]) -> list[str]:
-    """The folders such as ``train2017`` or ``seg_test``, where they can be splits.
-
-    Names alone do not tell: ``passenger_train`` is a good class. They are splits if there is no
-    other folder and they are of different splits, or if images lie only in sub-folders that they
-    have in common.
-    """
-    named = [name for name in names if split_in(name)]
-    if len(named) == len(names) and len({split_in(name) for name in named}) > 1:
-        return named
-    nested = {name: set(_classes_below(top / name)) for name in named}
-    nested = {name: below for name, below in nested.items() if below}
-    shared = [
-        name
-        for name, below in nested.items()
-        if any(below & nested[other] for other in nested if other != name)
-    ]
-    # One of them beside one other folder: ``train2017`` beside ``unlabeled2017``.
-    return shared or (list(nested) if len(nested) == 1 and len(names) == 2 else [])
-
-
-def _classes_below(path: Path) -> list[str]:
-    """The sub-folders of a folder, empty if it holds images itself.
-
-    A single sub-folder of the folder's own name, as in ``seg_train/seg_train``, is looked into.
-    """
-    if _has_images(path):
-        return []
-    below = _folders(path)
-    return _classes_below(path / path.name) if below == [path.name] else below
-
-
-def _has_images(path: Path) -> bool:
-    return any(
-        not hidden(entry.name) and is_image(entry.name) and not entry.is_dir()
-        for entry in path.iterdir()
-    )
-
-
 def _refuse_wrapped(top: Path, name: str) -> None:
     """Raises ConfigError where all images of the only class lie in its sub-folders: these are
     rather the classes, and ``images`` or ``train2017`` is a folder around them. So it is for a
     folder within one of the same name, as ``seg_pred/seg_pred``."""
-    below = _folders(top / name)
+    below = folders_in(top / name)
     if name == top.name and not below:
         raise broken(
             top,
             f"would be a single class, {name}, which is the name of the folder around it as well",
             "name a folder with a sub-folder per class; a flat folder needs --labels",
         )
-    if not below or _has_images(top / name):
+    if not below or has_images(top / name):
         return
     raise broken(
         top,
@@ -218,7 +150,7 @@ class _Tree:
     def _below(self, path: str, real: str) -> Iterator[str]:
         with reading(path, "a folder"):
             entries = sorted(os.scandir(path), key=lambda entry: entry.name)
-        if splits := _splits_below([e.name for e in entries if _kind(e) == "folder"]):
+        if splits := splits_below([e.name for e in entries if _kind(e) == "folder"]):
             raise broken(
                 path,
                 f"holds the folders {some(splits)} of splits, in the place of a class",
@@ -292,15 +224,6 @@ class _Tree:
                 ],
             )
         )
-
-
-def _splits_below(names: list[str]) -> list[str]:
-    """The splits among the sub-folders of a class, where there are several."""
-    if len(exact := [name for name in names if name.lower() in SPLITS]) > 1:
-        return exact
-    shown = [name for name in names if not hidden(name)]
-    return shown if len(set(filter(None, map(split_in, shown)))) > 1 and all(
-        map(split_in, shown)) else []
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
