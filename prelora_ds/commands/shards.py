@@ -56,10 +56,11 @@ def photographs(out: Path, train: AtLeast1 = 256, val: AtLeast1 = 64, short_side
     """Write JPEGs cut from the photographs of the scikit-image and foolbox wheels, labelled as in ImageNet."""
     from prelora_ds.data.shards import writer
 
-    for split, count in (("train", train), ("val", val)):
-        samples = writer.photographs(count, seed + (split == "val"), short_side)
-        manifest = writer.write_shards(samples, out / split, samples_per_shard=samples_per_shard,
-                                       class_names=writer.PHOTOGRAPH_CLASSES)
+    samples = {split: writer.photographs(count, seed + (split == "val"), short_side)
+               for split, count in zip(writer.SPLITS, (train, val), strict=True)}
+    made = writer.write_splits(samples, out, samples_per_shard=samples_per_shard,
+                               class_names=writer.PHOTOGRAPH_CLASSES)
+    for split, manifest in made.items():
         typer.echo(f"{out / split}: {len(manifest)} samples in {len(manifest.shards)} shards")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ def read_classes(path: Path, key: str = "--classes") -> tuple[str, ...]:
     except OSError as error:
         raise ConfigError(key, str(path), f"cannot be read ({error.strerror})", _NAMES) from error
     lines: dict[str, int] = {}
+    forms: dict[str, str] = {}  # composed form -> name
     for number, line in enumerate(text.split("\n"), 1):
         name = line.strip()
         if "\0" in name:
@@ -50,6 +52,15 @@ def read_classes(path: Path, key: str = "--classes") -> tuple[str, ...]:
                 str(path),
                 f"names {name!r} twice, in lines {lines[name]} and {number}",
                 "give each class a name of its own",
+            )
+        composed = unicodedata.normalize("NFC", name)
+        if name and (other := forms.setdefault(composed, name)) != name:
+            raise ConfigError(
+                key,
+                str(path),
+                f"names the same text in two forms of Unicode, {other!a} and {name!a}, in lines "
+                f"{lines[other]} and {number}",
+                "give each class a name of its own, in one form",
             )
         if name:
             lines[name] = number
@@ -64,7 +75,9 @@ class LabelReader:
     label_key None: the number in ``.cls``, or, where there is no ``.cls``, what ``.json`` has under
     "label". Otherwise it is what ``.json`` has under this key, and ``.cls`` is not looked at.
 
-    A label in JSON may be the name of a class, where ``classes`` are given.
+    A label in JSON may be the name of a class, where ``classes`` are given: a string is always a
+    name then, and a number the place of a class, counted from 0. Where names are numbers, and not
+    those of their places, a number in JSON may be meant as either and is refused.
     """
 
     def __init__(self, label_key: str | None, classes: Sequence[str] | None) -> None:
@@ -73,6 +86,9 @@ class LabelReader:
         self._numbers: dict[str, list[int]] = {}
         for number, name in enumerate(classes or ()):
             self._numbers.setdefault(name, []).append(number)
+        self._all_numbers = all(map(_NUMBER.fullmatch, self._numbers))
+        # Names that are the numbers of their places say no more than no names do.
+        self._named = any(name != str(place) for place, name in enumerate(classes or ()))
 
     def member(self, extensions: Sequence[str]) -> str:
         """The extension, out of those of a sample, of the label. Raises SampleError."""
@@ -131,6 +147,7 @@ class LabelReader:
             )
         label = content[self.key]
         if isinstance(label, int) and not isinstance(label, bool):
+            self._refuse_ambiguous(label)
             return label
         if not isinstance(label, str):
             raise SampleError(
@@ -139,6 +156,17 @@ class LabelReader:
                 "name the key of the label with --label-key",
             )
         return self._of_name(label)
+
+    def _refuse_ambiguous(self, label: int) -> None:
+        """Raises SampleError for a number that may be the place of a class or its name."""
+        named = self._numbers.get(str(label), [label])
+        if self._named and (self._all_numbers or named != [label]):
+            raise SampleError(
+                f"has the number {label} under {self.key!r} in its .json, and names of classes are "
+                "numbers too: it may be the place of a class or its name",
+                'write a name as a string ("1"), or a place as a number into a .cls; or give names '
+                "that are not numbers",
+            )
 
     def _of_name(self, name: str) -> int:
         numbers = self._numbers.get(name, [])
@@ -150,7 +178,7 @@ class LabelReader:
             )
         if numbers:
             return numbers[0]
-        if _NUMBER.fullmatch(name.strip()):
+        if not self._named and _NUMBER.fullmatch(name.strip()):
             return int(name)
         among = (
             "no class names are given"

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import time
+import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -191,11 +192,16 @@ def _classes(
         return named, labels
     numbers = {name: number for number, name in enumerate(like)}
     if unknown := [name for name in named if name not in numbers]:
+        first = unicodedata.normalize("NFC", unknown[0])
+        other = next((name for name in like if unicodedata.normalize("NFC", name) == first), None)
         raise ConfigError(
             "--like",
             "its classes",
-            f"{len(unknown)} classes of the source are not among them, the first is {unknown[0]!r}",
-            "name the shards of the same data set",
+            f"{len(unknown)} classes of the source are not among them, the first is "
+            + (f"{unknown[0]!r}" if other is None else
+               f"{unknown[0]!a}; {other!a} is the same text in another form of Unicode"),
+            "name the shards of the same data set" if other is None else
+            "bring the names to one form, for example with convmv -f utf-8 -t utf-8 --nfc",
         )
     return tuple(like), np.array([numbers[name] for name in named], np.int32)[labels]
 

@@ -24,6 +24,8 @@ from prelora_ds.errors import ConfigError, file_error
 
 _PICKLES = ("pyd", "pkl", "pickle", "pth", "pt")
 _LABELS = ("cls", "json")
+_JPEGS = {"jfif", "jpe", "pjpeg", "pjp"}  # other names of the format
+_OTHER_IMAGES = _JPEGS | {"gif", "bmp", "tif", "tiff", "ppm", "pgm", "jp2", "avif", "heic"}
 _END = bytes(2 * tarfile.BLOCKSIZE)
 _MEND = "write the shards again, or copy them again from where they are whole"
 _LARGEST = 1 << 30  # bytes of a member that is read
@@ -67,6 +69,7 @@ def index_shard(
 
     - a file that is not a whole tar, and a shard without samples;
     - a key or a member that comes twice;
+    - a sample whose name has a dot in it, for WebDataset takes the name to end there;
     - a sample without a label, or without exactly one image of at least a byte;
     - an image or a label whose bytes do not lie in the tar in one piece (links, sparse members).
 
@@ -86,6 +89,7 @@ def index_shard(
                 for name, group in groupby(_members(tar, passed), key=lambda member: member.key):
                     found = list(group)
                     members = {member.extension: member.info for member in found}
+                    _refuse_dotted(found)
                     if not members.keys() & {*EXTENSIONS, *_LABELS}:
                         passed += [member.info.name for member in found]
                         continue
@@ -125,11 +129,32 @@ def _members(tar: tarfile.TarFile, passed: list[str]) -> Iterator[_Member]:
             passed.append(info.name)
 
 
+def _refuse_dotted(group: list[_Member]) -> None:
+    """Raise where the members of a group are an image and its label after a further dot."""
+    names = {member.extension: member.info.name for member in group}
+    labels = ("cls",) if names.keys() & {*EXTENSIONS, *_LABELS} else _LABELS
+    for extension, name in names.items():
+        start, dot, last = extension.rpartition(".")
+        image = dot and (last in EXTENSIONS or last in _OTHER_IMAGES)
+        if image and any(f"{start}.{label}" in names for label in labels):
+            raise SampleError(
+                f"at byte {group[0].info.offset}, {name!r} has a dot in its name: WebDataset takes "
+                f"it for the member {extension!r} of the sample {group[0].key!r}",
+                "write the shards again, with names that have no dot before the extension",
+            )
+
+
 def _row(
     file: IO[bytes], where: str, members: dict[str, tarfile.TarInfo], labels: LabelReader
 ) -> tuple[int, int, int, int, int, int]:
     """The row of a sample, given the members by their extensions. Raises SampleError."""
     images = [extension for extension in members if extension in EXTENSIONS]
+    if not images and (others := sorted(members.keys() & _OTHER_IMAGES)):
+        raise SampleError(
+            f"{where} has its image in .{others[0]}, and only {', '.join(EXTENSIONS)} are read",
+            "rename the member to .jpg" if others[0] in _JPEGS else
+            "write the shards again, with this image as PNG or JPEG",
+        )
     if len(images) != 1:
         raise SampleError(
             f"{where} has {len(images)} images ({', '.join(EXTENSIONS)}) among its members "

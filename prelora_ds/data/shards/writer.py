@@ -6,10 +6,12 @@ A source yields samples ``(key, image bytes, extension, label)``.
 from __future__ import annotations
 
 import io
+import math
 import os
 import shutil
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -20,9 +22,9 @@ import numpy as np
 from PIL import Image
 
 from prelora_ds.data.manifest import EXTENSIONS, Manifest, save_manifest
-from prelora_ds.data.shards.images import encode
+from prelora_ds.data.shards.images import MAX_PIXELS, encode
 from prelora_ds.data.shards.scan import ScannedShard, index_shard
-from prelora_ds.errors import ConfigError
+from prelora_ds.errors import ConfigError, cannot_write
 
 RawSample = tuple[str, bytes, str, int]
 
@@ -31,6 +33,9 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 DIGIT_CLASSES = tuple(map(str, range(10)))
 PHOTOGRAPH_CLASSES = tuple(f"imagenet-{label:03d}" for label in range(1000))
 _DIGITS_IN_VAL = 360
+# Of the crops of photographs: the most that a side is longer than the other where the photograph
+# allows it, and that the short side is longer than it was asked to be.
+_RATIO, _LARGER = 4 / 3, 1.1
 # The colour photographs in scikit-image's wheel (all others are fetched), with the ImageNet class that fits best.
 _SKIMAGE_LABELS = {
     "astronaut.png": 812, "chelsea.png": 282, "coffee.png": 967, "hubble_deep_field.jpg": 727,
@@ -48,26 +53,59 @@ def write_shards(samples: Iterable[RawSample], folder: str | Path, *, samples_pe
     folder = Path(folder).absolute()
     if samples_per_shard < 1:
         raise ConfigError("samples_per_shard", samples_per_shard, "a shard holds at least one sample", "give 1 or more")
-    if folder.exists():
-        raise ConfigError("folder", str(folder), "exists already", "remove it, or give another folder")
+    _check_new(folder)
     partial = folder.with_name(f".{folder.name}.{uuid4().hex}")
-    partial.mkdir(parents=True)
     try:
+        with _writing(folder):
+            partial.mkdir(parents=True)
         rest = _checked(samples, len(class_names))
         shards: list[ScannedShard] = []
         while chunk := list(islice(rest, samples_per_shard)):
             path = partial / f"shard-{len(shards):06d}.tar"
-            write_tar(path, chunk)
+            with _writing(folder):
+                write_tar(path, chunk)
             shards.append(index_shard(path, "folder"))
         if not shards:
             raise ConfigError("samples", 0, "the source has no samples", "give a source with images")
-        save_manifest(partial, class_names, [scan.shard for scan in shards], [scan.rows for scan in shards])
-        if folder.exists():  # an empty folder made meanwhile would be replaced by the rename
-            raise ConfigError("folder", str(folder), "was made by another process meanwhile", "give another folder")
-        os.rename(partial, folder)
+        with _writing(folder):
+            save_manifest(partial, class_names, [scan.shard for scan in shards], [scan.rows for scan in shards])
+            if os.path.lexists(folder):  # an empty folder made meanwhile would be replaced by the rename
+                raise ConfigError("folder", str(folder), "was made by another process meanwhile", "give another folder")
+            os.rename(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Manifest.load(folder, "folder")
+
+
+def write_splits(samples: Mapping[Split, Iterable[RawSample]], out: Path, *, samples_per_shard: int,
+                 class_names: Sequence[str]) -> dict[Split, Manifest]:
+    """`write_shards` of each split to the new folder ``out``/SPLIT; their manifests by split.
+
+    Raises ConfigError before anything is written where one of the folders exists.
+    """
+    for split in samples:
+        _check_new(out / split)
+    return {
+        split: write_shards(of_split, out / split, samples_per_shard=samples_per_shard,
+                            class_names=class_names)
+        for split, of_split in samples.items()
+    }
+
+
+def _check_new(folder: Path) -> None:
+    with _writing(folder):
+        if os.path.lexists(folder):
+            raise ConfigError("folder", str(folder), "exists already",
+                              "remove it, or give another folder")
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """An OSError of writing to ``folder`` becomes a ConfigError (of the disk: DiskError)."""
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write("folder", folder, error) from error
 
 
 def write_tar(path: Path, samples: Iterable[RawSample]) -> None:
@@ -112,28 +150,44 @@ def digits(split: Split, seed: int = 0) -> Iterator[RawSample]:
         yield f"{index:06d}", encode(Image.fromarray(pixels), "PNG"), "png", int(labels[index])
 
 
-def write_digits(out: Path, samples_per_shard: int = 512) -> dict[str, Manifest]:
+def write_digits(out: Path, samples_per_shard: int = 512) -> dict[Split, Manifest]:
     """Write both splits of the digits to the new folders ``out``/train and ``out``/val; their manifests by split."""
-    return {split: write_shards(digits(split), out / split, samples_per_shard=samples_per_shard,
-                                class_names=DIGIT_CLASSES) for split in SPLITS}
+    return write_splits({split: digits(split) for split in SPLITS}, out,
+                        samples_per_shard=samples_per_shard, class_names=DIGIT_CLASSES)
 
 
 def photographs(count: int, seed: int = 0, short_side: int = 400) -> Iterator[RawSample]:
     """``count`` different JPEGs like ImageNet's, crops of photographs; the short side is ``short_side`` +- 10 %.
 
     The photographs are those in the wheels of scikit-image and, where it is installed, of foolbox (20 of ImageNet):
-    nothing is downloaded. Labels are ImageNet's 0..999. Raises ConfigError when neither package is installed.
+    nothing is downloaded. Labels are ImageNet's 0..999. Raises ConfigError when neither package is installed, and
+    for a short side with which an image could have more pixels than are decoded.
     """
     files = _photograph_files()
+    widest = max(_RATIO, *(width / height for width, height in map(_size, files)))
+    most = int(math.sqrt(MAX_PIXELS / widest) / _LARGER)
+    if short_side > most:
+        raise ConfigError("--short-side", short_side,
+                          f"images of more than {MAX_PIXELS:,} pixels are not decoded",
+                          f"give {most} or less")
+    return _crops(files, count, seed, short_side)
+
+
+def _size(file: tuple[Path, int]) -> tuple[int, int]:
+    with Image.open(file[0]) as image:
+        return image.size
+
+
+def _crops(files: list[tuple[Path, int]], count: int, seed: int, short_side: int) -> Iterator[RawSample]:
     pictures = [Image.open(file).convert("RGB") for file, _ in files]
     for number in range(count):
         rng, chosen = np.random.default_rng((seed, number)), number % len(files)
         picture = pictures[chosen]
-        share, ratio = rng.uniform(0.3, 1.0), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+        share, ratio = rng.uniform(0.3, 1.0), np.exp(rng.uniform(np.log(1 / _RATIO), np.log(_RATIO)))
         width = min(np.sqrt(share * picture.width * picture.height * ratio), picture.width)
         height = min(width / ratio, picture.height)
         left, top = rng.uniform(0, picture.width - width), rng.uniform(0, picture.height - height)
-        scale = short_side * rng.uniform(0.9, 1.1) / min(width, height)
+        scale = short_side * rng.uniform(0.9, _LARGER) / min(width, height)
         size = (round(width * scale), round(height * scale))
         crop = picture.resize(size, Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
         yield f"{number:08d}", encode(crop, "JPEG", quality=92), "jpg", files[chosen][1]

@@ -38,6 +38,7 @@ def test_a_name_is_a_whole_line(tmp_path):
         ("crane\n".encode("utf-16"), "is not UTF-8 text"),
         (b"", "names no class"),
         (b"\xef\xbb\xbf\n \n", "names no class"),
+        ("caf\xe9\ncafe\u0301\n".encode(), "names the same text in two forms.*lines 1 and 2"),
         (b"a\0b\n", "line 1 holds a null byte"),
     ],
 )
@@ -75,3 +76,31 @@ def test_a_name_of_two_classes_is_refused_where_a_label_has_it():
 def test_a_name_comes_before_a_number():
     assert LabelReader(None, ("1", "0")).read("json", b'{"label": "0"}') == 1
     assert LabelReader(None, None).read("json", b'{"label": "12"}') == 12
+
+
+@pytest.mark.parametrize("name", ["0", "4", "01", " 1", "-1"])
+def test_a_string_that_is_not_a_name_is_not_taken_for_a_number(name):
+    for classes in (("1", "2", "3"), ("cat", "dog")):
+        with pytest.raises(SampleError, match=f"'{name}'.* is not the name of any of the"):
+            LabelReader(None, classes).read("json", f'{{"label": "{name}"}}'.encode())
+
+
+def test_strings_are_numbers_where_the_names_are_the_numbers_of_their_places():
+    reader = LabelReader(None, ("0", "1", "2"))
+    assert reader.read("json", b'{"label": "02"}') == 2
+    assert reader.read("json", b'{"label": 2}') == 2
+
+
+@pytest.mark.parametrize("classes", [("1", "2", "3"), ("0", "1", "10", "2"), ("1", "0", "cat")])
+def test_a_number_that_may_be_a_place_or_a_name_is_refused(classes):
+    reader = LabelReader(None, classes)
+    with pytest.raises(SampleError, match=r"the number 1 .* place of a class or its name"):
+        reader.read("json", b'{"label": 1}')
+    assert reader.read("json", b'{"label": "1"}') == classes.index("1")
+    assert reader.read("cls", b"1") == 1
+
+
+def test_one_name_that_is_a_number_leaves_other_numbers_clear():
+    reader = LabelReader(None, ("747", "A320", "DC-10"))
+    assert reader.read("json", b'{"label": 2}') == 2
+    assert reader.read("json", b'{"label": "747"}') == 0

@@ -18,10 +18,11 @@ from prelora_ds.errors import ConfigError
 
 
 class Kind(NamedTuple):
-    """``read(file, offset, length)`` gives the bytes of an encoded image, ``name`` tells which it
-    is."""
+    """``detect`` gives a path that shows that a source is of this kind, or None.
+    ``read(file, offset, length)`` gives the bytes of an encoded image, ``name`` tells which it is.
+    """
 
-    detect: Callable[[Path], bool]
+    detect: Callable[[Path], Path | None]
     find: Callable[[Request], Listing]
     read: Callable[[str, int, int], bytes]
     name: Callable[[str, int, int], str]
@@ -52,16 +53,7 @@ def find_images(request: Request, kind: str | None = None) -> Listing:
         if kind is None and request.labels is not None:
             kind = ilsvrc.KIND  # no other has labels of its own
         if kind is None:
-            kind = next(
-                (name for name, tried in KINDS.items() if tried.detect(request.source)), None
-            )
-        if kind is None:
-            raise ConfigError(
-                "SOURCE",
-                str(request.source),
-                f"looks like none of {', '.join(KINDS)}",
-                "name the folder with a sub-folder per class, or give --format",
-            )
+            kind = _detected(request.source)
         try:
             listing = KINDS[kind].find(request)
         except (NotADirectoryError, IsADirectoryError) as error:
@@ -77,6 +69,28 @@ def find_images(request: Request, kind: str | None = None) -> Listing:
         )
     check_classes(request.source, listing.classes or ())
     return listing
+
+
+def _detected(source: Path) -> str:
+    """Raises ConfigError where no kind fits, and where class folders with images fit as well."""
+    signs = {name: sign for name, kind in KINDS.items() if (sign := kind.detect(source))}
+    if not signs:
+        raise ConfigError(
+            "SOURCE",
+            str(source),
+            f"looks like none of {', '.join(KINDS)}",
+            "name the folder with a sub-folder per class, or give --format",
+        )
+    kind = next(iter(signs))
+    if kind != folder.KIND and source.is_dir() and (image := folder.first_image(source)):
+        raise ConfigError(
+            "SOURCE",
+            str(source),
+            f"holds {signs[kind].relative_to(source)}, which is of the format {kind}, and "
+            f"{image.relative_to(source)}, which is of a folder of images",
+            f"give --format {kind} or --format {folder.KIND}, or remove what does not belong there",
+        )
+    return kind
 
 
 def _check(request: Request, kind: str | None) -> None:

@@ -26,16 +26,18 @@ _CIFAR_SPLITS = {
     "train": re.compile(r"(data_batch_(?P<part>\d+)|train)(\.bin)?"),
     "test": re.compile(r"(test_batch|test)(\.bin)?"),
 }
+_COMMON_NAMES = ("train", "test")
 _CIFAR_10_PARTS = range(1, 6)
 
 
-def detect_idx(source: Path) -> bool:
-    return source.is_dir() and bool(_idx_files(source))
+def detect_idx(source: Path) -> Path | None:
+    return next((path for path, _ in _idx_files(source)), None) if source.is_dir() else None
 
 
 def _idx_files(source: Path) -> list[tuple[Path, re.Match[str]]]:
     return [(path, match) for path in sorted(source.iterdir())
-            if not hidden(path.name) and (match := _IDX_NAME.fullmatch(path.name))]
+            if not hidden(path.name) and (match := _IDX_NAME.fullmatch(path.name))
+            and not path.is_dir()]
 
 
 def find_idx(request: Request) -> Listing:
@@ -82,8 +84,19 @@ def _kept_idx(file: str, _: tuple[int, int, int]) -> NDArray[np.uint8]:
     return idx_array(file)
 
 
-def detect_cifar(source: Path) -> bool:
-    return source.is_dir() and bool(_cifar_files(source))
+def detect_cifar(source: Path) -> Path | None:
+    """Raises OSError for a file that cannot be read."""
+    files = (path for paths in _cifar_files(source).values() for path in paths)
+    return next((path for path in files if _looks_like_a_batch(path)), None)
+
+
+def _looks_like_a_batch(path: Path) -> bool:
+    """By the name where no other data set has such a name, otherwise by the content: CIFAR-100's
+    ``train`` and ``test`` may as well be lists of files."""
+    if path.name not in _COMMON_NAMES:
+        return True
+    with path.open("rb") as file:
+        return file.read(1) == pickle.PROTO
 
 
 def _cifar_files(source: Path) -> dict[str, list[Path]]:

@@ -7,12 +7,15 @@ numbers.
 
 from __future__ import annotations
 
+import csv
 import io
 import multiprocessing
 import re
 import tarfile
+from collections import Counter
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import NamedTuple
 
 from prelora_ds.data.shards.reading import MAX_TEXT_BYTES, describe, packing, read_text, reading
 from prelora_ds.errors import ConfigError
@@ -27,6 +30,7 @@ _BESIDE = ("ILSVRC2012_devkit_t12.tar.gz", "ILSVRC2012_devkit_t12", "LOC_val_sol
 _TRUTH, _META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 _WNID = re.compile(r"n\d{8}")
 _NUMBER = re.compile(r"[0-9]{1,9}")
+_BOXES = re.compile(r"(?P<wnid>n\d{8})(\s+-?\d+){4}(\s+n\d{8}(\s+-?\d+){4})*")
 
 Labels = tuple[tuple[str, ...] | None, dict[str, int]]
 
@@ -53,7 +57,7 @@ def read_labels(source: Path, names: list[str]) -> Labels:
     with reading(source, "labels", "--labels"):
         kit = _read_devkit(source)
         if kit is None:
-            return _read_table(source)
+            return _read_table(source, names)
     classes, truth = kit
     if len(truth) != len(names):
         raise ConfigError(
@@ -62,36 +66,76 @@ def read_labels(source: Path, names: list[str]) -> Labels:
     return classes, dict(zip(names, truth, strict=True))
 
 
-def _read_table(source: Path) -> Labels:
+class _Line(NamedTuple):
+    """A line of a table of labels: its number and text, the image's name without suffix, and the
+    label."""
+
+    number: int
+    text: str
+    image: str
+    label: str
+
+    def refused(self, source: Path, problem: str) -> ConfigError:
+        where = f"line {self.number}, {self.text[:80]!r}: "
+        return ConfigError("--labels", str(source), where + problem, WANTED)
+
+
+def _read_table(source: Path, names: list[str]) -> Labels:
+    """A line with an image and a label for each image; the columns' titles may come first."""
     if packed := packing(source):
         raise ConfigError(
             "--labels", str(source), f"is packed with {packed[0]}", f"unpack it with `{packed[1]}`"
         )
+    texts = enumerate(read_text(source, "--labels").splitlines(), 1)
+    lines = [_line(source, number, text) for number, text in texts if text.strip()]
+    forms = Counter(form for form in (_WNID, _NUMBER) for line in lines if _is(form, line))
+    form = max(forms, key=forms.__getitem__, default=_WNID)
+    if lines and lines[0].image not in names and not any(_is(f, lines[0]) for f in forms):
+        del lines[0]  # titles
     labels: dict[str, str] = {}
-    for number, line in enumerate(read_text(source, "--labels").splitlines(), 1):
-        fields = re.split(r"[,\s]+", line.strip())
-        if fields[0] in ("", "ImageId"):
-            continue
-        name = Path(fields[0]).stem
-        if len(fields) < 2 or not fields[1] or name in labels:
-            problem = f"line {number}, {line[:80]!r}: " + (
-                "the image comes twice" if name in labels else "no label"
+    for line in lines:
+        if line.image in labels:
+            raise line.refused(source, "the image comes twice")
+        if not _is(form, line):
+            kinds = {_WNID: "a WordNet id", _NUMBER: "a number"}
+            raise line.refused(
+                source,
+                f"the label {line.label!r} is not {kinds[form]}, as other labels are"
+                if forms
+                else f"the label {line.label!r} is neither a WordNet id nor a number",
             )
-            raise ConfigError("--labels", str(source), problem, WANTED)
-        labels[name] = fields[1]
-    if all(_WNID.fullmatch(label) for label in labels.values()):
-        wnids = {wnid: label for label, wnid in enumerate(sorted(set(labels.values())))}
-        return tuple(wnids), {name: wnids[label] for name, label in labels.items()}
-    if wrong := next(
-        ((name, label) for name, label in labels.items() if not _NUMBER.fullmatch(label)), None
-    ):
-        raise ConfigError(
-            "--labels",
-            str(source),
-            f"neither WordNet ids nor numbers: {wrong[0]} has {wrong[1]!r}",
-            WANTED,
+        labels[line.image] = line.label
+    if form is _NUMBER:
+        return None, {name: int(label) for name, label in labels.items()}
+    wnids = {wnid: label for label, wnid in enumerate(sorted(set(labels.values())))}
+    return tuple(wnids), {name: wnids[label] for name, label in labels.items()}
+
+
+def _is(form: re.Pattern[str], line: _Line) -> bool:
+    return form.fullmatch(line.label) is not None
+
+
+def _line(source: Path, number: int, text: str) -> _Line:
+    """Raises ConfigError unless the line has two fields, separated by a comma, a semicolon, a tab
+    or blanks."""
+    mark = next((mark for mark in ",;\t" if mark in text), " ")
+    row = next(csv.reader([text.strip()], delimiter=mark, skipinitialspace=True))
+    fields = [field.strip() for field in row]
+    while fields and not fields[-1]:
+        fields.pop()
+    image, label = (*fields, "", "")[:2]
+    # Kaggle has the boxes of the objects in the image after each WordNet id.
+    boxes = _BOXES.fullmatch(label)
+    line = _Line(number, text.strip(), Path(image).stem, boxes["wnid"] if boxes else label)
+    if len(fields) > 2:
+        raise line.refused(
+            source,
+            f"has {len(fields)} fields where an image and a label are wanted; a name with a blank "
+            "or a comma in it is written in double quotes",
         )
-    return None, {name: int(label) for name, label in labels.items()}
+    if not image or not label:
+        raise line.refused(source, "no label" if image else "no image")
+    return line
 
 
 def _read_devkit(source: Path) -> tuple[tuple[str, ...], list[int]] | None:

@@ -10,22 +10,38 @@ from pathlib import Path
 from prelora_ds.data.shards.reading import broken, reading
 from prelora_ds.data.shards.sources import ilsvrc
 from prelora_ds.data.shards.sources.listing import (
-    IMAGES,
     SPLITS,
     Listing,
     Request,
     choose_split,
     hidden,
+    is_image,
     items,
     some,
+)
+from prelora_ds.data.shards.sources.split_folders import (
+    folders_in,
+    has_images,
+    split_folders,
+    splits_below,
 )
 from prelora_ds.errors import ConfigError
 
 KIND = "imagefolder"
 
 
-def detect(source: Path) -> bool:
-    return source.is_dir() and bool(_folders(source))
+def detect(source: Path) -> Path | None:
+    return next((source / name for name in folders_in(source)), None) if source.is_dir() else None
+
+
+def first_image(source: Path) -> Path | None:
+    """An image that lies in a folder below ``source``, if there is one."""
+    for path, folders, files in os.walk(source):
+        folders[:] = sorted(name for name in folders if not hidden(name))
+        for name in sorted(files) if Path(path) != source else ():
+            if is_image(name) and not hidden(name):
+                return Path(path, name)
+    return None
 
 
 def find(request: Request) -> Listing:
@@ -36,11 +52,11 @@ def find(request: Request) -> Listing:
     twice to the same file.
     """
     top, tree = request.source, _Tree()
-    names = _folders(top)
-    if splits := _splits(top, names, request):
+    names = folders_in(top)
+    if splits := split_folders(top, names, request):
         top = top / choose_split(splits, request)
         tree.beside += [name for name in names if name not in splits]
-        names = _folders(top)
+        names = folders_in(top)
         if not names and ilsvrc.detect(top):
             return ilsvrc.find(Request(top, labels=request.labels))
     elif request.split is not None:
@@ -51,6 +67,8 @@ def find(request: Request) -> Listing:
             "leave it out, and name the folder of the split",
         )
     images = {name: tree.images(top, name) for name in names}
+    if len(names) == 1:
+        _refuse_wrapped(top, names[0])
     for folder in {request.source, top}:
         tree.look_beside(folder)
     if not names:
@@ -80,32 +98,24 @@ def find(request: Request) -> Listing:
     )
 
 
-def _folders(path: Path) -> list[str]:
-    return sorted(
-        entry.name for entry in path.iterdir() if not hidden(entry.name) and entry.is_dir()
-    )
-
-
-def _splits(top: Path, names: list[str], request: Request) -> list[str]:
-    """Those of the folders that are splits. Raises ConfigError where they may as well be
-    classes."""
-    named = [name for name in names if name.lower() in SPLITS]
-    others = [name for name in names if name not in named]
-    if not others:
-        return named
-    # CIFAR-100 has a class "train": a single folder of this name that holds the images themselves
-    # is a class.
-    if (len(named) == 1 and not _folders(top / named[0])) or not named:
-        return []
-    if request.split in named:
-        return named
-    raise ConfigError(
-        "SOURCE",
-        str(top),
-        f"has folders with the names of splits ({some(named)}) beside other folders "
-        f"({some(others)})",
-        f"give --split {named[0]}, or name {top / named[0]}; if all of them are classes, rename "
-        f"{some(named)}",
+def _refuse_wrapped(top: Path, name: str) -> None:
+    """Raises ConfigError where all images of the only class lie in its sub-folders: these are
+    rather the classes, and ``images`` or ``train2017`` is a folder around them. So it is for a
+    folder within one of the same name, as ``seg_pred/seg_pred``."""
+    below = folders_in(top / name)
+    if name == top.name and not below:
+        raise broken(
+            top,
+            f"would be a single class, {name}, which is the name of the folder around it as well",
+            "name a folder with a sub-folder per class; a flat folder needs --labels",
+        )
+    if not below or has_images(top / name):
+        return
+    raise broken(
+        top,
+        f"would be a single class, {name}, whose images are all in the sub-folders {some(below)}",
+        f"if these are the classes, name {top / name}; if {name} is the class, put its images "
+        "into the folder itself",
     )
 
 
@@ -140,8 +150,7 @@ class _Tree:
     def _below(self, path: str, real: str) -> Iterator[str]:
         with reading(path, "a folder"):
             entries = sorted(os.scandir(path), key=lambda entry: entry.name)
-        splits = [e.name for e in entries if e.name.lower() in SPLITS and _kind(e) == "folder"]
-        if len(splits) > 1:
+        if splits := splits_below([e.name for e in entries if _kind(e) == "folder"]):
             raise broken(
                 path,
                 f"holds the folders {some(splits)} of splits, in the place of a class",
@@ -162,7 +171,8 @@ class _Tree:
                 yield from self._below(entry.path, self._entered(entry.path, below, real))
             elif kind == "special":
                 self._special += 1
-            elif (suffix := os.path.splitext(entry.name)[1].lower()) not in IMAGES:
+            elif not is_image(entry.name):
+                suffix = os.path.splitext(entry.name)[1].lower()
                 self._suffixes[suffix or "no suffix"] += 1
             else:
                 if entry.is_symlink() and self._links.setdefault(below, entry.path) != entry.path:
@@ -176,7 +186,7 @@ class _Tree:
                 self._hidden[entry.name] += 1
             self._stray += (
                 not hidden(entry.name)
-                and os.path.splitext(entry.name)[1].lower() in IMAGES
+                and is_image(entry.name)
                 and _kind(entry) != "folder"
             )
 

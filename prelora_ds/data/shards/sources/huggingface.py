@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -30,11 +31,12 @@ _END = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream
 _NUMBERED = re.compile(r"(?P<split>.+?)-(?P<part>\d+)-of-(?P<parts>\d+)(-[0-9a-f]+)?")
 
 
-def detect(source: Path) -> bool:
-    return source.is_dir() and (
-        any((source / name).is_file() for name in ("dataset_dict.json", "state.json"))
-        or next(_parquets(source), None) is not None
-    )
+def detect(source: Path) -> Path | None:
+    if not source.is_dir():
+        return None
+    states = (source / name for name in ("dataset_dict.json", "state.json"))
+    found = next((state for state in states if state.is_file()), None)
+    return found or next(_parquets(source), None)
 
 
 def find(request: Request) -> Listing:
@@ -118,7 +120,7 @@ def _json(path: Path, key: str) -> Any:
         return content[key]
 
 
-def _parquets(folder: Path) -> Any:
+def _parquets(folder: Path) -> Iterator[Path]:
     return (
         path
         for path in folder.rglob("*.parquet")

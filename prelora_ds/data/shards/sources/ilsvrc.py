@@ -19,7 +19,7 @@ from typing import IO, NamedTuple
 from prelora_ds.data.shards.reading import broken, reading
 from prelora_ds.data.shards.scan import ends_whole
 from prelora_ds.data.shards.sources.devkit import WANTED, labels_beside, read_labels
-from prelora_ds.data.shards.sources.listing import IMAGES, Listing, Request, choose_split, hidden, items
+from prelora_ds.data.shards.sources.listing import Listing, Request, choose_split, hidden, is_image, items
 from prelora_ds.errors import ConfigError
 
 KIND = "ilsvrc2012"
@@ -35,12 +35,12 @@ class _Member(NamedTuple):
     length: int
 
 
-def detect(source: Path) -> bool:
+def detect(source: Path) -> Path | None:
     if source.is_dir():
-        return any((source / name).is_file() for name in _SPLITS.values()) or any(
-            _VAL_IMAGE.fullmatch(entry.name) for entry in os.scandir(source)
-        )
-    return source.is_file() and tarfile.is_tarfile(source)
+        tars = (source / name for name in _SPLITS.values())
+        images = (Path(entry) for entry in os.scandir(source) if _VAL_IMAGE.fullmatch(entry.name))
+        return next((tar for tar in tars if tar.is_file()), None) or next(images, None)
+    return source if source.is_file() and tarfile.is_tarfile(source) else None
 
 
 def find(request: Request) -> Listing:
@@ -176,7 +176,7 @@ def _flat(request: Request) -> Listing:
             passed["hidden files"] += 1
         elif entry.is_dir():
             passed["folders"] += 1
-        elif Path(entry.name).suffix.lower() in IMAGES:
+        elif is_image(entry.name):
             names.append(entry.name)
         else:
             passed["other files"] += 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,17 +24,18 @@ ITEM = np.dtype(
 )
 # torchvision's ImageFolder takes these.
 IMAGES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
+# Names of splits, and which of the three each of them means.
 SPLITS = {
-    "train",
-    "training",
-    "val",
-    "valid",
-    "validation",
-    "dev",
-    "eval",
-    "evaluation",
-    "test",
-    "testing",
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "eval": "val",
+    "evaluation": "val",
+    "test": "test",
+    "testing": "test",
 }
 MAX_CLASSES = 1_000_000  # a label beyond is a mistake, and the manifest names every class
 # What Synology, macOS, Windows, ext4 and Python leave in folders.
@@ -98,6 +101,23 @@ def hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in _SYSTEM
 
 
+def is_image(name: str) -> bool:
+    """Whether a file of this name is an image of a data set."""
+    return Path(name).suffix.lower() in IMAGES
+
+
+def split_in(name: str) -> str | None:
+    """The split whose name is a word of ``name``: "train" for ``train2017`` and ``seg_train``.
+
+    Words end at digits, at anything that is not a letter, and before a capital letter; ``testset``,
+    ``testdata`` and ``testimages`` count as well. None for a name without such a word, as in
+    ``trainer``.
+    """
+    words = re.split(r"[\W\d_]+|(?<=[a-z])(?=[A-Z])", name)
+    named = (SPLITS.get(re.sub("(set|data|images)$", "", word.lower())) for word in words)
+    return next(filter(None, named), None)
+
+
 def some(names: Sequence[str], most: int = 5) -> str:
     """The first ``most`` names, and how many more there are."""
     more = len(names) - most
@@ -144,9 +164,9 @@ def check_parts(source: Path, what: str, found: Sequence[int], wanted: range) ->
 
 
 def check_classes(source: Path, names: Sequence[str]) -> None:
-    """Raises ConfigError for a class name that comes twice, and for one that cannot be written as
-    UTF-8."""
-    seen = set()
+    """Raises ConfigError for a class name that comes twice, also as two forms of the same text in
+    Unicode, and for one that cannot be written as UTF-8."""
+    seen: dict[str, str] = {}  # by the name's composed form
     for name in names:
         try:
             name.encode()
@@ -157,11 +177,21 @@ def check_classes(source: Path, names: Sequence[str]) -> None:
                 f"the class name {name!r} is not UTF-8, and a manifest cannot hold it",
                 "rename the class, for example with convmv",
             ) from error
-        if name in seen:
+        # macOS writes an accent as a character of its own (NFD), and most others do not (NFC).
+        composed = unicodedata.normalize("NFC", name)
+        other = seen.get(composed)
+        if other == name:
             raise ConfigError(
                 "SOURCE",
                 str(source),
                 f"the class name {name!r} comes twice",
                 "give every class a name of its own",
             )
-        seen.add(name)
+        if other is not None:
+            raise ConfigError(
+                "SOURCE",
+                str(source),
+                f"the class names {other!a} and {name!a} are the same text in two forms of Unicode",
+                "bring all names to one form, for example with convmv -f utf-8 -t utf-8 --nfc",
+            )
+        seen[composed] = name

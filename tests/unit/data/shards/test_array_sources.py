@@ -9,7 +9,7 @@ import struct
 
 import numpy as np
 import pytest
-from support.sources import IMAGES, LABELS, cifar, found, idx, refusal
+from support.sources import IMAGES, LABELS, cifar, found, idx, picture, refusal
 
 from prelora_ds.data.shards import reading
 from prelora_ds.data.shards.sources import find_images
@@ -113,3 +113,25 @@ def test_a_header_of_immense_sides_and_a_pipe_are_one_message(tmp_path):
     path.unlink()
     os.mkfifo(path)
     assert "pipe or a device" in refusal(tmp_path)
+
+
+def test_a_folder_with_the_name_of_an_idx_file_is_passed_by(tmp_path):
+    """Kaggle's MNIST has both: the files, and folders with their copies."""
+    for name, array in (("images.idx3", np.arange(24, dtype=np.uint8).reshape(2, 3, 4)),
+                        ("labels.idx1", LABELS)):
+        copy = tmp_path / f"train-{name}-ubyte".replace(".", "-")
+        copy.mkdir()
+        idx(copy, copy.name, array)
+        idx(tmp_path, f"train-{name}-ubyte", array)
+    assert [label for _, label in found(tmp_path)[1]] == LABELS.tolist()
+
+
+def test_a_list_of_files_called_train_does_not_make_a_tree_of_classes_cifar(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.jpg").write_bytes(picture(1))
+    for split in ("train", "test"):
+        (tmp_path / split).write_text("cat/1.jpg 0\n")
+    assert found(tmp_path)[0] == ("cat", "dog")
+    cifar(tmp_path, ["train"])
+    assert "holds train, which is of the format cifar, and cat/1.jpg" in refusal(tmp_path)

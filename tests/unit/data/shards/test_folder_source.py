@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from prelora_ds.data.shards.build_plan import Options
+from prelora_ds.data.shards.build_shards import build
 from prelora_ds.data.shards.sources import find_images
 from prelora_ds.data.shards.sources.listing import Request
 from prelora_ds.errors import ConfigError
@@ -195,3 +197,82 @@ def test_a_folder_that_may_not_be_read_is_one_message(tmp_path):
                               capture_output=True, check=True)
         assert "cannot be read (Permission denied)" in done.stdout, (closed, done)
         assert done.stdout.strip().endswith("2")
+
+
+@pytest.mark.parametrize("names", [
+    ("train2017", "val2017"), ("training_set", "test_set"), ("seg_train", "seg_test"),
+    ("TrainSet", "TestSet"), ("trainA", "testA"), ("train", "test_set"), ("train_1", "train_2"),
+    ("my-train", "my.dev"), ("trainset", "valset"),
+    ("traindata", "testdata"), ("Train Images", "Test Images"), ("TRAIN2017", "VAL2017"),
+])
+def test_folders_whose_names_contain_that_of_a_split_are_splits(tmp_path, names):
+    plant(tmp_path, *(f"{split}/{name}" for split in names for name in TWO))
+    assert f"has the splits {', '.join(sorted(names))}" in refusal(tmp_path)
+    assert listed(tmp_path, names[1])[:2] == (
+        ("cat", "dog"), {f"{names[1]}/{name}": label for name, label in FOUND[1].items()})
+
+
+def test_splits_by_part_of_their_name_beside_other_folders_are_refused(tmp_path):
+    plant(tmp_path, *(f"{split}/{split}/{name}" for split in ("seg_train", "seg_test")
+                      for name in TWO), "seg_pred/seg_pred/1.png")
+    assert "splits (seg_test, seg_train) beside other folders (seg_pred)" in refusal(tmp_path)
+    assert "single class, seg_pred" in refusal(tmp_path / "seg_pred")
+    # The split is chosen, and the folder in it is not the only class.
+    assert "single class, seg_train" in refusal(tmp_path, "seg_train")
+    assert listed(tmp_path / "seg_train" / "seg_train")[0] == ("cat", "dog")
+
+
+def test_a_split_by_part_of_its_name_beside_unlabelled_images_is_refused(tmp_path):
+    plant(tmp_path, "train2017/cat/1.png", "train2017/dog/1.png", "unlabeled2017/1.png")
+    assert "splits (train2017) beside" in refusal(tmp_path)
+
+
+def test_images_that_lie_in_folders_of_splits_themselves_are_not_classes(tmp_path):
+    plant(tmp_path, "train_images/1.png", "test_images/1.png")
+    assert "has the splits test_images, train_images" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("names", [
+    ("passenger_train/1.png", "freight_train/1.png"),
+    ("passenger_train/1.png", "test_tube/1.png", "bus/1.png"),
+    ("passenger_train/2019/1.png", "test_tube/lab/1.png", "bus/2019/1.png", "car/2019/1.png"),
+    ("trainer/a/1.png", "tester/a/1.png", "medieval/a/1.png"),
+    ("bus/test_drive/1.png", "bus/train_station/1.png", "bus/stop/1.png", "car/1.png"),
+])
+def test_classes_whose_names_contain_that_of_a_split_stay_classes(tmp_path, names):
+    plant(tmp_path, *names)
+    assert listed(tmp_path)[0] == tuple(sorted({name.split("/")[0] for name in names}))
+
+
+def test_splits_in_the_place_of_a_class_are_refused_by_part_of_their_name_too(tmp_path):
+    plant(tmp_path, *(f"{name}/{split}/1.png" for name in ("cat", "dog")
+                      for split in ("train2017", "val2017")))
+    assert "in the place of a class" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("around", ["images", "train/images", "train2017", "a/b"])
+def test_a_folder_around_all_classes_is_not_the_only_class(tmp_path, around):
+    plant(tmp_path, *(f"{around}/{name}" for name in TWO))
+    assert "would be a single class" in refusal(tmp_path)
+    assert listed(tmp_path / around)[0] == ("cat", "dog")
+
+
+def test_a_single_class_that_holds_its_images_is_a_class(tmp_path):
+    plant(tmp_path, "cat/1.png", "cat/more/2.png")
+    assert listed(tmp_path)[0] == ("cat",)
+
+
+def test_two_forms_of_one_name_in_unicode_are_not_two_classes(tmp_path):
+    plant(tmp_path, "caf\u00e9/1.png", "cafe\u0301/1.png")
+    said = refusal(tmp_path)
+    assert r"'cafe\u0301' and 'caf\xe9' are the same text in two forms of Unicode" in said
+    plant(tmp_path / "one", "cafe\u0301/1.png", "cafe/1.png")
+    assert listed(tmp_path / "one")[0] == ("cafe", "cafe\u0301")
+
+
+def test_classes_in_another_form_of_unicode_than_those_of_like_are_told(tmp_path):
+    plant(tmp_path / "train", "caf\u00e9/1.png", "b/1.png")
+    plant(tmp_path / "val", "cafe\u0301/1.png", "b/1.png")
+    build(Request(tmp_path / "train"), tmp_path / "shards", Options())
+    with pytest.raises(ConfigError, match=r"'cafe\\u0301'; 'caf\\xe9' is the same text in another"):
+        build(Request(tmp_path / "val"), tmp_path / "other", Options(), like=tmp_path / "shards")

@@ -7,6 +7,9 @@ import json
 import pytest
 from support.sources import found, parquet, picture, refusal
 
+from prelora_ds.data.shards.sources import find_images
+from prelora_ds.data.shards.sources.listing import Request
+
 
 @pytest.mark.parametrize(
     "name",
@@ -99,3 +102,24 @@ def test_columns_that_hold_something_else_are_told_with_their_type(tmp_path, set
     parquet(tmp_path / "train.parquet", **settings)
     said = refusal(tmp_path)
     assert problem in said and str(tmp_path) in said
+
+
+@pytest.mark.parametrize("stray", ["metadata.parquet", "cat/deep/index.parquet", "state.json"])
+def test_a_stray_file_does_not_replace_a_tree_of_classes(tmp_path, stray):
+    for name in ("cat", "dog"):
+        (tmp_path / name / "deep").mkdir(parents=True)
+        (tmp_path / name / "deep" / "1.jpg").write_bytes(picture(1))
+    parquet(tmp_path / stray)
+    said = refusal(tmp_path)
+    assert f"holds {stray}, which is of the format huggingface, and cat/deep/1.jpg" in said
+    assert "--format huggingface or --format imagefolder" in said
+    listing = find_images(Request(tmp_path), "imagefolder")
+    assert listing.classes == ("cat", "dog") and len(listing.items) == 2
+
+
+def test_parquet_files_beside_class_folders_are_read_where_the_format_is_given(tmp_path):
+    parquet(tmp_path / "data" / "train.parquet")
+    (tmp_path / "assets").mkdir()
+    (tmp_path / "assets" / "logo.png").write_bytes(picture(1, "PNG"))
+    assert "assets/logo.png" in refusal(tmp_path)
+    assert len(find_images(Request(tmp_path), "huggingface").items) == 4

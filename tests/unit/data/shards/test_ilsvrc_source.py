@@ -194,3 +194,42 @@ def test_a_damaged_devkit_is_one_message_also_where_its_reader_crashes_or_hangs(
     assert said.startswith("--labels = ") and "meta.mat" in said
     (kit / "meta.mat").write_bytes(data[:200])
     assert "cannot be read as a devkit" in refusal(val, labels=kit.parent)
+
+
+def flat(folder, table, names=("1", "2", "3", "a b")):
+    """A flat folder of images, and a table of labels."""
+    (folder / "flat").mkdir(exist_ok=True)
+    for name in names:
+        (folder / "flat" / f"{name}.jpg").write_bytes(picture(1))
+    (folder / "labels.csv").write_text(table)
+    return folder / "flat", folder / "labels.csv"
+
+
+@pytest.mark.parametrize("table", [
+    "1.jpg,3\n2.jpg,4\n3.jpg,5\na b.jpg,6\n",
+    "filename,label\n1.jpg,3\n2.jpg,4\n3.jpg,5\n\"a b.jpg\",6\n",
+    "image;class\n1.jpg; 3\n2.jpg;4\n3.jpg;5;\na b.jpg;6\n",
+    "1.jpg\t3\n2.jpg\t4\n3.jpg\t5\na b.jpg\t6\n",
+    "1.jpg 3\n2.jpg   4\n3.jpg 5 \n\"a b.jpg\" 6\n",
+])
+def test_a_table_has_titles_or_none_and_any_of_the_usual_separators(tmp_path, table):
+    source, labels = flat(tmp_path, table)
+    assert [label for _, label in found(source, labels=labels)[1]] == [3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(("table", "said"), [
+    ("1.jpg,0,1\n2.jpg,1,0\n", "line 1, '1.jpg,0,1': has 3 fields"),
+    (",image,label\n0,1.jpg,1\n", "line 1, ',image,label': has 3 fields"),
+    ("1.jpg,0\n2.jpg,1\na b.jpg 1\n", "line 3, 'a b.jpg 1': has 3 fields"),
+    ("1.jpg n00000001 5\n", "line 1, '1.jpg n00000001 5': has 3 fields"),
+    ("1.jpg,n00000001\n2.jpg,n1\n3.jpg,n00000002\n", "line 2, '2.jpg,n1': the label 'n1' is not a "
+     "WordNet id, as other labels are"),
+    ("1.jpg,cat\n2.jpg,1\n3.jpg,1\n", "line 1, '1.jpg,cat': the label 'cat' is not a number, as"),
+    ("1.jpg,1\n2.jpg,n00000001\n3.jpg,1\n", "line 2, '2.jpg,n00000001': the label"),
+    ("1.jpg,cat\n2.jpg,dog\n", "line 1, '1.jpg,cat': the label 'cat' is neither a WordNet id"),
+    ("1.jpg,1\n,2\n", "line 2, ',2': no image"), ("1.jpg,1\n,\n", "line 2, ',': no image"),
+    ("1.jpg,1\n2.jpg,\n", "line 2, '2.jpg,': no label"),
+])
+def test_the_line_of_a_table_that_is_wrong_is_named(tmp_path, table, said):
+    source, labels = flat(tmp_path, table)
+    assert said in refusal(source, labels=labels)

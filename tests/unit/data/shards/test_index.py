@@ -63,7 +63,7 @@ def test_images_and_labels_in_their_several_formats(tmp_path):
         ],
     )
     write_tar(
-        tmp_path / "x" / "1.tar", [("a.jpg", images["d"]), ("a.json", b'{"label": "0"}')]
+        tmp_path / "x" / "1.tar", [("a.jpg", images["d"]), ("a.json", b'{"label": "cat"}')]
     )  # its own a
     made = index(str(tmp_path / "x"), classes=("cat", "dog", "eel")).manifest
     assert made.rows["label"].tolist() == [2, 1, 2, 0]

@@ -281,3 +281,32 @@ def test_a_shard_with_any_bytes_changed_is_read_or_refused_in_one_way(tmp_path, 
     with contextlib.suppress(ConfigError):
         rows = index_shard(path).rows
         assert ((rows["label"] >= 0) & (rows["offset"] + rows["length"] <= len(content))).all()
+
+
+@pytest.mark.parametrize("members", [
+    ("x.1.png", "x.1.cls"),
+    ("y.png", "y.cls", "x.1.png", "x.1.json"),
+    ("x.png", "x.cls", "x.1.png", "x.1.cls"),
+    ("x.1.0.png", "x.1.0.cls"),
+    ("a.b/x.1.gif", "a.b/x.1.cls"),
+])
+def test_a_sample_with_a_dot_in_its_name_is_refused(tmp_path, members):
+    path = write_tar(tmp_path / "a.tar", [(name, b"0") for name in members])
+    with pytest.raises(ConfigError, match=r"x\.1.*' has a dot in its name.*of the sample '.*x'"):
+        index_shard(path)
+
+
+def test_further_pictures_of_a_sample_and_what_is_said_of_them_are_passed_over(tmp_path):
+    members = [("x.png", b"1"), ("x.cls", b"0"), ("x.seg.png", b"1"), ("x.seg.json", b"{}")]
+    assert len(index_shard(write_tar(tmp_path / "a.tar", members)).rows) == 1
+
+
+@pytest.mark.parametrize(("extension", "remedy"), [
+    ("gif", "write the shards again, with this image as PNG"), ("jfif", r"rename the member to \.jpg"),
+    ("TIFF", "write the shards again, with this image as PNG"),
+])
+def test_an_image_of_another_format_is_named(tmp_path, extension, remedy):
+    path = write_tar(tmp_path / "a.tar", [(f"0.{extension}", b"1"), ("0.cls", b"0")])
+    said = rf"has its image in \.{extension.lower()}, and only jpg, jpeg, png, webp are read\n.*"
+    with pytest.raises(ConfigError, match=said + remedy):
+        index_shard(path)

@@ -162,7 +162,7 @@ def test_labels_of_val_come_as_ids_as_numbers_or_as_kaggles_table(ilsvrc, tmp_pa
     assert found(folder, "ilsvrc2012", "val", path) == (None, wanted)
     for text, problem in (("", "4 images have no label, the first is ILSVRC2012_val_00000001"),
                           (f"{names[0]} 1\n{names[0]} 2\n", "line 2.*comes twice"), ("7\n", "line 1.*no label"),
-                          (f"{names[0]} dog\n", "neither WordNet ids nor numbers")):
+                          (f"{names[0]} dog\n", "line 1.*neither a WordNet id nor a number")):
         path.write_text(text)
         refuse(problem, folder, split="val", labels=path)
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from prelora_ds.data.shards.writer import (
     PHOTOGRAPH_CLASSES,
     digits,
     photographs,
+    write_digits,
     write_shards,
 )
 from prelora_ds.errors import ConfigError
@@ -143,3 +147,51 @@ def test_photographs_are_different_jpegs_of_the_asked_size_and_always_the_same()
         assert (image.format, image.mode, extension) == ("JPEG", "RGB", "jpg")
         assert 57 <= min(image.size) <= 71 and max(image.size) <= 3 * min(image.size)
         assert np.asarray(image).std() > 2 and 0 <= label < len(PHOTOGRAPH_CLASSES)
+
+
+def test_photographs_that_could_not_be_decoded_are_refused_before_any_is_made(tmp_path):
+    with pytest.raises(ConfigError, match="--short-side = 14500: images of more than") as refused:
+        photographs(1, short_side=14500)
+    most = int(refused.value.remedy.split()[1])
+    assert 8_000 < most < 12_000
+    photographs(1, short_side=most)
+    with pytest.raises(ConfigError, match="--short-side"):
+        photographs(1, short_side=most + 1)
+
+
+@pytest.mark.parametrize("there", ["train", "val"])
+def test_no_split_is_written_where_the_folder_of_one_exists(tmp_path, there):
+    (tmp_path / there).mkdir()
+    with pytest.raises(ConfigError, match=f"{there}.*exists already"):
+        write_digits(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [there]
+
+
+def test_a_link_to_nothing_is_in_the_way_too(tmp_path):
+    (tmp_path / "data").symlink_to("nowhere")
+    with pytest.raises(ConfigError, match="exists already"):
+        write(some(2), tmp_path / "data")
+
+
+def test_a_place_that_cannot_be_written_is_one_message(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "file", Path("/proc/x"), tmp_path / ("x" * 300)):
+        with pytest.raises(ConfigError, match=r"folder = .*cannot be written \(") as refused:
+            write_digits(place)
+        assert refused.value.exit_code == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_full_disk_is_a_reason_to_try_again(tmp_path):
+    """A limit on the size of this process's files stands for the disk."""
+    code = (
+        "import resource, signal, sys; from pathlib import Path\n"
+        "from prelora_ds.data.shards.writer import write_digits\n"
+        "from prelora_ds.errors import DiskError\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "try: write_digits(Path(sys.argv[1]))\n"
+        "except DiskError as error: sys.exit(error.exit_code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    assert done.returncode == 75 and list(tmp_path.iterdir()) == []
