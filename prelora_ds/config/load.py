@@ -162,13 +162,13 @@ def check_deepspeed(values: Mapping[str, Any], source: str) -> None:
         if key in values:
             raise ConfigError(f"{source}: {key}", values[key], f"this key is owned by the recipe ({owner})",
                               f'remove "{key}" from {source} and set it in the recipe')
-    _only(values, (*OWNED_BY_RECIPE, *KNOWN_KEYS), source)
-    zero, bf16, comms = (_section(values, key, source) for key in ("zero_optimization", "bf16", "comms_logger"))
-    _only(bf16, BF16_KEYS, f"{source}: bf16")
-    _only(comms, COMMS_LOGGER_KEYS, f"{source}: comms_logger")
-    _switches(values, SWITCHES, source)
-    _switches(bf16, BF16_KEYS, f"{source}: bf16")
-    _switches(comms, COMMS_LOGGER_KEYS[:-1], f"{source}: comms_logger")
+    _only(values, (*OWNED_BY_RECIPE, *KNOWN_KEYS), f"{source}: ")
+    zero, bf16, comms = (_section(values, key, f"{source}: ") for key in ("zero_optimization", "bf16", "comms_logger"))
+    _only(bf16, BF16_KEYS, f"{source}: bf16.")
+    _only(comms, COMMS_LOGGER_KEYS, f"{source}: comms_logger.")
+    _switches(values, SWITCHES, f"{source}: ")
+    _switches(bf16, BF16_KEYS, f"{source}: bf16.")
+    _switches(comms, COMMS_LOGGER_KEYS[:-1], f"{source}: comms_logger.")
     operations = comms.get("prof_ops", [])
     if not isinstance(operations, list) or not all(isinstance(name, str) for name in operations):
         raise ConfigError(f"{source}: comms_logger.prof_ops", operations, "is not a list of names",
@@ -185,35 +185,35 @@ def check_deepspeed(values: Mapping[str, Any], source: str) -> None:
     for key, (off, why) in REFUSED_ZERO_KEYS.items():
         if zero.get(key, off) not in (None, off, {"device": "none"}):
             raise ConfigError(f"{source}: zero_optimization.{key}", zero[key], why, "remove it")
-    _only(zero, (*ZERO_KEYS, *REFUSED_ZERO_KEYS), f"{source}: zero_optimization")
+    _only(zero, (*ZERO_KEYS, *REFUSED_ZERO_KEYS), f"{source}: zero_optimization.")
     offload = {} if zero.get("offload_optimizer") is None else \
-        _section(zero, "offload_optimizer", f"{source}: zero_optimization")
-    _only(offload, OFFLOAD_KEYS, f"{source}: zero_optimization.offload_optimizer")
+        _section(zero, "offload_optimizer", f"{source}: zero_optimization.")
+    _only(offload, OFFLOAD_KEYS, f"{source}: zero_optimization.offload_optimizer.")
     target = offload.get("device", "none")
     if target not in ("none", "cpu") or (target == "cpu" and stage not in (2, 3)):
         raise ConfigError(f"{source}: zero_optimization.offload_optimizer.device", target,
                           f"is not supported at stage {stage}", 'offload to "cpu" at stage 2 or 3')
 
 
-def _only(values: Mapping[str, Any], known: Sequence[str], source: str) -> None:
+def _only(values: Mapping[str, Any], known: Sequence[str], prefix: str) -> None:
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            raise ConfigError(f"{source}: {key}", values[key], "unknown key",
+            raise ConfigError(f"{prefix}{key}", values[key], "unknown key",
                               f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}")
 
 
-def _section(values: Mapping[str, Any], key: str, source: str) -> Mapping[str, Any]:
+def _section(values: Mapping[str, Any], key: str, prefix: str) -> Mapping[str, Any]:
     section = values.get(key, {})
     if not isinstance(section, dict):
-        raise ConfigError(f"{source}: {key}", section, "is not a mapping of keys", "see ds_configs/")
+        raise ConfigError(f"{prefix}{key}", section, "is not a mapping of keys", "see ds_configs/")
     return section
 
 
-def _switches(values: Mapping[str, Any], keys: Sequence[str], source: str) -> None:
+def _switches(values: Mapping[str, Any], keys: Sequence[str], prefix: str) -> None:
     for key in keys:
         if not isinstance(values.get(key, True), bool):
-            raise ConfigError(f"{source}: {key}", values[key], "is not a switch", "write true or false")
+            raise ConfigError(f"{prefix}{key}", values[key], "is not a switch", "write true or false")
 
 
 def dump_yaml(config: Config) -> str:

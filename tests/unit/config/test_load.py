@@ -299,7 +299,7 @@ def test_an_override_of_the_deepspeed_json_has_the_last_word(recipe: Path) -> No
 
 @pytest.mark.parametrize(("values", "key"), [({"bf16": True}, "bf16"), ({"zero_optimization": 2}, "zero_optimization"),
                                              ({"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}},
-                                              "offload_optimizer")])
+                                              "zero_optimization.offload_optimizer")])
 def test_a_section_of_the_wrong_shape_is_refused(tmp_path: Path, values: dict[str, Any], key: str) -> None:
     error = mistake(deepspeed_json(tmp_path, values), call=read_deepspeed_json)
     assert error.key.endswith(f": {key}") and error.problem == "is not a mapping of keys"
@@ -320,7 +320,7 @@ def test_the_deepspeed_section_of_a_recipe_is_held_to_the_same(key: str) -> None
     ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}},
      "zero_optimization.offload_optimizer.device"),
     ({"bf16": {"enabled": False}}, "bf16.enabled"),
-    ({"bf16": {"bf16_master_weights_and_grads": True}}, "bf16: bf16_master_weights_and_grads"),
+    ({"bf16": {"bf16_master_weights_and_grads": True}}, "bf16.bf16_master_weights_and_grads"),
     ({"zero_optimisation": {"stage": 2}}, "zero_optimisation"),
     ({"zero_optimization": {"stage": True}}, "zero_optimization.stage"),
     ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "5e8"}}, "zero_optimization.reduce_bucket_size"),
@@ -385,10 +385,10 @@ def test_check_world_refuses_accumulation_at_stage_0() -> None:
 
 @pytest.mark.parametrize(("values", "key"), [
     ({"zero_optimization": None}, "zero_optimization"), ({"bf16": None}, "bf16"),
-    ({"bf16": {"immediate_grad_update": "x"}}, "bf16: immediate_grad_update"),
-    ({"bf16": {"enabled": 1}}, "bf16: enabled"), ({"comms_logger": 5}, "comms_logger"),
-    ({"comms_logger": {"nonsense": 1}}, "comms_logger: nonsense"),
-    ({"comms_logger": {"verbose": "yes"}}, "comms_logger: verbose"),
+    ({"bf16": {"immediate_grad_update": "x"}}, "bf16.immediate_grad_update"),
+    ({"bf16": {"enabled": 1}}, "bf16.enabled"), ({"comms_logger": 5}, "comms_logger"),
+    ({"comms_logger": {"nonsense": 1}}, "comms_logger.nonsense"),
+    ({"comms_logger": {"verbose": "yes"}}, "comms_logger.verbose"),
     ({"comms_logger": {"prof_ops": "all_reduce"}}, "comms_logger.prof_ops"),
     ({"wall_clock_breakdown": 5}, "wall_clock_breakdown"), ({"memory_breakdown": "x"}, "memory_breakdown"),
     ({"zero_force_ds_cpu_optimizer": "maybe"}, "zero_force_ds_cpu_optimizer"),
