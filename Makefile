@@ -24,7 +24,7 @@ $(READY): setup.py constraints.txt
 	pip install -q -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: setup data/digits  ## train the digits demo through all three phases on 2 CPU ranks (about 2 minutes)
+demo: setup data/digits  ## train the digits demo through all three phases on 2 CPU ranks (2 minutes; 10 where the CPU has no fast BF16)
 	@if [ -e $(DEMO) ]; then old=$(DEMO).$$(date +%Y%m%d-%H%M%S); mv $(DEMO) $$old; echo "the former run is in $$old"; fi
 	$(DEEPSPEED) --recipe launch/recipes/digits_demo.yaml --deepspeed_config ds_configs/zero2.json
 	prelora evaluate $(DEMO)/model --data data/digits/val
