@@ -132,7 +132,7 @@ def _loop(run: Run, saver: Saver, stop: StopRequest, engine: Engine, state: RunS
     normed_at = timeline.ticks(Duration("1 epoch"))
     measured_at = timeline.ticks(config.convergence.every) if config.convergence else frozenset()
     evaluated_at, saved_at = timeline.ticks(config.train.eval_every), saver.ticks
-    loader, resumed_at = _loader(run, engine, state.step), state.step
+    loader, begun_at = _loader(run, engine, state.step), state.step
     stragglers = StragglerWatch(run.hosts)
 
     while state.step < total:
@@ -141,7 +141,7 @@ def _loop(run: Run, saver: Saver, stop: StopRequest, engine: Engine, state: RunS
         fetched = time.perf_counter()
         lr = lr_at(step, timeline=timeline, config=config.optimizer)
         engine.backward(micro_batches)
-        if step == bytes_due(engine.plan, resumed_at):
+        if step == bytes_due(engine.plan, begun_at):
             log_bytes(run, engine, step)
         stats = engine.finish_step(lr=lr, flags=(stop.asked(saver.slowest_s), saver.writing), data_s=fetched - begun,
                                    accept=partial(state.watch.accepts, step, config=config.train.divergence))
@@ -157,7 +157,7 @@ def _loop(run: Run, saver: Saver, stop: StopRequest, engine: Engine, state: RunS
             if back is not None:
                 run.opened.close()  # the loader; a closed one shall not be kept until the run ends
                 engine, state = _go_back(run, saver, engine, back)
-                loader, resumed_at = _loader(run, engine, state.step), state.step
+                loader, begun_at = _loader(run, engine, state.step), state.step
                 continue
         if stats.skipped:
             state.watch = state.watch.skipped()

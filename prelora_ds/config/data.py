@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, PlainValidator, model_validator
 
-from prelora_ds.config.fields import Place, Positive, Share, Strict
+from prelora_ds.config.fields import FieldError, Place, Positive, Share, Strict
 
 
 class AugmentLevel(NamedTuple):
@@ -69,8 +69,9 @@ class DataConfig(Strict):
     @model_validator(mode="after")
     def _webdataset_has_a_length(self) -> DataConfig:
         if (self.reader == "webdataset") != (self.samples_per_epoch is not None):
-            raise ValueError("samples_per_epoch is what data.reader webdataset, and only that, cannot know: set both "
-                             "or none")
+            raise FieldError("samples_per_epoch", self.samples_per_epoch,
+                             "samples_per_epoch is what data.reader webdataset, and only that, cannot know: "
+                             "set both or none")
         return self
 
     @property

@@ -113,6 +113,17 @@ Place = Annotated[Text, AfterValidator(_as_place)]  # a path or a URL
 Seed = Annotated[int, Field(ge=0, lt=2**64)]  # what torch.manual_seed takes
 
 
+class FieldError(ValueError):
+    """What a validator of a whole section raises about one of its fields, which the message to the user names.
+
+    field: its key within the section. value: what it holds.
+    """
+
+    def __init__(self, field: str, value: Any, problem: str) -> None:
+        super().__init__(problem)
+        self.field, self.value = field, value
+
+
 class Strict(BaseModel):
     """Frozen; an unknown key, NaN and infinity are errors, and so is a value of another type.
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from prelora_ds.config.changes import with_new_names
 from prelora_ds.config.documents import UnreadableError, check_plain, read_json, read_yaml, write_yaml
-from prelora_ds.config.fields import annotation_at, keys_of
+from prelora_ds.config.fields import FieldError, annotation_at, keys_of
 from prelora_ds.config.overrides import interpolate, is_text, override, without_interpolation
 from prelora_ds.config.tree import Config
 from prelora_ds.core.plan import Phase
@@ -276,6 +276,9 @@ def _config_error(exc: ValidationError, source: str) -> ConfigError:
                            f"set single keys of it, for example {key}.{first}")
     message = error["msg"].removeprefix("Value error, ")
     value = error["input"] if not isinstance(error["input"], dict) else "..."
+    cause = error.get("ctx", {}).get("error")
+    if isinstance(cause, FieldError):
+        key, value = ".".join([*map(str, place), cause.field]), cause.value
     wanted = {"bool_type": "write true or false", "int_type": "write a whole number",
               "float_type": "write a number", "string_type": "write a text"}
     return ConfigError(key, value, f"{message[0].lower()}{message[1:]} (in {source})",

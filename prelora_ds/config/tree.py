@@ -13,7 +13,18 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from prelora_ds.config.data import DataConfig
-from prelora_ds.config.fields import Duration, DurationField, Place, Positive, Seconds, Seed, Share, Strict, Text
+from prelora_ds.config.fields import (
+    Duration,
+    DurationField,
+    FieldError,
+    Place,
+    Positive,
+    Seconds,
+    Seed,
+    Share,
+    Strict,
+    Text,
+)
 from prelora_ds.core.phases import plans_at_rank
 from prelora_ds.core.plan import Layout, Plan
 
@@ -56,21 +67,26 @@ class ModelConfig(Strict):
     @model_validator(mode="after")
     def _shapes_fit(self) -> ModelConfig:
         if self.factory is None and self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
+            raise FieldError("image_size", self.image_size,
+                             f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
         if self.factory is None and self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is not divisible by num_attention_heads "
+            raise FieldError("hidden_size", self.hidden_size,
+                             f"hidden_size {self.hidden_size} is not divisible by num_attention_heads "
                              f"{self.num_attention_heads}")
         if self.factory is not None and not re.fullmatch(r"[\w.]+:\w+", self.factory):
-            raise ValueError(f'factory {self.factory!r} is not of the form "package.module:function"')
+            raise FieldError("factory", self.factory,
+                             f'factory {self.factory!r} is not of the form "package.module:function"')
         if self.factory is not None and self.families is None:
-            raise ValueError("a model.factory needs model.families: family -> regular expression over module paths")
+            raise FieldError("families", None, "a model.factory needs model.families: family -> regular expression "
+                             "over module paths")
         for family, pattern in (self.families or {}).items():
             try:
                 groups = re.compile(pattern).groupindex
             except re.error as exc:
-                raise ValueError(f"families.{family}: {pattern!r} is not a regular expression: {exc}") from exc
+                raise FieldError(f"families.{family}", pattern, f"{pattern!r} is not a regular expression: "
+                                 f"{exc}") from exc
             if "layer" not in groups:
-                raise ValueError(f"families.{family}: {pattern!r} has no group (?P<layer>...)")
+                raise FieldError(f"families.{family}", pattern, f"{pattern!r} has no group (?P<layer>...)")
         return self
 
 
@@ -113,9 +129,10 @@ class TrainConfig(Strict):
     @model_validator(mode="after")
     def _duration_is_absolute(self) -> TrainConfig:
         if self.duration.unit == "%":
-            raise ValueError("duration: a run cannot last a share of itself; give steps or epochs")
+            raise FieldError("duration", str(self.duration),
+                             "a run cannot last a share of itself; give steps or epochs")
         if self.duration.value == 0:
-            raise ValueError("duration: a run of no steps trains nothing")
+            raise FieldError("duration", str(self.duration), "a run of no steps trains nothing")
         return self
 
 
@@ -155,12 +172,13 @@ class LoraConfig(Strict):
     def _ranks_are_powers_of_two(self) -> LoraConfig:
         for name, rank in (("r_min", self.r_min), ("r_max", self.r_max)):
             if rank & (rank - 1):
-                raise ValueError(f"{name} {rank} is not a power of two; Algorithm 2 chooses among powers of two, "
-                                 f"for example {1 << rank.bit_length() - 1} or {1 << rank.bit_length()}")
+                raise FieldError(name, rank,
+                                 f"{name} {rank} is not a power of two; Algorithm 2 chooses among powers of "
+                                 f"two, for example {1 << rank.bit_length() - 1} or {1 << rank.bit_length()}")
         if self.r_min > self.r_max:
-            raise ValueError(f"r_min {self.r_min} is larger than r_max {self.r_max}")
+            raise FieldError("r_min", self.r_min, f"r_min {self.r_min} is larger than r_max {self.r_max}")
         if not self.families or len(set(self.families)) != len(self.families):
-            raise ValueError("families must name each family once")
+            raise FieldError("families", list(self.families), "families must name each family once")
         return self
 
 
@@ -302,7 +320,8 @@ class Config(Strict):
     def _merged_weights_are_whole(self) -> Config:
         settled = self.phases.lora.zero_stage != "auto"
         if self.lora.mode == "merged" and settled and self.for_phase("lora").zero.stage == 3:
-            raise ValueError("lora.mode merged needs each weight whole on every rank, and ZeRO stage 3 splits them; "
+            raise FieldError("lora.mode", "merged",
+                             "lora.mode merged needs each weight whole on every rank, and ZeRO stage 3 splits them; "
                              "choose lora.mode branch, or stage 0, 1 or 2 for the LoRA phase")
         return self
 

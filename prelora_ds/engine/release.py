@@ -37,7 +37,8 @@ def release(engine: Engine) -> None:
     ds.optimizer.optimizer.param_groups.clear()
     ds.optimizer, ds.basic_optimizer, ds.client_optimizer = None, None, None
     parameter_offload.FWD_MODULE_STACK.clear()
-    _clear_release_cache()
+    # The cache of this method keeps the coordinator, and so the module, alive.
+    clear_cache(PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release)
     dead = weakref.ref(ds)
     del ds, p
     trim_memory()
@@ -46,16 +47,17 @@ def release(engine: Engine) -> None:
         raise RuntimeError(f"the old DeepSpeed engine is still referenced, by: {', '.join(holders)}")
 
 
-def _clear_release_cache() -> None:
-    # functools.lru_cache on a method keeps self (the coordinator, hence the module) alive; a decorator hides it.
-    wrapper: Any = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
-    while not hasattr(wrapper, "cache_clear"):
-        cells = (cell.cell_contents for cell in getattr(wrapper, "__closure__", None) or ())
-        wrapper = next((content for content in cells if hasattr(content, "cache_clear")), None)
-        if wrapper is None:
-            raise RuntimeError(f"PartitionedParameterCoordinator of DeepSpeed {deepspeed.__version__} is not known to "
-                               "release.py: its __params_to_release has no cache to clear")
-    wrapper.cache_clear()
+def clear_cache(method: Any) -> None:
+    """Clear the functools.lru_cache of ``method``, which a decorator may hide in its closure.
+
+    Raises RuntimeError for a method without a cache, which is another version of DeepSpeed than this module knows.
+    """
+    cells = [cell.cell_contents for cell in getattr(method, "__closure__", None) or ()]
+    cached = next((function for function in (method, *cells) if hasattr(function, "cache_clear")), None)
+    if cached is None:
+        raise RuntimeError(f"DeepSpeed {deepspeed.__version__} is not known to release.py: {method.__qualname__} has "
+                           "no cache to clear")
+    cached.cache_clear()
 
 
 def trim_memory() -> None:

@@ -86,7 +86,7 @@ def export_checkpoint(source: Path, out: Path, form: str) -> Path:
         elif form == "timm":
             _write_timm(merged, config, classes, partial)
         else:
-            _write_peft(values, plan, layout, config, classes, partial, base_named=out / "base")
+            _write_peft(values, plan, layout, config, classes, partial, base_named=out.resolve() / "base")
     return folder
 
 

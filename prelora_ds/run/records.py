@@ -96,10 +96,13 @@ def lend_monitor(run: Run, engine: Engine) -> None:
         engine.ds.monitor = run.log.monitor
 
 
-def bytes_due(plan: Plan, resumed_at: int) -> int:
-    """The step at which bytes of ``plan`` are measured; in a run resumed shortly before, as many steps later."""
-    due = plan.since_step + BYTES_MEASURED_AT
-    return resumed_at + BYTES_MEASURED_AT if plan.since_step < resumed_at < due else due
+def bytes_due(plan: Plan, begun_at: int) -> int:
+    """The step at which the bytes of ``plan`` are measured, in a job that began after step ``begun_at``.
+
+    A plan is measured once in each job that trains by it, because a job may run at another ZeRO
+    stage or on another number of ranks.
+    """
+    return max(plan.since_step, begun_at) + BYTES_MEASURED_AT
 
 
 def log_bytes(run: Run, engine: Engine, step: int) -> None:

@@ -82,11 +82,12 @@ def named(config: dict) -> list[str]:
     return [config["id2label"][str(label)] for label in range(10)]
 
 
-def test_hf_and_the_base_of_peft_name_the_classes(run, hf, tmp_path):
+def test_hf_and_the_base_of_peft_name_the_classes(run, hf, tmp_path, monkeypatch):
     from peft import PeftModel
 
+    monkeypatch.chdir(tmp_path)
     assert named(json.loads((hf / "config.json").read_text())) == CLASSES
-    export_checkpoint(run, tmp_path / "peft", "peft")
+    export_checkpoint(run, Path("peft"), "peft")  # the base is found from any other folder too
     assert named(json.loads((tmp_path / "peft/base/config.json").read_text())) == CLASSES
     adapter = json.loads((tmp_path / "peft/adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == str(tmp_path / "peft/base")

@@ -14,6 +14,7 @@ from support.launches import Job, differences, traces
 from support.zygote import DEAD_PIPE
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from prelora_ds.reporting.table import phase_rows
 from prelora_ds.run.checkpoints.checkpoint_folder import CheckpointManifest, list_checkpoints, step_of
 from prelora_ds.run.log import read_lines
 
@@ -147,13 +148,16 @@ def test_a_run_goes_on_at_another_world_size_and_stage(stopped, job, reference, 
 
 def test_a_new_run_may_begin_from_a_checkpoint_of_another(stopped, job, tmp_path):
     source = stopped[0] / "checkpoints/step-00000015"
-    settings = ("train.duration=17 steps", "optimizer.lr=0.0001")
+    settings = ("train.duration=18 steps", "optimizer.lr=0.0001")
     killed = job(tmp_path / "new", *settings, resume=str(source), faults={0: {"place": "step", "call": 2, "delay": 0}})
     assert killed.end()[0] == -signal.SIGKILL, killed.said()[-3000:]
     new = job(tmp_path / "new", *settings, resume=str(source))  # the same command, and no checkpoint of its own yet
     assert new.end() == [0, 0], new.said()[-3000:]
-    assert [row["event"] for row in read_lines(tmp_path / "new/plans.jsonl")] == ["resume", "plan", "end"]
-    assert [row["step"] for row in read_lines(tmp_path / "new/metrics.jsonl")] == [16, 17]
+    events = read_lines(tmp_path / "new/plans.jsonl")
+    assert [(row["event"], row["step"]) for row in events] == [
+        ("resume", 15), ("plan", 12), ("bytes", 18), ("end", 18)]
+    assert [row["measured"] for row in phase_rows(tmp_path / "new")] == [events[2]["measured"]]
+    assert [row["step"] for row in read_lines(tmp_path / "new/metrics.jsonl")] == [16, 17, 18]
     assert step_of(list_checkpoints(stopped[0] / "checkpoints")[0]) == 15
     refused = job(tmp_path / "other", "lora.r_max=8", resume=str(source))
     assert refused.end()[0] == 2 and "lora.r_max = 8: was 4 in" in refused.said()

@@ -141,6 +141,9 @@ def load_base(root: Path, name: str) -> CheckpointManifest:
 
     Raises BrokenCheckpointError, also for a whole base of another run that lies under this one's name.
     """
+    if not (root / name).is_dir():
+        raise BrokenCheckpointError(f"{root / name}: is missing; it holds the frozen weights of the checkpoint, so "
+                                    "copy it beside it")
     manifest = CheckpointManifest.load(root / name)
     if base_name(manifest.files) != name:
         raise BrokenCheckpointError(f"{root / name}: holds the weights of another run: by its content its name would "

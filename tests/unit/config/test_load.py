@@ -161,10 +161,10 @@ def test_a_missing_key_is_named() -> None:
     ({"convergence": {"tau": -1, "zeta": 5}}, "convergence.tau", -1, "greater than 0"),
     ({"convergence": {"tau": 1, "zeta": "much"}}, "convergence.zeta", "much", "valid number"),
     ({"train": {"duration": "soon"}}, "train.duration", "soon", "'soon' is not a duration"),
-    ({"train": {"duration": "5 %"}}, "train", "...", "cannot last a share of itself"),
-    ({"lora": {"r_max": 48}}, "lora", "...", "r_max 48 is not a power of two"),
+    ({"train": {"duration": "5 %"}}, "train.duration", "5 %", "cannot last a share of itself"),
+    ({"lora": {"r_max": 48}}, "lora.r_max", 48, "r_max 48 is not a power of two"),
     ({"optimizer": {"betas": [.9, 1.0]}}, "optimizer.betas.1", 1.0, "less than 1"),
-    ({"model": {"image_size": 30}}, "model", "...", "image_size 30 is not divisible by patch_size 16"),
+    ({"model": {"image_size": 30}}, "model.image_size", 30, "image_size 30 is not divisible by patch_size 16"),
 ])
 def test_a_bad_value_is_told_with_key_value_and_source(
     changes: dict[str, dict[str, Any]], key: str, value: object, problem: str

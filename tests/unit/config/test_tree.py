@@ -131,7 +131,7 @@ def test_durations_of_another_unit_or_number_differ() -> None:
     (ModelConfig, {"attn_implementation": "fast"}, "'sdpa' or 'eager'"),
     (ModelConfig, {"factory": "package.module"}, 'is not of the form "package.module:function"'),
     (ModelConfig, {"factory": "package.module:f"}, "needs model.families"),
-    (ModelConfig, {"families": {"a": r"layer\.(\d+)"}}, r"families\.a: .* has no group \(\?P<layer>\.\.\.\)"),
+    (ModelConfig, {"families": {"a": r"layer\.(\d+)"}}, r"has no group \(\?P<layer>\.\.\.\)"),
     (TrainConfig, TRAIN | {"duration": "50 %"}, "cannot last a share of itself; give steps or epochs"),
     (TrainConfig, TRAIN | {"duration": "0 epochs"}, "a run of no steps trains nothing"),
     (TrainConfig, TRAIN | {"global_batch_size": 0}, "greater than 0"),

@@ -21,6 +21,7 @@ from prelora_ds.errors import ConfigError
 from prelora_ds.hosts.discovery import Ranks
 from prelora_ds.model.families import find_layout
 from prelora_ds.model.vit import build_model
+from prelora_ds.run.records import workers_of
 from prelora_ds.start import check_run
 
 
@@ -110,3 +111,20 @@ def test_the_rate_of_the_fastest_phase_is_that_of_a_known_gpu(shards, name, know
     rate = fastest_images_per_s(cfg, layout, 2, 4, name)
     assert (rate is not None and rate > 0) == known
     assert fastest_images_per_s(cfg, layout, 4, 6, name) is None  # hosts that differ
+
+
+def test_the_rate_of_the_fastest_phase_is_that_of_its_own_offloading(shards):
+    cfg = config(shards)
+    with torch.device("meta"):
+        layout = find_layout(build_model(cfg.model, 10), cfg.lora.families)
+    rates = {}
+    for device in ("none", "cpu"):
+        zero = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": device}}}
+        rates[device] = fastest_images_per_s(cfg.model_copy(update={"deepspeed": zero}), layout, 1, 1, "A100-80")
+    # Moments that lie on the host take their way over PCIe, which no other phase or stage makes up for.
+    assert 0 < rates["cpu"] < rates["none"]
+
+
+def test_no_rate_is_predicted_for_workers_that_the_recipe_counts(shards):
+    """Neither a layout nor a process group is asked for it."""
+    assert workers_of(config(shards, workers=3), Manifest.load(shards / "train"), None, None) == 3

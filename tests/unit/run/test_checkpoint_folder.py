@@ -133,6 +133,12 @@ def test_a_base_is_kept_as_long_as_a_checkpoint_names_it_or_the_run_uses_it(tmp_
     assert {p.name for p in tmp_path.glob("base-*")} == {"base-named"}  # what was set aside is still whole
 
 
+def test_a_checkpoint_that_was_copied_without_its_base_says_what_to_copy(tmp_path: Path) -> None:
+    folder = make(tmp_path, 2, base="base-0123456789ab")
+    missing = f"{tmp_path}/base-0123456789ab: is missing; it holds the frozen weights"
+    assert missing in describe(folder)
+
+
 def test_no_base_is_removed_while_it_is_not_known_who_needs_it(tmp_path: Path) -> None:
     make_base(tmp_path, "base-x")
     (make(tmp_path, 1, base="base-x") / "manifest.json").write_text("{")

@@ -1,0 +1,40 @@
+"""What a release does to DeepSpeed's own caches; tests/ranks/test_rebuild.py releases whole engines."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import pytest
+
+from prelora_ds.engine.release import clear_cache
+
+
+def hidden(function: Callable[[int], int]) -> Callable[[int], int]:
+    """A decorator such as DeepSpeed's instrument_w_nvtx, which hides the attributes of what it wraps."""
+
+    def wrapper(number: int) -> int:
+        return function(number)
+
+    return wrapper
+
+
+@pytest.mark.parametrize("decorate", [lambda function: function, hidden], ids=["plain", "hidden"])
+def test_a_cache_is_cleared_also_behind_a_decorator(decorate: Callable[..., Callable[[int], int]]) -> None:
+    calls = []
+
+    def double(number: int) -> int:
+        calls.append(number)
+        return 2 * number
+
+    method = decorate(functools.lru_cache(maxsize=None)(double))
+    method(1)
+    method(1)
+    assert calls == [1]
+    clear_cache(method)
+    assert method(1) == 2 and calls == [1, 1]
+
+
+def test_a_deepspeed_whose_method_has_no_cache_is_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"DeepSpeed [0-9.]+ is not known to release\.py: .*hidden.* has no cache"):
+        clear_cache(hidden(lambda number: number))
