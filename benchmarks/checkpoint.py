@@ -76,12 +76,12 @@ def saves(pipe: Connection, model: dict[str, Any], micro: int, rounds: int, fold
 
 
 def plans(layout: Any) -> tuple[Any, Any]:
-    from prelora_ds.core.phases import lora_plan, warmup_plan
+    from support.plans import lora_plan, warmup_plan
 
     ranks = {family: {layer: RANKS[(i + layer) % len(RANKS)] for layer in layers}
              for i, (family, layers) in enumerate(layout.targets.items())}
-    warmup = warmup_plan(layout, ranks, alpha_over_r=1.0, init_seed=0, since_step=0)
-    return warmup, lora_plan(layout, warmup, train_rest=True, since_step=0)
+    warmup = warmup_plan(layout, ranks)
+    return warmup, lora_plan(layout, warmup)
 
 
 def one_phase(engine: Any, saver: Any, rounds: int, first_step: int, copy_speed: float) -> dict[str, float]:

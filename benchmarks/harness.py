@@ -23,6 +23,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+sys.path.insert(0, str(ROOT / "tests"))  # the plans and runs of the tests
 PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "peft", "prelora_ds")
 
 

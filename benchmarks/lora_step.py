@@ -20,15 +20,16 @@ from statistics import median
 
 import torch
 from harness import interleaved, medians, print_table, record
+from support.plans import full_plan, lora_plan, warmup_plan
 from torch import nn
 from torch.profiler import ProfilerActivity
 
 from prelora_ds.config.tree import FAMILIES, ModelConfig
-from prelora_ds.core.phases import freeze_below, full_plan, lora_plan, warmup_plan
-from prelora_ds.core.plan import Layout, Plan
+from prelora_ds.core.layout import Layout
+from prelora_ds.core.plan import Plan
 from prelora_ds.model.adapters import attach_adapters
+from prelora_ds.model.adapters.lora import lora_linears, merge_bases
 from prelora_ds.model.families import find_layout, named_parameters
-from prelora_ds.model.lora_linear import lora_linears, merge_bases
 from prelora_ds.model.vit import build_model
 
 RANKS = (8, 16, 32, 64)
@@ -91,7 +92,7 @@ def make(config: ModelConfig, plan: Callable[[Layout], Plan], *, batch: int, who
     module = build_model(config, 1000)
     layout = find_layout(module, FAMILIES)
     the_plan = plan(layout)
-    attach_adapters(module, the_plan, dropout=0.0, fast=fast).to(torch.bfloat16)
+    attach_adapters(module, the_plan, layout, dropout=0.0, kernel="branch" if fast else "peft").to(torch.bfloat16)
     for name, p in named_parameters(module).items():
         p.requires_grad_(name in the_plan.trainable)
         if fp32_adapters and ".lora_" in name:
@@ -116,7 +117,7 @@ def ranks_in_turn(layout: Layout) -> dict[str, dict[int, int]]:
 
 
 def full(layout: Layout) -> Plan:
-    return full_plan(layout, init_seed=0)
+    return full_plan(layout)
 
 
 def frozen(layout: Layout) -> Plan:
@@ -125,16 +126,16 @@ def frozen(layout: Layout) -> Plan:
 
 
 def warm(layout: Layout, train_a: bool = True) -> Plan:
-    return warmup_plan(layout, ranks_in_turn(layout), alpha_over_r=1.0, init_seed=0, since_step=0, train_a=train_a)
+    return warmup_plan(layout, ranks_in_turn(layout), train_a=train_a)
 
 
 def lora(layout: Layout, train_a: bool = True) -> Plan:
-    return lora_plan(layout, warm(layout, train_a), train_rest=True, since_step=0)
+    return lora_plan(layout, warm(layout, train_a))
 
 
 def top_half(layout: Layout) -> Plan:
     layers = max(layer for family in layout.targets.values() for layer in family) + 1
-    return freeze_below(lora(layout), layout, layers // 2)
+    return lora_plan(layout, warm(layout, True), freeze_below=layers // 2)
 
 
 def profile(variant: Variant) -> dict[str, float]:

@@ -12,7 +12,6 @@ from dataclasses import asdict
 from harness import print_table, record
 
 from prelora_ds.config.load import validate
-from prelora_ds.core.plan import Phase
 from prelora_ds.run.calibrate import PAYLOADS, Case, calibration_cases, case_work, fit_rates, measure
 
 CONFIG = {
@@ -23,10 +22,10 @@ CONFIG = {
     "deepspeed": {"zero_optimization": {"stage": 2}},
 }
 RANKS = 2
-ALONE = [Case(Phase.FULL, 12, 8), Case(Phase.FULL, 24, 8), Case(Phase.WARMUP, 12, 32), Case(Phase.LORA, 24, 32),
-         Case(Phase.LORA, 12, 16), Case(Phase.FULL, 8, 8, layers=4), Case(Phase.LORA, 12, 32, layers=4, accum=2)]
-TOGETHER = [Case(Phase.FULL, 12, 8), Case(Phase.WARMUP, 12, 32), Case(Phase.LORA, 12, 32),
-            Case(Phase.LORA, 24, 16, layers=4), Case(Phase.FULL, 12, 8, accum=2)]
+ALONE = [Case("full", 12, 8), Case("full", 24, 8), Case("warmup", 12, 32), Case("lora", 24, 32),
+         Case("lora", 12, 16), Case("full", 8, 8, layers=4), Case("lora", 12, 32, layers=4, accum=2)]
+TOGETHER = [Case("full", 12, 8), Case("warmup", 12, 32), Case("lora", 12, 32),
+            Case("lora", 24, 16, layers=4), Case("full", 12, 8, accum=2)]
 
 
 def main() -> None:

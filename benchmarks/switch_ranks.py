@@ -15,10 +15,11 @@ from unittest.mock import patch
 
 import deepspeed
 import torch
+from support.plans import full_plan, lora_plan, warmup_plan
 
 from prelora_ds.config.load import validate
-from prelora_ds.core.phases import full_plan, lora_plan, warmup_plan
-from prelora_ds.core.plan import Layout, Plan
+from prelora_ds.core.layout import Layout
+from prelora_ds.core.plan import Plan
 from prelora_ds.data.batch import MicroBatch
 from prelora_ds.engine import build as build_module
 from prelora_ds.engine import transition as transition_module
@@ -185,9 +186,9 @@ def first_engine(model: Mapping[str, Any], micro: int, stage: int) -> tuple[Engi
     layout = find_layout(module, cfg.lora.families, cfg.model.families)
     ranks = {family: {layer: 8 << (i + layer) % 3 for layer in layers}
              for i, (family, layers) in enumerate(layout.targets.items())}
-    full = full_plan(layout, init_seed=0)
-    warmup = warmup_plan(layout, ranks, alpha_over_r=1.0, init_seed=0, since_step=0)
-    lora = lora_plan(layout, warmup, train_rest=True, since_step=0)
+    full = full_plan(layout)
+    warmup = warmup_plan(layout, ranks)
+    lora = lora_plan(layout, warmup)
     state = initial_state(module, rank, world)
     del module
     return build_engine(cfg, full, layout, LABELS, state), (full, warmup, lora)

@@ -13,11 +13,12 @@ from unittest.mock import patch
 
 import torch
 from lora_step import ranks_in_turn
+from support.plans import full_plan, lora_plan, warmup_plan
 
 from prelora_ds.config.load import validate
 from prelora_ds.config.tree import FAMILIES, Config
-from prelora_ds.core.phases import full_plan, lora_plan, warmup_plan
-from prelora_ds.core.plan import Layout, Plan
+from prelora_ds.core.layout import Layout
+from prelora_ds.core.plan import Plan
 from prelora_ds.cost.bytes import predict_bytes, worst_deviation
 from prelora_ds.cost.flops import communication, micro_batch
 from prelora_ds.data.batch import MicroBatch
@@ -118,8 +119,8 @@ def config_of(model: Mapping[str, Any], zero: Mapping[str, Any], micro: int, wor
 
 def plans(layout: Layout) -> tuple[Plan, Plan, Plan]:
     """Full, warm-up, LoRA."""
-    warmup = warmup_plan(layout, ranks_in_turn(layout), alpha_over_r=1.0, init_seed=0, since_step=0)
-    return (full_plan(layout, init_seed=0), warmup, lora_plan(layout, warmup, train_rest=True, since_step=0))
+    warmup = warmup_plan(layout, ranks_in_turn(layout))
+    return (full_plan(layout), warmup, lora_plan(layout, warmup))
 
 
 def owners(measured: Mapping[str, int]) -> dict[str, float]:
@@ -140,7 +141,7 @@ def bytes_after_backward(engine: Engine, layout: Layout, world: int, *, size: in
     measured = settled(lambda: census(engine), lambda count: count["other"] <= 0.02 * sum(count.values()))
     engine.finish_step(lr=1e-6)
     predicted = predict_bytes(engine.plan, layout, engine.config.zero, world, after_backward=True,
-                              lora_mode=engine.config.lora_mode())
+                              kernel=engine.config.kernel())
     return predicted, measured
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 from prelora_ds.config.load import check_world, dump_yaml, load_config
 from prelora_ds.config.tree import Config
-from prelora_ds.core.plan import Layout, Phase
+from prelora_ds.core.layout import Layout
+from prelora_ds.core.phases import plans_at_rank
 from prelora_ds.core.schedule import Timeline
 from prelora_ds.errors import ORPHAN_EXIT_CODE, ConfigError, LaunchError, Stopped
 from prelora_ds.hosts.ancestors import launcher_here
@@ -48,8 +49,8 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
         )
 
         choose_accelerator()
-        for phase in Phase:
-            check_zero_config(config.for_phase(phase).deepspeed.get("zero_optimization", {}))
+        for phase in config.phase_list:
+            check_zero_config(config.for_phase(phase.name).deepspeed.get("zero_optimization", {}))
         from prelora_ds.run.claim import claim_output
 
     stop = stop or StopRequest()
@@ -114,18 +115,18 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
 
 
 def check_run(config: Config, ranks: Ranks) -> tuple[Config, TrainData, Manifest]:
-    """Hold the config against the world, the data and the model's names; returns it, with every `auto` settled, and
+    """Hold the config against the world, the data and the model's names; returns it, with every `auto` resolved, and
     both data sets.
 
     Raises ConfigError.
     """
     check_world(config, ranks.world_size)
     from prelora_ds.data.setup import open_data
-    from prelora_ds.run.autosize import settle
+    from prelora_ds.run.autosize import resolve_auto
 
     train_data, val_data = open_data(config, sizes=ranks.local_rank == 0)
-    layout = check_families(config, len(train_data.classes))
-    return settle(config, layout, ranks), train_data, val_data
+    layout = check_phases(config, len(train_data.classes))
+    return resolve_auto(config, layout, ranks), train_data, val_data
 
 
 def warn_of_a_short_run(config: Config, timeline: Timeline) -> None:
@@ -146,10 +147,11 @@ def report_if_possible(out: Path) -> None:
         print(f"warning: there is no report: {error}", flush=True)
 
 
-def check_families(config: Config, num_labels: int) -> Layout:
-    """Raise ConfigError when a family matches nothing or an adapter cannot be attached, now and not days into a run.
+def check_phases(config: Config, num_labels: int) -> Layout:
+    """Raise ConfigError when a phase does not fit the model, now and not days into a run; returns the model's layout.
 
-    The model is built without weights (on the meta device); returns its layout.
+    That is a family or a set of parameters that matches nothing, or an adapter that cannot be attached. The model is
+    built without weights (on the meta device).
     """
     import torch
 
@@ -158,14 +160,23 @@ def check_families(config: Config, num_labels: int) -> Layout:
     from prelora_ds.model.vit import build_model
 
     with torch.device("meta"):
-        module = build_model(config.model, num_labels)
-    layout = find_layout(module, config.lora.families, config.model.families)
-    _, warmup, _ = config.plans_at_rank(layout, config.lora.r_min)
-    try:
-        attach_adapters(module, warmup, dropout=config.lora.dropout)
-    except (RuntimeError, ValueError) as exc:
-        raise ConfigError("lora.families", list(config.lora.families), f"adapters cannot be attached: {exc}",
-                          "choose other lora.families, or narrow model.families") from exc
+        layout = find_layout(build_model(config.model, num_labels), config.families(), config.model.families)
+    for i, phase in enumerate(config.phase_list):
+        try:
+            plan = plans_at_rank(config.specs()[: i + 1], layout)[-1]
+        except ValueError as exc:
+            raise ConfigError(f"phases.{phase.name}.train", phase.train, str(exc),
+                              "name parameters of this model") from exc
+        if phase.begins is None:
+            continue
+        with torch.device("meta"):
+            module = build_model(config.model, num_labels)
+        try:
+            attach_adapters(module, plan, layout, dropout=phase.begins.dropout)
+        except (RuntimeError, ValueError) as exc:
+            families = list(phase.begins.families or config.families())
+            raise ConfigError("lora.families", families, f"adapters cannot be attached in phase {phase.name}: {exc}",
+                              "choose other families, or narrow model.families") from exc
     return layout
 
 

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from prelora_ds.config.fields import Duration
 from prelora_ds.config.tree import Config
 from prelora_ds.core.controller import PhaseController, PhaseState
-from prelora_ds.core.convergence import Observation
 from prelora_ds.core.divergence import DivergenceWatch
+from prelora_ds.core.duration import Duration
 from prelora_ds.core.schedule import Timeline, lr_at
 from prelora_ds.core.stragglers import StragglerWatch
+from prelora_ds.core.switch_tests.prelora import Observation
 from prelora_ds.data.batch import MicroBatch
 from prelora_ds.data.corrupt import CorruptBudget
 from prelora_ds.data.datasets import Look
@@ -65,7 +65,7 @@ def train(config: Config, train_data: TrainData, val_data: Manifest, hosts: Sequ
     samples = samples_per_epoch(config, len(train_data))
     timeline = Timeline(samples, config.train.global_batch_size, config.train.duration)
     with torch.device("meta"):
-        layout = find_layout(build_model(config.model, len(train_data.classes)), config.lora.families,
+        layout = find_layout(build_model(config.model, len(train_data.classes)), config.families(),
                              config.model.families)
     saver = Saver(out, config, timeline, say=partial(print, flush=True) if rank == 0 else lambda text: None,
                   data=identity(train_data, val_data), classes=train_data.classes)
@@ -130,7 +130,7 @@ def _begin(run: Run, saver: Saver, found: Checkpoint | None) -> tuple[Engine, Ru
 def _loop(run: Run, saver: Saver, stop: StopRequest, engine: Engine, state: RunState) -> tuple[Engine, RunState]:
     config, timeline, total, controller = run.config, run.timeline, run.timeline.total_steps, _controller(run)
     normed_at = timeline.ticks(Duration("1 epoch"))
-    measured_at = timeline.ticks(config.convergence.every) if config.convergence else frozenset()
+    measured_at = timeline.ticks(config.observe_every) if config.convergence else frozenset()
     evaluated_at, saved_at = timeline.ticks(config.train.eval_every), saver.ticks
     loader, begun_at = _loader(run, engine, state.step), state.step
     stragglers = StragglerWatch(run.hosts)
@@ -139,12 +139,12 @@ def _loop(run: Run, saver: Saver, stop: StopRequest, engine: Engine, state: RunS
         step, begun = state.step + 1, time.perf_counter()
         micro_batches = loader.next()
         fetched = time.perf_counter()
-        lr = lr_at(step, timeline=timeline, config=config.optimizer)
+        lr = lr_at(step, engine.plan, timeline=timeline, schedule=config.optimizer)
         engine.backward(micro_batches)
         if step == bytes_due(engine.plan, begun_at):
             log_bytes(run, engine, step)
         stats = engine.finish_step(lr=lr, flags=(stop.asked(saver.slowest_s), saver.writing), data_s=fetched - begun,
-                                   accept=partial(state.watch.accepts, step, config=config.train.divergence))
+                                   accept=partial(state.watch.accepts, step, limits=config.train.divergence))
         synchronize()
         seconds = {"step_s": time.perf_counter() - fetched, "data_s": fetched - begun}
         for slow in stragglers.add(sum(seconds.values()), forward=stats.forward_s, data=stats.data_s):
@@ -251,6 +251,6 @@ def _loader(run: Run, engine: Engine, start_step: int) -> Loader:
 
 
 def _controller(run: Run) -> PhaseController:
-    return PhaseController(layout=run.layout, timeline=run.timeline, lora=run.config.lora,
-                           convergence=run.config.convergence, seed=run.config.run.seed)
+    return PhaseController(layout=run.layout, timeline=run.timeline, phases=run.config.specs(),
+                           seed=run.config.run.seed)
 

@@ -42,7 +42,7 @@ def plan(recipe: Path, overrides: Annotated[list[str] | None, typer.Argument(hel
     check_costs_are_known(config)
     images, images_from, labels, labels_from = _data(config, images)
     with torch.device("meta"):
-        layout = find_layout(build_model(config.model, labels), config.lora.families)
+        layout = find_layout(build_model(config.model, labels), config.families())
     result = predict_run(config, Cluster(hosts, gpus_per_host, gpu, intra_bandwidth, inter_bandwidth), layout, images,
                          walltime_s=None if walltime is None else parse_walltime(walltime), mean_rank=mean_rank,
                          calibration=calibration)

@@ -10,22 +10,27 @@ from typing import Any
 MAY_DIFFER = (
     "run.name", "run.output_dir", "data.train", "data.val", "data.workers", "data.worker_start", "data.cache_dir",
     "data.cache_gib", "data.corrupt_budget", "train.micro_batch_size", "train.log_every", "train.eval_every",
-    "train.divergence", "model.activation_checkpointing", "model.compile", "deepspeed", "phases", "checkpoint", "guard",
-    "launch")
-# What may differ too when a new run begins from another's checkpoint.
-MAY_DIFFER_IN_A_NEW_RUN = ("optimizer", "train.duration", "train.label_smoothing", "convergence", "lora.warmup")
+    "train.divergence", "model.activation_checkpointing", "model.compile", "deepspeed", "phases.*.micro_batch_size",
+    "phases.*.zero_stage", "phases.*.deepspeed", "machine", "checkpoint", "guard", "launch")
+# What may differ too when a new run begins from another's checkpoint (a fork). Its phases that are past have to agree,
+# which `prelora_ds.core.phases.difference` tells.
+MAY_DIFFER_IN_A_NEW_RUN = ("optimizer", "train.duration", "train.label_smoothing", "convergence", "lora", "phases")
 
 
 # Keys that a later version has renamed: old name -> new name. This is the only place for it:
 # `with_new_names` reads stored runs and recipes of older versions by it.
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {"phases.memory_gib": "machine.memory_gib", "phases.calibration": "machine.calibration"}
 _NOTHING = object()
 
 
 def may_differ(key: str, *, new_run: bool = False) -> bool:
     """Whether a resumed run, or a new one from its checkpoint, may have another ``key``."""
     free = MAY_DIFFER + (MAY_DIFFER_IN_A_NEW_RUN if new_run else ())
-    return any(key == name or key.startswith(name + ".") for name in free)
+    return any(_is_at_or_below(key.split("."), name.split(".")) for name in free)
+
+
+def _is_at_or_below(key: list[str], name: list[str]) -> bool:
+    return len(key) >= len(name) and all(part in ("*", own) for part, own in zip(name, key, strict=False))
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], *, new_run: bool = False,
@@ -34,6 +39,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], *, new_run: bool
 
     Sections with other keys (one is null, or holds what the user names) differ as a whole.
     """
+    old, new = _by_name(old), _by_name(new)
     for key in sorted(old.keys() | new.keys()):
         name, before, after = prefix + key, old.get(key), new.get(key)
         if before == after or may_differ(name, new_run=new_run):
@@ -51,13 +57,41 @@ def what_binds(stored: Mapping[str, Any], config: Mapping[str, Any], *,
 
     What an older version allowed there is thus no reason to refuse a run that does without it.
     """
-    bound = with_new_names(stored)
-    for name in MAY_DIFFER + (MAY_DIFFER_IN_A_NEW_RUN if new_run else ()):
-        _take(bound, name)
-        value = _take(deepcopy(dict(config)), name)
-        if value is not _NOTHING:
-            _put(bound, name, value)
-    return bound
+    bound, own = _by_name(with_new_names(stored)), _by_name(config)
+    for pattern in MAY_DIFFER + (MAY_DIFFER_IN_A_NEW_RUN if new_run else ()):
+        for name in _matching(pattern, bound, own):
+            _take(bound, name)
+            value = _take(deepcopy(own), name)
+            if value is not _NOTHING:
+                _put(bound, name, value)
+    return _as_written(bound)
+
+
+def _matching(pattern: str, *trees: Mapping[str, Any]) -> list[str]:
+    """The dotted names that ``pattern`` stands for; ``*`` is every phase that the first of ``trees`` has."""
+    if ".*." not in pattern:
+        return [pattern]
+    section, _, key = pattern.partition(".*.")
+    held = trees[0].get(section)
+    return [f"{section}.{name}.{key}" for name, own in held.items() if isinstance(own, dict)] \
+        if isinstance(held, dict) else []
+
+
+def _by_name(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` with a list of phases as a mapping from their names."""
+    phases = values.get("phases")
+    if not isinstance(phases, list) or not all(isinstance(own, Mapping) and "name" in own for own in phases):
+        return dict(values)
+    return {**values, "phases": {str(own["name"]): dict(own) for own in phases}}
+
+
+def _as_written(values: dict[str, Any]) -> dict[str, Any]:
+    """The reverse of `_by_name`."""
+    phases = values.get("phases")
+    if not isinstance(phases, dict) or not phases or not all(
+            isinstance(own, Mapping) and own.get("name") == name for name, own in phases.items()):
+        return values
+    return {**values, "phases": list(phases.values())}
 
 
 def with_new_names(values: Mapping[str, Any],
@@ -71,6 +105,9 @@ def with_new_names(values: Mapping[str, Any],
         value = _take(copied, old)
         if value is not _NOTHING:
             _put(copied, new, value)
+    lora = copied.get("lora")
+    if isinstance(lora, dict) and lora.get("mode") == "fa":  # a value that became a key of its own
+        copied["lora"] = {**lora, "mode": "branch", "train_a": False}
     return copied
 
 

@@ -14,7 +14,6 @@ from prelora_ds.config.documents import UnreadableError, check_plain, read_json,
 from prelora_ds.config.fields import FieldError, annotation_at, keys_of
 from prelora_ds.config.overrides import interpolate, is_text, override, without_interpolation
 from prelora_ds.config.tree import Config
-from prelora_ds.core.plan import Phase
 from prelora_ds.errors import ConfigError
 
 # Keys of a DeepSpeed JSON that have another owner, and that owner.
@@ -107,29 +106,44 @@ def validate(values: Mapping[str, Any], source: str) -> Config:
     if isinstance(values.get("deepspeed"), dict):
         values = {**values, "deepspeed": _without_auto(values["deepspeed"])}
         check_deepspeed(values["deepspeed"], "the DeepSpeed config")
-    phases = values.get("phases")
-    for phase, own in phases.items() if isinstance(phases, dict) else ():
-        if isinstance(own, dict) and isinstance(own.get("deepspeed"), dict):
-            own = {**own, "deepspeed": _without_auto(own["deepspeed"])}
-            check_deepspeed(own["deepspeed"], f"phases.{phase}.deepspeed")
-            values = {**values, "phases": {**values["phases"], phase: own}}
+    if "phases" in values:
+        values = {**values, "phases": _with_deepspeed_checked(values["phases"])}
     try:
         config = Config.model_validate(values)
     except ValidationError as exc:
-        raise _config_error(exc, source) from exc
-    for phase in (Phase.WARMUP, Phase.LORA):  # a zero_stage of its own goes with the offloading of the run's section
-        check_deepspeed(config.for_phase(phase).deepspeed, f"the DeepSpeed config with phases.{phase}")
+        raise _config_error(exc, source, values) from exc
+    for phase in config.phase_list:  # a zero_stage of its own goes with the offloading of the run's section
+        check_deepspeed(config.for_phase(phase.name).deepspeed, f"the DeepSpeed config with phases.{phase.name}")
     return config
+
+
+def _with_deepspeed_checked(phases: Any) -> Any:
+    """``phases`` of a recipe, each `deepspeed` section of its own without "auto". Raises ConfigError."""
+    if isinstance(phases, list):
+        names = [own.get("name", i) if isinstance(own, dict) else i for i, own in enumerate(phases)]
+        return [_phase_with_deepspeed_checked(own, name) for own, name in zip(phases, names, strict=True)]
+    if isinstance(phases, dict):
+        return {name: _phase_with_deepspeed_checked(own, name) for name, own in phases.items()}
+    return phases
+
+
+def _phase_with_deepspeed_checked(phase: Any, name: Any) -> Any:
+    if not isinstance(phase, dict) or not isinstance(phase.get("deepspeed"), dict):
+        return phase
+    own = _without_auto(phase["deepspeed"])
+    check_deepspeed(own, f"phases.{name}.deepspeed")
+    return {**phase, "deepspeed": own}
 
 
 def check_world(config: Config, world_size: int) -> None:
     """Raise ConfigError when the batch does not divide over ``world_size`` ranks, in any phase."""
-    for phase in Phase if config.convergence else (Phase.FULL,):
-        _check_phase(config.for_phase(phase), world_size, phase)
+    for phase in config.phase_list:
+        own = phase.micro_batch_size not in (None, "auto")
+        key = f"phases.{phase.name}.micro_batch_size" if own else "train.micro_batch_size"
+        _check_batch(config.for_phase(phase.name), world_size, key)
 
 
-def _check_phase(config: Config, world_size: int, phase: Phase) -> None:
-    key = "train.micro_batch_size" if phase is Phase.FULL else f"phases.{phase}.micro_batch_size"
+def _check_batch(config: Config, world_size: int, key: str) -> None:
     try:
         config.grad_accum_steps(world_size)
     except ValueError as exc:
@@ -253,36 +267,56 @@ def _read_text(path: Path, key: str, hint: str) -> str:
                           "save it as UTF-8") from exc
 
 
-def _config_error(exc: ValidationError, source: str) -> ConfigError:
+def _config_error(exc: ValidationError, source: str, values: Mapping[str, Any]) -> ConfigError:
     # A misspelt key that is required is missing as well; the unknown key says more.
     error = min(exc.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    place = error["loc"]
-    while error["type"] != "extra_forbidden" and place and annotation_at(Config, place) is None:
-        place = place[:-1]  # pydantic adds the part of a union that it tried
-    key = ".".join(str(part) for part in place) or source
-    if error["type"] == "extra_forbidden":
-        known = keys_of(Config, error["loc"][:-1])
-        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+    unknown = error["type"] == "extra_forbidden"
+    place = _place(error["loc"][:-1] if unknown else error["loc"])
+    if unknown:
+        place = (*place, error["loc"][-1])
+    key = _dotted(place, values) or source
+    if unknown:
+        known = keys_of(Config, place[:-1])
+        near = difflib.get_close_matches(str(place[-1]), known, n=1)
         return ConfigError(key, error["input"], f"unknown key (in {source})",
                            f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}")
     if error["type"] == "missing":
         *section, last = place
         remedy = f"set {key}" if isinstance(last, str) else \
-            f"give {'.'.join(map(str, section))} as a whole, for example [0.9, 0.95]"
+            f"give {_dotted(section, values)} as a whole, for example [0.9, 0.95]"
         return ConfigError(key, None, f"is required (in {source})", remedy)
     if error["type"] == "model_type":
-        first = keys_of(Config, error["loc"])[0]
+        first = keys_of(Config, place)[0]
         return ConfigError(key, error["input"], f"is not a mapping of keys (in {source})",
                            f"set single keys of it, for example {key}.{first}")
     message = error["msg"].removeprefix("Value error, ")
     value = error["input"] if not isinstance(error["input"], dict) else "..."
     cause = error.get("ctx", {}).get("error")
     if isinstance(cause, FieldError):
-        key, value = ".".join([*map(str, place), cause.field]), cause.value
+        key, value = ".".join(filter(None, (_dotted(place, values), cause.field))), cause.value
     wanted = {"bool_type": "write true or false", "int_type": "write a whole number",
               "float_type": "write a number", "string_type": "write a text"}
     return ConfigError(key, value, f"{message[0].lower()}{message[1:]} (in {source})",
                        wanted.get(error["type"], f"set another {key}"))
+
+
+def _place(loc: Sequence[str | int]) -> tuple[str | int, ...]:
+    """Where an error of pydantic's lies in a recipe: without the part of a union that it tried."""
+    place: tuple[str | int, ...] = ()
+    for part in loc:
+        tried = isinstance(part, str) and part.startswith("as a ")  # the tags of `prelora_ds.config.phases`
+        if not tried and annotation_at(Config, (*place, part)) is not None:
+            place = (*place, part)
+    return place
+
+
+def _dotted(place: Sequence[str | int], values: Mapping[str, Any]) -> str:
+    """The key of ``place``, with an entry of `phases` by its name."""
+    parts = list(place)
+    if len(parts) > 1 and parts[0] == "phases" and isinstance(parts[1], int):
+        entry = values["phases"][parts[1]]
+        parts[1] = entry.get("name", parts[1]) if isinstance(entry, dict) else parts[1]
+    return ".".join(map(str, parts))
 
 
 def _without_auto(value: Any) -> Any:

@@ -48,7 +48,16 @@ def _section(tree: dict[str, Any], place: tuple[str, ...], given: str) -> dict[s
     key = ".".join(place)
     for i in range(1, len(place)):
         held, below = ".".join(place[:i]), tree.get(place[i - 1])
-        if isinstance(below, list) or tuple in alternatives(annotation_at(Config, place[:i])):
+        if held == "phases" and (phases := _by_name(below)):
+            if place[i] not in phases or len(place) == i + 1:
+                raise ConfigError(key, given, f"the phases of this recipe are {', '.join(phases)}",
+                                  "name one of them, and a key of it")
+            tree = phases
+            continue
+        if held == "phases" and below is None:
+            below = tree["phases"] = {}
+        elif isinstance(below, list) or (held != "phases" and tuple in alternatives(
+                annotation_at(Config, place[:i]))):
             raise ConfigError(key, given, f"{held} is a list, which an override gives as a whole",
                               f"write for example {held}=[first,second]")
         if below is None:
@@ -58,6 +67,12 @@ def _section(tree: dict[str, Any], place: tuple[str, ...], given: str) -> dict[s
                               f"leave {held} out")
         tree = below
     return tree
+
+
+def _by_name(phases: Any) -> dict[str, Any]:
+    """The entries of a list of phases by their names."""
+    entries = phases if isinstance(phases, list) else []
+    return {str(entry["name"]): entry for entry in entries if isinstance(entry, dict) and "name" in entry}
 
 
 def _merge(tree: dict[str, Any], key: str, value: Any) -> None:

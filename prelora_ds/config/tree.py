@@ -10,11 +10,10 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from prelora_ds.config.data import DataConfig
 from prelora_ds.config.fields import (
-    Duration,
     DurationField,
     FieldError,
     Place,
@@ -25,11 +24,24 @@ from prelora_ds.config.fields import (
     Strict,
     Text,
 )
-from prelora_ds.core.phases import plans_at_rank
-from prelora_ds.core.plan import Layout, Plan
+from prelora_ds.config.phases import (
+    FAMILIES,
+    AdaptersConfig,
+    Mode,
+    PhaseConfig,
+    PhaseSettings,
+    PhasesField,
+    PreloraRule,
+    PreloraUntil,
+    PresetConfig,
+    check_families,
+    check_method,
+    check_powers_of_two,
+)
+from prelora_ds.core.duration import Duration
+from prelora_ds.core.phases import PhaseSpec
 
 MERGED_UP_TO = 384  # hidden size
-FAMILIES = ("q", "k", "v", "o", "fc1", "fc2")
 
 
 class RunConfig(Strict):
@@ -149,12 +161,12 @@ class ConvergenceConfig(Strict):
 
 
 class LoraConfig(Strict):
-    """Adapters, their ranks by PreLoRA Algorithm 2, and how they train.
+    """Parameters of the preset `prelora`: the adapters, their ranks by Algorithm 2, and how they train.
 
-    ``alpha_over_r`` is LoRA's scaling, the same for every rank. ``train_rest`` keeps head, LayerNorms and embeddings
-    (whatever is no adapted linear) trainable in the LoRA phase. ``mode`` is how a linear with an adapter computes
-    (`prelora_ds.model.lora_linear`); ``fa`` freezes A from the first step on, ``peft`` is peft's own code, ``auto`` the
-    one that was measured to be fastest (`Config.lora_mode`).
+    ``warmup`` is how long everything trains beside the adapters. ``train_rest`` keeps head, LayerNorms and embeddings
+    (whatever is not an adapted linear) trainable in the LoRA phase. ``lr_scale`` is a factor of the learning rate of
+    the adapters, and in the LoRA phase of all that trains. ``train_a: false`` leaves the A of each adapter at its
+    first value (LoRA-FA). The other keys are those of `phases.*.adapters`.
     """
 
     families: tuple[str, ...] = FAMILIES
@@ -165,49 +177,24 @@ class LoraConfig(Strict):
     dropout: Share = 0.0
     lr_scale: Annotated[float, Field(gt=0)] = 1.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    train_a: bool = True
     train_rest: bool = True
-    mode: Literal["auto", "peft", "branch", "merged", "fa"] = "auto"
+    mode: Mode = "auto"
 
     @model_validator(mode="after")
-    def _ranks_are_powers_of_two(self) -> LoraConfig:
-        for name, rank in (("r_min", self.r_min), ("r_max", self.r_max)):
-            if rank & (rank - 1):
-                raise FieldError(name, rank,
-                                 f"{name} {rank} is not a power of two; Algorithm 2 chooses among powers of "
-                                 f"two, for example {1 << rank.bit_length() - 1} or {1 << rank.bit_length()}")
-        if self.r_min > self.r_max:
-            raise FieldError("r_min", self.r_min, f"r_min {self.r_min} is larger than r_max {self.r_max}")
-        if not self.families or len(set(self.families)) != len(self.families):
-            raise FieldError("families", list(self.families), "families must name each family once")
+    def _values_fit(self) -> LoraConfig:
+        check_powers_of_two(self.r_min, self.r_max)
+        check_families(self.families)
         return self
 
 
-class PhaseConfig(Strict):
-    """What differs in a phase from the full one; the global batch never does.
+class MachineConfig(Strict):
+    """What ``auto`` in `phases` goes by.
 
-    ``zero_stage`` is short for a ``deepspeed`` section with another stage; ``deepspeed`` replaces the whole section.
-    ``auto`` is settled at the start of a run (`prelora_ds.run.autosize`): the largest micro-batch that fits, and
-    the stage with the least predicted step time.
+    ``memory_gib`` of a rank (by default its device's, or its share of the host's), and the rates in the file
+    ``calibration`` of `prelora calibrate` (by default the GPU's data sheet).
     """
 
-    micro_batch_size: Positive | Literal["auto"] | None = None
-    zero_stage: Literal[0, 1, 2, 3, "auto"] | None = None
-    deepspeed: dict[str, Any] | None = None
-
-    @property
-    def is_auto(self) -> bool:
-        return "auto" in (self.micro_batch_size, self.zero_stage)
-
-
-class PhasesConfig(Strict):
-    """Settings per phase, for the two that follow the full one.
-
-    ``auto`` there goes by ``memory_gib`` of a rank (by default its device's, or its share of the host's) and by the
-    rates in the file ``calibration`` (of `python -m prelora_ds.run.calibrate`; by default the GPU's data sheet).
-    """
-
-    warmup: PhaseConfig = PhaseConfig()
-    lora: PhaseConfig = PhaseConfig()
     memory_gib: Annotated[float, Field(gt=0)] | None = None
     calibration: Place | None = None
 
@@ -267,42 +254,95 @@ class Config(Strict):
     convergence: ConvergenceConfig | None = None
     lora: LoraConfig = LoraConfig()
     deepspeed: dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 0}})
-    phases: PhasesConfig = PhasesConfig()
+    phases: PhasesField = PresetConfig()
+    machine: MachineConfig = MachineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()
     launch: LaunchConfig = LaunchConfig()
 
-    def for_phase(self, phase: str) -> Config:
-        """The config that holds in ``phase``: micro-batch and DeepSpeed section as `phases` has them for it.
+    _phase: PhaseConfig | None = PrivateAttr(default=None)  # of a config that `for_phase` made
 
-        Where they are ``auto`` and not settled yet, those of the run.
+    @property
+    def phase_list(self) -> tuple[PhaseConfig, ...]:
+        """The phases of the method, a preset written out."""
+        return expanded(self.phases, self.convergence, self.lora) if isinstance(self.phases, PresetConfig) \
+            else self.phases
+
+    def specs(self) -> tuple[PhaseSpec, ...]:
+        """The phases as the controller takes them."""
+        return tuple(phase.spec(self._default_families()) for phase in self.phase_list)
+
+    @property
+    def observe_every(self) -> Duration:
+        return Duration("1 epoch") if self.convergence is None else self.convergence.every
+
+    def families(self) -> tuple[str, ...]:
+        """The families whose norms are measured: those that any phase adapts, or all that may be."""
+        adapted = [family for spec in self.specs() if spec.adapters is not None for family in spec.adapters.families]
+        return tuple(dict.fromkeys(adapted)) or self._default_families()
+
+    def _default_families(self) -> tuple[str, ...]:
+        if isinstance(self.phases, PresetConfig):
+            return self.lora.families
+        return FAMILIES if self.model.families is None else tuple(self.model.families)
+
+    def for_phase(self, name: str) -> Config:
+        """The config that holds in phase ``name``: its micro-batch, DeepSpeed section and adapters.
+
+        Where the first two are ``auto`` and not resolved yet, those of the run. Raises ValueError for a phase that the
+        method does not have.
         """
-        own = PhaseConfig() if phase == "full" else getattr(self.phases, phase)
+        own = self.phase(name)
         deepspeed = self.deepspeed if own.deepspeed is None else own.deepspeed
         if own.zero_stage not in (None, "auto"):
             zero = {**deepspeed.get("zero_optimization", {}), "stage": own.zero_stage}
             deepspeed = {**deepspeed, "zero_optimization": zero}
         micro = self.train.micro_batch_size if own.micro_batch_size in (None, "auto") else own.micro_batch_size
         train = self.train.model_copy(update={"micro_batch_size": micro})
-        return self.model_copy(update={"train": train, "deepspeed": deepspeed, "phases": PhasesConfig()})
+        config = self.model_copy(update={"train": train, "deepspeed": deepspeed})
+        config._phase = own
+        return config
 
-    def plans_at_rank(self, layout: Layout, lora_rank: int) -> tuple[Plan, Plan, Plan]:
-        """The plans of the full, warm-up and LoRA phases of this recipe, with one rank for all adapters."""
-        return plans_at_rank(layout, lora_rank, alpha_over_r=self.lora.alpha_over_r, train_a=self.lora.mode != "fa",
-                             train_rest=self.lora.train_rest)
+    def phase(self, name: str) -> PhaseConfig:
+        """The phase ``name``. Raises ValueError for one that the method does not have."""
+        for phase in self.phase_list:
+            if phase.name == name:
+                return phase
+        raise ValueError(f"{name!r} is not a phase of this method; it has "
+                         f"{', '.join(phase.name for phase in self.phase_list)}")
 
-    def lora_mode(self, stage: int | None = None) -> str:
-        """``lora.mode`` as it is computed at ZeRO ``stage`` (by default the config's own).
+    def with_settings(self, name: str, settings: PhaseSettings) -> Config:
+        """A copy with other settings of phase ``name``."""
+        if isinstance(self.phases, PresetConfig):
+            phases: Any = self.phases.model_copy(update={name: settings})
+        else:
+            changed = {key: getattr(settings, key) for key in PhaseSettings.model_fields}
+            phases = tuple(phase.model_copy(update=changed) if phase.name == name else phase for phase in self.phases)
+        return self.model_copy(update={"phases": phases})
+
+    @property
+    def adapters(self) -> AdaptersConfig:
+        """How the adapters of this phase train, in a config that `for_phase` made."""
+        assert self._phase is not None, "adapters belong to a phase"
+        names = [phase.name for phase in self.phase_list]
+        found = None
+        for phase in self.phase_list[: names.index(self._phase.name) + 1]:
+            if isinstance(phase.adapters, AdaptersConfig):
+                found = phase.adapters
+        return found or AdaptersConfig(rank=1)
+
+    def kernel(self, stage: int | None = None) -> str:
+        """How a linear with an adapter computes in this phase at ZeRO ``stage`` (by default the phase's own).
 
         ``auto`` goes by what was measured (benchmarks/lora_step.py): narrow blocks spend their time in calls, of which
         ``merged`` has fewer; from a width of 768 on the two are equal, and ``branch`` needs no fp32 base. Only
-        ``branch`` has dropout.
+        ``branch`` and ``peft`` have dropout.
         """
-        mode = self.lora.mode
+        mode: str = self.adapters.mode
         if mode == "auto":
             narrow = self.model.factory is None and self.model.hidden_size <= MERGED_UP_TO
             mode = "merged" if narrow and (self.zero.stage if stage is None else stage) != 3 else "branch"
-        return "branch" if mode == "merged" and self.lora.dropout else mode
+        return "branch" if mode == "merged" and self.adapters.dropout else mode
 
     @property
     def zero(self) -> ZeroSettings:
@@ -317,13 +357,41 @@ class Config(Strict):
         )
 
     @model_validator(mode="after")
-    def _merged_weights_are_whole(self) -> Config:
-        settled = self.phases.lora.zero_stage != "auto"
-        if self.lora.mode == "merged" and settled and self.for_phase("lora").zero.stage == 3:
-            raise FieldError("lora.mode", "merged",
-                             "lora.mode merged needs each weight whole on every rank, and ZeRO stage 3 splits them; "
-                             "choose lora.mode branch, or stage 0, 1 or 2 for the LoRA phase")
+    def _method_can_be_run(self) -> Config:
+        if isinstance(self.phases, PresetConfig):
+            self._check_preset(self.phases)
+        else:
+            for section, default in (("convergence", None), ("lora", LoraConfig())):
+                if getattr(self, section) != default:
+                    raise FieldError(section, "...", "holds parameters of the preset prelora, and this recipe lists "
+                                     "its phases; put them there")
+        try:
+            check_method(self.phase_list)
+        except FieldError as exc:
+            raise FieldError(f"phases.{exc.field}".rstrip("."), exc.value, str(exc)) from exc
+        for phase in self.phase_list:
+            self._check_phase(phase)
         return self
+
+    def _check_preset(self, phases: PresetConfig) -> None:
+        if phases.preset == "prelora" and self.convergence is None:
+            raise FieldError("convergence", None, "is required by phases.preset prelora: set convergence.tau and "
+                             "convergence.zeta")
+        if phases.preset == "full" and self.convergence is not None:
+            raise FieldError("convergence", "...", "is not used by phases.preset full; set convergence=null, or choose "
+                             "the preset prelora")
+
+    def _check_phase(self, phase: PhaseConfig) -> None:
+        if phase.freeze_below is not None and self.model.factory is None \
+                and phase.freeze_below >= self.model.num_hidden_layers:
+            raise FieldError(f"phases.{phase.name}.freeze_below", phase.freeze_below,
+                             f"the model has the layers 0 to {self.model.num_hidden_layers - 1}")
+        own = self.for_phase(phase.name)
+        if phase.zero_stage != "auto" and "all" not in phase.trained and own.adapters.mode == "merged" \
+                and own.zero.stage == 3:
+            key = "lora.mode" if isinstance(self.phases, PresetConfig) else f"phases.{phase.name}.adapters.mode"
+            raise FieldError(key, "merged", f"{key} merged needs each weight whole on every rank, and ZeRO stage 3 "
+                             f"splits them; choose branch, or stage 0, 1 or 2 for phase {phase.name}")
 
     def grad_accum_steps(self, world_size: int) -> int:
         """Micro-batches per rank and optimizer step.
@@ -343,3 +411,25 @@ class Config(Strict):
             raise ValueError(f"ZeRO stage 0 accumulates gradients in BF16, and {accum} micro-batches a step would lose "
                              "bits; DeepSpeed has no fp32 accumulator there")
         return accum
+
+
+def expanded(phases: PresetConfig, convergence: ConvergenceConfig | None,
+             lora: LoraConfig) -> tuple[PhaseConfig, ...]:
+    """The phases of a preset, written out."""
+
+    def phase(name: str, **keys: Any) -> PhaseConfig:
+        settings: PhaseSettings = getattr(phases, name)
+        return PhaseConfig(name=name, **{key: getattr(settings, key) for key in PhaseSettings.model_fields}, **keys)
+
+    if convergence is None:
+        return (phase("full"),)
+    test = PreloraUntil(test="prelora", **{key: getattr(convergence, key) for key in PreloraUntil.model_fields
+                                           if key != "test"})
+    adapters = AdaptersConfig(
+        ranks=PreloraRule(rule="prelora", r_min=lora.r_min, r_max=lora.r_max), families=lora.families,
+        alpha_over_r=lora.alpha_over_r, dropout=lora.dropout, weight_decay=lora.weight_decay, mode=lora.mode,
+        options={} if lora.train_a else {"train_a": False})
+    trained = ("adapters", "rest") if lora.train_rest else ("adapters",)
+    return (phase("full", until=test),
+            phase("warmup", adapters=adapters, until=lora.warmup, lr_scale={"adapters": lora.lr_scale}),
+            phase("lora", train=trained, lr_scale=lora.lr_scale))

@@ -2,92 +2,135 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from prelora_ds.config.tree import ConvergenceConfig, LoraConfig
-from prelora_ds.core.convergence import Observation, WindowStats, changes_by_layer, close_window, partially_converged
-from prelora_ds.core.phases import full_plan, lora_plan, warmup_plan
-from prelora_ds.core.plan import Layout, Phase, Plan
-from prelora_ds.core.ranks import assign_ranks
+from prelora_ds.core.duration import Duration
+from prelora_ds.core.layout import Layout
+from prelora_ds.core.phases import PhaseSpec, layers_of, plan_of, rewarm_steps, windows_of
+from prelora_ds.core.plan import Plan
 from prelora_ds.core.schedule import Timeline
+from prelora_ds.core.switch_tests import SwitchTest
+from prelora_ds.core.switch_tests.prelora import Observation, WindowStats
 
 # Closed windows that travel with the state, at least. A run that begins from this one's checkpoint may compare more of
 # them than this one does; all of them would make the state grow without bound.
 KEPT_WINDOWS = 32
+_PHASES_OF_0_1_0 = ("full", "warmup", "lora")
 
 
 @dataclass(frozen=True)
 class PhaseState:
-    """Where the run stands. ``windows`` are the last closed ones; ``reason`` is the last decision in words; ``open``
-    are the measurements of the window that has not closed yet; ``tests`` counts the evaluations of Algorithm 1."""
+    """Where the run stands.
+
+    plan: what the engine is to be built from.
+    index: the number of the phase in the method's list.
+    windows: the last closed ones.
+    open: the measurements of the window that has not closed yet.
+    first_window: the index of the first window that began in this phase.
+    reason: the last decision in words.
+    tests: how often a test was evaluated.
+    """
 
     plan: Plan
+    index: int = 0
     windows: tuple[WindowStats, ...] = ()
     open: tuple[Observation, ...] = ()
-    reason: str = "training begins with all parameters"
+    first_window: int = 0
+    reason: str = ""
     tests: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        return {"plan": self.plan.to_json(), "windows": [w.to_json() for w in self.windows],
-                "open": [o.to_json() for o in self.open], "reason": self.reason, "tests": self.tests}
+        return {"plan": self.plan.to_json(), "index": self.index, "windows": [w.to_json() for w in self.windows],
+                "open": [o.to_json() for o in self.open], "first_window": self.first_window, "reason": self.reason,
+                "tests": self.tests}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> PhaseState:
-        return cls(plan=Plan.from_json(data["plan"]), windows=tuple(map(WindowStats.from_json, data["windows"])),
-                   open=tuple(map(Observation.from_json, data["open"])), reason=data["reason"], tests=data["tests"])
+        """Raises KeyError, TypeError or ValueError for what is not a state; reads those of 0.1.0 too."""
+        return cls(Plan.from_json(data["plan"]), index_of(data), tuple(map(WindowStats.from_json, data["windows"])),
+                   tuple(map(Observation.from_json, data["open"])), data.get("first_window", 0), data["reason"],
+                   data["tests"])
+
+
+def index_of(state: Mapping[str, Any]) -> int:
+    """The number of the phase in the JSON of a `PhaseState`, also of 0.1.0. Raises KeyError or ValueError."""
+    return int(state["index"]) if "index" in state else _PHASES_OF_0_1_0.index(state["plan"]["phase"])
 
 
 class PhaseController:
-    """FULL -> WARMUP when Algorithm 1 passes, WARMUP -> LORA after the warm-up; a transition is a new plan.
+    """Takes a run through the phases of its method; a transition is a new plan.
 
-    With ``convergence`` None the run stays in FULL (the baseline).
+    A phase ends at the first observation at or after its duration, or at the one that closes a window with which its
+    test passes. Windows of m observations are disjoint and go on through all phases (`windows_of`), but a test sees
+    only those that began in its own.
     """
 
-    def __init__(self, *, layout: Layout, timeline: Timeline, lora: LoraConfig,
-                 convergence: ConvergenceConfig | None, seed: int) -> None:
-        self.layout, self.timeline, self.lora, self.convergence, self.seed = layout, timeline, lora, convergence, seed
+    def __init__(self, *, layout: Layout, timeline: Timeline, phases: Sequence[PhaseSpec], seed: int) -> None:
+        self.layout, self.timeline, self.phases, self.seed = layout, timeline, phases, seed
 
     def initial(self) -> PhaseState:
-        return PhaseState(full_plan(self.layout, init_seed=self.seed))
+        """The state before the first step."""
+        first = self.phases[0]
+        plan = self._plan(0, None, 0, ())
+        return PhaseState(plan, reason=f"training begins in phase {first.name}")
 
     def next(self, state: PhaseState, observation: Observation) -> PhaseState:
-        """The state after one more measurement; a transition happened exactly if the plan differs.
+        """The state after one more measurement; a transition happened exactly if the plan differs."""
+        windows = windows_of(self.phases, state.index)
+        closed = windows is not None and len(state.open) + 1 >= windows.m
+        if windows is not None:
+            state = _observed(state, observation, windows)
 
-        Windows of m measurements are disjoint and go on through all phases (they are the run's history); Algorithm 1
-        is evaluated when one closes, in FULL only. The warm-up ends at the first measurement at or after its duration.
-        """
-        if self.convergence is None:
+        until, step = self.phases[state.index].until, observation.step
+        if until is None:
             return state
-        closed = len(state.open) + 1 >= self.convergence.m
-        state = replace(state, open=(*state.open, observation))
-        if closed:
-            index = state.windows[-1].index + 1 if state.windows else 0
-            window = close_window(index, state.open, self.convergence.statistic)
-            kept = max(self.convergence.k, KEPT_WINDOWS)
-            state = replace(state, open=(), windows=(*state.windows, window)[-kept:])
-        if state.plan.phase is Phase.FULL and closed and len(state.windows) >= self.convergence.k:
-            return self._test(state, observation.step)
-        if state.plan.phase is Phase.WARMUP:
-            return self._after_warmup(state, observation.step)
-        return state
+        if isinstance(until, Duration):
+            return self._after_duration(state, until, step)
+        return self._test(state, until, step) if closed else state
 
-    def _test(self, state: PhaseState, step: int) -> PhaseState:
-        assert self.convergence is not None
-        c = self.convergence
-        verdict = partially_converged(state.windows, k=c.k, tau=c.tau, zeta=c.zeta, aggregate=c.aggregate)
+    def _test(self, state: PhaseState, test: SwitchTest, step: int) -> PhaseState:
+        own = [window for window in state.windows if window.index >= state.first_window]
+        if len(own) < test.k:
+            return state
+        verdict = test(own)
         state = replace(state, reason=verdict.reason, tests=state.tests + 1)
         if not verdict.passed:
             return state
-        changes = changes_by_layer(*state.windows[-2:])
-        ranks = assign_ranks({f: changes[f] for f in self.lora.families}, r_min=self.lora.r_min, r_max=self.lora.r_max)
-        plan = warmup_plan(self.layout, ranks, alpha_over_r=self.lora.alpha_over_r, init_seed=self.seed,
-                           since_step=step, train_a=self.lora.mode != "fa")
-        return replace(state, plan=plan, reason=f"Algorithm 1 passed at test {state.tests}: {verdict.reason}")
+        return self._follow(state, step, f"{test.title} passed at test {state.tests}: {verdict.reason}")
 
-    def _after_warmup(self, state: PhaseState, step: int) -> PhaseState:
-        if step < self.timeline.step_after(state.plan.since_step, self.lora.warmup):
+    def _after_duration(self, state: PhaseState, until: Duration, step: int) -> PhaseState:
+        if step < self.timeline.step_after(state.plan.since_step, until):
             return state
-        plan = lora_plan(self.layout, state.plan, train_rest=self.lora.train_rest, since_step=step)
-        return replace(state, plan=plan, reason=f"the warm-up of {self.lora.warmup} is over")
+        return self._follow(state, step, f"phase {state.plan.phase} has lasted {until}")
+
+    def _follow(self, state: PhaseState, step: int, reason: str) -> PhaseState:
+        """The next phase, begun after ``step``; the same one where its ranks need more windows than have closed."""
+        index = state.index + 1
+        adapters = self.phases[index].adapters
+        if adapters is not None and len(state.windows) < adapters.ranks.windows:
+            waits = (f"{reason}; phase {self.phases[index].name} waits until {adapters.ranks.windows} windows have "
+                     "closed, which its ranks rest on")
+            return replace(state, reason=waits)
+        seen = state.windows[-1].index + 1 if state.windows else 0
+        return replace(state, plan=self._plan(index, state.plan, step, state.windows), index=index, reason=reason,
+                       first_window=seen + 1 if state.open else seen)
+
+    def _plan(self, index: int, before: Plan | None, step: int, windows: Sequence[WindowStats]) -> Plan:
+        spec = self.phases[index]
+        ranks = None
+        if spec.adapters is not None:
+            ranks = spec.adapters.ranks(layers_of(spec.adapters, self.layout), windows)
+        return plan_of(spec, self.layout, seed=self.seed, since_step=step, before=before, ranks=ranks,
+                       rewarm=rewarm_steps(spec, self.timeline, step))
+
+
+def _observed(state: PhaseState, observation: Observation, test: SwitchTest) -> PhaseState:
+    """``state`` with the observation in its open window, which closes when it has ``test.m`` of them."""
+    state = replace(state, open=(*state.open, observation))
+    if len(state.open) < test.m:
+        return state
+    index = state.windows[-1].index + 1 if state.windows else 0
+    kept = max(test.k, KEPT_WINDOWS)
+    return replace(state, open=(), windows=(*state.windows, test.close(index, state.open))[-kept:])

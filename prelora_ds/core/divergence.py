@@ -5,9 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
-from prelora_ds.config.tree import DivergenceConfig
+
+class Limits(Protocol):
+    """A loss above ``spike`` times the mean of the last ``over`` losses is too high; with None no loss is."""
+
+    @property
+    def spike(self) -> float | None: ...
+
+    @property
+    def over(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -21,23 +29,23 @@ class DivergenceWatch:
     rollbacks: int = 0
     avoided: frozenset[int] = frozenset()
 
-    def problem(self, loss: float, config: DivergenceConfig) -> str | None:
+    def problem(self, loss: float, limits: Limits) -> str | None:
         """What is wrong with a step of this ``loss``, in words; None if nothing is."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"
-        if config.spike is None or len(self.losses) < config.over:
+        if limits.spike is None or len(self.losses) < limits.over:
             return None
         mean = math.fsum(self.losses) / len(self.losses)
-        return (f"the loss {loss:.4g} is above {config.spike:g} times {mean:.4g}, its mean of the last {config.over} "
-                "steps" if loss > config.spike * mean else None)
+        return (f"the loss {loss:.4g} is above {limits.spike:g} times {mean:.4g}, its mean of the last {limits.over} "
+                "steps" if loss > limits.spike * mean else None)
 
-    def accepts(self, step: int, loss: float, config: DivergenceConfig) -> bool:
+    def accepts(self, step: int, loss: float, limits: Limits) -> bool:
         """Whether the update of ``step`` may be taken."""
-        return step not in self.avoided and self.problem(loss, config) is None
+        return step not in self.avoided and self.problem(loss, limits) is None
 
-    def sound(self, loss: float, config: DivergenceConfig) -> DivergenceWatch:
-        """After a step that was as it should be. Without ``config.spike`` no losses are kept."""
-        losses = (*self.losses, loss)[-config.over:] if config.spike is not None else ()
+    def sound(self, loss: float, limits: Limits) -> DivergenceWatch:
+        """After a step that was as it should be. Without ``limits.spike`` no losses are kept."""
+        losses = (*self.losses, loss)[-limits.over:] if limits.spike is not None else ()
         return replace(self, losses=losses, in_a_row=0)
 
     def skipped(self) -> DivergenceWatch:

@@ -1,63 +1,133 @@
-"""The plans of PreLoRA's three phases. Every plan is made here."""
+"""A method is a list of phases. Every plan is made here, from one of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 
-from prelora_ds.core.plan import AdapterSpec, Layout, Phase, Plan
+from prelora_ds.core.adapters import AdapterSpec, Option
+from prelora_ds.core.duration import Duration
+from prelora_ds.core.layout import Layout
+from prelora_ds.core.plan import Plan
+from prelora_ds.core.rank_rules import RankRule
+from prelora_ds.core.rank_rules.uniform import UniformRank
+from prelora_ds.core.schedule import Timeline
+from prelora_ds.core.switch_tests import SwitchTest
+from prelora_ds.core.trainable import trainable_names
 
 
-def full_plan(layout: Layout, *, init_seed: int) -> Plan:
-    """All parameters train, no adapters."""
-    return Plan(Phase.FULL, trainable=frozenset(layout.parameters), init_seed=init_seed)
+@dataclass(frozen=True)
+class Adapters:
+    """The adapters that a phase begins with, where none were before.
 
-
-def warmup_plan(layout: Layout, ranks: Mapping[str, Mapping[int, int]], *, alpha_over_r: float, init_seed: int,
-                since_step: int, train_a: bool = True) -> Plan:
-    """Adapters of Algorithm 2's ranks beside the weights; everything trains (PreLoRA, warm-up).
-
-    Without ``train_a`` the A of each adapter keeps its first value (LoRA-FA).
+    scaling: what multiplies each adapter's part, the same for every rank (``alpha / rank`` in LoRA).
     """
-    adapters = {
-        layout.targets[family][layer]: AdapterSpec(rank, rank * alpha_over_r)
-        for family, layers in ranks.items() for layer, rank in layers.items()
-    }
-    names = [name for module, spec in adapters.items() for name in layout.adapter_shapes(module, spec.rank)
-             if train_a or ".lora_A." not in name]
-    return Plan(Phase.WARMUP, adapter="lora", adapters=adapters, trainable=frozenset(layout.parameters) | set(names),
-                active=frozenset(adapters), init_seed=init_seed, since_step=since_step)
+
+    kind: str
+    families: tuple[str, ...]
+    ranks: RankRule
+    scaling: float = 1.0
+    options: Mapping[str, Option] = field(default_factory=dict)
 
 
-def lora_plan(layout: Layout, warmup: Plan, *, train_rest: bool, since_step: int) -> Plan:
-    """The adapters alone train, and with ``train_rest`` whatever is no adapted linear (head, norms, embeddings)."""
-    adapter_names = warmup.trainable - set(layout.parameters)
-    adapted = {f"{module}.{leaf}" for module in warmup.adapters for leaf in ("weight", "bias")}
-    rest = set(layout.parameters) - adapted if train_rest else set()
-    return Plan(Phase.LORA, adapter=warmup.adapter, adapters=warmup.adapters, trainable=frozenset(adapter_names | rest),
-                active=warmup.active, init_seed=warmup.init_seed, cycle=warmup.cycle, since_step=since_step)
+@dataclass(frozen=True)
+class PhaseSpec:
+    """One phase of a method.
 
-
-def freeze_below(plan: Plan, layout: Layout, layer: int) -> Plan:
-    """``plan`` with everything frozen that the module defines before block ``layer``, and its adapters inactive:
-    embeddings, and LayerNorms, biases and adapters of the blocks below, so that the backward pass ends there.
-
-    Raises ValueError when the layout has no such layer.
+    adapters: None keeps those that are there.
+    train: what trains, in the words of `prelora_ds.core.trainable`.
+    until: when the phase ends: after a duration, when a test passes, or, with None, with the run.
+    lr_scale: role -> factor of the learning rate (`Plan.lr_scale`).
+    rewarm: how long the learning rate rises to its schedule again when the phase begins.
+    freeze_below: everything that the module defines before this block is frozen.
     """
-    block = layout.block(layer)
-    names = list(layout.parameters)
-    below = set(names[: next(i for i, name in enumerate(names) if name.startswith(block))])
-    inactive = {module for module in plan.adapters if f"{module}.weight" in below}
-    below |= {name for module in inactive for name in layout.adapter_shapes(module, 1)}
-    return replace(plan, trainable=plan.trainable - below, active=plan.active - inactive)
+
+    name: str
+    adapters: Adapters | None = None
+    train: tuple[str, ...] = ("all",)
+    until: Duration | SwitchTest | None = None
+    lr_scale: Mapping[str, float] = field(default_factory=dict)
+    rewarm: Duration | None = None
+    freeze_below: int | None = None
 
 
-def plans_at_rank(layout: Layout, lora_rank: int, *, alpha_over_r: float = 1.0, train_a: bool = True,
-                  train_rest: bool = True) -> tuple[Plan, Plan, Plan]:
-    """The plans of the full, warm-up and LoRA phases with one rank for all adapters.
+def plan_of(spec: PhaseSpec, layout: Layout, *, seed: int, since_step: int = 0, rewarm: int = 0,
+            before: Plan | None = None, ranks: Mapping[str, Mapping[int, int]] | None = None) -> Plan:
+    """The plan of a phase that begins after ``since_step`` and follows the plan ``before``.
 
-    For what is predicted, timed or checked before Algorithm 2 has given each adapter its rank.
+    seed: of the adapters' first values. rewarm: steps. ranks: family -> layer -> rank, for the families of the
+    phase's own adapters.
+
+    Raises ValueError for a set of parameters that matches nothing, a layer or a kind that does not exist.
     """
-    ranks = {family: dict.fromkeys(layers, lora_rank) for family, layers in layout.targets.items()}
-    warmup = warmup_plan(layout, ranks, alpha_over_r=alpha_over_r, init_seed=0, since_step=0, train_a=train_a)
-    return full_plan(layout, init_seed=0), warmup, lora_plan(layout, warmup, train_rest=train_rest, since_step=0)
+    if spec.adapters is None:
+        adapters = {} if before is None else dict(before.adapters)
+    else:
+        assert ranks is not None, "a phase with adapters of its own has their ranks"
+        own = spec.adapters
+        adapters = {
+            layout.targets[family][layer]: AdapterSpec(own.kind, rank, own.scaling, seed, own.options)
+            for family, layers in ranks.items() for layer, rank in layers.items()
+        }
+    plan = Plan(spec.name, trainable_names(spec.train, layout, adapters), adapters, lr_scale=dict(spec.lr_scale),
+                since_step=since_step, rewarm=rewarm, cycle=0 if before is None else before.cycle)
+    return plan if spec.freeze_below is None else _frozen_below(plan, layout, spec.freeze_below)
+
+
+def _frozen_below(plan: Plan, layout: Layout, layer: int) -> Plan:
+    """``plan`` with everything frozen that the module defines before block ``layer``, adapters of these blocks too,
+    so that the backward pass ends there."""
+    below = set(layout.before(layer))
+    below |= {name for name, (path, _) in plan.leaves(layout).items() if f"{path}.weight" in below}
+    return replace(plan, trainable=plan.trainable - below)
+
+
+def plans_at_rank(phases: Sequence[PhaseSpec], layout: Layout, lora_rank: int | None = None) -> list[Plan]:
+    """The plan of each phase with one rank for all adapters that a rule would give a rank to.
+
+    For what is predicted, timed or checked before any rank is known. lora_rank: by default each rule's highest.
+    """
+    plans: list[Plan] = []
+    for spec in phases:
+        ranks = None
+        if spec.adapters is not None:
+            rule = spec.adapters.ranks
+            known = rule if isinstance(rule, UniformRank) else UniformRank(lora_rank or rule.highest)
+            ranks = known(layers_of(spec.adapters, layout), ())
+        plans.append(plan_of(spec, layout, seed=0, before=plans[-1] if plans else None, ranks=ranks))
+    return plans
+
+
+def difference(before: Sequence[PhaseSpec], after: Sequence[PhaseSpec], index: int) -> tuple[int, str] | None:
+    """What keeps a run in phase ``index`` of ``before`` from continuing in ``after``: a phase's number and a field.
+
+    None where nothing does: phases that are past agree as a whole; of the one that has begun, its end may differ.
+    """
+    for i, old in enumerate(before[: index + 1]):
+        if i >= len(after):
+            return i, "name"
+        new = after[i] if i < index else replace(after[i], until=old.until)
+        for key in fields(PhaseSpec):
+            if getattr(old, key.name) != getattr(new, key.name):
+                return i, key.name
+    return None
+
+
+def layers_of(adapters: Adapters, layout: Layout) -> dict[str, list[int]]:
+    """Family -> layers of the linears that ``adapters`` wrap."""
+    return {family: list(layout.targets[family]) for family in adapters.families}
+
+
+def rewarm_steps(spec: PhaseSpec, timeline: Timeline, since_step: int) -> int:
+    """The steps over which the learning rate rises again in a phase that begins after ``since_step``."""
+    return 0 if spec.rewarm is None else timeline.step_after(since_step, spec.rewarm) - since_step
+
+
+def windows_of(phases: Sequence[PhaseSpec], index: int) -> SwitchTest | None:
+    """The test whose windows are closed during phase ``index``: its own, else the nearest earlier, else the next.
+
+    Windows go on through phases that test nothing, because they are the run's history, and ranks may rest on them.
+    """
+    own = [spec.until for spec in phases]
+    order = [index, *range(index - 1, -1, -1), *range(index + 1, len(phases))]
+    return next((until for i in order if (until := own[i]) is not None and not isinstance(until, Duration)), None)

@@ -1,123 +1,125 @@
-"""What a phase is: which adapters exist, their ranks, and what trains. Everything is data and round-trips JSON."""
+"""What an engine is built from: which adapters exist, what trains, and what of it trains now."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
-from itertools import takewhile
 from typing import Any
 
+from prelora_ds.core.adapters import AdapterSpec, Lora, Shape, kind_of
+from prelora_ds.core.layout import Layout
 
-class Phase(StrEnum):
-    """The three phases of PreLoRA, in their order."""
-
-    FULL = "full"
-    WARMUP = "warmup"
-    LORA = "lora"
-
-
-@dataclass(frozen=True)
-class AdapterSpec:
-    """LoRA of rank ``rank``, scaled by ``alpha / rank``."""
-
-    rank: int
-    alpha: float
-
-    @property
-    def scaling(self) -> float:
-        return self.alpha / self.rank
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What the algorithms need to know of a model; made by `prelora_ds.model.families`.
-
-    parameters: parameter name -> shape, in the module's order, without adapters.
-    targets: family -> layer -> path of the linear module that an adapter wraps.
-    """
-
-    parameters: Mapping[str, tuple[int, ...]]
-    targets: Mapping[str, Mapping[int, str]]
-
-    def modules(self) -> tuple[str, ...]:
-        """Paths of all linears that can carry an adapter."""
-        return tuple(path for layers in self.targets.values() for path in layers.values())
-
-    def layers(self) -> tuple[int, ...]:
-        """The numbers of all layers."""
-        return tuple(sorted({layer for layers in self.targets.values() for layer in layers}))
-
-    def block(self, layer: int) -> str:
-        """The dotted prefix of all parameters of a layer, ``vit.layers.3.``: up to where paths of layers differ.
-
-        Raises ValueError when there is no such layer.
-        """
-        for layers in self.targets.values():
-            if layer in layers:
-                own = layers[layer].split(".")
-                others = [path.split(".") for i, path in layers.items() if i != layer]
-                shared = min((sum(1 for _ in takewhile(lambda ab: ab[0] == ab[1], zip(own, other, strict=False)))
-                              for other in others), default=len(own) - 1)
-                return ".".join(own[: shared + 1]) + "."
-        raise ValueError(f"no family has a layer {layer}")
-
-    def adapter_shapes(self, module: str, rank: int) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the LoRA parameters of ``module``: A [rank, in], B [out, rank]."""
-        out_features, in_features = self.parameters[f"{module}.weight"]
-        return {f"{module}.lora_A.weight": (rank, in_features), f"{module}.lora_B.weight": (out_features, rank)}
+BASE = "base"  # the role of every parameter that is not an adapter's
+ADAPTERS = "adapters"  # what a scale for all roles of adapters is called
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that fixes the parameter set; the engine builder reads nothing else of the phase.
+    """Everything that fixes the parameters of an engine and how they train.
 
-    Names are those of the model without adapters (``x.weight``), with ``x.lora_A.weight`` and ``x.lora_B.weight``
-    beside it. ``active`` are the adapters that train now (all, until DynaLoRA chooses). ``since_step`` is the optimizer
-    step at which this plan began.
+    Names are those of the model without adapters (``x.weight``), with an adapter's leaves beside it
+    (``x.<leaf>``, `prelora_ds.core.adapters`).
+
+    phase: a label for logs and for the settings per phase. Nothing else may read it.
+    trainable: the parameters that the optimizer holds.
+    adapters: path of a linear -> its adapter.
+    lr_scale: role -> factor of the learning rate; ``adapters`` stands for each role of an adapter that has no factor
+        of its own, and a role without any factor has 1.
+    active: the parameters of ``trainable`` that train now; None means all of them.
+    since_step: the optimizer step after which this plan began.
+    rewarm: over so many steps from there the learning rate rises to its schedule again.
+    cycle: how often the adapters were merged and began anew.
     """
 
-    phase: Phase
+    phase: str
     trainable: frozenset[str]
-    adapter: str | None = None
     adapters: Mapping[str, AdapterSpec] = field(default_factory=dict)
-    active: frozenset[str] = frozenset()
-    init_seed: int = 0
-    cycle: int = 0
+    lr_scale: Mapping[str, float] = field(default_factory=dict)
+    active: frozenset[str] | None = None
     since_step: int = 0
+    rewarm: int = 0
+    cycle: int = 0
 
-    def parameters(self, layout: Layout) -> dict[str, tuple[int, ...]]:
+    def structure(self) -> tuple[Any, ...]:
+        """What an engine must be rebuilt for; plans of equal structure differ in what a live engine can take over."""
+        adapters = tuple(sorted((path, spec.kind, spec.rank, spec.scaling, tuple(sorted(spec.options.items())))
+                                for path, spec in self.adapters.items()))
+        return self.phase, self.trainable, adapters, tuple(sorted(self.lr_scale.items()))
+
+    def training(self) -> frozenset[str]:
+        """The parameters that train now."""
+        return self.trainable if self.active is None else self.active
+
+    def leaves(self, layout: Layout) -> dict[str, tuple[str, str]]:
+        """Name of an adapter's parameter -> (path of its linear, leaf), in the plan's order."""
+        return {f"{path}.{leaf}": (path, leaf) for path, spec in self.adapters.items()
+                for leaf in kind_of(spec).parameters(layout.parameters[f"{path}.weight"], spec)}
+
+    def parameters(self, layout: Layout) -> dict[str, Shape]:
         """Name -> shape of every parameter that exists under this plan, base first."""
         shapes = dict(layout.parameters)
-        for module, spec in self.adapters.items():
-            shapes |= layout.adapter_shapes(module, spec.rank)
+        for path, spec in self.adapters.items():
+            own = kind_of(spec).parameters(layout.parameters[f"{path}.weight"], spec)
+            shapes |= {f"{path}.{leaf}": shape for leaf, shape in own.items()}
         return shapes
+
+    def buffers(self, layout: Layout) -> dict[str, Shape]:
+        """Name -> shape of every buffer that exists under this plan."""
+        return dict(layout.buffers)
+
+    def rate_scales(self, layout: Layout) -> dict[str, float]:
+        """Name of every parameter -> the factor of its learning rate."""
+        scales = dict.fromkeys(layout.parameters, self.lr_scale.get(BASE, 1.0))
+        for name, (path, leaf) in self.leaves(layout).items():
+            role = kind_of(self.adapters[path]).role(leaf)
+            scales[name] = self.lr_scale.get(role, self.lr_scale.get(ADAPTERS, 1.0))
+        return scales
 
     def frozen_bases(self) -> frozenset[str]:
         """The adapted linears whose own weight does not train."""
-        return frozenset(module for module in self.adapters if f"{module}.weight" not in self.trainable)
+        return frozenset(path for path in self.adapters if f"{path}.weight" not in self.trainable)
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "phase": self.phase.value,
-            "adapter": self.adapter,
-            "adapters": {module: {"rank": s.rank, "alpha": s.alpha} for module, s in self.adapters.items()},
+            "phase": self.phase,
+            "adapters": {path: {"kind": s.kind, "rank": s.rank, "scaling": s.scaling, "seed": s.seed,
+                                "options": dict(s.options)} for path, s in self.adapters.items()},
             "trainable": sorted(self.trainable),
-            "active": sorted(self.active),
-            "init_seed": self.init_seed,
-            "cycle": self.cycle,
+            "lr_scale": dict(self.lr_scale),
+            "active": None if self.active is None else sorted(self.active),
             "since_step": self.since_step,
+            "rewarm": self.rewarm,
+            "cycle": self.cycle,
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
-        return cls(
-            phase=Phase(data["phase"]),
-            adapter=data["adapter"],
-            adapters={module: AdapterSpec(**spec) for module, spec in data["adapters"].items()},
+        """Raises KeyError, TypeError or ValueError for what is not a plan; reads those of 0.1.0 too."""
+        if "init_seed" in data:
+            data = _of_0_1_0(data)
+        active = data.get("active")
+        plan = cls(
+            phase=data["phase"],
             trainable=frozenset(data["trainable"]),
-            active=frozenset(data["active"]),
-            init_seed=data["init_seed"],
-            cycle=data["cycle"],
+            adapters={path: AdapterSpec(**spec) for path, spec in data["adapters"].items()},
+            lr_scale=dict(data.get("lr_scale", {})),
+            active=None if active is None else frozenset(active),
             since_step=data["since_step"],
+            rewarm=data.get("rewarm", 0),
+            cycle=data.get("cycle", 0),
         )
+        if not isinstance(plan.phase, str):
+            raise ValueError(f"{plan.phase!r} is not the name of a phase")
+        for spec in plan.adapters.values():
+            kind_of(spec)
+        return plan
+
+
+def _of_0_1_0(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A plan as version 0.1.0 wrote it, in today's form: one kind, one seed, and every adapter active."""
+    adapters = {path: {"kind": "lora", "rank": spec["rank"], "scaling": spec["alpha"] / spec["rank"],
+                       "seed": data["init_seed"], "options": {}} for path, spec in data["adapters"].items()}
+    without_a = adapters and not any(name.endswith(f".{Lora.A}") for name in data["trainable"])
+    for spec in adapters.values() if without_a else ():
+        spec["options"] = {"train_a": False}
+    return {**data, "adapters": adapters, "active": None}

@@ -5,9 +5,23 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Protocol
 
-from prelora_ds.config.fields import Duration
-from prelora_ds.config.tree import OptimizerConfig
+from prelora_ds.core.duration import Duration
+from prelora_ds.core.plan import Plan
+
+
+class Schedule(Protocol):
+    """A linear warm-up to ``lr``, then one cosine to ``min_lr_ratio`` of it at the end of the run."""
+
+    @property
+    def lr(self) -> float: ...
+
+    @property
+    def warmup(self) -> Duration: ...
+
+    @property
+    def min_lr_ratio(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -65,14 +79,22 @@ class Timeline:
         return int(duration.value)
 
 
-def lr_at(step: int, *, timeline: Timeline, config: OptimizerConfig) -> float:
-    """The learning rate of the ``step``-th optimizer step (the first is 1): linear warm-up, then one cosine.
+def lr_at(step: int, plan: Plan, *, timeline: Timeline, schedule: Schedule) -> float:
+    """The learning rate of the ``step``-th optimizer step (the first is 1), before any scale per role.
 
-    The last step of the warm-up has ``config.lr``, the last step of the run ``min_lr_ratio * config.lr``.
+    The last step of the warm-up has ``schedule.lr``, the last step of the run ``min_lr_ratio`` of it. A plan with
+    ``rewarm`` takes a growing share of that in its first steps: the last of them has all of it (ReLoRA, Lialin et al.
+    2023, section 3).
     """
-    total, warmup = timeline.total_steps, timeline.step_after(0, config.warmup)
+    lr = _scheduled(step, timeline, schedule)
+    begun = step - plan.since_step
+    return lr * begun / plan.rewarm if begun < plan.rewarm else lr
+
+
+def _scheduled(step: int, timeline: Timeline, schedule: Schedule) -> float:
+    total, warmup = timeline.total_steps, timeline.step_after(0, schedule.warmup)
     if step <= warmup:
-        return config.lr * step / warmup
+        return schedule.lr * step / warmup
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
+    return schedule.lr * (schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * cosine)

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from prelora_ds.config.tree import ZeroSettings
-from prelora_ds.core.plan import Layout, Plan
+from prelora_ds.core.layout import Layout
+from prelora_ds.core.plan import Plan
 
 BF16, FP32 = 2, 4
 
@@ -36,13 +37,13 @@ class Bytes:
 
 
 def predict_bytes(plan: Plan, layout: Layout, zero: ZeroSettings, world_size: int, *, after_backward: bool,
-                  lora_mode: str = "auto") -> Bytes:
+                  kernel: str = "auto") -> Bytes:
     """Live bytes of one rank from the third step of a plan on.
 
     Source of each term: ZeRO (Rajbhandari et al. 2020, section 3), and where DeepSpeed 0.19 keeps more, what its
     wrappers hold: at stage 1 with fp32 accumulation a whole fp32 gradient beside the bf16 one; at stage 3 small
     parameters whole, the reduction bucket allocated once; with offload a host copy of gradients and staging buffers.
-    The LoRA linear's mode "merged" keeps an fp32 base of each frozen weight.
+    The kernel "merged" keeps an fp32 base of each frozen weight.
     """
     sizes = {name: math.prod(shape) for name, shape in plan.parameters(layout).items()}
     small = [name for name, size in sizes.items() if size <= zero.persistence_threshold]
@@ -52,7 +53,7 @@ def predict_bytes(plan: Plan, layout: Layout, zero: ZeroSettings, world_size: in
     n, t, w, stage = sum(sizes.values()), sum(trained), world_size, zero.stage
     sharded = w if stage else 1
     weights, buffers = BF16 * n, 0
-    if lora_mode == "merged":
+    if kernel == "merged":
         weights += FP32 * sum(sizes[f"{module}.weight"] for module in plan.frozen_bases())
     if stage == 3:
         # A world of one gathers nothing: its partition of a parameter is the parameter.

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from prelora_ds.config.tree import Config, ZeroSettings
-from prelora_ds.core.plan import Layout, Plan
+from prelora_ds.core.layout import Layout
+from prelora_ds.core.plan import Plan
 from prelora_ds.cost import flops as costs
 from prelora_ds.cost.bytes import Bytes
 from prelora_ds.cost.timing import Rates, Work, step_work
@@ -32,14 +33,14 @@ class Setting:
 def setting(config: Config, plan: Plan, layout: Layout, zero: ZeroSettings, world_size: int,
             micro_batch_size: int) -> Setting:
     """``config`` (of the plan's phase) with ``zero`` and ``micro_batch_size`` in the place of its own."""
-    mode, reuse = config.lora_mode(zero.stage), reuse_distance(config)
-    image = costs.micro_batch(config.model, plan, layout, 1, mode=mode)
+    kernel, reuse = config.kernel(zero.stage), reuse_distance(config)
+    image = costs.micro_batch(config.model, plan, layout, 1, kernel=kernel)
     accum = config.train.global_batch_size // (micro_batch_size * world_size)
     states, peak = costs.peak_bytes(plan, layout, zero, world_size, accum,
-                                    micro_batch_size * (image.saved_bytes + image.recomputed_bytes), mode=mode,
+                                    micro_batch_size * (image.saved_bytes + image.recomputed_bytes), kernel=kernel,
                                     reuse_distance=reuse)
     work = step_work(config.model, plan, layout, zero, micro_batch_size=micro_batch_size, world_size=world_size,
-                     accum=accum, mode=mode, reuse_distance=reuse)
+                     accum=accum, kernel=kernel, reuse_distance=reuse)
     return Setting(config, zero, micro_batch_size, states, peak, work)
 
 

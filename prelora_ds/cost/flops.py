@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from prelora_ds.config.tree import ModelConfig, ZeroSettings
-from prelora_ds.core.plan import Layout, Plan
+from prelora_ds.core.adapters import Needs, kind_of
+from prelora_ds.core.layout import Layout
+from prelora_ds.core.plan import Plan
 from prelora_ds.cost.bytes import BF16, FP32, Bytes, predict_bytes
 
 REUSE_DISTANCE = 1_000_000_000  # DeepSpeed's stage3_max_reuse_distance
@@ -24,7 +26,7 @@ class MicroBatch:
     """Forward and backward of one micro-batch on one rank.
 
     forward_flops: the forward pass alone. gemm_flops: all products of the step with weights, and attention's.
-    adapter_flops: those with A and B. traffic_bytes: memory traffic of what is no large product (norms, GELU,
+    adapter_flops: those of adapters. traffic_bytes: memory traffic of what is no large product (norms, GELU,
     residuals, softmax, adapters). calls: modules run and parameter hooks. saved_bytes: activations alive when backward
     begins; recomputed_bytes: those of one block that come back under activation checkpointing.
     """
@@ -43,8 +45,8 @@ class MicroBatch:
 
 
 def micro_batch(model: ModelConfig, plan: Plan, layout: Layout, size: int, *,
-                mode: str = "auto") -> MicroBatch:
-    """Costs of a micro-batch of ``size`` images in bf16; ``mode`` is `lora.mode`, without `lora.dropout`.
+                kernel: str = "auto") -> MicroBatch:
+    """Costs of a micro-batch of ``size`` images in bf16, where adapters compute by ``kernel`` (`Config.kernel`).
 
     A module keeps its input for backward exactly if a gradient that needs it is computed: a frozen linear keeps
     nothing, and below the lowest parameter that trains nothing is kept at all. Products are counted as 2 FLOPs a
@@ -53,13 +55,13 @@ def micro_batch(model: ModelConfig, plan: Plan, layout: Layout, size: int, *,
 
     Source: PyTorch's autograd formulas of the operators that `transformers.ViTForImageClassification` (5.23) runs.
     """
-    w, d = _Walk(plan, layout, mode), model.hidden_size
+    w, d = _Walk(plan, layout, kernel), model.hidden_size
     rows = size * ((model.image_size // model.patch_size) ** 2 + 1)
     hidden, dropped = BF16 * rows * d, rows * d if model.hidden_dropout_prob else 0  # a mask has a byte an element
     embed = "vit.embeddings.patch_embeddings.projection"
     if w.linear(embed, rows - size):
         w.saved += BF16 * size * model.num_channels * model.image_size ** 2
-    w.flows = any(name.startswith("vit.embeddings.") for name in plan.trainable)
+    w.flows = any(name.startswith("vit.embeddings.") for name in plan.training())
     w.saved += dropped * w.flows
     inner = 0
     for i in range(model.num_hidden_layers):
@@ -122,13 +124,14 @@ def _residual(w: _Walk, hidden: int, dropped: int) -> None:
 class _Walk:
     """Sums over the modules run so far. ``flows``: whether the input of the next one needs a gradient."""
 
-    def __init__(self, plan: Plan, layout: Layout, mode: str) -> None:
-        self.plan, self.layout, self.mode = plan, layout, mode
+    def __init__(self, plan: Plan, layout: Layout, kernel: str) -> None:
+        self.plan, self.layout, self.kernel = plan, layout, kernel
+        self.training = plan.training()
         self.flows = False
         self.forward = self.gemm = self.adapters = self.traffic = self.calls = self.saved = 0
 
     def trains(self, path: str) -> bool:
-        return not {f"{path}.weight", f"{path}.bias"}.isdisjoint(self.plan.trainable)
+        return not {f"{path}.weight", f"{path}.bias"}.isdisjoint(self.training)
 
     def product(self, forward: int, backward: int) -> None:
         self.forward += forward
@@ -150,32 +153,27 @@ class _Walk:
     def linear(self, path: str, rows: int) -> bool:
         """A linear (or the patch projection) on ``rows``, and its adapter; returns whether it keeps its input."""
         out, *rest = self.layout.parameters[f"{path}.weight"]
-        size, weight_trains = rows * math.prod(rest), f"{path}.weight" in self.plan.trainable
+        size, weight_trains = rows * math.prod(rest), f"{path}.weight" in self.training
         flops = 2 * size * out
         self.product(flops, flops * (self.flows + weight_trains))
-        keeps = self._adapter(path, rows, size, rows * out) if path in self.plan.adapters else False
+        keeps = self._adapter(path, rows) if path in self.plan.adapters else False
         self.flows |= self.trains(path)
         return keeps or weight_trains
 
-    def _adapter(self, path: str, rows: int, x: int, y: int) -> bool:
-        """``x`` and ``y``: elements of input and output. See `prelora_ds.model.lora_linear` for the products."""
-        rank = self.plan.adapters[path].rank
-        active = path in self.plan.active
-        needs_a, needs_b = (active and f"{path}.lora_{f}.weight" in self.plan.trainable for f in "AB")
-        branch = self.mode != "merged" or f"{path}.weight" in self.plan.trainable
-        into_x = self.flows and branch
-        down, up = 2 * rank * x, 2 * rank * y  # FLOPs of a product with A, with B
-        forward = branch * (down + up)
-        self.forward += forward
-        self.adapters += forward + (needs_a or into_x) * up + into_x * down + needs_a * down + needs_b * up
-        self.adapters += (needs_b and not branch) * down
-        self.traffic += BF16 * (branch * (x + 2 * y) + into_x * 2 * x + (needs_a or into_x) * y + needs_a * x
-                                + needs_b * y + (needs_b and not branch) * x)
-        self.calls += 2
-        if needs_b and (branch or not needs_a):
-            self.saved += BF16 * rows * rank  # x A^T
-        self.flows |= needs_a or needs_b
-        return needs_a
+    def _adapter(self, path: str, rows: int) -> bool:
+        spec, (outputs, inputs) = self.plan.adapters[path], self.layout.parameters[f"{path}.weight"]
+        kind = kind_of(spec)
+        leaves = frozenset(leaf for leaf in kind.parameters((outputs, inputs), spec)
+                           if f"{path}.{leaf}" in self.training)
+        folded = self.kernel == "merged" and f"{path}.weight" not in self.plan.trainable
+        cost = kind.cost(spec, rows, inputs, outputs, Needs(self.flows, leaves, folded))
+        self.forward += cost.forward_flops
+        self.adapters += cost.forward_flops + cost.backward_flops
+        self.traffic += BF16 * cost.traffic
+        self.calls += cost.calls
+        self.saved += BF16 * cost.saved
+        self.flows |= bool(leaves)
+        return cost.keeps_input
 
 
 @dataclass(frozen=True)
@@ -250,13 +248,13 @@ def gathered_bytes(plan: Plan, layout: Layout, zero: ZeroSettings, *, reuse_dist
 
 
 def peak_bytes(plan: Plan, layout: Layout, zero: ZeroSettings, world_size: int, accum: int, saved_bytes: int, *,
-               mode: str = "auto", reuse_distance: int = REUSE_DISTANCE) -> tuple[Bytes, int]:
+               kernel: str = "auto", reuse_distance: int = REUSE_DISTANCE) -> tuple[Bytes, int]:
     """States at the end of backward, and the largest sum of a step on the device, in bytes of one rank.
 
     Offloaded states are on the host. The sum is largest where backward begins (activations, and with accumulation the
     gradients so far) or where it ends (gradients, buckets): in between one shrinks as the other grows.
     """
-    rest, end = (predict_bytes(plan, layout, zero, world_size, after_backward=after, lora_mode=mode)
+    rest, end = (predict_bytes(plan, layout, zero, world_size, after_backward=after, kernel=kernel)
                  for after in (False, True))
     gathered = gathered_bytes(plan, layout, zero, reuse_distance=reuse_distance)
 

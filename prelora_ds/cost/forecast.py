@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from prelora_ds.config.load import check_world
 from prelora_ds.config.tree import Config, ZeroSettings
-from prelora_ds.core.plan import Layout, Phase, Plan
+from prelora_ds.core.duration import Duration
+from prelora_ds.core.layout import Layout
+from prelora_ds.core.phases import PhaseSpec, plans_at_rank, windows_of
+from prelora_ds.core.plan import Plan
 from prelora_ds.core.schedule import Timeline
 from prelora_ds.cost import flops as costs
 from prelora_ds.cost.candidates import USABLE, reuse_distance, setting, settings
@@ -46,7 +49,7 @@ def predict_run(config: Config, cluster: Cluster, layout: Layout, images: int, *
     rows, runs = [], []
     for zero in _settings(config, accum):
         own = [_row(config, plan, layout, zero, cluster, rates, memory_gib, images)
-               for plan in _plans(config, layout, mean_rank)]
+               for plan in plans_at_rank(config.specs(), layout, mean_rank)]
         rows += own
         if rates is not None:
             runs.append(_run(config, zero, own, timeline, walltime_s))
@@ -81,27 +84,23 @@ def fastest_images_per_s(config: Config, layout: Layout, ranks_per_host: int, wo
 def _settings(config: Config, accum: int) -> Iterator[ZeroSettings]:
     """All stages that can train this recipe, and the configured one with offload if it has that."""
     for stage in range(4):
-        if not (stage == 0 and accum > 1) and not (stage == 3 and config.lora.mode == "merged"):
+        merged = any(config.for_phase(phase.name).adapters.mode == "merged" for phase in config.phase_list)
+        if not (stage == 0 and accum > 1) and not (stage == 3 and merged):
             yield replace(config.zero, stage=stage, offload_optimizer=False)
     if config.zero.offload_optimizer:
         yield config.zero
-
-
-def _plans(config: Config, layout: Layout, rank: int) -> list[Plan]:
-    plans = config.plans_at_rank(layout, rank)
-    return list(plans if config.convergence is not None else plans[:1])
 
 
 def _row(config: Config, plan: Plan, layout: Layout, zero: ZeroSettings, cluster: Cluster, rates: Rates | None,
          memory_gib: float | None, images: int) -> dict[str, Any]:
     config = config.for_phase(plan.phase)
     world, batch, micro = cluster.world_size, config.train.global_batch_size, config.train.micro_batch_size
-    image = costs.micro_batch(config.model, plan, layout, 1, mode=config.lora_mode(zero.stage))
+    image = costs.micro_batch(config.model, plan, layout, 1, kernel=config.kernel(zero.stage))
     own, every = setting(config, plan, layout, zero, world, micro), settings(config, plan, layout, zero, world)
     step_s = rates and rates.step_seconds(own.work, cluster.gpus_per_host)
     extra = costs.buckets_bytes(plan, layout, zero) + costs.gathered_bytes(plan, layout, zero,
                                                                            reuse_distance=reuse_distance(config))
-    return {"stage": zero.stage, "offload_optimizer": zero.offload_optimizer, "phase": plan.phase.value,
+    return {"stage": zero.stage, "offload_optimizer": zero.offload_optimizer, "phase": plan.phase,
             **{f"{owner}_bytes": getattr(own.states, owner)
                for owner in ("weights", "gradients", "masters", "moments")},
             "buckets_bytes": own.states.buffers + extra, "activations_bytes": micro * image.saved_bytes,
@@ -116,21 +115,43 @@ def _run(config: Config, zero: ZeroSettings, rows: list[dict[str, Any]], timelin
          walltime_s: float | None) -> dict[str, Any]:
     step_s = {row["phase"]: row["step_s"] for row in rows}
 
-    def entry(steps: dict[Phase, int]) -> dict[str, Any]:
+    def entry(steps: dict[str, int]) -> dict[str, Any]:
         seconds = sum(step_s[phase] * count for phase, count in steps.items())
         return {"steps": steps, "hours": seconds / 3600, "jobs": walltime_s and math.ceil(seconds / walltime_s)}
 
+    phases = config.specs()
+    tests = any(spec.until is not None and not isinstance(spec.until, Duration) for spec in phases)
+    ticks = sorted(timeline.ticks(config.observe_every))
     return {"stage": zero.stage, "offload_optimizer": zero.offload_optimizer,
-            "earliest": config.convergence and entry(_earliest(config, timeline)),
-            "never": entry({Phase.FULL: timeline.total_steps})}
+            "earliest": entry(steps_of_phases(phases, timeline, ticks)) if tests else None,
+            "never": entry(steps_of_phases(phases, timeline, ticks, passes=False))}
 
 
-def _earliest(config: Config, timeline: Timeline) -> dict[Phase, int]:
-    """Steps of each phase when Algorithm 1 passes at its first test."""
-    assert config.convergence is not None
-    c, total = config.convergence, timeline.total_steps
-    ticks = sorted(timeline.ticks(c.every))
-    warm = ticks[c.k * c.m - 1] if len(ticks) >= c.k * c.m else total
-    due = max(warm + 1, timeline.step_after(warm, config.lora.warmup))
-    lora = next((tick for tick in ticks if tick >= due), total)
-    return {Phase.FULL: warm, Phase.WARMUP: lora - warm, Phase.LORA: total - lora}
+def steps_of_phases(phases: Sequence[PhaseSpec], timeline: Timeline, ticks: Sequence[int], *,
+                    passes: bool = True) -> dict[str, int]:
+    """Steps of each phase when every test passes as early as it can, or with ``passes`` false, when none ever does.
+
+    ticks: the steps at which the run is observed, in order.
+    """
+    ends: list[int] = []
+    start, index, opened, whole = 0, 0, 0, 0  # whole: windows that began and closed in this phase
+    straddles = False  # the open window began in the phase before
+    for tick in ticks:
+        windows = windows_of(phases, index)
+        if windows is not None:
+            opened += 1
+            if opened >= windows.m:
+                whole, opened, straddles = whole + (not straddles), 0, False
+        until = phases[index].until
+        if until is None:
+            break
+        if isinstance(until, Duration):
+            over = tick >= timeline.step_after(start, until)
+        else:
+            over = passes and opened == 0 and whole >= until.k
+        if over:
+            ends.append(tick)
+            start, index, whole, straddles = tick, index + 1, 0, opened > 0
+    ends.append(timeline.total_steps)
+    begins = [0, *ends]
+    return {spec.name: end - begin for spec, begin, end in zip(phases, begins, ends, strict=False)}

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
 from prelora_ds.config.tree import ModelConfig, ZeroSettings
-from prelora_ds.core.plan import Layout, Plan
+from prelora_ds.core.layout import Layout
+from prelora_ds.core.plan import Plan
 from prelora_ds.cost import flops as costs
 
 
@@ -112,10 +113,10 @@ def data_sheet_rates(name: str, *, hosts: int, intra_gb_s: float | None = None,
 
 
 def step_work(model: ModelConfig, plan: Plan, layout: Layout, zero: ZeroSettings, *, micro_batch_size: int,
-              world_size: int, accum: int, mode: str = "auto",
+              world_size: int, accum: int, kernel: str = "auto",
               reuse_distance: int = costs.REUSE_DISTANCE) -> Work:
     """The work of one rank in an optimizer step of ``accum`` micro-batches."""
-    one = costs.micro_batch(model, plan, layout, micro_batch_size, mode=mode)
+    one = costs.micro_batch(model, plan, layout, micro_batch_size, kernel=kernel)
     comm = costs.communication(plan, layout, zero, accum, reuse_distance=reuse_distance)
     state = costs.state_traffic_bytes(plan, layout, zero, world_size, accum)
     return Work(

@@ -18,16 +18,17 @@ from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 
 from prelora_ds.config.tree import Config
-from prelora_ds.core.plan import Layout, Phase, Plan
+from prelora_ds.core.layout import Layout
+from prelora_ds.core.plan import Plan
 from prelora_ds.data.batch import MicroBatch, mix_images, mix_labels
 from prelora_ds.data.transforms import to_float
 from prelora_ds.engine.leave_out import update_left_out
 from prelora_ds.engine.runtime import device
 from prelora_ds.engine.state import EngineState, adam_steps_of, restore_state
 from prelora_ds.engine.stopwatch import Stopwatch
-from prelora_ds.model.adapters import attach_adapters, check_adapters
+from prelora_ds.model.adapters import attach_adapters, check_adapters, check_names
+from prelora_ds.model.adapters.lora import lora_linears, merge_bases
 from prelora_ds.model.families import named_parameters
-from prelora_ds.model.lora_linear import lora_linears, merge_bases
 from prelora_ds.model.losses import classification_loss
 from prelora_ds.model.vit import build_model, compile_blocks, logits_of
 
@@ -202,7 +203,8 @@ def _empty_module(config: Config, plan: Plan, layout: Layout, num_labels: int,
     """A bf16 module of zeros on the device, adapters attached, partitioned as it is made at stage 3."""
     with torch.device("meta"):
         module = build_model(config.model, num_labels)
-    attach_adapters(module, plan, dropout=config.lora.dropout, fast=config.lora.mode != "peft")
+    attach_adapters(module, plan, layout, dropout=config.adapters.dropout, kernel=config.adapters.mode)
+    check_names(module, plan, layout)
     module.to(torch.bfloat16)
     shard = Init(module=nn.Module(), config_dict_or_path=dict(ds_config)) if config.zero.stage == 3 else None
     for submodule in module.modules():
@@ -216,7 +218,7 @@ def _empty_module(config: Config, plan: Plan, layout: Layout, num_labels: int,
                                       persistent=key not in submodule._non_persistent_buffers_set)
     for name, p in named_parameters(module).items():
         p.requires_grad_(name in plan.trainable)
-    if config.lora_mode() == "merged":
+    if config.kernel() == "merged":
         for linear in lora_linears(module):
             if not linear.get_base_layer().weight.requires_grad:
                 linear.keep_base()
@@ -233,17 +235,17 @@ def _optimizer(config: Config, plan: Plan, layout: Layout, module: nn.Module,
                adam_steps: Mapping[str, int]) -> torch.optim.Optimizer:
     """AdamW with one group per (Adam step, decay, adapter): a flat ZeRO group has one step and one rate.
 
-    Decay is for matrices of the base only, `lora.weight_decay` for adapters.
+    Decay is for matrices of the base only, `weight_decay` of their own for adapters.
     """
-    o, lora = config.optimizer, config.lora
+    o, adapters = config.optimizer, config.adapters
+    scales = plan.rate_scales(layout)
     groups: dict[tuple[int, float, float], list[nn.Parameter]] = {}
     for name, p in named_parameters(module).items():
         if name not in plan.trainable:
             continue
         is_adapter = name not in layout.parameters
-        decay = lora.weight_decay if is_adapter else o.weight_decay * _is_matrix(name, layout)
-        scale = lora.lr_scale if is_adapter or plan.phase is Phase.LORA else 1.0
-        groups.setdefault((adam_steps[name], decay, scale), []).append(p)
+        decay = adapters.weight_decay if is_adapter else o.weight_decay * _is_matrix(name, layout)
+        groups.setdefault((adam_steps[name], decay, scales[name]), []).append(p)
     param_groups = [{"params": params, "weight_decay": decay, "lr_scale": scale}
                     for (_, decay, scale), params in groups.items()]
     if config.zero.offload_optimizer and config.deepspeed.get("zero_force_ds_cpu_optimizer", True):

@@ -12,7 +12,7 @@ import torch
 
 from prelora_ds.engine.build import Engine
 from prelora_ds.engine.state import EngineState
-from prelora_ds.model.adapters import bases
+from prelora_ds.model.adapters import folded_bases
 
 T = TypeVar("T")
 
@@ -100,7 +100,7 @@ def _owned(engine: Engine | None, state: EngineState | None) -> Iterator[tuple[s
     yield "weights", [p.ds_tensor for p in params if hasattr(p, "ds_tensor")]
     yield "weights", _attributes(optimizer, "bit16_groups_flat", "bf16_groups_flat", "lp_param_buffer")
     yield "weights", engine.module.buffers()
-    yield "weights", bases(engine.module).values()
+    yield "weights", folded_bases(engine.module).values()
     yield "buffers", _attributes(optimizer, "param_buffer_of_bit16_for_cpu_offload_groups",
                                  "temp_grad_buffer_for_cpu_offload", "temp_grad_buffer_for_gpu_offload")
     for bucket in getattr(optimizer, "ipg_buckets", {}).values():

@@ -11,27 +11,29 @@ from deepspeed import comm, zero
 from torch import nn
 
 from prelora_ds.engine.build import Engine
-from prelora_ds.model.adapters import bases, merged_weight
+from prelora_ds.model.adapters import effective_weight, folded_bases
 from prelora_ds.model.families import frobenius, named_parameters
 
 
 @torch.no_grad()
 def weight_norms(engine: Engine) -> dict[str, dict[int, float]]:
-    """Family -> layer -> Frobenius norm of W, or of W + s*B*A where there is an adapter. Collective at stage 3.
+    """Family -> layer -> Frobenius norm of W, with its adapter folded in where there is one. Collective at stage 3.
 
     Measured on the BF16 weights with fp32 sums; every rank computes the same from the same weights.
     """
-    parameters, fp32_bases = named_parameters(engine.module), bases(engine.module)
+    parameters, fp32_bases = named_parameters(engine.module), folded_bases(engine.module)
+    by_path: dict[str, dict[str, str]] = {}  # path -> name -> leaf
+    for name, (path, leaf) in engine.plan.leaves(engine.layout).items():
+        by_path.setdefault(path, {})[name] = leaf
     norms: dict[str, dict[int, float]] = {}
     for family, layers in engine.layout.targets.items():
         norms[family] = {}
         for layer, path in layers.items():
-            names = [f"{path}.weight"]
-            if path in engine.plan.adapters:
-                names += [f"{path}.lora_A.weight", f"{path}.lora_B.weight"]
-            with whole(engine, [parameters[name] for name in names]) as (weight, *factors):
-                weight = fp32_bases.get(names[0], weight)
-                effective = merged_weight(weight, *factors, engine.plan.adapters[path].scaling) if factors else weight
+            name, leaves = f"{path}.weight", by_path.get(path, {})
+            with whole(engine, [parameters[n] for n in (name, *leaves)]) as (weight, *values):
+                weight = fp32_bases.get(name, weight)
+                held = dict(zip(leaves.values(), values, strict=True))
+                effective = effective_weight(weight, held, engine.plan.adapters.get(path))
                 norms[family][layer] = frobenius(effective)
     return norms
 

@@ -14,11 +14,12 @@ import deepspeed
 import torch
 from deepspeed import comm
 
-from prelora_ds.core.plan import Layout, Plan
+from prelora_ds.core.layout import Layout
+from prelora_ds.core.plan import Plan
 from prelora_ds.engine.fragments import adam_state, bit16_groups, flat_masters, fragments, updated_weights
-from prelora_ds.model.adapters import bases, fresh_adapter
+from prelora_ds.model.adapters import first_value, folded_bases
+from prelora_ds.model.adapters.lora import merge_bases
 from prelora_ds.model.families import named_parameters
-from prelora_ds.model.lora_linear import merge_bases
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -123,7 +124,7 @@ def _collect(engine: DeepSpeedEngine, to_host: Callable[[torch.Tensor], torch.Te
                     slices[f.name].moments[key] = part
             done(tensor)
 
-    fp32_bases = bases(engine.module)
+    fp32_bases = folded_bases(engine.module)
     for name, p in named_parameters(engine.module).items() if frozen else ():
         if name not in adam_steps and not p.requires_grad:
             slices[name] = _frozen_slice(fp32_bases.get(name, p), rank, world)
@@ -179,10 +180,10 @@ def restore_state(engine: DeepSpeedEngine, plan: Plan, layout: Layout, state: En
             inner[flat] = {"step": _step_like(engine, steps.pop())}
             inner[flat] |= {key: torch.zeros_like(flat.detach()) for key in MOMENTS}
 
-    fp32_bases = bases(engine.module)
+    fp32_bases, leaves = folded_bases(engine.module), plan.leaves(layout)
     for name, shape in plan.parameters(layout).items():
         full = (assemble(state, name, "value", shape, engine.device) if name in known
-                else fresh_adapter(name, shape, plan.init_seed).to(engine.device))
+                else first_value(name, shape, plan, leaves).to(engine.device))
         _set_weight(parameters[name], full)
         if name in fp32_bases:
             fp32_bases[name].copy_(full)

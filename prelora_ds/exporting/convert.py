@@ -15,12 +15,13 @@ from safetensors.torch import save_file
 from prelora_ds.config.load import validate
 from prelora_ds.config.tree import Config
 from prelora_ds.core.classes import classes_of
-from prelora_ds.core.plan import Layout, Plan
+from prelora_ds.core.layout import Layout
+from prelora_ds.core.plan import Plan
 from prelora_ds.errors import ConfigError, cannot_write
 from prelora_ds.exporting.hf import merge, whole_folder, write_model
-from prelora_ds.model.adapters import check_adapters, fresh_adapter, peft_config
+from prelora_ds.model.adapters import first_value
+from prelora_ds.model.adapters.lora import peft_config
 from prelora_ds.model.families import find_layout
-from prelora_ds.model.lora_linear import ADAPTER_NAME
 from prelora_ds.model.vit import build_model
 from prelora_ds.run.checkpoints.checkpoint_folder import (
     FOLDER,
@@ -61,7 +62,7 @@ def export_checkpoint(source: Path, out: Path, form: str) -> Path:
             raise BrokenCheckpointError(f"{folder}: its state does not tell the number of classes")
         with torch.device("meta"):
             layout = find_layout(
-                build_model(config.model, len(classes)), config.lora.families, config.model.families
+                build_model(config.model, len(classes)), config.families(), config.model.families
             )
         found = read_checkpoint(folder, layout, 0, 1)
     except (BrokenCheckpointError, KeyError, TypeError, OSError) as exc:
@@ -112,12 +113,12 @@ def _check_out(out: Path, checkpoint: Path) -> None:
 
 def _values(found: Checkpoint, plan: Plan, layout: Layout, config: Config) -> dict[str, torch.Tensor]:
     """Whole parameters in fp32, as the model computes with them (but for the rounding of what trains)."""
-    merged = config.for_phase(plan.phase).lora_mode() == "merged"
+    merged = config.for_phase(plan.phase).kernel() == "merged"
     kept_in_fp32 = {f"{path}.weight" for path in plan.frozen_bases()} if merged else set()
-    values = {}
+    values, leaves = {}, plan.leaves(layout)
     for name, shape in plan.parameters(layout).items():
         held = found.engine.slices.get(name)
-        value = fresh_adapter(name, shape, plan.init_seed) if held is None else held.value.view(shape)
+        value = first_value(name, shape, plan, leaves) if held is None else held.value.view(shape)
         rounded = name not in plan.trainable and name not in kept_in_fp32
         values[name] = value.bfloat16().float() if rounded else value.float()
     return values
@@ -139,20 +140,19 @@ def _write_peft(
     base_named: Path,
 ) -> None:
     """``base_named``: where the adapter's config and card say that its base is."""
-    from peft import get_peft_model
+    from peft import get_peft_model, set_peft_model_state_dict
     from transformers import ViTForImageClassification
 
     (out / "base").mkdir()
     write_model({name: values[name] for name in layout.parameters}, config, classes, out / "base")
     base = ViTForImageClassification.from_pretrained(out / "base")
     base.name_or_path = base.config.name_or_path = str(base_named)  # peft copies both
-    model = get_peft_model(base, peft_config(plan, config.lora.dropout), adapter_name=ADAPTER_NAME)
-    adapters = {f"base_model.model.{name.replace('.weight', f'.{ADAPTER_NAME}.weight')}": value
+    model = get_peft_model(base, peft_config(plan.adapters, config.for_phase(plan.phase).adapters.dropout))
+    adapters = {f"base_model.model.{name}": value
                 for name, value in values.items() if name not in layout.parameters}
-    odd = model.load_state_dict(adapters, strict=False).unexpected_keys
-    if odd:
-        raise RuntimeError(f"peft has no parameter {odd[0]}")
-    check_adapters(model.get_base_model(), plan)
+    loaded = set_peft_model_state_dict(model, adapters)
+    if loaded.unexpected_keys:
+        raise RuntimeError(f"peft has no parameter {loaded.unexpected_keys[0]}")
     # Otherwise peft looks for a vocabulary in the base, which has not got its name yet.
     model.save_pretrained(out, save_embedding_layers=False)
 

@@ -14,13 +14,14 @@ from safetensors.torch import save_file
 
 from prelora_ds.config.tree import Config
 from prelora_ds.core.classes import unnamed
-from prelora_ds.core.plan import Layout, Plan
+from prelora_ds.core.layout import Layout
+from prelora_ds.core.plan import Plan
 from prelora_ds.engine.build import Engine
 from prelora_ds.engine.release import release
 from prelora_ds.engine.state import assemble, export_state
 from prelora_ds.errors import NotSavedError, is_disk_fault
 from prelora_ds.files import new_folder
-from prelora_ds.model.adapters import merged_weight
+from prelora_ds.model.adapters import effective_weight
 from prelora_ds.model.vit import build_model
 
 
@@ -29,7 +30,7 @@ def export_model(engine: Engine, folder: Path, classes: Sequence[str] | None = N
 
     A ViT becomes a folder for ``ViTForImageClassification.from_pretrained``; any other module model.safetensors (its
     own names) and factory.json. What trained is written from the fp32 masters; a frozen weight as the BF16 value that
-    the adapters were trained on, to which s*B*A is added in fp32. Appears whole or not at all.
+    the adapters were trained on, into which they are folded in fp32. Appears whole or not at all.
 
     classes: the names of the labels, which go into the folder; None where they are not known.
     Raises NotSavedError, on all ranks, when the folder cannot be written.
@@ -57,11 +58,13 @@ def export_model(engine: Engine, folder: Path, classes: Sequence[str] | None = N
 
 
 def merge(values: Mapping[str, torch.Tensor], plan: Plan, layout: Layout) -> dict[str, torch.Tensor]:
-    """The parameters of the model without adapters, fp32: W + s*B*A where ``plan`` has an adapter."""
+    """The parameters of the model without adapters, fp32, each adapter of ``plan`` folded into its weight."""
     merged = {name: values[name].float() for name in layout.parameters}
+    held: dict[str, dict[str, torch.Tensor]] = {}
+    for name, (path, leaf) in plan.leaves(layout).items():
+        held.setdefault(path, {})[leaf] = values[name]
     for path, spec in plan.adapters.items():
-        merged[f"{path}.weight"] = merged_weight(values[f"{path}.weight"], values[f"{path}.lora_A.weight"],
-                                                 values[f"{path}.lora_B.weight"], spec.scaling)
+        merged[f"{path}.weight"] = effective_weight(values[f"{path}.weight"], held[path], spec)
     return merged
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from prelora_ds.core.plan import Layout
+from prelora_ds.core.layout import Layout
 from prelora_ds.errors import ConfigError
 
 # Both naming generations of transformers: before 5, and 5. The paper calls o and fc1 both "dense".
@@ -21,14 +21,17 @@ VIT_FAMILIES = {
     "fc2": r".*\.layers?\.(?P<layer>\d+)\.(mlp\.fc2|output\.dense)",
 }
 
+# What peft calls an adapter of ours; peft's own "default" could be a module of somebody's model.
+ADAPTER_NAME = "prelora_adapter"
+_WRAPPERS = ("base_layer", ADAPTER_NAME)
+
 
 def canonical_name(name: str) -> str:
     """The name of a parameter without peft's wrappers: the same before and after an adapter is attached.
 
-    ``x.base_layer.weight`` -> ``x.weight``; ``x.lora_A.default.weight`` -> ``x.lora_A.weight``.
+    ``x.base_layer.weight`` -> ``x.weight``; ``x.LEAF.prelora_adapter.weight`` -> ``x.LEAF.weight``.
     """
-    return name.replace(".base_layer.", ".").replace(".lora_A.default.", ".lora_A.").replace(
-        ".lora_B.default.", ".lora_B.")
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -41,7 +44,7 @@ def find_layout(module: nn.Module, wanted: tuple[str, ...], patterns: Mapping[st
 
     ``patterns`` maps a family to a regular expression that matches whole module paths and has a group ``layer``;
     by default those of transformers' ViT. Raises ConfigError when a family is unknown, matches nothing, matches
-    something that is no linear, or matches two modules of one layer.
+    something that is not a linear, or matches two modules of one layer.
     """
     patterns = VIT_FAMILIES if patterns is None else patterns
     names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
@@ -54,7 +57,7 @@ def find_layout(module: nn.Module, wanted: tuple[str, ...], patterns: Mapping[st
     targets: dict[str, dict[int, str]] = {}
     for family in wanted:
         if family not in patterns:
-            raise ConfigError("lora.families", family, "is no family of this model",
+            raise ConfigError("lora.families", family, "is not a family of this model",
                               f"choose among {', '.join(patterns)}, or add it to model.families")
         found: dict[int, str] = {}
         for path in modules:
@@ -67,7 +70,7 @@ def find_layout(module: nn.Module, wanted: tuple[str, ...], patterns: Mapping[st
             layer = int(match["layer"])
             if not isinstance(modules[path], nn.Linear):
                 raise ConfigError(f"model.families.{family}", patterns[family],
-                                  f"matches {path}, a {type(modules[path]).__name__} and no torch.nn.Linear",
+                                  f"matches {path}, a {type(modules[path]).__name__} and not a torch.nn.Linear",
                                   "narrow the regular expression to the linear modules")
             if layer in found:
                 raise ConfigError(f"model.families.{family}", patterns[family],
@@ -78,7 +81,7 @@ def find_layout(module: nn.Module, wanted: tuple[str, ...], patterns: Mapping[st
             raise ConfigError(f"model.families.{family}", patterns[family], "matches no module of this model",
                               f"its linears are, for example: {', '.join(_linears(modules)[:6])}")
         targets[family] = dict(sorted(found.items()))
-    return Layout(shapes, targets)
+    return Layout(shapes, targets, {name: tuple(b.shape) for name, b in module.named_buffers()})
 
 
 def _linears(modules: Mapping[str, nn.Module]) -> list[str]:

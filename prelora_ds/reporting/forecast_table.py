@@ -45,5 +45,5 @@ def _stage(row: dict[str, Any]) -> str:
 
 def _sentence(name: str, run: dict[str, Any]) -> str:
     jobs = "" if run["jobs"] is None else f", {run['jobs']} jobs"
-    return {"earliest": "switching as early as Algorithm 1 can", "never": "never switching"}[name] + (
+    return {"earliest": "with every test passing as early as it can", "never": "with no test ever passing"}[name] + (
         f" {run['hours']:.3g} h{jobs}")

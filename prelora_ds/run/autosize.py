@@ -1,4 +1,4 @@
-"""`auto` in `phases`: the settings of the phases that follow the full one, settled before a run begins.
+"""`auto` in `phases`: the settings of single phases, resolved before a run begins.
 
 A LoRA phase leaves memory free, and where a stage no longer pays, it can be a cheaper one: a ZeRO-3 run need not gather
 its frozen base in every step.
@@ -11,8 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from prelora_ds.config.tree import Config, PhaseConfig, ZeroSettings
-from prelora_ds.core.plan import Layout, Phase, Plan
+from prelora_ds.config.phases import PhaseConfig, PhaseSettings
+from prelora_ds.config.tree import Config, ZeroSettings
+from prelora_ds.core.layout import Layout
+from prelora_ds.core.phases import plans_at_rank
+from prelora_ds.core.plan import Plan
 from prelora_ds.cost.candidates import Setting, fastest, setting, settings
 from prelora_ds.cost.machines import read_calibration
 from prelora_ds.cost.timing import Rates, data_sheet_rates, gpu_named
@@ -21,21 +24,21 @@ from prelora_ds.errors import ConfigError
 from prelora_ds.hosts.discovery import Ranks
 
 
-def settle(config: Config, layout: Layout, ranks: Ranks) -> Config:
+def resolve_auto(config: Config, layout: Layout, ranks: Ranks) -> Config:
     """``config`` with every `auto` replaced; rank 0 prints by what and why.
 
-    Adapters are taken to have rank `lora.r_max`, the most that Algorithm 2 gives. Raises ConfigError when nothing fits,
-    when the calibration cannot be read, and for a model that is no ViT, whose costs are not known.
+    Adapters are taken to have the largest rank that their rule gives. Raises ConfigError when nothing fits,
+    when the calibration cannot be read, and for a model that is not a ViT, whose costs are not known.
     """
-    phases, world_size, ranks_per_host = config.phases, ranks.world_size, ranks.local_size or 1
-    if config.convergence is None or not (phases.warmup.is_auto or phases.lora.is_auto):
+    world_size, ranks_per_host = ranks.world_size, ranks.local_size or 1
+    if not any(phase.is_auto for phase in config.phase_list):
         return config
     if config.model.factory is not None:
         raise ConfigError("phases", "auto", "only the costs of the ViT are known",
                           "give micro_batch_size and zero_stage as numbers")
     memory_gib, rates = _machine(config, world_size, ranks_per_host)
-    for plan in _plans(config, layout):
-        own: PhaseConfig = getattr(phases, plan.phase)
+    for plan in plans_at_rank(config.specs(), layout):
+        own = config.phase(plan.phase)
         if own.is_auto:
             candidates = list(_candidates(config.for_phase(plan.phase), own, plan, layout, world_size))
             fitting = [s for s in candidates if s.fits(memory_gib)]
@@ -44,7 +47,7 @@ def settle(config: Config, layout: Layout, ranks: Ranks) -> Config:
                 raise ConfigError(f"phases.{plan.phase}", "auto", f"no setting fits {memory_gib:.1f} GiB a rank; the "
                                   f"smallest, ZeRO {least.zero.stage} with a micro-batch of {least.micro_batch_size}, "
                                   f"takes {least.peak_bytes / 2**30:.1f} GiB", "use more ranks, or a higher "
-                                  "phases.memory_gib if there is more memory than that")
+                                  "machine.memory_gib if there is more memory than that")
             chosen = fastest(_largest_of_each_stage(fitting), rates, ranks_per_host)
             config = _with(config, plan.phase, chosen)
             if ranks.rank == 0:
@@ -57,13 +60,9 @@ def _machine(config: Config, world_size: int, ranks_per_host: int) -> tuple[floa
     memory_gib = rank_memory_gib(ranks_per_host)
     gpu = gpu_named(accelerator_name(), memory_gib)
     rates = data_sheet_rates(gpu, hosts=max(1, world_size // ranks_per_host)) if gpu else None
-    if config.phases.calibration is not None:
-        rates, _ = read_calibration(Path(config.phases.calibration), "phases.calibration")
-    return config.phases.memory_gib or memory_gib, rates
-
-
-def _plans(config: Config, layout: Layout) -> list[Plan]:
-    return list(config.plans_at_rank(layout, config.lora.r_max)[1:])
+    if config.machine.calibration is not None:
+        rates, _ = read_calibration(Path(config.machine.calibration), "machine.calibration")
+    return config.machine.memory_gib or memory_gib, rates
 
 
 def _candidates(config: Config, own: PhaseConfig, plan: Plan, layout: Layout, world_size: int) -> Iterator[Setting]:
@@ -77,7 +76,7 @@ def _candidates(config: Config, own: PhaseConfig, plan: Plan, layout: Layout, wo
 def _stages(config: Config, plan: Plan) -> Iterator[ZeroSettings]:
     """All stages, with offload too where the run has it."""
     for stage in range(4):
-        if not (stage == 3 and config.lora.mode == "merged" and plan.phase is Phase.LORA):
+        if not (stage == 3 and config.adapters.mode == "merged" and plan.frozen_bases()):
             for offload in {False, config.zero.offload_optimizer and stage >= 2}:
                 yield replace(config.zero, stage=stage, offload_optimizer=offload)
 
@@ -89,16 +88,16 @@ def _largest_of_each_stage(fitting: list[Setting]) -> list[Setting]:
     return list(largest.values())
 
 
-def _with(config: Config, phase: Phase, chosen: Setting) -> Config:
+def _with(config: Config, phase: str, chosen: Setting) -> Config:
     zero: dict[str, Any] = {**chosen.config.deepspeed.get("zero_optimization", {}), "stage": chosen.zero.stage}
     if not chosen.zero.offload_optimizer:
         zero.pop("offload_optimizer", None)
-    own = PhaseConfig(micro_batch_size=chosen.micro_batch_size,
-                      deepspeed={**chosen.config.deepspeed, "zero_optimization": zero})
-    return config.model_copy(update={"phases": config.phases.model_copy(update={phase.value: own})})
+    own = PhaseSettings(micro_batch_size=chosen.micro_batch_size,
+                        deepspeed={**chosen.config.deepspeed, "zero_optimization": zero})
+    return config.with_settings(phase, own)
 
 
-def _line(phase: Phase, s: Setting, memory_gib: float, rates: Rates | None, ranks_per_host: int) -> str:
+def _line(phase: str, s: Setting, memory_gib: float, rates: Rates | None, ranks_per_host: int) -> str:
     why = ("least bytes moved; no rates are known of this machine" if rates is None else
            f"{rates.step_seconds(s.work, ranks_per_host):.3g} s a step predicted, {rates.source}")
     return (f"auto: {phase}: ZeRO {s.zero.stage}{' offload' if s.zero.offload_optimizer else ''}, micro-batch "

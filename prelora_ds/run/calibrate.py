@@ -21,7 +21,9 @@ import numpy as np
 
 from prelora_ds.config.load import validate
 from prelora_ds.config.tree import Config
-from prelora_ds.core.plan import Layout, Phase, Plan
+from prelora_ds.core.layout import Layout
+from prelora_ds.core.phases import plans_at_rank
+from prelora_ds.core.plan import Plan
 from prelora_ds.cost.timing import KINDS, SHARED, Rates, Work, step_work
 from prelora_ds.data.parallel import end_with_parent
 from prelora_ds.errors import ConfigError
@@ -35,7 +37,7 @@ ROUNDS, STEPS = 3, 4  # a machine drifts: all cases take their turn in each roun
 class Case:
     """One step to be timed: a phase, images a micro-batch, LoRA's rank, blocks, micro-batches a step."""
 
-    phase: Phase
+    phase: str
     micro_batch_size: int
     lora_rank: int
     layers: int = 2
@@ -48,10 +50,10 @@ def calibration_cases(config: Config) -> list[Case]:
     if m < 2:
         raise ConfigError("train.micro_batch_size", m, "a calibration compares this micro-batch with half of it",
                           "set it to 2 or more")
-    cases = [Case(Phase.FULL, m, low), Case(Phase.FULL, m // 2, low), Case(Phase.WARMUP, m, low),
-             Case(Phase.WARMUP, m // 2, high), Case(Phase.LORA, m, low),
-             Case(Phase.LORA, m // 2, low), Case(Phase.LORA, m, high)]
-    return [*cases, Case(Phase.FULL, m // 2, low, accum=2)] if config.zero.stage else cases
+    cases = [Case("full", m, low), Case("full", m // 2, low), Case("warmup", m, low),
+             Case("warmup", m // 2, high), Case("lora", m, low),
+             Case("lora", m // 2, low), Case("lora", m, high)]
+    return [*cases, Case("full", m // 2, low, accum=2)] if config.zero.stage else cases
 
 
 def calibrate(config: Config, ranks: int) -> dict[str, Any]:
@@ -107,7 +109,8 @@ def fit(samples: Sequence[tuple[Work, float]]) -> dict[str, float]:
 def case_config(config: Config, case: Case, world_size: int) -> Config:
     """The config of a case: the recipe's model with the case's blocks and batch."""
     values = config.model_dump(mode="json")
-    values["model"]["num_hidden_layers"], values["phases"] = case.layers, {}
+    values["model"]["num_hidden_layers"] = case.layers
+    values["phases"], values["convergence"] = {"preset": "prelora"}, {"tau": 1.0, "zeta": 1.0}
     values["data"] |= {"augment": "none", "mixup": None, "cutmix": 0.0}  # pairs would refuse a case's odd micro-batch
     values["train"] |= {"micro_batch_size": case.micro_batch_size,
                         "global_batch_size": case.micro_batch_size * case.accum * world_size}
@@ -116,7 +119,8 @@ def case_config(config: Config, case: Case, world_size: int) -> Config:
 
 def case_plan(config: Config, case: Case, layout: Layout) -> Plan:
     """The plan of a case, with one rank for all adapters."""
-    return next(plan for plan in config.plans_at_rank(layout, case.lora_rank) if plan.phase is case.phase)
+    plans = plans_at_rank(config.specs(), layout, case.lora_rank)
+    return next(plan for plan in plans if plan.phase == case.phase)
 
 
 def case_work(config: Config, case: Case, world_size: int) -> Work:
@@ -128,9 +132,10 @@ def case_work(config: Config, case: Case, world_size: int) -> Work:
 
     own = case_config(config, case, world_size)
     with torch.device("meta"):
-        layout = find_layout(build_model(own.model, LABELS), own.lora.families)
+        layout = find_layout(build_model(own.model, LABELS), own.families())
+    kernel = own.for_phase(case.phase).kernel()
     return step_work(own.model, case_plan(own, case, layout), layout, own.zero, world_size=world_size,
-                     micro_batch_size=case.micro_batch_size, accum=case.accum, mode=own.lora_mode())
+                     micro_batch_size=case.micro_batch_size, accum=case.accum, kernel=kernel)
 
 
 def measure(config: Config, cases: Sequence[Case], ranks: int, *, local_size: int,
@@ -186,7 +191,7 @@ def _steps(config: Config, case: Case, rank: int, world_size: int) -> list[float
     own = case_config(config, case, world_size)
     torch.manual_seed(0)
     module = build_model(own.model, LABELS)
-    layout = find_layout(module, own.lora.families)
+    layout = find_layout(module, own.families())
     engine = build_engine(own, case_plan(own, case, layout), layout, LABELS, initial_state(module, rank, world_size))
     m, size = own.model, case.micro_batch_size
     images = torch.randint(0, 256, (size, m.num_channels, m.image_size, m.image_size), dtype=torch.uint8)

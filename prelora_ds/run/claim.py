@@ -13,7 +13,8 @@ from prelora_ds.config.load import dump_yaml, read_settings, validate
 from prelora_ds.config.overrides import as_override
 from prelora_ds.config.tree import Config
 from prelora_ds.core.classes import classes_of, difference
-from prelora_ds.core.plan import Phase
+from prelora_ds.core.controller import index_of
+from prelora_ds.core.phases import difference as phases_differ
 from prelora_ds.errors import ConfigError, cannot_write
 from prelora_ds.files import replace_file
 from prelora_ds.hosts.lock import NAME, Lease
@@ -150,9 +151,8 @@ def _check_sources(sources: Sequence[Path], config: Config, data: Mapping[str, s
             raise ConfigError("data.train", config.data.train, problem,
                               "name data of the classes that the checkpoint was trained on, or begin "
                               "without it in another run.output_dir")
-        if new_run and config.convergence is None and _phase_of(state) == Phase.WARMUP:
-            raise ConfigError("convergence", None, f"would never end the warm-up that the checkpoint {source} is in",
-                              "keep convergence, or begin from a checkpoint of another phase")
+        if new_run:
+            _check_fork(state, config, source)
         if new_run and step >= steps:
             raise ConfigError("train.duration", str(config.train.duration),
                               f"ends the run after step {steps}, and the checkpoint {source} is of "
@@ -167,11 +167,24 @@ def _check_sources(sources: Sequence[Path], config: Config, data: Mapping[str, s
         return
 
 
-def _phase_of(state: Mapping[str, Any]) -> str | None:
+def _check_fork(state: Mapping[str, Any], config: Config, source: Path) -> None:
+    """Compare the phases that the checkpoint has behind it with those of a new run. Raises ConfigError."""
+    bound = what_binds(state["config"], config.model_dump(mode="json"))
+    before = _read(bound, config, source).specs()
     try:
-        return str(state["run"]["phase"]["plan"]["phase"])
-    except (KeyError, TypeError):
-        return None  # told when it is loaded
+        index = index_of(state["run"]["phase"])
+        begun = before[index].name
+    except (KeyError, TypeError, ValueError, IndexError):
+        return  # told when it is loaded
+    after = config.specs()
+    problem = phases_differ(before, after, index)
+    if problem is not None:
+        i, what = problem
+        key = f"phases.{before[i].name}" + (f".{what}" if i < len(after) else "")
+        raise ConfigError(key, getattr(after[i], what) if i < len(after) else None,
+                          f"was {getattr(before[i], what)} in the run of {source}, which is in phase {begun}",
+                          "keep the phases as they are there up to the end of that one, or begin from an earlier "
+                          "checkpoint")
 
 
 def is_finished(folder: Path) -> bool:
@@ -187,8 +200,13 @@ def _stored(values: Mapping[str, Any], config: Config, where: Path, *,
     Keys that are missing have their defaults. Raises ConfigError.
     """
     bound = what_binds(values, config.model_dump(mode="json"), new_run=new_run)
+    return _read(bound, config, where).model_dump(mode="json")
+
+
+def _read(values: Mapping[str, Any], config: Config, where: Path) -> Config:
+    """The stored ``values`` as a config of this version. Raises ConfigError for what it does not take."""
     try:
-        return validate(bound, str(where)).model_dump(mode="json")
+        return validate(values, str(where))
     except ConfigError as exc:
         raise ConfigError("run.output_dir", config.run.output_dir,
                           f"{where} holds settings that this version of prelora_ds does not take: "

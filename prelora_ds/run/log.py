@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from prelora_ds.core.convergence import Observation
+from prelora_ds.core.switch_tests.prelora import Observation
 from prelora_ds.errors import ConfigError
 from prelora_ds.files import replace_file
 

@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from prelora_ds.config.tree import Config
 from prelora_ds.core.controller import PhaseState
-from prelora_ds.core.plan import Layout, Plan
+from prelora_ds.core.layout import Layout
+from prelora_ds.core.plan import Plan
 from prelora_ds.core.schedule import Timeline
 from prelora_ds.cost.bytes import predict_bytes, worst_deviation
 from prelora_ds.cost.forecast import fastest_images_per_s
@@ -108,7 +109,7 @@ def bytes_due(plan: Plan, begun_at: int) -> int:
 def log_bytes(run: Run, engine: Engine, step: int) -> None:
     """Predicted against measured bytes of this rank at the end of a backward pass; a warning where they differ."""
     predicted = predict_bytes(engine.plan, run.layout, engine.config.zero, dist.get_world_size(), after_backward=True,
-                              lora_mode=engine.config.lora_mode())
+                              kernel=engine.config.kernel())
     measured = census(engine)
     off = worst_deviation(predicted, measured)
     run.log.plans({"event": "bytes", "step": step, "phase": engine.plan.phase, "predicted": predicted.to_json(),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from prelora_ds.config.tree import DivergenceConfig
 from prelora_ds.core.divergence import DivergenceWatch
-from prelora_ds.core.plan import Layout
+from prelora_ds.core.layout import Layout
 from prelora_ds.engine.build import StepStats
 from prelora_ds.errors import TrainingDivergedError
 from prelora_ds.run.checkpoints.resume import Checkpoint, candidates, load_newest

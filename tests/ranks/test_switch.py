@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.runs import MEDIUM, SMALL, ZEROS, Trainer, config, same
 
+from prelora_ds.core.adapters import Lora
 from prelora_ds.cost.bytes import predict_bytes
 from prelora_ds.engine import build as build_module
 from prelora_ds.engine import state as state_module
@@ -17,7 +18,7 @@ from prelora_ds.engine.census import OWNERS, census, engine_storages, live_stora
 from prelora_ds.engine.measure import check_ranks_agree, weight_norms, whole
 from prelora_ds.engine.release import release, trim_memory
 from prelora_ds.engine.state import export_state
-from prelora_ds.model.adapters import bases, check_adapters, fresh_adapter
+from prelora_ds.model.adapters import check_adapters, first_value, folded_bases
 from prelora_ds.model.families import named_parameters
 
 ALL = pytest.mark.parametrize("zero", ZEROS)
@@ -61,8 +62,8 @@ def test_bytes_of_every_owner_are_as_predicted(ranks, zero):
     ranks.run(bytes_as_predicted, zero=zero)
 
 
-def bytes_as_predicted(zero, mode="auto"):
-    t = Trainer(config(zero, model=MEDIUM, lora={"mode": mode}))
+def bytes_as_predicted(zero, lora=None):
+    t = Trainer(config(zero, model=MEDIUM, lora=lora or {"mode": "auto"}))
     for plan in (t.full, t.warmup, t.lora):
         if plan is not t.full:
             t.switch(plan)
@@ -76,7 +77,7 @@ def bytes_as_predicted(zero, mode="auto"):
         at_rest = settled(lambda: census(t.engine), only_owned)
         for measured, after_backward in ((at_backward, True), (at_rest, False)):
             predicted = predict_bytes(plan, t.layout, t.cfg.zero, t.world, after_backward=after_backward,
-                                      lora_mode=t.cfg.lora_mode()).to_json()
+                                      kernel=t.engine.config.kernel()).to_json()
             for owner, expected in predicted.items():
                 assert abs(measured[owner] - expected) <= 0.02 * expected, (plan.phase, owner, after_backward,
                                                                             predicted, measured)
@@ -159,9 +160,11 @@ def own_settings(before, after):
     t.close()
 
 
-@pytest.mark.parametrize(("mode", "zero"), [("merged", "zero0"), ("merged", "zero2"), ("fa", "zero2"), ("fa", "zero3")])
-def test_bytes_of_every_mode_are_as_predicted(ranks, mode, zero):
-    ranks.run(bytes_as_predicted, zero=zero, mode=mode)
+@pytest.mark.parametrize(("lora", "zero"), [
+    ({"mode": "merged"}, "zero0"), ({"mode": "merged"}, "zero2"), ({"train_a": False}, "zero2"),
+    ({"train_a": False}, "zero3")])
+def test_bytes_of_other_adapters_are_as_predicted(ranks, lora, zero):
+    ranks.run(bytes_as_predicted, zero=zero, lora=lora)
 
 
 def only_owned(measured):
@@ -269,7 +272,7 @@ def train_merged(zero):
         t.switch(t.lora)
         assert float((t.outputs() - before).abs().max()) <= (0 if mode == "branch" else 2 ** -6) * before.abs().max()
         losses = t.train(6)
-        kept = {name: base.clone() for name, base in bases(t.engine.module).items()}
+        kept = {name: base.clone() for name, base in folded_bases(t.engine.module).items()}
         assert kept.keys() == ({f"{path}.weight" for path in t.lora.adapters} if mode == "merged" else set())
         for name, base in kept.items():
             assert torch.equal(base.view(-1), masters[name, "master"]), name
@@ -278,7 +281,7 @@ def train_merged(zero):
             state, after = t.whole_state(), t.outputs()
             t.switch(t.lora)
             assert torch.equal(after, t.outputs()) and same(state, t.whole_state()) == []
-            assert all(torch.equal(base, kept[name]) for name, base in bases(t.engine.module).items())
+            assert all(torch.equal(base, kept[name]) for name, base in folded_bases(t.engine.module).items())
             assert norms == weight_norms(t.engine)
         runs[mode] = losses, norms
         t.close()
@@ -294,16 +297,17 @@ def test_lora_fa_leaves_every_a_as_it_was(ranks, zero):
 
 
 def train_fa(zero):
-    t = Trainer(config(zero, lora={"mode": "fa"}))
+    t = Trainer(config(zero, lora={"train_a": False}))
     t.train(2)
     for plan in (t.warmup, t.lora):
         before = t.outputs()
         t.switch(plan)
         assert torch.equal(before, t.outputs())
-        names = [name for name in plan.parameters(t.layout) if ".lora_A." in name]
+        leaves = plan.leaves(t.layout)
+        names = [name for name, (_, leaf) in leaves.items() if leaf == Lora.A]
         with whole(t.engine, [named_parameters(t.engine.module)[name] for name in names]) as values:
             for name, value in zip(names, values, strict=True):
-                assert torch.equal(value, fresh_adapter(name, value.shape, plan.init_seed).bfloat16()), name
+                assert torch.equal(value, first_value(name, value.shape, plan, leaves).bfloat16()), name
         del values, value  # or they outlive the engine, and the next switch says so
         assert not {name for name, _ in t.snapshot()} & set(names)
         t.train(3)

@@ -124,7 +124,7 @@ def refused_state(zero, misfit):
 
     import torch
 
-    from prelora_ds.core.plan import AdapterSpec
+    from prelora_ds.core.adapters import AdapterSpec
     from prelora_ds.engine.build import build_engine
     from prelora_ds.engine.release import release
 
@@ -137,7 +137,7 @@ def refused_state(zero, misfit):
     last = t.rank == 1
     if misfit == "a larger rank":
         module = next(module for module, spec in plan.adapters.items() if spec.rank == 16)
-        plan = replace(plan, adapters={**plan.adapters, module: AdapterSpec(8, 8.0)})
+        plan = replace(plan, adapters={**plan.adapters, module: AdapterSpec("lora", 8, 1.0, 0)})
     elif misfit == "a missing parameter":
         state.slices.pop(name, None)
     elif misfit == "a foreign parameter" and last:

@@ -41,7 +41,7 @@ def checkpoint(run: Path, step: int, *overrides: str, change: Callable[[Any], No
     partial = root / f".{step}.partial"
     partial.mkdir(parents=True)
     state = {"config": config(run, *overrides).model_dump(mode="json"), "data": DATA,
-             "run": {"step": step}}
+             "run": {"step": step, "phase": {"index": 0, "plan": {"phase": "full"}}}}
     change(state)
     (partial / STATE).write_text(json.dumps(state))
     commit(partial, step_folder(root, step),

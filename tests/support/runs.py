@@ -6,8 +6,9 @@ from typing import Any
 
 from prelora_ds.config.load import validate
 from prelora_ds.config.tree import Config
-from prelora_ds.core.phases import full_plan, lora_plan, warmup_plan
-from prelora_ds.core.plan import Layout, Plan
+from prelora_ds.core.layout import Layout
+from prelora_ds.core.plan import Plan
+from support.plans import full_plan, lora_plan, warmup_plan
 
 LABELS = 10
 ZEROS: dict[str, dict[str, Any]] = {
@@ -30,6 +31,7 @@ def config(zero: str = "zero2", *, model: dict[str, Any] | None = None, deepspee
         "optimizer": {"lr": 1e-3, "warmup": "0 steps"},
         "train": {"duration": "100 steps", "global_batch_size": batch, "micro_batch_size": micro},
         "deepspeed": {"zero_optimization": ZEROS[zero], **(deepspeed or {})},
+        "convergence": {"tau": 1.0, "zeta": 5.0},  # the method has PreLoRA's phases, whose plans the tests make
         "lora": {"mode": "branch"},  # so narrow a model would train merged, and a switch round its outputs anew
     }
     for name, section in sections.items():
@@ -41,9 +43,8 @@ def plans(layout: Layout, *, seed: int = 0, train_a: bool = True) -> tuple[Plan,
     """FULL, WARMUP and LORA plans with ranks 8, 16 and 32 in turn, begun at steps 0, 3 and 6."""
     ranks = {family: {layer: 8 << (i + layer) % 3 for layer in layers}
              for i, (family, layers) in enumerate(layout.targets.items())}
-    warmup = warmup_plan(layout, ranks, alpha_over_r=1.0, init_seed=seed, since_step=3,
-                         train_a=train_a)
-    return full_plan(layout, init_seed=seed), warmup, lora_plan(layout, warmup, train_rest=True, since_step=6)
+    warmup = warmup_plan(layout, ranks, seed=seed, since_step=3, train_a=train_a)
+    return full_plan(layout), warmup, lora_plan(layout, warmup, since_step=6)
 
 
 def micro_batches(cfg: Config, step: int, rank: int, world: int) -> list[Any]:
@@ -77,8 +78,8 @@ class Trainer:
         self.cfg, self.rank, self.world, self.step = cfg, comm.get_rank(), comm.get_world_size(), 0
         torch.manual_seed(0)
         module = build_model(cfg.model, LABELS)
-        self.layout = find_layout(module, cfg.lora.families, cfg.model.families)
-        self.full, self.warmup, self.lora = plans(self.layout, train_a=cfg.lora.mode != "fa")
+        self.layout = find_layout(module, cfg.families(), cfg.model.families)
+        self.full, self.warmup, self.lora = plans(self.layout, train_a=cfg.lora.train_a)
         self.engine = build_engine(cfg, self.full, self.layout, LABELS, initial_state(module, self.rank, self.world))
 
     def batches(self) -> list[Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from prelora_ds.core.plan import Layout
+from prelora_ds.core.layout import Layout
 from prelora_ds.engine.build import Counters
 from prelora_ds.engine.rng import restore_rng, seed_rng
 from prelora_ds.engine.runtime import on_rank_0
@@ -154,7 +154,7 @@ def read_checkpoint(folder: Path, layout: Layout, rank: int, world_size: int) ->
         adam_steps = dict(document["adam_steps"])
         plan = run.phase.plan
         shapes = plan.parameters(layout)
-        if unknown := [*(plan.trainable - shapes.keys()), *(plan.active - plan.adapters.keys())]:
+        if unknown := [*(plan.trainable - shapes.keys()), *((plan.active or frozenset()) - plan.trainable)]:
             raise ValueError(f"{unknown[0]!r} is not a part of this model")
     except (KeyError, TypeError, ValueError, AttributeError) as exc:
         raise BrokenCheckpointError(f"{folder}: its state cannot be understood ({exc!r})") from exc

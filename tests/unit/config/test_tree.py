@@ -258,6 +258,7 @@ def test_without_a_zero_section_the_stage_is_0() -> None:
 
 def test_a_phase_takes_its_own_settings_and_the_rest_from_the_run() -> None:
     config = Config.model_validate(VALUES | {
+        "convergence": {"tau": 1.0, "zeta": 5.0},
         "deepspeed": {"zero_optimization": {"stage": 3, "reduce_bucket_size": 7}},
         "phases": {"lora": {"zero_stage": 1, "micro_batch_size": 4},
                    "warmup": {"deepspeed": {"zero_optimization": {"stage": 2}}}}})
@@ -275,18 +276,20 @@ def test_a_phase_takes_its_own_settings_and_the_rest_from_the_run() -> None:
     (96, 2, {}, "merged"), (384, 0, {}, "merged"), (96, 3, {}, "branch"), (768, 2, {}, "branch"),
     (1024, 0, {}, "branch"), (96, 2, {"dropout": 0.1}, "branch"), (1024, 2, {"mode": "merged"}, "merged"),
     (1024, 2, {"mode": "merged", "dropout": 0.1}, "branch"), (96, 2, {"mode": "branch"}, "branch"),
-    (96, 2, {"mode": "fa"}, "fa"), (96, 2, {"mode": "peft"}, "peft"),
+    (96, 2, {"mode": "peft"}, "peft"),
 ])
 def test_how_an_adapter_computes_goes_by_width_stage_and_dropout(width: int, stage: int, lora: dict[str, Any],
                                                                  mode: str) -> None:
     config = Config.model_validate(VALUES | {"model": {"hidden_size": width, "num_attention_heads": 2}, "lora": lora,
-                                             "deepspeed": {"zero_optimization": {"stage": stage}}})
-    assert config.lora_mode() == mode
-    assert config.lora_mode(3) == ("branch" if lora == {} else mode)
+                                             "convergence": {"tau": 1.0, "zeta": 5.0},
+                                             "deepspeed": {"zero_optimization": {"stage": stage}}}).for_phase("lora")
+    assert config.kernel() == mode
+    assert config.kernel(3) == ("branch" if lora == {} else mode)
 
 
 def test_merged_weights_need_a_lora_phase_that_leaves_them_whole() -> None:
-    stage_3 = VALUES | {"deepspeed": {"zero_optimization": {"stage": 3}}, "lora": {"mode": "merged"}}
+    stage_3 = VALUES | {"deepspeed": {"zero_optimization": {"stage": 3}}, "lora": {"mode": "merged"},
+                        "convergence": {"tau": 1.0, "zeta": 5.0}}
     with pytest.raises(ValidationError, match="merged needs each weight whole"):
         Config.model_validate(stage_3)
     config = Config.model_validate(stage_3 | {"phases": {"lora": {"zero_stage": 1}}})

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.plans import full_plan, lora_plan, warmup_plan
 
-from prelora_ds.core.phases import full_plan, lora_plan, warmup_plan
-from prelora_ds.core.plan import AdapterSpec, Layout, Phase, Plan
+from prelora_ds.core.adapters import AdapterSpec
+from prelora_ds.core.layout import Layout
+from prelora_ds.core.plan import Plan
 
 LAYOUT = Layout(
     parameters={"embed": (1, 5, 8), "block.0.q.weight": (8, 8), "block.0.q.bias": (8,), "block.0.fc.weight": (16, 8),
@@ -20,40 +23,38 @@ ADAPTERS = {"block.0.q.lora_A.weight", "block.0.q.lora_B.weight", "block.1.q.lor
             "block.0.fc.lora_A.weight", "block.0.fc.lora_B.weight", "block.1.fc.lora_A.weight",
             "block.1.fc.lora_B.weight"}
 REST = {"embed", "block.0.norm.weight", "head.weight", "head.bias"}
-FULL = full_plan(LAYOUT, init_seed=7)
-WARMUP = warmup_plan(LAYOUT, RANKS, alpha_over_r=0.5, init_seed=7, since_step=30)
-LORA = lora_plan(LAYOUT, WARMUP, train_rest=True, since_step=60)
+FULL = full_plan(LAYOUT)
+WARMUP = warmup_plan(LAYOUT, RANKS, alpha_over_r=0.5, seed=7, since_step=30)
+LORA = lora_plan(LAYOUT, WARMUP, since_step=60)
 BARE_LORA = lora_plan(LAYOUT, WARMUP, train_rest=False, since_step=60)
 
 names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
 PLANS = st.builds(
-    Plan, phase=st.sampled_from(Phase), trainable=st.frozensets(names), adapter=st.none() | st.just("lora"),
-    adapters=st.dictionaries(names, st.builds(AdapterSpec, st.integers(1, 4096), st.floats(1e-3, 1e6))),
-    active=st.frozensets(names), init_seed=st.integers(0, 2**63), cycle=st.integers(0, 99),
-    since_step=st.integers(0, 10**9))
+    Plan, phase=names, trainable=st.frozensets(names),
+    adapters=st.dictionaries(names, st.builds(
+        AdapterSpec, st.just("lora"), st.none() | st.integers(1, 4096), st.floats(1e-3, 1e6), st.integers(0, 2**63),
+        st.dictionaries(names, st.booleans() | st.integers() | names))),
+    lr_scale=st.dictionaries(names, st.floats(1e-3, 1e3)), active=st.none() | st.frozensets(names),
+    since_step=st.integers(0, 10**9), rewarm=st.integers(0, 10**6), cycle=st.integers(0, 99))
 
 
 def test_layout_lists_the_modules_family_by_family() -> None:
     assert LAYOUT.modules() == ("block.0.q", "block.1.q", "block.0.fc", "block.1.fc")
 
 
-def test_adapter_shapes_are_rank_by_in_and_out_by_rank() -> None:
-    assert LAYOUT.adapter_shapes("block.0.fc", 4) == {"block.0.fc.lora_A.weight": (4, 8),
-                                                      "block.0.fc.lora_B.weight": (16, 4)}
-
-
 def test_full_trains_everything_without_adapters() -> None:
-    assert FULL.phase is Phase.FULL
-    assert FULL.trainable == set(LAYOUT.parameters)
-    assert (FULL.adapter, FULL.adapters, FULL.active, FULL.since_step, FULL.cycle) == (None, {}, frozenset(), 0, 0)
+    assert FULL.phase == "full"
+    assert FULL.trainable == FULL.training() == set(LAYOUT.parameters)
+    assert (FULL.adapters, FULL.active, FULL.since_step, FULL.cycle) == ({}, None, 0, 0)
     assert FULL.parameters(LAYOUT) == LAYOUT.parameters
 
 
 def test_warmup_trains_everything_and_the_adapters() -> None:
-    assert WARMUP.phase is Phase.WARMUP
+    assert WARMUP.phase == "warmup"
     assert WARMUP.trainable == set(LAYOUT.parameters) | ADAPTERS
-    assert WARMUP.active == set(LAYOUT.modules())
-    assert (WARMUP.adapter, WARMUP.init_seed, WARMUP.since_step) == ("lora", 7, 30)
+    assert WARMUP.training() == WARMUP.trainable
+    assert {(spec.kind, spec.seed) for spec in WARMUP.adapters.values()} == {("lora", 7)}
+    assert WARMUP.since_step == 30
 
 
 def test_each_module_has_its_own_rank_and_all_one_scaling() -> None:
@@ -63,7 +64,7 @@ def test_each_module_has_its_own_rank_and_all_one_scaling() -> None:
 
 
 def test_lora_trains_the_adapters_and_what_is_no_adapted_linear() -> None:
-    assert LORA.phase is Phase.LORA
+    assert LORA.phase == "lora"
     assert LORA.trainable == ADAPTERS | REST
 
 
@@ -77,14 +78,13 @@ def test_without_train_rest_the_adapters_train_alone() -> None:
 
 
 def test_a_linear_without_adapter_goes_on_training_in_lora() -> None:
-    warmup = warmup_plan(LAYOUT, {"q": {0: 2}}, alpha_over_r=1.0, init_seed=0, since_step=0)
-    lora = lora_plan(LAYOUT, warmup, train_rest=True, since_step=1)
+    warmup = warmup_plan(LAYOUT, {"q": {0: 2}})
+    lora = lora_plan(LAYOUT, warmup, since_step=1)
     assert set(LAYOUT.parameters) - lora.trainable == {"block.0.q.weight", "block.0.q.bias"}
 
 
 def test_lora_keeps_the_adapters_of_the_warmup() -> None:
-    assert (LORA.adapter, LORA.adapters, LORA.active, LORA.init_seed, LORA.cycle) == (
-        WARMUP.adapter, WARMUP.adapters, WARMUP.active, WARMUP.init_seed, WARMUP.cycle)
+    assert (LORA.adapters, LORA.cycle) == (WARMUP.adapters, WARMUP.cycle)
     assert LORA.parameters(LAYOUT) == WARMUP.parameters(LAYOUT)
     assert LORA.since_step == 60
 
@@ -108,7 +108,6 @@ def test_what_trains_exists(plan: Plan) -> None:
 def test_plans_of_the_phases_round_trip_json(plan: Plan) -> None:
     again = Plan.from_json(json.loads(json.dumps(plan.to_json())))
     assert again == plan
-    assert isinstance(again.phase, Phase)
     assert isinstance(again.trainable, frozenset)
 
 
@@ -122,4 +121,36 @@ def test_any_plan_round_trips_json_to_the_same_text(plan: Plan) -> None:
 
 def test_json_does_not_hang_on_the_order_of_sets() -> None:
     assert FULL.to_json()["trainable"] == sorted(LAYOUT.parameters)
-    assert LORA.to_json()["active"] == sorted(LAYOUT.modules())
+    assert replace(LORA, active=LORA.trainable).to_json()["active"] == sorted(LORA.trainable)
+
+
+def test_a_plan_of_0_1_0_is_read_with_its_ranks_scalings_and_seed() -> None:
+    old = {"phase": "lora", "adapter": "lora", "adapters": {"block.0.q": {"rank": 4, "alpha": 2.0}},
+           "trainable": ["block.0.q.lora_B.weight"], "active": ["block.0.q"], "init_seed": 9, "cycle": 0,
+           "since_step": 12}
+    plan = Plan.from_json(old)
+    assert plan.adapters == {"block.0.q": AdapterSpec("lora", 4, 0.5, 9, {"train_a": False})}
+    assert plan.training() == plan.trainable == {"block.0.q.lora_B.weight"}
+    assert (plan.phase, plan.since_step) == ("lora", 12)
+    both = Plan.from_json(old | {"trainable": ["block.0.q.lora_A.weight", "block.0.q.lora_B.weight"]})
+    assert both.adapters["block.0.q"].options == {}
+
+
+def test_the_structure_is_what_a_rebuild_depends_on() -> None:
+    specs = {path: replace(spec, seed=99) for path, spec in LORA.adapters.items()}
+    for same in (replace(LORA, cycle=3), replace(LORA, active=frozenset()), replace(LORA, adapters=specs),
+                 replace(LORA, since_step=1, rewarm=5)):
+        assert same != LORA
+        assert same.structure() == LORA.structure()
+    larger = {path: replace(spec, rank=32) for path, spec in LORA.adapters.items()}
+    for other in (replace(LORA, adapters=larger), replace(LORA, trainable=LORA.trainable - {"embed"}), WARMUP,
+                  replace(LORA, lr_scale={"base": 0.1}), replace(LORA, phase="other")):
+        assert other.structure() != LORA.structure()
+
+
+def test_a_rate_is_scaled_by_role() -> None:
+    plan = replace(WARMUP, lr_scale={"b": 16.0, "adapters": 2.0})
+    scales = plan.rate_scales(LAYOUT)
+    assert scales.keys() == plan.parameters(LAYOUT).keys()
+    assert {scales[name] for name in LAYOUT.parameters} == {1.0}
+    assert scales["block.0.q.lora_A.weight"] == 2.0 and scales["block.0.q.lora_B.weight"] == 16.0

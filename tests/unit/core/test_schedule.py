@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prelora_ds.config.tree import Duration, OptimizerConfig
+from prelora_ds.core.plan import Plan
 from prelora_ds.core.schedule import Timeline, lr_at
 
 SIZES = st.tuples(st.integers(1, 60), st.integers(1, 40), st.integers(1, 12))  # samples, global batch, epochs
@@ -121,12 +123,14 @@ def test_ticks_lie_in_the_run_contain_its_last_step_and_none_is_left_out(
 
 # ---- learning rate
 
+PLAN = Plan("full", frozenset())
+
 @pytest.mark.parametrize(("step", "factor"), [(250, .5), (500, 1), (4999, .886878), (9999, .568192), (1, 1 / 500),
                                               (20000, .1)])
 def test_learning_rate_vectors(step: int, factor: float) -> None:
     t = timeline(duration="20000 steps")
     config = OptimizerConfig(lr=3e-4, warmup="500 steps", min_lr_ratio=.1)
-    assert lr_at(step, timeline=t, config=config) == pytest.approx(3e-4 * factor, rel=1e-6)
+    assert lr_at(step, PLAN, timeline=t, schedule=config) == pytest.approx(3e-4 * factor, rel=1e-6)
 
 
 @given(st.integers(2, 400), st.integers(0, 400), st.floats(0, 1), st.floats(1e-6, 10))
@@ -136,7 +140,7 @@ def test_the_rate_rises_to_its_peak_falls_to_its_minimum_and_does_not_jump(
     warmup = min(warmup, total - 1)
     t = timeline(duration=f"{total} steps")
     config = OptimizerConfig(lr=lr, warmup=f"{warmup} steps", min_lr_ratio=ratio)
-    rates = [lr_at(step, timeline=t, config=config) for step in range(1, total + 1)]
+    rates = [lr_at(step, PLAN, timeline=t, schedule=config) for step in range(1, total + 1)]
     noise = lr * 1e-9
     assert rates[-1] == pytest.approx(lr * ratio, rel=1e-9, abs=noise)
     assert all(-noise <= rate <= lr + noise for rate in rates)
@@ -152,7 +156,7 @@ def test_the_rate_rises_to_its_peak_falls_to_its_minimum_and_does_not_jump(
 
 
 def test_without_warmup_the_first_step_is_already_on_the_cosine() -> None:
-    first = lr_at(1, timeline=timeline(duration="4 steps"), config=OptimizerConfig(lr=1.0, warmup="0 steps"))
+    first = lr_at(1, PLAN, timeline=timeline(duration="4 steps"), schedule=OptimizerConfig(lr=1.0, warmup="0 steps"))
     assert first == pytest.approx(.5 * (1 + math.cos(math.pi / 4)))
 
 
@@ -160,12 +164,20 @@ def test_warmup_in_epochs_and_shares_is_that_many_steps() -> None:
     t = timeline(100, 16, "20 epochs")  # 125 steps
     for warmup, steps in (("2 epochs", 13), ("10 %", 13), ("13 steps", 13)):
         config = OptimizerConfig(lr=1.0, warmup=warmup)
-        assert lr_at(steps, timeline=t, config=config) == 1.0
-        assert lr_at(steps - 1, timeline=t, config=config) == pytest.approx((steps - 1) / steps)
-        assert lr_at(steps + 1, timeline=t, config=config) < 1.0
+        assert lr_at(steps, PLAN, timeline=t, schedule=config) == 1.0
+        assert lr_at(steps - 1, PLAN, timeline=t, schedule=config) == pytest.approx((steps - 1) / steps)
+        assert lr_at(steps + 1, PLAN, timeline=t, schedule=config) < 1.0
 
 
 def test_a_minimum_of_one_is_a_constant_rate_after_the_warmup() -> None:
     config = OptimizerConfig(lr=2.0, warmup="3 steps", min_lr_ratio=1)
-    rates = [lr_at(step, timeline=timeline(duration="9 steps"), config=config) for step in range(3, 10)]
+    rates = [lr_at(step, PLAN, timeline=timeline(duration="9 steps"), schedule=config) for step in range(3, 10)]
     assert rates == [2.0] * 7
+
+
+def test_a_rewarm_takes_a_growing_share_of_the_schedule_from_the_begin_of_its_plan() -> None:
+    t, schedule = timeline(duration="100 steps"), OptimizerConfig(lr=2.0, warmup="10 steps")
+    plan = replace(PLAN, since_step=40, rewarm=4)
+    scheduled = [lr_at(step, PLAN, timeline=t, schedule=schedule) for step in range(41, 47)]
+    rates = [lr_at(step, plan, timeline=t, schedule=schedule) for step in range(41, 47)]
+    assert rates == [scheduled[0] * 1 / 4, scheduled[1] * 2 / 4, scheduled[2] * 3 / 4, *scheduled[3:]]

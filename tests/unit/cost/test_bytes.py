@@ -5,18 +5,18 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.plans import full_plan, lora_plan, warmup_plan
 
 from prelora_ds.config.tree import ZeroSettings
-from prelora_ds.core.phases import full_plan, lora_plan, warmup_plan
-from prelora_ds.core.plan import Layout
+from prelora_ds.core.layout import Layout
 from prelora_ds.cost.bytes import Bytes, predict_bytes, worst_deviation
 
 # 2048 + 64 + 40 = 2152 elements; an adapter of rank 4 adds 4 * 32 + 64 * 4 = 384.
 LAYOUT = Layout({"a.weight": (64, 32), "a.bias": (64,), "embed": (10, 4)}, {"x": {0: "a"}})
-FULL = full_plan(LAYOUT, init_seed=0)
-WARMUP = warmup_plan(LAYOUT, {"x": {0: 4}}, alpha_over_r=1.0, init_seed=0, since_step=0)
-LORA = lora_plan(LAYOUT, WARMUP, train_rest=True, since_step=0)
-BARE_LORA = lora_plan(LAYOUT, WARMUP, train_rest=False, since_step=0)
+FULL = full_plan(LAYOUT)
+WARMUP = warmup_plan(LAYOUT, {"x": {0: 4}})
+LORA = lora_plan(LAYOUT, WARMUP)
+BARE_LORA = lora_plan(LAYOUT, WARMUP, train_rest=False)
 ZERO3 = {"reduce_bucket_size": 1000, "persistence_threshold": 64}
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.plans import full_plan, lora_plan, warmup_plan
 
 from prelora_ds.config.tree import FAMILIES, ModelConfig, ZeroSettings
-from prelora_ds.core.phases import full_plan, lora_plan, warmup_plan
-from prelora_ds.core.plan import Layout
+from prelora_ds.core.layout import Layout
 from prelora_ds.cost.bytes import predict_bytes, worst_deviation
 from prelora_ds.model.families import find_layout
 from prelora_ds.model.vit import build_model
@@ -35,13 +35,13 @@ def test_bytes_of_one_rank_of_many_are_within_2_percent_of_the_prediction(title:
     layout = layout_of(title)
     ranks = {family: {layer: RANKS[(i + layer) % 4] for layer in layers}
              for i, (family, layers) in enumerate(layout.targets.items())}
-    warmup = warmup_plan(layout, ranks, alpha_over_r=1.0, init_seed=0, since_step=0)
-    plans = {"full": full_plan(layout, init_seed=0), "warmup": warmup,
-             "lora": lora_plan(layout, warmup, train_rest=True, since_step=0)}
+    warmup = warmup_plan(layout, ranks)
+    plans = {"full": full_plan(layout), "warmup": warmup,
+             "lora": lora_plan(layout, warmup)}
     rows = [row for row in ROWS if row["model"] == title]
     assert {(row["ranks"], row["ZeRO"], row["phase"]) for row in rows} == {
         (world, stage, phase) for world in (64, 1024) for stage in "0123" for phase in plans}
     for row in rows:
         predicted = predict_bytes(plans[row["phase"]], layout, ZeroSettings(int(row["ZeRO"])), row["ranks"],
-                                  after_backward=True, lora_mode="branch")
+                                  after_backward=True, kernel="branch")
         assert worst_deviation(predicted, row["measured"]) <= 0.02, row

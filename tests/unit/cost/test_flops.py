@@ -7,11 +7,12 @@ from functools import cache
 
 import pytest
 import torch
+from support.plans import full_plan, lora_plan, warmup_plan
 from torch import nn
 
 from prelora_ds.config.tree import FAMILIES, ModelConfig, ZeroSettings
-from prelora_ds.core.phases import freeze_below, full_plan, lora_plan, warmup_plan
-from prelora_ds.core.plan import Layout, Plan
+from prelora_ds.core.layout import Layout
+from prelora_ds.core.plan import Plan
 from prelora_ds.cost.flops import (
     Communication,
     buckets_bytes,
@@ -23,8 +24,8 @@ from prelora_ds.cost.flops import (
     state_traffic_bytes,
 )
 from prelora_ds.model.adapters import attach_adapters
+from prelora_ds.model.adapters.lora import lora_linears
 from prelora_ds.model.families import find_layout, named_parameters
-from prelora_ds.model.lora_linear import lora_linears
 from prelora_ds.model.vit import build_model
 
 VIT_L = ModelConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
@@ -45,11 +46,11 @@ def plans(model: ModelConfig, rank: int = 8, labels: int = 10, train_a: bool = T
     layout = layout_of(model.model_dump_json(), labels)
     ranks = {family: {i: rank << i % 2 for i in layers} if labels == 10 else dict.fromkeys(layers, rank)
              for family, layers in layout.targets.items()}
-    warmup = warmup_plan(layout, ranks, alpha_over_r=1.0, init_seed=0, since_step=0, train_a=train_a)
-    lora = lora_plan(layout, warmup, train_rest=True, since_step=0)
-    return layout, {"full": full_plan(layout, init_seed=0), "warmup": warmup, "lora": lora,
-                    "bare": lora_plan(layout, warmup, train_rest=False, since_step=0),
-                    "half": freeze_below(lora, layout, model.num_hidden_layers // 2)}
+    warmup = warmup_plan(layout, ranks, train_a=train_a)
+    lora = lora_plan(layout, warmup)
+    return layout, {"full": full_plan(layout), "warmup": warmup, "lora": lora,
+                    "bare": lora_plan(layout, warmup, train_rest=False),
+                    "half": lora_plan(layout, warmup, freeze_below=model.num_hidden_layers // 2)}
 
 
 @pytest.mark.parametrize(("phase", "rank", "gflop"), [
@@ -67,8 +68,9 @@ def test_what_the_modes_of_the_lora_linear_compute() -> None:
     layout, by_phase = plans(VIT_L, 16, labels=1000)
     _, frozen_a = plans(VIT_L, 16, labels=1000, train_a=False)
     branch = micro_batch(VIT_L, by_phase["lora"], layout, 1).adapter_flops
-    assert micro_batch(VIT_L, by_phase["lora"], layout, 1, mode="merged").adapter_flops == pytest.approx(branch * 4 / 6)
-    assert micro_batch(VIT_L, frozen_a["lora"], layout, 1, mode="fa").adapter_flops == pytest.approx(branch * 5 / 6)
+    merged = micro_batch(VIT_L, by_phase["lora"], layout, 1, kernel="merged").adapter_flops
+    assert merged == pytest.approx(branch * 4 / 6)
+    assert micro_batch(VIT_L, frozen_a["lora"], layout, 1).adapter_flops == pytest.approx(branch * 5 / 6)
 
 
 def test_checkpointing_runs_the_blocks_forward_once_more() -> None:
@@ -90,12 +92,13 @@ def test_activation_bytes_are_those_of_the_allocator(sizes: dict, batch: int, at
 
 
 @pytest.mark.parametrize("phase", PHASES[1:])
-@pytest.mark.parametrize("mode", ["peft", "merged", "fa"])
-def test_activation_bytes_of_each_lora_mode(mode: str, phase: str) -> None:
+@pytest.mark.parametrize("kernel", ["peft", "merged", "A frozen"])
+def test_activation_bytes_of_each_kernel(kernel: str, phase: str) -> None:
     model = ModelConfig(**LONG)
-    layout, by_phase = plans(model, train_a=mode != "fa")
-    predicted = micro_batch(model, by_phase[phase], layout, 4, mode=mode).saved_bytes
-    assert predicted == pytest.approx(activation_bytes(model, by_phase[phase], 4, mode=mode), rel=0.01)
+    layout, by_phase = plans(model, train_a=kernel != "A frozen")
+    kernel = kernel.replace("A frozen", "branch")
+    predicted = micro_batch(model, by_phase[phase], layout, 4, kernel=kernel).saved_bytes
+    assert predicted == pytest.approx(activation_bytes(model, by_phase[phase], 4, kernel=kernel), rel=0.01)
 
 
 @pytest.mark.parametrize("phase", ["full", "lora"])
@@ -116,15 +119,15 @@ def test_activation_bytes_with_dropout() -> None:
     assert predicted == pytest.approx(activation_bytes(model, by_phase["full"], 4), rel=0.1)
 
 
-def activation_bytes(model: ModelConfig, plan: Plan, batch: int, *, mode: str = "auto") -> int:
+def activation_bytes(model: ModelConfig, plan: Plan, batch: int, *, kernel: str = "branch") -> int:
     """Bytes that torch's allocator has handed out in a forward pass and not got back at its end."""
     torch.manual_seed(0)
     module = build_model(model, 10)
-    attach_adapters(module, plan, dropout=0.0, fast=mode != "peft")
+    attach_adapters(module, plan, find_layout(module, FAMILIES), dropout=0.0, kernel=kernel)
     module.to(torch.bfloat16).train()
     for name, p in named_parameters(module).items():
         p.requires_grad_(name in plan.trainable)
-    if mode == "merged":
+    if kernel == "merged":
         for linear in lora_linears(module):
             if not linear.get_base_layer().weight.requires_grad:
                 linear.keep_base()
@@ -144,9 +147,8 @@ def allocated(run: Callable[[], object]) -> int:
 
 # One linear of 64 x 32 with bias, an embedding: 2152 elements; an adapter of rank 4 adds 384.
 TINY = Layout({"a.weight": (64, 32), "a.bias": (64,), "embed": (10, 4)}, {"x": {0: "a"}})
-FULL = full_plan(TINY, init_seed=0)
-LORA = lora_plan(TINY, warmup_plan(TINY, {"x": {0: 4}}, alpha_over_r=1.0, init_seed=0, since_step=0), train_rest=True,
-                 since_step=0)
+FULL = full_plan(TINY)
+LORA = lora_plan(TINY, warmup_plan(TINY, {"x": {0: 4}}))
 
 
 @pytest.mark.parametrize(("plan", "zero", "accum", "expected"), [

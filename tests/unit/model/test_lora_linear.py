@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from support.plans import lora_plan, warmup_plan
 from torch import nn
 
 from prelora_ds.config.tree import FAMILIES, ModelConfig
-from prelora_ds.core.phases import freeze_below, full_plan, lora_plan, warmup_plan
+from prelora_ds.core.phases import PhaseSpec, plan_of
 from prelora_ds.core.plan import Plan
-from prelora_ds.model.adapters import attach_adapters, peft_config
-from prelora_ds.model.families import find_layout, named_parameters
-from prelora_ds.model.lora_linear import LoraLinear, lora_linears, merge_bases
+from prelora_ds.model.adapters import attach_adapters
+from prelora_ds.model.adapters.lora import LoraLinear, lora_linears, merge_bases, peft_config
+from prelora_ds.model.families import ADAPTER_NAME, find_layout, named_parameters
 from prelora_ds.model.vit import build_model
 
 SIZES = ModelConfig(image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=6, num_attention_heads=2,
@@ -27,8 +28,8 @@ def adapted(*, fast: bool, rank: int = 4, bias: bool = True, dropout: float = 0.
     torch.manual_seed(0)
     holder = nn.Sequential(nn.Linear(12, 20, bias=bias))
     layout = find_layout(holder, ("x",), {"x": r"(?P<layer>0)"})
-    plan = warmup_plan(layout, {"x": {0: rank}}, alpha_over_r=1.5, init_seed=0, since_step=0)
-    attach_adapters(holder, plan, dropout=dropout, fast=fast)
+    plan = warmup_plan(layout, {"x": {0: rank}}, alpha_over_r=1.5)
+    attach_adapters(holder, plan, layout, dropout=dropout, kernel="branch" if fast else "peft")
     for name, p in holder.named_parameters():
         p.requires_grad_()
         if "lora" in name:
@@ -73,7 +74,7 @@ def test_branch_is_peft_s_lora_in_float64(shape: tuple[int, ...], bias: bool, ba
 def test_merged_is_peft_s_lora_in_float64(a_trains: bool) -> None:
     ours, theirs = frozen(adapted(fast=True)), frozen(adapted(fast=False))
     for layer in (ours, theirs):
-        layer.lora_A["default"].weight.requires_grad_(a_trains)
+        layer.lora_A[ADAPTER_NAME].weight.requires_grad_(a_trains)
     ours.keep_base()
     ours.base = ours.get_base_layer().weight.detach().clone()  # in float64, for the comparison
     a, b = ours.factors
@@ -165,9 +166,9 @@ def test_it_stores_what_backward_needs_and_no_more() -> None:
     layer.active = False  # an adapter that waits for its turn
     assert stored(lambda: layer(inputs), but=layer) == []
     layer.active = True
-    layer.lora_A["default"].weight.requires_grad_(False)  # LoRA-FA
+    layer.lora_A[ADAPTER_NAME].weight.requires_grad_(False)  # LoRA-FA
     assert stored(lambda: layer(inputs), but=layer) == [h]
-    layer.lora_A["default"].weight.requires_grad_(True)
+    layer.lora_A[ADAPTER_NAME].weight.requires_grad_(True)
     layer.keep_base()
     layer.base = layer.base.double()
     assert stored(lambda: layer(inputs), but=layer) == [x]
@@ -182,7 +183,7 @@ def test_an_inactive_adapter_adds_its_branch_passes_the_gradient_on_and_gets_non
     layer.active = False
     after = grads(layer, x)
     assert torch.equal(before["y"], after["y"]) and torch.equal(before["x"], after["x"])
-    assert after["lora_A.default.weight"] is None and after["lora_B.default.weight"] is None
+    assert after["lora_A.prelora_adapter.weight"] is None and after["lora_B.prelora_adapter.weight"] is None
 
 
 # ---- the whole ViT
@@ -192,13 +193,14 @@ def vit_and_plan(*, train_rest: bool = True, train_a: bool = True) -> tuple[nn.M
     module = build_model(SIZES, 5)
     layout = find_layout(module, FAMILIES)
     ranks = {family: dict.fromkeys(layers, 4) for family, layers in layout.targets.items()}
-    warmup = warmup_plan(layout, ranks, alpha_over_r=1.0, init_seed=0, since_step=0, train_a=train_a)
+    warmup = warmup_plan(layout, ranks, train_a=train_a)
     plan = lora_plan(layout, warmup, train_rest=train_rest, since_step=1)
-    return module, plan, freeze_below(plan, layout, 3)
+    half = lora_plan(layout, warmup, train_rest=train_rest, since_step=1, freeze_below=3)
+    return module, plan, half
 
 
 def trained_by(module: nn.Module, plan: Plan) -> nn.Module:
-    attach_adapters(module, plan, dropout=0.0)
+    attach_adapters(module, plan, find_layout(build_model(SIZES, 5), FAMILIES), dropout=0.0)
     for name, p in named_parameters(module).items():
         p.requires_grad_(name in plan.trainable)
     return module
@@ -271,11 +273,11 @@ def test_peft_saves_and_loads_the_adapters(tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = build_model(SIZES, 5)
     layout = find_layout(module, FAMILIES)
-    plan = warmup_plan(layout, {"q": {0: 4, 5: 2}, "fc2": {3: 8}}, alpha_over_r=0.5, init_seed=0, since_step=0)
+    plan = warmup_plan(layout, {"q": {0: 4, 5: 2}, "fc2": {3: 8}}, alpha_over_r=0.5)
     weights = {name: value.clone() for name, value in module.state_dict().items()}
-    config: LoraConfig = peft_config(plan, 0.0)
+    config: LoraConfig = peft_config(plan.adapters, 0.0)
     config._register_custom_module({nn.Linear: LoraLinear})
-    ours = get_peft_model(module, config).eval()
+    ours = get_peft_model(module, config, adapter_name=ADAPTER_NAME).eval()
     assert len(list(lora_linears(ours))) == 3
     for linear in lora_linears(ours):
         linear.factors[1].data.normal_()
@@ -284,7 +286,7 @@ def test_peft_saves_and_loads_the_adapters(tmp_path: Path) -> None:
     ours.save_pretrained(tmp_path)
     plain = build_model(SIZES, 5)
     plain.load_state_dict(weights)
-    theirs = PeftModel.from_pretrained(plain, tmp_path).eval()
+    theirs = PeftModel.from_pretrained(plain, tmp_path / ADAPTER_NAME).eval()
     assert not list(lora_linears(theirs))
     torch.testing.assert_close(theirs(x).logits, expected, rtol=1e-5, atol=1e-6)
 
@@ -292,9 +294,9 @@ def test_peft_saves_and_loads_the_adapters(tmp_path: Path) -> None:
 def test_a_full_plan_has_nothing_to_freeze_below_but_what_comes_before() -> None:
     module = build_model(SIZES, 5)
     layout = find_layout(module, FAMILIES)
-    half = freeze_below(full_plan(layout, init_seed=0), layout, 3)
+    half = plan_of(PhaseSpec("full", freeze_below=3), layout, seed=0)
     assert half.trainable == {name for name in layout.parameters
                               if name.startswith(("classifier", "vit.layernorm", "vit.layers.3.", "vit.layers.4.",
                                                   "vit.layers.5."))}
     with pytest.raises(ValueError, match="no family has a layer 6"):
-        freeze_below(half, layout, 6)
+        plan_of(PhaseSpec("full", freeze_below=6), layout, seed=0)

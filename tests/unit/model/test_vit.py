@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from support.plans import warmup_plan
 
 from prelora_ds.config.tree import FAMILIES, ModelConfig
-from prelora_ds.core.phases import warmup_plan
 from prelora_ds.errors import ConfigError
 from prelora_ds.model.adapters import attach_adapters
 from prelora_ds.model.families import find_layout, named_parameters
@@ -61,8 +61,8 @@ def test_compiled_blocks_give_the_same_losses_and_gradients() -> None:
         torch.manual_seed(0)
         model = build_model(ModelConfig(**SIZES), 7).train()
         layout = find_layout(model, FAMILIES)
-        plan = warmup_plan(layout, {family: {0: 4} for family in FAMILIES}, alpha_over_r=1.0, init_seed=0, since_step=0)
-        attach_adapters(model, plan, dropout=0.0)
+        plan = warmup_plan(layout, {family: {0: 4} for family in FAMILIES})
+        attach_adapters(model, plan, layout, dropout=0.0)
         for name, p in named_parameters(model).items():
             torch.nn.init.normal_(p, std=0.1)
             p.requires_grad_(".lora_" in name)  # the fast LoRA linear under the compiler, as in the LoRA phase

@@ -8,18 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from support.plans import full_plan, lora_plan, warmup_plan
 
 from prelora_ds.config.load import validate
 from prelora_ds.config.tree import FAMILIES, Config, ModelConfig
-from prelora_ds.core.phases import full_plan, lora_plan, warmup_plan
-from prelora_ds.core.plan import Layout
+from prelora_ds.core.layout import Layout
 from prelora_ds.cost.candidates import USABLE, setting, settings
 from prelora_ds.cost.timing import KINDS
 from prelora_ds.errors import ConfigError
 from prelora_ds.hosts.discovery import Ranks
 from prelora_ds.model.families import find_layout
 from prelora_ds.model.vit import build_model
-from prelora_ds.run.autosize import settle
+from prelora_ds.run.autosize import resolve_auto
 
 MODEL = {"image_size": 64, "patch_size": 8, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
          "intermediate_size": 512}
@@ -33,8 +33,11 @@ def layout() -> Layout:
 
 
 def config(phases: dict[str, Any], zero: dict[str, Any] | None = None, **sections: Any) -> Config:
+    machine = {key: phases[key] for key in ("memory_gib", "calibration") if key in phases}
+    phases = {name: own for name, own in phases.items() if name not in machine}
     return validate({
-        "run": {"name": "auto", "output_dir": "-"}, "model": MODEL, "data": {"train": "-", "val": "-"},
+        "machine": machine, "run": {"name": "auto", "output_dir": "-"}, "model": MODEL,
+        "data": {"train": "-", "val": "-"},
         "train": {"duration": "9 steps", "global_batch_size": 64, "micro_batch_size": 2},
         "convergence": {"tau": 1, "zeta": 1}, "deepspeed": {"zero_optimization": zero or {"stage": 3}},
         "phases": phases, **sections}, "test")
@@ -49,60 +52,59 @@ def calibration(folder: Path, **seconds: float) -> str:
 
 def test_without_auto_the_config_stays(layout: Layout) -> None:
     cfg = config({"lora": {"zero_stage": 1, "micro_batch_size": 4}})
-    assert settle(cfg, layout, FIRST) is cfg
+    assert resolve_auto(cfg, layout, FIRST) is cfg
 
 
 def test_with_room_for_all_a_rank_takes_its_share_at_once_and_gathers_no_frozen_base(layout: Layout) -> None:
     cfg = config({"lora": {"zero_stage": "auto", "micro_batch_size": "auto"}, "memory_gib": 64})
-    lora = settle(cfg, layout, FIRST).for_phase("lora")
+    lora = resolve_auto(cfg, layout, FIRST).for_phase("lora")
     assert (lora.zero.stage, lora.train.micro_batch_size, lora.grad_accum_steps(4)) == (0, 16, 1)
     assert lora.train.global_batch_size == 64
-    assert settle(cfg, layout, FIRST).for_phase("full") == cfg.for_phase("full")
+    resolved = resolve_auto(cfg, layout, FIRST).for_phase("full")
+    assert (resolved.train, resolved.deepspeed) == (cfg.train, cfg.deepspeed)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_micro_batch_is_the_largest_that_fits(layout: Layout, stage: int) -> None:
-    warmup = warmup_plan(layout, {f: dict.fromkeys(layers, 64) for f, layers in layout.targets.items()},
-                         alpha_over_r=1.0, init_seed=0, since_step=0)
-    lora = lora_plan(layout, warmup, train_rest=True, since_step=0)
+    warmup = warmup_plan(layout, {f: dict.fromkeys(layers, 64) for f, layers in layout.targets.items()})
+    lora = lora_plan(layout, warmup)
     base = config({"lora": {"zero_stage": stage}}).for_phase("lora")
     peaks = {micro: setting(base, lora, layout, base.zero, 4, micro).peak_bytes for micro in (1, 2, 4, 8, 16)}
     assert sorted(peaks.values()) == list(peaks.values())
     for micro, peak in peaks.items():
         phases = {"lora": {"zero_stage": stage, "micro_batch_size": "auto"}}
         room = peak / 2**30 / USABLE
-        settled = settle(config(phases | {"memory_gib": room * (1 + 1e-9)}), layout, FIRST).for_phase("lora")
+        settled = resolve_auto(config(phases | {"memory_gib": room * (1 + 1e-9)}), layout, FIRST).for_phase("lora")
         largest = max(other for other in peaks if peaks[other] <= peak)  # buckets may outweigh one more image
         assert (settled.train.micro_batch_size, settled.zero.stage) == (largest, stage)
         if micro == 1:
             with pytest.raises(ConfigError, match="no setting fits"):
-                settle(config(phases | {"memory_gib": room * (1 - 1e-6)}), layout, FIRST)
+                resolve_auto(config(phases | {"memory_gib": room * (1 - 1e-6)}), layout, FIRST)
 
 
 def test_the_stage_of_least_predicted_time_is_taken(layout: Layout, tmp_path: Path,
                                                     capsys: pytest.CaptureFixture[str]) -> None:
     phases = {"lora": {"zero_stage": "auto"}, "warmup": {"zero_stage": "auto"}, "memory_gib": 64}
     rates = calibration(tmp_path, wire_gb=1.0, state_gb=1e-3)
-    slow_wire = settle(config(phases | {"calibration": rates}), layout, FIRST)
+    slow_wire = resolve_auto(config(phases | {"calibration": rates}), layout, FIRST)
     assert slow_wire.for_phase("lora").zero.stage == 1  # stage 0 would accumulate, which it refuses
     assert slow_wire.for_phase("warmup").zero.stage == 1
     said = capsys.readouterr().out
     assert "auto: warmup: ZeRO 1, micro-batch 2" in said and "auto: lora: ZeRO 1" in said and "a test" in said
-    settle(config(phases), layout, Ranks(1, 1, 4))
+    resolve_auto(config(phases), layout, Ranks(1, 1, 4))
     assert capsys.readouterr().out == ""  # one message, not one a rank
 
 
 def test_a_phase_that_needs_no_offload_has_none_and_one_that_does_keeps_it(layout: Layout, tmp_path: Path) -> None:
     zero = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
     phases = {"lora": {"zero_stage": "auto"}, "calibration": calibration(tmp_path, host_gb=9.0, state_gb=1.0)}
-    roomy = settle(config(phases | {"memory_gib": 64}, zero), layout, FIRST).for_phase("lora")
+    roomy = resolve_auto(config(phases | {"memory_gib": 64}, zero), layout, FIRST).for_phase("lora")
     assert not roomy.zero.offload_optimizer and "offload_optimizer" not in roomy.deepspeed["zero_optimization"]
     base = config(phases, zero).for_phase("lora")
-    warmup = warmup_plan(layout, {f: dict.fromkeys(layers, 64) for f, layers in layout.targets.items()},
-                         alpha_over_r=1.0, init_seed=0, since_step=0)
-    lora = lora_plan(layout, warmup, train_rest=True, since_step=0)
+    warmup = warmup_plan(layout, {f: dict.fromkeys(layers, 64) for f, layers in layout.targets.items()})
+    lora = lora_plan(layout, warmup)
     tight = min(setting(base, lora, layout, config({}, {**zero, "stage": s}).zero, 4, 2).peak_bytes for s in (2, 3))
-    offloaded = settle(config(phases | {"memory_gib": tight * 1.0001 / 2**30 / USABLE}, zero), layout, FIRST)
+    offloaded = resolve_auto(config(phases | {"memory_gib": tight * 1.0001 / 2**30 / USABLE}, zero), layout, FIRST)
     assert offloaded.for_phase("lora").zero.offload_optimizer
 
 
@@ -110,17 +112,17 @@ def test_micro_batches_are_even_where_pairs_are_mixed(layout: Layout) -> None:
     cfg = config({"lora": {"micro_batch_size": "auto"}, "memory_gib": 64},
                  train={"duration": "9 steps", "global_batch_size": 24, "micro_batch_size": 2},
                  data={"train": "-", "val": "-", "mixup": 0.2})
-    sizes = [s.micro_batch_size for s in settings(cfg, full_plan(layout, init_seed=0), layout, cfg.zero, 2)]
+    sizes = [s.micro_batch_size for s in settings(cfg.for_phase("full"), full_plan(layout), layout, cfg.zero, 2)]
     assert sizes == [2, 4, 6, 12]
 
 
 def test_merged_weights_are_never_split(layout: Layout) -> None:
     cfg = config({"lora": {"zero_stage": "auto"}, "memory_gib": 64}, lora={"mode": "merged"})
-    assert settle(cfg, layout, FIRST).for_phase("lora").zero.stage != 3
+    assert resolve_auto(cfg, layout, FIRST).for_phase("lora").zero.stage != 3
 
 
 @pytest.mark.parametrize(("phases", "sections", "key"), [
-    ({"lora": {"zero_stage": "auto"}, "calibration": "none.json"}, {}, "phases.calibration"),
+    ({"lora": {"zero_stage": "auto"}, "calibration": "none.json"}, {}, "machine.calibration"),
     ({"lora": {"micro_batch_size": "auto"}, "memory_gib": 1e-3}, {}, "phases.lora"),
     ({"lora": {"micro_batch_size": "auto"}},
      {"model": {"factory": "a:b", "families": {"q": r"(?P<layer>\d+)"}}, "lora": {"families": ["q"]}}, "phases"),
@@ -128,7 +130,7 @@ def test_merged_weights_are_never_split(layout: Layout) -> None:
 def test_what_cannot_be_settled_names_its_key(layout: Layout, phases: dict[str, Any], sections: dict[str, Any],
                                               key: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        settle(config(phases, **sections), layout, FIRST)
+        resolve_auto(config(phases, **sections), layout, FIRST)
     assert str(refused.value).startswith(f"{key} =")
 
 

@@ -66,8 +66,8 @@ def test_a_new_run_may_have_other_rates_and_data_and_a_resumed_one_may_not(tmp_p
     source, out = checkpoint(tmp_path / "old", 15), tmp_path / "old"
     others = DATA | {"data.train": "100 samples, index 00000000"}
     assert claim(tmp_path / "new", str(source), "optimizer.lr=0.5", data=others) == [source]
-    with pytest.raises(ConfigError, match=r"lora.r_max = 8: was 4 in"):
-        claim(tmp_path / "newer", str(source), "lora.r_max=8")
+    with pytest.raises(ConfigError, match=r"model.hidden_size = 48: was 32 in"):
+        claim(tmp_path / "newer", str(source), "model.hidden_size=48")
     assert not (tmp_path / "newer/config.yaml").exists()
     (out / "config.yaml").write_text((tmp_path / "new/config.yaml").read_text().replace("0.5", "0.001"))
     begin(out)
@@ -276,12 +276,19 @@ def test_a_checkpoint_that_was_moved_and_linked_back_is_still_the_run_s_own(tmp_
         claim(out, "auto", "optimizer.lr=1")
 
 
-def test_a_new_run_without_a_test_does_not_begin_in_a_warmup_that_nothing_would_end(tmp_path: Path) -> None:
+def test_a_fork_keeps_the_phases_that_its_checkpoint_has_begun(tmp_path: Path) -> None:
+    """Later ones may change, and so may the end of the one that it is in. The phase of 0.1.0 has no index."""
     def in_warmup(state: dict[str, Any]) -> None:
         state["run"]["phase"] = {"plan": {"phase": "warmup"}}
 
     saved = checkpoint(tmp_path / "old", 10, change=in_warmup)
-    with pytest.raises(ConfigError, match="would never end the warm-up") as caught:
-        claim(tmp_path / "new", str(saved), "convergence=null")
-    assert caught.value.key == "convergence"
-    assert claim(tmp_path / "new", str(saved)) == [saved]
+    for fork in (["lora.warmup=9 steps"], ["lora.train_rest=false"], []):
+        assert claim(tmp_path / f"new{len(fork)}", str(saved), *fork) == [saved]
+    for override, key in (("convergence=null", "phases.full.until"), ("lora.r_max=8", "phases.warmup.adapters"),
+                          ("convergence.tau=1", "phases.full.until")):
+        with pytest.raises(ConfigError, match="which is in phase warmup") as caught:
+            claim(tmp_path / "other", str(saved), override)
+        assert caught.value.key == key
+    early = checkpoint(tmp_path / "early", 5)
+    for fork in ("convergence.tau=1", "lora.r_max=8", "convergence=null"):
+        assert claim(tmp_path / fork, str(early), fork) == [early]

@@ -14,10 +14,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.plans import full_plan
 
 from prelora_ds.core.divergence import DivergenceWatch
-from prelora_ds.core.phases import full_plan
-from prelora_ds.core.plan import Layout
+from prelora_ds.core.layout import Layout
 from prelora_ds.errors import ConfigError
 from prelora_ds.run.checkpoints.checkpoint_folder import (
     MANIFEST,
@@ -48,7 +48,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     moments = {"exp_avg": torch.ones(32), "exp_avg_sq": torch.ones(32)}
     slices = {"a.weight": Slice(0, torch.arange(32.0), moments), "a.bias": Slice(0, torch.arange(8.0))}
     write_part(EngineState(slices), folder / PART, {"rng": "{}"})
-    run = RunState(3, PhaseState(full_plan(LAYOUT, init_seed=0)), DivergenceWatch())
+    run = RunState(3, PhaseState(full_plan(LAYOUT)), DivergenceWatch())
     counters = {"global_steps": 3, "global_samples": 24, "micro_steps": 3, "skipped_steps": 0}
     document = {"run": run.to_json(run.phase.plan), "adam_steps": {"a.weight": 3}, "counters": counters,
                 "num_labels": 8, "data": {}, "config": {}}

@@ -32,8 +32,8 @@ def test_a_run_without_a_checkpoint_is_not_told_to_begin_another_from_it(tmp_pat
     assert caught.value.remedy == ("set optimizer.lr=0.001, or choose another run.output_dir and "
                                    f"begin it with --resume {out}")
     with pytest.raises(ConfigError) as caught:  # which a new run may not have either
-        claim(out, "auto", "lora.r_max=8")
-    assert caught.value.remedy == "set lora.r_max=4, or choose another run.output_dir"
+        claim(out, "auto", "model.hidden_size=48")
+    assert caught.value.remedy == "set model.hidden_size=32, or choose another run.output_dir"
 
 
 VALUES = st.recursive(
@@ -128,8 +128,8 @@ def test_a_renamed_key_is_read_by_the_one_table(
         state["config"]["seed"] = state["config"]["run"].pop("seed")
     saved = checkpoint(tmp_path / "old", 10, change=change)
     assert claim(tmp_path / "new", str(saved)) == [saved]
-    with pytest.raises(ConfigError, match=r"lora.r_max = 8: was 4 in"):
-        claim(tmp_path / "newer", str(saved), "lora.r_max=8")
+    with pytest.raises(ConfigError, match=r"run.seed = 8: was 0 in"):
+        claim(tmp_path / "newer", str(saved), "run.seed=8")
     recipe = tmp_path / "r.yaml"
     debug = Path("launch/recipes/vit_tiny_debug.yaml").read_text()
     recipe.write_text(debug.replace("r_max:", "highest:"))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prelora_ds.core.convergence import (
+from prelora_ds.core.switch_tests.prelora import (
     Observation,
     Verdict,
     WindowStats,

@@ -219,3 +219,22 @@ def _with_keys(
     norms: Mapping[str, Mapping[Any, float]], key: Callable[[Any], _Layer]
 ) -> dict[str, dict[_Layer, float]]:
     return {family: {key(layer): norm for layer, norm in layers.items()} for family, layers in norms.items()}
+
+
+@dataclass(frozen=True)
+class PreloraTest:
+    """Algorithm 1 with its parameters: ``tau`` and ``zeta`` in per cent, ``k`` windows of ``m`` observations."""
+
+    tau: float
+    zeta: float
+    k: int = 3
+    m: int = 3
+    statistic: str = "mean"
+    aggregate: str = "norm_of_mean"
+    title = "Algorithm 1"
+
+    def close(self, index: int, observations: Sequence[Observation]) -> WindowStats:
+        return close_window(index, observations, self.statistic)
+
+    def __call__(self, windows: Sequence[WindowStats]) -> Verdict:
+        return partially_converged(windows, k=self.k, tau=self.tau, zeta=self.zeta, aggregate=self.aggregate)

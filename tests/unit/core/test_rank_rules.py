@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prelora_ds.core.ranks import assign_ranks
+from prelora_ds.core.rank_rules.prelora import assign_ranks
 
 # Away from subnormals, where scaling by a power of two is no longer exact.
 CHANGE = st.one_of(st.just(0.0), st.floats(1e-6, 1e6))
@@ -50,8 +50,8 @@ def test_each_family_is_scaled_by_itself() -> None:
 
 
 @pytest.mark.parametrize(("r_min", "r_max", "message"), [
-    (6, 64, "r_min 6 is no power of two"), (8, 48, "r_max 48 is no power of two"),
-    (0, 64, "r_min 0 is no power of two"), (-8, 64, "r_min -8 is no power of two"),
+    (6, 64, "r_min 6 is not a power of two"), (8, 48, "r_max 48 is not a power of two"),
+    (0, 64, "r_min 0 is not a power of two"), (-8, 64, "r_min -8 is not a power of two"),
     (64, 8, "r_min 64 is larger than r_max 8"),
 ])
 def test_bad_bounds(r_min: int, r_max: int, message: str) -> None:

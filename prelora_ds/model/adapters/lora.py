@@ -1,4 +1,4 @@
-"""The fast LoRA linear: peft's layout and names, with a forward and backward pass of its own.
+"""LoRA, the half that computes: peft's layout and names, with a forward and backward pass of its own.
 
 peft's own forward stores the input twice over, leaves the branch's output to autograd, and with fp32 adapters casts the
 whole input. Here the branch is added into the output of the frozen linear, and backward computes and stores what
@@ -6,23 +6,32 @@ somebody asked for: no gradient of a frozen weight, and for an adapter that is i
 
 y = x W^T + bias + s (x A^T) B^T, with x [..., in], W [out, in], A [rank, in], B [out, rank] (LoRA, Hu et al. 2021).
 
+Kernels:
+
 branch: the product above.
 merged: one GEMM on bf16(W + s B A), merged once per optimizer step from an fp32 base (a merge into bf16(W) would round
     most of B A away); backward has skinny products only beside it. For a W that is frozen and whole on this rank.
-fa: the branch with A frozen (LoRA-FA, Zhang et al. 2023): backward needs x A^T and no x.
+peft: peft's own forward pass.
+
+An A that does not train (LoRA-FA, Zhang et al. 2023) keeps x A^T for backward and not x.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import inject_adapter_in_model
 from peft.tuners.lora import Linear as PeftLinear
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-ADAPTER_NAME = "default"
+from prelora_ds.core.adapters import AdapterSpec, Lora, Shape
+from prelora_ds.model.families import ADAPTER_NAME
 
 
 class LoraLinear(PeftLinear):
@@ -121,3 +130,84 @@ def merge_bases(module: nn.Module) -> None:
     for linear in lora_linears(module):
         if linear.base is not None:
             linear.merge_base()
+
+
+def peft_config(specs: Mapping[str, AdapterSpec], dropout: float) -> PeftLoraConfig:
+    """The peft config of the adapters ``specs`` (path of a linear -> spec), as it stands in an adapter_config.json."""
+    alphas = {path: spec.scaling * _rank(spec) for path, spec in specs.items()}
+    some = next(iter(specs))
+    return PeftLoraConfig(
+        target_modules=sorted(specs),
+        r=_rank(specs[some]),
+        lora_alpha=alphas[some],  # type: ignore[arg-type]  # peft says int and takes any number
+        rank_pattern={path: _rank(spec) for path, spec in specs.items()},
+        alpha_pattern=alphas,
+        lora_dropout=dropout,
+    )
+
+
+def attach(module: nn.Module, specs: Mapping[str, AdapterSpec], *, dropout: float, kernel: str) -> None:
+    """Wrap the linears that ``specs`` names, in `LoraLinear` or, with kernel ``peft``, in peft's own class."""
+    config = peft_config(specs, dropout)
+    if kernel != "peft":
+        config._register_custom_module({nn.Linear: LoraLinear})  # peft's door for a layer of one's own
+    inject_adapter_in_model(config, module, adapter_name=ADAPTER_NAME)
+
+
+def attached(module: nn.Module) -> dict[str, nn.Module]:
+    """Path -> every linear of ``module`` that carries an adapter of this kind."""
+    return {path: m for path, m in module.named_modules() if isinstance(m, PeftLinear)}
+
+
+def check(path: str, linear: nn.Module, spec: AdapterSpec) -> None:
+    """Compare the realised rank and scaling with the plan's. Raises RuntimeError that names the first difference.
+
+    peft accepts a rank_pattern key that matches nothing without a word, and gives another scaling where an
+    alpha_pattern is missing.
+    """
+    assert isinstance(linear, PeftLinear)
+    weight = linear.lora_A[ADAPTER_NAME].weight
+    rank = getattr(weight, "ds_shape", weight.shape)[0]
+    if (linear.r[ADAPTER_NAME], rank) != (spec.rank, spec.rank):
+        raise RuntimeError(f"{path}: rank {rank} realised, {spec.rank} planned")
+    scaling = linear.scaling[ADAPTER_NAME]
+    if not math.isclose(scaling, spec.scaling, rel_tol=1e-12):
+        raise RuntimeError(f"{path}: scaling {scaling} realised, {spec.scaling} planned")
+
+
+def set_active(linear: nn.Module, active: bool) -> None:
+    """Let the adapter of ``linear`` train, or only add its part.
+
+    Raises RuntimeError where peft's forward pass, which knows no inactive adapter, would train it all the same.
+    """
+    if isinstance(linear, LoraLinear) and isinstance(linear.lora_dropout[ADAPTER_NAME], nn.Identity):
+        linear.active = active
+    elif not active:
+        raise RuntimeError("an inactive adapter needs adapters.mode branch or merged, without dropout: peft's forward "
+                           "pass would train it all the same")
+
+
+def initial(name: str, leaf: str, shape: Shape, spec: AdapterSpec) -> torch.Tensor:
+    """The first value of the parameter ``name``, fp32: A kaiming-uniform(sqrt 5), B zero (LoRA, section 4.1).
+
+    It depends on the spec's seed and on ``name`` alone, so every rank at every world size draws the same.
+    """
+    value = torch.zeros(shape)
+    if leaf == Lora.A:
+        digest = hashlib.sha256(f"{spec.seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
+    return value
+
+
+def effective(weight: torch.Tensor, values: Mapping[str, torch.Tensor], spec: AdapterSpec) -> torch.Tensor:
+    """``W + s B A`` in fp32, whatever the inputs' dtype.
+
+    Shapes: W [out, in]; ``values`` holds A [rank, in] and B [out, rank] by their leaves.
+    """
+    return torch.addmm(weight.float(), values[Lora.B].float(), values[Lora.A].float(), alpha=spec.scaling)
+
+
+def _rank(spec: AdapterSpec) -> int:
+    assert spec.rank is not None
+    return spec.rank

@@ -1,0 +1,280 @@
+"""`phases:` of a recipe: a list of phases, or a preset with settings for single phases."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from prelora_ds.config.fields import DurationField, FieldError, Positive, Share, Strict, Text
+from prelora_ds.core.adapters import KINDS
+from prelora_ds.core.duration import Duration
+from prelora_ds.core.phases import Adapters, PhaseSpec
+from prelora_ds.core.plan import ADAPTERS, BASE
+from prelora_ds.core.rank_rules import RankRule
+from prelora_ds.core.rank_rules.prelora import PreloraRanks
+from prelora_ds.core.rank_rules.uniform import UniformRank
+from prelora_ds.core.switch_tests import SwitchTest
+from prelora_ds.core.switch_tests.prelora import PreloraTest
+from prelora_ds.core.trainable import SETS
+
+FAMILIES = ("q", "k", "v", "o", "fc1", "fc2")
+Mode = Literal["auto", "peft", "branch", "merged"]
+
+
+class PhaseSettings(Strict):
+    """How a phase is run: what may differ between two jobs of one run. The global batch never does.
+
+    ``zero_stage`` is short for a ``deepspeed`` section with another stage; ``deepspeed`` replaces the whole section.
+    ``auto`` is resolved at the start of a run (`prelora_ds.run.autosize`): the largest micro-batch that fits, and
+    the stage with the least predicted step time.
+    """
+
+    micro_batch_size: Positive | Literal["auto"] | None = None
+    zero_stage: Literal[0, 1, 2, 3, "auto"] | None = None
+    deepspeed: dict[str, Any] | None = None
+
+    @property
+    def is_auto(self) -> bool:
+        return "auto" in (self.micro_batch_size, self.zero_stage)
+
+
+class PreloraRule(Strict):
+    """PreLoRA Algorithm 2: powers of two from ``r_min`` to ``r_max``, by how much each layer still moves."""
+
+    rule: Literal["prelora"]
+    r_min: Positive = 8
+    r_max: Positive = 64
+
+    @model_validator(mode="after")
+    def _ranks_are_powers_of_two(self) -> PreloraRule:
+        check_powers_of_two(self.r_min, self.r_max)
+        return self
+
+
+class PreloraUntil(Strict):
+    """PreLoRA Algorithm 1: k windows of m observations, ``tau`` and ``zeta`` in per cent."""
+
+    test: Literal["prelora"]
+    tau: Annotated[float, Field(gt=0)]
+    zeta: Annotated[float, Field(gt=0)]
+    k: Annotated[int, Field(ge=2)] = 3
+    m: Positive = 3
+    statistic: Literal["mean", "last"] = "mean"
+    aggregate: Literal["norm_of_mean", "mean_of_layers"] = "norm_of_mean"
+
+
+class AdaptersConfig(Strict):
+    """The adapters of a phase.
+
+    ``from``: ``fresh`` attaches new ones where there are none; ``keep`` takes over those of the phase before, and may
+    change how they train (``dropout``, ``weight_decay``, ``mode``). ``rank`` gives all of them one rank, ``ranks``
+    names a rule. ``alpha_over_r`` is LoRA's scaling, the same for every rank. ``mode`` is how a linear with an adapter
+    computes (`prelora_ds.model.adapters.lora`); ``auto`` is the one that was measured to be fastest
+    (`Config.kernel`). ``options`` are those of the kind (`prelora_ds.core.adapters`).
+    """
+
+    kind: Text = "lora"
+    rank: Positive | None = None
+    ranks: PreloraRule | None = None
+    families: tuple[str, ...] | None = None
+    alpha_over_r: Annotated[float, Field(gt=0)] = 1.0
+    dropout: Share = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    mode: Mode = "auto"
+    options: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    from_: Literal["fresh", "keep"] = Field(default="fresh", alias="from")
+
+    @model_validator(mode="after")
+    def _kind_can(self) -> AdaptersConfig:
+        if self.kind not in KINDS:
+            raise FieldError("kind", self.kind, f"is not a kind of adapter; known are {', '.join(KINDS)}")
+        can = KINDS[self.kind].can
+        if self.mode not in ("auto", *can.kernels):
+            raise FieldError("mode", self.mode, f"is not how the kind {self.kind} computes; choose auto, "
+                             f"{', '.join(can.kernels)}")
+        check_families(self.families)
+        given = [key for key in ("rank", "ranks") if getattr(self, key) is not None]
+        if self.from_ == "keep":
+            own = [key for key in ("kind", "rank", "ranks", "families", "alpha_over_r", "options")
+                   if getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True)]
+            if own:
+                raise FieldError(own[0], getattr(self, own[0]), "is of adapters that begin, and from: keep takes over "
+                                 "those that are there; leave it out")
+        elif len(given) != 1:
+            raise FieldError("rank", self.rank, "give either rank, one for all, or ranks, a rule")
+        return self
+
+    @property
+    def rank_rule(self) -> RankRule:
+        if self.ranks is not None:
+            return PreloraRanks(self.ranks.r_min, self.ranks.r_max)
+        assert self.rank is not None, "adapters that begin have rank or ranks"
+        return UniformRank(self.rank)
+
+
+def _kind_of_until(value: Any) -> str:
+    return "as a test" if isinstance(value, dict | PreloraUntil) else "as a duration"
+
+
+Until = Annotated[Annotated[DurationField, Tag("as a duration")] | Annotated[PreloraUntil, Tag("as a test")],
+                  Discriminator(_kind_of_until)]
+
+
+class PhaseConfig(PhaseSettings):
+    """A phase of the method.
+
+    ``adapters``: left out, those that are there stay; ``none``: there are none. ``train``: ``all``, or a list of
+    adapters, head, norms, biases, embeddings, rest, or a regular expression over names of parameters
+    (`prelora_ds.core.trainable`). ``until``: a duration or a test; the last phase has none, because it lasts as long
+    as the run. ``lr_scale``: a factor of the learning rate, or one for each of base, adapters, or a role of the kind.
+    ``rewarm``: how long the learning rate rises again when the phase begins. ``freeze_below``: all that the model
+    defines before this layer is frozen.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]
+    adapters: AdaptersConfig | Literal["none"] | None = None
+    train: str | tuple[str, ...] = "all"
+    until: Until | None = None
+    lr_scale: Annotated[float, Field(gt=0)] | dict[str, Annotated[float, Field(gt=0)]] = 1.0
+    rewarm: DurationField | None = None
+    freeze_below: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _words_are_known(self) -> PhaseConfig:
+        for word in self.trained:
+            if word not in ("all", *SETS):
+                try:
+                    re.compile(word)
+                except re.error as exc:
+                    raise FieldError("train", word, "is neither one of all, "
+                                     f"{', '.join(SETS)} nor a regular expression: {exc}") from exc
+        if not self.trained:
+            raise FieldError("train", [], "a phase that trains nothing does nothing")
+        roles = {role for kind in KINDS.values() for role in kind.roles()}
+        for role, factor in self.lr_scale.items() if isinstance(self.lr_scale, dict) else ():
+            if role not in (BASE, ADAPTERS, *roles):
+                raise FieldError(f"lr_scale.{role}", factor,
+                                 f"is not a role; known are {', '.join((BASE, ADAPTERS, *sorted(roles)))}")
+        return self
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        return (self.train,) if isinstance(self.train, str) else self.train
+
+    @property
+    def begins(self) -> AdaptersConfig | None:
+        """The adapters that begin with this phase."""
+        own = self.adapters
+        return own if isinstance(own, AdaptersConfig) and own.from_ == "fresh" else None
+
+    def spec(self, families: Sequence[str]) -> PhaseSpec:
+        """The phase as the controller takes it. families: of adapters that name none."""
+        own = self.begins
+        adapters = None if own is None else Adapters(own.kind, tuple(own.families or families), own.rank_rule,
+                                                     own.alpha_over_r, own.options)
+        scale: Mapping[str, float] = self.lr_scale if isinstance(self.lr_scale, dict) else {
+            BASE: self.lr_scale, ADAPTERS: self.lr_scale}
+        scale = {role: factor for role, factor in scale.items() if factor != 1.0}
+        return PhaseSpec(self.name, adapters, self.trained, _until(self.until), scale, self.rewarm, self.freeze_below)
+
+
+class PresetConfig(Strict):
+    """A method by its name, and settings of its phases.
+
+    ``full``: all parameters train to the end. ``prelora``: phases full, warmup and lora, with the parameters in
+    `convergence` and `lora`. By default it is prelora where `convergence` is given, and full where it is not.
+    """
+
+    preset: Literal["full", "prelora"] | None = None
+    full: PhaseSettings = PhaseSettings()
+    warmup: PhaseSettings = PhaseSettings()
+    lora: PhaseSettings = PhaseSettings()
+
+
+def _kind_of_phases(value: Any) -> str:
+    return "as a list" if isinstance(value, list | tuple) else "as a preset"
+
+
+PhasesField = Annotated[Annotated[PresetConfig, Tag("as a preset")] |
+                        Annotated[tuple[PhaseConfig, ...], Tag("as a list")], Discriminator(_kind_of_phases)]
+
+
+def check_method(phases: Sequence[PhaseConfig]) -> None:
+    """Raise FieldError, by a key below `phases`, for a list of phases that cannot be run one after the other."""
+    if not phases:
+        raise FieldError("", [], "a method has at least one phase")
+    names = [phase.name for phase in phases]
+    for name in names:
+        if names.count(name) > 1:
+            raise FieldError(f"{name}.name", name, "two phases have this name")
+    tests = any(isinstance(phase.until, PreloraUntil) for phase in phases)
+    there: AdaptersConfig | None = None
+    for i, phase in enumerate(phases):
+        _check_until(phase, last=i + 1 == len(phases))
+        there = _check_adapters(phase, there, first=i == 0, tests=tests)
+
+
+def _check_until(phase: PhaseConfig, *, last: bool) -> None:
+    if last and phase.until is not None:
+        raise FieldError(f"{phase.name}.until", _written(phase.until),
+                         "is of the last phase, which lasts as long as the run; leave it out")
+    if not last and phase.until is None:
+        raise FieldError(f"{phase.name}.until", None,
+                         'is required, because another phase follows; give a duration ("20 epochs") or a test')
+
+
+def _check_adapters(phase: PhaseConfig, there: AdaptersConfig | None, *, first: bool,
+                    tests: bool) -> AdaptersConfig | None:
+    """The adapters that are there during ``phase``, where ``there`` were before."""
+    own, key = phase.adapters, f"{phase.name}.adapters"
+    if own == "none" and there is not None:
+        raise FieldError(key, "none", "would lose what the adapters of the phase before have learned; leave the key "
+                         "out, which keeps them")
+    if isinstance(own, AdaptersConfig):
+        if own.from_ == "keep" and there is None:
+            raise FieldError(f"{key}.from", "keep", "there are no adapters before this phase; choose fresh")
+        if own.from_ == "fresh" and there is not None:
+            raise FieldError(f"{key}.from", "fresh", "would lose what the adapters of the phase before have learned; "
+                             "choose keep")
+        if own.ranks is not None and (first or not tests):
+            raise FieldError(f"{key}.ranks.rule", "prelora", "rests on the windows of a test, and no phase before this "
+                             "one closes any; give a rank, or let an earlier phase end by a test")
+        there = own
+    words = phase.trained
+    if there is None and "adapters" in words:
+        raise FieldError(f"{phase.name}.train", list(words), "names adapters, and there are none in this phase")
+    if there is not None and phase.zero_stage not in (None, "auto"):
+        stages = KINDS[there.kind].can.zero_stages
+        if phase.zero_stage not in stages:
+            raise FieldError(f"{phase.name}.zero_stage", phase.zero_stage, f"adapters of the kind {there.kind} train "
+                             f"at ZeRO stages {', '.join(map(str, sorted(stages)))}")
+    return there
+
+
+def check_families(families: Sequence[str] | None) -> None:
+    """Raise FieldError unless ``families`` are names, each given once."""
+    if families is not None and (not families or len(set(families)) != len(families)):
+        raise FieldError("families", list(families), "families must name each family once")
+
+
+def check_powers_of_two(r_min: int, r_max: int) -> None:
+    """Raise FieldError for bounds that Algorithm 2 cannot choose between."""
+    for name, rank in (("r_min", r_min), ("r_max", r_max)):
+        if rank & (rank - 1):
+            raise FieldError(name, rank, f"{name} {rank} is not a power of two; Algorithm 2 chooses among powers of "
+                             f"two, for example {1 << rank.bit_length() - 1} or {1 << rank.bit_length()}")
+    if r_min > r_max:
+        raise FieldError("r_min", r_min, f"r_min {r_min} is larger than r_max {r_max}")
+
+
+def _until(until: Duration | PreloraUntil | None) -> Duration | SwitchTest | None:
+    if isinstance(until, PreloraUntil):
+        return PreloraTest(until.tau, until.zeta, until.k, until.m, until.statistic, until.aggregate)
+    return until
+
+
+def _written(until: Duration | PreloraUntil) -> Any:
+    return str(until) if isinstance(until, Duration) else until.model_dump(mode="json")

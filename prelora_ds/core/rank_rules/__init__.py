@@ -1,0 +1,32 @@
+"""Rules that give each adapter its rank when a phase begins. One file per rule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from prelora_ds.core.rank_rules.prelora import PreloraRanks
+from prelora_ds.core.rank_rules.uniform import UniformRank
+from prelora_ds.core.switch_tests.prelora import WindowStats
+
+Families = Mapping[str, Sequence[int]]  # family -> its layers
+
+
+class RankRule(Protocol):
+    """A rule with its parameters, as a recipe names it in `phases.*.adapters.ranks`.
+
+    windows: how many closed windows it looks at. highest: the largest rank that it can give.
+    """
+
+    @property
+    def windows(self) -> int: ...
+
+    @property
+    def highest(self) -> int: ...
+
+    def __call__(self, families: Families, windows: Sequence[WindowStats]) -> Mapping[str, Mapping[int, int]]:
+        """Family -> layer -> rank. Raises ValueError for windows that tell nothing."""
+        ...
+
+
+RANK_RULES: dict[str, type[RankRule]] = {"prelora": PreloraRanks, "uniform": UniformRank}

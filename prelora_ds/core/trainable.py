@@ -1,0 +1,63 @@
+"""The parameters that a phase trains, named by sets."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from prelora_ds.core.adapters import AdapterSpec, kind_of
+from prelora_ds.core.layout import Layout
+
+SETS = ("adapters", "head", "norms", "biases", "embeddings", "rest")
+
+
+def trainable_names(train: Sequence[str], layout: Layout, adapters: Mapping[str, AdapterSpec]) -> frozenset[str]:
+    """The parameters of all ``train``, each a name of `SETS`, ``all``, or a regular expression over whole names.
+
+    all: every parameter, and every leaf of an adapter that its kind lets train.
+    adapters: these leaves alone.
+    head: what the module defines after its last block, without its norms.
+    embeddings: what it defines before its first block.
+    norms: weight and bias of every LayerNorm (a weight of one dimension).
+    biases: every parameter called ``bias``.
+    rest: all that belongs to no linear with an adapter.
+
+    Raises ValueError for an expression that is not one, and for a set or an expression that no parameter matches.
+    """
+    leaves = {f"{path}.{leaf}" for path, spec in adapters.items() for leaf in kind_of(spec).trains(spec)}
+    names: set[str] = set()
+    for name in train:
+        found = _names_of(name, layout, adapters, leaves)
+        if not found:
+            raise ValueError(f"{name!r} matches no parameter of this model")
+        names |= found
+    return frozenset(names)
+
+
+def _names_of(name: str, layout: Layout, adapters: Mapping[str, AdapterSpec], leaves: set[str]) -> set[str]:
+    base = set(layout.parameters)
+    norms = {f"{path}.{leaf}" for path in _norms(layout) for leaf in ("weight", "bias")} & base
+    if name == "all":
+        return base | leaves
+    if name == "adapters":
+        return leaves
+    if name == "norms":
+        return norms
+    if name == "biases":
+        return {key for key in base if key.endswith(".bias")}
+    if name == "embeddings":
+        return set(layout.before(layout.layers()[0]))
+    if name == "head":
+        return set(layout.after_blocks()) - norms
+    if name == "rest":
+        return base - {f"{path}.{leaf}" for path in adapters for leaf in ("weight", "bias")}
+    try:
+        pattern = re.compile(name)
+    except re.error as exc:
+        raise ValueError(f"{name!r} is neither one of all, {', '.join(SETS)} nor a regular expression: {exc}") from exc
+    return {key for key in base | leaves if pattern.fullmatch(key)}
+
+
+def _norms(layout: Layout) -> list[str]:
+    return [name.removesuffix(".weight") for name, shape in layout.parameters.items()
+            if name.endswith(".weight") and len(shape) == 1]
