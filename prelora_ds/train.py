@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from prelora_ds.config.fields import Duration
 from prelora_ds.config.tree import Config
+from prelora_ds.core.codec import from_json, to_json
 from prelora_ds.core.controller import PhaseController, PhaseState
 from prelora_ds.core.convergence import Observation
 from prelora_ds.core.divergence import DivergenceWatch
@@ -149,7 +150,7 @@ def _loop(run: Run, saver: Saver, stop: StopRequest, engine: Engine, state: RunS
         seconds = {"step_s": time.perf_counter() - fetched, "data_s": fetched - begun}
         for slow in stragglers.add(sum(seconds.values()), forward=stats.forward_s, data=stats.data_s):
             run.progress.say(f"warning: {slow}")
-            run.log.plans({"event": "straggler", "step": step, **vars(slow)})
+            run.log.plans({"event": "straggler", "step": step, **to_json(slow)})
         row: dict[str, Any] = {"step": step, "epoch": timeline.epoch_at(step), "phase": engine.plan.phase}
         _stop_if_corrupt(run, stats, micro_batches, row)
         if problem := problem_of(state.watch, step, stats, config.train.divergence):
@@ -214,9 +215,9 @@ def _go_back(run: Run, saver: Saver, engine: Engine, found: Checkpoint) -> tuple
 
 def _decide(run: Run, controller: PhaseController, phase: PhaseState, observation: Observation) -> PhaseState:
     """Rank 0 decides, all ranks take its decision."""
-    after = PhaseState.from_json(on_rank_0(lambda: controller.next(phase, observation).to_json()))
+    after = from_json(PhaseState, on_rank_0(lambda: to_json(controller.next(phase, observation))))
     if [w.index for w in after.windows[-1:]] != [w.index for w in phase.windows[-1:]]:
-        run.log.windows({"phase": phase.plan.phase, **after.windows[-1].to_json(), "tests": after.tests,
+        run.log.windows({"phase": phase.plan.phase, **to_json(after.windows[-1]), "tests": after.tests,
                          "verdict": after.reason if after.tests > phase.tests else None})
         if after.tests > phase.tests:
             run.progress.say(f"window {after.windows[-1].index}: {after.reason}")

@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from prelora_ds.files import replace_file
 LOGS = ("metrics", "plans", "windows")
 
 
-def to_json(value: Any, *, indent: int | None = None) -> str:
+def json_text(value: Any, *, indent: int | None = None) -> str:
     """``value`` as strict JSON: NaN and infinities, which JSON does not have, become null."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
@@ -55,7 +56,7 @@ class JsonLines:
                 self.close()
                 lost = "was removed or replaced; the rows before are lost"
             self._open()
-            self._append((to_json(row) + "\n").encode())
+            self._append((json_text(row) + "\n").encode())
         except OSError as exc:
             return f"cannot be written ({exc.strerror})"
         return lost
@@ -150,7 +151,7 @@ def cut_back(folder: Path, step: int) -> None:
     Raises ConfigError for a log that cannot be understood, and OSError for one that cannot be written.
     """
     for path in _logs_in(folder):
-        kept = "".join(to_json(row) + "\n" for row in rows_until(path, step)).encode()
+        kept = "".join(json_text(row) + "\n" for row in rows_until(path, step)).encode()
         if kept == path.read_bytes():
             continue  # a full disk need not hold it twice
         replace_file(path, kept)
@@ -222,37 +223,35 @@ class RunLog:
             self.monitor.close()
 
 
+@dataclass
 class Meter:
-    """Since the last reset: the sample-weighted loss, seconds of steps and of waiting for data, corrupt samples."""
+    """What has been measured since the last reset.
 
-    def __init__(self) -> None:
-        self.reset()
+    losses: of each step, times its samples. step_s, data_s: seconds of all steps, and of waiting for
+    data. corrupt: samples that could not be read.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    samples: int = 0
+    steps: int = 0
+    step_s: float = 0.0
+    data_s: float = 0.0
+    corrupt: int = 0
 
     def reset(self) -> None:
-        self._losses: list[float] = []
-        self.samples, self.steps, self.corrupt, self.step_s, self.data_s = 0, 0, 0, 0.0, 0.0
+        self.losses = []
+        self.samples = self.steps = self.corrupt = 0
+        self.step_s = self.data_s = 0.0
 
     def add(self, loss: float, samples: int, *, step_s: float, data_s: float, corrupt: int = 0) -> None:
-        self._losses.append(loss * samples)
+        self.losses.append(loss * samples)
         self.samples, self.steps, self.corrupt = self.samples + samples, self.steps + 1, self.corrupt + corrupt
         self.step_s, self.data_s = self.step_s + step_s, self.data_s + data_s
-
-    def to_json(self) -> dict[str, Any]:
-        """All of it, exactly."""
-        return {"losses": self._losses, "samples": self.samples, "steps": self.steps, "step_s": self.step_s,
-                "data_s": self.data_s, "corrupt": self.corrupt}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Meter:
-        meter = cls()
-        meter._losses, meter.samples, meter.steps = list(data["losses"]), data["samples"], data["steps"]
-        meter.step_s, meter.data_s, meter.corrupt = data["step_s"], data["data_s"], data["corrupt"]
-        return meter
 
     @property
     def loss(self) -> float:
         """Mean loss of a sample."""
-        return math.fsum(self._losses) / self.samples
+        return math.fsum(self.losses) / self.samples
 
     def observation(self, step: int, norms: Mapping[str, Mapping[int, float]]) -> Observation:
         """What the phase controller sees of the samples since the last reset."""

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 
 from prelora_ds.config.tree import Config
+from prelora_ds.core.codec import to_json
 from prelora_ds.core.controller import PhaseState
 from prelora_ds.core.plan import Layout, Plan
 from prelora_ds.core.schedule import Timeline
@@ -84,7 +85,7 @@ def begin_plan(run: Run, engine: Engine, phase: PhaseState, switch: Switch | Non
     trainable = sum(math.prod(shapes[name]) for name in engine.plan.trainable)
     run.log.plans({"event": "plan", "step": engine.plan.since_step, "phase": engine.plan.phase, "reason": phase.reason,
                    "trainable_parameters": trainable, "all_parameters": sum(map(math.prod, shapes.values())),
-                   "switch": None if switch is None else switch.to_json(), "plan": engine.plan.to_json()})
+                   "switch": to_json(switch), "plan": to_json(engine.plan)})
     if switch is not None:
         run.progress.say(f"-> {engine.plan.phase} after step {engine.plan.since_step}: {phase.reason}; {trainable:,} "
                          f"parameters train; {switch.released_bytes / 2**20:,.1f} MiB released, all of it gone, "
@@ -111,8 +112,8 @@ def log_bytes(run: Run, engine: Engine, step: int) -> None:
                               lora_mode=engine.config.lora_mode())
     measured = census(engine)
     off = worst_deviation(predicted, measured)
-    run.log.plans({"event": "bytes", "step": step, "phase": engine.plan.phase, "predicted": predicted.to_json(),
+    run.log.plans({"event": "bytes", "step": step, "phase": engine.plan.phase, "predicted": to_json(predicted),
                    "measured": measured, "worst_deviation": off})
     if off > DEVIATION_WARNING:
         run.progress.say(f"warning: bytes of phase {engine.plan.phase} differ by {off:.1%} from the prediction: "
-                         f"predicted {predicted.to_json()}, measured {measured}")
+                         f"predicted {to_json(predicted)}, measured {measured}")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from prelora_ds.core.codec import from_json
 from prelora_ds.core.plan import Layout
 from prelora_ds.engine.build import Counters
 from prelora_ds.engine.rng import restore_rng, seed_rng
@@ -150,7 +151,7 @@ def read_checkpoint(folder: Path, layout: Layout, rank: int, world_size: int) ->
             raise BrokenCheckpointError(f"{path}: is not the work of {world} ranks, as its {MANIFEST} says")
     document = read_run_state(folder)
     try:
-        run, counters = RunState.from_json(document["run"]), Counters(**document["counters"])
+        run, counters = from_json(RunState, document["run"]), from_json(Counters, document["counters"])
         adam_steps = dict(document["adam_steps"])
         plan = run.phase.plan
         shapes = plan.parameters(layout)

@@ -7,13 +7,14 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from prelora_ds.config.tree import Config
+from prelora_ds.core.codec import to_json
 from prelora_ds.core.plan import Plan
 from prelora_ds.core.schedule import Timeline
 from prelora_ds.engine.build import Engine
@@ -122,7 +123,8 @@ class Saver:
         document = None
         if self._rank == 0:
             document = json.dumps({
-                "run": state.to_json(engine.plan), "adam_steps": copied.adam_steps, "counters": vars(engine.counters()),
+                "run": to_json(state.at_plan(engine.plan)), "adam_steps": copied.adam_steps,
+                "counters": to_json(engine.counters()),
                 "num_labels": engine.num_labels, "data": self._data, "config": self._config.model_dump(mode="json"),
                 **({"classes": self._classes} if self._classes else {})})
         manifest = CheckpointManifest(self._world, engine.config.zero.stage, engine.plan.phase, {}, state.step,
@@ -220,7 +222,7 @@ class Saver:
         return verdict[0]
 
     def _commit(self, pending: _Pending, files: Files) -> None:
-        manifest = CheckpointManifest(**{**vars(pending.manifest), "files": files})
+        manifest = replace(pending.manifest, files=files)
         assert manifest.step is not None
         final = step_folder(self.root, manifest.step)
         sync_logs(self.root.parent)

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from prelora_ds.errors import ConfigError
-from prelora_ds.run.log import RunLog, check_logs, cut_back, read_lines, sync_logs, to_json
+from prelora_ds.run.log import RunLog, check_logs, cut_back, json_text, read_lines, sync_logs
 
 
 class Monitor:
@@ -176,10 +176,10 @@ def test_rows_of_earlier_versions_with_nan_are_read(tmp_path: Path) -> None:
 def test_an_unfinished_last_line_is_left_out(tail: bytes, tmp_path: Path) -> None:
     """Of a kill, or of a power cut, after which blocks that were not written are zeros."""
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes((to_json(step(1)) + "\n" + to_json(step(2)) + "\n").encode() + tail)
+    path.write_bytes((json_text(step(1)) + "\n" + json_text(step(2)) + "\n").encode() + tail)
     assert read_lines(path) == [step(1), step(2)]
     cut_back(tmp_path, 2)
-    assert path.read_text() == to_json(step(1)) + "\n" + to_json(step(2)) + "\n"
+    assert path.read_text() == json_text(step(1)) + "\n" + json_text(step(2)) + "\n"
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_a_cut_log_keeps_the_rows_until_the_step(tmp_path: Path) -> None:
         "windows": [{"last_step": 4, "loss": 1.0}, {"last_step": 8, "loss": 0.5}],
     }
     for name, content in rows.items():
-        (tmp_path / f"{name}.jsonl").write_text("".join(to_json(row) + "\n" for row in content))
+        (tmp_path / f"{name}.jsonl").write_text("".join(json_text(row) + "\n" for row in content))
     cut_back(tmp_path, 5)
     assert read_lines(tmp_path / "metrics.jsonl") == rows["metrics"][:5]
     assert read_lines(tmp_path / "plans.jsonl") == rows["plans"][:2]
@@ -228,7 +228,7 @@ def test_a_cut_log_keeps_the_rows_until_the_step(tmp_path: Path) -> None:
 
 def test_a_log_of_which_nothing_is_cut_takes_no_room_on_a_full_disk(small_disk: Path) -> None:
     path = small_disk / "metrics.jsonl"
-    path.write_text("".join(to_json(step(n)) + "\n" for n in range(1, 9)))
+    path.write_text("".join(json_text(step(n)) + "\n" for n in range(1, 9)))
     fill(small_disk)
     cut_back(small_disk, 8)
     with pytest.raises(OSError, match="No space left"):
@@ -255,7 +255,7 @@ WORDS = [b"null", b"NaN", b"1e999", b"-1", b'"', b"{}", b"[]", b"\n", b"\0", b"9
 def mutations(draw: st.DrawFn) -> tuple[str, bytes]:
     """The name of a log, and its content with a few bytes replaced, taken out or put in."""
     name = draw(st.sampled_from(sorted(LOGS_OF_5_STEPS)))
-    data = bytearray("".join(to_json(row) + "\n" for row in LOGS_OF_5_STEPS[name]).encode())
+    data = bytearray("".join(json_text(row) + "\n" for row in LOGS_OF_5_STEPS[name]).encode())
     for _ in range(draw(st.integers(1, 3))):
         at, cut = draw(st.integers(0, len(data))), draw(st.integers(0, 12))
         data[at : at + cut] = draw(st.binary(max_size=4) | st.sampled_from(WORDS))
@@ -285,4 +285,4 @@ def test_a_damaged_log_is_cut_rightly_or_refused(
         return
     cut_back(tmp_path, until)
     wanted = [row for row in rows if row.get("step", row.get("last_step")) <= until]
-    assert to_json(read_lines(path)) == to_json(wanted)
+    assert json_text(read_lines(path)) == json_text(wanted)
