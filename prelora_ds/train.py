@@ -43,6 +43,7 @@ from prelora_ds.reporting.progress import TrainProgress
 from prelora_ds.run.checkpoints.resume import Checkpoint, load_newest, prepare
 from prelora_ds.run.checkpoints.saver import Saver
 from prelora_ds.run.evaluate import Accuracy, evaluate
+from prelora_ds.run.folder import RunFolder
 from prelora_ds.run.guard import Guard
 from prelora_ds.run.log import Meter, RunLog
 from prelora_ds.run.records import Run, begin_plan, bytes_due, lend_monitor, log_bytes, workers_of
@@ -62,29 +63,29 @@ def train(config: Config, train_data: TrainData, val_data: Manifest, hosts: Sequ
     not as it should be, Stopped when ``stop`` asked for it and a checkpoint was written, NotSavedError when it was not.
     """
     freeze_imports()
-    out, rank = Path(config.run.output_dir), dist.get_rank()
+    folder, rank = RunFolder(Path(config.run.output_dir)), dist.get_rank()
     samples = samples_per_epoch(config, len(train_data))
     timeline = Timeline(samples, config.train.global_batch_size, config.train.duration)
     with torch.device("meta"):
         layout = find_layout(build_model(config.model, len(train_data.classes)), config.lora.families,
                              config.model.families)
-    saver = Saver(out, config, timeline, say=partial(print, flush=True) if rank == 0 else lambda text: None,
+    saver = Saver(folder, config, timeline, say=partial(print, flush=True) if rank == 0 else lambda text: None,
                   data=identity(train_data, val_data), classes=train_data.classes)
     found = load_newest(sources, layout, saver.say)
-    done = prepare(out, found, origin)
+    done = prepare(folder, found, origin)
     progress = TrainProgress(timeline.total_steps, shown=rank == 0, done=done)
     saver.say = progress.say
     run = Run(config, layout, timeline, train_data, val_data, CorruptBudget(config.data.corrupt_budget, samples),
               workers_of(config, train_data, progress, layout),
-              RunLog(out, make_monitor(out, done * config.train.global_batch_size, progress.say),
-                     progress.say), progress, out,
+              RunLog(folder, make_monitor(folder.tensorboard, done * config.train.global_batch_size, progress.say),
+                     progress.say), progress, folder,
               guard or Guard(math.inf), hosts)
     try:
         engine, state = _begin(run, saver, found)
         if stop is not None:
             stop.begin_steps()
         engine, state = _loop(run, saver, stop or StopRequest(), engine, state)
-        export_model(engine, out / "model", train_data.classes)
+        export_model(engine, folder.model, train_data.classes)
         peaks = [0] * dist.get_world_size()
         dist.all_gather_object(peaks, peak_rss_bytes())
         run.log.plans({"event": "end", "step": timeline.total_steps, "peak_rss_bytes": peaks,
@@ -121,7 +122,7 @@ def _begin(run: Run, saver: Saver, found: Checkpoint | None) -> tuple[Engine, Ru
         run.progress.say(f"goes on after step {state.step}, from {found.folder}")
     check_ranks_agree(engine)
     lend_monitor(run, engine)
-    if found is None or not found.of_run(run.out):
+    if found is None or not found.of_run(run.folder):
         state.phase, state.window = replace(state.phase, open=()), Meter()  # a new run may measure otherwise
         state.best_acc1 = None  # and has no checkpoint of that accuracy
         begin_plan(run, engine, state.phase, switch=None)
@@ -198,7 +199,7 @@ def _loop(run: Run, saver: Saver, stop: StopRequest, engine: Engine, state: RunS
 def _way_back(run: Run, saver: Saver, state: RunState, stats: StepStats, row: dict[str, Any],
               problem: str) -> Checkpoint | None:
     try:
-        return way_back(saver, run.layout, run.out, state, stats, row["step"], problem, run.config.train.divergence)
+        return way_back(saver, run.layout, run.folder, state, stats, row["step"], problem, run.config.train.divergence)
     except TrainingDivergedError:
         run.log.metrics({**row, "train/loss": stats.loss, "grad_norm": stats.grad_norm},
                         samples=row["step"] * run.config.train.global_batch_size)
@@ -208,8 +209,8 @@ def _way_back(run: Run, saver: Saver, state: RunState, stats: StepStats, row: di
 def _go_back(run: Run, saver: Saver, engine: Engine, found: Checkpoint) -> tuple[Engine, RunState]:
     release_checked(engine)
     samples = found.run.step * run.config.train.global_batch_size
-    run.log.rewind(lambda: (prepare(run.out, found),
-                            make_monitor(run.out, samples, run.progress.say))[1])
+    run.log.rewind(lambda: (prepare(run.folder, found),
+                            make_monitor(run.folder.tensorboard, samples, run.progress.say))[1])
     return _begin(run, saver, found)
 
 

@@ -14,8 +14,7 @@ from typing import Any
 from prelora_ds.core.convergence import Observation
 from prelora_ds.errors import ConfigError
 from prelora_ds.files import replace_file
-
-LOGS = ("metrics", "plans", "windows")
+from prelora_ds.run.folder import RunFolder
 
 
 def json_text(value: Any, *, indent: int | None = None) -> str:
@@ -135,17 +134,17 @@ def rows_until(path: Path, step: int) -> list[dict[str, Any]]:
     return [row for row in rows if row.get("step", row.get("last_step")) <= step]
 
 
-def check_logs(folder: Path) -> None:
+def check_logs(folder: RunFolder) -> None:
     """Raise ConfigError where `cut_back` would, for a run that has not started its ranks' group yet."""
     for path in _logs_in(folder):
         rows_until(path, 0)
 
 
-def _logs_in(folder: Path) -> list[Path]:
-    return [path for name in LOGS if (path := folder / f"{name}.jsonl").is_file()]
+def _logs_in(folder: RunFolder) -> list[Path]:
+    return [path for path in folder.logs if path.is_file()]
 
 
-def cut_back(folder: Path, step: int) -> None:
+def cut_back(folder: RunFolder, step: int) -> None:
     """Take rows after ``step`` out of a run's logs: it continues from there, and writes them again.
 
     Raises ConfigError for a log that cannot be understood, and OSError for one that cannot be written.
@@ -157,7 +156,7 @@ def cut_back(folder: Path, step: int) -> None:
         replace_file(path, kept)
 
 
-def sync_logs(folder: Path) -> None:
+def sync_logs(folder: RunFolder) -> None:
     """Bring the rows of a run's logs to the disk, before a checkpoint of their steps has its name."""
     for path in _logs_in(folder):
         with contextlib.suppress(OSError):  # it has been warned of, and costs no checkpoint
@@ -178,38 +177,38 @@ class RunLog:
     """
 
     def __init__(
-        self, folder: Path, monitor: Any | None, say: Callable[[str], None] = print
+        self, folder: RunFolder, monitor: Any | None, say: Callable[[str], None] = print
     ) -> None:
-        self._folder, self._say, self._warned = folder, say, set[str]()
+        self._folder, self._say, self._warned = folder, say, set[Path]()
         self._open(monitor)
 
     def _open(self, monitor: Any | None) -> None:
         self.monitor = monitor
-        names = LOGS if monitor is not None else ()
-        self._files = {name: JsonLines(self._folder / f"{name}.jsonl") for name in names}
+        paths = self._folder.logs if monitor is not None else ()
+        self._files = {path: JsonLines(path) for path in paths}
 
-    def _write(self, name: str, row: Mapping[str, Any]) -> None:
+    def _write(self, path: Path, row: Mapping[str, Any]) -> None:
         if self.monitor is None:
             return
-        lost = self._files[name].write(row)
-        if lost is not None and name not in self._warned:
-            self._warned.add(name)
-            self._say(f"warning: {self._folder / name}.jsonl {lost}; training continues")
+        lost = self._files[path].write(row)
+        if lost is not None and path not in self._warned:
+            self._warned.add(path)
+            self._say(f"warning: {path} {lost}; training continues")
 
     def metrics(self, row: Mapping[str, Any], samples: int) -> None:
         """One logged step; its numbers also go to TensorBoard, at ``samples``."""
-        self._write("metrics", row)
+        self._write(self._folder.metrics, row)
         if self.monitor is not None:
             self.monitor.write_events([(key, float(value), samples) for key, value in row.items()
                                        if isinstance(value, int | float) and key != "step"])
 
     def plans(self, row: Mapping[str, Any]) -> None:
         """A plan that begins, or the bytes measured under it."""
-        self._write("plans", row)
+        self._write(self._folder.plans, row)
 
     def windows(self, row: Mapping[str, Any]) -> None:
         """A closed window, and what Algorithm 1 said."""
-        self._write("windows", row)
+        self._write(self._folder.windows, row)
 
     def rewind(self, cut: Callable[[], Any | None]) -> None:
         """Go on with the monitor that ``cut`` returns, in the files as it leaves them."""

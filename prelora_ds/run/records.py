@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch.distributed as dist
@@ -26,6 +25,7 @@ from prelora_ds.engine.build import Engine
 from prelora_ds.engine.census import census
 from prelora_ds.engine.runtime import accelerator_name, local_world_size, on_rank_0, rank_memory_gib
 from prelora_ds.engine.transition import Switch
+from prelora_ds.run.folder import RunFolder
 from prelora_ds.run.guard import Guard
 from prelora_ds.run.log import RunLog
 
@@ -56,7 +56,7 @@ class Run:
     workers: int
     log: RunLog
     progress: Progress
-    out: Path
+    folder: RunFolder
     guard: Guard
     hosts: Sequence[str]  # of each rank
     opened: ExitStack = field(default_factory=ExitStack)  # what the loop opens and the end of the run closes

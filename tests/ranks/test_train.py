@@ -27,6 +27,7 @@ from prelora_ds.data.manifest import Manifest
 from prelora_ds.data.transforms import to_float
 from prelora_ds.exporting.hf import export_model
 from prelora_ds.reporting.progress import TrainProgress
+from prelora_ds.run.folder import RunFolder
 from prelora_ds.run.guard import Guard
 from prelora_ds.run.log import RunLog, read_lines
 from prelora_ds.run.records import Run
@@ -220,10 +221,9 @@ def test_bytes_that_differ_by_more_than_5_percent_are_warned_of(ranks, tmp_path)
 def log_bytes(folder):
     """What rank 0 says of an engine as it is, and of one with a gradient too many."""
     t, said = Trainer(config("zero2")), []
-    manifest = Manifest(Path(folder), ("a",), (), 0, np.empty(0), Path(folder))
+    manifest, own = Manifest(Path(folder), ("a",), (), 0, np.empty(0), Path(folder)), RunFolder(Path(folder))
     run = Run(t.cfg, t.layout, Timeline(64, 8, t.cfg.train.duration), manifest, manifest, CorruptBudget(0.001, 64), 0,
-              RunLog(Path(folder), None), TrainProgress(100, shown=t.rank == 0), Path(folder), Guard(60),
-              ["here"] * t.world)
+              RunLog(own, None), TrainProgress(100, shown=t.rank == 0), own, Guard(60), ["here"] * t.world)
     t.train(2)
     weight = next(t.engine.module.parameters())
     t.engine.backward(t.batches())

@@ -21,11 +21,10 @@ from typing import Any
 from prelora_ds.core.codec import CodecError, from_json, to_json
 from prelora_ds.errors import ConfigError
 from prelora_ds.files import replace_file
+from prelora_ds.run.folder import ASIDE
 
 FORMAT = 1
-FOLDER = "checkpoints"  # in run.output_dir
-SAVED = ".saved"  # in run.output_dir: empty, and there once a checkpoint has been written
-MANIFEST, STATE, LATEST, ASIDE = "manifest.json", "state.json", "latest", "aside"
+MANIFEST, STATE = "manifest.json", "state.json"
 _STEP = re.compile(r"step-(\d{8,})")
 
 

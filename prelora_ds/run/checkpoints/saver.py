@@ -23,9 +23,6 @@ from prelora_ds.engine.state import EngineState, Slice, copy_state
 from prelora_ds.errors import NotSavedError, Stopped
 from prelora_ds.files import replace_file, sync_folder
 from prelora_ds.run.checkpoints.checkpoint_folder import (
-    FOLDER,
-    LATEST,
-    SAVED,
     STATE,
     CheckpointManifest,
     FileRecord,
@@ -35,6 +32,7 @@ from prelora_ds.run.checkpoints.checkpoint_folder import (
     step_folder,
 )
 from prelora_ds.run.checkpoints.part import part_name, write_part
+from prelora_ds.run.folder import RunFolder
 from prelora_ds.run.log import sync_logs
 from prelora_ds.run.run_state import RunState
 
@@ -60,11 +58,12 @@ class Saver:
     last_step: of the newest checkpoint that this saver has committed.
     """
 
-    def __init__(self, out: Path, config: Config, timeline: Timeline, say: Callable[[str], None],
+    def __init__(self, folder: RunFolder, config: Config, timeline: Timeline, say: Callable[[str], None],
                  data: Mapping[str, str] | None = None, classes: Sequence[str] = ()) -> None:
         self._data = dict(data or {})  # what `claim_output` tells data sets apart by
         self._classes = list(classes)
-        self.root, self.base, self.slowest_s, self.last_step = out / FOLDER, None, 0.0, None
+        self._folder, self.root = folder, folder.checkpoints
+        self.base, self.slowest_s, self.last_step = None, 0.0, None
         self._config, self._timeline, self.say = config, timeline, say
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -225,14 +224,15 @@ class Saver:
         manifest = replace(pending.manifest, files=files)
         assert manifest.step is not None
         final = step_folder(self.root, manifest.step)
-        sync_logs(self.root.parent)
+        sync_logs(self._folder)
         commit(pending.partial, final, manifest)
         try:
             sync_folder(self.root)
-            (self.root.parent / SAVED).touch()
-            replace_file(self.root / LATEST, final.name + "\n")
+            self._folder.saved.touch()
+            replace_file(self._folder.latest, final.name + "\n")
         except OSError as exc:
-            self.say(f"warning: {final.name} is whole, and its name could not be written into {LATEST}: {exc}")
+            self.say(f"warning: {final.name} is whole, and its name could not be written into "
+                     f"{self._folder.latest.name}: {exc}")
         # Gigabytes take seconds to remove: not while the ranks wait.
         self._removal = self._executor.submit(self._retain, self.base)
 

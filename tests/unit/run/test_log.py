@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from prelora_ds.errors import ConfigError
+from prelora_ds.run.folder import RunFolder
 from prelora_ds.run.log import RunLog, check_logs, cut_back, json_text, read_lines, sync_logs
 
 
@@ -38,7 +39,7 @@ def said() -> list[str]:
 
 @pytest.fixture
 def log(tmp_path: Path, said: list[str]) -> Iterator[RunLog]:
-    log = RunLog(tmp_path, Monitor(), said.append)
+    log = RunLog(RunFolder(tmp_path), Monitor(), said.append)
     yield log
     log.close()
 
@@ -78,7 +79,7 @@ def test_rows_are_in_the_file_when_they_are_written(log: RunLog, tmp_path: Path)
 def test_a_full_disk_loses_whole_rows_with_one_warning_and_later_rows_are_kept(
     small_disk: Path, said: list[str]
 ) -> None:
-    log = RunLog(small_disk, Monitor(), said.append)
+    log = RunLog(RunFolder(small_disk), Monitor(), said.append)
     log.metrics(step(1), samples=64)
     filler = fill(small_disk)
     for number in range(2, 200):  # more than what is left of the file's last page
@@ -114,7 +115,7 @@ def test_a_log_that_is_taken_away_is_begun_again_with_one_warning(
 def test_a_folder_that_is_taken_away_costs_one_warning_for_each_log(
     said: list[str], tmp_path: Path
 ) -> None:
-    log = RunLog(tmp_path / "none", Monitor(), said.append)
+    log = RunLog(RunFolder(tmp_path / "none"), Monitor(), said.append)
     for number in range(3):
         log.metrics(step(number + 1), samples=1)
         log.plans({"event": "plan", "step": 0})
@@ -131,7 +132,7 @@ def test_a_log_that_is_no_file_costs_one_warning_and_nobody_waits(
         "pipe": lambda: os.mkfifo(path),
         "full": lambda: path.symlink_to("/dev/full"),
     }[kind]()
-    log = RunLog(tmp_path, Monitor(), said.append)
+    log = RunLog(RunFolder(tmp_path), Monitor(), said.append)
     log.metrics(step(1), samples=1)
     log.metrics(step(2), samples=2)
     log.close()
@@ -139,7 +140,7 @@ def test_a_log_that_is_no_file_costs_one_warning_and_nobody_waits(
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, said: list[str]) -> None:
-    log = RunLog(tmp_path, None, said.append)
+    log = RunLog(RunFolder(tmp_path), None, said.append)
     log.metrics(step(1), samples=1)
     log.close()
     assert list(tmp_path.iterdir()) == [] and said == []
@@ -178,7 +179,7 @@ def test_an_unfinished_last_line_is_left_out(tail: bytes, tmp_path: Path) -> Non
     path = tmp_path / "metrics.jsonl"
     path.write_bytes((json_text(step(1)) + "\n" + json_text(step(2)) + "\n").encode() + tail)
     assert read_lines(path) == [step(1), step(2)]
-    cut_back(tmp_path, 2)
+    cut_back(RunFolder(tmp_path), 2)
     assert path.read_text() == json_text(step(1)) + "\n" + json_text(step(2)) + "\n"
 
 
@@ -203,7 +204,7 @@ def test_a_damaged_line_is_told_before_a_run_resumes(line: str, tmp_path: Path) 
     path = tmp_path / "windows.jsonl"
     path.write_text(f'{{"last_step": 1}}\n{line}\n{{"last_step": 3}}\n')
     with pytest.raises(ConfigError, match="line 2 ") as caught:
-        check_logs(tmp_path)
+        check_logs(RunFolder(tmp_path))
     assert (caught.value.key, caught.value.value) == ("log", str(path))
 
 
@@ -219,7 +220,7 @@ def test_a_cut_log_keeps_the_rows_until_the_step(tmp_path: Path) -> None:
     }
     for name, content in rows.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json_text(row) + "\n" for row in content))
-    cut_back(tmp_path, 5)
+    cut_back(RunFolder(tmp_path), 5)
     assert read_lines(tmp_path / "metrics.jsonl") == rows["metrics"][:5]
     assert read_lines(tmp_path / "plans.jsonl") == rows["plans"][:2]
     assert read_lines(tmp_path / "windows.jsonl") == rows["windows"][:1]
@@ -230,16 +231,16 @@ def test_a_log_of_which_nothing_is_cut_takes_no_room_on_a_full_disk(small_disk: 
     path = small_disk / "metrics.jsonl"
     path.write_text("".join(json_text(step(n)) + "\n" for n in range(1, 9)))
     fill(small_disk)
-    cut_back(small_disk, 8)
+    cut_back(RunFolder(small_disk), 8)
     with pytest.raises(OSError, match="No space left"):
-        cut_back(small_disk, 7)
+        cut_back(RunFolder(small_disk), 7)
     assert len(read_lines(path)) == 8
 
 
 def test_logs_that_are_not_there_need_no_sync(tmp_path: Path) -> None:
     (tmp_path / "plans.jsonl").mkdir()
     (tmp_path / "windows.jsonl").write_text("")
-    sync_logs(tmp_path)
+    sync_logs(RunFolder(tmp_path))
     assert (tmp_path / "windows.jsonl").read_text() == ""
 
 
@@ -276,13 +277,13 @@ def test_a_damaged_log_is_cut_rightly_or_refused(
     path.write_bytes(data)
     try:
         rows = read_lines(path)
-        check_logs(tmp_path)
+        check_logs(RunFolder(tmp_path))
     except ConfigError as error:
         assert error.key == "log"
         with pytest.raises(ConfigError):
-            cut_back(tmp_path, until)
+            cut_back(RunFolder(tmp_path), until)
         assert path.read_bytes() == data
         return
-    cut_back(tmp_path, until)
+    cut_back(RunFolder(tmp_path), until)
     wanted = [row for row in rows if row.get("step", row.get("last_step")) <= until]
     assert json_text(read_lines(path)) == json_text(wanted)
