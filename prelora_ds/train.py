@@ -45,7 +45,7 @@ from prelora_ds.run.checkpoints.saver import Saver
 from prelora_ds.run.evaluate import Accuracy, evaluate
 from prelora_ds.run.folder import RunFolder
 from prelora_ds.run.guard import Guard
-from prelora_ds.run.log import Meter, RunLog
+from prelora_ds.run.log import EventKind, Meter, RunLog
 from prelora_ds.run.records import Run, begin_plan, bytes_due, lend_monitor, log_bytes, workers_of
 from prelora_ds.run.recover import problem_of, way_back
 from prelora_ds.run.run_state import RunState
@@ -88,8 +88,7 @@ def train(config: Config, train_data: TrainData, val_data: Manifest, hosts: Sequ
         export_model(engine, folder.model, train_data.classes)
         peaks = [0] * dist.get_world_size()
         dist.all_gather_object(peaks, peak_rss_bytes())
-        run.log.plans({"event": "end", "step": timeline.total_steps, "peak_rss_bytes": peaks,
-                       "data": identity(train_data, val_data)})
+        run.log.event(EventKind.END, timeline.total_steps, peak_rss_bytes=peaks, data=identity(train_data, val_data))
     finally:
         run.opened.close()
         saver.close()
@@ -117,8 +116,8 @@ def _begin(run: Run, saver: Saver, found: Checkpoint | None) -> tuple[Engine, Ru
         engine = build_engine(config, state.phase.plan, run.layout, labels, found.engine, found.counters)
         found.restore_rng(config.run.seed)
         run.corrupt.go_on(*state.corrupt)
-        run.log.plans({"event": "resume", "step": state.step, "checkpoint": found.folder.name,
-                       "world_size": dist.get_world_size(), "zero_stage": engine.config.zero.stage})
+        run.log.event(EventKind.RESUME, state.step, checkpoint=found.folder.name, world_size=dist.get_world_size(),
+                      zero_stage=engine.config.zero.stage)
         run.progress.say(f"goes on after step {state.step}, from {found.folder}")
     check_ranks_agree(engine)
     lend_monitor(run, engine)
@@ -151,7 +150,7 @@ def _loop(run: Run, saver: Saver, stop: StopRequest, engine: Engine, state: RunS
         seconds = {"step_s": time.perf_counter() - fetched, "data_s": fetched - begun}
         for slow in stragglers.add(sum(seconds.values()), forward=stats.forward_s, data=stats.data_s):
             run.progress.say(f"warning: {slow}")
-            run.log.plans({"event": "straggler", "step": step, **to_json(slow)})
+            run.log.event(EventKind.STRAGGLER, step, **to_json(slow))
         row: dict[str, Any] = {"step": step, "epoch": timeline.epoch_at(step), "phase": engine.plan.phase}
         _stop_if_corrupt(run, stats, micro_batches, row)
         if problem := problem_of(state.watch, step, stats, config.train.divergence):

@@ -35,16 +35,16 @@ def phase_rows(folder: RunFolder) -> list[dict[str, Any]]:
 
 
 def _read(folder: RunFolder) -> tuple[list[Step], list[Event]]:
-    metrics, plans = folder.metrics, folder.plans
-    if not metrics.is_file() or not plans.is_file():
+    metrics, logged = folder.metrics, folder.events_to_read
+    if not metrics.is_file() or not logged.is_file():
         raise ConfigError("OUTPUT", str(folder.path), "holds no run", "name the run.output_dir of a run")
     steps = parse_steps(read_lines(metrics), metrics)
-    events = parse_events(read_lines(plans), plans)
+    events = parse_events(read_lines(logged), logged)
     if not steps:
         raise ConfigError("OUTPUT", str(folder.path), "holds a run that has not logged a step",
                           "ask again when it has, or run it again if it has ended")
     if not any(isinstance(event, Started) for event in events):
-        raise ConfigError("OUTPUT", str(folder.path), "its plans.jsonl does not tell when a phase began",
+        raise ConfigError("OUTPUT", str(folder.path), f"its {logged.name} does not tell when a phase began",
                           "restore that file; checkpoints and the model do not depend on it")
     return steps, events
 

@@ -26,7 +26,7 @@ from prelora_ds.run.checkpoints.checkpoint_folder import (
 )
 from prelora_ds.run.checkpoints.resume import candidates, origin_of
 from prelora_ds.run.folder import RunFolder
-from prelora_ds.run.log import check_logs, read_lines
+from prelora_ds.run.log import EventKind, check_logs, read_lines
 
 
 @dataclass
@@ -177,8 +177,8 @@ def _phase_of(state: Mapping[str, Any]) -> str | None:
 
 def is_finished(folder: RunFolder) -> bool:
     """Whether the run in ``folder`` came to its end. Raises ConfigError when its log is damaged."""
-    plans = folder.plans
-    return plans.is_file() and any(row.get("event") == "end" for row in read_lines(plans))
+    events = folder.events_to_read
+    return events.is_file() and any(row.get("event") == EventKind.END for row in read_lines(events))
 
 
 def _stored(values: Mapping[str, Any], config: Config, where: Path, *,

@@ -60,9 +60,21 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
-    def plans(self) -> Path:
-        """Plans, bytes, resumes, stragglers and the end."""
+    def events(self) -> Path:
+        """Plans, bytes, resumes, stragglers and the end: a row for each, which names its kind."""
+        return self.path / "events.jsonl"
+
+    @property
+    def former_events(self) -> Path:
+        """Where version 0.1.0 wrote the events. A resumed run renames it."""
         return self.path / "plans.jsonl"
+
+    @property
+    def events_to_read(self) -> Path:
+        """The events, also those of a run of version 0.1.0 that has not been resumed since."""
+        if self.former_events.is_file() and not self.events.exists():
+            return self.former_events
+        return self.events
 
     @property
     def windows(self) -> Path:
@@ -72,7 +84,7 @@ class RunFolder:
     @property
     def logs(self) -> tuple[Path, ...]:
         """All that is written row by row."""
-        return self.metrics, self.plans, self.windows
+        return self.metrics, self.events, self.windows
 
     @property
     def tensorboard(self) -> Path:

@@ -1,4 +1,4 @@
-"""What a run measures and writes while it goes: metrics.jsonl, plans.jsonl, windows.jsonl and TensorBoard."""
+"""What a run measures and writes while it goes: its logs, a JSON object per line, and TensorBoard."""
 
 from __future__ import annotations
 
@@ -8,13 +8,24 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from prelora_ds.core.convergence import Observation
 from prelora_ds.errors import ConfigError
-from prelora_ds.files import replace_file
+from prelora_ds.files import replace_file, sync_folder
 from prelora_ds.run.folder import RunFolder
+
+
+class EventKind(StrEnum):
+    """What a row of the events tells: the value of its key ``event``."""
+
+    PLAN = "plan"  # a plan that begins after ``step``, its reason, and what the switch to it cost
+    BYTES = "bytes"  # predicted and measured, under the plan
+    RESUME = "resume"  # from a checkpoint
+    STRAGGLER = "straggler"  # a rank that holds up the others
+    END = "end"  # the run has come to its end
 
 
 def json_text(value: Any, *, indent: int | None = None) -> str:
@@ -141,14 +152,20 @@ def check_logs(folder: RunFolder) -> None:
 
 
 def _logs_in(folder: RunFolder) -> list[Path]:
-    return [path for path in folder.logs if path.is_file()]
+    found = (folder.events_to_read if path == folder.events else path for path in folder.logs)
+    return [path for path in found if path.is_file()]
 
 
 def cut_back(folder: RunFolder, step: int) -> None:
     """Take rows after ``step`` out of a run's logs: it continues from there, and writes them again.
 
+    The events of a run of version 0.1.0 get the name of today first.
+
     Raises ConfigError for a log that cannot be understood, and OSError for one that cannot be written.
     """
+    if (found := folder.events_to_read) != folder.events:
+        found.rename(folder.events)
+        sync_folder(folder.path)
     for path in _logs_in(folder):
         kept = "".join(json_text(row) + "\n" for row in rows_until(path, step)).encode()
         if kept == path.read_bytes():
@@ -202,9 +219,9 @@ class RunLog:
             self.monitor.write_events([(key, float(value), samples) for key, value in row.items()
                                        if isinstance(value, int | float) and key != "step"])
 
-    def plans(self, row: Mapping[str, Any]) -> None:
-        """A plan that begins, or the bytes measured under it."""
-        self._write(self._folder.plans, row)
+    def event(self, kind: EventKind, step: int, **values: Any) -> None:
+        """What happened after ``step`` steps."""
+        self._write(self._folder.events, {"event": kind, "step": step, **values})
 
     def windows(self, row: Mapping[str, Any]) -> None:
         """A closed window, and what Algorithm 1 said."""

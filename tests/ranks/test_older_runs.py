@@ -42,3 +42,4 @@ def test_it_ends_as_the_run_that_was_not_interrupted(forge, shards, tmp_path, st
     for part in ("metrics", "windows", "plans"):
         assert holds(found[part], expected[part], exact), part
     assert found["model"] == expected["model"] or not exact
+    assert not (out / "plans.jsonl").exists(), "its events have the name of today"

@@ -154,7 +154,7 @@ def test_a_new_run_may_begin_from_a_checkpoint_of_another(stopped, job, tmp_path
     assert killed.end()[0] == -signal.SIGKILL, killed.said()[-3000:]
     new = job(tmp_path / "new", *settings, resume=str(source))  # the same command, and no checkpoint of its own yet
     assert new.end() == [0, 0], new.said()[-3000:]
-    events = read_lines(tmp_path / "new/plans.jsonl")
+    events = read_lines(tmp_path / "new/events.jsonl")
     assert [(row["event"], row["step"]) for row in events] == [
         ("resume", 15), ("plan", 12), ("bytes", 18), ("end", 18)]
     assert [row["measured"] for row in phase_rows(RunFolder(tmp_path / "new"))] == [events[2]["measured"]]

@@ -56,7 +56,7 @@ def test_a_run_goes_through_all_phases_because_algorithm_1_passed(finished):
     assert all(row["train/loss"] > 0 and row["step_s"] > 0 for row in rows)
     assert [row["step"] for row in rows if "val/acc1" in row] == [10, 20]
     assert [row["step"] for row in rows if "norm/q.00" in row] == list(range(2, 21, 2))
-    plans = [e for e in read_lines(out / "plans.jsonl") if e["event"] == "plan"]
+    plans = [e for e in read_lines(out / "events.jsonl") if e["event"] == "plan"]
     assert [p["step"] for p in plans] == [0, 8, 12]
     assert "Algorithm 1 passed at test 1" in plans[1]["reason"] and "warm-up" in plans[2]["reason"]
     assert plans[2]["trainable_parameters"] < plans[0]["trainable_parameters"] < plans[1]["trainable_parameters"]
@@ -65,7 +65,7 @@ def test_a_run_goes_through_all_phases_because_algorithm_1_passed(finished):
 
 def test_predicted_and_measured_bytes_are_logged_side_by_side(finished):
     out, printed = finished
-    measured = [e for e in read_lines(out / "plans.jsonl") if e["event"] == "bytes"]
+    measured = [e for e in read_lines(out / "events.jsonl") if e["event"] == "bytes"]
     assert [e["phase"] for e in measured] == ["full", "warmup", "lora"]
     assert all(e["worst_deviation"] < 0.02 for e in measured)
     assert "warning: bytes" not in printed
@@ -112,7 +112,7 @@ def test_the_fp32_base_of_what_froze_is_kept_whole(finished):
             for name, start in json.loads(file.metadata()["starts"]).items():
                 parts.setdefault(name, {})[start] = file.get_tensor(f"value/{name}")
             assert len(file.keys()) == len(json.loads(file.metadata()["starts"]))  # and no moments
-    plan = [e for e in read_lines(out / "plans.jsonl") if e["event"] == "plan"]
+    plan = [e for e in read_lines(out / "events.jsonl") if e["event"] == "plan"]
     assert parts.keys() == set(plan[1]["plan"]["trainable"]) - set(plan[2]["plan"]["trainable"]) != set()
     vit = ViTForImageClassification.from_pretrained(out / "model")
     for name, slices in parts.items():

@@ -50,4 +50,4 @@ def checkpoint(run: Path, step: int, *overrides: str, change: Callable[[Any], No
 
 
 def begin(run: Path) -> None:
-    (run / "plans.jsonl").write_text('{"event": "plan", "step": 0}\n')
+    (run / "events.jsonl").write_text('{"event": "plan", "step": 0}\n')

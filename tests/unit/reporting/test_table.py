@@ -53,7 +53,7 @@ PLANS = [
 
 
 def write(folder: Path, metrics: list[dict[str, Any]], plans: list[dict[str, Any]]) -> Path:
-    for name, rows in (("metrics", metrics), ("plans", plans)):
+    for name, rows in (("metrics", metrics), ("events", plans)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -300,7 +300,7 @@ ACCURACY = json.dumps(
     deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
-    data=st.data(), which=st.sampled_from(["metrics.jsonl", "plans.jsonl", "model/accuracy.json"])
+    data=st.data(), which=st.sampled_from(["metrics.jsonl", "events.jsonl", "model/accuracy.json"])
 )
 def test_damaged_files_are_reported_or_refused_with_one_message(
     data: st.DataObject, which: str, tmp_path: Path
@@ -308,7 +308,7 @@ def test_damaged_files_are_reported_or_refused_with_one_message(
     write(tmp_path, METRICS, EVENTS)
     (tmp_path / "model").mkdir(exist_ok=True)
     (tmp_path / "model/accuracy.json").write_text(ACCURACY)
-    content = {"metrics.jsonl": lines_of(METRICS), "plans.jsonl": lines_of(EVENTS),
+    content = {"metrics.jsonl": lines_of(METRICS), "events.jsonl": lines_of(EVENTS),
                "model/accuracy.json": ACCURACY.encode()}[which]
     (tmp_path / which).write_bytes(data.draw(mutations(content)))
     try:
@@ -320,7 +320,16 @@ def test_damaged_files_are_reported_or_refused_with_one_message(
     assert "from step" in text and "exported model" in text
 
 
-@pytest.mark.parametrize("there", [(), ("metrics.jsonl",), ("plans.jsonl",)])
+def test_a_run_of_version_0_1_0_that_nobody_resumed_is_reported(run: Path) -> None:
+    expected = printed(run)
+    (run / "events.jsonl").rename(run / "plans.jsonl")
+    assert printed(run) == expected
+    (run / "events.jsonl").write_text("")
+    with pytest.raises(ConfigError, match=r"events\.jsonl does not tell when a phase began"):
+        printed(run)
+
+
+@pytest.mark.parametrize("there", [(), ("metrics.jsonl",), ("events.jsonl",), ("plans.jsonl",)])
 def test_a_folder_without_a_run_is_refused(tmp_path: Path, there: tuple[str, ...]) -> None:
     for name in there:
         (tmp_path / name).write_text("")

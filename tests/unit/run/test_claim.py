@@ -188,8 +188,16 @@ def test_an_empty_name_is_not_the_folder_one_is_in(
 @pytest.mark.parametrize("log", [b"\xff\n", b"{}\n", b"[1]\n", b"end\n"])
 def test_a_damaged_log_is_named(tmp_path: Path, log: bytes) -> None:
     claim(tmp_path / "out")
-    (tmp_path / "out/plans.jsonl").write_bytes(log)
-    with pytest.raises(ConfigError, match=r"plans\.jsonl"):
+    (tmp_path / "out/events.jsonl").write_bytes(log)
+    with pytest.raises(ConfigError, match=r"events\.jsonl"):
+        claim(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["events.jsonl", "plans.jsonl"])  # plans.jsonl: of version 0.1.0
+def test_a_finished_run_is_refused(tmp_path: Path, name: str) -> None:
+    claim(tmp_path / "out")
+    (tmp_path / "out" / name).write_text('{"event": "plan", "step": 0}\n{"event": "end", "step": 20}\n')
+    with pytest.raises(ConfigError, match="holds a finished run"):
         claim(tmp_path / "out")
 
 

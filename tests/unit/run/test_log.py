@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from prelora_ds.errors import ConfigError
 from prelora_ds.run.folder import RunFolder
-from prelora_ds.run.log import RunLog, check_logs, cut_back, json_text, read_lines, sync_logs
+from prelora_ds.run.log import EventKind, RunLog, check_logs, cut_back, json_text, read_lines, sync_logs
 
 
 class Monitor:
@@ -118,7 +118,7 @@ def test_a_folder_that_is_taken_away_costs_one_warning_for_each_log(
     log = RunLog(RunFolder(tmp_path / "none"), Monitor(), said.append)
     for number in range(3):
         log.metrics(step(number + 1), samples=1)
-        log.plans({"event": "plan", "step": 0})
+        log.event(EventKind.PLAN, 0)
     assert len(said) == 2 and all("No such file or directory" in text for text in said)
 
 
@@ -148,9 +148,7 @@ def test_other_ranks_write_nothing(tmp_path: Path, said: list[str]) -> None:
 
 def test_numbers_that_json_does_not_have_become_null(log: RunLog, tmp_path: Path) -> None:
     log.metrics(step(1, **{"train/loss": math.nan, "grad_norm": math.inf}), samples=1)
-    log.plans(
-        {"event": "bytes", "step": 3, "measured": {"weights": -math.inf, "ranks": (1.5, math.nan)}}
-    )
+    log.event(EventKind.BYTES, 3, measured={"weights": -math.inf, "ranks": (1.5, math.nan)})
 
     def refuse(word: str) -> None:
         raise AssertionError(f"{word} is not JSON")
@@ -159,7 +157,7 @@ def test_numbers_that_json_does_not_have_become_null(log: RunLog, tmp_path: Path
     assert json.loads(text, parse_constant=refuse) == step(
         1, **{"train/loss": None, "grad_norm": None}
     )
-    assert json.loads((tmp_path / "plans.jsonl").read_text(), parse_constant=refuse)[
+    assert json.loads((tmp_path / "events.jsonl").read_text(), parse_constant=refuse)[
         "measured"
     ] == {"weights": None, "ranks": [1.5, None]}
 
@@ -211,7 +209,7 @@ def test_a_damaged_line_is_told_before_a_run_resumes(line: str, tmp_path: Path) 
 def test_a_cut_log_keeps_the_rows_until_the_step(tmp_path: Path) -> None:
     rows = {
         "metrics": [step(n) for n in range(1, 9)],
-        "plans": [
+        "events": [
             {"event": "plan", "step": 0},
             {"event": "bytes", "step": 3},
             {"event": "plan", "step": 6},
@@ -222,9 +220,34 @@ def test_a_cut_log_keeps_the_rows_until_the_step(tmp_path: Path) -> None:
         (tmp_path / f"{name}.jsonl").write_text("".join(json_text(row) + "\n" for row in content))
     cut_back(RunFolder(tmp_path), 5)
     assert read_lines(tmp_path / "metrics.jsonl") == rows["metrics"][:5]
-    assert read_lines(tmp_path / "plans.jsonl") == rows["plans"][:2]
+    assert read_lines(tmp_path / "events.jsonl") == rows["events"][:2]
     assert read_lines(tmp_path / "windows.jsonl") == rows["windows"][:1]
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".jsonl"] * 3
+
+
+def test_the_events_of_version_0_1_0_are_read_and_get_their_name_of_today_when_a_run_resumes(
+    tmp_path: Path,
+) -> None:
+    folder, rows = RunFolder(tmp_path), LOGS_OF_5_STEPS["events"]
+    assert folder.events_to_read == folder.events
+    folder.former_events.write_text("".join(json_text(row) + "\n" for row in rows) + '{"event"')
+    assert folder.events_to_read == folder.former_events
+    check_logs(folder)
+    assert folder.former_events.is_file()  # until the run really resumes
+    cut_back(folder, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["events.jsonl"]
+    assert read_lines(folder.events_to_read) == rows[:3]
+    folder.former_events.write_text("left by version 0.1.0, which was started once more\n")
+    check_logs(folder)
+    cut_back(folder, 1)
+    assert read_lines(folder.events_to_read) == rows[:2] and folder.former_events.is_file()
+
+
+def test_a_damaged_log_of_version_0_1_0_is_named(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.former_events.write_text("{}\n")
+    with pytest.raises(ConfigError, match=r"plans\.jsonl': line 1 has no step"):
+        check_logs(folder)
 
 
 def test_a_log_of_which_nothing_is_cut_takes_no_room_on_a_full_disk(small_disk: Path) -> None:
@@ -238,7 +261,7 @@ def test_a_log_of_which_nothing_is_cut_takes_no_room_on_a_full_disk(small_disk: 
 
 
 def test_logs_that_are_not_there_need_no_sync(tmp_path: Path) -> None:
-    (tmp_path / "plans.jsonl").mkdir()
+    (tmp_path / "events.jsonl").mkdir()
     (tmp_path / "windows.jsonl").write_text("")
     sync_logs(RunFolder(tmp_path))
     assert (tmp_path / "windows.jsonl").read_text() == ""
@@ -246,7 +269,7 @@ def test_logs_that_are_not_there_need_no_sync(tmp_path: Path) -> None:
 
 LOGS_OF_5_STEPS = {
     "metrics": [step(n) for n in range(1, 6)],
-    "plans": [{"event": "plan", "step": n, "phase": "full", "switch": None} for n in range(5)],
+    "events": [{"event": "plan", "step": n, "phase": "full", "switch": None} for n in range(5)],
     "windows": [{"index": n, "last_step": n, "loss": 1.5, "norms": {"q": {"0": 2.5}}} for n in range(5)],
 }
 WORDS = [b"null", b"NaN", b"1e999", b"-1", b'"', b"{}", b"[]", b"\n", b"\0", b"9" * 30, b"true"]
