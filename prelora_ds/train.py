@@ -131,7 +131,7 @@ def _begin(run: Run, saver: Saver, found: Checkpoint | None) -> tuple[Engine, Ru
 def _loop(run: Run, saver: Saver, stop: StopRequest, engine: Engine, state: RunState) -> tuple[Engine, RunState]:
     config, timeline, total, controller = run.config, run.timeline, run.timeline.total_steps, _controller(run)
     normed_at = timeline.ticks(Duration("1 epoch"))
-    measured_at = timeline.ticks(config.convergence.every) if config.convergence else frozenset()
+    observed_at = timeline.ticks(config.observe.every)
     evaluated_at, saved_at = timeline.ticks(config.train.eval_every), saver.ticks
     loader, begun_at = _loader(run, engine, state.step), state.step
     stragglers = StragglerWatch(run.hosts)
@@ -165,18 +165,20 @@ def _loop(run: Run, saver: Saver, stop: StopRequest, engine: Engine, state: RunS
             row |= {"left_out": state.watch.left_out, "left_out_loss": stats.loss}
         else:
             state.watch = state.watch.sound(stats.loss, config.train.divergence)
-            for meter in (state.window, state.logged) if measured_at else (state.logged,):
+            for meter in (state.window, state.logged):
                 meter.add(stats.loss, config.train.global_batch_size, corrupt=stats.corrupt, **seconds)
         best = False
         if step in evaluated_at:
             accuracy = _evaluate(run, engine)
             best = state.evaluated(step, accuracy)
             row |= {"val/acc1": accuracy.acc1, "val/loss": accuracy.loss}
-        if step in measured_at | normed_at:
+        if step in observed_at | normed_at:
             norms = weight_norms(engine)
             row |= {f"norm/{family}.{i:02d}": norm for family, layers in norms.items() for i, norm in layers.items()}
-        if step in measured_at and state.window.steps:
-            state.phase = _decide(run, controller, state.phase, state.window.observation(step, norms))
+        if step in observed_at and state.window.steps:
+            observation = state.window.observation(step, norms)
+            run.log.observation(observation)
+            state.phase = _decide(run, controller, state.phase, observation)
             state.window.reset()
         if len(row) > 3 or step % config.train.log_every == 0:
             row |= {"lr": lr, "grad_norm": stats.grad_norm, **state.logged.row()}

@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from prelora_ds.config.changes import new_name
 from prelora_ds.config.documents import DEEPEST, Place, UnreadableError, read_scalar, read_value
 from prelora_ds.config.fields import alternatives, annotation_at
 from prelora_ds.config.tree import Config
@@ -25,9 +26,10 @@ def is_text(place: Place) -> bool:
 def override(tree: dict[str, Any], text: str) -> None:
     """Put ``a.b=c`` into ``tree``; a mapping is merged with the one that is there.
 
-    Raises ConfigError.
+    A key of an older version is put under its name of today. Raises ConfigError.
     """
     key, separator, given = text.partition("=")
+    key = new_name(key)
     place = tuple(key.split("."))
     if not separator or not all(place):
         raise ConfigError("override", text, "is not of the form a.b=c",

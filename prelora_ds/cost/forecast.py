@@ -129,7 +129,7 @@ def _earliest(config: Config, timeline: Timeline) -> dict[Phase, int]:
     """Steps of each phase when Algorithm 1 passes at its first test."""
     assert config.convergence is not None
     c, total = config.convergence, timeline.total_steps
-    ticks = sorted(timeline.ticks(c.every))
+    ticks = sorted(timeline.ticks(config.observe.every))
     warm = ticks[c.k * c.m - 1] if len(ticks) >= c.k * c.m else total
     due = max(warm + 1, timeline.step_after(warm, config.lora.warmup))
     lora = next((tick for tick in ticks if tick >= due), total)

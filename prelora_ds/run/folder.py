@@ -82,9 +82,14 @@ class RunFolder:
         return self.path / "windows.jsonl"
 
     @property
+    def observations(self) -> Path:
+        """A row for each observation, exactly as the phase controller saw it."""
+        return self.path / "observations.jsonl"
+
+    @property
     def logs(self) -> tuple[Path, ...]:
         """All that is written row by row."""
-        return self.metrics, self.events, self.windows
+        return self.metrics, self.events, self.windows, self.observations
 
     @property
     def tensorboard(self) -> Path:

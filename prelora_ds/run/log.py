@@ -12,6 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from prelora_ds.core.codec import to_json
 from prelora_ds.core.convergence import Observation
 from prelora_ds.errors import ConfigError
 from prelora_ds.files import replace_file, sync_folder
@@ -222,6 +223,10 @@ class RunLog:
     def event(self, kind: EventKind, step: int, **values: Any) -> None:
         """What happened after ``step`` steps."""
         self._write(self._folder.events, {"event": kind, "step": step, **values})
+
+    def observation(self, observation: Observation) -> None:
+        """What the phase controller decides by, so that its decisions can be made again."""
+        self._write(self._folder.observations, to_json(observation))
 
     def windows(self, row: Mapping[str, Any]) -> None:
         """A closed window, and what Algorithm 1 said."""

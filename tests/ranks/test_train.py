@@ -21,6 +21,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import ViTForImageClassification
 
 from prelora_ds.config.load import load_config
+from prelora_ds.core.codec import from_json, to_json
+from prelora_ds.core.convergence import Observation, close_window
 from prelora_ds.core.schedule import Timeline
 from prelora_ds.data.corrupt import CorruptBudget
 from prelora_ds.data.manifest import Manifest
@@ -78,6 +80,20 @@ def test_windows_are_disjoint_and_of_m_measurements(finished):
     assert [w["verdict"] is not None for w in windows] == [False, True, False, False, False]
     losses = {row["step"]: row["train/loss"] for row in read_lines(out / "metrics.jsonl")}
     assert windows[0]["loss"] == pytest.approx(sum(losses[s] for s in (1, 2, 3, 4)) / 4)
+
+
+def test_each_observation_is_kept_exactly_as_the_controller_saw_it(finished):
+    out, _ = finished
+    seen = [from_json(Observation, row) for row in read_lines(out / "observations.jsonl")]
+    assert [(o.step, o.samples) for o in seen] == [(step, 128) for step in range(2, 21, 2)]
+    rows = {row["step"]: row for row in read_lines(out / "metrics.jsonl")}
+    for o in seen:
+        assert o.loss == (rows[o.step - 1]["train/loss"] + rows[o.step]["train/loss"]) / 2
+        for family, layers in o.norms.items():
+            assert layers == {i: rows[o.step][f"norm/{family}.{i:02d}"] for i in layers} and len(layers) == 2
+    for i, window in enumerate(read_lines(out / "windows.jsonl")):
+        closed = to_json(close_window(i, seen[2 * i: 2 * i + 2], "mean"))
+        assert closed == {key: window[key] for key in closed}
 
 
 def test_tensorboard_is_one_run_with_an_unbroken_axis(finished):

@@ -13,7 +13,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.values import NORMS, same
 
+from prelora_ds.core.codec import from_json
+from prelora_ds.core.convergence import Observation
 from prelora_ds.errors import ConfigError
 from prelora_ds.run.folder import RunFolder
 from prelora_ds.run.log import EventKind, RunLog, check_logs, cut_back, json_text, read_lines, sync_logs
@@ -162,6 +165,22 @@ def test_numbers_that_json_does_not_have_become_null(log: RunLog, tmp_path: Path
     ] == {"weights": None, "ranks": [1.5, None]}
 
 
+@given(loss=st.floats(), norms=NORMS)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_an_observation_is_read_back_bit_for_bit_also_after_a_cut(
+    loss: float, norms: dict[str, dict[int, float]], tmp_path: Path
+) -> None:
+    folder, seen = RunFolder(tmp_path), [Observation(step, 64, loss, norms) for step in (2, 4, 6)]
+    log = RunLog(folder, Monitor())
+    for observation in seen:
+        log.observation(observation)
+    log.close()
+    cut_back(folder, 4)
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in folder.observations.read_text().splitlines()]
+    folder.observations.unlink()
+    assert same([from_json(Observation, row) for row in rows], seen[:2])
+
+
 def test_rows_of_earlier_versions_with_nan_are_read(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "train/loss": NaN}\n{"step": 2, "train/loss": -Infinity}\n')
@@ -215,6 +234,7 @@ def test_a_cut_log_keeps_the_rows_until_the_step(tmp_path: Path) -> None:
             {"event": "plan", "step": 6},
         ],
         "windows": [{"last_step": 4, "loss": 1.0}, {"last_step": 8, "loss": 0.5}],
+        "observations": [{"step": n, "loss": 1 / n} for n in (2, 4, 6, 8)],
     }
     for name, content in rows.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json_text(row) + "\n" for row in content))
@@ -222,7 +242,8 @@ def test_a_cut_log_keeps_the_rows_until_the_step(tmp_path: Path) -> None:
     assert read_lines(tmp_path / "metrics.jsonl") == rows["metrics"][:5]
     assert read_lines(tmp_path / "events.jsonl") == rows["events"][:2]
     assert read_lines(tmp_path / "windows.jsonl") == rows["windows"][:1]
-    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".jsonl"] * 3
+    assert read_lines(tmp_path / "observations.jsonl") == rows["observations"][:2]
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".jsonl"] * 4
 
 
 def test_the_events_of_version_0_1_0_are_read_and_get_their_name_of_today_when_a_run_resumes(
@@ -271,6 +292,7 @@ LOGS_OF_5_STEPS = {
     "metrics": [step(n) for n in range(1, 6)],
     "events": [{"event": "plan", "step": n, "phase": "full", "switch": None} for n in range(5)],
     "windows": [{"index": n, "last_step": n, "loss": 1.5, "norms": {"q": {"0": 2.5}}} for n in range(5)],
+    "observations": [{"step": n, "samples": 64, "loss": None, "norms": {"q": {"0": 2.5}}} for n in range(5)],
 }
 WORDS = [b"null", b"NaN", b"1e999", b"-1", b'"', b"{}", b"[]", b"\n", b"\0", b"9" * 30, b"true"]
 
