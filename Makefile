@@ -42,7 +42,7 @@ smoke-vitl: setup data/photographs  ## ViT-L/16 at 224 px through all phases on 
 	$(DEEPSPEED) --recipe launch/recipes/vit_large_in1k_prelora_exp1.yaml --deepspeed_config ds_configs/zero2.json \
 		run.output_dir=$(SMOKE) data.train=data/photographs/train data.val=data/photographs/val data.workers=0 \
 		train.global_batch_size=8 train.micro_batch_size=4 train.log_every=1 \
-		train.duration='18 steps' train.eval_every='18 steps' convergence.every='1 step' lora.warmup='3 steps' \
+		train.duration='18 steps' train.eval_every='18 steps' observe.every='1 step' lora.warmup='3 steps' \
 		2>&1 | sed "s|$(CURDIR)/||g" | tee -a benchmarks/results/smoke_vitl.log
 	prelora evaluate $(SMOKE)/model --data data/photographs/val
 	prelora report $(SMOKE) | tee benchmarks/results/smoke_vitl.txt

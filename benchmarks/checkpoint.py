@@ -59,10 +59,12 @@ def saves(pipe: Connection, model: dict[str, Any], micro: int, rounds: int, fold
     from prelora_ds.core.schedule import Timeline
     from prelora_ds.engine.transition import transition
     from prelora_ds.run.checkpoints.saver import Saver
+    from prelora_ds.run.folder import RunFolder
 
     engine, _ = switch_ranks.first_engine(model, micro, stage=2)
     config = engine.run_config
-    saver = Saver(Path(folder), config, Timeline(10**6, config.train.global_batch_size, config.train.duration),
+    timeline = Timeline(10**6, config.train.global_batch_size, config.train.duration)
+    saver = Saver(RunFolder(Path(folder)), config, timeline,
                   say=lambda text: None)
     copy_speed, found = switch_ranks.copy_bytes_per_second(), {}
     found["full"] = one_phase(engine, saver, rounds, 0, copy_speed)

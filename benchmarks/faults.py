@@ -27,6 +27,7 @@ from support.launches import Job, Zygote, differences, traces, zygote
 from prelora_ds.data.shards.writer import write_digits
 from prelora_ds.run.checkpoints.checkpoint_folder import list_checkpoints, step_of
 from prelora_ds.run.claim import is_finished
+from prelora_ds.run.folder import RunFolder
 
 STAGES, WORLD = (0, 1, 2, 3), 2
 SETTINGS = ("checkpoint.every=2 steps", "model.hidden_dropout_prob=0.1", "train.eval_every=5 steps")
@@ -76,7 +77,7 @@ def one_run(forge: Zygote, out: Path, shards: Path, settings: tuple[str, ...], z
     """One run to its end, killed at most ``kills`` times; a kill that comes too late to meet anything is none."""
     rows: list[dict[str, Any]] = []
     while True:
-        newest, faults = list_checkpoints(out / "checkpoints"), {}
+        newest, faults = list_checkpoints(RunFolder(out).checkpoints), {}
         if len(rows) < kills:
             place = places[0]
             places.append(places.pop(0))
@@ -92,7 +93,7 @@ def one_run(forge: Zygote, out: Path, shards: Path, settings: tuple[str, ...], z
             sys.exit(job.said())
         rows.append({"stage": zero, "from step": step_of(newest[0]) if newest else 0, "place": place, "call": call,
                      "rank": rank, "delay, s": delay, "seconds": time.monotonic() - begun})
-        if is_finished(out):  # killed on its way out, with all written
+        if is_finished(RunFolder(out)):  # killed on its way out, with all written
             return rows
 
 

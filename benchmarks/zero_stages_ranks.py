@@ -17,6 +17,7 @@ from support.plans import full_plan, lora_plan, warmup_plan
 
 from prelora_ds.config.load import validate
 from prelora_ds.config.tree import FAMILIES, Config
+from prelora_ds.core.codec import to_json
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.plan import Plan
 from prelora_ds.cost.bytes import predict_bytes, worst_deviation
@@ -74,7 +75,7 @@ def phases(pipe: Connection, model: Mapping[str, Any], zero: Mapping[str, Any], 
                      "switch s": switch_s, **owners(measured), "states off by": worst_deviation(predicted, measured),
                      "sent GB": sent / 1e9, "sent off by": abs(sent - payload) / payload,
                      "peak GiB": peak_bytes() / GIB, "FLOPs of full": flops[plan.phase] / flops[full.phase],
-                     "seconds": seconds, "predicted": predicted.to_json(), "measured": measured})
+                     "seconds": seconds, "predicted": to_json(predicted), "measured": measured})
     return rows
 
 
@@ -97,9 +98,9 @@ def states_at_world(pipe: Connection, model: Mapping[str, Any], zero: Mapping[st
                 bytes_after_backward(engine, layout, world, size=1)
             predicted, measured = bytes_after_backward(engine, layout, world, size=1)
             rows.append({"phase": plan.phase.value, **owners(measured),
-                         "predicted GiB": sum(predicted.to_json().values()) / GIB,
+                         "predicted GiB": predicted.total / GIB,
                          "states off by": worst_deviation(predicted, measured),
-                         "predicted": predicted.to_json(), "measured": measured})
+                         "predicted": to_json(predicted), "measured": measured})
             release(engine)
     torch.distributed.destroy_process_group()
     return rows

@@ -19,6 +19,7 @@ from prelora_ds.hosts.discovery import Ranks
 from prelora_ds.hosts.heartbeat import Supervision
 from prelora_ds.hosts.mpi import complete
 from prelora_ds.hosts.network import choose_interface
+from prelora_ds.run.folder import RunFolder
 from prelora_ds.run.guard import Guard, end_now
 from prelora_ds.run.stop import StopRequest
 
@@ -53,6 +54,7 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
             check_zero_config(config.for_phase(phase.name).deepspeed.get("zero_optimization", {}))
         from prelora_ds.run.claim import claim_output
 
+    folder = RunFolder(Path(config.run.output_dir))
     stop = stop or StopRequest()
     stop.walltime_s = config.checkpoint.walltime
     guard = guard or Guard(rank=ranks.rank, stop=stop).start()
@@ -72,7 +74,7 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
         if ranks.rank == 0:
             timeline = Timeline(samples_per_epoch(config, len(train_data)),
                                 config.train.global_batch_size, config.train.duration)
-            claim = claim_output(Path(config.run.output_dir), config, resume,
+            claim = claim_output(folder, config, resume,
                                  identity(train_data, val_data), train_data.classes,
                                  steps=timeline.total_steps)
             sources, origin = claim.sources, claim.origin
@@ -92,7 +94,7 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
         try:
             train(config, train_data, val_data, hosts, sources=sources, origin=origin, stop=stop, guard=guard)
             if ranks.rank == 0:
-                report_if_possible(Path(config.run.output_dir))
+                report_if_possible(folder)
             watch.mark("DONE")
         except Stopped as why:
             guard.look()  # another rank may have seen it first
@@ -137,12 +139,12 @@ def warn_of_a_short_run(config: Config, timeline: Timeline) -> None:
               f"{timeline.total_steps}: the rate never reaches optimizer.lr", flush=True)
 
 
-def report_if_possible(out: Path) -> None:
+def report_if_possible(folder: RunFolder) -> None:
     """Print the table of a run that has ended well, also where its logs are damaged or gone."""
     from prelora_ds.reporting.table import print_report
 
     try:
-        print_report(out)
+        print_report(folder)
     except ConfigError as error:
         print(f"warning: there is no report: {error}", flush=True)
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from prelora_ds.config.tree import Config
+from prelora_ds.core.codec import from_json, to_json
 from prelora_ds.core.controller import PhaseController, PhaseState
 from prelora_ds.core.divergence import DivergenceWatch
 from prelora_ds.core.duration import Duration
@@ -42,8 +43,9 @@ from prelora_ds.reporting.progress import TrainProgress
 from prelora_ds.run.checkpoints.resume import Checkpoint, load_newest, prepare
 from prelora_ds.run.checkpoints.saver import Saver
 from prelora_ds.run.evaluate import Accuracy, evaluate
+from prelora_ds.run.folder import RunFolder
 from prelora_ds.run.guard import Guard
-from prelora_ds.run.log import Meter, RunLog
+from prelora_ds.run.log import EventKind, Meter, RunLog
 from prelora_ds.run.records import Run, begin_plan, bytes_due, lend_monitor, log_bytes, workers_of
 from prelora_ds.run.recover import problem_of, way_back
 from prelora_ds.run.run_state import RunState
@@ -61,33 +63,32 @@ def train(config: Config, train_data: TrainData, val_data: Manifest, hosts: Sequ
     not as it should be, Stopped when ``stop`` asked for it and a checkpoint was written, NotSavedError when it was not.
     """
     freeze_imports()
-    out, rank = Path(config.run.output_dir), dist.get_rank()
+    folder, rank = RunFolder(Path(config.run.output_dir)), dist.get_rank()
     samples = samples_per_epoch(config, len(train_data))
     timeline = Timeline(samples, config.train.global_batch_size, config.train.duration)
     with torch.device("meta"):
         layout = find_layout(build_model(config.model, len(train_data.classes)), config.families(),
                              config.model.families)
-    saver = Saver(out, config, timeline, say=partial(print, flush=True) if rank == 0 else lambda text: None,
+    saver = Saver(folder, config, timeline, say=partial(print, flush=True) if rank == 0 else lambda text: None,
                   data=identity(train_data, val_data), classes=train_data.classes)
     found = load_newest(sources, layout, saver.say)
-    done = prepare(out, found, origin)
+    done = prepare(folder, found, origin)
     progress = TrainProgress(timeline.total_steps, shown=rank == 0, done=done)
     saver.say = progress.say
     run = Run(config, layout, timeline, train_data, val_data, CorruptBudget(config.data.corrupt_budget, samples),
               workers_of(config, train_data, progress, layout),
-              RunLog(out, make_monitor(out, done * config.train.global_batch_size, progress.say),
-                     progress.say), progress, out,
+              RunLog(folder, make_monitor(folder.tensorboard, done * config.train.global_batch_size, progress.say),
+                     progress.say), progress, folder,
               guard or Guard(math.inf), hosts)
     try:
         engine, state = _begin(run, saver, found)
         if stop is not None:
             stop.begin_steps()
         engine, state = _loop(run, saver, stop or StopRequest(), engine, state)
-        export_model(engine, out / "model", train_data.classes)
+        export_model(engine, folder.model, train_data.classes)
         peaks = [0] * dist.get_world_size()
         dist.all_gather_object(peaks, peak_rss_bytes())
-        run.log.plans({"event": "end", "step": timeline.total_steps, "peak_rss_bytes": peaks,
-                       "data": identity(train_data, val_data)})
+        run.log.event(EventKind.END, timeline.total_steps, peak_rss_bytes=peaks, data=identity(train_data, val_data))
     finally:
         run.opened.close()
         saver.close()
@@ -115,12 +116,12 @@ def _begin(run: Run, saver: Saver, found: Checkpoint | None) -> tuple[Engine, Ru
         engine = build_engine(config, state.phase.plan, run.layout, labels, found.engine, found.counters)
         found.restore_rng(config.run.seed)
         run.corrupt.go_on(*state.corrupt)
-        run.log.plans({"event": "resume", "step": state.step, "checkpoint": found.folder.name,
-                       "world_size": dist.get_world_size(), "zero_stage": engine.config.zero.stage})
+        run.log.event(EventKind.RESUME, state.step, checkpoint=found.folder.name, world_size=dist.get_world_size(),
+                      zero_stage=engine.config.zero.stage)
         run.progress.say(f"goes on after step {state.step}, from {found.folder}")
     check_ranks_agree(engine)
     lend_monitor(run, engine)
-    if found is None or not found.of_run(run.out):
+    if found is None or not found.of_run(run.folder):
         state.phase, state.window = replace(state.phase, open=()), Meter()  # a new run may measure otherwise
         state.best_acc1 = None  # and has no checkpoint of that accuracy
         begin_plan(run, engine, state.phase, switch=None)
@@ -130,7 +131,7 @@ def _begin(run: Run, saver: Saver, found: Checkpoint | None) -> tuple[Engine, Ru
 def _loop(run: Run, saver: Saver, stop: StopRequest, engine: Engine, state: RunState) -> tuple[Engine, RunState]:
     config, timeline, total, controller = run.config, run.timeline, run.timeline.total_steps, _controller(run)
     normed_at = timeline.ticks(Duration("1 epoch"))
-    measured_at = timeline.ticks(config.observe_every) if config.convergence else frozenset()
+    observed_at = timeline.ticks(config.observe.every)
     evaluated_at, saved_at = timeline.ticks(config.train.eval_every), saver.ticks
     loader, begun_at = _loader(run, engine, state.step), state.step
     stragglers = StragglerWatch(run.hosts)
@@ -149,7 +150,7 @@ def _loop(run: Run, saver: Saver, stop: StopRequest, engine: Engine, state: RunS
         seconds = {"step_s": time.perf_counter() - fetched, "data_s": fetched - begun}
         for slow in stragglers.add(sum(seconds.values()), forward=stats.forward_s, data=stats.data_s):
             run.progress.say(f"warning: {slow}")
-            run.log.plans({"event": "straggler", "step": step, **vars(slow)})
+            run.log.event(EventKind.STRAGGLER, step, **to_json(slow))
         row: dict[str, Any] = {"step": step, "epoch": timeline.epoch_at(step), "phase": engine.plan.phase}
         _stop_if_corrupt(run, stats, micro_batches, row)
         if problem := problem_of(state.watch, step, stats, config.train.divergence):
@@ -164,18 +165,20 @@ def _loop(run: Run, saver: Saver, stop: StopRequest, engine: Engine, state: RunS
             row |= {"left_out": state.watch.left_out, "left_out_loss": stats.loss}
         else:
             state.watch = state.watch.sound(stats.loss, config.train.divergence)
-            for meter in (state.window, state.logged) if measured_at else (state.logged,):
+            for meter in (state.window, state.logged):
                 meter.add(stats.loss, config.train.global_batch_size, corrupt=stats.corrupt, **seconds)
         best = False
         if step in evaluated_at:
             accuracy = _evaluate(run, engine)
             best = state.evaluated(step, accuracy)
             row |= {"val/acc1": accuracy.acc1, "val/loss": accuracy.loss}
-        if step in measured_at | normed_at:
+        if step in observed_at | normed_at:
             norms = weight_norms(engine)
             row |= {f"norm/{family}.{i:02d}": norm for family, layers in norms.items() for i, norm in layers.items()}
-        if step in measured_at and state.window.steps:
-            state.phase = _decide(run, controller, state.phase, state.window.observation(step, norms))
+        if step in observed_at and state.window.steps:
+            observation = state.window.observation(step, norms)
+            run.log.observation(observation)
+            state.phase = _decide(run, controller, state.phase, observation)
             state.window.reset()
         if len(row) > 3 or step % config.train.log_every == 0:
             row |= {"lr": lr, "grad_norm": stats.grad_norm, **state.logged.row()}
@@ -197,7 +200,7 @@ def _loop(run: Run, saver: Saver, stop: StopRequest, engine: Engine, state: RunS
 def _way_back(run: Run, saver: Saver, state: RunState, stats: StepStats, row: dict[str, Any],
               problem: str) -> Checkpoint | None:
     try:
-        return way_back(saver, run.layout, run.out, state, stats, row["step"], problem, run.config.train.divergence)
+        return way_back(saver, run.layout, run.folder, state, stats, row["step"], problem, run.config.train.divergence)
     except TrainingDivergedError:
         run.log.metrics({**row, "train/loss": stats.loss, "grad_norm": stats.grad_norm},
                         samples=row["step"] * run.config.train.global_batch_size)
@@ -207,16 +210,16 @@ def _way_back(run: Run, saver: Saver, state: RunState, stats: StepStats, row: di
 def _go_back(run: Run, saver: Saver, engine: Engine, found: Checkpoint) -> tuple[Engine, RunState]:
     release_checked(engine)
     samples = found.run.step * run.config.train.global_batch_size
-    run.log.rewind(lambda: (prepare(run.out, found),
-                            make_monitor(run.out, samples, run.progress.say))[1])
+    run.log.rewind(lambda: (prepare(run.folder, found),
+                            make_monitor(run.folder.tensorboard, samples, run.progress.say))[1])
     return _begin(run, saver, found)
 
 
 def _decide(run: Run, controller: PhaseController, phase: PhaseState, observation: Observation) -> PhaseState:
     """Rank 0 decides, all ranks take its decision."""
-    after = PhaseState.from_json(on_rank_0(lambda: controller.next(phase, observation).to_json()))
+    after = from_json(PhaseState, on_rank_0(lambda: to_json(controller.next(phase, observation))))
     if [w.index for w in after.windows[-1:]] != [w.index for w in phase.windows[-1:]]:
-        run.log.windows({"phase": phase.plan.phase, **after.windows[-1].to_json(), "tests": after.tests,
+        run.log.windows({"phase": phase.plan.phase, **to_json(after.windows[-1]), "tests": after.tests,
                          "verdict": after.reason if after.tests > phase.tests else None})
         if after.tests > phase.tests:
             run.progress.say(f"window {after.windows[-1].index}: {after.reason}")

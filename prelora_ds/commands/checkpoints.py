@@ -11,9 +11,10 @@ from prelora_ds.errors import ConfigError
 
 def checkpoints(run: Path) -> None:
     """The checkpoints of RUN, newest first, each verified; exit code 1 if one is broken."""
-    from prelora_ds.run.checkpoints.checkpoint_folder import FOLDER, describe, list_checkpoints
+    from prelora_ds.run.checkpoints.checkpoint_folder import describe, list_checkpoints
+    from prelora_ds.run.folder import RunFolder
 
-    found = list_checkpoints(run / FOLDER)
+    found = list_checkpoints(RunFolder(run).checkpoints)
     if not found:
         raise ConfigError("RUN", str(run), "has no checkpoints", "name the run.output_dir of a run")
     broken = False

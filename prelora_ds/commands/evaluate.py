@@ -13,13 +13,12 @@ from prelora_ds.commands.output import save_json
 
 def evaluate(model: Path, data: Annotated[Path, typer.Option(help="a folder of shards")]) -> None:
     """Top-1 of an exported MODEL folder, as transformers opens it; kept with the data's name in its accuracy.json."""
+    from prelora_ds.core.codec import to_json
     from prelora_ds.run.evaluate import evaluate_folder
+    from prelora_ds.run.folder import ACCURACY
 
     result = evaluate_folder(model, data)
-    accuracy = result.accuracy
-    save_json(model / "accuracy.json", result.to_json(), "MODEL")
-    typer.echo(
-        f"{model} on {data}: {accuracy.correct} of {accuracy.samples} right, {accuracy.acc1:.2%}"
-    )
-    if not math.isfinite(accuracy.loss):
+    save_json(model / ACCURACY, {"acc1": result.acc1, **to_json(result)}, "MODEL")
+    typer.echo(f"{model} on {data}: {result.correct} of {result.samples} right, {result.acc1:.2%}")
+    if not math.isfinite(result.loss):
         typer.echo(f"warning: the logits of {model} are not all finite, and such images count as wrong", err=True)

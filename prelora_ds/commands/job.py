@@ -30,11 +30,14 @@ def job(recipe: Path,
     from prelora_ds.config.fields import parse_walltime
     from prelora_ds.config.load import check_world, load_config
     from prelora_ds.hosts.jobs import Job, load_profile, render
+    from prelora_ds.run.folder import RunFolder
 
     site, config = load_profile(profile), load_config(recipe, overrides or (), deepspeed_config)
     check_world(config, nodes * site.ranks_per_node)
-    text = render(Job(name=config.run.name, script=out.resolve(), folder=Path.cwd(), recipe=recipe.resolve(),
-                      overrides=overrides or (), nodes=nodes, spares=spares, walltime_s=parse_walltime(walltime),
+    supervise = RunFolder(Path(config.run.output_dir).resolve()).supervise
+    text = render(Job(name=config.run.name, script=out.resolve(), folder=Path.cwd(), supervise=supervise,
+                      recipe=recipe.resolve(), overrides=overrides or (), nodes=nodes, spares=spares,
+                      walltime_s=parse_walltime(walltime),
                       deepspeed_config=None if deepspeed_config is None else deepspeed_config.resolve(), warn_s=warn,
                       max_jobs=max_jobs, account=account, queue=queue, filesystems=filesystems, stage=stage,
                       network=network, setup=setup, container=container), site, config)

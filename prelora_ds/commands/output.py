@@ -35,9 +35,9 @@ def one_message() -> Iterator[None]:
 
 def save_json(path: Path, value: Any, key: str) -> None:
     """Write ``value`` as JSON to the path that the user named by ``key``. Raises ConfigError."""
-    from prelora_ds.run.log import to_json
+    from prelora_ds.run.log import json_text
 
-    save(path, to_json(value, indent=2) + "\n", key)
+    save(path, json_text(value, indent=2) + "\n", key)
 
 
 def save(path: Path, text: str, key: str, *, executable: bool = False) -> None:

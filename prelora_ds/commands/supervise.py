@@ -33,9 +33,10 @@ def supervise(command: Annotated[list[str], typer.Argument(help="-- LAUNCHER ...
     from prelora_ds.hosts.exits import outlive_streams
     from prelora_ds.hosts.hostfile import read_hostfile
     from prelora_ds.hosts.supervisor import PROBE, Policy, Supervisor, check_policy
+    from prelora_ds.run.folder import RunFolder
 
     config, hosts = config_of(command), read_hostfile(hostfile)
-    out = Path(config.run.output_dir).resolve()
+    folder = RunFolder(Path(config.run.output_dir).resolve())
     policy = Policy(nodes, nodes if min_nodes is None else min_nodes, max_restarts, patience, grace, probe_every,
                     PROBE if probe is None else probe, interface or config.launch.interface, master_port)
     check_policy(policy, hosts)
@@ -48,12 +49,11 @@ def supervise(command: Annotated[list[str], typer.Argument(help="-- LAUNCHER ...
         return True
 
     def progress() -> str:
-        latest = out / "checkpoints" / "latest"
-        return latest.read_text() if latest.is_file() else ""
+        return folder.latest.read_text() if folder.latest.is_file() else ""
 
     check_world(config, sum(host.slots for host in hosts[:nodes]))
     outlive_streams()  # a full disk under its output must not end the run that it watches
-    supervisor = Supervisor(command, hosts, out.with_name(out.name + ".supervise"), policy, progress, fits,
+    supervisor = Supervisor(command, hosts, folder.supervise, policy, progress, fits,
                             lambda text: print(f"supervise: {text}", flush=True))
 
     def ask_to_stop(*_: object) -> None:

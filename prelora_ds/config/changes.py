@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from typing import Any
 
+from prelora_ds.errors import ConfigError
+
 # Where, how fast and on how many ranks; what is watched and kept.
 MAY_DIFFER = (
     "run.name", "run.output_dir", "data.train", "data.val", "data.workers", "data.worker_start", "data.cache_dir",
@@ -14,12 +16,16 @@ MAY_DIFFER = (
     "phases.*.zero_stage", "phases.*.deepspeed", "machine", "checkpoint", "guard", "launch")
 # What may differ too when a new run begins from another's checkpoint (a fork). Its phases that are past have to agree,
 # which `prelora_ds.core.phases.difference` tells.
-MAY_DIFFER_IN_A_NEW_RUN = ("optimizer", "train.duration", "train.label_smoothing", "convergence", "lora", "phases")
+MAY_DIFFER_IN_A_NEW_RUN = (
+    "optimizer", "train.duration", "train.label_smoothing", "observe", "convergence", "lora", "phases")
 
-
-# Keys that a later version has renamed: old name -> new name. This is the only place for it:
-# `with_new_names` reads stored runs and recipes of older versions by it.
-RENAMED: dict[str, str] = {"phases.memory_gib": "machine.memory_gib", "phases.calibration": "machine.calibration"}
+# Keys that a later version has renamed: old name -> new name. This is the only place for it: stored
+# runs, recipes and overrides of older versions are read by it.
+RENAMED: dict[str, str] = {
+    "convergence.every": "observe.every",
+    "phases.memory_gib": "machine.memory_gib",
+    "phases.calibration": "machine.calibration",
+}
 _NOTHING = object()
 
 
@@ -94,21 +100,32 @@ def _as_written(values: dict[str, Any]) -> dict[str, Any]:
     return {**values, "phases": list(phases.values())}
 
 
-def with_new_names(values: Mapping[str, Any],
-                   renamed: Mapping[str, str] | None = None) -> dict[str, Any]:
+def with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a config's ``values`` with the keys of older versions under their new names.
 
-    renamed: RENAMED, if it is not given. A new name that is there already keeps its value.
+    Raises ConfigError where a key is set under both of its names.
     """
     copied = deepcopy(dict(values))
-    for old, new in (RENAMED if renamed is None else renamed).items():
+    for old, new in RENAMED.items():
         value = _take(copied, old)
-        if value is not _NOTHING:
-            _put(copied, new, value)
+        if value is _NOTHING:
+            continue
+        if _take(deepcopy(copied), new) is not _NOTHING:
+            raise ConfigError(old, value, f"is the former name of {new}, which is set as well",
+                              f"leave {old} out")
+        _put(copied, new, value)
     lora = copied.get("lora")
     if isinstance(lora, dict) and lora.get("mode") == "fa":  # a value that became a key of its own
         copied["lora"] = {**lora, "mode": "branch", "train_a": False}
     return copied
+
+
+def new_name(key: str) -> str:
+    """A dotted ``key`` as this version names it."""
+    for old, new in RENAMED.items():
+        if key == old or key.startswith(f"{old}."):
+            return new + key.removeprefix(old)
+    return key
 
 
 def _take(tree: Any, name: str) -> Any:

@@ -82,7 +82,7 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = (),
 def read_settings(recipe: str | Path, overrides: Sequence[str] = (),
                   deepspeed_config: str | Path | None = None) -> dict[str, Any]:
     """What `load_config` validates. Raises ConfigError."""
-    tree = _read_recipe(Path(recipe))
+    tree = with_new_names(_read_recipe(Path(recipe)))
     if deepspeed_config is not None:
         tree["deepspeed"] = read_deepspeed_json(Path(deepspeed_config))  # the overrides have the last word
     for text in overrides:

@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from prelora_ds.config.changes import new_name
 from prelora_ds.config.documents import DEEPEST, Place, UnreadableError, read_scalar, read_value
 from prelora_ds.config.fields import alternatives, annotation_at
 from prelora_ds.config.tree import Config
@@ -25,9 +26,10 @@ def is_text(place: Place) -> bool:
 def override(tree: dict[str, Any], text: str) -> None:
     """Put ``a.b=c`` into ``tree``; a mapping is merged with the one that is there.
 
-    Raises ConfigError.
+    A key of an older version is put under its name of today. Raises ConfigError.
     """
     key, separator, given = text.partition("=")
+    key = new_name(key)
     place = tuple(key.split("."))
     if not separator or not all(place):
         raise ConfigError("override", text, "is not of the form a.b=c",
@@ -90,8 +92,14 @@ def as_override(key: str, value: Any) -> str:
         plain = isinstance(value, str) and read_value(value, is_text, place) == value
     except UnreadableError:
         plain = False
-    text = value if plain else json.dumps(value, ensure_ascii=False)
+    text = value if plain else _quoted(value)
     return shlex.quote(f"{key}={text}")
+
+
+def _quoted(value: Any) -> str:
+    """``value`` as JSON that YAML reads alike: it folds three line breaks that JSON leaves as they are."""
+    text = json.dumps(value, ensure_ascii=False)
+    return re.sub("[\x85\u2028\u2029]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def interpolate(tree: dict[str, Any]) -> dict[str, Any]:

@@ -148,14 +148,22 @@ class TrainConfig(Strict):
         return self
 
 
+class ObserveConfig(Strict):
+    """The weight norms and the loss are measured and logged ``every`` so often, in every run.
+
+    Algorithm 1 is fed with these observations where there is a `convergence` section.
+    """
+
+    every: DurationField = Duration("1 epoch")
+
+
 class ConvergenceConfig(Strict):
-    """PreLoRA Algorithm 1: k windows of m measurements, ``tau`` and ``zeta`` in per cent."""
+    """PreLoRA Algorithm 1: k windows of m observations, ``tau`` and ``zeta`` in per cent."""
 
     tau: Annotated[float, Field(gt=0)]
     zeta: Annotated[float, Field(gt=0)]
     k: Annotated[int, Field(ge=2)] = 3
     m: Positive = 3
-    every: DurationField = Duration("1 epoch")
     statistic: Literal["mean", "last"] = "mean"
     aggregate: Literal["norm_of_mean", "mean_of_layers"] = "norm_of_mean"
 
@@ -251,6 +259,7 @@ class Config(Strict):
     data: DataConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig
+    observe: ObserveConfig = ObserveConfig()
     convergence: ConvergenceConfig | None = None
     lora: LoraConfig = LoraConfig()
     deepspeed: dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 0}})
@@ -271,10 +280,6 @@ class Config(Strict):
     def specs(self) -> tuple[PhaseSpec, ...]:
         """The phases as the controller takes them."""
         return tuple(phase.spec(self._default_families()) for phase in self.phase_list)
-
-    @property
-    def observe_every(self) -> Duration:
-        return Duration("1 epoch") if self.convergence is None else self.convergence.every
 
     def families(self) -> tuple[str, ...]:
         """The families whose norms are measured: those that any phase adapts, or all that may be."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from prelora_ds.core.codec import fields_from_json
 from prelora_ds.core.duration import Duration
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.phases import PhaseSpec, layers_of, plan_of, rewarm_steps, windows_of
@@ -41,17 +42,10 @@ class PhaseState:
     reason: str = ""
     tests: int = 0
 
-    def to_json(self) -> dict[str, Any]:
-        return {"plan": self.plan.to_json(), "index": self.index, "windows": [w.to_json() for w in self.windows],
-                "open": [o.to_json() for o in self.open], "first_window": self.first_window, "reason": self.reason,
-                "tests": self.tests}
-
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> PhaseState:
-        """Raises KeyError, TypeError or ValueError for what is not a state; reads those of 0.1.0 too."""
-        return cls(Plan.from_json(data["plan"]), index_of(data), tuple(map(WindowStats.from_json, data["windows"])),
-                   tuple(map(Observation.from_json, data["open"])), data.get("first_window", 0), data["reason"],
-                   data["tests"])
+    def from_json(cls, data: Any) -> PhaseState:
+        """Raises CodecError, or KeyError or ValueError, for what is not a state; reads those of 0.1.0 too."""
+        return fields_from_json(cls, {**data, "index": index_of(data)})
 
 
 def index_of(state: Mapping[str, Any]) -> int:

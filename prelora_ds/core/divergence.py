@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 
 class Limits(Protocol):
@@ -55,10 +54,3 @@ class DivergenceWatch:
     def rolled_back(self, step: int, before: DivergenceWatch) -> DivergenceWatch:
         """The watch of a checkpoint gone back to, after ``before``, that of the run which diverged at ``step``."""
         return replace(self, rollbacks=before.rollbacks + 1, avoided=before.avoided | {step})
-
-    def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "losses": list(self.losses), "avoided": sorted(self.avoided)}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> DivergenceWatch:
-        return cls(**{**data, "losses": tuple(data["losses"]), "avoided": frozenset(data["avoided"])})

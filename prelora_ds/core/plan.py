@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from prelora_ds.core.adapters import AdapterSpec, Lora, Shape, kind_of
+from prelora_ds.core.codec import fields_from_json
 from prelora_ds.core.layout import Layout
 
 BASE = "base"  # the role of every parameter that is not an adapter's
@@ -79,40 +80,14 @@ class Plan:
         """The adapted linears whose own weight does not train."""
         return frozenset(path for path in self.adapters if f"{path}.weight" not in self.trainable)
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "phase": self.phase,
-            "adapters": {path: {"kind": s.kind, "rank": s.rank, "scaling": s.scaling, "seed": s.seed,
-                                "options": dict(s.options)} for path, s in self.adapters.items()},
-            "trainable": sorted(self.trainable),
-            "lr_scale": dict(self.lr_scale),
-            "active": None if self.active is None else sorted(self.active),
-            "since_step": self.since_step,
-            "rewarm": self.rewarm,
-            "cycle": self.cycle,
-        }
+    def __post_init__(self) -> None:
+        for spec in self.adapters.values():
+            kind_of(spec)
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Plan:
-        """Raises KeyError, TypeError or ValueError for what is not a plan; reads those of 0.1.0 too."""
-        if "init_seed" in data:
-            data = _of_0_1_0(data)
-        active = data.get("active")
-        plan = cls(
-            phase=data["phase"],
-            trainable=frozenset(data["trainable"]),
-            adapters={path: AdapterSpec(**spec) for path, spec in data["adapters"].items()},
-            lr_scale=dict(data.get("lr_scale", {})),
-            active=None if active is None else frozenset(active),
-            since_step=data["since_step"],
-            rewarm=data.get("rewarm", 0),
-            cycle=data.get("cycle", 0),
-        )
-        if not isinstance(plan.phase, str):
-            raise ValueError(f"{plan.phase!r} is not the name of a phase")
-        for spec in plan.adapters.values():
-            kind_of(spec)
-        return plan
+    def from_json(cls, data: Any) -> Plan:
+        """Raises CodecError, or KeyError or ValueError, for what is not a plan; reads those of 0.1.0 too."""
+        return fields_from_json(cls, _of_0_1_0(data) if "init_seed" in data else data)
 
 
 def _of_0_1_0(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,4 +97,5 @@ def _of_0_1_0(data: Mapping[str, Any]) -> dict[str, Any]:
     without_a = adapters and not any(name.endswith(f".{Lora.A}") for name in data["trainable"])
     for spec in adapters.values() if without_a else ():
         spec["options"] = {"train_a": False}
-    return {**data, "adapters": adapters, "active": None}
+    return {"phase": data["phase"], "trainable": data["trainable"], "adapters": adapters,
+            "since_step": data["since_step"]}

@@ -22,13 +22,14 @@ def trainable_names(train: Sequence[str], layout: Layout, adapters: Mapping[str,
     biases: every parameter called ``bias``.
     rest: all that belongs to no linear with an adapter.
 
-    Raises ValueError for an expression that is not one, and for a set or an expression that no parameter matches.
+    Raises ValueError for an expression that is not one, and where an expression, or a set other than ``rest``, matches
+    no parameter.
     """
     leaves = {f"{path}.{leaf}" for path, spec in adapters.items() for leaf in kind_of(spec).trains(spec)}
     names: set[str] = set()
     for name in train:
         found = _names_of(name, layout, adapters, leaves)
-        if not found:
+        if not found and name != "rest":  # every parameter may belong to an adapted linear
             raise ValueError(f"{name!r} matches no parameter of this model")
         names |= found
     return frozenset(names)

@@ -32,9 +32,6 @@ class Bytes:
     def total(self) -> int:
         return self.weights + self.gradients + self.masters + self.moments + self.buffers
 
-    def to_json(self) -> dict[str, int]:
-        return dict(vars(self))
-
 
 def predict_bytes(plan: Plan, layout: Layout, zero: ZeroSettings, world_size: int, *, after_backward: bool,
                   kernel: str = "auto") -> Bytes:
@@ -80,5 +77,5 @@ def _gradients(t: int, w: int, zero: ZeroSettings, after_backward: bool) -> int:
 
 def worst_deviation(predicted: Bytes, measured: Mapping[str, int]) -> float:
     """The largest relative difference of an owner that either side says holds bytes."""
-    pairs = [(p, measured[owner]) for owner, p in predicted.to_json().items()]
+    pairs = [(p, measured[owner]) for owner, p in vars(predicted).items()]
     return max((abs(m - p) / max(p, m) for p, m in pairs if p or m), default=0.0)

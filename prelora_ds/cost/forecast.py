@@ -121,7 +121,7 @@ def _run(config: Config, zero: ZeroSettings, rows: list[dict[str, Any]], timelin
 
     phases = config.specs()
     tests = any(spec.until is not None and not isinstance(spec.until, Duration) for spec in phases)
-    ticks = sorted(timeline.ticks(config.observe_every))
+    ticks = sorted(timeline.ticks(config.observe.every))
     return {"stage": zero.stage, "offload_optimizer": zero.offload_optimizer,
             "earliest": entry(steps_of_phases(phases, timeline, ticks)) if tests else None,
             "never": entry(steps_of_phases(phases, timeline, ticks, passes=False))}

@@ -98,7 +98,7 @@ def freeze_imports() -> None:
 
 def make_monitor(folder: Path, after_samples: int = 0,
                  say: Callable[[str], None] = print) -> EnduringMonitor | None:
-    """DeepSpeed's monitor writing TensorBoard events to ``folder/tensorboard``, on rank 0; None on the others.
+    """DeepSpeed's monitor writing TensorBoard events to ``folder``, on rank 0; None on the others.
 
     after_samples: where a resumed run continues; TensorBoard drops what an earlier run wrote beyond.
     say: prints the one warning where the events cannot be written.
@@ -113,8 +113,8 @@ def make_monitor(folder: Path, after_samples: int = 0,
         return None
 
     def make() -> MonitorMaster:
-        resumed = (folder / "tensorboard").is_dir()
-        tensorboard = {"enabled": True, "output_path": str(folder), "job_name": "tensorboard"}
+        resumed = folder.is_dir()
+        tensorboard = {"enabled": True, "output_path": str(folder.parent), "job_name": folder.name}
         monitor = MonitorMaster(get_monitor_config({"tensorboard": tensorboard}))
         if resumed:
             old = monitor.tb_monitor.summary_writer

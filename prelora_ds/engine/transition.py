@@ -21,9 +21,6 @@ class Switch:
     seconds: float
     released_bytes: int
 
-    def to_json(self) -> Mapping[str, float]:
-        return dict(vars(self))
-
 
 def transition(engine: Engine, plan: Plan, *,
                keep_frozen: Callable[[EngineState, Plan], object] | None = None) -> tuple[Engine, Switch]:

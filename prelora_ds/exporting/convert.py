@@ -24,13 +24,13 @@ from prelora_ds.model.adapters.lora import peft_config
 from prelora_ds.model.families import find_layout
 from prelora_ds.model.vit import build_model
 from prelora_ds.run.checkpoints.checkpoint_folder import (
-    FOLDER,
     BrokenCheckpointError,
     list_checkpoints,
     read_run_state,
     root_of,
 )
 from prelora_ds.run.checkpoints.resume import Checkpoint, checkpoints_at, read_checkpoint
+from prelora_ds.run.folder import RunFolder
 
 FORMATS = ("hf", "peft", "timm", "deepspeed")
 # Path in transformers' ViT -> path in timm's; q, k and v are one linear there.
@@ -96,7 +96,8 @@ def _check_out(out: Path, checkpoint: Path) -> None:
     if out.exists() or out.is_symlink():
         raise ConfigError("OUT", str(out), "exists", "name a new folder")
     root = root_of(checkpoint.resolve())
-    owner = root.parent if root.name == FOLDER else checkpoint.resolve()
+    run = RunFolder.of_checkpoints(root)
+    owner = checkpoint.resolve() if run is None else run.path
     if owner in out.resolve().parents:
         raise ConfigError(
             "OUT",

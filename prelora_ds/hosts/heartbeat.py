@@ -1,6 +1,6 @@
 """A rank's side of `prelora supervise`: it watches the supervisor's lease, and leaves a record of how it ended.
 
-Files, in a folder that all hosts share:  lease.json  attempt-N/{rank-R.json, exit-R.json, DONE, STOPPED}
+Files, in a folder that all hosts share:  .lease  lease.json  attempt-N/{rank-R.json, exit-R.json, DONE, STOPPED}
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from prelora_ds.errors import FENCED_EXIT_CODE, ORPHAN_EXIT_CODE, ConfigError, E
 from prelora_ds.files import replace_file
 
 LEASE = "lease.json"
+LOCK = ".lease"  # of the one supervisor that may renew it
 ASLEEP_S = 10.0
 JUST_AWAKE_S = 60.0  # an end that follows a sleep so soon may come of it
 

@@ -54,13 +54,14 @@ class Profile(BaseModel):
 class Job:
     """One job of a chain. Paths are absolute.
 
-    folder: the checkout, in which launch/pretrain.py is. stage: copy the shards to the profile's
-    scratch folder first.
+    folder: the checkout, in which launch/pretrain.py is. supervise: the folder that the run's
+    supervisor writes. stage: copy the shards to the profile's scratch folder first.
     """
 
     name: str
     script: Path
     folder: Path
+    supervise: Path
     recipe: Path
     overrides: Sequence[str]
     deepspeed_config: Path | None
@@ -119,7 +120,7 @@ def render(job: Job, profile: Profile, config: Config) -> str:
         "folder": shlex.quote(str(job.folder)), "script": shlex.quote(str(job.script)),
         "setup": profile.setup if job.setup is None else job.setup,
         "environment": {key: shlex.quote(value) for key, value in (profile.network if job.network else {}).items()},
-        "output_dir": shlex.quote(str(out)), "lease": shlex.quote(f"{out}.supervise/{LEASE}"),
+        "output_dir": shlex.quote(str(out)), "lease": shlex.quote(str(job.supervise / LEASE)),
         "stage": " ".join(f'{shlex.quote(a)} "{b}"' for a, b in zip(sets, copies, strict=True)) if job.stage else "",
         "on_host": profile.on_host,
         "prelora": f"{shlex.quote(sys.executable)} -u -m prelora_ds.cli", "probe": shlex.quote(profile.probe),

@@ -20,19 +20,18 @@ from prelora_ds.errors import FENCED_EXIT_CODE, LaunchError
 from prelora_ds.files import replace_file
 from prelora_ds.hosts.heartbeat import read_json
 
-NAME = ".lease"
 RENEWED_EVERY_S = 5.0
 DEAD_AFTER_S = 30.0  # without a change
 
 
 class Lease:
-    """Held by rank 0's process from `take` to `release`; the guard watches its `check`.
+    """The file ``path``, held by rank 0's process from `take` to `release`; the guard watches its `check`.
 
     A lease that another job has taken over means that this one was given up for dead.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.path, self._token, self._ended = folder / NAME, uuid.uuid4().hex, threading.Event()
+    def __init__(self, path: Path) -> None:
+        self.path, self._token, self._ended = path, uuid.uuid4().hex, threading.Event()
         self._missed = False
 
     def take(self) -> Lease:
@@ -118,7 +117,7 @@ class Lease:
                 raise LaunchError(f"{self.path.parent} is in use by {_holder(first)}\n"
                                   "  remedy: end that job, or choose another run.output_dir")
         # Whoever moves it away may create the next one; what was moved must be what was judged.
-        moved = self.path.with_name(f"{NAME}.{self._token}.dead")
+        moved = self.path.with_name(f"{self.path.name}.{self._token}.dead")
         try:
             self.path.rename(moved)
         except FileNotFoundError:

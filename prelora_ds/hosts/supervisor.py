@@ -21,7 +21,7 @@ from typing import IO
 
 from prelora_ds.errors import STOPPED_EXIT_CODE, USAGE_EXIT_CODE, ConfigError, LaunchError
 from prelora_ds.hosts.diagnosis import Failure, diagnose, records_of, succeeded
-from prelora_ds.hosts.heartbeat import LEASE, attempt_of, write_json
+from prelora_ds.hosts.heartbeat import LEASE, LOCK, attempt_of, write_json
 from prelora_ds.hosts.hostfile import (
     Host,
     fill,
@@ -78,7 +78,7 @@ class Supervisor:
     stop_asked: bool = False
 
     def __post_init__(self) -> None:
-        self._mine = Lease(self.folder)
+        self._mine = Lease(self.folder / LOCK)
 
     def run(self) -> int:
         """Attempts until one succeeds; returns the exit code: 0, 99 (stopped with a checkpoint), or a failure's.

@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from prelora_ds.errors import ConfigError
+from prelora_ds.run.log import EventKind
 
 
 def _printable(text: str) -> str:
@@ -61,7 +62,7 @@ class Step(Record):
 
 
 class Event(Record):
-    """A row of plans.jsonl of no other kind."""
+    """A row of the events of no other kind."""
 
     step: Count
 
@@ -122,7 +123,8 @@ class Accuracy(Record):
         return self
 
 
-_KINDS: Mapping[str, type[Event]] = {"resume": Resume, "plan": Started, "bytes": Bytes, "end": End}
+_KINDS: Mapping[str, type[Event]] = {
+    EventKind.RESUME: Resume, EventKind.PLAN: Started, EventKind.BYTES: Bytes, EventKind.END: End}
 
 
 def parse_steps(rows: Sequence[dict[str, Any]], path: Path) -> list[Step]:
@@ -131,7 +133,7 @@ def parse_steps(rows: Sequence[dict[str, Any]], path: Path) -> list[Step]:
 
 
 def parse_events(rows: Sequence[dict[str, Any]], path: Path) -> list[Event]:
-    """``rows`` of the plans.jsonl at ``path``. Raises ConfigError, which names the line."""
+    """``rows`` of the events at ``path``. Raises ConfigError, which names the line."""
     return [
         _parsed(_KINDS.get(str(row.get("event")), Event), row, path, f"line {number}")
         for number, row in enumerate(rows, start=1)

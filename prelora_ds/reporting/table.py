@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -25,26 +24,27 @@ from prelora_ds.reporting.records import (
     parse_steps,
     read_accuracy,
 )
+from prelora_ds.run.folder import RunFolder
 from prelora_ds.run.log import read_lines
 
 
-def phase_rows(folder: Path) -> list[dict[str, Any]]:
+def phase_rows(folder: RunFolder) -> list[dict[str, Any]]:
     """One row per phase of the run in ``folder``: epochs, steps, trainable parameters, bytes, step time, loss,
     accuracy, and why it began. Raises ConfigError when there is no run, or its logs cannot be understood."""
     return _rows(*_read(folder))
 
 
-def _read(folder: Path) -> tuple[list[Step], list[Event]]:
-    metrics, plans = folder / "metrics.jsonl", folder / "plans.jsonl"
-    if not metrics.is_file() or not plans.is_file():
-        raise ConfigError("OUTPUT", str(folder), "holds no run", "name the run.output_dir of a run")
+def _read(folder: RunFolder) -> tuple[list[Step], list[Event]]:
+    metrics, logged = folder.metrics, folder.events_to_read
+    if not metrics.is_file() or not logged.is_file():
+        raise ConfigError("OUTPUT", str(folder.path), "holds no run", "name the run.output_dir of a run")
     steps = parse_steps(read_lines(metrics), metrics)
-    events = parse_events(read_lines(plans), plans)
+    events = parse_events(read_lines(logged), logged)
     if not steps:
-        raise ConfigError("OUTPUT", str(folder), "holds a run that has not logged a step",
+        raise ConfigError("OUTPUT", str(folder.path), "holds a run that has not logged a step",
                           "ask again when it has, or run it again if it has ended")
     if not any(isinstance(event, Started) for event in events):
-        raise ConfigError("OUTPUT", str(folder), "its plans.jsonl does not tell when a phase began",
+        raise ConfigError("OUTPUT", str(folder.path), f"its {logged.name} does not tell when a phase began",
                           "restore that file; checkpoints and the model do not depend on it")
     return steps, events
 
@@ -84,7 +84,7 @@ def _rows(steps: Sequence[Step], events: Sequence[Event]) -> list[dict[str, Any]
     return rows
 
 
-def print_report(folder: Path, console: Console | None = None) -> None:
+def print_report(folder: RunFolder, console: Console | None = None) -> None:
     """Print the table of the run in ``folder``: bytes of rank 0 at the end of a backward pass, predicted / measured.
 
     Raises ConfigError as `phase_rows` does, and for a model/accuracy.json that cannot be understood.
@@ -93,7 +93,8 @@ def print_report(folder: Path, console: Console | None = None) -> None:
     steps, events = _read(folder)
     rows = _rows(steps, events)
     notes = [*_notes(rows, events), *_accuracy_note(folder, events)]
-    table = Table(title=f"{escape(str(folder))}: bytes per rank at the end of a backward pass, predicted / measured")
+    table = Table(title=f"{escape(str(folder.path))}: bytes per rank at the end of a backward pass, "
+                        "predicted / measured")
     for column in ("", *(row["phase"] for row in rows)):
         table.add_column(escape(column), justify="left" if not column else "right")
     for label, cells in _lines(rows):
@@ -112,12 +113,11 @@ def _notes(rows: Sequence[dict[str, Any]], events: Sequence[Event]) -> Iterator[
             yield f"peak resident memory of a rank: {max(end.peak_rss_bytes) / 2**30:.2f} GiB"
 
 
-def _accuracy_note(folder: Path, events: Sequence[Event]) -> Iterator[str]:
+def _accuracy_note(folder: RunFolder, events: Sequence[Event]) -> Iterator[str]:
     """What `prelora evaluate` found last, and on which data."""
-    path = folder / "model" / "accuracy.json"
-    if not path.is_file():
+    if not folder.accuracy.is_file():
         return
-    result = read_accuracy(path)
+    result = read_accuracy(folder.accuracy)
     own = next(
         (end.data["data.val"] for end in events if isinstance(end, End) and "data.val" in end.data),
         None,

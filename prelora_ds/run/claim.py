@@ -17,20 +17,17 @@ from prelora_ds.core.controller import index_of
 from prelora_ds.core.phases import difference as phases_differ
 from prelora_ds.errors import ConfigError, cannot_write
 from prelora_ds.files import replace_file
-from prelora_ds.hosts.lock import NAME, Lease
+from prelora_ds.hosts.lock import Lease
 from prelora_ds.run.checkpoints.checkpoint_folder import (
-    FOLDER,
-    SAVED,
     BrokenCheckpointError,
     discard_partial,
     list_checkpoints,
     read_run_state,
     root_of,
 )
-from prelora_ds.run.checkpoints.resume import ORIGIN, candidates, origin_of
-from prelora_ds.run.log import check_logs, read_lines
-
-CONFIG = "config.yaml"
+from prelora_ds.run.checkpoints.resume import candidates, origin_of
+from prelora_ds.run.folder import RunFolder
+from prelora_ds.run.log import EventKind, check_logs, read_lines
 
 
 @dataclass
@@ -45,7 +42,7 @@ class Claim:
     origin: str | None
 
 
-def claim_output(folder: Path, config: Config, resume: str, data: Mapping[str, str],
+def claim_output(folder: RunFolder, config: Config, resume: str, data: Mapping[str, str],
                  classes: Sequence[str] = (), *, steps: int) -> Claim:
     """Take the output folder for this job and write config.yaml into it; by rank 0, before anything expensive.
 
@@ -57,34 +54,34 @@ def claim_output(folder: Path, config: Config, resume: str, data: Mapping[str, s
     full, and ConfigError when it holds something else than this run, unfinished, or cannot be
     written; then nothing in it has changed.
     """
-    with _writing(folder), ExitStack() as refused:
-        if folder.exists() and not folder.is_dir():
-            raise ConfigError("run.output_dir", str(folder), "is not a folder",
+    with _writing(folder.path), ExitStack() as refused:
+        if folder.path.exists() and not folder.path.is_dir():
+            raise ConfigError("run.output_dir", str(folder.path), "is not a folder",
                               "choose another run.output_dir")
-        folder.mkdir(parents=True, exist_ok=True)
-        lease = Lease(folder).take()
+        folder.path.mkdir(parents=True, exist_ok=True)
+        lease = Lease(folder.lock).take()
         refused.callback(lease.release)
         begun = _check_folder(folder, config, resume)
         check_logs(folder)
         sources = candidates(folder, resume)
-        new_run = bool(sources) and root_of(sources[0]).resolve() != (folder / FOLDER).resolve()
+        new_run = bool(sources) and root_of(sources[0]).resolve() != folder.checkpoints.resolve()
         origin = None if resume in ("auto", "never") else str(Path(resume).resolve())
         if begun and new_run and origin not in (None, origin_of(folder)):
-            raise ConfigError("--resume", resume, f"is of another run, and {folder} holds one already",
+            raise ConfigError("--resume", resume, f"is of another run, and {folder.path} holds one already",
                               "choose another run.output_dir")
         if begun and (new_run or not sources):
             _check_not_lost(folder)
         _check_sources(sources, config, data, classes, new_run=new_run, steps=steps)
-        discard_partial(folder / FOLDER)
-        if list_checkpoints(folder / FOLDER):
-            (folder / SAVED).touch()  # version 0.1.0 did not write it
+        discard_partial(folder.checkpoints)
+        if list_checkpoints(folder.checkpoints):
+            folder.saved.touch()  # version 0.1.0 did not write it
         elif not begun:
-            (folder / SAVED).unlink(missing_ok=True)
+            folder.saved.unlink(missing_ok=True)
         if new_run and origin is not None:
-            replace_file(folder / ORIGIN, origin + "\n")
+            replace_file(folder.origin, origin + "\n")
         elif not begun and resume == "never":
-            (folder / ORIGIN).unlink(missing_ok=True)
-        replace_file(folder / CONFIG, dump_yaml(config))
+            folder.origin.unlink(missing_ok=True)
+        replace_file(folder.config, dump_yaml(config))
         refused.pop_all()
         return Claim(lease, sources, origin)
 
@@ -97,34 +94,38 @@ def _writing(folder: Path) -> Iterator[None]:
         raise cannot_write("run.output_dir", str(folder), exc) from exc
 
 
-def _check_folder(folder: Path, config: Config, resume: str) -> bool:
+def _check_folder(folder: RunFolder, config: Config, resume: str) -> bool:
     """Hold what is in the folder against this run; whether a run has begun in it, and not only been refused."""
-    held = {path.name for path in folder.iterdir() if not path.name.startswith((NAME, f".{CONFIG}", f".{ORIGIN}"))}
-    own, begun = (folder / CONFIG).is_file(), bool(held - {CONFIG, ORIGIN, SAVED})
+    before_it_begins = (folder.lock.name, f".{folder.config.name}", f".{folder.origin.name}")
+    held = {path.name for path in folder.path.iterdir() if not path.name.startswith(before_it_begins)}
+    begun = bool(held - {folder.config.name, folder.origin.name, folder.saved.name})
+    own = folder.config.is_file()
     if begun and (resume == "never" or not own):
         what = "holds another run" if own else "exists and is not empty"
-        raise ConfigError("run.output_dir", str(folder), what, "choose another run.output_dir, or move this one away")
+        raise ConfigError("run.output_dir", str(folder.path), what,
+                          "choose another run.output_dir, or move this one away")
     if is_finished(folder):
-        raise ConfigError("run.output_dir", str(folder), "holds a finished run",
+        raise ConfigError("run.output_dir", str(folder.path), "holds a finished run",
                           "choose another run.output_dir; `prelora report` prints what came of this one")
     if own:
         # Also where no run has begun: the file may be somebody else's.
-        before = _stored(read_settings(folder / CONFIG), config, folder / CONFIG, new_run=False)
+        before = _stored(read_settings(folder.config), config, folder.config, new_run=False)
         if begun:
-            whole = bool(list_checkpoints(folder / FOLDER))
-            _same(before, config, folder, new_run=False, checkpoint=folder if whole else None)
+            whole = bool(list_checkpoints(folder.checkpoints))
+            _same(before, config, folder.path, new_run=False, checkpoint=folder.path if whole else None)
     return begun
 
 
-def _check_not_lost(folder: Path) -> None:
+def _check_not_lost(folder: RunFolder) -> None:
     """Refuse to begin anew where checkpoints were written and are gone.
 
     To begin would delete the rows of the logs. Raises ConfigError.
     """
-    if (folder / SAVED).exists() and not list_checkpoints(folder / FOLDER):
-        raise ConfigError("run.output_dir", str(folder),
-                          f"holds the logs of a run whose checkpoints were removed from {FOLDER}/",
-                          f"put the checkpoints back; or, to begin anew, move {folder} away or "
+    if folder.saved.exists() and not list_checkpoints(folder.checkpoints):
+        raise ConfigError("run.output_dir", str(folder.path),
+                          "holds the logs of a run whose checkpoints were removed from "
+                          f"{folder.checkpoints.name}/",
+                          f"put the checkpoints back; or, to begin anew, move {folder.path} away or "
                           "choose another run.output_dir")
 
 
@@ -187,10 +188,10 @@ def _check_fork(state: Mapping[str, Any], config: Config, source: Path) -> None:
                           "checkpoint")
 
 
-def is_finished(folder: Path) -> bool:
+def is_finished(folder: RunFolder) -> bool:
     """Whether the run in ``folder`` came to its end. Raises ConfigError when its log is damaged."""
-    plans = folder / "plans.jsonl"
-    return plans.is_file() and any(row.get("event") == "end" for row in read_lines(plans))
+    events = folder.events_to_read
+    return events.is_file() and any(row.get("event") == EventKind.END for row in read_lines(events))
 
 
 def _stored(values: Mapping[str, Any], config: Config, where: Path, *,

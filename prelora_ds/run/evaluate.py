@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor
@@ -60,20 +60,11 @@ def evaluate(logits_of: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tens
 
 
 @dataclass(frozen=True)
-class Result:
+class Result(Accuracy):
     """The accuracy of an exported model, and of what: ``identity`` tells the data from others, wherever they lie."""
 
-    accuracy: Accuracy
     data: str
     identity: str
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "acc1": self.accuracy.acc1,
-            **asdict(self.accuracy),
-            "data": self.data,
-            "identity": self.identity,
-        }
 
 
 def evaluate_folder(model: Path, data: Path, *, batch_size: int = 64, workers: int = 0) -> Result:
@@ -114,7 +105,7 @@ def evaluate_folder(model: Path, data: Path, *, batch_size: int = 64, workers: i
         samples=len(manifest),
         device=device,
     )
-    return Result(accuracy, str(data), manifest.identity)
+    return Result(**vars(accuracy), data=str(data), identity=manifest.identity)
 
 
 def open_vit(folder: Path) -> ViTForImageClassification:

@@ -1,4 +1,4 @@
-"""What a run measures and writes while it goes: metrics.jsonl, plans.jsonl, windows.jsonl and TensorBoard."""
+"""What a run measures and writes while it goes: its logs, a JSON object per line, and TensorBoard."""
 
 from __future__ import annotations
 
@@ -7,17 +7,29 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from prelora_ds.core.codec import to_json
 from prelora_ds.core.switch_tests.prelora import Observation
 from prelora_ds.errors import ConfigError
-from prelora_ds.files import replace_file
+from prelora_ds.files import replace_file, sync_folder
+from prelora_ds.run.folder import RunFolder
 
-LOGS = ("metrics", "plans", "windows")
+
+class EventKind(StrEnum):
+    """What a row of the events tells: the value of its key ``event``."""
+
+    PLAN = "plan"  # a plan that begins after ``step``, its reason, and what the switch to it cost
+    BYTES = "bytes"  # predicted and measured, under the plan
+    RESUME = "resume"  # from a checkpoint
+    STRAGGLER = "straggler"  # a rank that holds up the others
+    END = "end"  # the run has come to its end
 
 
-def to_json(value: Any, *, indent: int | None = None) -> str:
+def json_text(value: Any, *, indent: int | None = None) -> str:
     """``value`` as strict JSON: NaN and infinities, which JSON does not have, become null."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
@@ -55,7 +67,7 @@ class JsonLines:
                 self.close()
                 lost = "was removed or replaced; the rows before are lost"
             self._open()
-            self._append((to_json(row) + "\n").encode())
+            self._append((json_text(row) + "\n").encode())
         except OSError as exc:
             return f"cannot be written ({exc.strerror})"
         return lost
@@ -134,29 +146,35 @@ def rows_until(path: Path, step: int) -> list[dict[str, Any]]:
     return [row for row in rows if row.get("step", row.get("last_step")) <= step]
 
 
-def check_logs(folder: Path) -> None:
+def check_logs(folder: RunFolder) -> None:
     """Raise ConfigError where `cut_back` would, for a run that has not started its ranks' group yet."""
     for path in _logs_in(folder):
         rows_until(path, 0)
 
 
-def _logs_in(folder: Path) -> list[Path]:
-    return [path for name in LOGS if (path := folder / f"{name}.jsonl").is_file()]
+def _logs_in(folder: RunFolder) -> list[Path]:
+    found = (folder.events_to_read if path == folder.events else path for path in folder.logs)
+    return [path for path in found if path.is_file()]
 
 
-def cut_back(folder: Path, step: int) -> None:
+def cut_back(folder: RunFolder, step: int) -> None:
     """Take rows after ``step`` out of a run's logs: it continues from there, and writes them again.
+
+    The events of a run of version 0.1.0 get the name of today first.
 
     Raises ConfigError for a log that cannot be understood, and OSError for one that cannot be written.
     """
+    if (found := folder.events_to_read) != folder.events:
+        found.rename(folder.events)
+        sync_folder(folder.path)
     for path in _logs_in(folder):
-        kept = "".join(to_json(row) + "\n" for row in rows_until(path, step)).encode()
+        kept = "".join(json_text(row) + "\n" for row in rows_until(path, step)).encode()
         if kept == path.read_bytes():
             continue  # a full disk need not hold it twice
         replace_file(path, kept)
 
 
-def sync_logs(folder: Path) -> None:
+def sync_logs(folder: RunFolder) -> None:
     """Bring the rows of a run's logs to the disk, before a checkpoint of their steps has its name."""
     for path in _logs_in(folder):
         with contextlib.suppress(OSError):  # it has been warned of, and costs no checkpoint
@@ -177,38 +195,42 @@ class RunLog:
     """
 
     def __init__(
-        self, folder: Path, monitor: Any | None, say: Callable[[str], None] = print
+        self, folder: RunFolder, monitor: Any | None, say: Callable[[str], None] = print
     ) -> None:
-        self._folder, self._say, self._warned = folder, say, set[str]()
+        self._folder, self._say, self._warned = folder, say, set[Path]()
         self._open(monitor)
 
     def _open(self, monitor: Any | None) -> None:
         self.monitor = monitor
-        names = LOGS if monitor is not None else ()
-        self._files = {name: JsonLines(self._folder / f"{name}.jsonl") for name in names}
+        paths = self._folder.logs if monitor is not None else ()
+        self._files = {path: JsonLines(path) for path in paths}
 
-    def _write(self, name: str, row: Mapping[str, Any]) -> None:
+    def _write(self, path: Path, row: Mapping[str, Any]) -> None:
         if self.monitor is None:
             return
-        lost = self._files[name].write(row)
-        if lost is not None and name not in self._warned:
-            self._warned.add(name)
-            self._say(f"warning: {self._folder / name}.jsonl {lost}; training continues")
+        lost = self._files[path].write(row)
+        if lost is not None and path not in self._warned:
+            self._warned.add(path)
+            self._say(f"warning: {path} {lost}; training continues")
 
     def metrics(self, row: Mapping[str, Any], samples: int) -> None:
         """One logged step; its numbers also go to TensorBoard, at ``samples``."""
-        self._write("metrics", row)
+        self._write(self._folder.metrics, row)
         if self.monitor is not None:
             self.monitor.write_events([(key, float(value), samples) for key, value in row.items()
                                        if isinstance(value, int | float) and key != "step"])
 
-    def plans(self, row: Mapping[str, Any]) -> None:
-        """A plan that begins, or the bytes measured under it."""
-        self._write("plans", row)
+    def event(self, kind: EventKind, step: int, **values: Any) -> None:
+        """What happened after ``step`` steps."""
+        self._write(self._folder.events, {"event": kind, "step": step, **values})
+
+    def observation(self, observation: Observation) -> None:
+        """What the phase controller decides by, so that its decisions can be made again."""
+        self._write(self._folder.observations, to_json(observation))
 
     def windows(self, row: Mapping[str, Any]) -> None:
         """A closed window, and what Algorithm 1 said."""
-        self._write("windows", row)
+        self._write(self._folder.windows, row)
 
     def rewind(self, cut: Callable[[], Any | None]) -> None:
         """Go on with the monitor that ``cut`` returns, in the files as it leaves them."""
@@ -222,37 +244,35 @@ class RunLog:
             self.monitor.close()
 
 
+@dataclass
 class Meter:
-    """Since the last reset: the sample-weighted loss, seconds of steps and of waiting for data, corrupt samples."""
+    """What has been measured since the last reset.
 
-    def __init__(self) -> None:
-        self.reset()
+    losses: of each step, times its samples. step_s, data_s: seconds of all steps, and of waiting for
+    data. corrupt: samples that could not be read.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    samples: int = 0
+    steps: int = 0
+    step_s: float = 0.0
+    data_s: float = 0.0
+    corrupt: int = 0
 
     def reset(self) -> None:
-        self._losses: list[float] = []
-        self.samples, self.steps, self.corrupt, self.step_s, self.data_s = 0, 0, 0, 0.0, 0.0
+        self.losses = []
+        self.samples = self.steps = self.corrupt = 0
+        self.step_s = self.data_s = 0.0
 
     def add(self, loss: float, samples: int, *, step_s: float, data_s: float, corrupt: int = 0) -> None:
-        self._losses.append(loss * samples)
+        self.losses.append(loss * samples)
         self.samples, self.steps, self.corrupt = self.samples + samples, self.steps + 1, self.corrupt + corrupt
         self.step_s, self.data_s = self.step_s + step_s, self.data_s + data_s
-
-    def to_json(self) -> dict[str, Any]:
-        """All of it, exactly."""
-        return {"losses": self._losses, "samples": self.samples, "steps": self.steps, "step_s": self.step_s,
-                "data_s": self.data_s, "corrupt": self.corrupt}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Meter:
-        meter = cls()
-        meter._losses, meter.samples, meter.steps = list(data["losses"]), data["samples"], data["steps"]
-        meter.step_s, meter.data_s, meter.corrupt = data["step_s"], data["data_s"], data["corrupt"]
-        return meter
 
     @property
     def loss(self) -> float:
         """Mean loss of a sample."""
-        return math.fsum(self._losses) / self.samples
+        return math.fsum(self.losses) / self.samples
 
     def observation(self, step: int, norms: Mapping[str, Mapping[int, float]]) -> Observation:
         """What the phase controller sees of the samples since the last reset."""

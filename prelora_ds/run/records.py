@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch.distributed as dist
 
 from prelora_ds.config.tree import Config
+from prelora_ds.core.codec import to_json
 from prelora_ds.core.controller import PhaseState
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.plan import Plan
@@ -26,8 +26,9 @@ from prelora_ds.engine.build import Engine
 from prelora_ds.engine.census import census
 from prelora_ds.engine.runtime import accelerator_name, local_world_size, on_rank_0, rank_memory_gib
 from prelora_ds.engine.transition import Switch
+from prelora_ds.run.folder import RunFolder
 from prelora_ds.run.guard import Guard
-from prelora_ds.run.log import RunLog
+from prelora_ds.run.log import EventKind, RunLog
 
 BYTES_MEASURED_AT = 3  # steps into a plan: ZeRO-3 frees parameters otherwise while it records its trace
 DEVIATION_WARNING = 0.05
@@ -56,7 +57,7 @@ class Run:
     workers: int
     log: RunLog
     progress: Progress
-    out: Path
+    folder: RunFolder
     guard: Guard
     hosts: Sequence[str]  # of each rank
     opened: ExitStack = field(default_factory=ExitStack)  # what the loop opens and the end of the run closes
@@ -83,9 +84,9 @@ def begin_plan(run: Run, engine: Engine, phase: PhaseState, switch: Switch | Non
     lend_monitor(run, engine)
     shapes = engine.plan.parameters(run.layout)
     trainable = sum(math.prod(shapes[name]) for name in engine.plan.trainable)
-    run.log.plans({"event": "plan", "step": engine.plan.since_step, "phase": engine.plan.phase, "reason": phase.reason,
-                   "trainable_parameters": trainable, "all_parameters": sum(map(math.prod, shapes.values())),
-                   "switch": None if switch is None else switch.to_json(), "plan": engine.plan.to_json()})
+    run.log.event(EventKind.PLAN, engine.plan.since_step, phase=engine.plan.phase, reason=phase.reason,
+                  trainable_parameters=trainable, all_parameters=sum(map(math.prod, shapes.values())),
+                  switch=to_json(switch), plan=to_json(engine.plan))
     if switch is not None:
         run.progress.say(f"-> {engine.plan.phase} after step {engine.plan.since_step}: {phase.reason}; {trainable:,} "
                          f"parameters train; {switch.released_bytes / 2**20:,.1f} MiB released, all of it gone, "
@@ -112,8 +113,8 @@ def log_bytes(run: Run, engine: Engine, step: int) -> None:
                               kernel=engine.config.kernel())
     measured = census(engine)
     off = worst_deviation(predicted, measured)
-    run.log.plans({"event": "bytes", "step": step, "phase": engine.plan.phase, "predicted": predicted.to_json(),
-                   "measured": measured, "worst_deviation": off})
+    run.log.event(EventKind.BYTES, step, phase=engine.plan.phase, predicted=to_json(predicted), measured=measured,
+                  worst_deviation=off)
     if off > DEVIATION_WARNING:
         run.progress.say(f"warning: bytes of phase {engine.plan.phase} differ by {off:.1%} from the prediction: "
-                         f"predicted {predicted.to_json()}, measured {measured}")
+                         f"predicted {to_json(predicted)}, measured {measured}")

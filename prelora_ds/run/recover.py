@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 from prelora_ds.config.tree import DivergenceConfig
 from prelora_ds.core.divergence import DivergenceWatch
@@ -12,6 +11,7 @@ from prelora_ds.engine.build import StepStats
 from prelora_ds.errors import TrainingDivergedError
 from prelora_ds.run.checkpoints.resume import Checkpoint, candidates, load_newest
 from prelora_ds.run.checkpoints.saver import Saver
+from prelora_ds.run.folder import RunFolder
 from prelora_ds.run.run_state import RunState
 
 
@@ -22,7 +22,7 @@ def problem_of(watch: DivergenceWatch, step: int, stats: StepStats, config: Dive
     return watch.problem(stats.loss, config) or f"the gradient norm is {stats.grad_norm}"
 
 
-def way_back(saver: Saver, layout: Layout, out: Path, state: RunState, stats: StepStats, step: int,
+def way_back(saver: Saver, layout: Layout, folder: RunFolder, state: RunState, stats: StepStats, step: int,
              problem: str, config: DivergenceConfig) -> Checkpoint | None:
     """The checkpoint to go back to, as `train.divergence` says; None where the update has just been left out.
 
@@ -30,7 +30,7 @@ def way_back(saver: Saver, layout: Layout, out: Path, state: RunState, stats: St
     """
     if config.action == "rollback" and state.watch.rollbacks < config.tries:
         saver.settle()
-        found = load_newest(candidates(out, "auto"), layout, saver.say)
+        found = load_newest(candidates(folder, "auto"), layout, saver.say)
         if found is not None:
             found.run.watch = found.run.watch.rolled_back(step, state.watch)
             saver.say(f"step {step}: {problem}; back to step {found.run.step}, to leave this update out")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 from prelora_ds.core.controller import PhaseState
 from prelora_ds.core.divergence import DivergenceWatch
@@ -45,17 +43,6 @@ class RunState:
             self.best_acc1 = accuracy.acc1
         return improved
 
-    def to_json(self, plan: Plan) -> dict[str, Any]:
-        """``plan`` is the engine's: at the last step of a run a new one may be decided and never begun."""
-        return {"step": self.step, "phase": replace(self.phase, plan=plan).to_json(), "watch": self.watch.to_json(),
-                "window": self.window.to_json(), "logged": self.logged.to_json(),
-                "accuracy": self.accuracy and asdict(self.accuracy), "corrupt": self.corrupt,
-                "evaluated_at": self.evaluated_at, "best_acc1": self.best_acc1}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> RunState:
-        return cls(data["step"], PhaseState.from_json(data["phase"]), DivergenceWatch.from_json(data["watch"]),
-                   Meter.from_json(data["window"]), Meter.from_json(data["logged"]),
-                   data["accuracy"] and Accuracy(**data["accuracy"]), tuple(data["corrupt"]),
-                   # absent in checkpoints of version 0.1.0
-                   data.get("evaluated_at"), data.get("best_acc1"))
+    def at_plan(self, plan: Plan) -> RunState:
+        """This state with the plan of the engine: the last step may decide on one that never begins."""
+        return replace(self, phase=replace(self.phase, plan=plan))

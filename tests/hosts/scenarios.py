@@ -255,10 +255,10 @@ def slow_host(site: Site) -> dict[str, Any]:
     process = site.cluster.start("host1", [*command, PRETRAIN, *site.arguments(
         folder / "out", "launch.interface=eth0", "train.global_batch_size=48", "train.duration=240 steps",
         "train.eval_every=240 steps", "convergence=null")], environ, log=folder / "log")
-    plans = folder / "out" / "plans.jsonl"
+    events = folder / "out" / "events.jsonl"
 
     def named() -> list[dict[str, Any]]:
-        return [row for row in read_lines(plans) if row["event"] == "straggler"]
+        return [row for row in read_lines(events) if row["event"] == "straggler"]
 
     def steps_of(count: int) -> int:
         last = _steps(folder / "out") + count
@@ -338,7 +338,7 @@ def slurm_chain(site: Site) -> dict[str, Any]:
     requeued = _until(lambda: "Restarts=1" in _about(site, job), 240)
     log = next(folder.glob("*.log"))
     _until(lambda: "ended with 0" in log.read_text(), 600)
-    rows = read_lines(folder / "out" / "plans.jsonl")
+    rows = read_lines(folder / "out" / "events.jsonl")
     resumed = [row["step"] for row in rows if row["event"] == "resume"]
     done_steps = [row["step"] for row in read_lines(folder / "out" / "metrics.jsonl")]
     assert resumed and done_steps == list(range(1, steps + 1)), (resumed, len(done_steps))
@@ -391,7 +391,7 @@ def slurm_first_node_dies(site: Site) -> dict[str, Any]:
     bounded = time.monotonic() - struck
     log = next(folder.glob("*.log"))
     _until(lambda: "the run ended with 0" in log.read_text(), 400)
-    resumed = [row["step"] for row in read_lines(folder / "out" / "plans.jsonl") if row["event"] == "resume"]
+    resumed = [row["step"] for row in read_lines(folder / "out" / "events.jsonl") if row["event"] == "resume"]
     assert resumed and losses(folder / "out") == expected
     return {"what": "the first node of a Slurm job goes down", "hosts": 3, "named": True,
             "total_s": round(time.monotonic() - begun, 1), "ended_s": round(bounded, 1),

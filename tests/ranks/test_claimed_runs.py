@@ -5,8 +5,10 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from support.launches import Job
+from support.launches import Job, differences, traces
 
+from prelora_ds.core.codec import from_json
+from prelora_ds.core.switch_tests.prelora import Observation
 from prelora_ds.run.log import read_lines
 
 SETTINGS = ("checkpoint.every=4 steps", "train.duration=8 steps", "convergence=null",
@@ -26,6 +28,26 @@ def test_a_large_seed_trains_on_two_ranks_and_continues_on_one(job, tmp_path, se
     moved = job(out, f"run.seed={seed}", world=1)
     assert moved.end() == [0], moved.said()[-3000:]
     assert [row["step"] for row in read_lines(out / "metrics.jsonl")] == list(range(1, 9))
+
+
+def test_a_run_without_a_test_is_observed_too_and_a_kill_loses_nothing_of_it(job, tmp_path):
+    whole, out = job(tmp_path / "whole", "observe.every=3 steps"), tmp_path / "out"
+    assert whole.end() == [0, 0], whole.said()[-3000:]
+    killed = job(out, "observe.every=3 steps", faults={0: {"place": "step", "call": 7, "delay": 0}})
+    assert killed.end()[0] != 0
+    again = job(out, "observe.every=3 steps")
+    assert again.end() == [0, 0], again.said()[-3000:]
+    assert differences(traces(tmp_path / "whole"), traces(out)) == []
+
+    rows = {row["step"]: row for row in read_lines(out / "metrics.jsonl")}
+    seen = [from_json(Observation, row) for row in read_lines(out / "observations.jsonl")]
+    assert [(o.step, o.samples) for o in seen] == [(3, 192), (6, 192), (8, 128)]
+    for o in seen:
+        losses = [rows[step]["train/loss"] for step in range(o.step - o.samples // 64 + 1, o.step + 1)]
+        assert o.loss == pytest.approx(sum(losses) / len(losses), rel=1e-12)
+        assert o.norms["q"] == {layer: rows[o.step][f"norm/q.{layer:02d}"] for layer in (0, 1)}
+    assert read_lines(out / "windows.jsonl") == []
+    assert [row["event"] for row in read_lines(out / "events.jsonl") if row["event"] == "plan"] == ["plan"]
 
 
 def test_logs_without_their_checkpoints_are_refused_before_anything_starts(job, tmp_path):

@@ -47,11 +47,12 @@ def make_checkpoint(folder: str) -> None:
     from prelora_ds.core.schedule import Timeline
     from prelora_ds.engine.transition import transition
     from prelora_ds.run.checkpoints.saver import Saver
+    from prelora_ds.run.folder import RunFolder
     from prelora_ds.run.run_state import RunState
 
     t = Trainer(config("zero2", model=ODD, lora={"mode": "merged"}))
     saver = Saver(
-        Path(folder), t.cfg, Timeline(1000, 8, t.cfg.train.duration), print, classes=CLASSES
+        RunFolder(Path(folder)), t.cfg, Timeline(1000, 8, t.cfg.train.duration), print, classes=CLASSES
     )
     for plan in (t.warmup, t.lora):
         t.train(2)

@@ -72,10 +72,12 @@ def save_with_a_failing_thread(folder):
     from prelora_ds.core.divergence import DivergenceWatch
     from prelora_ds.core.schedule import Timeline
     from prelora_ds.run.checkpoints import saver as saver_module
+    from prelora_ds.run.folder import RunFolder
     from prelora_ds.run.run_state import RunState
 
     t = Trainer(config("zero2"))
-    saver = saver_module.Saver(Path(folder), t.cfg, Timeline(1000, 8, t.cfg.train.duration), lambda text: None)
+    saver = saver_module.Saver(RunFolder(Path(folder)), t.cfg, Timeline(1000, 8, t.cfg.train.duration),
+                               lambda text: None)
     write_part = saver_module.write_part
 
     def no_memory(*_, **__):

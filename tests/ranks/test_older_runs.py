@@ -48,3 +48,6 @@ def test_it_ends_as_the_run_that_was_not_interrupted(forge, shards, tmp_path, st
         for key in ("step", "phase", "trainable_parameters", "all_parameters"):
             assert plan[key] == old[key], key
     assert found["model"] == expected["model"] or not exact
+    first = 18 if start == "step-00000016" else 12  # it had not observed anything by then
+    assert [row["step"] for row in found["observations"]] == list(range(first, 21, 2))
+    assert not (out / "plans.jsonl").exists(), "its events have the name of today"

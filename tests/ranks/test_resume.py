@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from prelora_ds.reporting.table import phase_rows
 from prelora_ds.run.checkpoints.checkpoint_folder import CheckpointManifest, list_checkpoints, step_of
+from prelora_ds.run.folder import RunFolder
 from prelora_ds.run.log import read_lines
 
 # Dropout, so that a generator which does not go on where it stopped shows.
@@ -153,10 +154,10 @@ def test_a_new_run_may_begin_from_a_checkpoint_of_another(stopped, job, tmp_path
     assert killed.end()[0] == -signal.SIGKILL, killed.said()[-3000:]
     new = job(tmp_path / "new", *settings, resume=str(source))  # the same command, and no checkpoint of its own yet
     assert new.end() == [0, 0], new.said()[-3000:]
-    events = read_lines(tmp_path / "new/plans.jsonl")
+    events = read_lines(tmp_path / "new/events.jsonl")
     assert [(row["event"], row["step"]) for row in events] == [
         ("resume", 15), ("plan", 12), ("bytes", 18), ("end", 18)]
-    assert [row["measured"] for row in phase_rows(tmp_path / "new")] == [events[2]["measured"]]
+    assert [row["measured"] for row in phase_rows(RunFolder(tmp_path / "new"))] == [events[2]["measured"]]
     assert [row["step"] for row in read_lines(tmp_path / "new/metrics.jsonl")] == [16, 17, 18]
     assert step_of(list_checkpoints(stopped[0] / "checkpoints")[0]) == 15
     refused = job(tmp_path / "other", "lora.r_max=8", resume=str(source))
@@ -201,7 +202,7 @@ def damaged_checkpoints(source, folder):
             if dist.get_rank() == 0:
                 path.unlink() if damaged is None else path.write_bytes(damaged)
             dist.barrier()
-            found = load_newest(candidates(out, "auto"), layout, said.append)
+            found = load_newest(candidates(RunFolder(out), "auto"), layout, said.append)
             assert found.folder == expected, (path, said)
             assert f"{newest.name} is passed over" in said[0] and path.parent.name in said[0], said
             said.clear()
@@ -209,14 +210,14 @@ def damaged_checkpoints(source, folder):
             if dist.get_rank() == 0:
                 path.write_bytes(whole)
     dist.barrier()
-    assert load_newest(candidates(out, "auto"), layout, said.append).folder == newest and not said
+    assert load_newest(candidates(RunFolder(out), "auto"), layout, said.append).folder == newest and not said
     dist.barrier()
     if dist.get_rank() == 0:
         for checkpoint in list_checkpoints(root):
             (checkpoint / "state.json").write_text("{}")
     dist.barrier()
     with pytest.raises(ConfigError, match=r"no checkpoint is whole: .*state\.json.*\n  remedy"):
-        load_newest(candidates(out, "auto"), layout, said.append)
+        load_newest(candidates(RunFolder(out), "auto"), layout, said.append)
 
 
 def test_the_rank_that_finds_it_broken_speaks_for_all(stopped, job, tmp_path):
@@ -547,7 +548,7 @@ def save_in_lora_phase(zero, folder):
     from prelora_ds.run.checkpoints.saver import Saver
 
     t = Trainer(config(zero, micro=2))
-    saver = Saver(Path(folder), t.cfg, Timeline(1000, 8, t.cfg.train.duration), print)
+    saver = Saver(RunFolder(Path(folder)), t.cfg, Timeline(1000, 8, t.cfg.train.duration), print)
     for plan in (t.warmup, t.lora):
         t.train(2)
         t.engine, _ = transition(t.engine, plan, keep_frozen=saver.keep_frozen)
@@ -587,7 +588,7 @@ def load_elsewhere(zero, folder):
     world = dist.get_world_size()
     t = Trainer(config(zero, micro=8 // world))
     release(t.engine)
-    found = load_newest(candidates(Path(folder), "auto"), t.layout, print)
+    found = load_newest(candidates(RunFolder(Path(folder)), "auto"), t.layout, print)
     held = found.engine.host_bytes()
     t.engine = build_engine(t.cfg, found.run.phase.plan, t.layout, LABELS, found.engine, found.counters)
     assert t.engine.counters().global_steps == 6 == found.run.step

@@ -108,14 +108,14 @@ def test_logs_and_tensorboard_that_cannot_be_written_cost_one_warning_each(
     fill(small_disk)
     shutil.rmtree(out / "tensorboard")
     (out / "tensorboard").symlink_to(small_disk)
-    for name in ("metrics", "plans", "windows"):
+    for name in ("metrics", "events", "windows", "observations"):
         (out / f"{name}.jsonl").unlink()
         (out / f"{name}.jsonl").symlink_to("/dev/full")
     running.kill(running.pids[0], signal.SIGCONT)
     assert running.end() == [0, 0], running.said()[-3000:]
     said = running.said()
     assert "Traceback" not in said and (out / "model/model.safetensors").is_file()
-    for what in ("metrics.jsonl", "plans.jsonl", "windows.jsonl", "TensorBoard's events"):
+    for what in ("metrics.jsonl", "events.jsonl", "windows.jsonl", "observations.jsonl", "TensorBoard's events"):
         assert said.count(f"{what} cannot be written") == 1, said
     assert said.count("warning: there is no report: ") == 1
 

@@ -76,8 +76,8 @@ def bytes_as_predicted(zero, lora=None):
         del batches
         at_rest = settled(lambda: census(t.engine), only_owned)
         for measured, after_backward in ((at_backward, True), (at_rest, False)):
-            predicted = predict_bytes(plan, t.layout, t.cfg.zero, t.world, after_backward=after_backward,
-                                      kernel=t.engine.config.kernel()).to_json()
+            predicted = vars(predict_bytes(plan, t.layout, t.cfg.zero, t.world, after_backward=after_backward,
+                                           kernel=t.engine.config.kernel()))
             for owner, expected in predicted.items():
                 assert abs(measured[owner] - expected) <= 0.02 * expected, (plan.phase, owner, after_backward,
                                                                             predicted, measured)
@@ -153,7 +153,7 @@ def own_settings(before, after):
     t.train(3)
     t.engine.backward(t.batches())
     measured = settled(lambda: census(t.engine), only_owned)
-    predicted = predict_bytes(t.lora, t.layout, t.engine.config.zero, t.world, after_backward=True).to_json()
+    predicted = vars(predict_bytes(t.lora, t.layout, t.engine.config.zero, t.world, after_backward=True))
     t.engine.finish_step(lr=1e-3)
     for owner, expected in predicted.items():
         assert abs(measured[owner] - expected) <= 0.02 * expected, (owner, predicted, measured)

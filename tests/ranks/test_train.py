@@ -21,12 +21,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import ViTForImageClassification
 
 from prelora_ds.config.load import load_config
+from prelora_ds.core.codec import from_json, to_json
 from prelora_ds.core.schedule import Timeline
+from prelora_ds.core.switch_tests.prelora import Observation, close_window
 from prelora_ds.data.corrupt import CorruptBudget
 from prelora_ds.data.manifest import Manifest
 from prelora_ds.data.transforms import to_float
 from prelora_ds.exporting.hf import export_model
 from prelora_ds.reporting.progress import TrainProgress
+from prelora_ds.run.folder import RunFolder
 from prelora_ds.run.guard import Guard
 from prelora_ds.run.log import RunLog, read_lines
 from prelora_ds.run.records import Run
@@ -55,7 +58,7 @@ def test_a_run_goes_through_all_phases_because_algorithm_1_passed(finished):
     assert all(row["train/loss"] > 0 and row["step_s"] > 0 for row in rows)
     assert [row["step"] for row in rows if "val/acc1" in row] == [10, 20]
     assert [row["step"] for row in rows if "norm/q.00" in row] == list(range(2, 21, 2))
-    plans = [e for e in read_lines(out / "plans.jsonl") if e["event"] == "plan"]
+    plans = [e for e in read_lines(out / "events.jsonl") if e["event"] == "plan"]
     assert [p["step"] for p in plans] == [0, 8, 12]
     assert "Algorithm 1 passed at test 1" in plans[1]["reason"] and "warm-up" in plans[2]["reason"]
     assert plans[2]["trainable_parameters"] < plans[0]["trainable_parameters"] < plans[1]["trainable_parameters"]
@@ -64,7 +67,7 @@ def test_a_run_goes_through_all_phases_because_algorithm_1_passed(finished):
 
 def test_predicted_and_measured_bytes_are_logged_side_by_side(finished):
     out, printed = finished
-    measured = [e for e in read_lines(out / "plans.jsonl") if e["event"] == "bytes"]
+    measured = [e for e in read_lines(out / "events.jsonl") if e["event"] == "bytes"]
     assert [e["phase"] for e in measured] == ["full", "warmup", "lora"]
     assert all(e["worst_deviation"] < 0.02 for e in measured)
     assert "warning: bytes" not in printed
@@ -77,6 +80,20 @@ def test_windows_are_disjoint_and_of_m_measurements(finished):
     assert [w["verdict"] is not None for w in windows] == [False, True, False, False, False]
     losses = {row["step"]: row["train/loss"] for row in read_lines(out / "metrics.jsonl")}
     assert windows[0]["loss"] == pytest.approx(sum(losses[s] for s in (1, 2, 3, 4)) / 4)
+
+
+def test_each_observation_is_kept_exactly_as_the_controller_saw_it(finished):
+    out, _ = finished
+    seen = [from_json(Observation, row) for row in read_lines(out / "observations.jsonl")]
+    assert [(o.step, o.samples) for o in seen] == [(step, 128) for step in range(2, 21, 2)]
+    rows = {row["step"]: row for row in read_lines(out / "metrics.jsonl")}
+    for o in seen:
+        assert o.loss == (rows[o.step - 1]["train/loss"] + rows[o.step]["train/loss"]) / 2
+        for family, layers in o.norms.items():
+            assert layers == {i: rows[o.step][f"norm/{family}.{i:02d}"] for i in layers} and len(layers) == 2
+    for i, window in enumerate(read_lines(out / "windows.jsonl")):
+        closed = to_json(close_window(i, seen[2 * i: 2 * i + 2], "mean"))
+        assert closed == {key: window[key] for key in closed}
 
 
 def test_tensorboard_is_one_run_with_an_unbroken_axis(finished):
@@ -111,7 +128,7 @@ def test_the_fp32_base_of_what_froze_is_kept_whole(finished):
             for name, start in json.loads(file.metadata()["starts"]).items():
                 parts.setdefault(name, {})[start] = file.get_tensor(f"value/{name}")
             assert len(file.keys()) == len(json.loads(file.metadata()["starts"]))  # and no moments
-    plan = [e for e in read_lines(out / "plans.jsonl") if e["event"] == "plan"]
+    plan = [e for e in read_lines(out / "events.jsonl") if e["event"] == "plan"]
     assert parts.keys() == set(plan[1]["plan"]["trainable"]) - set(plan[2]["plan"]["trainable"]) != set()
     vit = ViTForImageClassification.from_pretrained(out / "model")
     for name, slices in parts.items():
@@ -220,10 +237,9 @@ def test_bytes_that_differ_by_more_than_5_percent_are_warned_of(ranks, tmp_path)
 def log_bytes(folder):
     """What rank 0 says of an engine as it is, and of one with a gradient too many."""
     t, said = Trainer(config("zero2")), []
-    manifest = Manifest(Path(folder), ("a",), (), 0, np.empty(0), Path(folder))
+    manifest, own = Manifest(Path(folder), ("a",), (), 0, np.empty(0), Path(folder)), RunFolder(Path(folder))
     run = Run(t.cfg, t.layout, Timeline(64, 8, t.cfg.train.duration), manifest, manifest, CorruptBudget(0.001, 64), 0,
-              RunLog(Path(folder), None), TrainProgress(100, shown=t.rank == 0), Path(folder), Guard(60),
-              ["here"] * t.world)
+              RunLog(own, None), TrainProgress(100, shown=t.rank == 0), own, Guard(60), ["here"] * t.world)
     t.train(2)
     weight = next(t.engine.module.parameters())
     t.engine.backward(t.batches())

@@ -10,7 +10,6 @@ from typing import Any
 from prelora_ds.config.load import load_config
 from prelora_ds.config.tree import Config
 from prelora_ds.run.checkpoints.checkpoint_folder import (
-    FOLDER,
     STATE,
     CheckpointManifest,
     FileRecord,
@@ -18,6 +17,7 @@ from prelora_ds.run.checkpoints.checkpoint_folder import (
     step_folder,
 )
 from prelora_ds.run.claim import claim_output
+from prelora_ds.run.folder import RunFolder
 
 DATA = {"data.train": "1,437 samples, index 01234567", "data.val": "360 samples, index 89abcdef"}
 
@@ -30,14 +30,14 @@ def config(out: Path, *overrides: str) -> Config:
 def claim(out: Path, resume: str = "auto", *overrides: str, data: dict[str, str] | None = None,
           steps: int = 20) -> list[Path]:
     """The checkpoints that a run in ``out`` may go on from; it ends at once."""
-    found = claim_output(out, config(out, *overrides), resume, data or DATA, steps=steps)
+    found = claim_output(RunFolder(out), config(out, *overrides), resume, data or DATA, steps=steps)
     found.lease.release()
     return list(found.sources)
 
 
 def checkpoint(run: Path, step: int, *overrides: str, change: Callable[[Any], None] = id) -> Path:
     """A checkpoint of ``run``, without weights. change: of its state."""
-    root = run / FOLDER
+    root = RunFolder(run).checkpoints
     partial = root / f".{step}.partial"
     partial.mkdir(parents=True)
     state = {"config": config(run, *overrides).model_dump(mode="json"), "data": DATA,
@@ -50,4 +50,4 @@ def checkpoint(run: Path, step: int, *overrides: str, change: Callable[[Any], No
 
 
 def begin(run: Path) -> None:
-    (run / "plans.jsonl").write_text('{"event": "plan", "step": 0}\n')
+    (run / "events.jsonl").write_text('{"event": "plan", "step": 0}\n')

@@ -117,14 +117,21 @@ def zygote() -> Iterator[Zygote]:
 
 
 def traces(out: Path) -> dict[str, Any]:
-    """What a run left that depends on nothing but its settings: rows without times, plans, and all exported bits."""
-    from prelora_ds.run.log import read_lines
+    """What a run left that depends on nothing but its settings.
 
-    rows = [{k: v for k, v in row.items() if k not in TIMES} for row in read_lines(out / "metrics.jsonl")]
-    plans = [{k: v for k, v in row.items() if k != "switch"} for row in read_lines(out / "plans.jsonl")
-             if row["event"] == "plan"]
-    return {"metrics": rows, "windows": read_lines(out / "windows.jsonl"), "plans": plans,
-            "model": (out / "model" / "model.safetensors").read_bytes()}
+    These are rows without times, plans, observations, and all exported bits.
+    """
+    from prelora_ds.run.folder import RunFolder
+    from prelora_ds.run.log import EventKind, read_lines
+
+    folder = RunFolder(out)
+    rows = [{k: v for k, v in row.items() if k not in TIMES} for row in read_lines(folder.metrics)]
+    plans = [{k: v for k, v in row.items() if k != "switch"} for row in read_lines(folder.events_to_read)
+             if row["event"] == EventKind.PLAN]
+    # Version 0.1.0 did not write observations.
+    observations = read_lines(folder.observations) if folder.observations.exists() else []
+    return {"metrics": rows, "windows": read_lines(folder.windows), "plans": plans, "observations": observations,
+            "model": (folder.model / "model.safetensors").read_bytes()}
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:

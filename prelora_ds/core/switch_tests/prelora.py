@@ -10,14 +10,14 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any
+
+from prelora_ds.core.codec import fields_from_json, fields_to_json
 
 Norms = Mapping[str, Mapping[int, float]]
 
 # Per cent. A change of exactly tau must pass, and float64 leaves about 1e-14 of it uncertain.
 _NOISE = 1e-9
-
-_Layer = TypeVar("_Layer", int, str)
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,11 @@ class Observation:
     norms: Norms
 
     def to_json(self) -> dict[str, Any]:
-        """A dict of plain JSON types; layers become strings, as JSON has no other keys."""
-        return {"step": self.step, "samples": self.samples, "loss": self.loss, "norms": _with_keys(self.norms, str)}
+        return fields_to_json(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Observation:
-        return cls(data["step"], data["samples"], data["loss"], _with_keys(data["norms"], int))
+        return fields_from_json(cls, data)
 
 
 @dataclass(frozen=True)
@@ -55,13 +54,11 @@ class WindowStats:
     norms: Norms
 
     def to_json(self) -> dict[str, Any]:
-        """A dict of plain JSON types; layers become strings, as JSON has no other keys."""
-        return {"index": self.index, "last_step": self.last_step, "loss": self.loss,
-                "norms": _with_keys(self.norms, str)}
+        return fields_to_json(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> WindowStats:
-        return cls(data["index"], data["last_step"], data["loss"], _with_keys(data["norms"], int))
+        return fields_from_json(cls, data)
 
 
 @dataclass(frozen=True)
@@ -213,12 +210,6 @@ def _common_layout(measured: Sequence[Norms]) -> dict[str, list[int]]:
 
 def _names(layout: Mapping[str, Sequence[int]]) -> set[str]:
     return {f"{family}.{layer:02d}" for family, layers in layout.items() for layer in layers}
-
-
-def _with_keys(
-    norms: Mapping[str, Mapping[Any, float]], key: Callable[[Any], _Layer]
-) -> dict[str, dict[_Layer, float]]:
-    return {family: {key(layer): norm for layer, norm in layers.items()} for family, layers in norms.items()}
 
 
 @dataclass(frozen=True)

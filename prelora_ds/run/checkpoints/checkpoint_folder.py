@@ -14,17 +14,17 @@ import os
 import re
 import shutil
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from prelora_ds.core.codec import CodecError, from_json, to_json
 from prelora_ds.errors import ConfigError
 from prelora_ds.files import replace_file
+from prelora_ds.run.folder import ASIDE
 
 FORMAT = 1
-FOLDER = "checkpoints"  # in run.output_dir
-SAVED = ".saved"  # in run.output_dir: empty, and there once a checkpoint has been written
-MANIFEST, STATE, LATEST, ASIDE = "manifest.json", "state.json", "latest", "aside"
+MANIFEST, STATE = "manifest.json", "state.json"
 _STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -63,7 +63,7 @@ class CheckpointManifest:
     format: int = field(default=FORMAT)
 
     def write(self, folder: Path) -> None:
-        data = asdict(self)
+        data = to_json(self)
         replace_file(folder / MANIFEST, json.dumps({**data, "sha256": _digest(data)}, indent=1))
 
     @classmethod
@@ -82,30 +82,25 @@ class CheckpointManifest:
             raise ConfigError("checkpoint", str(folder), f"is of format {found}, and this version reads {FORMAT}",
                               "resume with the version of prelora_ds that wrote it, or start in another run.output_dir")
         try:
-            manifest = cls(**{**data, "files": {name: FileRecord(**record) for name, record in data["files"].items()}})
-        except (KeyError, TypeError, AttributeError) as exc:
+            manifest = from_json(cls, data)
+        except CodecError as exc:
             raise BrokenCheckpointError(f"{folder / MANIFEST}: cannot be understood ({exc})") from exc
         if problem := manifest._problem():
             raise BrokenCheckpointError(f"{folder / MANIFEST}: {problem}")
         return manifest
 
     def _problem(self) -> str | None:
-        """What is wrong with the values, in words. A name of a file or base must not lead out of the folder."""
+        """Which value is out of its range, in words. A name of a file or base must not lead out of the folder."""
         numbers = {"world_size": self.world_size, "zero_stage": self.zero_stage, "step": self.step or 0}
         numbers |= {f"files.{name}.bytes": record.bytes for name, record in self.files.items()}
-        if bad := [key for key, number in numbers.items() if type(number) is not int or number < 0]:
+        if bad := [key for key, number in numbers.items() if number < 0]:
             return f"{bad[0]} is not a count"
         if self.world_size < 1:
             return "world_size is not a count of ranks"
-        texts = {"phase": self.phase, **{f"files.{name}.sha256": r.sha256 for name, r in self.files.items()}}
-        if self.base is not None:
-            texts["base"] = self.base
-        if bad := [key for key, text in texts.items() if not isinstance(text, str)]:
-            return f"{bad[0]} is not a text"
         names = [*self.files, *([] if self.base is None else [self.base])]
         if bad := [name for name in names if not name or name in (".", "..") or "/" in name or "\0" in name]:
             return f"{bad[0]!r} is not a name of a file in this folder"
-        if self.acc1 is not None and (type(self.acc1) not in (int, float) or not 0 <= self.acc1 <= 1):
+        if self.acc1 is not None and not 0 <= self.acc1 <= 1:
             return "acc1 is not a share"
         return None
 
@@ -132,7 +127,7 @@ def _digest(data: Mapping[str, Any]) -> str:
 
 def base_name(files: Mapping[str, FileRecord]) -> str:
     """The folder of a base that holds ``files``: its name says its content, so a checkpoint names that content too."""
-    records = json.dumps({name: asdict(files[name]) for name in sorted(files)})
+    records = json.dumps({name: to_json(files[name]) for name in sorted(files)})
     return f"base-{hashlib.sha256(records.encode()).hexdigest()[:12]}"
 
 

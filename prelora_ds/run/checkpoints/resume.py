@@ -12,6 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from prelora_ds.core.codec import from_json
 from prelora_ds.core.layout import Layout
 from prelora_ds.engine.build import Counters
 from prelora_ds.engine.rng import restore_rng, seed_rng
@@ -20,7 +21,6 @@ from prelora_ds.engine.state import EngineState
 from prelora_ds.errors import DISK_FAULTS, ConfigError, cannot_write
 from prelora_ds.files import new_folder, replace_file
 from prelora_ds.run.checkpoints.checkpoint_folder import (
-    FOLDER,
     MANIFEST,
     BrokenCheckpointError,
     CheckpointManifest,
@@ -33,10 +33,9 @@ from prelora_ds.run.checkpoints.checkpoint_folder import (
     step_of,
 )
 from prelora_ds.run.checkpoints.part import part_name, read_state
+from prelora_ds.run.folder import RunFolder
 from prelora_ds.run.log import cut_back
 from prelora_ds.run.run_state import RunState
-
-ORIGIN = "origin"  # in run.output_dir: the --resume PATH that the run has gone to
 
 
 @dataclass
@@ -50,9 +49,9 @@ class Checkpoint:
     counters: Counters
     rng: str
 
-    def of_run(self, out: Path) -> bool:
-        """Whether it is of the run in ``out``, and not one that a new run begins from."""
-        return root_of(self.folder).resolve() == (out / FOLDER).resolve()
+    def of_run(self, folder: RunFolder) -> bool:
+        """Whether it is of the run in ``folder``, and not one that a new run begins from."""
+        return root_of(self.folder).resolve() == folder.checkpoints.resolve()
 
     def restore_rng(self, seed: int) -> None:
         """Set this rank's generators: as they were, or in a world of another size anew, from seed, rank and step."""
@@ -62,25 +61,25 @@ class Checkpoint:
             seed_rng(seed, dist.get_rank(), self.run.step)
 
 
-def candidates(out: Path, resume: str) -> list[Path]:
-    """The checkpoints that ``--resume`` (auto, never or a path) allows in a run of ``out``, newest first.
+def candidates(folder: RunFolder, resume: str) -> list[Path]:
+    """The checkpoints that ``--resume`` (auto, never or a path) allows in the run of ``folder``, newest first.
 
     A path names one checkpoint, or a run whose newest is meant, and is gone to once: the same command again goes on
     from what has come of it. Raises ConfigError when it names neither.
     """
     if resume == "never":
         return []
-    own, origin = list_checkpoints(out / FOLDER), origin_of(out)
+    own, origin = list_checkpoints(folder.checkpoints), origin_of(folder)
     if resume == "auto":
         return own or ([] if origin is None else checkpoints_at(origin))
     return own if own and origin == str(Path(resume).resolve()) else checkpoints_at(resume)
 
 
-def origin_of(out: Path) -> str | None:
-    """The path that the run of ``out`` was told to go on from, if it was."""
-    if not (out / ORIGIN).is_file():
+def origin_of(folder: RunFolder) -> str | None:
+    """The path that the run of ``folder`` was told to go on from, if it was."""
+    if not folder.origin.is_file():
         return None
-    return (out / ORIGIN).read_text(encoding="utf-8", errors="replace").strip() or None
+    return folder.origin.read_text(encoding="utf-8", errors="replace").strip() or None
 
 
 def checkpoints_at(place: str, key: str = "--resume") -> list[Path]:
@@ -89,7 +88,7 @@ def checkpoints_at(place: str, key: str = "--resume") -> list[Path]:
     try:
         if (path / MANIFEST).is_file() and step_of(path) >= 0:
             return [path]
-        found = list_checkpoints(path / FOLDER) or list_checkpoints(path)
+        found = list_checkpoints(RunFolder(path).checkpoints) or list_checkpoints(path)
     except OSError as exc:
         raise ConfigError(key, place, f"cannot be read ({exc.strerror})", remedy) from exc
     if not place or not found:  # an empty text, of a variable that is not set, is not this folder
@@ -150,7 +149,7 @@ def read_checkpoint(folder: Path, layout: Layout, rank: int, world_size: int) ->
             raise BrokenCheckpointError(f"{path}: is not the work of {world} ranks, as its {MANIFEST} says")
     document = read_run_state(folder)
     try:
-        run, counters = RunState.from_json(document["run"]), Counters(**document["counters"])
+        run, counters = from_json(RunState, document["run"]), from_json(Counters, document["counters"])
         adam_steps = dict(document["adam_steps"])
         plan = run.phase.plan
         shapes = plan.parameters(layout)
@@ -166,7 +165,7 @@ def read_checkpoint(folder: Path, layout: Layout, rank: int, world_size: int) ->
     return Checkpoint(folder, manifest, run, state, counters, metadata["rng"])
 
 
-def prepare(out: Path, checkpoint: Checkpoint | None, origin: str | None = None) -> int:
+def prepare(folder: RunFolder, checkpoint: Checkpoint | None, origin: str | None = None) -> int:
     """Make the run's folder fit to continue from ``checkpoint``, or to begin; returns the steps done.
 
     Rank 0 acts: rows of later steps leave the logs, and later checkpoints are set aside. A checkpoint
@@ -179,19 +178,19 @@ def prepare(out: Path, checkpoint: Checkpoint | None, origin: str | None = None)
 
     def act() -> None:
         try:
-            _rewind(out, checkpoint, done)
+            _rewind(folder, checkpoint, done)
             if origin is not None:  # only now: what lies beyond the checkpoint is out of the way
-                replace_file(out / ORIGIN, origin + "\n")
+                replace_file(folder.origin, origin + "\n")
         except OSError as exc:
-            raise cannot_write("run.output_dir", out, _first_error(exc)) from exc
+            raise cannot_write("run.output_dir", folder.path, _first_error(exc)) from exc
 
     on_rank_0(act)
     return done
 
 
-def _rewind(out: Path, checkpoint: Checkpoint | None, done: int) -> None:
-    root = out / FOLDER
-    cut_back(out, done if checkpoint is not None and checkpoint.of_run(out) else -1)
+def _rewind(folder: RunFolder, checkpoint: Checkpoint | None, done: int) -> None:
+    root = folder.checkpoints
+    cut_back(folder, done if checkpoint is not None and checkpoint.of_run(folder) else -1)
     set_aside(root, [path for path in list_checkpoints(root) if checkpoint is None or step_of(path) > done])
     if checkpoint is None or checkpoint.manifest.base is None:
         return

@@ -7,13 +7,14 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from prelora_ds.config.tree import Config
+from prelora_ds.core.codec import to_json
 from prelora_ds.core.plan import Plan
 from prelora_ds.core.schedule import Timeline
 from prelora_ds.engine.build import Engine
@@ -22,9 +23,6 @@ from prelora_ds.engine.state import EngineState, Slice, copy_state
 from prelora_ds.errors import NotSavedError, Stopped
 from prelora_ds.files import replace_file, sync_folder
 from prelora_ds.run.checkpoints.checkpoint_folder import (
-    FOLDER,
-    LATEST,
-    SAVED,
     STATE,
     CheckpointManifest,
     FileRecord,
@@ -34,6 +32,7 @@ from prelora_ds.run.checkpoints.checkpoint_folder import (
     step_folder,
 )
 from prelora_ds.run.checkpoints.part import part_name, write_part
+from prelora_ds.run.folder import RunFolder
 from prelora_ds.run.log import sync_logs
 from prelora_ds.run.run_state import RunState
 
@@ -59,11 +58,12 @@ class Saver:
     last_step: of the newest checkpoint that this saver has committed.
     """
 
-    def __init__(self, out: Path, config: Config, timeline: Timeline, say: Callable[[str], None],
+    def __init__(self, folder: RunFolder, config: Config, timeline: Timeline, say: Callable[[str], None],
                  data: Mapping[str, str] | None = None, classes: Sequence[str] = ()) -> None:
         self._data = dict(data or {})  # what `claim_output` tells data sets apart by
         self._classes = list(classes)
-        self.root, self.base, self.slowest_s, self.last_step = out / FOLDER, None, 0.0, None
+        self._folder, self.root = folder, folder.checkpoints
+        self.base, self.slowest_s, self.last_step = None, 0.0, None
         self._config, self._timeline, self.say = config, timeline, say
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -122,7 +122,8 @@ class Saver:
         document = None
         if self._rank == 0:
             document = json.dumps({
-                "run": state.to_json(engine.plan), "adam_steps": copied.adam_steps, "counters": vars(engine.counters()),
+                "run": to_json(state.at_plan(engine.plan)), "adam_steps": copied.adam_steps,
+                "counters": to_json(engine.counters()),
                 "num_labels": engine.num_labels, "data": self._data, "config": self._config.model_dump(mode="json"),
                 **({"classes": self._classes} if self._classes else {})})
         manifest = CheckpointManifest(self._world, engine.config.zero.stage, engine.plan.phase, {}, state.step,
@@ -220,17 +221,18 @@ class Saver:
         return verdict[0]
 
     def _commit(self, pending: _Pending, files: Files) -> None:
-        manifest = CheckpointManifest(**{**vars(pending.manifest), "files": files})
+        manifest = replace(pending.manifest, files=files)
         assert manifest.step is not None
         final = step_folder(self.root, manifest.step)
-        sync_logs(self.root.parent)
+        sync_logs(self._folder)
         commit(pending.partial, final, manifest)
         try:
             sync_folder(self.root)
-            (self.root.parent / SAVED).touch()
-            replace_file(self.root / LATEST, final.name + "\n")
+            self._folder.saved.touch()
+            replace_file(self._folder.latest, final.name + "\n")
         except OSError as exc:
-            self.say(f"warning: {final.name} is whole, and its name could not be written into {LATEST}: {exc}")
+            self.say(f"warning: {final.name} is whole, and its name could not be written into "
+                     f"{self._folder.latest.name}: {exc}")
         # Gigabytes take seconds to remove: not while the ranks wait.
         self._removal = self._executor.submit(self._retain, self.base)
 

@@ -61,7 +61,7 @@ def test_a_report_ends_well(
 ) -> None:
     (tmp_path / "metrics.jsonl").write_text(json.dumps({
         "step": 1, "epoch": 0.5, "phase": "full", "train/loss": 2.5, "step_s": 0.25, "data_s": 0.0}) + "\n")
-    (tmp_path / "plans.jsonl").write_text(json.dumps({
+    (tmp_path / "events.jsonl").write_text(json.dumps({
         "event": "plan", "step": 0, "phase": "full", "reason": "training begins", "trainable_parameters": 4321,
         "switch": None}) + "\n")
     assert prelora(monkeypatch, "report", tmp_path) == 0
@@ -72,7 +72,7 @@ def test_a_report_ends_well(
 
 
 RUN = {"metrics.jsonl": {"step": 1, "epoch": 0.5, "train/loss": 2.5, "step_s": 0.25, "data_s": 0.0},
-       "plans.jsonl": {"event": "plan", "step": 0, "phase": "full", "reason": "training begins",
+       "events.jsonl": {"event": "plan", "step": 0, "phase": "full", "reason": "training begins",
                        "trainable_parameters": 4321, "switch": None}}
 
 

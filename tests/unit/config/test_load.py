@@ -68,6 +68,32 @@ def test_an_override_wins_over_the_recipe_and_the_last_one_over_the_others(recip
     assert config.data.flip is False
 
 
+@pytest.mark.parametrize(("written", "overrides", "every"), [
+    ({"convergence": {"tau": 1, "zeta": 5, "every": "2 steps"}}, [], "2 steps"),
+    ({"convergence": {"tau": 1, "zeta": 5, "every": "2 steps"}}, ["convergence.every=3 steps"], "3 steps"),
+    ({"convergence": {"tau": 1, "zeta": 5, "every": "2 steps"}}, ["observe.every=3 steps"], "3 steps"),
+    ({"observe": {"every": "2 steps"}}, ["convergence.every=3 steps"], "3 steps"),
+    ({"observe": {"every": "2 steps"}}, ["convergence.every=3 steps", "observe.every=4 steps"], "4 steps"),
+    ({}, ["convergence={tau: 1, zeta: 5, every: 3 steps}"], "3 steps"),
+    ({}, [], "1 epoch"),
+])
+def test_a_former_name_of_a_key_is_read_in_recipes_and_overrides(
+        tmp_path: Path, written: dict[str, Any], overrides: list[str], every: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL | written))
+    config = load_config(path, overrides)
+    assert config.observe.every == Duration(every)
+    assert (config.convergence is not None) == ("convergence" in written or "tau" in str(overrides))
+
+
+def test_a_key_under_both_of_its_names_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL | {"observe": {"every": "2 steps"}}))
+    error = mistake(path, ["convergence={tau: 1, zeta: 5, every: 3 steps}"])
+    assert (error.key, error.value) == ("convergence.every", "3 steps")
+    assert "former name of observe.every" in error.problem and "leave convergence.every out" in error.remedy
+
+
 def test_an_override_can_take_a_section_away_or_fill_it(recipe: Path) -> None:
     assert load_config(recipe, ["convergence=null"]).convergence is None
     lora = load_config(recipe, ["lora.r_min=2", "lora.r_max=4", "lora.warmup=5 %"]).lora
@@ -349,7 +375,7 @@ def test_dump_yaml_round_trips_every_kind_of_value(tmp_path: Path) -> None:
                   "families": {"x": r"^blocks\.(?P<layer>\d+)\.(q|k)$"}},
         "optimizer": {"lr": 1e-5, "betas": [0.9, 0.95], "eps": 1e-12, "warmup": "0.1 %"},
         "train": {"duration": "1234567 steps", "eval_every": "0.125 epochs"},
-        "convergence": {"tau": 0.25, "zeta": 1, "every": "1000000 steps"},
+        "observe": {"every": "1000000 steps"}, "convergence": {"tau": 0.25, "zeta": 1},
         "lora": {"families": ["x"]}, "deepspeed": {"zero_optimization": {"stage": 3, "reduce_bucket_size": 5e8}},
     }), "test")
     path = tmp_path / "config.yaml"

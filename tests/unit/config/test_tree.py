@@ -16,6 +16,7 @@ from prelora_ds.config.tree import (
     Duration,
     LoraConfig,
     ModelConfig,
+    ObserveConfig,
     OptimizerConfig,
     RunConfig,
     TrainConfig,
@@ -111,7 +112,7 @@ def test_durations_of_another_unit_or_number_differ() -> None:
     (ConvergenceConfig, {"tau": 1, "zeta": 5, "k": 2.5}, "valid integer"),
     (ConvergenceConfig, {"tau": 1, "zeta": 5, "statistic": "median"}, "'mean' or 'last'"),
     (ConvergenceConfig, {"tau": 1, "zeta": 5, "aggregate": "max"}, "'norm_of_mean' or 'mean_of_layers'"),
-    (ConvergenceConfig, {"tau": 1, "zeta": 5, "every": "1"}, "is not a duration"),
+    (ObserveConfig, {"every": "1"}, "is not a duration"),
     (LoraConfig, {"r_min": 6}, "r_min 6 is not a power of two.*for example 4 or 8"),
     (LoraConfig, {"r_max": 48}, "r_max 48 is not a power of two.*for example 32 or 64"),
     (LoraConfig, {"r_min": 0}, "greater than 0"),
@@ -167,8 +168,8 @@ def test_bad_values_are_refused(model: type, values: dict[str, Any], message: st
     assert caught.value.error_count() == 1
 
 
-@pytest.mark.parametrize("model", [RunConfig, ModelConfig, DataConfig, OptimizerConfig, TrainConfig, ConvergenceConfig,
-                                   LoraConfig, Config])
+@pytest.mark.parametrize("model", [RunConfig, ModelConfig, DataConfig, OptimizerConfig, TrainConfig, ObserveConfig,
+                                   ConvergenceConfig, LoraConfig, Config])
 def test_an_unknown_key_is_refused_everywhere(model: type) -> None:
     with pytest.raises(ValidationError) as caught:
         model(**{"gamma_ray": 1})

@@ -14,6 +14,7 @@ from support.plans import lora_plan
 
 from prelora_ds.config.phases import PresetConfig
 from prelora_ds.config.tree import ConvergenceConfig, LoraConfig, expanded
+from prelora_ds.core.codec import to_json
 from prelora_ds.core.controller import KEPT_WINDOWS, PhaseController, PhaseState
 from prelora_ds.core.duration import Duration
 from prelora_ds.core.layout import Layout
@@ -77,7 +78,7 @@ def drive(control: PhaseController, measure: Callable[[int], Observation], epoch
 
 
 def reloaded(state: PhaseState) -> PhaseState:
-    return PhaseState.from_json(json.loads(json.dumps(state.to_json())))
+    return PhaseState.from_json(json.loads(json.dumps(to_json(state))))
 
 
 # ---- the walk through the phases

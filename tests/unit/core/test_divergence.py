@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
@@ -41,4 +40,3 @@ def test_after_a_rollback_the_step_is_avoided_and_the_tries_are_counted() -> Non
     watch = DivergenceWatch(losses=(1.0,)).rolled_back(9, before)
     assert (watch.rollbacks, watch.avoided, watch.losses) == (2, {3, 9}, (1.0,))
     assert not watch.accepts(9, 1.0, SPIKE) and watch.accepts(8, 1.0, SPIKE)
-    assert DivergenceWatch.from_json(json.loads(json.dumps(watch.to_json()))) == watch

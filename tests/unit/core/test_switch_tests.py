@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 
@@ -277,22 +276,3 @@ def test_scale_free(windows: list[WindowStats], exponent: int) -> None:
         for w in windows]
     assert (partially_converged(scaled, k=len(windows), tau=1, zeta=5)
             == partially_converged(windows, k=len(windows), tau=1, zeta=5))
-
-
-NORMS = st.dictionaries(st.text(min_size=1), st.dictionaries(st.integers(0, 99), st.floats(allow_nan=False)))
-
-
-@given(st.integers(0), st.integers(0), st.floats(allow_nan=False), NORMS)
-def test_json_round_trip(first: int, second: int, loss: float, norms: dict[str, dict[int, float]]) -> None:
-    for value in (WindowStats(first, second, loss, norms), Observation(first, second, loss, norms)):
-        plain = value.to_json()
-        assert json.loads(json.dumps(plain)) == plain
-        assert type(value).from_json(json.loads(json.dumps(plain))) == value
-        assert type(value).from_json(plain) == value
-
-
-def test_json_keeps_nan() -> None:
-    window = WindowStats(0, 1, math.nan, {"q": {0: math.nan}})
-    again = WindowStats.from_json(json.loads(json.dumps(window.to_json())))
-    assert math.isnan(again.loss)
-    assert math.isnan(again.norms["q"][0])

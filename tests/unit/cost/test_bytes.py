@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from support.plans import full_plan, lora_plan, warmup_plan
 
 from prelora_ds.config.tree import ZeroSettings
+from prelora_ds.core.codec import to_json
 from prelora_ds.core.layout import Layout
 from prelora_ds.cost.bytes import Bytes, predict_bytes, worst_deviation
 
@@ -73,7 +74,7 @@ def test_what_belongs_to_training_is_in_proportion_to_what_trains(zero: ZeroSett
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
 def test_what_a_stage_shards_is_divided_by_the_ranks(world: int) -> None:
     def shares(zero: ZeroSettings) -> dict[str, float]:
-        one, many = (predicted(FULL, zero, w).to_json() for w in (1, world))
+        one, many = (vars(predicted(FULL, zero, w)) for w in (1, world))
         return {owner: one[owner] / many[owner] for owner in ("weights", "gradients", "masters", "moments")}
 
     assert shares(ZeroSettings(0)) == {"weights": 1, "gradients": 1, "masters": 1, "moments": 1}
@@ -86,12 +87,12 @@ def test_what_a_stage_shards_is_divided_by_the_ranks(world: int) -> None:
 @given(st.sampled_from([FULL, WARMUP, LORA, BARE_LORA]), st.integers(0, 3), st.integers(1, 64), st.booleans())
 def test_no_owner_grows_with_the_ranks_or_shrinks_in_the_backward_pass(plan, stage, world, after) -> None:
     zero = ZeroSettings(stage)
-    now, more = (predicted(plan, zero, w, after).to_json() for w in (world, world + 1))
+    now, more = (vars(predicted(plan, zero, w, after)) for w in (world, world + 1))
     padding = 8 * (world + 1) * len(plan.parameters(LAYOUT)) if stage == 3 else 0
     if stage == 3 and world == 1:  # from two ranks on, small parameters are gathered beside the partitions
         padding += 2 * sum(map(math.prod, plan.parameters(LAYOUT).values()))
     assert all(more[owner] <= now[owner] + padding for owner in now)
-    rest, end = (predicted(plan, zero, world, a).to_json() for a in (False, True))
+    rest, end = (vars(predicted(plan, zero, world, a)) for a in (False, True))
     assert all(rest[owner] <= end[owner] for owner in rest)
 
 
@@ -108,7 +109,7 @@ def test_a_world_of_one_gathers_nothing_at_stage_3() -> None:
 def test_the_total_and_the_json_hold_every_owner() -> None:
     found = Bytes(1, 20, 300, 4000, 50000)
     assert found.total == 54321
-    assert found.to_json() == {"weights": 1, "gradients": 20, "masters": 300, "moments": 4000, "buffers": 50000}
+    assert to_json(found) == {"weights": 1, "gradients": 20, "masters": 300, "moments": 4000, "buffers": 50000}
 
 
 @pytest.mark.parametrize(("measured", "expected"), [
@@ -122,9 +123,9 @@ def test_the_total_and_the_json_hold_every_owner() -> None:
 ])
 def test_worst_deviation(measured: dict[str, int], expected: float) -> None:
     wanted = Bytes(weights=100, gradients=50, masters=200, moments=400, buffers=0)
-    assert worst_deviation(wanted, wanted.to_json() | measured) == pytest.approx(expected)
+    assert worst_deviation(wanted, vars(wanted) | measured) == pytest.approx(expected)
 
 
 def test_no_bytes_on_either_side_do_not_deviate() -> None:
     nothing = Bytes(0, 0, 0, 0, 0)
-    assert worst_deviation(nothing, nothing.to_json()) == 0.0
+    assert worst_deviation(nothing, vars(nothing)) == 0.0

@@ -17,8 +17,8 @@ from prelora_ds.errors import ConfigError
 from prelora_ds.hosts.jobs import PROFILES, Job, Profile, load_profile, render
 
 RECIPE = Path("launch/recipes/vit_large_in1k_prelora_exp1.yaml").resolve()
-JOB = Job("chain", Path("/shared/job.sh"), Path.cwd(), RECIPE, ["train.log_every=5"], None, 16, 1, 7200.0,
-          300, 50, account="acct")
+JOB = Job("chain", Path("/shared/job.sh"), Path.cwd(), Path("/shared/out.supervise"), RECIPE,
+          ["train.log_every=5"], None, 16, 1, 7200.0, 300, 50, account="acct")
 
 
 def script(profile: str, **changes) -> str:

@@ -14,7 +14,7 @@ import pytest
 
 from prelora_ds.errors import ConfigError, LaunchError
 from prelora_ds.hosts.diagnosis import diagnose, is_echo, known_as
-from prelora_ds.hosts.heartbeat import LEASE, Supervision, read_json, write_json
+from prelora_ds.hosts.heartbeat import LEASE, LOCK, Supervision, read_json, write_json
 from prelora_ds.hosts.hostfile import Host
 from prelora_ds.hosts.lock import Lease
 from prelora_ds.hosts.supervisor import Policy, Supervisor, check_policy, fill
@@ -230,7 +230,7 @@ def test_a_supervisor_that_stood_still_leaves_the_run_to_its_successor(world: Wo
     out = world.folder / "out"
     taken = json.dumps({"token": "new", "pid": 1, "host": "elsewhere"})
     newer = json.dumps({"attempt": 2})
-    script = f"""echo '{taken}' > {out}/.lease; echo '{newer}' > {out}/{LEASE}; sleep 0.5; die 88 a fenced"""
+    script = f"""echo '{taken}' > {out}/{LOCK}; echo '{newer}' > {out}/{LEASE}; sleep 0.5; die 88 a fenced"""
     assert world.supervisor(script).run() == 88
     assert read_json(out / LEASE) == {"attempt": 2} and len(attempts(world)) == 1
     assert "taken over by process 1 on elsewhere" in world.said[-1]
@@ -238,7 +238,7 @@ def test_a_supervisor_that_stood_still_leaves_the_run_to_its_successor(world: Wo
 
 def test_a_second_supervisor_is_refused_and_the_first_one_s_attempt_stays_the_newest(world: World) -> None:
     (world.folder / "out").mkdir()
-    first = Lease(world.folder / "out").take()
+    first = Lease(world.folder / "out" / LOCK).take()
     with pytest.raises(LaunchError, match=r"is in use by process"):
         world.supervisor("mark DONE").run()
     assert not (world.folder / "out" / LEASE).exists() and not attempts(world)

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from prelora_ds.errors import ConfigError
 from prelora_ds.reporting.table import phase_rows, print_report
+from prelora_ds.run.folder import RunFolder
 
 KIB = 1024
 PASSED = "Algorithm 1 passed at test 4: all |dW| <= 0.7341 % (tau 1 %), all |dL| <= 4.627 % (zeta 5 %)"
@@ -52,7 +53,7 @@ PLANS = [
 
 
 def write(folder: Path, metrics: list[dict[str, Any]], plans: list[dict[str, Any]]) -> Path:
-    for name, rows in (("metrics", metrics), ("plans", plans)):
+    for name, rows in (("metrics", metrics), ("events", plans)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -64,7 +65,7 @@ def run(tmp_path: Path) -> Path:
 
 def printed(folder: Path) -> str:
     console = Console(file=io.StringIO(), width=200)
-    print_report(folder, console)
+    print_report(RunFolder(folder), console)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -75,7 +76,7 @@ def cells(text: str) -> dict[str, list[str]]:
 
 
 def test_a_phase_goes_from_the_step_after_its_plan_to_the_step_of_the_next(run: Path) -> None:
-    rows = phase_rows(run)
+    rows = phase_rows(RunFolder(run))
     assert [(r["phase"], r["first_step"], r["last_step"]) for r in rows] == [
         ("full", 1, 4), ("warmup", 5, 6), ("lora", 7, 10)]
     assert [r["epochs"] for r in rows] == [2.0, 1.0, 2.0]
@@ -83,12 +84,12 @@ def test_a_phase_goes_from_the_step_after_its_plan_to_the_step_of_the_next(run: 
 
 def test_a_run_that_goes_on_from_another_has_only_its_own_steps(tmp_path: Path) -> None:
     began = {"event": "resume", "step": 8, "checkpoint": "step-00000008", "world_size": 2, "zero_stage": 2}
-    [lora] = phase_rows(write(tmp_path, METRICS[8:], [began, PLANS[3], PLANS[4]]))
+    [lora] = phase_rows(RunFolder(write(tmp_path, METRICS[8:], [began, PLANS[3], PLANS[4]])))
     assert (lora["first_step"], lora["last_step"], lora["epochs"]) == (9, 10, 1.0)
 
 
 def test_times_losses_and_accuracy_are_of_the_phases_own_steps(run: Path) -> None:
-    full, warmup, lora = phase_rows(run)
+    full, warmup, lora = phase_rows(RunFolder(run))
     assert [r["step_s"] for r in (full, warmup, lora)] == pytest.approx([.0025, .0055, .0085])
     assert [r["data_s"] for r in (full, warmup, lora)] == pytest.approx([.0005, .0011, .0017])
     assert [r["loss"] for r in (full, warmup, lora)] == pytest.approx([2.6, 2.4, 2.0])
@@ -96,14 +97,14 @@ def test_times_losses_and_accuracy_are_of_the_phases_own_steps(run: Path) -> Non
 
 
 def test_bytes_are_those_measured_under_the_phase_or_none(run: Path) -> None:
-    full, warmup, lora = phase_rows(run)
+    full, warmup, lora = phase_rows(RunFolder(run))
     assert (full["predicted"], full["measured"]) == (PLANS[1]["predicted"], PLANS[1]["measured"])
     assert (warmup["predicted"], warmup["measured"]) == (None, None)
     assert (lora["predicted"], lora["measured"]) == (PLANS[4]["predicted"], PLANS[4]["measured"])
 
 
 def test_reasons_and_switches_are_the_plans(run: Path) -> None:
-    rows = phase_rows(run)
+    rows = phase_rows(RunFolder(run))
     assert [r["reason"] for r in rows] == ["training begins with all parameters", PASSED,
                                            "the warm-up of 3 epochs is over"]
     assert [r["switch_s"] for r in rows] == [None, 1.25, 2.5]
@@ -111,7 +112,7 @@ def test_reasons_and_switches_are_the_plans(run: Path) -> None:
 
 
 def test_a_plan_that_begins_at_the_last_step_has_no_figures(tmp_path: Path) -> None:
-    lora = phase_rows(write(tmp_path, METRICS[:6], PLANS[:4]))[-1]
+    lora = phase_rows(RunFolder(write(tmp_path, METRICS[:6], PLANS[:4])))[-1]
     assert (lora["first_step"], lora["last_step"], lora["epochs"]) == (7, 6, 0.0)
     assert [lora[key] for key in ("predicted", "measured", "step_s", "data_s", "loss", "acc1")] == [None] * 6
     assert cells(printed(tmp_path))["training loss, last"] == ["2.6000", "2.4000", "-"]
@@ -199,13 +200,13 @@ def test_a_run_that_diverged_is_told_without_the_loss_that_json_does_not_have(
 ) -> None:
     """Its last row has no times, and in logs of earlier versions NaN."""
     last = {"step": 3, "epoch": 1.5, "phase": "full", "train/loss": float("nan"), "grad_norm": None}
-    [full] = phase_rows(write(tmp_path, [*METRICS[:2], last], PLANS[:1]))
+    [full] = phase_rows(RunFolder(write(tmp_path, [*METRICS[:2], last], PLANS[:1])))
     assert (full["last_step"], full["loss"], full["step_s"]) == (
         3,
         pytest.approx(2.8),
         pytest.approx(0.0015),
     )
-    assert phase_rows(write(tmp_path, [*METRICS[:2], last | {"train/loss": None}], PLANS[:1])) == [
+    assert phase_rows(RunFolder(write(tmp_path, [*METRICS[:2], last | {"train/loss": None}], PLANS[:1]))) == [
         full
     ]
 
@@ -214,7 +215,7 @@ def test_the_peak_of_the_hungriest_rank_is_told_when_the_run_has_ended(run: Path
     assert "peak resident" not in printed(run)
     write(run, METRICS, [*PLANS, {"event": "end", "step": 10, "peak_rss_bytes": [2**30, 3 * 2**29, 2**20]}])
     assert printed(run).splitlines()[-1] == "peak resident memory of a rank: 1.50 GiB"
-    assert len(phase_rows(run)) == 3
+    assert len(phase_rows(RunFolder(run))) == 3
 
 
 @pytest.mark.parametrize(
@@ -239,7 +240,7 @@ def test_logs_without_what_a_report_needs_are_refused(
     tmp_path: Path, metrics: list[dict[str, Any]], plans: list[dict[str, Any]], problem: str
 ) -> None:
     write(tmp_path, metrics, plans)
-    for read in (phase_rows, printed):
+    for read in (lambda folder: phase_rows(RunFolder(folder)), printed):
         with pytest.raises(ConfigError, match=problem):
             read(tmp_path)
 
@@ -299,7 +300,7 @@ ACCURACY = json.dumps(
     deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
-    data=st.data(), which=st.sampled_from(["metrics.jsonl", "plans.jsonl", "model/accuracy.json"])
+    data=st.data(), which=st.sampled_from(["metrics.jsonl", "events.jsonl", "model/accuracy.json"])
 )
 def test_damaged_files_are_reported_or_refused_with_one_message(
     data: st.DataObject, which: str, tmp_path: Path
@@ -307,7 +308,7 @@ def test_damaged_files_are_reported_or_refused_with_one_message(
     write(tmp_path, METRICS, EVENTS)
     (tmp_path / "model").mkdir(exist_ok=True)
     (tmp_path / "model/accuracy.json").write_text(ACCURACY)
-    content = {"metrics.jsonl": lines_of(METRICS), "plans.jsonl": lines_of(EVENTS),
+    content = {"metrics.jsonl": lines_of(METRICS), "events.jsonl": lines_of(EVENTS),
                "model/accuracy.json": ACCURACY.encode()}[which]
     (tmp_path / which).write_bytes(data.draw(mutations(content)))
     try:
@@ -319,11 +320,20 @@ def test_damaged_files_are_reported_or_refused_with_one_message(
     assert "from step" in text and "exported model" in text
 
 
-@pytest.mark.parametrize("there", [(), ("metrics.jsonl",), ("plans.jsonl",)])
+def test_a_run_of_version_0_1_0_that_nobody_resumed_is_reported(run: Path) -> None:
+    expected = printed(run)
+    (run / "events.jsonl").rename(run / "plans.jsonl")
+    assert printed(run) == expected
+    (run / "events.jsonl").write_text("")
+    with pytest.raises(ConfigError, match=r"events\.jsonl does not tell when a phase began"):
+        printed(run)
+
+
+@pytest.mark.parametrize("there", [(), ("metrics.jsonl",), ("events.jsonl",), ("plans.jsonl",)])
 def test_a_folder_without_a_run_is_refused(tmp_path: Path, there: tuple[str, ...]) -> None:
     for name in there:
         (tmp_path / name).write_text("")
-    for read in (phase_rows, printed):
+    for read in (lambda folder: phase_rows(RunFolder(folder)), printed):
         with pytest.raises(ConfigError) as caught:
             read(tmp_path)
         assert (caught.value.key, caught.value.value, caught.value.problem) == ("OUTPUT", str(tmp_path), "holds no run")
@@ -331,4 +341,4 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path, there: tuple[str, ...
 
 def test_a_folder_that_is_missing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no run"):
-        phase_rows(tmp_path / "none")
+        phase_rows(RunFolder(tmp_path / "none"))

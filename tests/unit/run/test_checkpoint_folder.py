@@ -11,7 +11,6 @@ import pytest
 from prelora_ds.errors import ConfigError
 from prelora_ds.files import replace_file
 from prelora_ds.run.checkpoints.checkpoint_folder import (
-    ASIDE,
     BrokenCheckpointError,
     CheckpointManifest,
     FileRecord,
@@ -25,6 +24,7 @@ from prelora_ds.run.checkpoints.checkpoint_folder import (
     step_folder,
     step_of,
 )
+from prelora_ds.run.folder import ASIDE
 
 
 def make(root: Path, step: int, *, acc1: float | None = None, base: str | None = None) -> Path:

@@ -11,9 +11,10 @@ import pytest
 from support.claims import DATA, begin, checkpoint, claim, config
 
 from prelora_ds.errors import ConfigError, DiskError, LaunchError
-from prelora_ds.run.checkpoints.checkpoint_folder import FOLDER, SAVED, STATE, set_aside
+from prelora_ds.run.checkpoints.checkpoint_folder import STATE, set_aside
 from prelora_ds.run.checkpoints.resume import checkpoints_at
 from prelora_ds.run.claim import claim_output
+from prelora_ds.run.folder import RunFolder
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
@@ -58,8 +59,9 @@ def test_a_path_in_the_run_itself_goes_back_to_it(tmp_path: Path) -> None:
     begin(out)
     assert claim(out, "auto") == [late, early]
     assert claim(out, str(early)) == [early]
-    set_aside(out / FOLDER, [late])
-    assert claim(out, str(out / FOLDER / "aside" / late.name)) == [out / FOLDER / "aside" / late.name]
+    root = RunFolder(out).checkpoints
+    set_aside(root, [late])
+    assert claim(out, str(root / "aside" / late.name)) == [root / "aside" / late.name]
 
 
 def test_a_new_run_may_have_other_rates_and_data_and_a_resumed_one_may_not(tmp_path: Path) -> None:
@@ -84,7 +86,7 @@ def test_logs_whose_checkpoints_were_removed_are_refused_and_kept(tmp_path: Path
     begin(out)
     assert claim(out) == []  # ended before its first checkpoint
     saved = checkpoint(out, 10)
-    (out / SAVED).touch()
+    RunFolder(out).saved.touch()
     (saved.parent / "latest").write_text(f"{saved.name}\n")
     assert claim(out) == [saved]
     for gone in (saved, saved.parent / "latest", saved.parent):
@@ -113,7 +115,7 @@ def test_a_run_of_0_1_0_is_known_to_have_checkpoints_once_it_is_continued(tmp_pa
 def test_a_folder_that_was_emptied_by_hand_takes_a_new_run(tmp_path: Path) -> None:
     out = tmp_path / "out"
     claim(out)
-    (out / SAVED).touch()
+    RunFolder(out).saved.touch()
     (out / "config.yaml").unlink()
     assert claim(out) == []
     begin(out)
@@ -180,14 +182,22 @@ def test_an_empty_name_is_not_the_folder_one_is_in(
     monkeypatch.chdir(tmp_path)
     assert checkpoints_at(".") == [saved.relative_to(tmp_path)]
     with pytest.raises(ConfigError, match="neither a checkpoint nor a run"):
-        claim_output(tmp_path / "new", wanted, "", DATA, steps=20)
+        claim_output(RunFolder(tmp_path / "new"), wanted, "", DATA, steps=20)
 
 
 @pytest.mark.parametrize("log", [b"\xff\n", b"{}\n", b"[1]\n", b"end\n"])
 def test_a_damaged_log_is_named(tmp_path: Path, log: bytes) -> None:
     claim(tmp_path / "out")
-    (tmp_path / "out/plans.jsonl").write_bytes(log)
-    with pytest.raises(ConfigError, match=r"plans\.jsonl"):
+    (tmp_path / "out/events.jsonl").write_bytes(log)
+    with pytest.raises(ConfigError, match=r"events\.jsonl"):
+        claim(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["events.jsonl", "plans.jsonl"])  # plans.jsonl: of version 0.1.0
+def test_a_finished_run_is_refused(tmp_path: Path, name: str) -> None:
+    claim(tmp_path / "out")
+    (tmp_path / "out" / name).write_text('{"event": "plan", "step": 0}\n{"event": "end", "step": 20}\n')
+    with pytest.raises(ConfigError, match="holds a finished run"):
         claim(tmp_path / "out")
 
 
@@ -219,7 +229,7 @@ def test_data_of_other_classes_are_refused_in_a_new_run_too(
     out, resume = (tmp_path / "new", str(source)) if new else (tmp_path / "old", "auto")
 
     def claim_it() -> None:
-        claim_output(out, config(out), resume, DATA, ("cat", "dog"), steps=20).lease.release()
+        claim_output(RunFolder(out), config(out), resume, DATA, ("cat", "dog"), steps=20).lease.release()
 
     if not new:
         claim(tmp_path / "elsewhere")

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.plans import full_plan
 
+from prelora_ds.core.codec import to_json
 from prelora_ds.core.divergence import DivergenceWatch
 from prelora_ds.core.layout import Layout
 from prelora_ds.errors import ConfigError
@@ -50,7 +51,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_part(EngineState(slices), folder / PART, {"rng": "{}"})
     run = RunState(3, PhaseState(full_plan(LAYOUT)), DivergenceWatch())
     counters = {"global_steps": 3, "global_samples": 24, "micro_steps": 3, "skipped_steps": 0}
-    document = {"run": run.to_json(run.phase.plan), "adam_steps": {"a.weight": 3}, "counters": counters,
+    document = {"run": to_json(run), "adam_steps": {"a.weight": 3}, "counters": counters,
                 "num_labels": 8, "data": {}, "config": {}}
     (folder / STATE).write_text(json.dumps(document))
     rewrite_manifest(folder)
@@ -70,7 +71,7 @@ def read(folder: Path) -> Any:
     found = read_checkpoint(folder, LAYOUT, 0, 1)
     values = {name: (s.start, s.value.tolist(), {k: m.tolist() for k, m in s.moments.items()})
               for name, s in found.engine.slices.items()}
-    return found.run.to_json(found.run.phase.plan), values, found.engine.adam_steps, vars(found.counters)
+    return to_json(found.run), values, found.engine.adam_steps, vars(found.counters)
 
 
 def read_or_refused(original: Path, tmp_path: Path, change: Callable[[Path], None]) -> Any:

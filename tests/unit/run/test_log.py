@@ -13,9 +13,13 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.values import NORMS, same
 
+from prelora_ds.core.codec import from_json
+from prelora_ds.core.switch_tests.prelora import Observation
 from prelora_ds.errors import ConfigError
-from prelora_ds.run.log import RunLog, check_logs, cut_back, read_lines, sync_logs, to_json
+from prelora_ds.run.folder import RunFolder
+from prelora_ds.run.log import EventKind, RunLog, check_logs, cut_back, json_text, read_lines, sync_logs
 
 
 class Monitor:
@@ -38,7 +42,7 @@ def said() -> list[str]:
 
 @pytest.fixture
 def log(tmp_path: Path, said: list[str]) -> Iterator[RunLog]:
-    log = RunLog(tmp_path, Monitor(), said.append)
+    log = RunLog(RunFolder(tmp_path), Monitor(), said.append)
     yield log
     log.close()
 
@@ -78,7 +82,7 @@ def test_rows_are_in_the_file_when_they_are_written(log: RunLog, tmp_path: Path)
 def test_a_full_disk_loses_whole_rows_with_one_warning_and_later_rows_are_kept(
     small_disk: Path, said: list[str]
 ) -> None:
-    log = RunLog(small_disk, Monitor(), said.append)
+    log = RunLog(RunFolder(small_disk), Monitor(), said.append)
     log.metrics(step(1), samples=64)
     filler = fill(small_disk)
     for number in range(2, 200):  # more than what is left of the file's last page
@@ -114,10 +118,10 @@ def test_a_log_that_is_taken_away_is_begun_again_with_one_warning(
 def test_a_folder_that_is_taken_away_costs_one_warning_for_each_log(
     said: list[str], tmp_path: Path
 ) -> None:
-    log = RunLog(tmp_path / "none", Monitor(), said.append)
+    log = RunLog(RunFolder(tmp_path / "none"), Monitor(), said.append)
     for number in range(3):
         log.metrics(step(number + 1), samples=1)
-        log.plans({"event": "plan", "step": 0})
+        log.event(EventKind.PLAN, 0)
     assert len(said) == 2 and all("No such file or directory" in text for text in said)
 
 
@@ -131,7 +135,7 @@ def test_a_log_that_is_no_file_costs_one_warning_and_nobody_waits(
         "pipe": lambda: os.mkfifo(path),
         "full": lambda: path.symlink_to("/dev/full"),
     }[kind]()
-    log = RunLog(tmp_path, Monitor(), said.append)
+    log = RunLog(RunFolder(tmp_path), Monitor(), said.append)
     log.metrics(step(1), samples=1)
     log.metrics(step(2), samples=2)
     log.close()
@@ -139,7 +143,7 @@ def test_a_log_that_is_no_file_costs_one_warning_and_nobody_waits(
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, said: list[str]) -> None:
-    log = RunLog(tmp_path, None, said.append)
+    log = RunLog(RunFolder(tmp_path), None, said.append)
     log.metrics(step(1), samples=1)
     log.close()
     assert list(tmp_path.iterdir()) == [] and said == []
@@ -147,9 +151,7 @@ def test_other_ranks_write_nothing(tmp_path: Path, said: list[str]) -> None:
 
 def test_numbers_that_json_does_not_have_become_null(log: RunLog, tmp_path: Path) -> None:
     log.metrics(step(1, **{"train/loss": math.nan, "grad_norm": math.inf}), samples=1)
-    log.plans(
-        {"event": "bytes", "step": 3, "measured": {"weights": -math.inf, "ranks": (1.5, math.nan)}}
-    )
+    log.event(EventKind.BYTES, 3, measured={"weights": -math.inf, "ranks": (1.5, math.nan)})
 
     def refuse(word: str) -> None:
         raise AssertionError(f"{word} is not JSON")
@@ -158,9 +160,25 @@ def test_numbers_that_json_does_not_have_become_null(log: RunLog, tmp_path: Path
     assert json.loads(text, parse_constant=refuse) == step(
         1, **{"train/loss": None, "grad_norm": None}
     )
-    assert json.loads((tmp_path / "plans.jsonl").read_text(), parse_constant=refuse)[
+    assert json.loads((tmp_path / "events.jsonl").read_text(), parse_constant=refuse)[
         "measured"
     ] == {"weights": None, "ranks": [1.5, None]}
+
+
+@given(loss=st.floats(), norms=NORMS)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_an_observation_is_read_back_bit_for_bit_also_after_a_cut(
+    loss: float, norms: dict[str, dict[int, float]], tmp_path: Path
+) -> None:
+    folder, seen = RunFolder(tmp_path), [Observation(step, 64, loss, norms) for step in (2, 4, 6)]
+    log = RunLog(folder, Monitor())
+    for observation in seen:
+        log.observation(observation)
+    log.close()
+    cut_back(folder, 4)
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in folder.observations.read_text().splitlines()]
+    folder.observations.unlink()
+    assert same([from_json(Observation, row) for row in rows], seen[:2])
 
 
 def test_rows_of_earlier_versions_with_nan_are_read(tmp_path: Path) -> None:
@@ -176,10 +194,10 @@ def test_rows_of_earlier_versions_with_nan_are_read(tmp_path: Path) -> None:
 def test_an_unfinished_last_line_is_left_out(tail: bytes, tmp_path: Path) -> None:
     """Of a kill, or of a power cut, after which blocks that were not written are zeros."""
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes((to_json(step(1)) + "\n" + to_json(step(2)) + "\n").encode() + tail)
+    path.write_bytes((json_text(step(1)) + "\n" + json_text(step(2)) + "\n").encode() + tail)
     assert read_lines(path) == [step(1), step(2)]
-    cut_back(tmp_path, 2)
-    assert path.read_text() == to_json(step(1)) + "\n" + to_json(step(2)) + "\n"
+    cut_back(RunFolder(tmp_path), 2)
+    assert path.read_text() == json_text(step(1)) + "\n" + json_text(step(2)) + "\n"
 
 
 @pytest.mark.parametrize(
@@ -203,50 +221,78 @@ def test_a_damaged_line_is_told_before_a_run_resumes(line: str, tmp_path: Path) 
     path = tmp_path / "windows.jsonl"
     path.write_text(f'{{"last_step": 1}}\n{line}\n{{"last_step": 3}}\n')
     with pytest.raises(ConfigError, match="line 2 ") as caught:
-        check_logs(tmp_path)
+        check_logs(RunFolder(tmp_path))
     assert (caught.value.key, caught.value.value) == ("log", str(path))
 
 
 def test_a_cut_log_keeps_the_rows_until_the_step(tmp_path: Path) -> None:
     rows = {
         "metrics": [step(n) for n in range(1, 9)],
-        "plans": [
+        "events": [
             {"event": "plan", "step": 0},
             {"event": "bytes", "step": 3},
             {"event": "plan", "step": 6},
         ],
         "windows": [{"last_step": 4, "loss": 1.0}, {"last_step": 8, "loss": 0.5}],
+        "observations": [{"step": n, "loss": 1 / n} for n in (2, 4, 6, 8)],
     }
     for name, content in rows.items():
-        (tmp_path / f"{name}.jsonl").write_text("".join(to_json(row) + "\n" for row in content))
-    cut_back(tmp_path, 5)
+        (tmp_path / f"{name}.jsonl").write_text("".join(json_text(row) + "\n" for row in content))
+    cut_back(RunFolder(tmp_path), 5)
     assert read_lines(tmp_path / "metrics.jsonl") == rows["metrics"][:5]
-    assert read_lines(tmp_path / "plans.jsonl") == rows["plans"][:2]
+    assert read_lines(tmp_path / "events.jsonl") == rows["events"][:2]
     assert read_lines(tmp_path / "windows.jsonl") == rows["windows"][:1]
-    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".jsonl"] * 3
+    assert read_lines(tmp_path / "observations.jsonl") == rows["observations"][:2]
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".jsonl"] * 4
+
+
+def test_the_events_of_version_0_1_0_are_read_and_get_their_name_of_today_when_a_run_resumes(
+    tmp_path: Path,
+) -> None:
+    folder, rows = RunFolder(tmp_path), LOGS_OF_5_STEPS["events"]
+    assert folder.events_to_read == folder.events
+    folder.former_events.write_text("".join(json_text(row) + "\n" for row in rows) + '{"event"')
+    assert folder.events_to_read == folder.former_events
+    check_logs(folder)
+    assert folder.former_events.is_file()  # until the run really resumes
+    cut_back(folder, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["events.jsonl"]
+    assert read_lines(folder.events_to_read) == rows[:3]
+    folder.former_events.write_text("left by version 0.1.0, which was started once more\n")
+    check_logs(folder)
+    cut_back(folder, 1)
+    assert read_lines(folder.events_to_read) == rows[:2] and folder.former_events.is_file()
+
+
+def test_a_damaged_log_of_version_0_1_0_is_named(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.former_events.write_text("{}\n")
+    with pytest.raises(ConfigError, match=r"plans\.jsonl': line 1 has no step"):
+        check_logs(folder)
 
 
 def test_a_log_of_which_nothing_is_cut_takes_no_room_on_a_full_disk(small_disk: Path) -> None:
     path = small_disk / "metrics.jsonl"
-    path.write_text("".join(to_json(step(n)) + "\n" for n in range(1, 9)))
+    path.write_text("".join(json_text(step(n)) + "\n" for n in range(1, 9)))
     fill(small_disk)
-    cut_back(small_disk, 8)
+    cut_back(RunFolder(small_disk), 8)
     with pytest.raises(OSError, match="No space left"):
-        cut_back(small_disk, 7)
+        cut_back(RunFolder(small_disk), 7)
     assert len(read_lines(path)) == 8
 
 
 def test_logs_that_are_not_there_need_no_sync(tmp_path: Path) -> None:
-    (tmp_path / "plans.jsonl").mkdir()
+    (tmp_path / "events.jsonl").mkdir()
     (tmp_path / "windows.jsonl").write_text("")
-    sync_logs(tmp_path)
+    sync_logs(RunFolder(tmp_path))
     assert (tmp_path / "windows.jsonl").read_text() == ""
 
 
 LOGS_OF_5_STEPS = {
     "metrics": [step(n) for n in range(1, 6)],
-    "plans": [{"event": "plan", "step": n, "phase": "full", "switch": None} for n in range(5)],
+    "events": [{"event": "plan", "step": n, "phase": "full", "switch": None} for n in range(5)],
     "windows": [{"index": n, "last_step": n, "loss": 1.5, "norms": {"q": {"0": 2.5}}} for n in range(5)],
+    "observations": [{"step": n, "samples": 64, "loss": None, "norms": {"q": {"0": 2.5}}} for n in range(5)],
 }
 WORDS = [b"null", b"NaN", b"1e999", b"-1", b'"', b"{}", b"[]", b"\n", b"\0", b"9" * 30, b"true"]
 
@@ -255,7 +301,7 @@ WORDS = [b"null", b"NaN", b"1e999", b"-1", b'"', b"{}", b"[]", b"\n", b"\0", b"9
 def mutations(draw: st.DrawFn) -> tuple[str, bytes]:
     """The name of a log, and its content with a few bytes replaced, taken out or put in."""
     name = draw(st.sampled_from(sorted(LOGS_OF_5_STEPS)))
-    data = bytearray("".join(to_json(row) + "\n" for row in LOGS_OF_5_STEPS[name]).encode())
+    data = bytearray("".join(json_text(row) + "\n" for row in LOGS_OF_5_STEPS[name]).encode())
     for _ in range(draw(st.integers(1, 3))):
         at, cut = draw(st.integers(0, len(data))), draw(st.integers(0, 12))
         data[at : at + cut] = draw(st.binary(max_size=4) | st.sampled_from(WORDS))
@@ -276,13 +322,13 @@ def test_a_damaged_log_is_cut_rightly_or_refused(
     path.write_bytes(data)
     try:
         rows = read_lines(path)
-        check_logs(tmp_path)
+        check_logs(RunFolder(tmp_path))
     except ConfigError as error:
         assert error.key == "log"
         with pytest.raises(ConfigError):
-            cut_back(tmp_path, until)
+            cut_back(RunFolder(tmp_path), until)
         assert path.read_bytes() == data
         return
-    cut_back(tmp_path, until)
+    cut_back(RunFolder(tmp_path), until)
     wanted = [row for row in rows if row.get("step", row.get("last_step")) <= until]
-    assert to_json(read_lines(path)) == to_json(wanted)
+    assert json_text(read_lines(path)) == json_text(wanted)

@@ -117,6 +117,26 @@ def test_settings_of_a_later_version_are_refused_with_their_key(tmp_path: Path) 
         claim(tmp_path / "new", str(saved))
 
 
+def test_a_run_of_0_1_0_keeps_the_interval_of_its_measurements(tmp_path: Path) -> None:
+    """It was called convergence.every, and then observe.every, because every run observes."""
+    def rename(config: Any) -> None:
+        config["convergence"]["every"] = config.pop("observe")["every"]
+
+    out = tmp_path / "out"
+    claim(out)
+    begin(out)
+    saved = checkpoint(out, 10, change=lambda state: rename(state["config"]))
+    kept = yaml.safe_load((out / "config.yaml").read_text())
+    rename(kept)
+    assert kept["convergence"]["every"] == "2 steps"
+    (out / "config.yaml").write_text(yaml.safe_dump(kept))
+    with pytest.raises(ConfigError, match=r"observe\.every = '4 steps': was '2 steps' in"):
+        claim(out, "auto", "observe.every=4 steps")
+    assert claim(tmp_path / "new", str(saved), "observe.every=4 steps") == [saved]
+    assert claim(out, "auto", "convergence.every=2 steps") == [saved]
+    assert "every: 2 steps" in (out / "config.yaml").read_text()
+
+
 def test_a_renamed_key_is_read_by_the_one_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,82 @@
+"""What a checkpoint, the logs and other ranks hold of a run comes back bit for bit."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.plans import prelora_plans
+from support.values import FINITE, NORMS, same
+
+from prelora_ds.core.codec import from_json, to_json
+from prelora_ds.core.controller import PhaseState
+from prelora_ds.core.divergence import DivergenceWatch
+from prelora_ds.core.layout import Layout
+from prelora_ds.core.switch_tests.prelora import Observation, WindowStats
+from prelora_ds.cost.bytes import Bytes
+from prelora_ds.engine.build import Counters
+from prelora_ds.engine.transition import Switch
+from prelora_ds.run.checkpoints.checkpoint_folder import CheckpointManifest
+from prelora_ds.run.evaluate import Accuracy, Result
+from prelora_ds.run.log import Meter
+from prelora_ds.run.run_state import RunState
+
+LAYOUT = Layout({"a.weight": (8, 4), "a.bias": (8,)}, {"q": {0: "a"}})
+PLANS = prelora_plans(LAYOUT, 2)
+
+WINDOWS = st.lists(st.builds(WindowStats, norms=NORMS), max_size=2).map(tuple)
+OPEN = st.lists(st.builds(Observation, norms=NORMS), max_size=2).map(tuple)
+METERS = st.builds(Meter)
+STATES = st.builds(
+    RunState, phase=st.builds(PhaseState, plan=st.sampled_from(PLANS), windows=WINDOWS, open=OPEN),
+    watch=st.builds(DivergenceWatch), window=METERS, logged=METERS, accuracy=st.none() | st.builds(Accuracy),
+    best_acc1=st.none() | FINITE)
+MANIFESTS = st.builds(CheckpointManifest, acc1=st.none() | FINITE)
+
+
+@given(STATES | MANIFESTS | METERS | st.builds(Result) | st.builds(Counters) | st.builds(Bytes) | st.builds(Switch))
+def test_it_comes_back_bit_for_bit(value: Any) -> None:
+    text = json.dumps(to_json(value), allow_nan=False)
+    assert same(from_json(type(value), json.loads(text)), value)
+
+
+def test_a_state_of_version_0_1_0_has_the_fields_of_then() -> None:
+    state = RunState(3, PhaseState(PLANS[0]), DivergenceWatch(), accuracy=Accuracy(1, 2, 0.5))
+    data = to_json(state)
+    del data["evaluated_at"], data["best_acc1"]
+    assert from_json(RunState, data) == state
+
+
+@pytest.mark.parametrize(("path", "value"), [
+    ("step", "3"), ("window.losses", None), ("accuracy.correct", 0.5), ("corrupt", [1]), ("watch.avoided", [1.5]),
+    ("phase.plan.trainable", None)])
+def test_what_cannot_be_a_state_is_refused(path: str, value: Any) -> None:
+    data = to_json(RunState(3, PhaseState(PLANS[0]), DivergenceWatch(), accuracy=Accuracy(1, 2, 0.5)))
+    *above, last = path.split(".")
+    place = data
+    for key in above:
+        place = place[key]
+    if path == "phase.plan.trainable":
+        del place[last]
+    else:
+        place[last] = value
+    with pytest.raises(ValueError, match=above[0] if above else last):
+        from_json(RunState, data)
+
+
+def test_a_state_is_stored_with_the_plan_that_trained_it() -> None:
+    full, warmup, _ = PLANS
+    decided = RunState(20, PhaseState(warmup, reason="Algorithm 1 passed"), DivergenceWatch())
+    assert decided.at_plan(full) == replace(decided, phase=PhaseState(full, reason="Algorithm 1 passed"))
+
+
+def test_a_meter_that_was_reset_is_a_new_one() -> None:
+    meter = Meter()
+    meter.add(2.0, 8, step_s=1.0, data_s=0.5, corrupt=1)
+    assert meter == Meter([16.0], 8, 1, 1.0, 0.5, 1)
+    meter.reset()
+    assert meter == Meter()
