@@ -32,8 +32,11 @@ class CodecError(ValueError):
     """
 
     def __init__(self, path: str, problem: str) -> None:
-        super().__init__(f"{path or 'the value'} {problem}")
+        super().__init__(path, problem)  # with both, so that it can travel to other ranks
         self.path, self.problem = path, problem
+
+    def __str__(self) -> str:
+        return f"{self.path or 'the value'} {self.problem}"
 
 
 def to_json(value: object) -> Any:

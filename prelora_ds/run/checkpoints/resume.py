@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from prelora_ds.core.codec import from_json
+from prelora_ds.core.codec import CodecError, from_json
 from prelora_ds.core.layout import Layout
 from prelora_ds.engine.build import Counters
 from prelora_ds.engine.rng import restore_rng, seed_rng
@@ -155,6 +155,8 @@ def read_checkpoint(folder: Path, layout: Layout, rank: int, world_size: int) ->
         shapes = plan.parameters(layout)
         if unknown := [*(plan.trainable - shapes.keys()), *((plan.active or frozenset()) - plan.trainable)]:
             raise ValueError(f"{unknown[0]!r} is not a part of this model")
+    except CodecError as exc:
+        raise BrokenCheckpointError(f"{folder}: its state cannot be understood: {exc}") from exc
     except (KeyError, TypeError, ValueError, AttributeError) as exc:
         raise BrokenCheckpointError(f"{folder}: its state cannot be understood ({exc!r})") from exc
     elements = {name: math.prod(shape) for name, shape in shapes.items()}

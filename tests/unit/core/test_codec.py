@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -148,6 +149,7 @@ def test_what_does_not_fit_is_refused_with_its_path(path: str, value: Any, probl
         from_json(State, data)
     assert caught.value.path in (path, f"{path}.fine")
     assert problem in str(caught.value)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
