@@ -29,6 +29,7 @@ OWNED_BY_RECIPE = {
     "communication_data_type": "nothing: gradients are reduced in fp32",
     "prescale_gradients": "nothing: gradients are reduced in fp32",
     "gradient_predivide_factor": "nothing: gradients are reduced in fp32",
+    "zero_allow_untested_optimizer": "nothing: the optimizer is an AdamW with a step for each parameter",
     "tensorboard": "run.output_dir",
 }
 # What else a JSON may hold. DeepSpeed itself says nothing of a misspelt key here.

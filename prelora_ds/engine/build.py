@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import deepspeed
 import torch
 from deepspeed import comm
 from deepspeed.runtime.zero.partition_parameters import Init
-from deepspeed.utils import set_z3_leaf_modules
+from deepspeed.utils import logger, set_z3_leaf_modules
 from torch import nn
 
 from prelora_ds.config.tree import Config
@@ -23,8 +24,9 @@ from prelora_ds.core.plan import Plan
 from prelora_ds.data.batch import MicroBatch, mix_images, mix_labels
 from prelora_ds.data.transforms import to_float
 from prelora_ds.engine.leave_out import update_left_out
+from prelora_ds.engine.optimizer import bind_names, make_optimizer
 from prelora_ds.engine.runtime import device
-from prelora_ds.engine.state import EngineState, adam_steps_of, restore_state
+from prelora_ds.engine.state import EngineState, restore_state
 from prelora_ds.engine.stopwatch import Stopwatch
 from prelora_ds.model.adapters import attach_adapters, check_adapters, check_names
 from prelora_ds.model.adapters.lora import lora_linears, merge_bases
@@ -163,10 +165,11 @@ def build_engine(run_config: Config, plan: Plan, layout: Layout, num_labels: int
     ds_config = deepspeed_config(config, plan, layout, comm.get_world_size())
     with torch.random.fork_rng(devices=[]):
         module = _empty_module(config, plan, layout, num_labels, ds_config)
-    optimizer = _optimizer(config, plan, layout, module, adam_steps_of(state, plan))
-    with contextlib.redirect_stdout(io.StringIO()):  # the stage 1 optimizer prints its memory use line by line
+    optimizer = make_optimizer(config, plan, layout, module)
+    with _without_chatter():
         ds, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config, dist_init_required=False)
     check_adapters(ds.module, plan)
+    bind_names(ds)
     restore_state(ds, plan, layout, state)
     for name, value in vars(counters).items():
         setattr(ds, name, value)
@@ -174,6 +177,22 @@ def build_engine(run_config: Config, plan: Plan, layout: Layout, num_labels: int
     # may be another one now: on other ranks, or with another micro-batch.
     ds.micro_steps -= ds.micro_steps % ds.gradient_accumulation_steps()
     return Engine(run_config, plan, layout, num_labels, ds)
+
+
+@contextlib.contextmanager
+def _without_chatter() -> Iterator[None]:
+    """Without the lines that DeepSpeed 0.19 prints of its memory at stage 1, and its warning, at each start of an
+    engine, of an optimizer that is not its own."""
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return "untested optimizer" not in record.getMessage()
+
+    logger.addFilter(is_news)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.removeFilter(is_news)
 
 
 def deepspeed_config(config: Config, plan: Plan, layout: Layout, world_size: int) -> dict[str, Any]:
@@ -192,6 +211,7 @@ def deepspeed_config(config: Config, plan: Plan, layout: Layout, world_size: int
         "bf16": {**ds.get("bf16", {}), "enabled": True},
         "communication_data_type": "fp32",  # DeepSpeed's default is bf16, here and for accumulation
         "steps_per_print": None,
+        "zero_allow_untested_optimizer": True,  # DeepSpeed 0.19 knows optimizers by their exact class
     }
     if config.zero.stage > 0:  # stage 0 knows no other accumulator than BF16, and we refuse to accumulate there
         ds["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -229,32 +249,3 @@ def _empty_module(config: Config, plan: Plan, layout: Layout, num_labels: int,
             set_z3_leaf_modules(module, list({type(block) for block in blocks}))
         compile_blocks(blocks)
     return module
-
-
-def _optimizer(config: Config, plan: Plan, layout: Layout, module: nn.Module,
-               adam_steps: Mapping[str, int]) -> torch.optim.Optimizer:
-    """AdamW with one group per (Adam step, decay, adapter): a flat ZeRO group has one step and one rate.
-
-    Decay is for matrices of the base only, `weight_decay` of their own for adapters.
-    """
-    o, adapters = config.optimizer, config.adapters
-    scales = plan.rate_scales(layout)
-    groups: dict[tuple[int, float, float], list[nn.Parameter]] = {}
-    for name, p in named_parameters(module).items():
-        if name not in plan.trainable:
-            continue
-        is_adapter = name not in layout.parameters
-        decay = adapters.weight_decay if is_adapter else o.weight_decay * _is_matrix(name, layout)
-        groups.setdefault((adam_steps[name], decay, scales[name]), []).append(p)
-    param_groups = [{"params": params, "weight_decay": decay, "lr_scale": scale}
-                    for (_, decay, scale), params in groups.items()]
-    if config.zero.offload_optimizer and config.deepspeed.get("zero_force_ds_cpu_optimizer", True):
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        return DeepSpeedCPUAdam(param_groups, lr=o.lr, betas=o.betas, eps=o.eps)
-    return torch.optim.AdamW(param_groups, lr=o.lr, betas=o.betas, eps=o.eps)
-
-
-def _is_matrix(name: str, layout: Layout) -> bool:
-    """Weights of linears and convolutions; not biases, norms, the class token or position embeddings."""
-    return name.endswith(".weight") and len(layout.parameters[name]) >= 2

@@ -97,6 +97,15 @@ def bit16_groups(engine: DeepSpeedEngine) -> list[list[nn.Parameter]]:
     raise _unknown(optimizer)
 
 
+def trained_names(engine: DeepSpeedEngine) -> list[tuple[torch.Tensor, list[str]]]:
+    """Each flat master with the names of all parameters in its group, also of those that lie with other ranks."""
+    names = {id(p): name for name, p in named_parameters(engine.module).items()}
+    groups = bit16_groups(engine)
+    if engine.zero_optimization_stage() == 0:
+        groups = [[p] for group in groups for p in group]
+    return [(flat, [names[id(p)] for p in group]) for flat, group in zip(flat_masters(engine), groups, strict=True)]
+
+
 def flat_masters(engine: DeepSpeedEngine) -> list[torch.Tensor]:
     """The fp32 tensors that the inner optimizer steps on this rank."""
     optimizer: Any = engine.optimizer

@@ -6,7 +6,7 @@ A rank holds 1/world of everything. Restoring assembles one tensor of one parame
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,8 @@ from deepspeed import comm
 
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.plan import Plan
-from prelora_ds.engine.fragments import adam_state, bit16_groups, flat_masters, fragments, updated_weights
+from prelora_ds.engine.fragments import adam_state, fragments, trained_names, updated_weights
+from prelora_ds.engine.optimizer import MOMENTS, inner_optimizer
 from prelora_ds.model.adapters import first_value, folded_bases
 from prelora_ds.model.adapters.lora import merge_bases
 from prelora_ds.model.families import named_parameters
@@ -24,8 +25,6 @@ from prelora_ds.model.families import named_parameters
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
     from torch import nn
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
@@ -102,8 +101,8 @@ def _collect(engine: DeepSpeedEngine, to_host: Callable[[torch.Tensor], torch.Te
              done: Callable[[torch.Tensor], object] = lambda _: None, frozen: bool = True) -> EngineState:
     """``to_host`` of each part that is this rank's; ``done`` is called with each flat tensor when its parts are."""
     rank, world = comm.get_rank(), comm.get_world_size()
-    inner = adam_state(engine)
-    trained, by_flat = _trained_names(engine), {}
+    inner, own_steps = adam_state(engine), inner_optimizer(engine).steps
+    trained, by_flat = trained_names(engine), {}
     for fragment in fragments(engine):
         by_flat.setdefault(id(fragment.flat), []).append(fragment)
 
@@ -113,7 +112,7 @@ def _collect(engine: DeepSpeedEngine, to_host: Callable[[torch.Tensor], torch.Te
     for flat, names in trained:
         tensors = {"value": flat} | {key: inner[flat][key] for key in MOMENTS if key in inner.get(flat, {})}
         if "exp_avg" in tensors:
-            adam_steps |= dict.fromkeys(names, int(inner[flat]["step"]))
+            adam_steps |= {name: own_steps[name] for name in names}
         for key, tensor in tensors.items():
             for f in by_flat.get(id(flat), ()):
                 start, stop = even_share(f.stop, rank, world) if replicated else (f.start, f.stop)
@@ -126,22 +125,13 @@ def _collect(engine: DeepSpeedEngine, to_host: Callable[[torch.Tensor], torch.Te
 
     fp32_bases = folded_bases(engine.module)
     for name, p in named_parameters(engine.module).items() if frozen else ():
-        if name not in adam_steps and not p.requires_grad:
+        if name not in own_steps:
             slices[name] = _frozen_slice(fp32_bases.get(name, p), rank, world)
     return EngineState(slices, adam_steps, _buffers(engine.module))
 
 
 def _host_copy(part: torch.Tensor) -> torch.Tensor:
     return part.to("cpu", copy=True)
-
-
-def _trained_names(engine: DeepSpeedEngine) -> list[tuple[torch.Tensor, list[str]]]:
-    """Each flat master with the names of all parameters in its group, also of those that lie with other ranks."""
-    names = {id(p): name for name, p in named_parameters(engine.module).items()}
-    groups = bit16_groups(engine)
-    if engine.zero_optimization_stage() == 0:
-        groups = [[p] for group in groups for p in group]
-    return [(flat, [names[id(p)] for p in group]) for flat, group in zip(flat_masters(engine), groups, strict=True)]
 
 
 def _frozen_slice(p: torch.Tensor, rank: int, world: int) -> Slice:
@@ -170,15 +160,13 @@ def restore_state(engine: DeepSpeedEngine, plan: Plan, layout: Layout, state: En
     inner = adam_state(engine)
     inner.clear()  # stage 0 has stepped once on zero gradients
     owned: dict[str, Any] = {f.name: f for f in fragments(engine)}
-    for flat, names in _trained_names(engine):
+    steps = inner_optimizer(engine).steps
+    for flat, names in trained_names(engine):
         flat.detach().zero_()  # padding included
-        steps = {state.adam_steps.get(name, 0) for name in names}
-        if len(steps) != 1:
-            raise RuntimeError(f"one optimizer group with several Adam steps {sorted(steps)}: {names[:3]}")
-        # A step of 0 can have moments: those of an update that was left out before the first.
+        steps |= {name: state.adam_steps.get(name, 0) for name in names}
+        # A step of 0 can have moments: those of a name that was not active yet, or whose steps were set back.
         if any(name in state.adam_steps for name in names):
-            inner[flat] = {"step": _step_like(engine, steps.pop())}
-            inner[flat] |= {key: torch.zeros_like(flat.detach()) for key in MOMENTS}
+            inner[flat] = {key: torch.zeros_like(flat.detach()) for key in MOMENTS}
 
     fp32_bases, leaves = folded_bases(engine.module), plan.leaves(layout)
     for name, shape in plan.parameters(layout).items():
@@ -262,11 +250,6 @@ def check_masters(engine: DeepSpeedEngine) -> None:
                            f"DeepSpeed {deepspeed.__version__} keeps the masters elsewhere than fragments.py looks")
 
 
-def _step_like(engine: DeepSpeedEngine, step: int) -> torch.Tensor | int:
-    # torch's AdamW counts in a tensor, DeepSpeedCPUAdam in an int.
-    return torch.tensor(float(step)) if isinstance(engine.optimizer.optimizer, torch.optim.AdamW) else step
-
-
 def assemble(state: EngineState, name: str, key: str, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """The whole fp32 tensor ``key`` ("value" or a moment) of parameter ``name``, on all ranks. Collective.
 
@@ -292,8 +275,3 @@ def _set_weight(p: nn.Parameter, full: torch.Tensor) -> None:
             p.data.copy_(full)
     else:
         p.data.copy_(full)
-
-
-def adam_steps_of(state: EngineState, plan: Plan) -> Mapping[str, int]:
-    """Adam steps of every parameter that trains under ``plan``; 0 for those that begin."""
-    return {name: state.adam_steps.get(name, 0) for name in plan.trainable}

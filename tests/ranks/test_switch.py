@@ -347,7 +347,7 @@ def one_rank_differs():
     return str(caught.value)
 
 
-def test_optimizer_groups_are_one_per_step_origin_decay_and_adapter(ranks):
+def test_optimizer_groups_are_one_per_decay_rate_and_adapter(ranks):
     ranks.run(optimizer_groups)
 
 
@@ -363,6 +363,11 @@ def optimizer_groups():
     assert settings[0] == [(0.0, 1e-3), (0.3, 1e-3)]
     assert settings[1] == [(0.0, 1e-3), (0.01, 4e-3), (0.3, 1e-3)]
     assert settings[2] == [(0.0, 4e-3), (0.01, 4e-3), (0.3, 4e-3)]
+    t.close()
+    t = Trainer(config("zero2", optimizer={"weight_decay": 0.0}), begin="lora")
+    names = {id(p): name for name, p in named_parameters(t.engine.module).items()}
+    kinds = [{".lora_" in names[id(p)] for p in group} for group in t.engine.ds.optimizer.bit16_groups]
+    assert sorted(kinds) == [{False}, {True}], "adapters and the rest share a flat tensor"
     t.close()
 
 

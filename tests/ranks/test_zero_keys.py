@@ -102,7 +102,8 @@ def displaced_master(zero):
 
 
 MISFITS = {
-    "a larger rank": "has 1,024 elements in the state and 512 in the plan",
+    "a smaller rank": "has 1,024 elements in the state and 512 in the plan",
+    "a larger rank": "has 1,024 elements in the state and 2,048 in the plan",
     "a missing parameter": "is missing",
     "a foreign parameter": "is not a parameter of the plan",
     "another Adam step on one rank": "the ranks hold different Adam steps",
@@ -135,9 +136,10 @@ def refused_state(zero, misfit):
     release(t.engine)
     name = "classifier.weight"
     last = t.rank == 1
-    if misfit == "a larger rank":
+    if misfit in ("a smaller rank", "a larger rank"):
         module = next(module for module, spec in plan.adapters.items() if spec.rank == 16)
-        plan = replace(plan, adapters={**plan.adapters, module: AdapterSpec("lora", 8, 1.0, 0)})
+        plan = replace(plan, adapters={**plan.adapters, module: AdapterSpec(
+            "lora", 8 if misfit == "a smaller rank" else 32, 1.0, 0)})
     elif misfit == "a missing parameter":
         state.slices.pop(name, None)
     elif misfit == "a foreign parameter" and last:

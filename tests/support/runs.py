@@ -64,9 +64,12 @@ def micro_batches(cfg: Config, step: int, rank: int, world: int) -> list[Any]:
 
 
 class Trainer:
-    """An engine from scratch and the steps it has taken; for functions that run in ranks."""
+    """An engine from scratch and the steps it has taken; for functions that run in ranks.
 
-    def __init__(self, cfg: Config) -> None:
+    begin: the plan of its first step, "full", "warmup" or "lora".
+    """
+
+    def __init__(self, cfg: Config, begin: str = "full") -> None:
         import torch
         from deepspeed import comm
 
@@ -80,7 +83,8 @@ class Trainer:
         module = build_model(cfg.model, LABELS)
         self.layout = find_layout(module, cfg.families(), cfg.model.families)
         self.full, self.warmup, self.lora = plans(self.layout, train_a=cfg.lora.train_a)
-        self.engine = build_engine(cfg, self.full, self.layout, LABELS, initial_state(module, self.rank, self.world))
+        state = initial_state(module, self.rank, self.world)
+        self.engine = build_engine(cfg, getattr(self, begin), self.layout, LABELS, state)
 
     def batches(self) -> list[Any]:
         """The micro-batches of the next step."""
@@ -113,14 +117,15 @@ class Trainer:
     def snapshot(self) -> dict[str, Any]:
         """Copies of this rank's masters, moments and steps: (name, what) -> tensor or int."""
         from prelora_ds.engine.fragments import adam_state, fragments
+        from prelora_ds.engine.optimizer import inner_optimizer
 
-        inner, found = adam_state(self.engine.ds), {}
+        inner, steps, found = adam_state(self.engine.ds), inner_optimizer(self.engine.ds).steps, {}
         for f in fragments(self.engine.ds):
             found[f.name, "master"] = f.of(f.flat).clone()
             for key in ("exp_avg", "exp_avg_sq"):
                 if key in inner.get(f.flat, {}):
                     found[f.name, key] = f.of(inner[f.flat][key]).clone()
-                    found[f.name, "step"] = int(inner[f.flat]["step"])
+                    found[f.name, "step"] = steps[f.name]
         return found
 
     def whole_state(self) -> dict[str, Any]:

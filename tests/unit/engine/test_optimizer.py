@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from prelora_ds.engine.fragments import Fragment
+from prelora_ds.engine.optimizer import AdamByName, TorchAdamByName
+
+SIZES = {"a": 5, "b": 3, "c": 8}  # in one flat tensor; a and b with two elements of padding between, then three
+OFFSETS, LENGTH = {"a": 0, "b": 7, "c": 10}, 21
+SETTINGS = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.3}
+
+
+def flat_tensor() -> torch.Tensor:
+    flat = torch.zeros(LENGTH)
+    generator = torch.Generator().manual_seed(0)
+    for name, offset in OFFSETS.items():
+        flat[offset: offset + SIZES[name]] = torch.randn(SIZES[name], generator=generator)
+    return flat.requires_grad_()
+
+
+def bound(flat: torch.Tensor, *, other_ranks: tuple[str, ...] = ()) -> AdamByName:
+    optimizer = TorchAdamByName([flat], **SETTINGS)
+    parts = [Fragment(name, 0, SIZES[name], flat, offset) for name, offset in reversed(OFFSETS.items())]
+    optimizer.bind([(flat, [*other_ranks, *OFFSETS])], parts)
+    return optimizer
+
+
+def give_gradient(flat: torch.Tensor, step: int) -> None:
+    gradient = torch.randn(LENGTH, generator=torch.Generator().manual_seed(step))
+    inside = flat.detach() != 0
+    flat.grad = gradient * inside
+
+
+def part(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach()[OFFSETS[name]: OFFSETS[name] + SIZES[name]].clone()
+
+
+def test_each_name_goes_the_way_that_it_would_go_alone() -> None:
+    """``b`` sits out steps 2 and 3, ``c`` steps 3 and 4; beside them is torch's AdamW for each name alone."""
+    flat = flat_tensor()
+    optimizer = bound(flat)
+    alone = {name: part(name, flat).requires_grad_() for name in SIZES}
+    stock = {name: torch.optim.AdamW([value], **SETTINGS) for name, value in alone.items()}
+    taken = dict.fromkeys(SIZES, 0)
+    for step, names in enumerate(["abc", "abc", "ac", "a", "ab", "abc", "bc", "abc"]):
+        optimizer.active = None if names == "abc" else frozenset(names)
+        give_gradient(flat, step)
+        optimizer.step()
+        for name in names:
+            alone[name].grad = part(name, flat.grad)
+            stock[name].step()
+            taken[name] += 1
+        assert optimizer.steps == taken
+        for name, value in alone.items():
+            torch.testing.assert_close(part(name, flat), value.detach(), rtol=1e-6, atol=1e-7)
+    assert len(set(taken.values())) > 1
+    for name, value in alone.items():
+        for key in ("exp_avg", "exp_avg_sq"):
+            moment = part(name, optimizer.state[flat][key])
+            torch.testing.assert_close(moment, stock[name].state[value][key], rtol=1e-6, atol=1e-7)
+    padding = torch.ones(LENGTH, dtype=torch.bool)
+    for name, offset in OFFSETS.items():
+        padding[offset: offset + SIZES[name]] = False
+    assert not flat.detach()[padding].any()
+
+
+def test_with_all_active_and_of_one_step_it_is_torch_s_adamw_bitwise() -> None:
+    flat, other = flat_tensor(), flat_tensor()
+    optimizer, stock = bound(flat), torch.optim.AdamW([other], **SETTINGS)
+    for step in range(4):
+        give_gradient(flat, step)
+        other.grad = flat.grad.clone()
+        optimizer.step()
+        stock.step()
+        assert torch.equal(flat, other)
+
+
+def test_what_is_not_active_keeps_every_bit_whatever_its_gradient() -> None:
+    flat = flat_tensor()
+    optimizer = bound(flat)
+    give_gradient(flat, 0)
+    optimizer.step()
+    tensors = (flat, *(optimizer.state[flat][key] for key in ("exp_avg", "exp_avg_sq")))
+    before = [part("b", tensor) for tensor in tensors]
+    optimizer.active = frozenset("ac")
+    give_gradient(flat, 1)
+    flat.grad[OFFSETS["b"]: OFFSETS["b"] + SIZES["b"]] = float("nan")
+    optimizer.step()
+    assert all(torch.equal(part("b", tensor), old) for tensor, old in zip(tensors, before, strict=True))
+    assert torch.isfinite(flat).all() and optimizer.steps == {"a": 2, "b": 1, "c": 2}
+
+
+def test_names_of_one_step_are_one_run_and_others_have_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    flat = flat_tensor()
+    optimizer = bound(flat)
+    seen: list[tuple[list[int], list[int]]] = []
+    monkeypatch.setattr(optimizer, "_update",
+                        lambda group, runs: seen.append(([len(w) for w in runs.weights], runs.steps)))
+    give_gradient(flat, 0)
+    optimizer.step()
+    optimizer.steps |= {"b": 0, "c": 0}  # as after a restart of theirs
+    optimizer.step()
+    optimizer.active = frozenset("ac")
+    optimizer.step()
+    optimizer.active = frozenset()
+    optimizer.step()
+    assert seen == [([21], [1]), ([7, 14], [2, 1]), ([7, 11], [3, 2])]
+
+
+def test_names_that_lie_with_other_ranks_take_their_steps_too() -> None:
+    flat = flat_tensor()
+    optimizer = bound(flat, other_ranks=("elsewhere",))
+    give_gradient(flat, 0)
+    optimizer.step()
+    assert optimizer.steps == {"elsewhere": 1, "a": 1, "b": 1, "c": 1}
+
+
+def test_a_rank_that_holds_nothing_but_padding_counts_and_exports_with_the_others() -> None:
+    flat = torch.zeros(4, requires_grad=True)
+    optimizer = TorchAdamByName([flat], **SETTINGS)
+    optimizer.bind([(flat, ["elsewhere"])], [])
+    flat.grad = torch.zeros(4)
+    optimizer.step()
+    assert optimizer.steps == {"elsewhere": 1} and not flat.any()
+    assert optimizer.state[flat].keys() == {"exp_avg", "exp_avg_sq"}
+
+
+def test_moments_that_are_put_in_place_of_others_are_those_that_are_stepped() -> None:
+    flat = flat_tensor()
+    optimizer = bound(flat)
+    give_gradient(flat, 0)
+    optimizer.step()
+    fresh = torch.zeros(LENGTH)
+    optimizer.state[flat]["exp_avg"] = fresh
+    optimizer.step()
+    assert fresh.any()
+
+
+def test_until_it_is_bound_it_steps_as_its_parent_does() -> None:
+    flat = flat_tensor()
+    optimizer = TorchAdamByName([flat], **SETTINGS)
+    give_gradient(flat, 0)
+    optimizer.step()
+    assert optimizer.state[flat]["step"] == 1 and not optimizer.steps
