@@ -101,6 +101,19 @@ def _as_written(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a config's ``values`` with what an older version wrote as this one has it: keys under their new names,
+    and ``lora.mode: fa``, which is ``train_a: false`` now.
+
+    Raises ConfigError where a key is set under both of its names.
+    """
+    copied = renamed(values)
+    lora = copied.get("lora")
+    if isinstance(lora, dict) and lora.get("mode") == "fa":
+        copied["lora"] = {**lora, "mode": "branch", "train_a": False}
+    return copied
+
+
+def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a config's ``values`` with the keys of older versions under their new names.
 
     Raises ConfigError where a key is set under both of its names.
@@ -114,9 +127,6 @@ def with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(old, value, f"is the former name of {new}, which is set as well",
                               f"leave {old} out")
         _put(copied, new, value)
-    lora = copied.get("lora")
-    if isinstance(lora, dict) and lora.get("mode") == "fa":  # a value that became a key of its own
-        copied["lora"] = {**lora, "mode": "branch", "train_a": False}
     return copied
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from prelora_ds.config.changes import with_new_names
+from prelora_ds.config.changes import renamed, with_new_names
 from prelora_ds.config.documents import UnreadableError, check_plain, read_json, read_yaml, write_yaml
 from prelora_ds.config.fields import FieldError, annotation_at, keys_of
 from prelora_ds.config.overrides import interpolate, is_text, override, without_interpolation
@@ -83,7 +83,7 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = (),
 def read_settings(recipe: str | Path, overrides: Sequence[str] = (),
                   deepspeed_config: str | Path | None = None) -> dict[str, Any]:
     """What `load_config` validates. Raises ConfigError."""
-    tree = with_new_names(_read_recipe(Path(recipe)))
+    tree = renamed(_read_recipe(Path(recipe)))
     if deepspeed_config is not None:
         tree["deepspeed"] = read_deepspeed_json(Path(deepspeed_config))  # the overrides have the last word
     for text in overrides:

@@ -60,7 +60,8 @@ def test_a_run_goes_through_all_phases_because_algorithm_1_passed(finished):
     assert [row["step"] for row in rows if "norm/q.00" in row] == list(range(2, 21, 2))
     plans = [e for e in read_lines(out / "events.jsonl") if e["event"] == "plan"]
     assert [p["step"] for p in plans] == [0, 8, 12]
-    assert "Algorithm 1 passed at test 1" in plans[1]["reason"] and "warm-up" in plans[2]["reason"]
+    assert "Algorithm 1 passed at test 1" in plans[1]["reason"]
+    assert plans[2]["reason"] == "phase warmup has lasted 4 steps"
     assert plans[2]["trainable_parameters"] < plans[0]["trainable_parameters"] < plans[1]["trainable_parameters"]
     assert {s["rank"] for s in plans[1]["plan"]["adapters"].values()} <= {2, 4}
 

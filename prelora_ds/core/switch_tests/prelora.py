@@ -10,9 +10,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
-
-from prelora_ds.core.codec import fields_from_json, fields_to_json
 
 Norms = Mapping[str, Mapping[int, float]]
 
@@ -33,13 +30,6 @@ class Observation:
     loss: float
     norms: Norms
 
-    def to_json(self) -> dict[str, Any]:
-        return fields_to_json(self)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Observation:
-        return fields_from_json(cls, data)
-
 
 @dataclass(frozen=True)
 class WindowStats:
@@ -52,13 +42,6 @@ class WindowStats:
     last_step: int
     loss: float
     norms: Norms
-
-    def to_json(self) -> dict[str, Any]:
-        return fields_to_json(self)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> WindowStats:
-        return fields_from_json(cls, data)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 from prelora_ds.config.changes import differences
+from prelora_ds.config.load import load_config
 
 OLD = {"run": {"output_dir": "a", "seed": 0}, "train": {"micro_batch_size": 4, "duration": "9 steps"},
        "deepspeed": {"zero_optimization": {"stage": 1}}, "optimizer": {"lr": 1.0}, "convergence": None}
@@ -22,3 +25,12 @@ def test_a_new_run_from_a_checkpoint_may_have_another_schedule_but_no_other_seed
     new = {**OLD, "run": {"output_dir": "a", "seed": 1}, "optimizer": {"lr": 2.0},
            "train": {"micro_batch_size": 4, "duration": "99 steps"}}
     assert [key for key, *_ in differences(OLD, new, new_run=True)] == ["run.seed"]
+
+
+def test_an_override_takes_the_place_of_a_value_that_became_a_key(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(Path("launch/recipes/vit_tiny_debug.yaml").read_text() + "  mode: fa\n")
+    former = load_config(recipe).lora
+    assert (former.mode, former.train_a) == ("branch", False)
+    overridden = load_config(recipe, ["lora.mode=merged"]).lora
+    assert (overridden.mode, overridden.train_a) == ("merged", True)
