@@ -7,7 +7,7 @@ import copy
 import io
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from prelora_ds.core.layout import Layout
 from prelora_ds.core.plan import Plan
 from prelora_ds.data.batch import MicroBatch, mix_images, mix_labels
 from prelora_ds.data.transforms import to_float
+from prelora_ds.engine.active import active_names, apply_active, check_active, with_active
 from prelora_ds.engine.leave_out import update_left_out
 from prelora_ds.engine.optimizer import bind_names, make_optimizer
 from prelora_ds.engine.runtime import device
@@ -134,6 +135,27 @@ class Engine:
                          skipped=self.ds.skipped_steps > skipped_before, corrupt=int(corrupt),
                          flags=tuple(map(int, raised)), forward_s=seconds[:world], data_s=seconds[world:])
 
+    def set_active(self, names: Iterable[str]) -> None:
+        """Train only ``names``, of the parameters that the plan trains, from the next step until the next call.
+        Collective; to be called between two steps.
+
+        The others get no gradient, and their weights, fp32 masters, moments and Adam steps stay as they are, bit for
+        bit. An adapter that is not named still adds its branch.
+
+        Raises ValueError on every rank, before anything is changed: for a name that the plan does not train, without
+        any name, for other names on another rank, and for an inactive adapter where peft's forward pass runs
+        (`lora.dropout`, `lora.mode: peft`).
+        """
+        names = frozenset(names)
+        check_active(self.plan, names)
+        plan = with_active(self.plan, names)
+        idle = with_active(self.plan, self.plan.trainable).active - plan.active
+        if idle and (self.config.lora.dropout > 0 or self.config.lora.mode == "peft"):
+            raise ValueError(f"the adapter of {min(idle)} is not named, and peft's forward pass, which runs with "
+                             "lora.dropout and lora.mode=peft, knows of no inactive adapters")
+        apply_active(self.ds, plan, names)
+        self.plan = plan
+
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
         """A context whose value maps uint8 images [B,C,H,W] to fp32 logits [B, labels], without gradients."""
@@ -171,6 +193,7 @@ def build_engine(run_config: Config, plan: Plan, layout: Layout, num_labels: int
     check_adapters(ds.module, plan)
     bind_names(ds)
     restore_state(ds, plan, layout, state)
+    apply_active(ds, plan, active_names(plan))
     for name, value in vars(counters).items():
         setattr(ds, name, value)
     # Engines begin between two steps, and DeepSpeed ends a step where this is a multiple of the accumulation, which

@@ -184,7 +184,7 @@ def restore_state(engine: DeepSpeedEngine, plan: Plan, layout: Layout, state: En
                 if fragment is not None:
                     fragment.of(inner[fragment.flat][key]).copy_(full.view(-1)[fragment.start: fragment.stop])
         state.slices.pop(name, None)
-    merge_bases(engine.module)
+    merge_bases(engine.module, inactive=True)
     for name, buffer in engine.module.named_buffers():
         buffer.copy_(state.buffers[name])
     check_masters(engine)

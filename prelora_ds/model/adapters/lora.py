@@ -125,10 +125,14 @@ def lora_linears(module: nn.Module) -> Iterator[LoraLinear]:
     return (m for m in module.modules() if isinstance(m, LoraLinear))
 
 
-def merge_bases(module: nn.Module) -> None:
-    """Bring the weights of all linears that train merged up to their adapters; once per optimizer step."""
+def merge_bases(module: nn.Module, *, inactive: bool = False) -> None:
+    """Bring the weights of all linears that train merged up to their adapters; once per optimizer step.
+
+    An inactive adapter stands still, so its linear is passed over but for ``inactive``, after base or adapters have
+    been written from outside.
+    """
     for linear in lora_linears(module):
-        if linear.base is not None:
+        if linear.base is not None and (linear.active or inactive):
             linear.merge_base()
 
 

@@ -266,6 +266,13 @@ def test_a_merged_vit_gives_the_branch_s_outputs_up_to_rounding() -> None:
         linear.base.copy_(base)
     merge_bases(vit)
     torch.testing.assert_close(vit(x).logits, expected, rtol=1e-4, atol=1e-5)
+    waiting = next(lora_linears(vit))
+    merged, waiting.active = waiting.get_base_layer().weight.detach().clone(), False
+    waiting.base.zero_()
+    merge_bases(vit)
+    assert torch.equal(waiting.get_base_layer().weight, merged)
+    merge_bases(vit, inactive=True)
+    assert not torch.equal(waiting.get_base_layer().weight, merged)
 
 
 def test_peft_saves_and_loads_the_adapters(tmp_path: Path) -> None:

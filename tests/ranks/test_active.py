@@ -1,0 +1,302 @@
+"""Parameters that sit steps out on the live engine, at every ZeRO stage: what stands still, and what the others see."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import isfinite
+
+import pytest
+import torch
+from support.runs import SMALL, ZEROS, Trainer, config, same
+
+from prelora_ds.engine.fragments import adam_state, fragments
+from prelora_ds.engine.measure import check_ranks_agree
+from prelora_ds.engine.optimizer import inner_optimizer
+from prelora_ds.model.families import named_parameters
+from prelora_ds.model.lora_linear import lora_linears
+
+ALL = pytest.mark.parametrize("zero", ZEROS)
+CLIP = 0.05  # far below every gradient norm here
+MODEL = {**SMALL, "num_hidden_layers": 2}
+TORCH_ADAM = {"zero_force_ds_cpu_optimizer": False}
+
+
+def trainer(zero, **sections):
+    """In the LoRA phase from step 0 on, of two layers, with two micro-batches a step where the stage accumulates, and
+    a clip that binds."""
+    sections = {"optimizer": {"clip_grad_norm": CLIP}, "micro": 4 if zero == "zero0" else 2,
+                "model": MODEL, **sections}
+    return Trainer(config(zero, **sections), begin="lora")
+
+
+def without(plan, modules, *others):
+    """What trains but for the adapters of ``modules``, and but for ``others``."""
+    return plan.trainable - {name for name in plan.trainable if name.partition(".lora_")[0] in modules} - set(others)
+
+
+def selections(plan):
+    """Two selections: the first leaves out every second adapter, the other every third and some of the rest."""
+    modules = sorted(plan.adapters)
+    rest = [name for name in plan.trainable if "layers.0.layernorm" in name or name.endswith("cls_token")]
+    assert len(rest) == 5
+    return without(plan, modules[::2]), without(plan, modules[1::3], *rest)
+
+
+def everything(t):
+    """`snapshot`, and this rank's BF16 weights."""
+    weights = {(name, "weight"): getattr(p, "ds_tensor", p).detach().float().clone()
+               for name, p in named_parameters(t.engine.module).items()}
+    return t.snapshot() | weights
+
+
+def steps_of(t):
+    return dict(inner_optimizer(t.engine.ds).steps)
+
+
+# ---- all of them active
+
+@ALL
+def test_with_all_active_a_step_is_that_of_the_stock_optimizer_bitwise(ranks, zero):
+    ranks.run(against_stock, zero=zero)
+
+
+def against_stock(zero):
+    runs = []
+    for stock in (False, True):
+        t = trainer(zero)
+        inner = inner_optimizer(t.engine.ds)
+        if stock:
+            inner.__class__ = type(inner).__bases__[1]  # torch's or DeepSpeed's own; the state has its form
+            assert inner.__class__.__module__.startswith(("torch.optim", "deepspeed.ops"))
+        losses, state = t.train(3), everything(t)
+        steps = [int(s["step"]) for s in inner.state.values()] if stock else list(steps_of(t).values())
+        assert set(steps) == {3}
+        runs.append((losses, {key: value for key, value in state.items() if key[1] != "step"}))
+        t.close()
+    assert runs[0][0] == runs[1][0] and same(runs[0][1], runs[1][1]) == []
+
+
+# ---- some of them not
+
+@ALL
+def test_what_is_not_active_stands_still_bitwise_and_each_name_has_its_own_step(ranks, zero):
+    ranks.run(two_selections, zero=zero)
+
+
+def two_selections(zero):
+    t = trainer(zero)
+    t.train(2)
+    expected = dict.fromkeys(t.lora.trainable, 2)
+    for names in selections(t.lora):
+        t.engine.set_active(names)
+        before = everything(t)
+        for attempt in range(3):
+            t.engine.backward(t.batches())
+            stats = t.engine.finish_step(lr=1e-3, accept=lambda loss, attempt=attempt: attempt != 1)
+            assert stats.skipped == (attempt == 1)
+            assert stats.grad_norm > 2 * CLIP or stats.skipped
+            t.step += 1
+        expected = {name: step + 2 * (name in names) for name, step in expected.items()}
+        assert steps_of(t) == expected  # on every rank, whichever holds the parameter
+        after = everything(t)
+        moved = {name for name, what in same(before, after) if what != "step"}
+        assert moved <= names, sorted(moved - names)[:3]
+        assert {name for name in names if (name, "master") in after} == {
+            name for name, what in same(before, after) if what == "master"}
+        check_ranks_agree(t.engine)
+
+    by_flat = {}
+    for f in fragments(t.engine.ds):
+        by_flat.setdefault(id(f.flat), set()).add(expected[f.name])
+    assert set(expected.values()) == {2, 4, 6}
+    # Side by side in one flat tensor, but for stage 0, where each parameter has its own.
+    assert max(map(len, by_flat.values())) == (1 if zero == "zero0" else 3)
+    del f
+    a_rebuild_carries_it(t, expected)
+
+
+def a_rebuild_carries_it(t, expected):
+    idle = t.engine.plan.adapters.keys() - t.engine.plan.active
+    whole, outputs = t.whole_state(), t.outputs()
+    t.switch(t.engine.plan)
+    assert same(whole, t.whole_state()) == [] and torch.equal(outputs, t.outputs())
+    assert steps_of(t) == expected
+    before = everything(t)
+    t.train(1)
+    active = without(t.lora, idle)
+    assert {name for name, what in same(before, everything(t)) if what != "step"} <= active
+    assert steps_of(t) == {name: step + (name in active) for name, step in expected.items()}
+    t.engine.set_active(t.lora.trainable)
+    assert inner_optimizer(t.engine.ds).active is None
+    assert all(isfinite(loss) for loss in t.train(1)) and t.engine.ds.skipped_steps == 2
+    t.close()
+
+
+@pytest.mark.parametrize(("zero", "deepspeed"), [
+    *((zero, {}) for zero in ZEROS), ("zero2_offload", TORCH_ADAM), ("zero3_offload", TORCH_ADAM)])
+def test_the_active_ones_train_as_if_the_others_were_frozen(ranks, zero, deepspeed):
+    ranks.run(against_frozen, zero=zero, deepspeed=deepspeed)
+
+
+def against_frozen(zero, deepspeed):
+    """Against an engine whose optimizer does not know the others. DeepSpeedCPUAdam multiplies the powers of its betas
+    up and begins them anew in a rebuild, so with it the others never had a gradient."""
+    warm = 0 if "offload" in zero and not deepspeed else 2
+    runs = []
+    for frozen in (False, True):
+        t = trainer(zero, deepspeed=deepspeed)
+        names = selections(t.lora)[1]
+        t.train(warm)
+        if frozen:
+            active = frozenset(module for module in t.lora.adapters if f"{module}.lora_B.weight" in names)
+            t.switch(replace(t.lora, trainable=names, active=active))
+        else:
+            t.engine.set_active(names)
+        stats = []
+        for _ in range(4):
+            stats.append(t.engine.train_step(t.batches(), lr=1e-3))
+            t.step += 1
+        whole = {key: value for key, value in t.whole_state().items() if key[0] in names}
+        weights = {name: getattr(p, "ds_tensor", p).detach().view(-1).clone()
+                   for name, p in named_parameters(t.engine.module).items()}
+        runs.append((stats, whole, weights))
+        t.close()
+    (live, live_state, live_weights), (frozen, frozen_state, frozen_weights) = runs
+    assert [s.loss for s in live] == [s.loss for s in frozen]
+    assert [s.grad_norm for s in live] == pytest.approx([s.grad_norm for s in frozen], rel=1e-6)
+    assert live_weights.keys() == frozen_weights.keys()
+    for name, weight in live_weights.items():
+        assert torch.equal(weight, frozen_weights[name]), name
+    assert {what: 0 for _, what in live_state} == {what: 0 for _, what in frozen_state}
+    assert all(live_state[key] == value for key, value in frozen_state.items() if key[1] == "step")
+
+
+@ALL
+def test_a_gradient_that_is_not_finite_goes_with_the_adapter_that_had_it(ranks, zero):
+    ranks.run(nan_in_one_adapter, zero=zero)
+
+
+def nan_in_one_adapter(zero):
+    t = trainer(zero)
+    t.train(1)
+    module = sorted(t.lora.adapters)[0]
+    p = named_parameters(t.engine.module)[f"{module}.lora_B.weight"]
+    hook = p.register_hook(lambda grad: torch.full_like(grad, float("nan")))
+    steps = steps_of(t)
+    stats = t.engine.train_step(t.batches(), lr=1e-3)
+    assert stats.skipped and steps_of(t) == steps
+    hook.remove()
+    for names in (without(t.lora, {module}), t.lora.trainable):
+        t.engine.set_active(names)
+        for _ in range(2):
+            stats = t.engine.train_step(t.batches(), lr=1e-3)
+            t.step += 1
+            assert not stats.skipped and isfinite(stats.grad_norm)
+    assert all(torch.isfinite(p).all() for p in t.engine.module.parameters())
+    del p
+    t.close()
+
+
+# ---- in other settings
+
+@pytest.mark.parametrize("zero", ["zero1", "zero2", "zero3"])
+def test_a_selection_trains_alike_with_checkpointed_activations(ranks, zero):
+    ranks.run(selection_with_checkpointed_activations, zero=zero)
+
+
+def selection_with_checkpointed_activations(zero):
+    runs = []
+    for checkpointed in (False, True):
+        t = trainer(zero, model={**MODEL, "activation_checkpointing": checkpointed})
+        losses = t.train(1)
+        for names in selections(t.lora):
+            t.engine.set_active(names)
+            losses += t.train(2)
+        runs.append((losses, t.whole_state()))
+        t.close()
+    assert runs[0][0] == runs[1][0] and same(runs[0][1], runs[1][1]) == []
+
+
+@pytest.mark.parametrize("zero", ["zero1", "zero2"])
+def test_merged_linears_of_inactive_adapters_are_left_alone_and_built_anew_whole(ranks, zero):
+    ranks.run(merged_selection, zero=zero)
+
+
+def merged_selection(zero):
+    t = trainer(zero, lora={"mode": "merged"})
+    t.train(2)
+    names = selections(t.lora)[0]
+    t.engine.set_active(names)
+    idle = [linear for linear in lora_linears(t.engine.module) if not linear.active]
+    assert 0 < len(idle) < len(t.lora.adapters)
+    before = {id(linear): linear.get_base_layer().weight.detach().clone() for linear in idle}
+    for linear in idle:  # a merge would write something else
+        linear.base.add_(1)
+    t.train(2)
+    assert all(torch.equal(linear.get_base_layer().weight, before[id(linear)]) for linear in idle)
+    for linear in idle:
+        linear.base.sub_(1)
+    outputs = t.outputs()
+    del idle, linear
+    t.switch(t.engine.plan)
+    assert torch.allclose(outputs, t.outputs(), atol=2e-2)  # the bases were added to, and rounded
+    t.close()
+
+
+# ---- refused
+
+def test_what_cannot_be_active_is_refused_on_every_rank_alike_and_changes_nothing(ranks):
+    said = ranks.run(refused_selections)
+    assert said[0] == said[1]
+    foreign, frozen, empty, other = said[0]
+    assert foreign == "'nobody', which rank 1 names as active, is not a parameter that trains in phase lora"
+    assert "attention.q_proj.weight', which rank 1 names as active" in frozen
+    assert empty == "rank 1 names no parameter as active: nothing would train"
+    assert other == "ranks [1] name other parameters as active than rank 0"
+
+
+def refused_selections():
+    t = trainer("zero2")
+    t.train(1)
+    names, said = selections(t.lora)[0], []
+    frozen = "vit.layers.0.attention.q_proj.weight"
+    for wrong in ({*names, "nobody"}, {*names, frozen}, (), selections(t.lora)[1]):
+        with pytest.raises(ValueError) as refused:
+            t.engine.set_active(wrong if t.rank == 1 else names)
+        said.append(str(refused.value))
+    assert t.engine.plan == t.lora and inner_optimizer(t.engine.ds).active is None
+    t.train(1)
+    assert set(steps_of(t).values()) == {2}
+    t.close()
+    return said
+
+
+def test_peft_s_forward_pass_is_refused(ranks):
+    ranks.run(refused_with_dropout)
+
+
+def refused_with_dropout():
+    t = trainer("zero2", lora={"dropout": 0.1})
+    with pytest.raises(ValueError, match=r"is not named, and peft's forward pass, which runs with lora\.dropout"):
+        t.engine.set_active(selections(t.lora)[0])
+    t.engine.set_active(t.lora.trainable)
+    t.close()
+
+
+# ---- DeepSpeed's own checkpoints
+
+@pytest.mark.parametrize("zero", ["zero1", "zero2", "zero2_offload", "zero3"])
+def test_deepspeed_s_own_checkpoint_has_the_step_that_stock_optimizers_read(ranks, zero):
+    ranks.run(step_in_the_state_dict, zero=zero)
+
+
+def step_in_the_state_dict(zero):
+    t = trainer(zero)
+    t.train(2)
+    assert all("step" not in held for held in adam_state(t.engine.ds).values())
+    t.engine.ds.optimizer.state_dict()
+    cpu = zero == "zero2_offload"
+    for held in adam_state(t.engine.ds).values():
+        assert held["step"] == 2 and isinstance(held["step"], int if cpu else torch.Tensor)
+    t.train(1)
+    t.close()
