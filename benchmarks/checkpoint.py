@@ -109,7 +109,7 @@ def one_phase(engine: Any, saver: Any, rounds: int, first_step: int, copy_speed:
             while any_writes(saver):
                 during.append(switch_ranks.one_step(engine))
             begun = time.perf_counter()
-            assert saver.settle()
+            assert saver.finish_pending()
             copies.append(seconds)
             commits.append(time.perf_counter() - begun)
             slowed.append((sum(during), len(during)))

@@ -43,20 +43,25 @@ class Paced:
         self._steps += 1
         return self._loader.next()
 
+    @property
+    def waited_s(self) -> float:
+        return float(self._loader.waited_s)
+
     def close(self) -> None:
         self._loader.close()
 
 
 def ours(pipe: Connection, folder: Path, turn: int) -> list[float]:
     """The whole of launch/pretrain.py behind its argument parser, with its logs, report and exported model."""
-    import prelora_ds.train as train_module
+    import prelora_ds.run.begin as begin_module
+    import prelora_ds.run.context as context_module
     from prelora_ds.hosts.discovery import discover_ranks
     from prelora_ds.run.folder import RunFolder
     from prelora_ds.run.log import read_lines
     from prelora_ds.start import start
 
-    train_module.make_loader = lambda *args, **options: Paced(make_loader(*args, **options), pipe, turn)
-    train_module.build_model = in_bf16
+    context_module.make_loader = lambda *args, **options: Paced(make_loader(*args, **options), pipe, turn)
+    begin_module.build_model = in_bf16
     start(discover_ranks(os.environ), str(folder / RECIPE), [], ZERO)
     return [row["train/loss"] for row in read_lines(RunFolder(folder / "ours").metrics)]
 

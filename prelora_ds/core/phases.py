@@ -113,6 +113,12 @@ def difference(before: Sequence[PhaseSpec], after: Sequence[PhaseSpec], index: i
     return None
 
 
+def thawed_later(phases: Sequence[PhaseSpec], layout: Layout, index: int) -> frozenset[str]:
+    """The model's own parameters that a phase after ``index`` trains: frozen before, their fp32 values are kept."""
+    later = plans_at_rank(phases, layout)[index + 1:]
+    return frozenset().union(*(plan.trainable for plan in later)) & layout.parameters.keys()
+
+
 def layers_of(adapters: Adapters, layout: Layout) -> dict[str, list[int]]:
     """Family -> layers of the linears that ``adapters`` wrap."""
     return {family: list(layout.targets[family]) for family in adapters.families}

@@ -27,6 +27,7 @@ class Bytes:
     masters: int
     moments: int
     buffers: int
+    host: int = 0
 
     @property
     def total(self) -> int:
@@ -34,13 +35,14 @@ class Bytes:
 
 
 def predict_bytes(plan: Plan, layout: Layout, zero: ZeroSettings, world_size: int, *, after_backward: bool,
-                  kernel: str = "auto") -> Bytes:
+                  kernel: str = "auto", parked: frozenset[str] = frozenset()) -> Bytes:
     """Live bytes of one rank from the third step of a plan on.
 
     Source of each term: ZeRO (Rajbhandari et al. 2020, section 3), and where DeepSpeed 0.19 keeps more, what its
     wrappers hold: at stage 1 with fp32 accumulation a whole fp32 gradient beside the bf16 one; at stage 3 small
     parameters whole, the reduction bucket allocated once; with offload a host copy of gradients and staging buffers.
-    The kernel "merged" keeps an fp32 base of each frozen weight.
+    ``parked`` are the parameters whose fp32 values stay on the host while they are frozen. The kernel "merged" keeps
+    an fp32 base of each frozen weight.
     """
     sizes = {name: math.prod(shape) for name, shape in plan.parameters(layout).items()}
     small = [name for name, size in sizes.items() if size <= zero.persistence_threshold]
@@ -60,7 +62,8 @@ def predict_bytes(plan: Plan, layout: Layout, zero: ZeroSettings, world_size: in
     if zero.offload_optimizer and stage == 2:
         buffers = BF16 * t // w + 2 * BF16 * max(trained)
     return Bytes(weights=weights, gradients=_gradients(t, w, zero, after_backward), masters=FP32 * t // sharded,
-                 moments=2 * FP32 * t // sharded, buffers=buffers)
+                 moments=2 * FP32 * t // sharded, buffers=buffers,
+                 host=FP32 * sum(sizes[name] for name in parked - plan.trainable) // w)
 
 
 def _gradients(t: int, w: int, zero: ZeroSettings, after_backward: bool) -> int:

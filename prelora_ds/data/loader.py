@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import sys
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -146,6 +147,8 @@ def _in_process(dataset: Any, keys: Iterable[Any] | None) -> Iterator[Any]:
 class Loader(ABC):
     """A rank's micro-batches, step after step; what they are made of is for `_open` to say.
 
+    waited_s: seconds that the last `next` took.
+
     With workers, the program's entry needs its ``if __name__ == "__main__"``.
     """
 
@@ -153,7 +156,7 @@ class Loader(ABC):
                  workers: int, worker_start: WorkerStart, step: int) -> None:
         self._look, self._rank, self._global_batch_size, self._share = look, rank, global_batch_size, share
         self._micro, self._workers, self._worker_start, self._step = micro_batch_size, workers, worker_start, step
-        self._said = 0
+        self._said, self.waited_s = 0, 0.0
         self._batches: Workers | None = self._open()
 
     @abstractmethod
@@ -192,12 +195,14 @@ class Loader(ABC):
         """
         if self._batches is None:
             raise ValueError("the loader is closed")
+        begun = time.perf_counter()
         try:
             micro_batches = [next(self._batches) for _ in range(self._share // self._micro)]
         except Exception:
             self.close()  # part of the step is consumed, and the next call would give a shifted batch
             raise
         self._step += 1
+        self.waited_s = time.perf_counter() - begun
         for fault in (fault for batch in micro_batches for fault in batch.faults):
             if self._said < _FAULTS_SAID:
                 print(f"warning (rank {self._rank}, step {self._step}): {fault}", file=sys.stderr, flush=True)

@@ -6,37 +6,19 @@ DynaLoRA chooses its adapters anew every few dozen steps; a transition each time
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from deepspeed import comm
 
+from prelora_ds.core.layout import Layout
 from prelora_ds.core.plan import Plan
 from prelora_ds.engine.optimizer import inner_optimizer
+from prelora_ds.model.adapters import activate
 from prelora_ds.model.families import named_parameters
-from prelora_ds.model.lora_linear import LoraLinear
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
-
-
-def active_names(plan: Plan) -> frozenset[str]:
-    """The parameters that train now: all that the plan trains, but for the adapters that it does not name active."""
-    return frozenset(name for name in plan.trainable
-                     if (module := _adapted(name)) is None or module in plan.active)
-
-
-def with_active(plan: Plan, names: Iterable[str]) -> Plan:
-    """``plan`` with those adapters active of which a parameter is in ``names``."""
-    return replace(plan, active=frozenset(module for name in names if (module := _adapted(name)) is not None))
-
-
-def _adapted(name: str) -> str | None:
-    """The module whose adapter the parameter ``name`` belongs to; None for a parameter of the model itself."""
-    module, lora, _ = name.partition(".lora_")
-    return module if lora else None
 
 
 def check_active(plan: Plan, names: frozenset[str]) -> None:
@@ -56,8 +38,8 @@ def check_active(plan: Plan, names: frozenset[str]) -> None:
         raise ValueError(f"ranks {odd} name other parameters as active than rank 0")
 
 
-def apply_active(engine: DeepSpeedEngine, plan: Plan, names: frozenset[str]) -> None:
-    """Train only ``names``, of what ``plan`` trains, from the next forward pass on; the same on all ranks.
+def apply_active(engine: DeepSpeedEngine, plan: Plan, layout: Layout) -> None:
+    """Train only `Plan.training`, of what ``plan`` trains, from the next forward pass on; the same on all ranks.
 
     The others require no gradient for the time being, which is what keeps them out of the backward pass: DeepSpeed 0.19
     counts the hooks to wait for in each pass anew, and at stage 3 takes zeros for a gradient that is not required. (An
@@ -65,10 +47,8 @@ def apply_active(engine: DeepSpeedEngine, plan: Plan, names: frozenset[str]) -> 
     where that is not finite, no later step would be taken.) An adapter's linear is told as well, since what it merges
     stands still.
     """
-    adapted = {_adapted(name) for name in names}
-    for path, linear in engine.module.named_modules():
-        if isinstance(linear, LoraLinear):
-            linear.active = path in adapted
+    names = plan.training()
+    activate(engine.module, plan, layout)
     for name, p in named_parameters(engine.module).items():
         if name in plan.trainable:
             p.requires_grad_(name in names)

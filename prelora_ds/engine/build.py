@@ -7,8 +7,9 @@ import copy
 import io
 import logging
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import deepspeed
@@ -23,11 +24,11 @@ from prelora_ds.core.layout import Layout
 from prelora_ds.core.plan import Plan
 from prelora_ds.data.batch import MicroBatch, mix_images, mix_labels
 from prelora_ds.data.transforms import to_float
-from prelora_ds.engine.active import active_names, apply_active, check_active, with_active
+from prelora_ds.engine.active import apply_active, check_active
 from prelora_ds.engine.leave_out import update_left_out
 from prelora_ds.engine.optimizer import bind_names, make_optimizer
-from prelora_ds.engine.runtime import device
-from prelora_ds.engine.state import EngineState, restore_state
+from prelora_ds.engine.runtime import device, synchronize
+from prelora_ds.engine.state import EngineState, Slice, restore_state
 from prelora_ds.engine.stopwatch import Stopwatch
 from prelora_ds.model.adapters import attach_adapters, check_adapters, check_names
 from prelora_ds.model.adapters.lora import lora_linears, merge_bases
@@ -50,7 +51,8 @@ class Counters:
 class StepStats:
     """One optimizer step, reduced over ranks. loss: mean over the global batch; grad_norm: before clipping; skipped:
     the update was left out; corrupt: samples that could not be read; flags: how many ranks raised each; forward_s,
-    data_s: seconds of each rank, forward passes and waiting for data."""
+    data_s: seconds of each rank, forward passes and waiting for data; step_s: seconds of this rank from the first
+    forward pass to the end of the update."""
 
     loss: float
     grad_norm: float
@@ -59,18 +61,22 @@ class StepStats:
     flags: tuple[int, ...] = ()
     forward_s: tuple[float, ...] = ()
     data_s: tuple[float, ...] = ()
+    step_s: float = 0.0
 
 
 class Engine:
     """One DeepSpeed engine under one plan. The step knows no phase.
 
     run_config: of the whole run. config: the same with the settings of the plan's phase.
+    parked: this rank's fp32 slices, on the host, of frozen parameters that a later phase trains again.
     """
 
-    def __init__(self, config: Config, plan: Plan, layout: Layout, num_labels: int, ds: Any) -> None:
+    def __init__(self, config: Config, plan: Plan, layout: Layout, num_labels: int, ds: Any,
+                 parked: Mapping[str, Slice]) -> None:
         self.run_config, self.config = config, config.for_phase(plan.phase)
         self.plan, self.layout, self.num_labels, self.ds = plan, layout, num_labels, ds
-        self._sums, self._forward = torch.zeros(2), Stopwatch()
+        self.parked = parked
+        self._sums, self._forward, self._begun = torch.zeros(2), Stopwatch(), 0.0
 
     @property
     def module(self) -> nn.Module:
@@ -90,6 +96,7 @@ class Engine:
 
         Raises ValueError when their number is not the engine's accumulation.
         """
+        self._begun = time.perf_counter()
         if len(micro_batches) != self.ds.gradient_accumulation_steps():
             raise ValueError(f"{len(micro_batches)} micro-batches for {self.ds.gradient_accumulation_steps()} steps "
                              "of accumulation")
@@ -131,9 +138,11 @@ class Engine:
             self.ds.step()
         merge_bases(self.module)
         norm = self.ds.get_global_grad_norm()
+        synchronize()
         return StepStats(loss=loss, grad_norm=float("nan") if norm is None else float(norm),
                          skipped=self.ds.skipped_steps > skipped_before, corrupt=int(corrupt),
-                         flags=tuple(map(int, raised)), forward_s=seconds[:world], data_s=seconds[world:])
+                         flags=tuple(map(int, raised)), forward_s=seconds[:world], data_s=seconds[world:],
+                         step_s=time.perf_counter() - self._begun)
 
     def set_active(self, names: Iterable[str]) -> None:
         """Train only ``names``, of the parameters that the plan trains, from the next step until the next call.
@@ -143,18 +152,12 @@ class Engine:
         bit. An adapter that is not named still adds its branch.
 
         Raises ValueError on every rank, before anything is changed: for a name that the plan does not train, without
-        any name, for other names on another rank, and for an inactive adapter where peft's forward pass runs
-        (`lora.dropout`, `lora.mode: peft`).
+        any name, and for other names on another rank.
         """
-        names = frozenset(names)
-        check_active(self.plan, names)
-        plan = with_active(self.plan, names)
-        idle = with_active(self.plan, self.plan.trainable).active - plan.active
-        if idle and (self.config.lora.dropout > 0 or self.config.lora.mode == "peft"):
-            raise ValueError(f"the adapter of {min(idle)} is not named, and peft's forward pass, which runs with "
-                             "lora.dropout and lora.mode=peft, knows of no inactive adapters")
-        apply_active(self.ds, plan, names)
-        self.plan = plan
+        chosen = frozenset(names)
+        check_active(self.plan, chosen)
+        self.plan = replace(self.plan, active=None if chosen == self.plan.trainable else chosen)
+        apply_active(self.ds, self.plan, self.layout)
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
@@ -178,8 +181,10 @@ class Engine:
 
 
 def build_engine(run_config: Config, plan: Plan, layout: Layout, num_labels: int, state: EngineState,
-                 counters: Counters = Counters()) -> Engine:
+                 counters: Counters = Counters(), *, parked: frozenset[str] = frozenset()) -> Engine:
     """An engine for ``plan`` that holds ``state`` (consumed). Collective.
+
+    parked: parameters whose fp32 values stay on the host where the plan freezes them (`Engine.parked`).
 
     The module is always a fresh one: DeepSpeed leaves hooks and attributes of a former engine on a module.
     """
@@ -192,14 +197,15 @@ def build_engine(run_config: Config, plan: Plan, layout: Layout, num_labels: int
         ds, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config, dist_init_required=False)
     check_adapters(ds.module, plan)
     bind_names(ds)
+    kept = {name: state.slices[name] for name in sorted(parked - plan.trainable) if name in state.slices}
     restore_state(ds, plan, layout, state)
-    apply_active(ds, plan, active_names(plan))
+    apply_active(ds, plan, layout)
     for name, value in vars(counters).items():
         setattr(ds, name, value)
     # Engines begin between two steps, and DeepSpeed ends a step where this is a multiple of the accumulation, which
     # may be another one now: on other ranks, or with another micro-batch.
     ds.micro_steps -= ds.micro_steps % ds.gradient_accumulation_steps()
-    return Engine(run_config, plan, layout, num_labels, ds)
+    return Engine(run_config, plan, layout, num_labels, ds, kept)
 
 
 @contextlib.contextmanager

@@ -16,14 +16,15 @@ from prelora_ds.model.adapters import folded_bases
 
 T = TypeVar("T")
 
-OWNERS = ("weights", "gradients", "masters", "moments", "buffers", "state", "other")
+OWNERS = ("weights", "gradients", "masters", "moments", "buffers", "host", "state", "other")
 
 
 def census(engine: Engine | None = None, state: EngineState | None = None) -> dict[str, int]:
     """Bytes of all live tensor storages of this process, by owner; each storage counts once.
 
     weights: the module's parameters and their 16-bit flat buffers, gradients: everything gradients are kept in,
-    masters, moments: the optimizer's fp32 copies, buffers: communication and staging, state: an exported state on the
+    masters, moments: the optimizer's fp32 copies, buffers: communication and staging, host: fp32 values of what is
+    frozen (`Engine.parked`), state: an exported state on the
     host, other: the rest.
     """
     owner_of: dict[int, str] = {}
@@ -84,6 +85,7 @@ def _owned(engine: Engine | None, state: EngineState | None) -> Iterator[tuple[s
         yield "state", [t for s in state.slices.values() for t in (s.value, *s.moments.values())]
     if engine is None or engine.ds is None:
         return
+    yield "host", [s.value for s in engine.parked.values()]
     optimizer: Any = engine.ds.optimizer
     inner: Any = optimizer.optimizer
     stepped = [p for group in inner.param_groups for p in group["params"]]
@@ -124,6 +126,6 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def engine_storages(engine: Engine) -> dict[int, int]:
-    """Address -> bytes of every storage that ``engine`` owns now."""
+    """Address -> bytes of every storage that ``engine`` owns now; what is parked outlives it."""
     return {t.untyped_storage()._cdata: t.untyped_storage().nbytes()
-            for _, tensors in _owned(engine, None) for t in tensors}
+            for owner, tensors in _owned(engine, None) if owner != "host" for t in tensors}

@@ -6,7 +6,7 @@ A rank holds 1/world of everything. Restoring assembles one tensor of one parame
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -78,8 +78,11 @@ def export_state(engine: DeepSpeedEngine) -> EngineState:
     return _collect(engine, _host_copy, done=lambda tensor: tensor.untyped_storage().resize_(0))
 
 
-def copy_state(engine: DeepSpeedEngine, *, frozen: bool = True, reuse: EngineState | None = None) -> EngineState:
-    """The same as `export_state` gives, and ``engine`` goes on; without ``frozen`` only what trains.
+def copy_state(engine: DeepSpeedEngine, *, frozen: bool = True, parked: Mapping[str, Slice] | None = None,
+               reuse: EngineState | None = None) -> EngineState:
+    """The same as `export_state` gives, and ``engine`` continues; without ``frozen`` only what trains.
+
+    parked: fp32 slices that take the place of frozen BF16 ones (`Engine.parked`).
 
     reuse: a former copy that is needed no more; memory that the system has already given is many times faster to
     write than fresh pages.
@@ -93,7 +96,10 @@ def copy_state(engine: DeepSpeedEngine, *, frozen: bool = True, reuse: EngineSta
         spare = free.get((part.dtype, part.numel()))
         return spare.pop().copy_(part) if spare else _host_copy(part)
 
-    return _collect(engine, to_host, frozen=frozen)
+    state = _collect(engine, to_host, frozen=frozen)
+    if frozen:
+        state.slices |= {name: Slice(s.start, to_host(s.value)) for name, s in (parked or {}).items()}
+    return state
 
 
 @torch.no_grad()

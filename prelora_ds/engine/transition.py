@@ -1,4 +1,4 @@
-"""The one walk between two plans: export -> release -> build -> restore."""
+"""The one walk between two plans: export -> release -> edit -> build -> restore."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from prelora_ds.engine.measure import check_ranks_agree
 from prelora_ds.engine.release import release, trim_memory
 from prelora_ds.engine.state import EngineState, export_state
 
+Edit = Callable[[EngineState, Plan, Plan], object]
+
 
 @dataclass(frozen=True)
 class Switch:
@@ -22,20 +24,28 @@ class Switch:
     released_bytes: int
 
 
-def transition(engine: Engine, plan: Plan, *,
-               keep_frozen: Callable[[EngineState, Plan], object] | None = None) -> tuple[Engine, Switch]:
+def transition(engine: Engine, plan: Plan, *, edit: Edit | None = None,
+               keep_frozen: Callable[[EngineState, Plan], object] | None = None,
+               parked: frozenset[str] = frozenset()) -> tuple[Engine, Switch]:
     """An engine for ``plan`` that carries on where ``engine`` stood; ``engine`` is dead afterwards. Collective.
 
-    ``keep_frozen`` may write down what will not train under the plan: the fp32 masters live on as BF16.
+    edit: changes the state on its way, between the plan before and ``plan``, while no engine exists.
+    keep_frozen: may write down what will not train under the plan: the fp32 masters live on as BF16.
+    parked: what of that a later plan trains again; its fp32 values stay on the host (`Engine.parked`).
+
     Raises RuntimeError when the old engine's memory is not given back, or when ranks disagree afterwards.
     """
     begun = time.perf_counter()
     held = engine_storages(engine)  # counted before the export gives the optimizer's storage back
     state, counters = export_state(engine.ds), engine.counters()
+    state.slices |= engine.parked
     release_checked(engine, held)
+    if edit is not None:
+        edit(state, engine.plan, plan)
     if keep_frozen is not None:
         keep_frozen(state, plan)
-    new = build_engine(engine.run_config, plan, engine.layout, engine.num_labels, state, counters)
+    new = build_engine(engine.run_config, plan, engine.layout, engine.num_labels, state, counters,
+                       parked=parked)
     check_ranks_agree(new)
     return new, Switch(time.perf_counter() - begun, sum(held.values()))
 

@@ -1,4 +1,4 @@
-"""`auto` in `phases`: the settings of single phases, resolved before a run begins.
+"""`auto` in a recipe: settings of single phases, resolved before a run begins, and the number of data workers.
 
 A LoRA phase leaves memory free, and where a stage no longer pays, it can be a cheaper one: a ZeRO-3 run need not gather
 its frozen base in every step.
@@ -6,10 +6,12 @@ its frozen base in every step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from prelora_ds.config.phases import PhaseConfig, PhaseSettings
 from prelora_ds.config.tree import Config, ZeroSettings
@@ -17,9 +19,11 @@ from prelora_ds.core.layout import Layout
 from prelora_ds.core.phases import plans_at_rank
 from prelora_ds.core.plan import Plan
 from prelora_ds.cost.candidates import Setting, fastest, setting, settings
+from prelora_ds.cost.forecast import fastest_images_per_s
 from prelora_ds.cost.machines import read_calibration
 from prelora_ds.cost.timing import Rates, data_sheet_rates, gpu_named
-from prelora_ds.engine.runtime import accelerator_name, rank_memory_gib
+from prelora_ds.data.setup import TrainData, count_workers
+from prelora_ds.engine.runtime import accelerator_name, local_world_size, on_rank_0, rank_memory_gib
 from prelora_ds.errors import ConfigError
 from prelora_ds.hosts.discovery import Ranks
 
@@ -53,6 +57,22 @@ def resolve_auto(config: Config, layout: Layout, ranks: Ranks) -> Config:
             if ranks.rank == 0:
                 print(_line(plan.phase, chosen, memory_gib, rates, ranks_per_host), flush=True)
     return config
+
+
+def workers_of(config: Config, data: TrainData, layout: Layout, say: Callable[[str], None]) -> int:
+    """`data.workers`, by rank 0's measurement where it is ``auto``. Collective."""
+    if config.data.workers != "auto":
+        return config.data.workers
+
+    def measure() -> tuple[int, str]:
+        here = local_world_size()
+        gpu = gpu_named(accelerator_name(), rank_memory_gib(here))
+        fastest = fastest_images_per_s(config, layout, here, torch.distributed.get_world_size(), gpu)
+        return count_workers(config, data, ranks_here=here, images_per_s=fastest)
+
+    workers, why = on_rank_0(measure)
+    say(why)
+    return workers
 
 
 def _machine(config: Config, world_size: int, ranks_per_host: int) -> tuple[float, Rates | None]:

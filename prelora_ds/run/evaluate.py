@@ -18,6 +18,8 @@ from prelora_ds.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import ViTForImageClassification
 
+    from prelora_ds.engine.build import Engine
+
 
 @dataclass(frozen=True)
 class Accuracy:
@@ -57,6 +59,22 @@ def evaluate(logits_of: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tens
     if counted != samples:
         raise RuntimeError(f"the evaluation counted {counted} samples of {samples}")
     return Accuracy(correct, counted, float(loss) / counted)
+
+
+def evaluate_engine(engine: Engine, batches: Iterable[tuple[Tensor, Tensor, Tensor]], samples: int, *,
+                    beat: Callable[[], None]) -> Accuracy:
+    """`evaluate` of a training engine over this rank's ``batches`` of ``samples`` in all. Collective.
+
+    beat: called before each batch, since an evaluation may take longer than a step.
+    """
+    with engine.evaluating() as logits_of:
+
+        def answer(images: Tensor) -> Tensor:
+            beat()
+            return logits_of(images)
+
+        return evaluate(answer, batches, samples=samples, reduce=torch.distributed.all_reduce,
+                        device=engine.ds.device)
 
 
 @dataclass(frozen=True)
@@ -115,6 +133,7 @@ def open_vit(folder: Path) -> ViTForImageClassification:
     """
     from transformers import ViTForImageClassification
     from transformers.utils import logging
+
 
     remedy = "name the model/ folder of a finished run, or what `prelora export --format hf` wrote"
     if (folder / "factory.json").is_file():

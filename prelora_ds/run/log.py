@@ -285,3 +285,8 @@ class Meter:
             return {}
         return {"train/loss": self.loss, "step_s": self.step_s / self.steps, "data_s": self.data_s / self.steps,
                 "img_s": self.samples / (self.step_s + self.data_s), "data/corrupt": self.corrupt}
+
+
+def norm_columns(norms: Mapping[str, Mapping[int, float]]) -> dict[str, float]:
+    """Norms, family -> layer -> norm, as columns of a row: ``norm/q.03``."""
+    return {f"norm/{family}.{layer:02d}": norm for family, layers in norms.items() for layer, norm in layers.items()}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
+from prelora_ds.config.tree import TrainConfig
 from prelora_ds.core.controller import PhaseState
 from prelora_ds.core.divergence import DivergenceWatch
-from prelora_ds.core.plan import Plan
+from prelora_ds.engine.build import StepStats
 from prelora_ds.run.evaluate import Accuracy
 from prelora_ds.run.log import Meter
 
@@ -43,6 +44,15 @@ class RunState:
             self.best_acc1 = accuracy.acc1
         return improved
 
-    def at_plan(self, plan: Plan) -> RunState:
-        """This state with the plan of the engine: the last step may decide on one that never begins."""
-        return replace(self, phase=replace(self.phase, plan=plan))
+    def count(self, stats: StepStats, config: TrainConfig, *, data_s: float) -> dict[str, float]:
+        """Count a step that may stand; columns for the log where its update was left out.
+
+        data_s: seconds that this rank waited for its data.
+        """
+        if stats.skipped:
+            self.watch = self.watch.skipped()
+            return {"left_out": self.watch.left_out, "left_out_loss": stats.loss}
+        self.watch = self.watch.sound(stats.loss, config.divergence)
+        for meter in (self.window, self.logged):
+            meter.add(stats.loss, config.global_batch_size, corrupt=stats.corrupt, step_s=stats.step_s, data_s=data_s)
+        return {}

@@ -89,7 +89,7 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint_and_99(stopped, job, r
     assert (out / "checkpoints/latest").read_text() == "step-00000015\n"
     out = copied(stopped, tmp_path)
     last = job(out)
-    assert last.end() == [0, 0] and "goes on after step 15" in last.said()
+    assert last.end() == [0, 0] and "resumes after step 15" in last.said()
     assert differences(traces(reference(2)), traces(out)) == []
     again = job(out)
     assert again.end()[0] == 2 and "holds a finished run" in again.said()
@@ -226,7 +226,7 @@ def test_the_rank_that_finds_it_broken_speaks_for_all(stopped, job, tmp_path):
         file.truncate(100)
     last = job(out)
     assert last.end() == [0, 0], last.said()[-3000:]
-    assert "step-00000015 is passed over" in last.said() and "goes on after step 12" in last.said()
+    assert "step-00000015 is passed over" in last.said() and "resumes after step 12" in last.said()
     assert "rank-00001-of-00002.safetensors: holds 100 bytes" in last.said()
     assert (out / "checkpoints/aside/step-00000015").is_dir()
 
@@ -350,7 +350,7 @@ def test_skip_and_rollback_get_a_run_over_a_spike(job, tmp_path):
         left_out = [row["step"] for row in rows if "left_out" in row]
         assert left_out and all("train/loss" not in row for row in rows if "left_out" in row)
     assert "the update is left out" in jobs["skip"].said()
-    assert "; back to step" in jobs["rollback"].said() and "goes on after step" in jobs["rollback"].said()
+    assert "; back to step" in jobs["rollback"].said() and "resumes after step" in jobs["rollback"].said()
 
 
 # ---- exported

@@ -22,18 +22,17 @@ from transformers import ViTForImageClassification
 
 from prelora_ds.config.load import load_config
 from prelora_ds.core.codec import from_json, to_json
+from prelora_ds.core.controller import PhaseController
 from prelora_ds.core.schedule import Timeline
 from prelora_ds.core.switch_tests.prelora import Observation, close_window
-from prelora_ds.data.corrupt import CorruptBudget
 from prelora_ds.data.manifest import Manifest
 from prelora_ds.data.transforms import to_float
 from prelora_ds.exporting.hf import export_model
 from prelora_ds.reporting.progress import TrainProgress
+from prelora_ds.run.context import Run
 from prelora_ds.run.folder import RunFolder
-from prelora_ds.run.guard import Guard
-from prelora_ds.run.log import RunLog, read_lines
-from prelora_ds.run.records import Run
-from prelora_ds.run.records import log_bytes as record_bytes
+from prelora_ds.run.log import read_lines
+from prelora_ds.run.records import Records
 
 ROOT = Path(__file__).parents[2]
 DEBUG = "launch/recipes/vit_tiny_debug.yaml"
@@ -239,8 +238,10 @@ def log_bytes(folder):
     """What rank 0 says of an engine as it is, and of one with a gradient too many."""
     t, said = Trainer(config("zero2")), []
     manifest, own = Manifest(Path(folder), ("a",), (), 0, np.empty(0), Path(folder)), RunFolder(Path(folder))
-    run = Run(t.cfg, t.layout, Timeline(64, 8, t.cfg.train.duration), manifest, manifest, CorruptBudget(0.001, 64), 0,
-              RunLog(own, None), TrainProgress(100, shown=t.rank == 0), own, Guard(60), ["here"] * t.world)
+    timeline = Timeline(64, 8, t.cfg.train.duration)
+    controller = PhaseController(layout=t.layout, timeline=timeline, phases=t.cfg.specs(), seed=0)
+    run = Run(t.cfg, t.layout, timeline, controller, manifest, manifest, 0, own, ["here"] * t.world)
+    records = Records(run, TrainProgress(100, shown=t.rank == 0), 0)
     t.train(2)
     weight = next(t.engine.module.parameters())
     t.engine.backward(t.batches())
@@ -248,10 +249,11 @@ def log_bytes(folder):
     for gradient in (kept, torch.zeros(1_000_000)):
         weight.grad_accum = gradient
         with redirect_stdout(io.StringIO()) as printed:
-            record_bytes(run, t.engine, t.step)
+            records.bytes(t.engine, t.step)
         said.append(printed.getvalue())
     weight.grad_accum = kept
     t.engine.finish_step(lr=1e-3)
+    records.close_logs()
     t.close()
     return said
 

@@ -25,9 +25,9 @@ PLACES = {
     "step": ("prelora_ds.engine.build", "Engine.finish_step"),
     "write": ("prelora_ds.run.checkpoints.saver", "write_part"),
     "commit": ("prelora_ds.run.checkpoints.saver", "commit"),
-    "vote": ("prelora_ds.run.checkpoints.saver", "Saver._agree"),
-    "copy": ("prelora_ds.run.checkpoints.saver", "copy_state"), "switch": ("prelora_ds.train", "transition"),
-    "window": ("prelora_ds.train", "_decide"), "evaluate": ("prelora_ds.train", "_evaluate"),
+    "vote": ("prelora_ds.run.checkpoints.saver", "Saver.commit_if_all_wrote"),
+    "copy": ("prelora_ds.run.checkpoints.saver", "copy_state"), "switch": ("prelora_ds.run.decide", "transition"),
+    "window": ("prelora_ds.train", "decide"), "evaluate": ("prelora_ds.train", "evaluate_engine"),
     "restore": ("prelora_ds.run.checkpoints.resume", "read_state"), "export": ("prelora_ds.train", "export_model"),
 }
 

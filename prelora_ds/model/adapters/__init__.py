@@ -46,7 +46,7 @@ def half_of(kind: str) -> Half:
 
 def attach_adapters(module: nn.Module, plan: Plan, layout: Layout, *, dropout: float,
                     kernel: str = "branch") -> nn.Module:
-    """Wrap the linears that ``plan`` names, and let those train that it lets train.
+    """Wrap the linears that ``plan`` names, and tell them whether they train.
 
     Raises RuntimeError when what came of it is not what the plan says.
     """
@@ -70,14 +70,11 @@ def check_adapters(module: nn.Module, plan: Plan) -> None:
 
 
 def activate(module: nn.Module, plan: Plan, layout: Layout) -> None:
-    """Let each adapter train or only add its part, as `Plan.training` has it.
-
-    Raises RuntimeError for an inactive adapter of a kernel that would train it all the same.
-    """
-    waiting = plan.trainable - plan.training()
-    inactive = {path for name, (path, _) in plan.leaves(layout).items() if name in waiting}
+    """Tell each linear whether its adapter trains now, or only adds its part: `Plan.training`."""
+    training = plan.training()
+    active = {path for name, (path, _) in plan.leaves(layout).items() if name in training}
     for path, spec in plan.adapters.items():
-        half_of(spec.kind).set_active(module.get_submodule(path), path not in inactive)
+        half_of(spec.kind).set_active(module.get_submodule(path), path in active)
 
 
 def check_names(module: nn.Module, plan: Plan, layout: Layout) -> None:

@@ -32,6 +32,7 @@ from prelora_ds.run.checkpoints.checkpoint_folder import (
     step_folder,
 )
 from prelora_ds.run.checkpoints.part import part_name, write_part
+from prelora_ds.run.checkpoints.resume import Checkpoint
 from prelora_ds.run.folder import RunFolder
 from prelora_ds.run.log import sync_logs
 from prelora_ds.run.run_state import RunState
@@ -74,16 +75,9 @@ class Saver:
     base: str | None
     last_step: int | None
 
-    @property
-    def ticks(self) -> frozenset[int]:
-        """The steps after which a checkpoint is due."""
-        c = self._config.checkpoint
-        return frozenset().union(*(self._timeline.ticks(d) for d in (c.every, c.keep_every) if d is not None))
-
-    @property
-    def keeps_best(self) -> bool:
-        """Whether an evaluation that beats all before it is worth a checkpoint of its own."""
-        return self._config.checkpoint.every is not None and self._config.checkpoint.keep_best > 0
+    def continue_from(self, found: Checkpoint) -> None:
+        """Continue after the checkpoint ``found``, whose frozen weights are written already."""
+        self.base, self.last_step = found.manifest.base, found.run.step
 
     @property
     def writing(self) -> bool:
@@ -98,7 +92,7 @@ class Saver:
         Stopped after the checkpoint of a run that was asked to, NotSavedError when that could not be written.
         """
         if not writing:
-            self.settle()
+            self.finish_pending()
         if not (due or stopping):
             return
         sound = self.save(engine, state, wait=bool(stopping))
@@ -116,13 +110,13 @@ class Saver:
 
         One is written at a time: the one before is waited for. False when one was waited for and could not be written.
         """
-        sound, begun = self.settle(), time.perf_counter()
-        copied = copy_state(engine.ds, frozen=self.base is None, reuse=self._spare)
+        sound, begun = self.finish_pending(), time.perf_counter()
+        copied = copy_state(engine.ds, frozen=self.base is None, parked=engine.parked, reuse=self._spare)
         partial = self.root / f".{step_folder(self.root, state.step).name}.partial"
         document = None
         if self._rank == 0:
             document = json.dumps({
-                "run": to_json(state.at_plan(engine.plan)), "adam_steps": copied.adam_steps,
+                "run": to_json(state), "adam_steps": copied.adam_steps,
                 "counters": to_json(engine.counters()),
                 "num_labels": engine.num_labels, "data": self._data, "config": self._config.model_dump(mode="json"),
                 **({"classes": self._classes} if self._classes else {})})
@@ -133,14 +127,15 @@ class Saver:
         if self._config.checkpoint.deepspeed_format:
             partial.mkdir(parents=True, exist_ok=True)
             engine.ds.save_checkpoint(str(partial), tag="deepspeed", save_latest=False)
-        return self.settle() if wait or not self._config.checkpoint.async_ else sound
+        return self.finish_pending() if wait or not self._config.checkpoint.async_ else sound
 
-    def settle(self) -> bool:
+    def finish_pending(self) -> bool:
         """Wait for the checkpoint that is being written, if any, and commit it if all ranks have written their part."""
         if self._pending is None:
             return True
         pending, self._pending = self._pending, None
-        problem = self._agree(pending.partial, pending.files.result, lambda files: self._commit(pending, files))
+        problem = self.commit_if_all_wrote(pending.partial, pending.files.result,
+                                           lambda files: self._commit(pending, files))
         self._spare = pending.state
         self.slowest_s = max(self.slowest_s, time.perf_counter() - pending.begun)
         step = pending.manifest.step
@@ -173,7 +168,8 @@ class Saver:
         if not any(names):
             return
         base: list[str] = []
-        problem = self._agree(partial, write, lambda files: base.append(self._commit_base(partial, files, plan)))
+        problem = self.commit_if_all_wrote(partial, write,
+                                           lambda files: base.append(self._commit_base(partial, files, plan)))
         if problem is not None:
             self.say(f"warning: the frozen weights could not be written; each checkpoint will hold them: {problem}")
             return
@@ -195,7 +191,8 @@ class Saver:
             written.append(partial / STATE)
         return {p.name: FileRecord.of(p) for p in written}
 
-    def _agree(self, partial: Path, files: Callable[[], Files], act: Callable[[Files], object]) -> str | None:
+    def commit_if_all_wrote(self, partial: Path, files: Callable[[], Files],
+                            act: Callable[[Files], object]) -> str | None:
         """The vote: ``act`` on rank 0 with the files of all ranks if all could write theirs. None, or what went wrong
         on some rank, the same on all; then nothing of it is left."""
         mine: tuple[Files, str | None]

@@ -238,11 +238,13 @@ def test_a_pickle_in_the_place_of_a_picture_is_never_opened(tmp_path):
 
 def test_the_budget_is_a_share_of_an_epoch_and_begins_anew_with_each():
     budget = CorruptBudget(0.001, 5000)
-    assert not budget.spent(0, 5, ["a"])
-    assert not budget.spent(1, 5, [])
-    assert not budget.spent(2, 4, ["b", "c"])
-    assert budget.spent(2, 2, [])
-    error = budget.error(["", budget.last_fault])
+    count = (0, 0)
+    for epoch, corrupt, after in ((0, 5, 5), (1, 5, 5), (2, 4, 4)):
+        count = budget.after(count, epoch, corrupt)
+        assert count == (epoch, after) and not budget.exceeded(count)
+    count = budget.after(count, 2, 2)
+    assert budget.exceeded(count)
+    error = budget.error(count, "b")
     assert isinstance(error, CorruptBudgetError)
     assert str(error).startswith("6 unreadable samples in epoch 2 are more than data.corrupt_budget = 0.001 of 5000 "
                                  "samples allows; one of them: b\n  remedy: ")
@@ -250,8 +252,8 @@ def test_the_budget_is_a_share_of_an_epoch_and_begins_anew_with_each():
 
 def test_a_budget_of_nothing_bears_nothing():
     budget = CorruptBudget(0.0, 10)
-    assert not budget.spent(0, 0, [])
-    assert budget.spent(0, 1, ["a"])
+    assert not budget.exceeded((0, 0))
+    assert budget.exceeded((0, 1))
 
 
 # ---- workers
@@ -319,4 +321,4 @@ def test_mixing_goes_on_over_a_replaced_sample(folder):
 def test_a_budget_is_the_share_as_it_is_written() -> None:
     """0.29 * 100 is 28.999999999999996."""
     budget = CorruptBudget(0.29, 100)
-    assert not budget.spent(0, 29, []) and budget.spent(0, 1, [])
+    assert not budget.exceeded((0, 29)) and budget.exceeded((0, 30))

@@ -21,7 +21,7 @@ from prelora_ds.errors import ConfigError
 from prelora_ds.hosts.discovery import Ranks
 from prelora_ds.model.families import find_layout
 from prelora_ds.model.vit import build_model
-from prelora_ds.run.records import workers_of
+from prelora_ds.run.autosize import workers_of
 from prelora_ds.start import check_run
 
 

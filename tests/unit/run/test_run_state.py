@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,13 +11,14 @@ from hypothesis import strategies as st
 from support.plans import prelora_plans
 from support.values import FINITE, NORMS, same
 
+from prelora_ds.config.tree import TrainConfig
 from prelora_ds.core.codec import from_json, to_json
 from prelora_ds.core.controller import PhaseState
 from prelora_ds.core.divergence import DivergenceWatch
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.switch_tests.prelora import Observation, WindowStats
 from prelora_ds.cost.bytes import Bytes
-from prelora_ds.engine.build import Counters
+from prelora_ds.engine.build import Counters, StepStats
 from prelora_ds.engine.transition import Switch
 from prelora_ds.run.checkpoints.checkpoint_folder import CheckpointManifest
 from prelora_ds.run.evaluate import Accuracy, Result
@@ -68,10 +68,14 @@ def test_what_cannot_be_a_state_is_refused(path: str, value: Any) -> None:
         from_json(RunState, data)
 
 
-def test_a_state_is_stored_with_the_plan_that_trained_it() -> None:
-    full, warmup, _ = PLANS
-    decided = RunState(20, PhaseState(warmup, reason="Algorithm 1 passed"), DivergenceWatch())
-    assert decided.at_plan(full) == replace(decided, phase=PhaseState(full, reason="Algorithm 1 passed"))
+def test_a_step_is_counted_in_both_meters_and_one_that_was_left_out_in_none() -> None:
+    state, config = RunState(3, PhaseState(PLANS[0]), DivergenceWatch()), TrainConfig(
+        duration="9 steps", global_batch_size=8, micro_batch_size=8)
+    assert state.count(StepStats(2.0, 1.0, skipped=False, corrupt=1, step_s=0.5), config, data_s=0.25) == {}
+    assert state.window == state.logged == Meter([16.0], 8, 1, 0.5, 0.25, 1)
+    left_out = state.count(StepStats(9.0, 1.0, skipped=True), config, data_s=0.25)
+    assert left_out == {"left_out": 1, "left_out_loss": 9.0}
+    assert state.window.steps == 1 and state.watch.in_a_row == 1
 
 
 def test_a_meter_that_was_reset_is_a_new_one() -> None:

@@ -1,0 +1,52 @@
+"""From an observation to the next plan, and from a plan to the engine that trains by it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from prelora_ds.core.codec import from_json, to_json
+from prelora_ds.core.controller import PhaseState
+from prelora_ds.core.phases import thawed_later
+from prelora_ds.data.loader import Loader
+from prelora_ds.engine.build import Engine
+from prelora_ds.engine.runtime import on_rank_0
+from prelora_ds.engine.transition import transition
+from prelora_ds.run.checkpoints.saver import Saver
+from prelora_ds.run.context import Run
+from prelora_ds.run.records import Records
+from prelora_ds.run.run_state import RunState
+
+
+def decide(run: Run, records: Records, state: RunState, step: int,
+           norms: Mapping[str, Mapping[int, float]]) -> PhaseState:
+    """The state of the phases after an observation, which ends the current window of losses. Collective.
+
+    Rank 0 decides, and all ranks take its decision. What is decided after the last step is logged and not followed.
+    """
+    observation, before = state.window.observation(step, norms), state.phase
+    records.observation(observation)
+    state.window.reset()
+
+    after = from_json(PhaseState, on_rank_0(lambda: to_json(run.controller.next(before, observation))))
+    records.decision(before, after)
+    if step == run.timeline.total_steps:
+        return replace(after, plan=before.plan, index=before.index, first_window=before.first_window)
+    return after
+
+
+def follow_plan(run: Run, records: Records, saver: Saver, engine: Engine, loader: Loader, phase: PhaseState) -> Engine:
+    """The engine for the plan of ``phase``: this one, if it can train by it as it is, or a rebuilt one. Collective."""
+    plan = phase.plan
+    if plan == engine.plan:
+        return engine
+    if plan.structure() == engine.plan.structure():
+        engine.set_active(plan.training())
+        engine.plan = plan
+        return engine
+
+    later = thawed_later(run.config.specs(), run.layout, phase.index)
+    engine, switch = transition(engine, plan, keep_frozen=saver.keep_frozen, parked=later)
+    loader.rebatch(engine.config.train.micro_batch_size)
+    records.plan(engine, phase, switch)
+    return engine
