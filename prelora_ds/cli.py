@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import typer
 
 from prelora_ds.commands.calibrate import calibrate
@@ -9,7 +11,7 @@ from prelora_ds.commands.checkpoints import checkpoints
 from prelora_ds.commands.evaluate import evaluate
 from prelora_ds.commands.export import export
 from prelora_ds.commands.job import job
-from prelora_ds.commands.output import one_message
+from prelora_ds.commands.output import one_message, refuse_empty
 from prelora_ds.commands.plan import plan
 from prelora_ds.commands.preflight import preflight
 from prelora_ds.commands.report import report
@@ -26,6 +28,7 @@ for command in (plan, calibrate, preflight, supervise, job, report, evaluate, ch
 def main() -> None:
     """Entry point: what a user can expect to happen is one message; a mistake of the user's is exit code 2."""
     with one_message():
+        refuse_empty(sys.argv[1:])
         app()
 
 

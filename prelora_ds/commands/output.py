@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from prelora_ds.errors import TRY_AGAIN_EXIT_CODE, ExpectedError, cannot_write, is_disk_fault
+from prelora_ds.errors import TRY_AGAIN_EXIT_CODE, ConfigError, ExpectedError, cannot_write, is_disk_fault
 
 
 @contextmanager
@@ -31,6 +33,25 @@ def one_message() -> Iterator[None]:
         print(f"error: {error}\n"
               "  remedy: make room, or repair the disk; then give the same command again", file=sys.stderr)
         sys.exit(TRY_AGAIN_EXIT_CODE)
+
+
+def refuse_empty(arguments: Sequence[str]) -> None:
+    """Raise ConfigError for an argument of a command line, or the value of an option, that is empty.
+
+    As a path it would be the current folder, and it is rather a variable of the shell that is not set.
+    """
+    for argument in arguments:
+        if not argument or re.fullmatch(r"--[a-z-]+=", argument):
+            raise ConfigError(argument.rstrip("=") or "argument", shlex.join(["prelora", *arguments]), "is empty",
+                              "give it a value; . is the current folder")
+
+
+def refuse_url(path: Path | None, key: str) -> None:
+    """Raise ConfigError for a URL in the place of a folder that is written: it would become folders of that name."""
+    first = "" if path is None or len(path.parts) < 2 else path.parts[0]
+    if re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]+:", first) and not Path(first).exists():
+        raise ConfigError(key, str(path), "is a URL, and this is written to a file system",
+                          "name a folder there, for example where the store is mounted")
 
 
 def save_json(path: Path, value: Any, key: str) -> None:

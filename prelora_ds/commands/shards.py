@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from prelora_ds.commands.output import refuse_url
 from prelora_ds.errors import ConfigError
 
 shards_app = typer.Typer(no_args_is_help=True, help="Write, index and check WebDataset shards with a manifest.")
@@ -46,6 +47,7 @@ def digits(out: Path, samples_per_shard: SamplesPerShard = 512) -> None:
     """Write scikit-learn's digits (1,797 real 8x8 images) to OUT/train and OUT/val."""
     from prelora_ds.data.shards import writer
 
+    refuse_url(out, "OUT")
     for split, manifest in writer.write_digits(out, samples_per_shard).items():
         typer.echo(f"{out / split}: {len(manifest)} samples in {len(manifest.shards)} shards")
 
@@ -56,6 +58,7 @@ def photographs(out: Path, train: AtLeast1 = 256, val: AtLeast1 = 64, short_side
     """Write JPEGs cut from the photographs of the scikit-image and foolbox wheels, labelled as in ImageNet."""
     from prelora_ds.data.shards import writer
 
+    refuse_url(out, "OUT")
     samples = {split: writer.photographs(count, seed + (split == "val"), short_side)
                for split, count in zip(writer.SPLITS, (train, val), strict=True)}
     made = writer.write_splits(samples, out, samples_per_shard=samples_per_shard,
@@ -89,6 +92,7 @@ def build(source: Path, out: Path,
     from prelora_ds.data.shards.sources.listing import Request
     from prelora_ds.reporting.progress import CountProgress
 
+    refuse_url(out, "OUT")
     if quality is not None and resize_short is None:
         raise ConfigError("--quality", quality, "bytes stay untouched without --resize-short", "give both, or neither")
     rank, world_size = place_in_job(os.environ)
@@ -146,6 +150,7 @@ def index(source: str,
     from prelora_ds.data.shards import index as indexing
     from prelora_ds.reporting.progress import CountProgress
 
+    refuse_url(out, "--out")
     if classes is not None and like is not None:
         raise ConfigError("--classes", str(classes), "--like names the classes too", "give one of them")
     names = Manifest.load(like, "--like", sizes=False).classes if like is not None else \

@@ -96,6 +96,13 @@ def _as_place(text: str) -> str:
     return text
 
 
+def _as_local(text: str) -> str:
+    if "://" in text:
+        raise ValueError("is a URL, and this is written and read as a path of the file system; name a folder or file "
+                         "there, for example where the store is mounted")
+    return text
+
+
 def parse_walltime(text: str) -> float:
     """Seconds of the ``--walltime`` of a command: ``6h``, ``90m`` or ``06:00:00``. Raises ConfigError."""
     try:
@@ -110,6 +117,7 @@ Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Text = Annotated[str, AfterValidator(_as_text)]
 Place = Annotated[Text, AfterValidator(_as_place)]  # a path or a URL
+LocalPlace = Annotated[Place, AfterValidator(_as_local)]
 Seed = Annotated[int, Field(ge=0, lt=2**64)]  # what torch.manual_seed takes
 
 

@@ -17,7 +17,7 @@ from prelora_ds.config.fields import (
     Duration,
     DurationField,
     FieldError,
-    Place,
+    LocalPlace,
     Positive,
     Seconds,
     Seed,
@@ -34,7 +34,7 @@ FAMILIES = ("q", "k", "v", "o", "fc1", "fc2")
 
 class RunConfig(Strict):
     name: Text
-    output_dir: Place
+    output_dir: LocalPlace
     seed: Seed = 0
 
 
@@ -209,7 +209,7 @@ class PhasesConfig(Strict):
     warmup: PhaseConfig = PhaseConfig()
     lora: PhaseConfig = PhaseConfig()
     memory_gib: Annotated[float, Field(gt=0)] | None = None
-    calibration: Place | None = None
+    calibration: LocalPlace | None = None
 
 
 class CheckpointConfig(Strict):

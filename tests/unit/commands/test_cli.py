@@ -160,3 +160,34 @@ def test_shards_are_built_verified_and_indexed(
     assert prelora(monkeypatch, "shards", "verify", out, "--workers", "1") == 1
     said = capsys.readouterr().out
     assert "shard-000000.tar" in said and "1 shards have problems" in said
+
+
+@pytest.mark.parametrize(("arguments", "key"), [
+    (["shards", "build", "", "OUT"], "argument"), (["shards", "build", "SOURCE", ""], "argument"),
+    (["shards", "build", "SOURCE", "OUT", "--like="], "--like"), (["export", "", "OUT"], "argument"),
+    (["checkpoints", ""], "argument"), (["shards", "verify", ""], "argument"),
+    (["evaluate", "m", "--data", ""], "argument"),
+])
+def test_an_empty_argument_is_not_the_current_folder(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], key: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert prelora(monkeypatch, *arguments) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {key} = ") and "is empty\n" in err and ". is the current folder" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [
+    ["shards", "build", "SOURCE", "s3://bucket/OUT"], ["shards", "digits", "gs://bucket/OUT"],
+    ["shards", "photographs", "s3://bucket/OUT"], ["export", "RUN", "s3://bucket/OUT"],
+    ["shards", "index", "https://host/train", "--out", "s3://bucket/OUT"],
+])
+def test_a_url_in_the_place_of_a_folder_that_is_written_makes_no_folder(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert prelora(monkeypatch, *arguments) == 2
+    err = capsys.readouterr().err
+    assert "is a URL, and this is written to a file system" in err and "OUT = '" in err.upper()
+    assert list(tmp_path.iterdir()) == []

@@ -407,6 +407,19 @@ def test_what_is_switched_off_or_does_no_harm_is_accepted(tmp_path: Path, zero: 
     assert read_deepspeed_json(deepspeed_json(tmp_path, values)) == values
 
 
+@pytest.mark.parametrize("key", ["run.output_dir", "data.cache_dir", "phases.calibration"])
+@pytest.mark.parametrize("url", ["s3://bucket/out", "gs://bucket/out", "file:///tmp/out"])
+def test_what_is_written_locally_cannot_be_a_url(key: str, url: str) -> None:
+    section, name = key.split(".")
+    error = mistake(merged({section: {name: url}}), "r.yaml", call=validate)
+    assert (error.key, error.value) == (key, url) and "is a URL" in error.problem
+
+
+def test_shards_may_be_at_a_url() -> None:
+    config = validate(merged({"data": {"train": "s3://bucket/train", "val": "https://host/val"}}), "r.yaml")
+    assert config.data.train == "s3://bucket/train"
+
+
 # ---- dump and world
 
 def test_dump_yaml_round_trips_every_kind_of_value(tmp_path: Path) -> None:
