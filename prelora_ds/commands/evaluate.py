@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from prelora_ds.commands.output import save_json
+from prelora_ds.commands.output import save_json, tell
 
 
 def evaluate(model: Path, data: Annotated[Path, typer.Option(help="a folder of shards")]) -> None:
@@ -18,7 +18,7 @@ def evaluate(model: Path, data: Annotated[Path, typer.Option(help="a folder of s
     result = evaluate_folder(model, data)
     accuracy = result.accuracy
     save_json(model / "accuracy.json", result.to_json(), "MODEL")
-    typer.echo(
+    tell(
         f"{model} on {data}: {accuracy.correct} of {accuracy.samples} right, {accuracy.acc1:.2%}"
     )
     if not math.isfinite(accuracy.loss):

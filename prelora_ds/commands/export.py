@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from prelora_ds.commands.output import refuse_url
+from prelora_ds.commands.output import refuse_url, tell
 
 
 def export(run_or_checkpoint: Path, out: Path,
@@ -20,4 +20,4 @@ def export(run_or_checkpoint: Path, out: Path,
     from prelora_ds.exporting.convert import export_checkpoint
 
     folder = export_checkpoint(run_or_checkpoint, out, format)
-    typer.echo(f"{out}: {folder} as {format}")
+    tell(f"{out}: {folder} as {format}")

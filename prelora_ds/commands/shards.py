@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from prelora_ds.commands.output import refuse_url
+from prelora_ds.commands.output import refuse_url, tell
 from prelora_ds.errors import ConfigError
 
 shards_app = typer.Typer(no_args_is_help=True, help="Write, index and check WebDataset shards with a manifest.")
@@ -49,7 +49,7 @@ def digits(out: Path, samples_per_shard: SamplesPerShard = 512) -> None:
 
     refuse_url(out, "OUT")
     for split, manifest in writer.write_digits(out, samples_per_shard).items():
-        typer.echo(f"{out / split}: {len(manifest)} samples in {len(manifest.shards)} shards")
+        tell(f"{out / split}: {len(manifest)} samples in {len(manifest.shards)} shards")
 
 
 @shards_app.command()
@@ -64,7 +64,7 @@ def photographs(out: Path, train: AtLeast1 = 256, val: AtLeast1 = 64, short_side
     made = writer.write_splits(samples, out, samples_per_shard=samples_per_shard,
                                class_names=writer.PHOTOGRAPH_CLASSES)
     for split, manifest in made.items():
-        typer.echo(f"{out / split}: {len(manifest)} samples in {len(manifest.shards)} shards")
+        tell(f"{out / split}: {len(manifest)} samples in {len(manifest.shards)} shards")
 
 
 @shards_app.command()
@@ -104,8 +104,8 @@ def build(source: Path, out: Path,
                                   progress=progress.show, say=progress.say)
     if manifest is not None:
         name = os.fsencode(out).decode(errors="replace")  # a name need not be UTF-8
-        typer.echo(f"{name}: {len(manifest)} samples of {len(manifest.classes)} classes in "
-                   f"{len(manifest.shards)} shards")
+        tell(f"{name}: {len(manifest)} samples of {len(manifest.classes)} classes in "
+             f"{len(manifest.shards)} shards")
 
 
 @shards_app.command()
@@ -165,5 +165,5 @@ def index(source: str,
                    f"over; the first is {made.example!r}", err=True)
     classes_in_all, seen = len(made.manifest.classes), made.classes_seen
     without = f"; {classes_in_all - seen} classes have no sample" if seen < classes_in_all else ""
-    typer.echo(f"{made.manifest.index_file.parent}: {len(made.manifest)} samples of "
-               f"{classes_in_all} classes in {len(made.manifest.shards)} shards{without}")
+    tell(f"{made.manifest.index_file.parent}: {len(made.manifest)} samples of "
+         f"{classes_in_all} classes in {len(made.manifest.shards)} shards{without}")

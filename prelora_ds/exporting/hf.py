@@ -90,6 +90,9 @@ def write_model(
 ) -> None:
     """Write the model of ``weights``, fp32, into the existing ``folder``. Raises OSError or SafetensorError."""
     if config.model.factory is None:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # its lines would be no part of a run's output, or of a command's
         with torch.device("meta"):
             model = build_model(config.model, len(classes))
         model.config.eval_crop = config.data.crop  # how `prelora evaluate` prepares images
