@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from prelora_ds.commands.output import refuse_url, tell
 from prelora_ds.errors import ConfigError
+
+if TYPE_CHECKING:
+    from prelora_ds.data.manifest import Manifest
 
 shards_app = typer.Typer(no_args_is_help=True, help="Write, index and check WebDataset shards with a manifest.")
 
@@ -104,8 +107,7 @@ def build(source: Path, out: Path,
                                   progress=progress.show, say=progress.say)
     if manifest is not None:
         name = os.fsencode(out).decode(errors="replace")  # a name need not be UTF-8
-        tell(f"{name}: {len(manifest)} samples of {len(manifest.classes)} classes in "
-             f"{len(manifest.shards)} shards")
+        tell(f"{name}: {_counts(manifest)}")
 
 
 @shards_app.command()
@@ -163,7 +165,14 @@ def index(source: str,
     if made.passed_over:
         typer.echo(f"{source}: {made.passed_over} members that belong to no sample were passed "
                    f"over; the first is {made.example!r}", err=True)
-    classes_in_all, seen = len(made.manifest.classes), made.classes_seen
-    without = f"; {classes_in_all - seen} classes have no sample" if seen < classes_in_all else ""
-    tell(f"{made.manifest.index_file.parent}: {len(made.manifest)} samples of "
-         f"{classes_in_all} classes in {len(made.manifest.shards)} shards{without}")
+    tell(f"{made.manifest.index_file.parent}: {_counts(made.manifest)}")
+
+
+def _counts(manifest: Manifest) -> str:
+    """Samples, classes and shards, and how many classes have no sample: labels that count from 1 leave out 0, say."""
+    import numpy as np
+
+    classes = len(manifest.classes)
+    empty = classes - len(np.unique(manifest.rows["label"]))
+    without = f"; {empty} classes have no sample" if empty else ""
+    return f"{len(manifest)} samples of {classes} classes in {len(manifest.shards)} shards{without}"
