@@ -8,14 +8,16 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from prelora_ds.config.changes import with_new_names
 from prelora_ds.config.load import validate
 from prelora_ds.config.tree import Config
 from prelora_ds.core.classes import classes_of
-from prelora_ds.core.plan import Layout, Plan
+from prelora_ds.core.plan import Layout, Phase, Plan
 from prelora_ds.errors import ConfigError, cannot_write
 from prelora_ds.exporting.hf import merge, whole_folder, write_model
 from prelora_ds.model.adapters import check_adapters, fresh_adapter, peft_config
@@ -25,6 +27,7 @@ from prelora_ds.model.vit import build_model
 from prelora_ds.run.checkpoints.checkpoint_folder import (
     FOLDER,
     BrokenCheckpointError,
+    CheckpointManifest,
     list_checkpoints,
     read_run_state,
     root_of,
@@ -56,7 +59,8 @@ def export_checkpoint(source: Path, out: Path, form: str) -> Path:
     _check_out(out, folder)
     try:
         document = read_run_state(folder)
-        config, classes = validate(document["config"], str(folder)), classes_of(document)
+        config = _config(document["config"], CheckpointManifest.load(folder), folder, form)
+        classes = classes_of(document)
         if classes is None:
             raise BrokenCheckpointError(f"{folder}: its state does not tell the number of classes")
         with torch.device("meta"):
@@ -88,6 +92,41 @@ def export_checkpoint(source: Path, out: Path, form: str) -> Path:
         else:
             _write_peft(values, plan, layout, config, classes, partial, base_named=out.resolve() / "base")
     return folder
+
+
+def _config(stored: Mapping[str, Any], manifest: CheckpointManifest, folder: Path, form: str) -> Config:
+    """What an export as ``form`` needs of the ``stored`` config; all else is as by default.
+
+    An older version may have allowed what this one refuses, and a folder, a seed or a ZeRO key is of no weight here.
+    Raises ConfigError, and KeyError or TypeError for what is no config.
+    """
+    if not isinstance(stored, dict):
+        raise TypeError("its config is not a mapping")
+    named, stage = with_new_names(stored), manifest.zero_stage
+    trains = form == "deepspeed"  # with an optimizer, whose groups and batch are those of the run
+    return validate(
+        {
+            "run": {"name": "export", "output_dir": "-"},
+            "model": named["model"],
+            "data": {"train": "-", "val": "-", **_only(named["data"], "crop")},
+            "train": {
+                "duration": "1 epoch",
+                "global_batch_size": named["train"]["global_batch_size"] if trains else 1,
+                "micro_batch_size": 1,
+            },
+            "lora": _only(
+                named.get("lora", {}), "families", "mode", "dropout", *(("lr_scale", "weight_decay") if trains else ())
+            ),
+            "optimizer": _only(named.get("optimizer", {}), "lr", "betas", "eps", "weight_decay") if trains else {},
+            "deepspeed": {"zero_optimization": {"stage": stage}},
+            "phases": {"lora": {"zero_stage": stage if manifest.phase == Phase.LORA else 0}},
+        },
+        str(folder),
+    )
+
+
+def _only(section: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: section[key] for key in keys if key in section}
 
 
 def _check_out(out: Path, checkpoint: Path) -> None:
