@@ -63,6 +63,18 @@ def _as_duration(value: Any) -> Duration:
     return value if isinstance(value, Duration) else Duration(value)
 
 
+def _recurs(duration: Duration) -> Duration:
+    if duration.value == 0:
+        raise ValueError(f'{duration} is no interval; write "1 step" for each step')
+    return duration
+
+
+def _recurs_or_null(duration: Duration) -> Duration:
+    if duration.value == 0:
+        raise ValueError(f'{duration} is no interval; write "1 step" for each step, and null for none')
+    return duration
+
+
 def parse_seconds(text: object) -> float:
     """Seconds of ``"6 h"``, ``"90 min"``, ``"30 s"`` or ``"06:00:00"`` (a number is seconds already); above 0.
 
@@ -113,6 +125,8 @@ def parse_walltime(text: str) -> float:
 
 Seconds = Annotated[float, BeforeValidator(parse_seconds)]
 DurationField = Annotated[Duration, BeforeValidator(_as_duration), PlainSerializer(str)]
+Interval = Annotated[DurationField, AfterValidator(_recurs)]
+IntervalOrNull = Annotated[DurationField, AfterValidator(_recurs_or_null)] | None
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Text = Annotated[str, AfterValidator(_as_text)]

@@ -17,6 +17,8 @@ from prelora_ds.config.fields import (
     Duration,
     DurationField,
     FieldError,
+    Interval,
+    IntervalOrNull,
     LocalPlace,
     Positive,
     Seconds,
@@ -123,7 +125,7 @@ class TrainConfig(Strict):
     loss: Literal["softmax", "sigmoid"] = "softmax"
     label_smoothing: Share = 0.0
     log_every: Positive = 1
-    eval_every: DurationField = Duration("1 epoch")
+    eval_every: Interval = Duration("1 epoch")
     divergence: DivergenceConfig = DivergenceConfig()
 
     @model_validator(mode="after")
@@ -221,10 +223,10 @@ class CheckpointConfig(Strict):
     async: write while training goes on. deepspeed_format: write DeepSpeed's own folder into each checkpoint as well.
     """
 
-    every: DurationField | None = Duration("1 epoch")
+    every: IntervalOrNull = Duration("1 epoch")
     keep_last: Positive = 2
     keep_best: Annotated[int, Field(ge=0)] = 1
-    keep_every: DurationField | None = None
+    keep_every: IntervalOrNull = None
     walltime: Seconds | None = None
     async_: bool = Field(default=True, alias="async")
     deepspeed_format: bool = False

@@ -420,6 +420,19 @@ def test_shards_may_be_at_a_url() -> None:
     assert config.data.train == "s3://bucket/train"
 
 
+@pytest.mark.parametrize("zero", ["0 steps", "0 epochs", "0.0 epochs", "0 %"])
+@pytest.mark.parametrize(("key", "nullable"), [
+    ("checkpoint.every", True), ("checkpoint.keep_every", True), ("train.eval_every", False)])
+def test_an_interval_of_nothing_is_refused_and_null_is_named_where_it_may_be(recipe: Path, key: str, zero: str,
+                                                                             nullable: bool) -> None:
+    error = mistake(recipe, [f"{key}={zero}"])
+    assert (error.key, error.value) == (key, zero)
+    assert 'is no interval; write "1 step" for each step' in error.problem
+    assert ("and null for none" in error.problem) == nullable
+    if nullable:
+        assert load_config(recipe, [f"{key}=null"])
+
+
 # ---- dump and world
 
 def test_dump_yaml_round_trips_every_kind_of_value(tmp_path: Path) -> None:
