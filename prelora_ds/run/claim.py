@@ -30,6 +30,7 @@ from prelora_ds.run.checkpoints.resume import ORIGIN, candidates, origin_of
 from prelora_ds.run.log import check_logs, read_lines
 
 CONFIG = "config.yaml"
+MODEL = "model"  # in run.output_dir: the export at the end
 
 
 @dataclass
@@ -60,6 +61,9 @@ def claim_output(folder: Path, config: Config, resume: str, data: Mapping[str, s
         if folder.exists() and not folder.is_dir():
             raise ConfigError("run.output_dir", str(folder), "is not a folder",
                               "choose another run.output_dir")
+        if (model := folder / MODEL).is_symlink() or (model.exists() and not model.is_dir()):
+            raise ConfigError("run.output_dir", str(folder), f"has a file or link {MODEL}, where the run will write "
+                              "the folder of its model", "remove or rename it, or choose another run.output_dir")
         folder.mkdir(parents=True, exist_ok=True)
         lease = Lease(folder).take()
         refused.callback(lease.release)

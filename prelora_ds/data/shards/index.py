@@ -219,7 +219,7 @@ def _kept_classes(folder: Path) -> tuple[str, ...] | None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content["version"] == 1:
+        if content["version"] == 1 and isinstance(content["classes"], list):
             return tuple(map(str, content["classes"]))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass

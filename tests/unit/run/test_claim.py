@@ -285,3 +285,13 @@ def test_a_new_run_without_a_test_does_not_begin_in_a_warmup_that_nothing_would_
         claim(tmp_path / "new", str(saved), "convergence=null")
     assert caught.value.key == "convergence"
     assert claim(tmp_path / "new", str(saved)) == [saved]
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_a_file_in_the_place_of_the_model_is_told_before_the_run_and_not_after(tmp_path: Path, kind: str) -> None:
+    claim(tmp_path)
+    begin(tmp_path)
+    (tmp_path / "model").symlink_to(tmp_path) if kind == "link" else (tmp_path / "model").write_text("notes")
+    with pytest.raises(ConfigError, match="has a file or link model, where the run will write the folder") as refused:
+        claim(tmp_path)
+    assert refused.value.key == "run.output_dir"

@@ -10,6 +10,7 @@ from pathlib import Path
 from prelora_ds.data.shards.reading import broken, reading
 from prelora_ds.data.shards.sources import ilsvrc
 from prelora_ds.data.shards.sources.listing import (
+    IMAGES,
     SPLITS,
     Listing,
     Request,
@@ -79,12 +80,18 @@ def find(request: Request) -> Listing:
             "name a folder with a sub-folder per class; a flat folder needs --labels",
         )
     if empty := [name for name in names if not images[name]]:
-        remedy = "remove the empty folders, or put the images there"
+        others = _others([top / name for name in empty])
+        holds = f"; what lies there: {others}" if others else ""
+        remedy = (
+            f"save images in a format that is read ({', '.join(sorted(IMAGES))}); remove a folder that has none"
+            if others
+            else "remove the empty folders, or put the images there"
+        )
         raise (
-            broken(top / empty[0], "this class has no images", remedy)
+            broken(top / empty[0], f"this class has no images{holds}", remedy)
             if len(empty) == 1
             else broken(
-                top, f"{len(empty)} of {len(names)} classes have no images: {some(empty)}", remedy
+                top, f"{len(empty)} of {len(names)} classes have no images: {some(empty)}{holds}", remedy
             )
         )
     tree.check_links(images)
@@ -97,6 +104,16 @@ def find(request: Request) -> Listing:
         items(range(len(files)), labels, 0, -1),
         tree.passed_over(),
     )
+
+
+def _others(folders: list[Path]) -> str:
+    """The files that are no images in these folders, counted by suffix."""
+    counts = Counter[str]()
+    for folder in folders:
+        for _, below, names in os.walk(folder):
+            below[:] = [name for name in below if not hidden(name)]
+            counts.update(os.path.splitext(name)[1].lower() or "no suffix" for name in names if not hidden(name))
+    return ", ".join(f"{count} files with {suffix}" for suffix, count in counts.most_common(5))
 
 
 def _refuse_wrapped(top: Path, name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import subprocess
 import sys
 
@@ -275,8 +276,22 @@ def test_classes_in_another_form_of_unicode_than_those_of_like_are_told(tmp_path
     plant(tmp_path / "train", "caf\u00e9/1.png", "b/1.png")
     plant(tmp_path / "val", "cafe\u0301/1.png", "b/1.png")
     build(Request(tmp_path / "train"), tmp_path / "shards", Options())
-    with pytest.raises(ConfigError, match=r"'cafe\\u0301'; 'caf\\xe9' is the same text in another"):
+    with pytest.raises(ConfigError, match=r"'cafe\\u0301'; 'caf\\xe9' is the same text in another") as refused:
         build(Request(tmp_path / "val"), tmp_path / "other", Options(), like=tmp_path / "shards")
+    assert (refused.value.key, refused.value.value) == ("--like", str(tmp_path / "shards"))
+
+
+def test_what_lies_in_a_class_without_images_is_named(tmp_path):
+    plant(tmp_path, "cat/1.png", "dog/1.GIF", "dog/deep/2.gif", "dog/notes.txt", "dog/.hidden")
+    said = refusal(tmp_path)
+    lies = "what lies there: 2 files with .gif, 1 files with .txt"
+    assert f"SOURCE = '{tmp_path}/dog': this class has no images; {lies}" in said
+    assert "save images in a format that is read (.bmp, .jpeg, .jpg, " in said and "empty folders" not in said
+    (tmp_path / "eel").mkdir()
+    said = refusal(tmp_path)
+    assert "2 of 3 classes have no images: dog, eel; what lies there: 2 files with .gif, 1 files with .txt" in said
+    shutil.rmtree(tmp_path / "dog")
+    assert "this class has no images\n  remedy: remove the empty folders" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(("first", "second", "files", "shared"), [
