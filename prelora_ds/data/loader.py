@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import sys
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from prelora_ds.data.batch import MicroBatch
 from prelora_ds.data.cache import ShardCache, Stager
@@ -52,6 +54,7 @@ class Workers:
             self._batches = _in_process(dataset, keys) if count == 0 else iter(_loader(dataset, keys, count, start))
         except OSError as error:
             if no_shared_memory(error):
+                _quieten(error)
                 raise NoSharedMemoryError.now("data.workers", count) from error
             raise
 
@@ -83,6 +86,16 @@ class Workers:
 
     def close(self) -> None:
         self._batches = iter(())
+
+
+def _quieten(error: OSError) -> None:
+    """End what there is of the iterator that ``error`` left half made: its destructor would complain."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        half = frame.f_locals.get("self")
+        if isinstance(half, _MultiProcessingDataLoaderIter):
+            half._shutdown = True
+            for worker in getattr(half, "_workers", ()):
+                worker.terminate()
 
 
 @dataclass(frozen=True)
