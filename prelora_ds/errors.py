@@ -14,6 +14,7 @@ ORPHAN_EXIT_CODE = 87
 FENCED_EXIT_CODE = 88
 STOPPED_EXIT_CODE = 99  # as asked, with a checkpoint; the same command goes on
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells report it
+READER_GONE_EXIT_CODE = 141  # 128 + SIGPIPE: nobody reads the standard output any more
 # What is in the RuntimeErrors by which torch.save of torch 2.14 tells of a disk that is full.
 TORCH_COULD_NOT_WRITE = ("PytorchStreamWriter", "inline_container.cc", "iostream error")
 # An OSError of these numbers is of the disk or its server, and the same command may succeed later.

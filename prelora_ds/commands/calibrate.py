@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from prelora_ds.commands.output import save_json
+from prelora_ds.commands.output import save_json, tell
 
 
 def calibrate(recipe: Path, out: Path, overrides: Annotated[list[str] | None, typer.Argument(help="a.b=c")] = None,
@@ -20,5 +20,5 @@ def calibrate(recipe: Path, out: Path, overrides: Annotated[list[str] | None, ty
     result = measure(load_config(recipe, overrides or [], deepspeed_config), ranks)
     save_json(out, result, "OUT")
     for row in result["samples"]:
-        typer.echo(f"{row['phase']:7} batch {row['micro_batch_size']:4} rank {row['lora_rank']:3} x {row['accum']}: "
-                   f"measured {row['measured_s']:.4f} s, fitted {row['fitted_s']:.4f} s")
+        tell(f"{row['phase']:7} batch {row['micro_batch_size']:4} rank {row['lora_rank']:3} x {row['accum']}: "
+             f"measured {row['measured_s']:.4f} s, fitted {row['fitted_s']:.4f} s")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from prelora_ds.commands.output import save_json
+from prelora_ds.commands.output import save_json, tell
 
 
 def evaluate(model: Path, data: Annotated[Path, typer.Option(help="a folder of shards")]) -> None:
@@ -19,6 +19,6 @@ def evaluate(model: Path, data: Annotated[Path, typer.Option(help="a folder of s
 
     result = evaluate_folder(model, data)
     save_json(model / ACCURACY, {"acc1": result.acc1, **to_json(result)}, "MODEL")
-    typer.echo(f"{model} on {data}: {result.correct} of {result.samples} right, {result.acc1:.2%}")
+    tell(f"{model} on {data}: {result.correct} of {result.samples} right, {result.acc1:.2%}")
     if not math.isfinite(result.loss):
         typer.echo(f"warning: the logits of {model} are not all finite, and such images count as wrong", err=True)

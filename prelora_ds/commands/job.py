@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from prelora_ds.commands.output import save
+from prelora_ds.commands.output import save, tell
 
 
 def job(recipe: Path,
@@ -45,4 +45,4 @@ def job(recipe: Path,
         typer.echo(text, nl=False)
         return
     save(out, text, "--out", executable=True)
-    typer.echo(f"{out}: submit it with {'qsub' if site.scheduler == 'pbs' else 'sbatch'} {out}")
+    tell(f"{out}: submit it with {'qsub' if site.scheduler == 'pbs' else 'sbatch'} {out}")

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from prelora_ds.commands.output import refuse_url, tell
 from prelora_ds.errors import ConfigError
+
+if TYPE_CHECKING:
+    from prelora_ds.data.manifest import Manifest
 
 shards_app = typer.Typer(no_args_is_help=True, help="Write, index and check WebDataset shards with a manifest.")
 
@@ -46,8 +50,9 @@ def digits(out: Path, samples_per_shard: SamplesPerShard = 512) -> None:
     """Write scikit-learn's digits (1,797 real 8x8 images) to OUT/train and OUT/val."""
     from prelora_ds.data.shards import writer
 
+    refuse_url(out, "OUT")
     for split, manifest in writer.write_digits(out, samples_per_shard).items():
-        typer.echo(f"{out / split}: {len(manifest)} samples in {len(manifest.shards)} shards")
+        tell(f"{out / split}: {len(manifest)} samples in {len(manifest.shards)} shards")
 
 
 @shards_app.command()
@@ -56,12 +61,13 @@ def photographs(out: Path, train: AtLeast1 = 256, val: AtLeast1 = 64, short_side
     """Write JPEGs cut from the photographs of the scikit-image and foolbox wheels, labelled as in ImageNet."""
     from prelora_ds.data.shards import writer
 
+    refuse_url(out, "OUT")
     samples = {split: writer.photographs(count, seed + (split == "val"), short_side)
                for split, count in zip(writer.SPLITS, (train, val), strict=True)}
     made = writer.write_splits(samples, out, samples_per_shard=samples_per_shard,
                                class_names=writer.PHOTOGRAPH_CLASSES)
     for split, manifest in made.items():
-        typer.echo(f"{out / split}: {len(manifest)} samples in {len(manifest.shards)} shards")
+        tell(f"{out / split}: {len(manifest)} samples in {len(manifest.shards)} shards")
 
 
 @shards_app.command()
@@ -89,6 +95,7 @@ def build(source: Path, out: Path,
     from prelora_ds.data.shards.sources.listing import Request
     from prelora_ds.reporting.progress import CountProgress
 
+    refuse_url(out, "OUT")
     if quality is not None and resize_short is None:
         raise ConfigError("--quality", quality, "bytes stay untouched without --resize-short", "give both, or neither")
     rank, world_size = place_in_job(os.environ)
@@ -100,8 +107,7 @@ def build(source: Path, out: Path,
                                   progress=progress.show, say=progress.say)
     if manifest is not None:
         name = os.fsencode(out).decode(errors="replace")  # a name need not be UTF-8
-        typer.echo(f"{name}: {len(manifest)} samples of {len(manifest.classes)} classes in "
-                   f"{len(manifest.shards)} shards")
+        tell(f"{name}: {_counts(manifest)}")
 
 
 @shards_app.command()
@@ -146,6 +152,7 @@ def index(source: str,
     from prelora_ds.data.shards import index as indexing
     from prelora_ds.reporting.progress import CountProgress
 
+    refuse_url(out, "--out")
     if classes is not None and like is not None:
         raise ConfigError("--classes", str(classes), "--like names the classes too", "give one of them")
     names = Manifest.load(like, "--like", sizes=False).classes if like is not None else \
@@ -158,7 +165,14 @@ def index(source: str,
     if made.passed_over:
         typer.echo(f"{source}: {made.passed_over} members that belong to no sample were passed "
                    f"over; the first is {made.example!r}", err=True)
-    classes_in_all, seen = len(made.manifest.classes), made.classes_seen
-    without = f"; {classes_in_all - seen} classes have no sample" if seen < classes_in_all else ""
-    typer.echo(f"{made.manifest.index_file.parent}: {len(made.manifest)} samples of "
-               f"{classes_in_all} classes in {len(made.manifest.shards)} shards{without}")
+    tell(f"{made.manifest.index_file.parent}: {_counts(made.manifest)}")
+
+
+def _counts(manifest: Manifest) -> str:
+    """Samples, classes and shards, and how many classes have no sample: labels that count from 1 leave out 0, say."""
+    import numpy as np
+
+    classes = len(manifest.classes)
+    empty = classes - len(np.unique(manifest.rows["label"]))
+    without = f"; {empty} classes have no sample" if empty else ""
+    return f"{len(manifest)} samples of {classes} classes in {len(manifest.shards)} shards{without}"

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, PlainValidator, model_validator
 
-from prelora_ds.config.fields import FieldError, Place, Positive, Share, Strict
+from prelora_ds.config.fields import FieldError, LocalPlace, Place, Positive, Share, Strict
 
 
 class AugmentLevel(NamedTuple):
@@ -61,7 +61,7 @@ class DataConfig(Strict):
     cutmix: Annotated[float, Field(ge=0)] = 0.0
     random_erasing: Annotated[float, Field(ge=0, le=1)] = 0.0
     corrupt_budget: Share = 0.001
-    cache_dir: Place | None = None
+    cache_dir: LocalPlace | None = None
     cache_gib: Annotated[float, Field(gt=0)] = 200.0
     workers: Workers = 2
     worker_start: Literal["forkserver", "spawn", "fork"] = "forkserver"

@@ -26,6 +26,18 @@ def _as_duration(value: Any) -> Duration:
     return value if isinstance(value, Duration) else Duration(value)
 
 
+def _recurs(duration: Duration) -> Duration:
+    if duration.value == 0:
+        raise ValueError(f'{duration} is no interval; write "1 step" for each step')
+    return duration
+
+
+def _recurs_or_null(duration: Duration) -> Duration:
+    if duration.value == 0:
+        raise ValueError(f'{duration} is no interval; write "1 step" for each step, and null for none')
+    return duration
+
+
 def parse_seconds(text: object) -> float:
     """Seconds of ``"6 h"``, ``"90 min"``, ``"30 s"`` or ``"06:00:00"`` (a number is seconds already); above 0.
 
@@ -59,6 +71,13 @@ def _as_place(text: str) -> str:
     return text
 
 
+def _as_local(text: str) -> str:
+    if "://" in text:
+        raise ValueError("is a URL, and this is written and read as a path of the file system; name a folder or file "
+                         "there, for example where the store is mounted")
+    return text
+
+
 def parse_walltime(text: str) -> float:
     """Seconds of the ``--walltime`` of a command: ``6h``, ``90m`` or ``06:00:00``. Raises ConfigError."""
     try:
@@ -69,10 +88,13 @@ def parse_walltime(text: str) -> float:
 
 Seconds = Annotated[float, BeforeValidator(parse_seconds)]
 DurationField = Annotated[Duration, BeforeValidator(_as_duration), PlainSerializer(str)]
+Interval = Annotated[DurationField, AfterValidator(_recurs)]
+IntervalOrNull = Annotated[DurationField, AfterValidator(_recurs_or_null)] | None
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Text = Annotated[str, AfterValidator(_as_text)]
 Place = Annotated[Text, AfterValidator(_as_place)]  # a path or a URL
+LocalPlace = Annotated[Place, AfterValidator(_as_local)]
 Seed = Annotated[int, Field(ge=0, lt=2**64)]  # what torch.manual_seed takes
 
 

@@ -16,6 +16,7 @@ from prelora_ds.config.overrides import interpolate, is_text, override, without_
 from prelora_ds.config.tree import Config
 from prelora_ds.errors import ConfigError
 
+_NOTHING = object()
 # Keys of a DeepSpeed JSON that have another owner, and that owner.
 OWNED_BY_RECIPE = {
     "train_batch_size": "train.global_batch_size",
@@ -85,7 +86,9 @@ def read_settings(recipe: str | Path, overrides: Sequence[str] = (),
     """What `load_config` validates. Raises ConfigError."""
     tree = renamed(_read_recipe(Path(recipe)))
     if deepspeed_config is not None:
-        tree["deepspeed"] = read_deepspeed_json(Path(deepspeed_config))  # the overrides have the last word
+        given = read_deepspeed_json(Path(deepspeed_config))
+        _refuse_another(tree.get("deepspeed"), str(recipe), given, str(deepspeed_config))
+        tree["deepspeed"] = given  # the overrides have the last word
     for text in overrides:
         override(tree, text)
     try:
@@ -105,7 +108,7 @@ def validate(values: Mapping[str, Any], source: str) -> Config:
     """
     values = with_new_names(values)
     if isinstance(values.get("deepspeed"), dict):
-        values = {**values, "deepspeed": _without_auto(values["deepspeed"])}
+        values = {**values, "deepspeed": _without_auto(values["deepspeed"], "the DeepSpeed config")}
         check_deepspeed(values["deepspeed"], "the DeepSpeed config")
     if "phases" in values:
         values = {**values, "phases": _with_deepspeed_checked(values["phases"])}
@@ -114,7 +117,10 @@ def validate(values: Mapping[str, Any], source: str) -> Config:
     except ValidationError as exc:
         raise _config_error(exc, source, values) from exc
     for phase in config.phase_list:  # a zero_stage of its own goes with the offloading of the run's section
-        check_deepspeed(config.for_phase(phase.name).deepspeed, f"the DeepSpeed config with phases.{phase.name}")
+        own, where = config.for_phase(phase.name).deepspeed, f"the DeepSpeed config with phases.{phase.name}"
+        check_deepspeed(own, where)
+        if phase.zero_stage == "auto":  # may become 1 or 2
+            _check_alignment(own.get("zero_optimization", {}), where)
     return config
 
 
@@ -166,9 +172,41 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError("--deepspeed_config", str(path), "is not a JSON object",
                           "see ds_configs/")
-    values = _without_auto(values)
+    values = _without_auto(values, str(path))
     check_deepspeed(values, str(path))
-    return values  # type: ignore[no-any-return]
+    return values
+
+
+def _refuse_another(own: Any, recipe: str, given: Mapping[str, Any], path: str) -> None:
+    """Raise ConfigError where a recipe has a section of its own that is not the one ``given`` by a file.
+
+    None counts as no section.
+    """
+    if own is None:
+        return
+    if isinstance(own, dict):
+        own = _without_auto(own, f"{recipe}: deepspeed")
+    if own == given:
+        return
+    key, mine, theirs = _first_difference(own, given)
+    raise ConfigError(
+        "--deepspeed_config", path, f"{recipe} has a deepspeed section of its own, and the two differ: "
+        f"{key} is {theirs} in this file and {mine} in the recipe",
+        "leave --deepspeed_config out, or remove the section deepspeed from the recipe; an override such as "
+        "deepspeed.zero_optimization.stage=2 changes a key of either")
+
+
+def _first_difference(own: Any, given: Any, at: str = "deepspeed") -> tuple[str, str, str]:
+    if not (isinstance(own, dict) and isinstance(given, dict)):
+        return at, repr(own), repr(given)
+    for key in (*given, *own):
+        mine, theirs = own.get(key, _NOTHING), given.get(key, _NOTHING)
+        if mine is _NOTHING or theirs is _NOTHING:
+            shown = ["not there" if value is _NOTHING else repr(value) for value in (mine, theirs)]
+            return f"{at}.{key}", shown[0], shown[1]
+        if mine != theirs:
+            return _first_difference(mine, theirs, f"{at}.{key}")
+    raise AssertionError("they differ")
 
 
 def check_deepspeed(values: Mapping[str, Any], source: str) -> None:
@@ -197,6 +235,8 @@ def check_deepspeed(values: Mapping[str, Any], source: str) -> None:
         if isinstance(zero.get(key), bool) or not isinstance(zero.get(key, 0), int | float):
             raise ConfigError(f"{source}: zero_optimization.{key}", zero[key], "is not a number",
                               "write it as a number")
+    if stage in (1, 2):
+        _check_alignment(zero, source)
     for key, (off, why) in REFUSED_ZERO_KEYS.items():
         if zero.get(key, off) not in (None, off, {"device": "none"}):
             raise ConfigError(f"{source}: zero_optimization.{key}", zero[key], why, "remove it")
@@ -208,6 +248,15 @@ def check_deepspeed(values: Mapping[str, Any], source: str) -> None:
     if target not in ("none", "cpu") or (target == "cpu" and stage not in (2, 3)):
         raise ConfigError(f"{source}: zero_optimization.offload_optimizer.device", target,
                           f"is not supported at stage {stage}", 'offload to "cpu" at stage 2 or 3')
+
+
+def _check_alignment(zero: Mapping[str, Any], source: str) -> None:
+    """Raise ConfigError for what DeepSpeed's optimizer of stages 1 and 2 asserts, after the process group is made."""
+    size = zero.get("allgather_bucket_size", 0)
+    if isinstance(size, int | float) and size % 2:
+        raise ConfigError(f"{source}: zero_optimization.allgather_bucket_size", size,
+                          "is odd, and stages 1 and 2 want pairs of BF16 elements",
+                          f"write {int(size) + 1}, for example")
 
 
 def _only(values: Mapping[str, Any], known: Sequence[str], prefix: str) -> None:
@@ -320,7 +369,26 @@ def _dotted(place: Sequence[str | int], values: Mapping[str, Any]) -> str:
     return ".".join(map(str, parts))
 
 
-def _without_auto(value: Any) -> Any:
+def _without_auto(values: dict[str, Any], source: str) -> dict[str, Any]:
+    """A DeepSpeed config without its "auto", each of which leaves a key to its owner or to DeepSpeed's default.
+
+    Raises ConfigError for what has no such owner: DeepSpeed would take stage 0, and would not offload.
+    """
+    zero = values.get("zero_optimization")
+    offload = zero.get("offload_optimizer") if isinstance(zero, dict) else None
+    owner = "it cannot be auto here; phases.*.zero_stage can"
+    for held, key, remedy in (
+            (values, "zero_optimization", f"write its keys; zero_optimization.stage is 0, 1, 2 or 3: {owner}"),
+            (zero, "zero_optimization.stage", f"write 0, 1, 2 or 3; {owner}"),
+            (zero, "zero_optimization.offload_optimizer", 'write {"device": "none"} or {"device": "cpu"}'),
+            (offload, "zero_optimization.offload_optimizer.device", 'write "none" or "cpu"')):
+        if isinstance(held, dict) and held.get(key.rpartition(".")[2]) == "auto":
+            raise ConfigError(f"{source}: {key}", "auto", "would silently be DeepSpeed's default, "
+                              f"{'none' if 'offload' in key else 'stage 0'}", remedy)
+    return _dropped(values)  # type: ignore[no-any-return]
+
+
+def _dropped(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: _without_auto(v) for k, v in value.items() if v != "auto"}
+        return {k: _dropped(v) for k, v in value.items() if v != "auto"}
     return value

@@ -17,6 +17,12 @@ from prelora_ds.config.fields import alternatives, annotation_at
 from prelora_ds.config.tree import Config
 from prelora_ds.errors import ConfigError
 
+# The default of ${oc.env:NAME,DEFAULT} and ${oc.select:KEY,DEFAULT}, where it is written without quotes and ${...}.
+_DEFAULT = re.compile(
+    r"""(?<!\\)((?:\\\\)*\$\{\s*oc\.(?:env|select)\s*:(?:[^{},'"\\$]|\$\{[^{}]*\})+,\s*)"""
+    r"""([^\[\]{},'"\\$]*?|\[[^\[\]{}'"\\$]*\])(\s*\})"""
+)
+
 
 def is_text(place: Place) -> bool:
     """Whether the config takes only a text at ``place``, where 007 or true is one as well."""
@@ -111,12 +117,29 @@ def interpolate(tree: dict[str, Any]) -> dict[str, Any]:
     if not any("${" in text for text in _texts(tree)):
         return tree
     try:
-        filled = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
+        filled = OmegaConf.to_container(OmegaConf.create(_with_defaults_quoted(tree)), resolve=True)
     except (OmegaConfBaseException, ValueError) as exc:
         raise UnreadableError(str(exc).splitlines()[0]) from exc
     except RecursionError as exc:
         raise UnreadableError("a ${...} leads back to itself") from exc
     return _read_filled(tree, filled, ())  # type: ignore[no-any-return]
+
+
+def _with_defaults_quoted(value: Any) -> Any:
+    """``value`` with quotes around the defaults in its ``${...}``.
+
+    OmegaConf would read a bare one as a value and write that: 1.1 for 1.10, and 202411 for 2024_11.
+    """
+    if isinstance(value, dict):
+        return {key: _with_defaults_quoted(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_defaults_quoted(inner) for inner in value]
+    return _DEFAULT.sub(_quoted, value) if isinstance(value, str) else value
+
+
+def _quoted(match: re.Match[str]) -> str:
+    before, default, end = match.groups()
+    return match[0] if default in ("null", "Null", "NULL") else f"{before}'{default}'{end}"
 
 
 def without_interpolation(value: Any) -> Any:

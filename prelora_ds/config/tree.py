@@ -16,7 +16,9 @@ from prelora_ds.config.data import DataConfig
 from prelora_ds.config.fields import (
     DurationField,
     FieldError,
-    Place,
+    Interval,
+    IntervalOrNull,
+    LocalPlace,
     Positive,
     Seconds,
     Seed,
@@ -46,7 +48,7 @@ MERGED_UP_TO = 384  # hidden size
 
 class RunConfig(Strict):
     name: Text
-    output_dir: Place
+    output_dir: LocalPlace
     seed: Seed = 0
 
 
@@ -135,7 +137,7 @@ class TrainConfig(Strict):
     loss: Literal["softmax", "sigmoid"] = "softmax"
     label_smoothing: Share = 0.0
     log_every: Positive = 1
-    eval_every: DurationField = Duration("1 epoch")
+    eval_every: Interval = Duration("1 epoch")
     divergence: DivergenceConfig = DivergenceConfig()
 
     @model_validator(mode="after")
@@ -204,7 +206,7 @@ class MachineConfig(Strict):
     """
 
     memory_gib: Annotated[float, Field(gt=0)] | None = None
-    calibration: Place | None = None
+    calibration: LocalPlace | None = None
 
 
 class CheckpointConfig(Strict):
@@ -216,10 +218,10 @@ class CheckpointConfig(Strict):
     async: write while training goes on. deepspeed_format: write DeepSpeed's own folder into each checkpoint as well.
     """
 
-    every: DurationField | None = Duration("1 epoch")
+    every: IntervalOrNull = Duration("1 epoch")
     keep_last: Positive = 2
     keep_best: Annotated[int, Field(ge=0)] = 1
-    keep_every: DurationField | None = None
+    keep_every: IntervalOrNull = None
     walltime: Seconds | None = None
     async_: bool = Field(default=True, alias="async")
     deepspeed_format: bool = False
@@ -323,6 +325,14 @@ class Config(Strict):
         else:
             changed = {key: getattr(settings, key) for key in PhaseSettings.model_fields}
             phases = tuple(phase.model_copy(update=changed) if phase.name == name else phase for phase in self.phases)
+        return self.model_copy(update={"phases": phases})
+
+    def with_kernel(self, mode: Mode) -> Config:
+        """A copy in which the adapters of every phase compute by ``mode``."""
+        if isinstance(self.phases, PresetConfig):
+            return self.model_copy(update={"lora": self.lora.model_copy(update={"mode": mode})})
+        phases = tuple(phase if not isinstance(phase.adapters, AdaptersConfig) else phase.model_copy(update={
+            "adapters": phase.adapters.model_copy(update={"mode": mode})}) for phase in self.phases)
         return self.model_copy(update={"phases": phases})
 
     @property

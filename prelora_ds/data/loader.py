@@ -9,6 +9,7 @@ import multiprocessing
 import multiprocessing.connection
 import sys
 import time
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,13 +19,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from prelora_ds.data.batch import MicroBatch
 from prelora_ds.data.cache import ShardCache, Stager
 from prelora_ds.data.datasets import PADDING, EvalImages, Look, Rows, TrainImages, as_is
 from prelora_ds.data.manifest import Manifest
 from prelora_ds.data.order import Position, Stream, Tail
-from prelora_ds.data.parallel import end_with_parent
+from prelora_ds.data.parallel import NoSharedMemoryError, end_with_parent, no_shared_memory
 from prelora_ds.data.store import SampleStore
 from prelora_ds.errors import ConfigError, ExpectedError
 
@@ -48,7 +50,14 @@ class Workers:
     """
 
     def __init__(self, dataset: Dataset[Any], keys: Iterable[Any] | None, count: int, start: WorkerStart) -> None:
-        self._batches = _in_process(dataset, keys) if count == 0 else iter(_loader(dataset, keys, count, start))
+        self._count = count
+        try:
+            self._batches = _in_process(dataset, keys) if count == 0 else iter(_loader(dataset, keys, count, start))
+        except OSError as error:
+            if no_shared_memory(error):
+                _quieten(error)
+                raise NoSharedMemoryError.now("data.workers", count) from error
+            raise
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -57,7 +66,7 @@ class Workers:
         try:
             batch = next(self._batches)
             if isinstance(batch, _Failure):
-                raise batch.error
+                raise batch.error or NoSharedMemoryError.now("data.workers", self._count)
             return batch
         except ExpectedError:
             raise
@@ -66,6 +75,8 @@ class Workers:
             said = isinstance(error, RuntimeError)
             if said and not str(error).startswith("DataLoader worker"):
                 raise
+            if "Bus error" in str(error):  # what a page that /dev/shm cannot give ends a worker with
+                raise NoSharedMemoryError.now("data.workers", self._count) from error
             workers = getattr(self._batches, "_workers", [])
             multiprocessing.connection.wait([worker.sentinel for worker in workers], _WORKER_ENDS_S)
             gone = {worker.pid: worker.exitcode for worker in workers if worker.exitcode is not None}
@@ -78,11 +89,24 @@ class Workers:
         self._batches = iter(())
 
 
+def _quieten(error: OSError) -> None:
+    """End what there is of the iterator that ``error`` left half made: its destructor would complain."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        half = frame.f_locals.get("self")
+        if isinstance(half, _MultiProcessingDataLoaderIter):
+            half._shutdown = True
+            for worker in getattr(half, "_workers", ()):
+                worker.terminate()
+
+
 @dataclass(frozen=True)
 class _Failure:
-    """An error of a worker in the place of a batch: DataLoader would make 35 lines out of it."""
+    """An error of a worker in the place of a batch: DataLoader would make 35 lines out of it.
 
-    error: ExpectedError
+    None: there was no shared memory for the batch.
+    """
+
+    error: ExpectedError | None
 
 
 class _Telling(Dataset[Any]):
@@ -93,9 +117,13 @@ class _Telling(Dataset[Any]):
 
     def __getitems__(self, keys: Any) -> Any:
         try:
-            return self._dataset.__getitems__(keys)
+            return _shared(self._dataset.__getitems__(keys))
         except ExpectedError as error:
             return _Failure(error)
+        except RuntimeError as error:
+            if no_shared_memory(error):
+                return _Failure(None)
+            raise
         except MemoryError as error:
             problem = f"a data worker asked for more memory than there is ({error})"
             return _Failure(WorkerLostError(problem + _REMEDY))
@@ -109,9 +137,21 @@ class _TellingStream(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         try:
-            yield from self._dataset
+            yield from map(_shared, self._dataset)
         except ExpectedError as error:
             yield _Failure(error)
+        except RuntimeError as error:
+            if not no_shared_memory(error):
+                raise
+            yield _Failure(None)
+
+
+def _shared(batch: Any) -> Any:
+    """``batch`` with all its tensors in shared memory: where there is none, the thread that sends it could not tell."""
+    for part in batch if isinstance(batch, tuple) else ():
+        if isinstance(part, Tensor):
+            part.share_memory_()
+    return batch
 
 
 def _loader(dataset: Dataset[Any], keys: Iterable[Any] | None, count: int, start: WorkerStart) -> DataLoader[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import threading
@@ -11,10 +12,40 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from typing import TypeVar
 
-from prelora_ds.errors import ORPHAN_EXIT_CODE, ExpectedError
+from prelora_ds.errors import ORPHAN_EXIT_CODE, ConfigError, ExpectedError
 
+SHARED_MEMORY = "/dev/shm"
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+
+
+class NoSharedMemoryError(ConfigError):
+    """/dev/shm, through which processes talk and workers pass batches, has no room."""
+
+    of_one_rank = True
+    others_may_meet_it = True
+
+    @classmethod
+    def now(cls, key: str, workers: int) -> NoSharedMemoryError:
+        """That of this host, as it is now; ``key`` is the setting of the number of ``workers``."""
+        try:
+            found = os.statvfs(SHARED_MEMORY)
+            sizes = f"it has {found.f_blocks * found.f_frsize / 2**20:,.1f} MiB, of which " \
+                    f"{found.f_bavail * found.f_frsize / 2**20:,.1f} are free"
+        except OSError as error:
+            sizes = f"it cannot be used ({error.strerror})"
+        fewer = "take fewer data.workers, or none (data.workers=0), which need no room" if key == "data.workers" else \
+            f"give {key} 1, which needs no room"
+        return cls(key, workers, f"{SHARED_MEMORY}, the memory that processes share, has no room for them: {sizes}",
+                   "give it more (docker run --shm-size=16g, or --ipc=host; else "
+                   f"mount -o remount,size=16g {SHARED_MEMORY}), or {fewer}")
+
+
+def no_shared_memory(error: BaseException) -> bool:
+    """Whether what could not be had is shared memory: of a lock or a queue, or of a tensor by torch."""
+    if isinstance(error, OSError):  # of a semaphore, and so without a file
+        return error.errno == errno.ENOSPC and error.filename is None
+    return isinstance(error, RuntimeError) and "/torch_" in str(error) and f"({errno.ENOSPC})" in str(error)
 
 
 class WorkerDiedError(ExpectedError, RuntimeError):
@@ -53,7 +84,13 @@ def unordered(function: Callable[[Job], Result], jobs: Iterable[Job], workers: i
     rest = iter(jobs)
     # A fresh process each: a fork would copy locks held by threads of torch or Arrow.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
+    try:
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent)
+    except OSError as error:
+        if no_shared_memory(error):
+            raise NoSharedMemoryError.now("--workers", workers) from error
+        raise
+    with pool:
         running: set[Future[Result]] = set()
         try:
             while True:

@@ -8,11 +8,14 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from prelora_ds.config.changes import with_new_names
 from prelora_ds.config.load import validate
+from prelora_ds.config.phases import PhaseSettings
 from prelora_ds.config.tree import Config
 from prelora_ds.core.classes import classes_of
 from prelora_ds.core.layout import Layout
@@ -25,6 +28,7 @@ from prelora_ds.model.families import find_layout
 from prelora_ds.model.vit import build_model
 from prelora_ds.run.checkpoints.checkpoint_folder import (
     BrokenCheckpointError,
+    CheckpointManifest,
     list_checkpoints,
     read_run_state,
     root_of,
@@ -57,7 +61,8 @@ def export_checkpoint(source: Path, out: Path, form: str) -> Path:
     _check_out(out, folder)
     try:
         document = read_run_state(folder)
-        config, classes = validate(document["config"], str(folder)), classes_of(document)
+        config = _config(document["config"], CheckpointManifest.load(folder), folder, form)
+        classes = classes_of(document)
         if classes is None:
             raise BrokenCheckpointError(f"{folder}: its state does not tell the number of classes")
         with torch.device("meta"):
@@ -89,6 +94,51 @@ def export_checkpoint(source: Path, out: Path, form: str) -> Path:
         else:
             _write_peft(values, plan, layout, config, classes, partial, base_named=out.resolve() / "base")
     return folder
+
+
+def _config(stored: Mapping[str, Any], manifest: CheckpointManifest, folder: Path, form: str) -> Config:
+    """What an export as ``form`` needs of the ``stored`` config; all else is as by default.
+
+    An older version may have allowed what this one refuses, and a folder, a seed or a ZeRO key is of no weight here.
+    Raises ConfigError, and KeyError or TypeError for what is no config.
+    """
+    if not isinstance(stored, dict):
+        raise TypeError("its config is not a mapping")
+    named = with_new_names(stored)
+    trains = form == "deepspeed"  # with an optimizer, whose groups and batch are those of the run
+    return validate(
+        {
+            "run": {"name": "export", "output_dir": "-"},
+            "model": named["model"],
+            "data": {"train": "-", "val": "-", **_only(named["data"], "crop")},
+            "train": {
+                "duration": "1 epoch",
+                "global_batch_size": named["train"]["global_batch_size"] if trains else 1,
+                "micro_batch_size": 1,
+            },
+            "optimizer": _only(named.get("optimizer", {}), "lr", "betas", "eps", "weight_decay") if trains else {},
+            "convergence": named.get("convergence"),
+            "lora": named.get("lora", {}),
+            "phases": _at_stage(named.get("phases", {}), manifest),
+        },
+        str(folder),
+    )
+
+
+def _at_stage(phases: Any, manifest: CheckpointManifest) -> Any:
+    """``phases`` of a stored config without their settings, but for the ZeRO stage of the checkpoint's own."""
+
+    def stage(name: str) -> int:
+        return manifest.zero_stage if name == manifest.phase else 0
+
+    if isinstance(phases, list):
+        method = [{key: value for key, value in own.items() if key not in PhaseSettings.model_fields} for own in phases]
+        return [{**own, "zero_stage": stage(own["name"])} for own in method]
+    return {"preset": phases.get("preset"), **{name: {"zero_stage": stage(name)} for name in ("full", "warmup", "lora")}}
+
+
+def _only(section: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: section[key] for key in keys if key in section}
 
 
 def _check_out(out: Path, checkpoint: Path) -> None:
@@ -229,16 +279,11 @@ def _write_deepspeed(
         os.environ.setdefault(key, value)
     init_process_group()
     # Stage 2: DeepSpeed 0.19's optimizer of stage 1 in BF16 writes neither its stage nor what is frozen, and
-    # zero_to_fp32.py asks for both. Branch: a merged weight would hold the adapters that stand beside it.
-    whole = {
-        **config.model_dump(mode="json"),
-        "phases": {},
-        "deepspeed": {"zero_optimization": {"stage": 2}},
-    }
-    whole["train"]["micro_batch_size"] = config.train.global_batch_size
-    whole["lora"]["mode"] = "branch"
+    # zero_to_fp32.py asks for both. Branch: a folded weight would hold the adapters that stand beside it.
+    phase = found.run.phase.plan.phase
+    own = config.with_settings(phase, PhaseSettings(micro_batch_size=config.train.global_batch_size, zero_stage=2))
     engine = build_engine(
-        validate(whole, "the checkpoint"),
+        own.with_kernel("branch"),
         found.run.phase.plan,
         layout,
         len(classes),

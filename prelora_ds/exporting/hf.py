@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,8 @@ from prelora_ds.errors import NotSavedError, is_disk_fault
 from prelora_ds.files import new_folder
 from prelora_ds.model.adapters import effective_weight
 from prelora_ds.model.vit import build_model
+from prelora_ds.run.checkpoints.checkpoint_folder import list_checkpoints
+from prelora_ds.run.folder import RunFolder
 
 
 def export_model(engine: Engine, folder: Path, classes: Sequence[str] | None = None) -> None:
@@ -47,7 +50,7 @@ def export_model(engine: Engine, folder: Path, classes: Sequence[str] | None = N
     if dist.get_rank() == 0:
         buffers = {name: buffer for name, buffer in state.buffers.items() if name in kept}
         try:
-            with whole_folder(folder, replace=True) as partial:
+            with whole_folder(folder, replace=True, kept=left_by_run(folder.parent)) as partial:
                 write_model(merge(values, engine.plan, engine.layout) | buffers, engine.config,
                             classes or unnamed(engine.num_labels), partial)
         except NotSavedError as error:
@@ -69,23 +72,39 @@ def merge(values: Mapping[str, torch.Tensor], plan: Plan, layout: Layout) -> dic
 
 
 @contextmanager
-def whole_folder(folder: Path, *, replace: bool) -> Iterator[Path]:
+def whole_folder(folder: Path, *, replace: bool, kept: str = "the checkpoint is as it was") -> Iterator[Path]:
     """A folder to write into, which becomes ``folder`` at the end, whole and on disk (`new_folder`).
+
+    kept: what there is still, in words, when it cannot be written.
 
     Raises NotSavedError when the file system refuses it; then
     nothing of it is left, and ``folder`` is as it was.
     """
+    if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
+        raise NotSavedError(f"the model could not be written to {folder}: there is a "
+                            f"{'link' if folder.is_symlink() else 'file'} of that name, and it is to be a folder\n"
+                            f"  remedy: remove or rename it and give the same command again; {kept}")
     try:
         with new_folder(folder, replace=replace) as partial:
             yield partial
     except (OSError, SafetensorError, RuntimeError) as exc:
         if isinstance(exc, RuntimeError) and not is_disk_fault(exc):
             raise
+        full = is_disk_fault(exc) or not isinstance(exc, OSError)
         raise NotSavedError(
             f"the model could not be written to {folder}: {exc}\n"
-            "  remedy: make room there and give the same command again; the checkpoints are as they "
-            "were"
+            f"  remedy: {'make room there' if full else 'make it a place that you may write to'} and give the same "
+            f"command again; {kept}"
         ) from exc
+
+
+def left_by_run(out: Path) -> str:
+    """What the run of ``out`` goes on from when it is started again, in words."""
+    try:
+        found = list_checkpoints(RunFolder(out).checkpoints)
+    except OSError:
+        found = []
+    return f"it goes on from {found[0].name}" if found else "no checkpoint was written, so it trains from the beginning"
 
 
 def write_model(
@@ -93,6 +112,9 @@ def write_model(
 ) -> None:
     """Write the model of ``weights``, fp32, into the existing ``folder``. Raises OSError or SafetensorError."""
     if config.model.factory is None:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # its lines would be no part of a run's output, or of a command's
         with torch.device("meta"):
             model = build_model(config.model, len(classes))
         model.config.eval_crop = config.data.crop  # how `prelora evaluate` prepares images

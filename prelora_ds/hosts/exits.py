@@ -53,9 +53,21 @@ def outlive_streams() -> None:
     """
     for descriptor in (0, 1, 2):
         _open_if_closed(descriptor)
-    out, err = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
+    out, err = _inner(sys.stdout) or os.fdopen(1, "w"), _inner(sys.stderr) or os.fdopen(2, "w")
     sys.stdout = _Outliving(out, "standard output", err)  # type: ignore[assignment]
     sys.stderr = _Outliving(err, "standard error", out)  # type: ignore[assignment]
+
+
+def outlive_stderr() -> None:
+    """Let standard error alone swallow what it cannot write, without a word: it has no part of a command's result."""
+    for descriptor in (0, 1, 2):
+        _open_if_closed(descriptor)
+    err = _inner(sys.stderr) or os.fdopen(2, "w")
+    sys.stderr = _Outliving(err, "", err)  # type: ignore[assignment]
+
+
+def _inner(stream: TextIO) -> TextIO:
+    return stream._stream if isinstance(stream, _Outliving) else stream
 
 
 def _open_if_closed(descriptor: int) -> None:

@@ -58,6 +58,10 @@ def claim_output(folder: RunFolder, config: Config, resume: str, data: Mapping[s
         if folder.path.exists() and not folder.path.is_dir():
             raise ConfigError("run.output_dir", str(folder.path), "is not a folder",
                               "choose another run.output_dir")
+        if folder.model.is_symlink() or (folder.model.exists() and not folder.model.is_dir()):
+            raise ConfigError("run.output_dir", str(folder.path), f"has a file or link {folder.model.name}, where the "
+                              "run will write the folder of its model",
+                              "remove or rename it, or choose another run.output_dir")
         folder.path.mkdir(parents=True, exist_ok=True)
         lease = Lease(folder.lock).take()
         refused.callback(lease.release)

@@ -136,7 +136,7 @@ def write_plan(
         with reading(like, "a manifest", "--like"):
             like_classes = Manifest.load(like, "--like").classes
     listing = find_images(request, kind)
-    classes, labels = _classes(listing, like_classes)
+    classes, labels = _classes(listing, like_classes, str(like))
     items = listing.items.copy()
     items["label"] = labels
     work.mkdir(parents=True, exist_ok=True)
@@ -169,7 +169,7 @@ def read_plan(work: Path) -> tuple[dict[str, Any], NDArray[np.void]]:
 
 
 def _classes(
-    listing: Listing, like: Sequence[str] | None
+    listing: Listing, like: Sequence[str] | None, like_path: str
 ) -> tuple[tuple[str, ...], NDArray[np.int32]]:
     """(class names, label of each item). Raises ConfigError for a label or a name that is of no
     class."""
@@ -196,8 +196,8 @@ def _classes(
         other = next((name for name in like if unicodedata.normalize("NFC", name) == first), None)
         raise ConfigError(
             "--like",
-            "its classes",
-            f"{len(unknown)} classes of the source are not among them, the first is "
+            like_path,
+            f"{len(unknown)} classes of the source are not among its classes, the first is "
             + (f"{unknown[0]!r}" if other is None else
                f"{unknown[0]!a}; {other!a} is the same text in another form of Unicode"),
             "name the shards of the same data set" if other is None else

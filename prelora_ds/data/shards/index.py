@@ -11,8 +11,6 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from prelora_ds.data.manifest import MANIFEST_NAME, Manifest, is_url, save_manifest
 from prelora_ds.data.parallel import unordered
 from prelora_ds.data.shards.scan import ScannedShard, index_shard, local_shard
@@ -28,13 +26,11 @@ _PATTERN = (
 class Indexed(NamedTuple):
     """A new manifest, and what a user should hear of it.
 
-    classes_seen: classes that have a sample.
     pickled: members of samples in pickle formats, which are never decoded.
     passed_over: members that belong to no sample; ``example`` is the name of the first.
     """
 
     manifest: Manifest
-    classes_seen: int
     pickled: int
     passed_over: int
     example: str
@@ -91,10 +87,8 @@ def index(
     except OSError as error:
         raise _unwritable(target, key, error) from error
     passed = [name for scan in scans for name in scan.passed_over]
-    manifest = Manifest.load(target, key)
     return Indexed(
-        manifest,
-        len(np.unique(manifest.rows["label"])),
+        Manifest.load(target, key),
         sum(scan.pickled for scan in scans),
         len(passed),
         passed[0] if passed else "",
@@ -225,7 +219,7 @@ def _kept_classes(folder: Path) -> tuple[str, ...] | None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content["version"] == 1:
+        if content["version"] == 1 and isinstance(content["classes"], list):
             return tuple(map(str, content["classes"]))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass

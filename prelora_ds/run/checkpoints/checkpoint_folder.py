@@ -50,7 +50,7 @@ class CheckpointManifest:
     """What a checkpoint, or a base (``step`` None), holds; written last, so a folder with one is whole.
 
     base: the folder beside this one that holds what was frozen. acc1: the top-1 accuracy of these very weights, None
-    where they were not evaluated.
+    where they were not evaluated; of a checkpoint of 0.1.0 it may be that of an earlier step (`own_acc1`).
     """
 
     world_size: int
@@ -202,10 +202,9 @@ def retain(root: Path, *, last: int, best: int, ticks: Container[int], in_use: s
     """Remove all checkpoints but the ``last`` newest, the ``best`` most accurate (of equal ones the earlier) and those
     at ``ticks``; then the bases that none of the kept, nor any set aside, refers to, ``in_use`` apart."""
     folders = list_checkpoints(root)
-    manifests = {folder: _manifest_or_none(folder) for folder in folders}
-    ranked = sorted((f for f in folders if (m := manifests[f]) and m.acc1 is not None),
-                    key=lambda f: (-manifests[f].acc1, step_of(f)))  # type: ignore[union-attr, operator]
-    kept = {*folders[:last], *ranked[:best], *(f for f in folders if step_of(f) in ticks)}
+    accuracies = {folder: own_acc1(folder, manifest) for folder in folders if (manifest := _manifest_or_none(folder))}
+    ranked = sorted((-acc1, step_of(folder), folder) for folder, acc1 in accuracies.items() if acc1 is not None)
+    kept = {*folders[:last], *(f for *_, f in ranked[:best]), *(f for f in folders if step_of(f) in ticks)}
     for folder in folders:
         if folder not in kept:
             (folder / MANIFEST).unlink(missing_ok=True)  # half removed, it must not look whole
@@ -242,10 +241,26 @@ def describe(folder: Path) -> str:
     except (BrokenCheckpointError, ConfigError) as exc:
         return f"{folder.name}  BROKEN: {exc}"
     mib = sum(record.bytes for record in manifest.files.values()) / 2**20
-    accuracy = "" if manifest.acc1 is None else f"  acc1 {manifest.acc1:.2%}"
+    acc1 = own_acc1(folder, manifest)
+    accuracy = "" if acc1 is None else f"  acc1 {acc1:.2%}"
     base = f" + {manifest.base}" if manifest.base else ""
     return (f"{folder.name}  {manifest.phase:<6}  {manifest.world_size} ranks, ZeRO {manifest.zero_stage}  "
             f"{mib:,.1f} MiB{base}{accuracy}  {verdict}")
+
+
+def own_acc1(folder: Path, manifest: CheckpointManifest) -> float | None:
+    """The accuracy in the manifest, where the state says that these very weights were evaluated.
+
+    Version 0.1.0 wrote that of the last evaluation into each manifest, and no ``evaluated_at`` into the state.
+    """
+    if manifest.acc1 is None:
+        return None
+    try:
+        run = read_run_state(folder).get("run")
+    except BrokenCheckpointError:
+        return None
+    evaluated_at = run.get("evaluated_at") if isinstance(run, dict) else None
+    return manifest.acc1 if evaluated_at is not None and evaluated_at == manifest.step else None
 
 
 def read_run_state(folder: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from prelora_ds import cli
+from prelora_ds.data.shards.writer import write_digits
 from prelora_ds.run.checkpoints.checkpoint_folder import CheckpointManifest, FileRecord, commit, step_folder
 
 
@@ -160,3 +162,86 @@ def test_shards_are_built_verified_and_indexed(
     assert prelora(monkeypatch, "shards", "verify", out, "--workers", "1") == 1
     said = capsys.readouterr().out
     assert "shard-000000.tar" in said and "1 shards have problems" in said
+
+
+@pytest.mark.parametrize(("arguments", "key"), [
+    (["shards", "build", "", "OUT"], "argument"), (["shards", "build", "SOURCE", ""], "argument"),
+    (["shards", "build", "SOURCE", "OUT", "--like="], "--like"), (["export", "", "OUT"], "argument"),
+    (["checkpoints", ""], "argument"), (["shards", "verify", ""], "argument"),
+    (["evaluate", "m", "--data", ""], "argument"),
+])
+def test_an_empty_argument_is_not_the_current_folder(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], key: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert prelora(monkeypatch, *arguments) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {key} = ") and "is empty\n" in err and ". is the current folder" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [
+    ["shards", "build", "SOURCE", "s3://bucket/OUT"], ["shards", "digits", "gs://bucket/OUT"],
+    ["shards", "photographs", "s3://bucket/OUT"], ["export", "RUN", "s3://bucket/OUT"],
+    ["shards", "index", "https://host/train", "--out", "s3://bucket/OUT"],
+])
+def test_a_url_in_the_place_of_a_folder_that_is_written_makes_no_folder(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert prelora(monkeypatch, *arguments) == 2
+    err = capsys.readouterr().err
+    assert "is a URL, and this is written to a file system" in err and "OUT = '" in err.upper()
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- streams that cannot be written
+
+def in_bash(redirections: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """`prelora` with its streams as bash makes them of ``redirections``; the code is that of the command itself."""
+    command = shlex.join([sys.executable, "-m", "prelora_ds.cli", *map(str, arguments)])
+    return subprocess.run(["bash", "-c", f"{command} {redirections}; exit ${{PIPESTATUS[0]}}"], text=True,
+                          capture_output=True, timeout=120, check=False)
+
+
+def source(tmp_path: Path) -> Path:
+    for name in ("cat", "dog", "__pycache__"):  # the last is passed over, which is said
+        (tmp_path / "in" / name).mkdir(parents=True)
+        Image.new("RGB", (9, 7)).save(tmp_path / "in" / name / "1.png")
+    return tmp_path / "in"
+
+
+@pytest.mark.parametrize("redirections", ["2>/dev/full", "2>&-", "2> >(head -c 3 >/dev/null)", "2>&1 | true",
+                                          ">/dev/full", ">&-", "| true", ">/dev/full 2>&1"])
+def test_shards_are_built_and_found_whole_whatever_becomes_of_the_streams(tmp_path: Path, redirections: str) -> None:
+    out = tmp_path / "out"
+    built = in_bash(redirections, "shards", "build", source(tmp_path), out, "--workers", "1")
+    assert built.returncode == 0, built.stderr
+    assert (out / "manifest.json").is_file() and not (out / "work").exists()
+    if redirections == ">/dev/full":
+        assert built.stderr.splitlines()[-1] == \
+            "warning: standard output cannot be written (No space left on device); its text is lost"
+
+
+@pytest.mark.parametrize(("redirections", "code"), [
+    ("2>/dev/full", 0), ("2>&-", 0), ("2> >(head -c 3 >/dev/null)", 0), (">&-", 0),
+    ("2>&1 | true", 141), ("| true", 141), (">/dev/full", 75), (">/dev/full 2>&1", 75),
+])
+def test_a_stream_that_is_lost_is_not_told_as_a_shard_that_has_changed(tmp_path: Path, redirections: str,
+                                                                       code: int) -> None:
+    write_digits(tmp_path)
+    # the reader is gone before the first word: the shards take a while, and `true` does not
+    assert in_bash(redirections, "shards", "verify", tmp_path / "val", "--workers", "1").returncode == code
+
+
+def test_an_evaluation_that_is_kept_is_not_to_be_given_again(tmp_path: Path) -> None:
+    script = tmp_path / "evaluate.py"
+    script.write_text(
+        "import prelora_ds.run.evaluate as module\n"
+        "from prelora_ds import cli\n"
+        "module.evaluate_folder = lambda model, data: module.Result(module.Accuracy(3, 4, 0.5), str(data), 'x')\n"
+        "cli.main()\n")
+    command = f"{sys.executable} {script} evaluate {tmp_path} --data d >/dev/full"
+    ended = subprocess.run(["bash", "-c", command], text=True, capture_output=True, timeout=120, check=False)
+    assert ended.returncode == 0 and json.loads((tmp_path / "accuracy.json").read_text())["correct"] == 3
+    assert ended.stderr == "warning: standard output cannot be written (No space left on device); its text is lost\n"

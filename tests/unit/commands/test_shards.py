@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from support.shards import picture, write_tar
 
@@ -92,3 +94,21 @@ def test_a_full_disk_is_one_message_and_75_and_the_same_command_succeeds_later(m
     assert "cannot be written there (Read-only file system)" in capsys.readouterr().err
     subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
     assert shards(monkeypatch, *command) == 0
+
+
+@pytest.mark.parametrize(("labels", "classes", "empty"), [([1, 2], 3, 1), ([0, 999], 1000, 998), ([0, 1], 2, 0)])
+def test_a_build_says_how_many_classes_have_no_sample(monkeypatch, capsys, tmp_path, labels, classes, empty):
+    (tmp_path / "in").mkdir()
+    table = pyarrow.table({"image": [picture(1), picture(2)], "label": labels})
+    pyarrow.parquet.write_table(table, tmp_path / "in" / "train.parquet")
+    assert shards(monkeypatch, "build", tmp_path / "in", tmp_path / "out") == 0
+    without = f"; {empty} classes have no sample" if empty else ""
+    assert capsys.readouterr().out.endswith(f"out: 2 samples of {classes} classes in 1 shards{without}\n")
+
+
+def test_a_class_that_skip_bad_has_emptied_is_counted(monkeypatch, capsys, tmp_path):
+    for name, data in (("cat", picture(1)), ("dog", b"broken")):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        (tmp_path / "in" / name / "1.jpg").write_bytes(data)
+    assert shards(monkeypatch, "build", tmp_path / "in", tmp_path / "out", "--skip-bad") == 0
+    assert "1 samples of 2 classes in 1 shards; 1 classes have no sample\n" in capsys.readouterr().out

@@ -315,7 +315,74 @@ def test_a_deepspeed_json_that_sets_what_the_recipe_owns_names_both_places(tmp_p
 def test_auto_leaves_a_key_to_its_owner(recipe: Path, tmp_path: Path, key: str) -> None:
     path = deepspeed_json(tmp_path, {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}, key: "auto"})
     assert load_config(recipe, (), path).deepspeed == {"zero_optimization": {"stage": 2}}
-    assert load_config(recipe, ["deepspeed.zero_optimization.stage=auto"]).zero.stage == 0
+
+
+@pytest.mark.parametrize(("values", "key"), [
+    ({"zero_optimization": "auto"}, "zero_optimization"),
+    ({"zero_optimization": {"stage": "auto"}}, "zero_optimization.stage"),
+    ({"zero_optimization": {"stage": 2, "offload_optimizer": "auto"}}, "zero_optimization.offload_optimizer"),
+    ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "auto"}}},
+     "zero_optimization.offload_optimizer.device"),
+])
+def test_auto_is_refused_where_nothing_settles_it(recipe: Path, tmp_path: Path, values: dict[str, Any],
+                                                  key: str) -> None:
+    path = deepspeed_json(tmp_path, values)
+    error = mistake(path, call=read_deepspeed_json)
+    assert (error.key, error.value) == (f"{path}: {key}", "auto")
+    if not key.endswith(("device", "offload_optimizer")):
+        assert "phases.lora.zero_stage" in error.remedy and "0, 1, 2 or 3" in error.remedy
+    assert mistake(MINIMAL | {"deepspeed": values}, "r.yaml", call=validate).key == f"the DeepSpeed config: {key}"
+    own = MINIMAL | {"phases": {"lora": {"deepspeed": values}}}
+    assert mistake(own, "r.yaml", call=validate).key == f"phases.lora.deepspeed: {key}"
+
+
+def test_an_override_of_the_stage_is_not_auto_either(recipe: Path) -> None:
+    error = mistake(recipe, ["deepspeed.zero_optimization.stage=auto"])
+    assert error.key == "the DeepSpeed config: zero_optimization.stage"
+    phase = load_config(recipe, ["phases.lora.zero_stage=auto"]).phases.lora
+    assert phase.zero_stage == "auto"
+
+
+@pytest.mark.parametrize(("own", "key", "told"), [
+    ({"zero_optimization": {"stage": 3}}, "deepspeed.zero_optimization.stage", "is 2 in this file and 3 in the recipe"),
+    ({}, "deepspeed.zero_optimization", "not there in the recipe"),
+    ({"zero_optimization": {"stage": 2, "overlap_comm": True}}, "deepspeed.zero_optimization.overlap_comm",
+     "is not there in this file and True in the recipe"),
+    ("zero2", "deepspeed", "and 'zero2' in the recipe"),
+])
+def test_a_section_of_the_recipe_is_not_silently_replaced_by_a_file(recipe: Path, tmp_path: Path, own: Any, key: str,
+                                                                    told: str) -> None:
+    path = deepspeed_json(tmp_path, {"zero_optimization": {"stage": 2}})
+    recipe.write_text(yaml.safe_dump(MINIMAL | {"deepspeed": own}))
+    error = mistake(recipe, (), path)
+    assert (error.key, error.value) == ("--deepspeed_config", str(path))
+    assert f"{recipe} has a deepspeed section of its own" in error.problem
+    assert f"{key} is" in error.problem and told in error.problem
+    assert "remove the section deepspeed from the recipe" in error.remedy
+
+
+def test_a_section_of_the_recipe_that_is_the_files_own_or_null_is_no_contradiction(recipe: Path,
+                                                                                   tmp_path: Path) -> None:
+    path = deepspeed_json(tmp_path, {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}})
+    for own in ({"zero_optimization": {"stage": 2}, "bf16": "auto"}, None):
+        recipe.write_text(yaml.safe_dump(MINIMAL | {"deepspeed": own}))
+        assert load_config(recipe, ["deepspeed.zero_optimization.stage=3"], path).zero.stage == 3
+    stored = tmp_path / "config.yaml"
+    stored.write_text(dump_yaml(load_config(recipe, (), path)))
+    assert load_config(stored) == load_config(stored, (), path)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_bucket_that_deepspeed_asserts_to_be_even_is_refused_if_it_is_odd(recipe: Path, stage: int) -> None:
+    zero = f"deepspeed={{zero_optimization: {{stage: {stage}, allgather_bucket_size: 3001}}}}"
+    error = mistake(recipe, [zero])
+    assert error.key == "the DeepSpeed config: zero_optimization.allgather_bucket_size" and error.value == 3001
+    assert error.remedy == "write 3002, for example"
+    odd = "deepspeed={zero_optimization: {stage: 3, allgather_bucket_size: 3001}}"
+    assert load_config(recipe, [odd]).zero.stage == 3
+    for own in (stage, "auto"):
+        error = mistake(recipe, [odd, f"phases.lora.zero_stage={own}"])
+        assert error.key == "the DeepSpeed config with phases.lora: zero_optimization.allgather_bucket_size"
 
 
 def test_an_override_of_the_deepspeed_json_has_the_last_word(recipe: Path) -> None:
@@ -364,6 +431,32 @@ def test_what_does_not_survive_a_switch_is_refused(tmp_path: Path, values: dict[
 def test_what_is_switched_off_or_does_no_harm_is_accepted(tmp_path: Path, zero: dict[str, Any]) -> None:
     values = {"zero_optimization": zero, "bf16": {"enabled": True}, "wall_clock_breakdown": False}
     assert read_deepspeed_json(deepspeed_json(tmp_path, values)) == values
+
+
+@pytest.mark.parametrize("key", ["run.output_dir", "data.cache_dir", "phases.calibration"])
+@pytest.mark.parametrize("url", ["s3://bucket/out", "gs://bucket/out", "file:///tmp/out"])
+def test_what_is_written_locally_cannot_be_a_url(key: str, url: str) -> None:
+    section, name = key.split(".")
+    error = mistake(merged({section: {name: url}}), "r.yaml", call=validate)
+    assert (error.key, error.value) == (key, url) and "is a URL" in error.problem
+
+
+def test_shards_may_be_at_a_url() -> None:
+    config = validate(merged({"data": {"train": "s3://bucket/train", "val": "https://host/val"}}), "r.yaml")
+    assert config.data.train == "s3://bucket/train"
+
+
+@pytest.mark.parametrize("zero", ["0 steps", "0 epochs", "0.0 epochs", "0 %"])
+@pytest.mark.parametrize(("key", "nullable"), [
+    ("checkpoint.every", True), ("checkpoint.keep_every", True), ("train.eval_every", False)])
+def test_an_interval_of_nothing_is_refused_and_null_is_named_where_it_may_be(recipe: Path, key: str, zero: str,
+                                                                             nullable: bool) -> None:
+    error = mistake(recipe, [f"{key}={zero}"])
+    assert (error.key, error.value) == (key, zero)
+    assert 'is no interval; write "1 step" for each step' in error.problem
+    assert ("and null for none" in error.problem) == nullable
+    if nullable:
+        assert load_config(recipe, [f"{key}=null"])
 
 
 # ---- dump and world

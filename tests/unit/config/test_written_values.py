@@ -266,3 +266,36 @@ def test_an_interpolation_is_read_as_if_it_stood_there(
     assert (config.data.val, config.optimizer.betas) == ("4", (0.5, 0.9))
     monkeypatch.setenv("STEPS", "yes")
     assert mistake(recipe, ["train.log_every=${oc.env:STEPS}"]).key == "train.log_every"
+
+
+@pytest.mark.parametrize(
+    ("default", "text"),
+    [
+        ("2024_11", "2024_11"),
+        ("1e10", "1e10"),
+        (" 1.10 ", "1.10"),
+        ("true", "true"),
+        ("'1.10'", "1.10"),
+        ("a b", "a b"),
+        ("x=1;y", "x=1;y"),
+        ("${oc.env:NO_OTHER,1.10}", "1.10"),
+        ("'a-${oc.env:NO_OTHER,1.10}'", "a-1.10"),
+        ("1.10-${run.seed}", "1.10-0"),
+    ],
+)
+@pytest.mark.parametrize("resolver", ["oc.env:NO_SUCH_VAR", "oc.select:run.nothing"])
+def test_the_default_of_an_interpolation_stays_as_it_is_written(
+    recipe: Path, resolver: str, default: str, text: str
+) -> None:
+    given = f"${{{resolver},{default}}}"
+    config = load_config(recipe, ["run.seed=0", f"run.name={given}", f"run.output_dir=out-{given}/x"])
+    assert (config.run.name, config.run.output_dir) == (text, f"out-{text}/x")
+
+
+def test_a_default_is_a_number_where_a_number_is_wanted_and_null_where_it_is_null(recipe: Path) -> None:
+    config = load_config(
+        recipe, ["optimizer.lr=${oc.env:NO_SUCH_VAR,1e-3}", "data.cache_dir=${oc.env:NO_SUCH_VAR,null}",
+                 r"run.name=\${oc.env:NO_SUCH_VAR,1.10}"]
+    )
+    assert (config.optimizer.lr, config.data.cache_dir) == (1e-3, None)
+    assert config.run.name == "${oc.env:NO_SUCH_VAR,1.10}"

@@ -109,7 +109,8 @@ def test_a_world_of_one_gathers_nothing_at_stage_3() -> None:
 def test_the_total_and_the_json_hold_every_owner() -> None:
     found = Bytes(1, 20, 300, 4000, 50000)
     assert found.total == 54321
-    assert to_json(found) == {"weights": 1, "gradients": 20, "masters": 300, "moments": 4000, "buffers": 50000, "host": 0}
+    assert to_json(found) == {"weights": 1, "gradients": 20, "masters": 300, "moments": 4000, "buffers": 50000,
+                              "host": 0}
 
 
 @pytest.mark.parametrize(("measured", "expected"), [

@@ -27,10 +27,11 @@ from prelora_ds.data.corrupt import CorruptBudget, CorruptBudgetError
 from prelora_ds.data.datasets import Look
 from prelora_ds.data.loader import TrainLoader, WorkerLostError, Workers, eval_batches
 from prelora_ds.data.manifest import Manifest
+from prelora_ds.data.parallel import NoSharedMemoryError
 from prelora_ds.data.shards.verify import verify
 from prelora_ds.data.shards.writer import write_shards
 from prelora_ds.data.store import CorruptSampleError
-from prelora_ds.errors import ConfigError, DiskError
+from prelora_ds.errors import ConfigError, DiskError, ExpectedError
 
 SAMPLES, BATCH = 30, 12
 LOOK = Look(16, 3, "inception", flip=True)
@@ -278,6 +279,7 @@ def test_workers_give_the_same_however_they_are_started(folder):
 from prelora_ds.data.datasets import Look
 from prelora_ds.data.loader import TrainLoader
 from prelora_ds.data.manifest import Manifest
+from prelora_ds.data.parallel import NoSharedMemoryError
 
 if __name__ == "__main__":
     made = []
@@ -322,3 +324,71 @@ def test_a_budget_is_the_share_as_it_is_written() -> None:
     """0.29 * 100 is 28.999999999999996."""
     budget = CorruptBudget(0.29, 100)
     assert not budget.exceeded((0, 29)) and budget.exceeded((0, 30))
+
+
+SMALL_SHM = """
+import sys
+from prelora_ds.data.datasets import Look
+from prelora_ds.data.loader import TrainLoader, eval_batches
+from prelora_ds.data.manifest import Manifest
+from prelora_ds.data.parallel import NoSharedMemoryError
+from prelora_ds.data.parallel import unordered
+
+def train(manifest, look):
+    loader = TrainLoader(manifest, look, seed=1, global_batch_size=16, micro_batch_size=16, rank=0, world_size=1,
+                         workers=2, worker_start=sys.argv[3])
+    for _ in range(5):
+        loader.next()
+
+def evaluate(manifest, look):
+    list(eval_batches(manifest, look, batch_size=16, rank=0, world_size=1, workers=2, worker_start=sys.argv[3]))
+
+def build(manifest, look):
+    list(unordered(abs, range(9), 2))
+
+if __name__ == "__main__":
+    try:
+        globals()[sys.argv[2]](Manifest.load(sys.argv[1]), Look(64, 3, "none"))
+    except Exception as error:
+        print(type(error).__name__, error.exit_code, error.of_one_rank, error)
+"""
+
+
+def with_shared_memory(size: str, *command: object) -> subprocess.CompletedProcess[str]:
+    """``command`` where /dev/shm has only ``size``."""
+    mount = f"mount -t tmpfs -o size={size} tmpfs /dev/shm && exec \"$@\""
+    return subprocess.run(["unshare", "-m", "sh", "-c", mount, "sh", *map(str, command)], capture_output=True,
+                          text=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
+
+
+@pytest.mark.parametrize(("size", "act", "start"), [
+    ("64k", "train", "forkserver"), ("4k", "train", "forkserver"),
+    ("16k", "train", "fork"), ("64k", "train", "spawn"),
+    ("64k", "evaluate", "fork"), ("4k", "build", "spawn"),
+])
+def test_a_small_shared_memory_is_one_message_with_its_size_and_what_to_do(folder, size, act, start):
+    if with_shared_memory("4k", "true").returncode:
+        pytest.skip("this user may not mount a file system of its own")
+    script = folder / "small.py"
+    script.write_text(SMALL_SHM)
+    ended = with_shared_memory(size, sys.executable, script, folder, act, start)
+    mib = "0.1" if size == "64k" else "0.0"
+    key = "--workers" if act == "build" else "data.workers"
+    assert ended.stdout.startswith(f"NoSharedMemoryError 2 True {key} = 2: /dev/shm, the memory"), ended.stderr[-2000:]
+    assert f"it has {mib} MiB, of which 0.0 are free\n  remedy: give it more (docker run --shm-size=16g" in ended.stdout
+    assert ("data.workers=0" in ended.stdout) == (act != "build")
+    assert "Traceback" not in ended.stderr, ended.stderr
+
+
+class NoRoom(Dataset):
+    def __getitems__(self, keys: object) -> object:
+        raise RuntimeError(keys[0])
+
+
+def test_only_a_lack_of_shared_memory_is_told_as_one():
+    no_room = "unable to allocate shared memory(shm) for file </torch_1_2_0>: No space left on device (28)"
+    with pytest.raises(NoSharedMemoryError, match=r"data\.workers = 1: /dev/shm"):
+        next(Workers(NoRoom(), [[no_room]], 1, "forkserver"))
+    with pytest.raises(RuntimeError, match="a bug") as caught:
+        next(Workers(NoRoom(), [["a bug"]], 1, "forkserver"))
+    assert not isinstance(caught.value, ExpectedError)

@@ -26,12 +26,19 @@ from prelora_ds.run.checkpoints.checkpoint_folder import (
 )
 from prelora_ds.run.folder import ASIDE
 
+FIXTURE = Path(__file__).parents[2] / "fixtures" / "run_of_0.1.0" / "run"
+ITS_STEP = object()
 
-def make(root: Path, step: int, *, acc1: float | None = None, base: str | None = None) -> Path:
+
+def make(root: Path, step: int, *, acc1: float | None = None, base: str | None = None,
+         evaluated_at: object = ITS_STEP) -> Path:
     partial, final = root / f".step-{step}.partial", step_folder(root, step)
     partial.mkdir(parents=True)
     (partial / "rank").write_bytes(bytes(range(200)))
-    files = {"rank": FileRecord.of(partial / "rank")}
+    if acc1 is not None:
+        at = step if evaluated_at is ITS_STEP else evaluated_at
+        (partial / "state.json").write_text(json.dumps({"run": {"evaluated_at": at}}))
+    files = {path.name: FileRecord.of(path) for path in partial.iterdir()}
     commit(partial, final, CheckpointManifest(2, 1, "full", files, step, base, acc1))
     return final
 
@@ -195,3 +202,25 @@ def test_a_checkpoint_under_the_name_of_another_step_is_noticed(tmp_path: Path) 
     make(tmp_path, 10).rename(step_folder(tmp_path, 25))
     said = describe(step_folder(tmp_path, 25))
     assert "BROKEN" in said and "holds step 10" in said
+
+
+def test_a_checkpoint_of_0_1_0_has_no_accuracy_where_its_state_does_not_say_that_it_was_evaluated() -> None:
+    folder = step_folder(FIXTURE / "checkpoints", 16)
+    assert CheckpointManifest.load(folder).acc1 == 0.1  # of the evaluation at step 10
+    assert "acc1" not in describe(folder) and describe(folder).endswith("verified")
+
+
+def test_an_accuracy_counts_where_the_state_has_it_of_this_step(tmp_path: Path) -> None:
+    assert "acc1 50.00%" in describe(make(tmp_path, 7, acc1=0.5))
+    assert "acc1 0.00%" in describe(make(tmp_path, 8, acc1=0.0))
+    for step, evaluated_at in ((9, 8), (10, None), (11, "11"), (12, [])):
+        assert "acc1" not in describe(make(tmp_path, step, acc1=0.5, evaluated_at=evaluated_at))
+
+
+def test_an_accuracy_of_other_weights_keeps_no_checkpoint(tmp_path: Path) -> None:
+    for step, evaluated_at in ((10, None), (20, 20), (30, 20), (40, 40)):
+        make(tmp_path, step, acc1=0.9 if step != 40 else 0.8, evaluated_at=evaluated_at)
+    (step_folder(tmp_path, 40) / "state.json").unlink()  # broken, and of no known accuracy
+    make(tmp_path, 50)
+    retain(tmp_path, last=1, best=3, ticks=(), in_use=None)
+    assert steps(tmp_path) == [50, 20]

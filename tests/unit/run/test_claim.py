@@ -302,3 +302,13 @@ def test_a_fork_keeps_the_phases_that_its_checkpoint_has_begun(tmp_path: Path) -
     early = checkpoint(tmp_path / "early", 5)
     for fork in ("convergence.tau=1", "lora.r_max=8", "convergence=null"):
         assert claim(tmp_path / fork, str(early), fork) == [early]
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_a_file_in_the_place_of_the_model_is_told_before_the_run_and_not_after(tmp_path: Path, kind: str) -> None:
+    claim(tmp_path)
+    begin(tmp_path)
+    (tmp_path / "model").symlink_to(tmp_path) if kind == "link" else (tmp_path / "model").write_text("notes")
+    with pytest.raises(ConfigError, match="has a file or link model, where the run will write the folder") as refused:
+        claim(tmp_path)
+    assert refused.value.key == "run.output_dir"

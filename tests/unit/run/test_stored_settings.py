@@ -105,6 +105,8 @@ def test_what_may_differ_is_not_held_to_the_rules_of_this_version(tmp_path: Path
         state["config"]["deepspeed"]["zero_optimization"]["cpu_offload"] = True
         state["config"]["run"]["output_dir"] = "~/x"
         state["config"]["checkpoint"]["keep_longest"] = 3
+        state["config"]["checkpoint"]["every"] = "0 steps"
+        state["config"]["train"]["eval_every"] = "0 %"
     saved = checkpoint(tmp_path / "old", 10, change=change)
     assert claim(tmp_path / "new", str(saved)) == [saved]
 

@@ -173,7 +173,8 @@ def _kept_cifar(file: str, _: tuple[int, int, int]) -> tuple[NDArray[np.uint8], 
 def _cifar_classes(folder: Path) -> tuple[str, ...]:
     for name in ("batches.meta.txt", "fine_label_names.txt"):
         if (folder / name).is_file():
-            return tuple(read_text(folder / name).split())
+            lines = map(str.strip, read_text(folder / name).split("\n"))
+            return tuple(line for line in lines if line)
     for name in ("batches.meta", "meta"):
         if (folder / name).is_file():
             content = _unpickle(str(folder / name), read_whole(folder / name))

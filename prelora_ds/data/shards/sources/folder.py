@@ -10,6 +10,7 @@ from pathlib import Path
 from prelora_ds.data.shards.reading import broken, reading
 from prelora_ds.data.shards.sources import ilsvrc
 from prelora_ds.data.shards.sources.listing import (
+    IMAGES,
     SPLITS,
     Listing,
     Request,
@@ -69,6 +70,7 @@ def find(request: Request) -> Listing:
     images = {name: tree.images(top, name) for name in names}
     if len(names) == 1:
         _refuse_wrapped(top, names[0])
+    _refuse_ambiguous(top, images)
     for folder in {request.source, top}:
         tree.look_beside(folder)
     if not names:
@@ -78,12 +80,18 @@ def find(request: Request) -> Listing:
             "name a folder with a sub-folder per class; a flat folder needs --labels",
         )
     if empty := [name for name in names if not images[name]]:
-        remedy = "remove the empty folders, or put the images there"
+        others = _others([top / name for name in empty])
+        holds = f"; what lies there: {others}" if others else ""
+        remedy = (
+            f"save images in a format that is read ({', '.join(sorted(IMAGES))}); remove a folder that has none"
+            if others
+            else "remove the empty folders, or put the images there"
+        )
         raise (
-            broken(top / empty[0], "this class has no images", remedy)
+            broken(top / empty[0], f"this class has no images{holds}", remedy)
             if len(empty) == 1
             else broken(
-                top, f"{len(empty)} of {len(names)} classes have no images: {some(empty)}", remedy
+                top, f"{len(empty)} of {len(names)} classes have no images: {some(empty)}{holds}", remedy
             )
         )
     tree.check_links(images)
@@ -96,6 +104,16 @@ def find(request: Request) -> Listing:
         items(range(len(files)), labels, 0, -1),
         tree.passed_over(),
     )
+
+
+def _others(folders: list[Path]) -> str:
+    """The files that are no images in these folders, counted by suffix."""
+    counts = Counter[str]()
+    for folder in folders:
+        for _, below, names in os.walk(folder):
+            below[:] = [name for name in below if not hidden(name)]
+            counts.update(os.path.splitext(name)[1].lower() or "no suffix" for name in names if not hidden(name))
+    return ", ".join(f"{count} files with {suffix}" for suffix, count in counts.most_common(5))
 
 
 def _refuse_wrapped(top: Path, name: str) -> None:
@@ -117,6 +135,52 @@ def _refuse_wrapped(top: Path, name: str) -> None:
         f"if these are the classes, name {top / name}; if {name} is the class, put its images "
         "into the folder itself",
     )
+
+
+def _refuse_ambiguous(top: Path, images: dict[str, list[str]]) -> None:
+    """Raises ConfigError where the sub-folders may be the classes as well: those of ``images`` and ``masks``, say.
+
+    No folder holds images itself, and two have two sub-folders in common, or the only one of the one is among those
+    of the other. A sub-folder that is the only one of every folder, as Tiny-ImageNet's ``images``, is no class.
+    """
+    below: dict[str, set[str]] = {}
+    for name, files in images.items():
+        parts = [os.path.relpath(file, top / name).split(os.sep) for file in files]
+        if any(len(part) == 1 for part in parts):
+            return
+        below[name] = {part[0] for part in parts} if files else set(folders_in(top / name))
+    pair = _common(below)
+    if pair is None:
+        return
+    first, second = pair
+    shared = sorted(below[first] & below[second])
+    larger = max(pair, key=lambda name: len(below[name]))
+    either = sorted(name for name in pair if images[name] and len(below[name]) == len(below[larger]))
+    outer, inner = some(sorted(below)), some(sorted(below[larger]))
+    raise broken(
+        top,
+        f"may be of the classes {outer} or of the classes {inner}: no folder holds images itself, and {first} and "
+        f"{second} both have {some(shared)}",
+        f"if {inner} are the classes, name {' or '.join(str(top / name) for name in either or [larger])}; if {outer} "
+        "are, put their images into the folders themselves",
+    )
+
+
+def _common(below: dict[str, set[str]]) -> tuple[str, str] | None:
+    """Two folders of which the one's only sub-folder is one of several of the other, or that have two in common."""
+    owners: dict[str, list[str]] = {}
+    only = {next(iter(inside)): name for name, inside in below.items() if len(inside) == 1}
+    for name, inside in below.items():
+        if len(inside) == 1:
+            continue
+        if known := sorted(inside & only.keys()):
+            return only[known[0]], name
+        counts = Counter(owner for sub in inside for owner in owners.get(sub, ()))
+        if counts and (most := counts.most_common(1)[0])[1] > 1:
+            return most[0], name
+        for sub in inside:
+            owners.setdefault(sub, []).append(name)
+    return None
 
 
 class _Tree:

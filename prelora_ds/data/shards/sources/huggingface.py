@@ -215,6 +215,9 @@ def _labels(file: Path) -> tuple[tuple[str, ...] | None, list[int | None], NDArr
     column = table[label] if file.suffix == ".arrow" else parquet.read([label])[label]
     feature = features.get(label)
     names = feature.get("names") if isinstance(feature, dict) else None
+    if names and not isinstance(names, list):
+        raise broken(file, f"the ClassLabel {label!r} has the names {names!r}, which are not a list",
+                     "write the names as a list, in the order of the labels")
     return tuple(map(str, names)) if names else None, column.to_pylist(), blocks
 
 
@@ -225,8 +228,16 @@ def _holds_images(pa: Any, kind: Any) -> bool:
 
 
 def _features(metadata: dict[bytes, bytes] | None) -> dict[str, Any]:
+    """What the writer says of the columns. Raises ValueError where that cannot be understood."""
     text = (metadata or {}).get(b"huggingface")
-    found: dict[str, Any] = json.loads(text)["info"]["features"] if text else {}
+    if not text:
+        return {}
+    try:
+        found = json.loads(text)["info"]["features"]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f"the metadata that Hugging Face keeps in it have no info.features ({error!r:.80})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"info.features of the metadata that Hugging Face keeps in it is no mapping: {found!r:.60}")
     return found
 
 
@@ -242,6 +253,8 @@ def _columns(features: dict[str, Any], names: list[str]) -> tuple[str, str]:
         for name, what in features.items()
         if isinstance(what, dict) and what.get("_type") == "ClassLabel"
     ]
+    if missing := [name for name in (*images, *labels) if name not in names]:
+        raise ValueError(f"its metadata tell of a column {missing[0]!r}, and it has the columns {some(names)}")
     images = images or [name for name in ("image", "img") if name in names]
     labels = labels or [name for name in ("label", "fine_label") if name in names]
     labels = next(([name] for name in ("label", "fine_label") if name in labels), labels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from PIL import Image
 from prelora_ds.data.shards.build_plan import Options
 from prelora_ds.data.shards.build_shards import build
 from prelora_ds.data.shards.sources import find_images
+from prelora_ds.data.shards.sources.folder import _common
 from prelora_ds.data.shards.sources.listing import Request
 from prelora_ds.errors import ConfigError
 
@@ -274,5 +276,54 @@ def test_classes_in_another_form_of_unicode_than_those_of_like_are_told(tmp_path
     plant(tmp_path / "train", "caf\u00e9/1.png", "b/1.png")
     plant(tmp_path / "val", "cafe\u0301/1.png", "b/1.png")
     build(Request(tmp_path / "train"), tmp_path / "shards", Options())
-    with pytest.raises(ConfigError, match=r"'cafe\\u0301'; 'caf\\xe9' is the same text in another"):
+    with pytest.raises(ConfigError, match=r"'cafe\\u0301'; 'caf\\xe9' is the same text in another") as refused:
         build(Request(tmp_path / "val"), tmp_path / "other", Options(), like=tmp_path / "shards")
+    assert (refused.value.key, refused.value.value) == ("--like", str(tmp_path / "shards"))
+
+
+def test_what_lies_in_a_class_without_images_is_named(tmp_path):
+    plant(tmp_path, "cat/1.png", "dog/1.GIF", "dog/deep/2.gif", "dog/notes.txt", "dog/.hidden")
+    said = refusal(tmp_path)
+    lies = "what lies there: 2 files with .gif, 1 files with .txt"
+    assert f"SOURCE = '{tmp_path}/dog': this class has no images; {lies}" in said
+    assert "save images in a format that is read (.bmp, .jpeg, .jpg, " in said and "empty folders" not in said
+    (tmp_path / "eel").mkdir()
+    said = refusal(tmp_path)
+    assert "2 of 3 classes have no images: dog, eel; what lies there: 2 files with .gif, 1 files with .txt" in said
+    shutil.rmtree(tmp_path / "dog")
+    assert "this class has no images\n  remedy: remove the empty folders" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(("first", "second", "files", "shared"), [
+    ("annotations", "images", ("images/a/1.png", "images/b/1.png", "annotations/a/1.png", "annotations/b/1.png"),
+     "a, b"),
+    ("0", "1", ("0/a/1.png", "0/b/1.png", "1/a/1.png", "1/b/1.png"), "a, b"),
+    ("original", "resized", ("original/a/x/1.png", "original/b/1.png", "resized/a/1.png", "resized/b/1.png"), "a, b"),
+    ("masks", "images", ("images/a/1.png", "images/b/1.png", "masks/a/1.png"), "a"),
+    ("annotations", "images", ("images/a/1.png", "images/b/1.png", "annotations/a/1.xml", "annotations/b/1.xml"),
+     "a, b"),
+])
+def test_folders_whose_sub_folders_may_be_the_classes_are_refused(tmp_path, first, second, files, shared):
+    text = refusal(plant(tmp_path, *files))
+    assert f"{first} and {second} both have {shared}" in text
+    assert f"may be of the classes {', '.join(sorted((first, second)))} or of the classes a, b" in text
+    named = [second] if first == "masks" or files[-1].endswith(".xml") else [first, second]
+    assert f"if a, b are the classes, name {' or '.join(str(tmp_path / name) for name in named)}; if " in text
+    assert listed(tmp_path / second)[0] == ("a", "b")
+
+
+@pytest.mark.parametrize("files", [
+    ("cat/images/1.png", "dog/images/1.png"),  # Tiny-ImageNet
+    ("cat/images/1.png", "cat/boxes/1.txt", "dog/images/1.png", "dog/boxes/1.txt"),
+    ("cat/2019/1.png", "cat/a/1.png", "dog/2019/1.png", "dog/b/1.png"),  # one in common
+    ("cat/a/1.png", "cat/b/1.png", "dog/a/1.png", "dog/b/1.png", "dog/1.png"),
+    ("cat/a/1.png", "cat/b/1.png", "dog/c/1.png"),
+])
+def test_sub_folders_that_are_no_classes_stay_within_their_class(tmp_path, files):
+    assert listed(plant(tmp_path, *files))[0] == ("cat", "dog")
+
+
+def test_many_classes_with_the_same_sub_folder_take_no_time(tmp_path):
+    below = {str(number): {"images", str(number)} for number in range(2000)}
+    assert _common(below) is None
+    assert _common(below | {"x": {"images"}}) == ("x", "0")

@@ -270,7 +270,7 @@ def test_without_names_the_classes_are_the_numbers_and_those_without_a_sample_ar
         ],
     )
     made = index(str(tmp_path / "x"))
-    assert (len(made.manifest.classes), made.classes_seen) == (classes, seen)
+    assert (len(made.manifest.classes), len(np.unique(made.manifest.rows["label"]))) == (classes, seen)
 
 
 @pytest.mark.parametrize("label", [1_000_000, 2**31, 9_999_999_999])

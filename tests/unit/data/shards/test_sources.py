@@ -199,7 +199,7 @@ def assert_cifar(images, arrays, labels):
 
 @pytest.mark.parametrize("binary", [False, True])
 def test_cifar_10_in_both_versions(tmp_path, binary):
-    arrays, labels, names = cifar_pixels(9), [3, 1, 4, 1, 5, 9, 2, 6, 5], [f"class{i}" for i in range(10)]
+    arrays, labels, names = cifar_pixels(9), [3, 1, 4, 1, 5, 9, 2, 6, 5], [f"class {i}" for i in range(10)]
     for number, part in enumerate(map(slice, range(0, 10, 2), range(2, 12, 2)), 1):
         if binary:
             record = np.concatenate([np.array(labels[part], np.uint8)[:, None], arrays[part]], axis=1)
@@ -208,7 +208,7 @@ def test_cifar_10_in_both_versions(tmp_path, binary):
             batch = {b"batch_label": b"x", b"labels": labels[part], b"data": arrays[part]}
             (tmp_path / f"data_batch_{number}").write_bytes(pickle.dumps(batch, protocol=2))
     if binary:
-        (tmp_path / "batches.meta.txt").write_text("\n".join(names) + "\n\n")
+        (tmp_path / "batches.meta.txt").write_bytes("\r\n".join(names).encode() + b" \n\n")
     else:  # str keys, as the files of the makers have under the encoding latin1
         for path in tmp_path.iterdir():
             content = pickle.loads(path.read_bytes())
