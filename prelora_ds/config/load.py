@@ -137,7 +137,7 @@ def _with_deepspeed_checked(phases: Any) -> Any:
 def _phase_with_deepspeed_checked(phase: Any, name: Any) -> Any:
     if not isinstance(phase, dict) or not isinstance(phase.get("deepspeed"), dict):
         return phase
-    own = _without_auto(phase["deepspeed"])
+    own = _without_auto(phase["deepspeed"], f"phases.{name}.deepspeed")
     check_deepspeed(own, f"phases.{name}.deepspeed")
     return {**phase, "deepspeed": own}
 

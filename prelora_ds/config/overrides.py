@@ -134,10 +134,10 @@ def _with_defaults_quoted(value: Any) -> Any:
         return {key: _with_defaults_quoted(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_with_defaults_quoted(inner) for inner in value]
-    return _DEFAULT.sub(_quoted, value) if isinstance(value, str) else value
+    return _DEFAULT.sub(_default_quoted, value) if isinstance(value, str) else value
 
 
-def _quoted(match: re.Match[str]) -> str:
+def _default_quoted(match: re.Match[str]) -> str:
     before, default, end = match.groups()
     return match[0] if default in ("null", "Null", "NULL") else f"{before}'{default}'{end}"
 

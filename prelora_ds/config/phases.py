@@ -123,6 +123,15 @@ Until = Annotated[Annotated[DurationField, Tag("as a duration")] | Annotated[Pre
                   Discriminator(_kind_of_until)]
 
 
+def _kind_of_scale(value: Any) -> str:
+    return "as a mapping" if isinstance(value, dict) else "as a number"
+
+
+Factor = Annotated[float, Field(gt=0)]
+LrScale = Annotated[Annotated[Factor, Tag("as a number")] | Annotated[dict[str, Factor], Tag("as a mapping")],
+                    Discriminator(_kind_of_scale)]
+
+
 class PhaseConfig(PhaseSettings):
     """A phase of the method.
 
@@ -138,7 +147,7 @@ class PhaseConfig(PhaseSettings):
     adapters: AdaptersConfig | Literal["none"] | None = None
     train: str | tuple[str, ...] = "all"
     until: Until | None = None
-    lr_scale: Annotated[float, Field(gt=0)] | dict[str, Annotated[float, Field(gt=0)]] = 1.0
+    lr_scale: LrScale = 1.0
     rewarm: DurationField | None = None
     freeze_below: Annotated[int, Field(ge=1)] | None = None
 

@@ -80,5 +80,5 @@ def _gradients(t: int, w: int, zero: ZeroSettings, after_backward: bool) -> int:
 
 def worst_deviation(predicted: Bytes, measured: Mapping[str, int]) -> float:
     """The largest relative difference of an owner that either side says holds bytes."""
-    pairs = [(p, measured[owner]) for owner, p in vars(predicted).items()]
+    pairs = [(p, measured.get(owner, 0)) for owner, p in vars(predicted).items()]
     return max((abs(m - p) / max(p, m) for p, m in pairs if p or m), default=0.0)

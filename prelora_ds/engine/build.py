@@ -197,8 +197,7 @@ def build_engine(run_config: Config, plan: Plan, layout: Layout, num_labels: int
         ds, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config, dist_init_required=False)
     check_adapters(ds.module, plan)
     bind_names(ds)
-    kept = {name: state.slices[name] for name in sorted(parked - plan.trainable) if name in state.slices}
-    restore_state(ds, plan, layout, state)
+    kept = restore_state(ds, plan, layout, state, parked=parked - plan.trainable)
     apply_active(ds, plan, layout)
     for name, value in vars(counters).items():
         setattr(ds, name, value)

@@ -141,12 +141,26 @@ def _host_copy(part: torch.Tensor) -> torch.Tensor:
 
 
 def _frozen_slice(p: torch.Tensor, rank: int, world: int) -> Slice:
+    """This rank's part of a frozen parameter; ``p`` may be an fp32 tensor in its place."""
     if hasattr(p, "ds_tensor"):
-        partition: int = p.ds_tensor.ds_numel
-        start = partition * rank
-        return Slice(start, p.ds_tensor.detach()[: max(0, min(partition, p.ds_numel - start))].to("cpu", copy=True))
-    start, stop = even_share(p.numel(), rank, world)
-    return Slice(start, p.detach().view(-1)[start:stop].to("cpu", copy=True))
+        start, stop = _span(p, rank, world)
+        return Slice(start, p.ds_tensor.detach()[: stop - start].to("cpu", copy=True))
+    return _share(p, p, rank, world)
+
+
+def _share(p: torch.Tensor, full: torch.Tensor, rank: int, world: int) -> Slice:
+    """This rank's part of ``full``, the whole value of the frozen parameter ``p``."""
+    start, stop = _span(p, rank, world)
+    return Slice(start, full.detach().view(-1)[start:stop].to("cpu", copy=True))
+
+
+def _span(p: torch.Tensor, rank: int, world: int) -> tuple[int, int]:
+    """This rank's [start, stop) of a frozen parameter: DeepSpeed's partition at stage 3, else an even share."""
+    if not hasattr(p, "ds_tensor"):
+        return even_share(p.numel(), rank, world)
+    partition: int = p.ds_tensor.ds_numel
+    start = min(partition * rank, p.ds_numel)
+    return start, min(start + partition, p.ds_numel)
 
 
 def _buffers(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -154,10 +168,13 @@ def _buffers(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def restore_state(engine: DeepSpeedEngine, plan: Plan, layout: Layout, state: EngineState) -> None:
+def restore_state(engine: DeepSpeedEngine, plan: Plan, layout: Layout, state: EngineState, *,
+                  parked: frozenset[str] = frozenset()) -> dict[str, Slice]:
     """Write ``state`` into a newly built engine, consuming it: bf16 weights, fp32 masters, Adam moments and steps.
 
-    Parameters of the plan that the state does not know are adapters and get their first value. Collective.
+    Parameters of the plan that the state does not know are adapters and get their first value. Returns this rank's fp32
+    slices of the frozen parameters ``parked``, shared out as an export shares frozen ones. Collective.
+
     Raises RuntimeError on every rank when the state is not one of this plan, or when the masters that DeepSpeed
     holds afterwards are not those of the weights.
     """
@@ -175,10 +192,13 @@ def restore_state(engine: DeepSpeedEngine, plan: Plan, layout: Layout, state: En
             inner[flat] = {key: torch.zeros_like(flat.detach()) for key in MOMENTS}
 
     fp32_bases, leaves = folded_bases(engine.module), plan.leaves(layout)
+    kept: dict[str, Slice] = {}
     for name, shape in plan.parameters(layout).items():
         full = (assemble(state, name, "value", shape, engine.device) if name in known
                 else first_value(name, shape, plan, leaves).to(engine.device))
         _set_weight(parameters[name], full)
+        if name in parked:
+            kept[name] = _share(parameters[name], full, comm.get_rank(), comm.get_world_size())
         if name in fp32_bases:
             fp32_bases[name].copy_(full)
         fragment = owned.get(name)
@@ -194,6 +214,7 @@ def restore_state(engine: DeepSpeedEngine, plan: Plan, layout: Layout, state: En
     for name, buffer in engine.module.named_buffers():
         buffer.copy_(state.buffers[name])
     check_masters(engine)
+    return kept
 
 
 def _check_fits(module: nn.Module, plan: Plan, layout: Layout, state: EngineState) -> set[str]:

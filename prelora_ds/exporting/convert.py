@@ -117,8 +117,8 @@ def _config(stored: Mapping[str, Any], manifest: CheckpointManifest, folder: Pat
                 "micro_batch_size": 1,
             },
             "optimizer": _only(named.get("optimizer", {}), "lr", "betas", "eps", "weight_decay") if trains else {},
-            "convergence": named.get("convergence"),
-            "lora": named.get("lora", {}),
+            "convergence": None if named.get("convergence") is None else {"tau": 1.0, "zeta": 1.0},
+            "lora": {key: value for key, value in named.get("lora", {}).items() if key != "warmup"},
             "phases": _at_stage(named.get("phases", {}), manifest),
         },
         str(folder),
@@ -134,7 +134,8 @@ def _at_stage(phases: Any, manifest: CheckpointManifest) -> Any:
     if isinstance(phases, list):
         method = [{key: value for key, value in own.items() if key not in PhaseSettings.model_fields} for own in phases]
         return [{**own, "zero_stage": stage(own["name"])} for own in method]
-    return {"preset": phases.get("preset"), **{name: {"zero_stage": stage(name)} for name in ("full", "warmup", "lora")}}
+    stages = {name: {"zero_stage": stage(name)} for name in ("full", "warmup", "lora")}
+    return {"preset": phases.get("preset"), **stages}
 
 
 def _only(section: Mapping[str, Any], *keys: str) -> dict[str, Any]:

@@ -239,7 +239,7 @@ def test_an_evaluation_that_is_kept_is_not_to_be_given_again(tmp_path: Path) -> 
     script.write_text(
         "import prelora_ds.run.evaluate as module\n"
         "from prelora_ds import cli\n"
-        "module.evaluate_folder = lambda model, data: module.Result(module.Accuracy(3, 4, 0.5), str(data), 'x')\n"
+        "module.evaluate_folder = lambda model, data: module.Result(3, 4, 0.5, str(data), 'x')\n"
         "cli.main()\n")
     command = f"{sys.executable} {script} evaluate {tmp_path} --data d >/dev/full"
     ended = subprocess.run(["bash", "-c", command], text=True, capture_output=True, timeout=120, check=False)

@@ -330,7 +330,7 @@ def test_auto_is_refused_where_nothing_settles_it(recipe: Path, tmp_path: Path, 
     error = mistake(path, call=read_deepspeed_json)
     assert (error.key, error.value) == (f"{path}: {key}", "auto")
     if not key.endswith(("device", "offload_optimizer")):
-        assert "phases.lora.zero_stage" in error.remedy and "0, 1, 2 or 3" in error.remedy
+        assert "phases.*.zero_stage" in error.remedy and "0, 1, 2 or 3" in error.remedy
     assert mistake(MINIMAL | {"deepspeed": values}, "r.yaml", call=validate).key == f"the DeepSpeed config: {key}"
     own = MINIMAL | {"phases": {"lora": {"deepspeed": values}}}
     assert mistake(own, "r.yaml", call=validate).key == f"phases.lora.deepspeed: {key}"
@@ -433,7 +433,7 @@ def test_what_is_switched_off_or_does_no_harm_is_accepted(tmp_path: Path, zero: 
     assert read_deepspeed_json(deepspeed_json(tmp_path, values)) == values
 
 
-@pytest.mark.parametrize("key", ["run.output_dir", "data.cache_dir", "phases.calibration"])
+@pytest.mark.parametrize("key", ["run.output_dir", "data.cache_dir", "machine.calibration"])
 @pytest.mark.parametrize("url", ["s3://bucket/out", "gs://bucket/out", "file:///tmp/out"])
 def test_what_is_written_locally_cannot_be_a_url(key: str, url: str) -> None:
     section, name = key.split(".")

@@ -1,0 +1,163 @@
+"""What phases may do beyond PreLoRA's three, on real engines: thaw, change the state on its way, use another kind."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from support.plans import prelora
+from support.runs import MEDIUM, ZEROS, Trainer, config, same
+from support.toy_kind import register
+
+from prelora_ds.core.adapters import AdapterSpec
+from prelora_ds.core.phases import PhaseSpec, plan_of, thawed_later
+from prelora_ds.cost.bytes import predict_bytes
+from prelora_ds.engine.census import census, settled
+from prelora_ds.engine.measure import weight_norms, whole
+from prelora_ds.engine.transition import transition
+from prelora_ds.model.adapters import check_names
+from prelora_ds.model.families import named_parameters
+
+ALL = pytest.mark.parametrize("zero", ZEROS)
+
+
+# ---- a phase that trains again what an earlier one froze
+
+@ALL
+def test_what_is_thawed_continues_from_its_fp32_values_bitwise(ranks, zero):
+    ranks.run(thaw, zero=zero)
+
+
+def thaw(zero):
+    t = Trainer(config(zero))
+    t.train(2)
+    t.switch(t.warmup)
+    t.train(2)
+    masters = {key: value for key, value in t.whole_state().items() if key[1] == "master"}
+    frozen = t.warmup.trainable - t.lora.trainable
+    assert any(not torch.equal(masters[name, "master"].bfloat16().float(), masters[name, "master"]) for name in frozen)
+
+    t.engine, _ = transition(t.engine, t.lora, parked=frozen)
+    assert t.engine.parked.keys() <= frozen
+    t.train(2)
+    again = replace(t.lora, phase="warmup", trainable=t.warmup.trainable, since_step=9)
+    t.engine, _ = transition(t.engine, again)
+    assert t.engine.parked == {}
+    state = t.whole_state()
+    thawed = {(name, "master"): state[name, "master"] for name in frozen}
+    assert same(thawed, {key: masters[key] for key in thawed}) == []
+    steps = {name: state.get((name, "step"), 0) for name in t.warmup.trainable}
+    assert {steps[name] for name in frozen} == {0}  # fresh moments, as after a reset
+    t.train(2)
+    t.close()
+
+
+@pytest.mark.parametrize("zero", ["zero1", "zero2", "zero3"])
+def test_parked_values_are_as_large_as_predicted_and_are_nobody_elses(ranks, zero):
+    ranks.run(parked_bytes, zero=zero)
+
+
+def parked_bytes(zero):
+    t = Trainer(config(zero, model=MEDIUM))
+    t.switch(t.warmup)
+    frozen = t.warmup.trainable - t.lora.trainable
+    t.engine, _ = transition(t.engine, t.lora, parked=frozen)
+    predicted = predict_bytes(t.lora, t.layout, t.cfg.zero, t.world, after_backward=False, parked=frozen)
+    measured = settled(lambda: census(t.engine), lambda found: found["other"] == 0)
+    assert predicted.host > 0
+    assert abs(measured["host"] - predicted.host) <= 0.02 * predicted.host, (predicted, measured)
+    t.engine, _ = transition(t.engine, replace(t.lora, since_step=9))
+    assert census(t.engine)["host"] == 0
+    t.close()
+
+
+def test_only_what_a_later_phase_trains_is_parked(ranks):
+    ranks.run(nothing_is_parked)
+
+
+def nothing_is_parked():
+    t = Trainer(config("zero2"))
+    phases = [*prelora(t.layout), PhaseSpec("again", train=("norms",)), PhaseSpec("all")]
+    assert [len(thawed_later(phases[:3], t.layout, i) - t.lora.trainable) for i in range(3)] == [len(
+        t.layout.parameters.keys() - t.lora.trainable), 0, 0]
+    assert thawed_later(phases, t.layout, 2) == t.layout.parameters.keys()
+    t.close()
+
+
+# ---- an edit of the state on its way
+
+@pytest.mark.parametrize("zero", ["zero0", "zero2", "zero3"])
+def test_an_edit_changes_the_state_between_two_engines(ranks, zero):
+    ranks.run(edited, zero=zero)
+
+
+def edited(zero):
+    t, seen = Trainer(config(zero)), []
+    t.train(1)
+    before = t.whole_state()
+
+    def double_the_head(state, old, new):
+        seen.append((old, new))
+        if "classifier.weight" in state.slices:
+            state.slices["classifier.weight"].value.mul_(2)
+
+    t.engine, _ = transition(t.engine, t.warmup, edit=double_the_head)
+    after, key = t.whole_state(), ("classifier.weight", "master")
+    assert seen == [(t.full, t.warmup)]
+    assert torch.equal(after[key], 2 * before[key])
+    assert same({k: v for k, v in before.items() if k != key}, {k: after[k] for k in before if k != key}) == []
+    t.close()
+
+
+# ---- another kind of adapter
+
+@pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2", "zero3"])
+def test_a_second_kind_of_adapter_is_attached_trained_measured_and_carried(ranks, zero):
+    ranks.run(toy_run, zero=zero)
+
+
+def toy_run(zero):
+    register()
+    t = Trainer(config(zero))
+    t.train(1)
+    warmup = replace(t.warmup, adapters={path: AdapterSpec("toy", None, 1.0, 0) for path in t.warmup.adapters})
+    spec = PhaseSpec("warmup")
+    warmup = plan_of(spec, t.layout, seed=0, before=warmup)
+    before = t.outputs()
+    t.switch(warmup)
+    assert torch.equal(before, t.outputs())
+    t.train(3)
+    lora = plan_of(PhaseSpec("lora", train=("adapters", "rest")), t.layout, seed=0, before=warmup)
+    outputs, norms = t.outputs(), weight_norms(t.engine)
+    t.switch(lora)
+    assert torch.equal(outputs, t.outputs()) and weight_norms(t.engine) == norms
+    assert len(lora.trainable & lora.leaves(t.layout).keys()) == len(lora.adapters)
+
+    path = t.layout.targets["fc1"][0]
+    parameters = named_parameters(t.engine.module)
+    with whole(t.engine, [parameters[f"{path}.weight"], parameters[f"{path}.gain"]]) as (weight, gain):
+        assert gain.abs().max() > 0
+        expected = (weight.float() * (1 + gain.float())[:, None]).norm().item()
+    del weight, gain, parameters
+    assert norms["fc1"][0] == pytest.approx(expected, rel=1e-6)
+    predicted = predict_bytes(lora, t.layout, t.cfg.zero, t.world, after_backward=False)
+    assert abs(census(t.engine)["masters"] - predicted.masters) <= 0.02 * predicted.masters
+    t.train(2)
+    t.close()
+
+
+def test_a_module_that_is_not_the_plan_s_by_name_is_refused(ranks):
+    ranks.run(other_names)
+
+
+def other_names():
+    t = Trainer(config("zero2"))
+    check_names(t.engine.module, t.full, t.layout)
+    for change in ({"extra": (3,)}, {"classifier.bias": (11,)}):
+        layout = replace(t.layout, parameters={**t.layout.parameters, **change})
+        with pytest.raises(RuntimeError, match=f"parameter {next(iter(change))} has the shape .* in the plan of phase"):
+            check_names(t.engine.module, t.full, layout)
+    with pytest.raises(RuntimeError, match="buffer scale has the shape None in the model"):
+        check_names(t.engine.module, t.full, replace(t.layout, buffers={"scale": (1,)}))
+    t.close()

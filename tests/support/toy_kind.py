@@ -1,0 +1,79 @@
+"""A second kind of adapter, for tests of the seam: each output of a linear is scaled by 1 + gain, which begins at 0.
+
+`KIND` is its pure half, and this module the one that computes; `register` enters both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from prelora_ds.core.adapters import KINDS, AdapterCost, AdapterSpec, Capabilities, Needs, Shape
+from prelora_ds.model.adapters import HALVES
+from prelora_ds.model.families import ADAPTER_NAME
+
+
+class ToyKind:
+    can = Capabilities(merges=True, restarts=True, rank_per_module=False, kernels=("branch",), needs_weight=False,
+                       zero_stages=frozenset({0, 1, 2, 3}), at_attach="exact")
+
+    def parameters(self, weight: Shape, spec: AdapterSpec) -> Mapping[str, Shape]:
+        return {"gain": (weight[0],)}
+
+    def trains(self, spec: AdapterSpec) -> frozenset[str]:
+        return frozenset({"gain"})
+
+    def role(self, leaf: str) -> str:
+        return "gain"
+
+    def roles(self) -> tuple[str, ...]:
+        return ("gain",)
+
+    def cost(self, spec: AdapterSpec, rows: int, inputs: int, outputs: int, needs: Needs) -> AdapterCost:
+        return AdapterCost(rows * outputs, 2 * rows * outputs, 4 * rows * outputs, 1, False, rows * outputs)
+
+
+class Scaled(nn.Module):
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = linear
+        self.gain = nn.ParameterDict({ADAPTER_NAME: nn.Parameter(torch.zeros_like(linear.weight[:, 0]))})
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.base_layer(x) * (1 + self.gain[ADAPTER_NAME])
+
+
+def attach(module: nn.Module, specs: Mapping[str, AdapterSpec], *, dropout: float, kernel: str) -> None:
+    for path in specs:
+        holder, _, name = path.rpartition(".")
+        setattr(module.get_submodule(holder), name, Scaled(module.get_submodule(path)))
+
+
+def attached(module: nn.Module) -> dict[str, nn.Module]:
+    return {path: m for path, m in module.named_modules() if isinstance(m, Scaled)}
+
+
+def check(path: str, linear: nn.Module, spec: AdapterSpec) -> None:
+    """Every linear has one gain, and there is nothing that could differ."""
+
+
+def set_active(linear: nn.Module, active: bool) -> None:
+    """It merges nothing, and needs no word."""
+
+
+def initial(name: str, leaf: str, shape: Shape, spec: AdapterSpec) -> torch.Tensor:
+    return torch.zeros(shape)
+
+
+def effective(weight: torch.Tensor, values: Mapping[str, torch.Tensor], spec: AdapterSpec) -> torch.Tensor:
+    return weight.float() * (1 + values["gain"].float())[:, None]
+
+
+def register() -> None:
+    import support.toy_kind as half
+
+    KINDS["toy"] = ToyKind()
+    HALVES["toy"] = half

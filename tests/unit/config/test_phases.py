@@ -1,0 +1,185 @@
+"""`phases:` of a recipe as a list and as a preset: what is read, what overrides reach, and what is refused."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prelora_ds.config.changes import differences, what_binds
+from prelora_ds.config.documents import write_yaml
+from prelora_ds.config.load import dump_yaml, load_config, validate
+from prelora_ds.config.tree import Config
+from prelora_ds.core.duration import Duration
+from prelora_ds.core.phases import Adapters, PhaseSpec
+from prelora_ds.core.rank_rules.prelora import PreloraRanks
+from prelora_ds.core.rank_rules.uniform import UniformRank
+from prelora_ds.core.switch_tests.prelora import PreloraTest
+from prelora_ds.errors import ConfigError
+
+BASE: dict[str, Any] = {
+    "run": {"name": "r", "output_dir": "o"}, "data": {"train": "t", "val": "v"},
+    "model": {"image_size": 8, "patch_size": 2, "num_channels": 1, "hidden_size": 32, "num_hidden_layers": 2,
+              "num_attention_heads": 2, "intermediate_size": 64},
+    "train": {"duration": "20 steps", "global_batch_size": 64, "micro_batch_size": 16},
+}
+TEST = {"test": "prelora", "tau": 1.0, "zeta": 5.0, "k": 2, "m": 2}
+LIST: list[dict[str, Any]] = [
+    {"name": "full", "until": "8 steps"},
+    {"name": "low", "adapters": {"rank": 4, "families": ["q", "v"]}, "train": "adapters", "until": TEST},
+    {"name": "thaw", "train": "all", "until": "4 steps", "rewarm": "2 steps", "zero_stage": 1},
+    {"name": "last", "train": ["adapters", "head", "norms", r".*\.cls_token"], "lr_scale": {"b": 16.0, "base": 0.1},
+     "freeze_below": 1},
+]
+
+
+def method(*phases: dict[str, Any], **sections: Any) -> Config:
+    return validate({**BASE, "phases": [deepcopy(phase) for phase in phases], **sections}, "r.yaml")
+
+
+def refused(*phases: dict[str, Any], **sections: Any) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        method(*phases, **sections)
+    return caught.value
+
+
+# ---- what is read
+
+def test_a_list_is_read_phase_by_phase() -> None:
+    adapters = Adapters("lora", ("q", "v"), UniformRank(4))
+    assert method(*LIST).specs() == (
+        PhaseSpec("full", until=Duration("8 steps")),
+        PhaseSpec("low", adapters, ("adapters",), PreloraTest(1.0, 5.0, 2, 2)),
+        PhaseSpec("thaw", until=Duration("4 steps"), rewarm=Duration("2 steps")),
+        PhaseSpec("last", train=("adapters", "head", "norms", r".*\.cls_token"), lr_scale={"b": 16.0, "base": 0.1},
+                  freeze_below=1))
+
+
+def test_the_preset_is_three_phases_with_the_parameters_of_two_sections() -> None:
+    config = validate({**BASE, "convergence": {"tau": 1.0, "zeta": 5.0}, "observe": {"every": "2 steps"},
+                       "lora": {"r_min": 2, "r_max": 4, "warmup": "4 steps", "lr_scale": 0.5, "train_rest": False,
+                                "train_a": False}, "phases": {"preset": "prelora", "lora": {"zero_stage": 1}}}, "r")
+    adapters = Adapters("lora", ("q", "k", "v", "o", "fc1", "fc2"), PreloraRanks(2, 4), 1.0, {"train_a": False})
+    assert config.specs() == (
+        PhaseSpec("full", until=PreloraTest(1.0, 5.0)),
+        PhaseSpec("warmup", adapters, until=Duration("4 steps"), lr_scale={"adapters": 0.5}),
+        PhaseSpec("lora", train=("adapters",), lr_scale={"adapters": 0.5, "base": 0.5}))
+    assert [config.for_phase(phase.name).zero.stage for phase in config.phase_list] == [0, 0, 1]
+
+
+def test_without_a_preset_the_convergence_section_decides() -> None:
+    assert [p.name for p in validate(BASE, "r").phase_list] == ["full"]
+    assert len(validate({**BASE, "convergence": {"tau": 1.0, "zeta": 5.0}}, "r").phase_list) == 3
+
+
+def test_a_method_is_written_and_read_back(tmp_path: Path) -> None:
+    for config in (method(*LIST), validate({**BASE, "phases": {"preset": "full", "full": {"zero_stage": 2}}}, "r")):
+        path = tmp_path / "config.yaml"
+        path.write_text(dump_yaml(config))
+        assert load_config(path) == config
+
+
+def test_adapters_keep_what_they_are_and_may_change_how_they_train() -> None:
+    keep = {**LIST[2], "adapters": {"from": "keep", "dropout": 0.1, "weight_decay": 0.5}}
+    config = method(*LIST[:2], keep, LIST[3])
+    assert config.specs()[2].adapters is None
+    for name in ("thaw", "last"):
+        assert (config.for_phase(name).adapters.dropout, config.for_phase(name).adapters.weight_decay) == (0.1, 0.5)
+    assert config.for_phase("low").adapters.dropout == 0.0
+
+
+def test_norms_are_measured_of_what_any_phase_adapts() -> None:
+    assert method(*LIST).families() == ("q", "v")
+    assert method(LIST[3] | {"name": "full", "train": "all"}).families() == ("q", "k", "v", "o", "fc1", "fc2")
+
+
+# ---- overrides
+
+def overridden(tmp_path: Path, *overrides: str) -> Config:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(write_yaml({**BASE, "phases": LIST}))
+    return load_config(recipe, overrides)
+
+
+def test_an_override_names_a_phase_by_its_name(tmp_path: Path) -> None:
+    config = overridden(tmp_path, "phases.low.adapters.rank=8", "phases.low.until.tau=2.5", "phases.full.until=9 steps",
+                        "phases.last.micro_batch_size=8", "phases.last.freeze_below=null")
+    full, low, _, last = config.phase_list
+    assert (low.adapters.rank, low.until.tau, str(full.until)) == (8, 2.5, "9 steps")  # type: ignore[union-attr]
+    assert (last.micro_batch_size, last.freeze_below) == (8, None)
+
+
+@pytest.mark.parametrize("override", ["phases.lora.zero_stage=1", "phases.low=1", "phases.0.until=9 steps"])
+def test_an_override_of_a_phase_that_is_not_there_names_those_that_are(tmp_path: Path, override: str) -> None:
+    with pytest.raises(ConfigError, match="the phases of this recipe are full, low, thaw, last"):
+        overridden(tmp_path, override)
+
+
+# ---- what is refused, with phase and key
+
+@pytest.mark.parametrize(("phases", "key", "problem"), [
+    ([], "phases", "at least one phase"),
+    ([{**LIST[0], "until": None}, LIST[3]], "phases.full.until", "is required"),
+    ([LIST[0]], "phases.full.until", "lasts as long as the run"),
+    ([LIST[0], {**LIST[0], "until": None}], "phases.full.name", "two phases"),
+    ([{"name": "0 x"}], "phases.0 x.name", "should match pattern"),
+    ([{"name": "a", "adapters": {"ranks": {"rule": "prelora"}}, "until": TEST}, {"name": "b"}],
+     "phases.a.adapters.ranks.rule", "no phase before"),
+    ([LIST[0], {"name": "b", "adapters": {"ranks": {"rule": "prelora"}}}], "phases.b.adapters.ranks.rule", "windows"),
+    ([LIST[0], {"name": "b", "adapters": {"rank": 4, "ranks": {"rule": "prelora"}}}], "phases.b.adapters.rank",
+     "either"),
+    ([LIST[0], {"name": "b", "adapters": {}}], "phases.b.adapters.rank", "give either rank"),
+    ([LIST[0], {"name": "b", "adapters": {"rank": 4, "kind": "dora"}}], "phases.b.adapters.kind", "known are lora"),
+    ([LIST[0], {"name": "b", "adapters": {"rank": 4, "families": []}}], "phases.b.adapters.families", "once"),
+    ([LIST[0], {"name": "b", "adapters": {"from": "keep"}}], "phases.b.adapters.from", "no adapters before"),
+    ([LIST[0], {"name": "b", "adapters": {"from": "keep", "rank": 4}}], "phases.b.adapters.rank", "leave it out"),
+    ([*LIST[:2], {"name": "c", "adapters": {"rank": 4}}], "phases.c.adapters.from", "would lose"),
+    ([*LIST[:2], {"name": "c", "adapters": "none"}], "phases.c.adapters", "would lose"),
+    ([LIST[0], {"name": "b", "train": "adapters"}], "phases.b.train", "there are none"),
+    ([LIST[0], {"name": "b", "train": []}], "phases.b.train", "trains nothing"),
+    ([LIST[0], {"name": "b", "train": "head("}], "phases.b.train", "neither one of all, adapters"),
+    ([LIST[0], {"name": "b", "lr_scale": {"c": 2.0}}], "phases.b.lr_scale.c", "is not a role"),
+    ([LIST[0], {"name": "b", "lr_scale": 0}], "phases.b.lr_scale", "greater than 0"),
+    ([LIST[0], {"name": "b", "freeze_below": 2}], "phases.b.freeze_below", "layers 0 to 1"),
+    ([LIST[0], {"name": "b", "until": {**TEST, "k": 1}}, {"name": "c"}], "phases.b.until.k", "greater than or equal"),
+    ([LIST[0], {"name": "b", "until": "soon"}, {"name": "c"}], "phases.b.until", "'soon' is not a duration"),
+    ([LIST[0], {"name": "b", "untill": "9 steps"}], "phases.b.untill", "unknown key"),
+    ([LIST[0], {"name": "b", "zero_stage": 4}], "phases.b.zero_stage", "0, 1, 2, 3 or 'auto'"),
+    ([LIST[0], {"name": "b", "adapters": {"rank": 4, "mode": "merged"}, "train": "adapters", "zero_stage": 3}],
+     "phases.b.adapters.mode", "needs each weight whole"),
+])
+def test_what_cannot_work_is_refused_with_phase_and_key(phases: list[dict[str, Any]], key: str, problem: str) -> None:
+    error = refused(*phases)
+    assert error.key == key
+    assert problem in error.problem
+
+
+def test_parameters_of_the_preset_have_no_place_beside_a_list() -> None:
+    assert refused(*LIST, convergence={"tau": 1.0, "zeta": 5.0}).key == "convergence"
+    assert refused(*LIST, lora={"r_max": 32}).key == "lora"
+
+
+@pytest.mark.parametrize(("sections", "key"), [
+    ({"phases": {"preset": "prelora"}}, "convergence"),
+    ({"phases": {"preset": "full"}, "convergence": {"tau": 1.0, "zeta": 5.0}}, "convergence"),
+    ({"phases": {"preset": "relora"}}, "phases.preset"), ({"phases": {"low": {"zero_stage": 1}}}, "phases.low"),
+    ({"phases": {"lora": {"train": "all"}}}, "phases.lora.train"), ({"phases": "prelora"}, "phases")])
+def test_a_preset_is_held_to_its_sections(sections: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        validate({**BASE, **sections}, "r.yaml")
+    assert caught.value.key == key
+
+
+# ---- a resumed run
+
+def test_a_resumed_run_keeps_its_method_and_may_run_its_phases_otherwise() -> None:
+    before = method(*LIST).model_dump(mode="json")
+    settings = method(*(phase | {"micro_batch_size": 8, "zero_stage": 2} for phase in LIST)).model_dump(mode="json")
+    assert list(differences(before, settings)) == []
+    other = method(*LIST[:1], {**LIST[1], "adapters": {"rank": 8, "families": ["q", "v"]}}, *LIST[2:])
+    assert [key for key, *_ in differences(before, other.model_dump(mode="json"))] == ["phases.low.adapters.rank"]
+    bound = what_binds(before, settings)
+    assert validate(bound, "r").phase_list[1].zero_stage == 2
+    assert [phase["name"] for phase in bound["phases"]] == ["full", "low", "thaw", "last"]
