@@ -1,0 +1,91 @@
+"""Methods that are lists of phases, from the recipe to the exported model: trained, killed and resumed, forked."""
+
+from __future__ import annotations
+
+import signal
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+from support.launches import Job, differences, traces
+
+from prelora_ds.reporting.table import phase_rows
+from prelora_ds.run.checkpoints.checkpoint_folder import step_of
+from prelora_ds.run.folder import RunFolder
+from prelora_ds.run.log import read_lines
+
+TEST = "{test: prelora, tau: 90.0, zeta: 90.0, k: 2, m: 1}"
+LOW = f"{{name: low, adapters: {{rank: 4, families: [q, fc1]}}, train: [adapters, head], until: {TEST}}}"
+FULL, THAW = "{name: full, until: 4 steps}", "{name: thaw, train: all, until: 4 steps, rewarm: 2 steps, zero_stage: 1}"
+LAST = "{name: last, train: [adapters, norms], lr_scale: {b: 4.0}, freeze_below: 1}"
+# The sections of the preset, back to what they are where nobody sets them.
+NONE = ("convergence=null", "lora.r_min=8", "lora.r_max=64", "lora.warmup=10 epochs")
+SETTINGS = (*NONE, "observe.every=2 steps", "train.duration=18 steps", "checkpoint.every=1 steps",
+            "checkpoint.keep_last=30", "train.eval_every=6 steps")
+
+
+def phases(*entries: str) -> str:
+    return f"phases=[{', '.join(entries)}]"
+
+
+@pytest.fixture(scope="module")
+def whole(forge, shards, tmp_path_factory):
+    """A run of four phases that nobody disturbed."""
+    out = tmp_path_factory.mktemp("methods") / "whole"
+    job = Job(forge, out, shards, *SETTINGS, phases(FULL, LOW, THAW, LAST))
+    assert job.end() == [0, 0], job.said()[-3000:]
+    return out
+
+
+def walk(out: Path) -> list[tuple[str, int]]:
+    rows = read_lines(out / "metrics.jsonl")
+    return [(name, len(list(group))) for name, group in groupby(rows, key=lambda row: row["phase"])]
+
+
+def test_every_phase_begins_when_the_one_before_is_over(whole):
+    assert walk(whole) == [("full", 4), ("low", 4), ("thaw", 4), ("last", 6)]
+    plans = [row for row in read_lines(whole / "events.jsonl") if row["event"] == "plan"]
+    assert [plan["reason"].partition(":")[0] for plan in plans] == [
+        "training begins in phase full", "phase full has lasted 4 steps", "Algorithm 1 passed at test 1",
+        "phase thaw has lasted 4 steps"]
+    adapters = plans[1]["plan"]["adapters"]
+    assert len(adapters) == 4 and {spec["rank"] for spec in adapters.values()} == {4}
+    trained = [plan["trainable_parameters"] for plan in plans]
+    assert trained[2] > trained[0] > trained[1] and trained[2] > trained[3]
+    assert [row["phase"] for row in phase_rows(RunFolder(whole))] == ["full", "low", "thaw", "last"]
+
+
+def test_the_rate_rises_again_where_a_phase_says_so(whole):
+    rates = {row["step"]: row["lr"] for row in read_lines(whole / "metrics.jsonl")}
+    assert rates[9] < 0.5 * rates[8] and rates[10] > 1.6 * rates[9]
+
+
+def test_a_window_belongs_to_the_phase_in_which_it_began(whole):
+    windows = read_lines(whole / "windows.jsonl")
+    assert [row["last_step"] for row in windows] == [2, 4, 6, 8, 10, 12, 14, 16, 18]
+    assert [row["last_step"] for row in windows if row["verdict"]] == [8]  # two windows of the phase low
+
+
+@pytest.mark.parametrize("step", [7, 11, 15])
+def test_a_run_that_was_killed_in_any_phase_equals_the_one_that_was_not(whole, forge, shards, tmp_path, step):
+    """In the frozen phase, whose fp32 values the thaw needs, in the thaw itself, and after it."""
+    out, settings = tmp_path / "out", (*SETTINGS, phases(FULL, LOW, THAW, LAST))
+    killed = Job(forge, out, shards, *settings, faults={1: {"place": "step", "call": step, "delay": 0}})
+    assert killed.end()[1] == -signal.SIGKILL, killed.said()[-3000:]
+    again = Job(forge, out, shards, *settings)
+    assert again.end() == [0, 0], again.said()[-3000:]
+    assert "resumes after step" in again.said()
+    assert differences(traces(whole), traces(out)) == []
+
+
+def test_a_fork_shares_the_phases_that_are_past_and_goes_its_own_way(whole, forge, shards, tmp_path):
+    source = whole / "checkpoints/step-00000006"
+    assert step_of(source) == 6
+    fork = Job(forge, tmp_path / "fork", shards, *SETTINGS, phases(FULL, LOW.replace("k: 2", "k: 3"), "{name: rest}"),
+               resume=str(source))
+    assert fork.end() == [0, 0], fork.said()[-3000:]
+    assert walk(tmp_path / "fork") == [("low", 4), ("rest", 8)]
+    refused = Job(forge, tmp_path / "other", shards, *SETTINGS, phases("{name: full, until: 2 steps}", LOW, LAST),
+                  resume=str(source))
+    assert refused.end()[0] == 2 and "phases.full.until = " in refused.said(), refused.said()[-3000:]
+    assert "which is in phase low" in refused.said()
