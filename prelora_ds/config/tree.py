@@ -6,26 +6,21 @@ tree from a recipe, overrides and a DeepSpeed JSON.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from pydantic import Field, PrivateAttr, model_validator
 
 from prelora_ds.config.data import DataConfig
 from prelora_ds.config.fields import (
-    DurationField,
     FieldError,
-    Interval,
-    IntervalOrNull,
     LocalPlace,
-    Positive,
-    Seconds,
     Seed,
-    Share,
     Strict,
     Text,
 )
+from prelora_ds.config.job import CheckpointConfig, GuardConfig, LaunchConfig, MachineConfig
+from prelora_ds.config.model import ModelConfig
 from prelora_ds.config.phases import (
     FAMILIES,
     AdaptersConfig,
@@ -33,14 +28,11 @@ from prelora_ds.config.phases import (
     PhaseConfig,
     PhaseSettings,
     PhasesField,
-    PreloraRule,
-    PreloraUntil,
     PresetConfig,
-    check_families,
     check_method,
-    check_powers_of_two,
 )
-from prelora_ds.core.duration import Duration
+from prelora_ds.config.preset import ConvergenceConfig, LoraConfig, expanded
+from prelora_ds.config.training import ObserveConfig, OptimizerConfig, TrainConfig
 from prelora_ds.core.phases import PhaseSpec
 
 MERGED_UP_TO = 384  # hidden size
@@ -50,197 +42,6 @@ class RunConfig(Strict):
     name: Text
     output_dir: LocalPlace
     seed: Seed = 0
-
-
-class ModelConfig(Strict):
-    """Sizes in the names of transformers' ViTConfig; or ``factory`` for any other torch module.
-
-    ``factory`` is ``"package.module:function"``, called with ``factory_args`` and ``num_labels``; it returns a module
-    that maps images ``[batch, channels, height, width]`` to logits ``[batch, num_labels]`` (or to an object with
-    ``.logits``). ``activation_checkpointing`` keeps only the input of each block for backward and runs its forward pass
-    twice. ``compile`` compiles each block by torch.compile, anew in each phase. ``families`` maps a family to a regular
-    expression over module paths with a group ``layer``.
-    """
-
-    image_size: Positive = 224
-    patch_size: Positive = 16
-    num_channels: Literal[1, 3] = 3
-    hidden_size: Positive = 768
-    num_hidden_layers: Positive = 12
-    num_attention_heads: Positive = 12
-    intermediate_size: Positive = 3072
-    hidden_dropout_prob: Share = 0.0
-    attention_probs_dropout_prob: Share = 0.0
-    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
-    activation_checkpointing: bool = False
-    compile: bool = False
-    factory: str | None = None
-    factory_args: dict[str, Any] = Field(default_factory=dict)
-    families: dict[str, str] | None = None
-
-    @model_validator(mode="after")
-    def _shapes_fit(self) -> ModelConfig:
-        if self.factory is None and self.image_size % self.patch_size:
-            raise FieldError("image_size", self.image_size,
-                             f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
-        if self.factory is None and self.hidden_size % self.num_attention_heads:
-            raise FieldError("hidden_size", self.hidden_size,
-                             f"hidden_size {self.hidden_size} is not divisible by num_attention_heads "
-                             f"{self.num_attention_heads}")
-        if self.factory is not None and not re.fullmatch(r"[\w.]+:\w+", self.factory):
-            raise FieldError("factory", self.factory,
-                             f'factory {self.factory!r} is not of the form "package.module:function"')
-        if self.factory is not None and self.families is None:
-            raise FieldError("families", None, "a model.factory needs model.families: family -> regular expression "
-                             "over module paths")
-        for family, pattern in (self.families or {}).items():
-            try:
-                groups = re.compile(pattern).groupindex
-            except re.error as exc:
-                raise FieldError(f"families.{family}", pattern, f"{pattern!r} is not a regular expression: "
-                                 f"{exc}") from exc
-            if "layer" not in groups:
-                raise FieldError(f"families.{family}", pattern, f"{pattern!r} has no group (?P<layer>...)")
-        return self
-
-
-class OptimizerConfig(Strict):
-    """AdamW, a linear warm-up and one cosine to ``min_lr_ratio`` of ``lr``. Decay on matrices only."""
-
-    lr: Annotated[float, Field(gt=0)] = 1e-3
-    betas: tuple[Share, Share] = (0.9, 0.999)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    warmup: DurationField = Duration("10000 steps")
-    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
-    clip_grad_norm: Annotated[float, Field(ge=0)] = 1.0
-
-
-class DivergenceConfig(Strict):
-    """What happens at a loss or gradient norm that is not finite, or at a loss above ``spike`` times the mean of the
-    last ``over`` steps (null: no loss is too high).
-
-    stop: end the run. skip: leave that update out, at most ``tries`` times in a row. rollback: go back to the last
-    checkpoint, and leave that update out when the run comes to it again; at most ``tries`` times.
-    """
-
-    action: Literal["stop", "skip", "rollback"] = "stop"
-    spike: Annotated[float, Field(gt=1)] | None = None
-    over: Positive = 50
-    tries: Positive = 3
-
-
-class TrainConfig(Strict):
-    duration: DurationField
-    global_batch_size: Positive
-    micro_batch_size: Positive
-    loss: Literal["softmax", "sigmoid"] = "softmax"
-    label_smoothing: Share = 0.0
-    log_every: Positive = 1
-    eval_every: Interval = Duration("1 epoch")
-    divergence: DivergenceConfig = DivergenceConfig()
-
-    @model_validator(mode="after")
-    def _duration_is_absolute(self) -> TrainConfig:
-        if self.duration.unit == "%":
-            raise FieldError("duration", str(self.duration),
-                             "a run cannot last a share of itself; give steps or epochs")
-        if self.duration.value == 0:
-            raise FieldError("duration", str(self.duration), "a run of no steps trains nothing")
-        return self
-
-
-class ObserveConfig(Strict):
-    """The weight norms and the loss are measured and logged ``every`` so often, in every run.
-
-    Algorithm 1 is fed with these observations where there is a `convergence` section.
-    """
-
-    every: DurationField = Duration("1 epoch")
-
-
-class ConvergenceConfig(Strict):
-    """PreLoRA Algorithm 1: k windows of m observations, ``tau`` and ``zeta`` in per cent."""
-
-    tau: Annotated[float, Field(gt=0)]
-    zeta: Annotated[float, Field(gt=0)]
-    k: Annotated[int, Field(ge=2)] = 3
-    m: Positive = 3
-    statistic: Literal["mean", "last"] = "mean"
-    aggregate: Literal["norm_of_mean", "mean_of_layers"] = "norm_of_mean"
-
-
-class LoraConfig(Strict):
-    """Parameters of the preset `prelora`: the adapters, their ranks by Algorithm 2, and how they train.
-
-    ``warmup`` is how long everything trains beside the adapters. ``train_rest`` keeps head, LayerNorms and embeddings
-    (whatever is not an adapted linear) trainable in the LoRA phase. ``lr_scale`` is a factor of the learning rate of
-    the adapters, and in the LoRA phase of all that trains. ``train_a: false`` leaves the A of each adapter at its
-    first value (LoRA-FA). The other keys are those of `phases.*.adapters`.
-    """
-
-    families: tuple[str, ...] = FAMILIES
-    r_min: Positive = 8
-    r_max: Positive = 64
-    warmup: DurationField = Duration("10 epochs")
-    alpha_over_r: Annotated[float, Field(gt=0)] = 1.0
-    dropout: Share = 0.0
-    lr_scale: Annotated[float, Field(gt=0)] = 1.0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    train_a: bool = True
-    train_rest: bool = True
-    mode: Mode = "auto"
-
-    @model_validator(mode="after")
-    def _values_fit(self) -> LoraConfig:
-        check_powers_of_two(self.r_min, self.r_max)
-        check_families(self.families)
-        return self
-
-
-class MachineConfig(Strict):
-    """What ``auto`` in `phases` goes by.
-
-    ``memory_gib`` of a rank (by default its device's, or its share of the host's), and the rates in the file
-    ``calibration`` of `prelora calibrate` (by default the GPU's data sheet).
-    """
-
-    memory_gib: Annotated[float, Field(gt=0)] | None = None
-    calibration: LocalPlace | None = None
-
-
-class CheckpointConfig(Strict):
-    """Checkpoints in ``run.output_dir/checkpoints``, each ``every`` and at the end (null: only when asked to stop).
-
-    keep_last, keep_best: so many of the newest and of the most accurate; keep_every: those that lie on its ticks, too.
-    With keep_best, an evaluation that beats all before it makes a checkpoint, whether or not one is due.
-    walltime: the job's time limit, counted from the start of the rank; the run stops with a checkpoint before it.
-    async: write while training goes on. deepspeed_format: write DeepSpeed's own folder into each checkpoint as well.
-    """
-
-    every: IntervalOrNull = Duration("1 epoch")
-    keep_last: Positive = 2
-    keep_best: Annotated[int, Field(ge=0)] = 1
-    keep_every: IntervalOrNull = None
-    walltime: Seconds | None = None
-    async_: bool = Field(default=True, alias="async")
-    deepspeed_format: bool = False
-
-
-class GuardConfig(Strict):
-    """hang_limit: a rank that takes no step for so long ends itself with all stacks and exit code 85."""
-
-    hang_limit: Seconds = 1800.0
-
-
-class LaunchConfig(Strict):
-    """``interface``: the network interface of gloo, NCCL and MPI (null: gloo takes the one towards the master).
-
-    ``timeout_s``: seconds within which all ranks have to come before the process group is made.
-    """
-
-    interface: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,15}$")] | None = None
-    timeout_s: Annotated[float, Field(gt=0)] = 300.0
 
 
 @dataclass(frozen=True)
@@ -426,25 +227,3 @@ class Config(Strict):
             raise ValueError(f"ZeRO stage 0 accumulates gradients in BF16, and {accum} micro-batches a step would lose "
                              "bits; DeepSpeed has no fp32 accumulator there")
         return accum
-
-
-def expanded(phases: PresetConfig, convergence: ConvergenceConfig | None,
-             lora: LoraConfig) -> tuple[PhaseConfig, ...]:
-    """The phases of a preset, written out."""
-
-    def phase(name: str, **keys: Any) -> PhaseConfig:
-        settings: PhaseSettings = getattr(phases, name)
-        return PhaseConfig(name=name, **{key: getattr(settings, key) for key in PhaseSettings.model_fields}, **keys)
-
-    if convergence is None:
-        return (phase("full"),)
-    test = PreloraUntil(test="prelora", **{key: getattr(convergence, key) for key in PreloraUntil.model_fields
-                                           if key != "test"})
-    adapters = AdaptersConfig(
-        ranks=PreloraRule(rule="prelora", r_min=lora.r_min, r_max=lora.r_max), families=lora.families,
-        alpha_over_r=lora.alpha_over_r, dropout=lora.dropout, weight_decay=lora.weight_decay, mode=lora.mode,
-        options={} if lora.train_a else {"train_a": False})
-    trained = ("adapters", "rest") if lora.train_rest else ("adapters",)
-    return (phase("full", until=test),
-            phase("warmup", adapters=adapters, until=lora.warmup, lr_scale={"adapters": lora.lr_scale}),
-            phase("lora", train=trained, lr_scale=lora.lr_scale))

@@ -10,7 +10,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from prelora_ds.config.tree import ModelConfig, ZeroSettings
+from prelora_ds.config.model import ModelConfig
+from prelora_ds.config.tree import ZeroSettings
 from prelora_ds.core.adapters import Needs, kind_of
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.plan import Plan

@@ -11,7 +11,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
-from prelora_ds.config.tree import ModelConfig, ZeroSettings
+from prelora_ds.config.model import ModelConfig
+from prelora_ds.config.tree import ZeroSettings
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.plan import Plan
 from prelora_ds.cost import flops as costs

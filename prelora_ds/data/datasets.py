@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from prelora_ds.config.data import Augment, Crop, DataConfig
-from prelora_ds.config.tree import ModelConfig
+from prelora_ds.config.model import ModelConfig
 from prelora_ds.data.augment import augment
 from prelora_ds.data.batch import MicroBatch, draw_mix
 from prelora_ds.data.decode import Pixels, UndecodableError, decode

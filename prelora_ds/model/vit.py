@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
-from prelora_ds.config.tree import ModelConfig
+from prelora_ds.config.model import ModelConfig
 from prelora_ds.errors import ConfigError
 
 

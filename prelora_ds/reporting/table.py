@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from prelora_ds.errors import ConfigError
-from prelora_ds.reporting.records import (
+from prelora_ds.reporting.history import (
     OWNERS,
     Accuracy,
     Bytes,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch.distributed as dist
 
-from prelora_ds.config.tree import DivergenceConfig
+from prelora_ds.config.training import DivergenceConfig
 from prelora_ds.core.divergence import DivergenceWatch
 from prelora_ds.data.batch import MicroBatch
 from prelora_ds.data.corrupt import CorruptBudget

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from prelora_ds.config.tree import TrainConfig
+from prelora_ds.config.training import TrainConfig
 from prelora_ds.core.controller import PhaseState
 from prelora_ds.core.divergence import DivergenceWatch
 from prelora_ds.engine.build import StepStats

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from support.runs import SMALL, ZEROS, Trainer, config, same
 
-from prelora_ds.config.load import OFFLOAD_KEYS, ZERO_KEYS
+from prelora_ds.config.deepspeed_section import OFFLOAD_KEYS, ZERO_KEYS
 from prelora_ds.engine.fragments import flat_masters
 from prelora_ds.engine.state import check_masters, export_state
 

@@ -8,17 +8,10 @@ import pytest
 import yaml
 from support.configs import MINIMAL, merged, mistake
 
-from prelora_ds.config.load import (
-    OWNED_BY_RECIPE,
-    REFUSED_ZERO_KEYS,
-    ZERO_KEYS,
-    check_world,
-    dump_yaml,
-    load_config,
-    read_deepspeed_json,
-    validate,
-)
-from prelora_ds.config.tree import Config, Duration
+from prelora_ds.config.deepspeed_section import OWNED_BY_RECIPE, REFUSED_ZERO_KEYS, ZERO_KEYS
+from prelora_ds.config.load import check_world, dump_yaml, load_config, read_deepspeed_json, validate
+from prelora_ds.config.tree import Config
+from prelora_ds.core.duration import Duration
 from prelora_ds.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -9,19 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from prelora_ds.config.tree import (
-    Config,
-    ConvergenceConfig,
-    DataConfig,
-    Duration,
-    LoraConfig,
-    ModelConfig,
-    ObserveConfig,
-    OptimizerConfig,
-    RunConfig,
-    TrainConfig,
-    ZeroSettings,
-)
+from prelora_ds.config.model import ModelConfig
+from prelora_ds.config.preset import ConvergenceConfig, LoraConfig
+from prelora_ds.config.training import ObserveConfig, OptimizerConfig, TrainConfig
+from prelora_ds.config.tree import Config, DataConfig, RunConfig, ZeroSettings
+from prelora_ds.core.duration import Duration
 
 VALUES: dict[str, Any] = {"run": {"name": "r", "output_dir": "o"}, "data": {"train": "t", "val": "v"},
                           "train": {"duration": "10 epochs", "global_batch_size": 24, "micro_batch_size": 6}}

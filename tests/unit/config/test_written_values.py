@@ -12,7 +12,8 @@ from support.configs import MINIMAL, merged, mistake
 
 from prelora_ds.config.fields import alternatives
 from prelora_ds.config.load import dump_yaml, load_config, validate
-from prelora_ds.config.tree import Config, Duration
+from prelora_ds.config.tree import Config
+from prelora_ds.core.duration import Duration
 
 
 @pytest.fixture

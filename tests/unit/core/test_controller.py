@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from support.plans import lora_plan
 
 from prelora_ds.config.phases import PresetConfig
-from prelora_ds.config.tree import ConvergenceConfig, LoraConfig, expanded
+from prelora_ds.config.preset import ConvergenceConfig, LoraConfig, expanded
 from prelora_ds.core.codec import to_json
 from prelora_ds.core.controller import KEPT_WINDOWS, PhaseController, PhaseState
 from prelora_ds.core.duration import Duration

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from prelora_ds.config.tree import DivergenceConfig
+from prelora_ds.config.training import DivergenceConfig
 from prelora_ds.core.divergence import DivergenceWatch
 
 SPIKE = DivergenceConfig(spike=3.0, over=4)

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prelora_ds.config.tree import Duration, OptimizerConfig
+from prelora_ds.config.training import OptimizerConfig
+from prelora_ds.core.duration import Duration
 from prelora_ds.core.plan import Plan
 from prelora_ds.core.schedule import Timeline, lr_at
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 from support.plans import full_plan, lora_plan, warmup_plan
 
-from prelora_ds.config.tree import FAMILIES, ModelConfig, ZeroSettings
+from prelora_ds.config.model import ModelConfig
+from prelora_ds.config.phases import FAMILIES
+from prelora_ds.config.tree import ZeroSettings
 from prelora_ds.core.layout import Layout
 from prelora_ds.cost.bytes import predict_bytes, worst_deviation
 from prelora_ds.model.families import find_layout

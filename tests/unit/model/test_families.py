@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from prelora_ds.config.tree import FAMILIES, ModelConfig
+from prelora_ds.config.model import ModelConfig
+from prelora_ds.config.phases import FAMILIES
 from prelora_ds.errors import ConfigError
 from prelora_ds.model.families import canonical_name, find_layout, frobenius, named_parameters
 from prelora_ds.model.vit import build_model

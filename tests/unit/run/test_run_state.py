@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support.plans import prelora_plans
 from support.values import FINITE, NORMS, same
 
-from prelora_ds.config.tree import TrainConfig
+from prelora_ds.config.training import TrainConfig
 from prelora_ds.core.codec import from_json, to_json
 from prelora_ds.core.controller import PhaseState
 from prelora_ds.core.divergence import DivergenceWatch

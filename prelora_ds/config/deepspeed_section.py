@@ -1,0 +1,158 @@
+"""The DeepSpeed section of a config: who owns its keys, which are accepted, and which are refused."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from prelora_ds.errors import ConfigError
+
+# Keys of a DeepSpeed JSON that have another owner, and that owner.
+OWNED_BY_RECIPE = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size / (train.micro_batch_size x ranks)",
+    "gradient_clipping": "optimizer.clip_grad_norm",
+    "optimizer": "optimizer",
+    "scheduler": "optimizer.warmup and optimizer.min_lr_ratio",
+    "fp16": "nothing: the engine trains in BF16",
+    "data_types": "nothing: gradients are accumulated in fp32",
+    "communication_data_type": "nothing: gradients are reduced in fp32",
+    "prescale_gradients": "nothing: gradients are reduced in fp32",
+    "gradient_predivide_factor": "nothing: gradients are reduced in fp32",
+    "zero_allow_untested_optimizer": "nothing: the optimizer is an AdamW with a step for each parameter",
+    "tensorboard": "run.output_dir",
+}
+# What else a JSON may hold. DeepSpeed itself says nothing of a misspelt key here.
+KNOWN_KEYS = ("zero_optimization", "bf16", "zero_force_ds_cpu_optimizer", "comms_logger", "wall_clock_breakdown",
+              "memory_breakdown")
+SWITCHES = ("zero_force_ds_cpu_optimizer", "wall_clock_breakdown", "memory_breakdown")  # true or false
+BF16_KEYS = ("enabled", "immediate_grad_update", "check_grad_overflow")  # true or false
+COMMS_LOGGER_KEYS = ("enabled", "verbose", "prof_all", "debug", "prof_ops")  # true or false, and a list
+# Keys of zero_optimization that were tried at another value than DeepSpeed's default: tests/ranks/test_zero_keys.py
+# trains with each of them and gets the losses of the default. Any other key is refused.
+ZERO_KEYS = (
+    "stage", "offload_optimizer", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size",
+    "use_multi_rank_bucket_allreduce", "allgather_partitions", "allgather_bucket_size", "overlap_comm",
+    "load_from_fp32_weights", "sub_group_size", "round_robin_gradients", "parameter_alignment",
+    "memory_efficient_linear", "pipeline_loading_checkpoint", "override_module_apply", "log_trace_cache_warnings",
+    "enable_sanity_checks", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold",
+    "stage3_model_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance",
+    "stage3_gather_16bit_weights_on_model_save", "stage3_use_all_reduce_for_fetch_params",
+    "stage3_allgather_sequential")
+OFFLOAD_KEYS = ("device", "pin_memory", "buffer_count", "cpuadam_cores_perc")
+# Keys of zero_optimization that are refused, the value that leaves each off (accepted), and why.
+_ACROSS_A_SWITCH = "is not carried over a switch"
+_DEPRECATED = "is deprecated in DeepSpeed"
+REFUSED_ZERO_KEYS: dict[str, tuple[Any, str]] = {
+    "offload_param": (None, _ACROSS_A_SWITCH), "zenflow": (None, _ACROSS_A_SWITCH),
+    "zero_hpz_partition_size": (1, _ACROSS_A_SWITCH), "mics_shard_size": (-1, _ACROSS_A_SWITCH),
+    "zero_quantized_weights": (False, _ACROSS_A_SWITCH), "zero_quantized_gradients": (False, _ACROSS_A_SWITCH),
+    "zero_quantized_nontrainable_weights": (False, _ACROSS_A_SWITCH),
+    "compute_grad_norm": (True, "would leave divergence unseen, which is told by the gradient norm"),
+    "ignore_unused_parameters": (True, "would stop a step in which an adapter has no gradient"),
+    "leaf_module": (None, "is set by model.compile"),
+    "stage3_module_granularity_threshold": (0, "does not know the parameters of a model that is built in parts"),
+    "save_muon_momentum_buffer_in_memory": (False, "has no effect: the optimizer is AdamW"),
+    "legacy_stage1": (False, _DEPRECATED), "elastic_checkpoint": (False, _DEPRECATED),
+    "cpu_offload": (False, _DEPRECATED), "cpu_offload_param": (False, _DEPRECATED),
+    "cpu_offload_use_pin_memory": (False, _DEPRECATED),
+    "stage3_gather_fp16_weights_on_model_save": (False, _DEPRECATED),
+}
+
+
+def check_deepspeed(values: Mapping[str, Any], source: str) -> None:
+    """Raise ConfigError when a DeepSpeed config without "auto" sets what the recipe owns or is not supported."""
+    for key, owner in OWNED_BY_RECIPE.items():
+        if key in values:
+            raise ConfigError(f"{source}: {key}", values[key], f"this key is owned by the recipe ({owner})",
+                              f'remove "{key}" from {source} and set it in the recipe')
+    _only(values, (*OWNED_BY_RECIPE, *KNOWN_KEYS), f"{source}: ")
+    zero, bf16, comms = (_section(values, key, f"{source}: ") for key in ("zero_optimization", "bf16", "comms_logger"))
+    _only(bf16, BF16_KEYS, f"{source}: bf16.")
+    _only(comms, COMMS_LOGGER_KEYS, f"{source}: comms_logger.")
+    _switches(values, SWITCHES, f"{source}: ")
+    _switches(bf16, BF16_KEYS, f"{source}: bf16.")
+    _switches(comms, COMMS_LOGGER_KEYS[:-1], f"{source}: comms_logger.")
+    operations = comms.get("prof_ops", [])
+    if not isinstance(operations, list) or not all(isinstance(name, str) for name in operations):
+        raise ConfigError(f"{source}: comms_logger.prof_ops", operations, "is not a list of names",
+                          'write for example ["all_reduce"]')
+    if bf16.get("enabled") is False:
+        raise ConfigError(f"{source}: bf16.enabled", False, "training runs in BF16", "set it to true")
+    stage = zero.get("stage", 0)
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
+        raise ConfigError(f"{source}: zero_optimization.stage", stage, "is not a ZeRO stage", "choose 0, 1, 2 or 3")
+    for key in ("reduce_bucket_size", "stage3_param_persistence_threshold"):
+        if isinstance(zero.get(key), bool) or not isinstance(zero.get(key, 0), int | float):
+            raise ConfigError(f"{source}: zero_optimization.{key}", zero[key], "is not a number",
+                              "write it as a number")
+    if stage in (1, 2):
+        check_alignment(zero, source)
+    for key, (off, why) in REFUSED_ZERO_KEYS.items():
+        if zero.get(key, off) not in (None, off, {"device": "none"}):
+            raise ConfigError(f"{source}: zero_optimization.{key}", zero[key], why, "remove it")
+    _only(zero, (*ZERO_KEYS, *REFUSED_ZERO_KEYS), f"{source}: zero_optimization.")
+    offload = {} if zero.get("offload_optimizer") is None else \
+        _section(zero, "offload_optimizer", f"{source}: zero_optimization.")
+    _only(offload, OFFLOAD_KEYS, f"{source}: zero_optimization.offload_optimizer.")
+    target = offload.get("device", "none")
+    if target not in ("none", "cpu") or (target == "cpu" and stage not in (2, 3)):
+        raise ConfigError(f"{source}: zero_optimization.offload_optimizer.device", target,
+                          f"is not supported at stage {stage}", 'offload to "cpu" at stage 2 or 3')
+
+
+def check_alignment(zero: Mapping[str, Any], source: str) -> None:
+    """Raise ConfigError for what DeepSpeed's optimizer of stages 1 and 2 asserts, after the process group is made."""
+    size = zero.get("allgather_bucket_size", 0)
+    if isinstance(size, int | float) and size % 2:
+        raise ConfigError(f"{source}: zero_optimization.allgather_bucket_size", size,
+                          "is odd, and stages 1 and 2 want pairs of BF16 elements",
+                          f"write {int(size) + 1}, for example")
+
+
+def _only(values: Mapping[str, Any], known: Sequence[str], prefix: str) -> None:
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise ConfigError(f"{prefix}{key}", values[key], "unknown key",
+                              f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}")
+
+
+def _section(values: Mapping[str, Any], key: str, prefix: str) -> Mapping[str, Any]:
+    section = values.get(key, {})
+    if not isinstance(section, dict):
+        raise ConfigError(f"{prefix}{key}", section, "is not a mapping of keys", "see ds_configs/")
+    return section
+
+
+def _switches(values: Mapping[str, Any], keys: Sequence[str], prefix: str) -> None:
+    for key in keys:
+        if not isinstance(values.get(key, True), bool):
+            raise ConfigError(f"{prefix}{key}", values[key], "is not a switch", "write true or false")
+
+
+def without_auto(values: dict[str, Any], source: str) -> dict[str, Any]:
+    """A DeepSpeed config without its "auto", each of which leaves a key to its owner or to DeepSpeed's default.
+
+    Raises ConfigError for what has no such owner: DeepSpeed would take stage 0, and would not offload.
+    """
+    zero = values.get("zero_optimization")
+    offload = zero.get("offload_optimizer") if isinstance(zero, dict) else None
+    owner = "it cannot be auto here; phases.*.zero_stage can"
+    for held, key, remedy in (
+            (values, "zero_optimization", f"write its keys; zero_optimization.stage is 0, 1, 2 or 3: {owner}"),
+            (zero, "zero_optimization.stage", f"write 0, 1, 2 or 3; {owner}"),
+            (zero, "zero_optimization.offload_optimizer", 'write {"device": "none"} or {"device": "cpu"}'),
+            (offload, "zero_optimization.offload_optimizer.device", 'write "none" or "cpu"')):
+        if isinstance(held, dict) and held.get(key.rpartition(".")[2]) == "auto":
+            raise ConfigError(f"{source}: {key}", "auto", "would silently be DeepSpeed's default, "
+                              f"{'none' if 'offload' in key else 'stage 0'}", remedy)
+    return _dropped(values)  # type: ignore[no-any-return]
+
+
+def _dropped(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _dropped(v) for k, v in value.items() if v != "auto"}
+    return value
