@@ -41,7 +41,7 @@ from prelora_ds.data.loader import TrainLoader
 from prelora_ds.data.manifest import ROW, Manifest, Shard, save_manifest
 from prelora_ds.data.order import Stream
 from prelora_ds.data.shards.writer import PHOTOGRAPH_CLASSES, photographs, write_shards
-from prelora_ds.data.transforms import _inception_box, _resize
+from prelora_ds.data.transforms import inception_box, resize
 
 SIZE, AREA, BATCH = 224, (0.05, 1.0), 32
 IMAGENET, IMAGENET_SHARDS, GLOBAL_BATCH = 1_281_167, 1024, 4096
@@ -238,7 +238,7 @@ def boxes(manifest: Manifest) -> list[tuple[bytes, tuple[int, int, int, int]]]:
     cuts = []
     for number, data in enumerate(jpegs(manifest)):
         height, width, *_ = simplejpeg.decode_jpeg_header(data)
-        cuts.append((data, _inception_box(height, width, keyed(number))))
+        cuts.append((data, inception_box(height, width, keyed(number))))
     return cuts
 
 
@@ -249,7 +249,7 @@ def ideal(cuts: list[tuple[bytes, tuple[int, int, int, int]]], crop_decode: Any)
         for image, (data, (top, left, height, width)) in zip(images, part, strict=True):
             pixels = np.empty((height, width, 3), np.uint8)
             crop_decode(data, len(data), top, left, height, width, pixels.ctypes.data)
-            image.copy_(_resize(torch.from_numpy(pixels).permute(2, 0, 1), SIZE, SIZE))
+            image.copy_(resize(torch.from_numpy(pixels).permute(2, 0, 1), SIZE, SIZE))
         yield len(part)
 
 

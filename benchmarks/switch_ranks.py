@@ -42,7 +42,7 @@ PARTS = {
     "release": (transition_module, "release"),
     "prove it gone": (transition_module, "settled"),
     "write the base": (checkpoint_module, "write_part"),
-    "build: module": (build_module, "_empty_module"),
+    "build: module": (build_module, "empty_module"),
     "build: initialize": (deepspeed, "initialize"),
     "restore": (build_module, "restore_state"),
     "do ranks agree": (transition_module, "check_ranks_agree"),

@@ -29,9 +29,9 @@ def train_crop(pixels: Pixels, *, image_size: int, crop: Crop, rng: np.random.Ge
     (at least a pixel) of black around, and a crop of the size out of that. ``none``: as it is.
     """
     if crop == "inception":
-        top, left, height, width = _inception_box(pixels.shape[0], pixels.shape[1], rng)
+        top, left, height, width = inception_box(pixels.shape[0], pixels.shape[1], rng)
         pixels = pixels[top:top + height, left:left + width]
-    image = _resize(_planes(pixels), image_size, image_size)
+    image = resize(_planes(pixels), image_size, image_size)
     if crop == "pad":
         margin = max(1, image_size // 8)
         top, left = rng.integers(2 * margin + 1, size=2).tolist()
@@ -46,13 +46,13 @@ def eval_transform(pixels: Pixels, *, image_size: int, crop: Crop) -> Tensor:
     """
     image = _planes(pixels)
     if crop != "inception":
-        return _resize(image, image_size, image_size)
+        return resize(image, image_size, image_size)
     short, (height, width) = round(image_size * 256 / 224), image.shape[-2:]
     # The resize of a strip of 1 x 60,000 pixels would ask for 12 GB, and only its centre is seen.
     height, width = min(height, _LONGEST * width), min(width, _LONGEST * height)
     top, left = (image.shape[-2] - height) // 2, (image.shape[-1] - width) // 2
     image = image[:, top:top + height, left:left + width]
-    image = _resize(image, short * height // min(height, width), short * width // min(height, width))
+    image = resize(image, short * height // min(height, width), short * width // min(height, width))
     top, left = round((image.shape[-2] - image_size) / 2), round((image.shape[-1] - image_size) / 2)
     return image[:, top:top + image_size, left:left + image_size]
 
@@ -62,7 +62,7 @@ def to_float(batch: Tensor, dtype: torch.dtype) -> Tensor:
     return batch.to(torch.float32).div_(127.5).sub_(1.0).to(dtype)
 
 
-def _inception_box(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+def inception_box(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
     """(top, left, height, width) in pixels; after ten boxes that do not fit, the largest one in the centre."""
     for area, ratio, down, right in rng.random((10, 4)).tolist():
         area = height * width * (_AREA[0] + area * (_AREA[1] - _AREA[0]))
@@ -81,7 +81,7 @@ def _planes(pixels: Pixels) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def _resize(image: Tensor, height: int, width: int) -> Tensor:
+def resize(image: Tensor, height: int, width: int) -> Tensor:
     if image.shape[-2:] == (height, width):
         return image
     return functional.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]

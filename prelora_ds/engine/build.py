@@ -191,7 +191,7 @@ def build_engine(run_config: Config, plan: Plan, layout: Layout, num_labels: int
     config = run_config.for_phase(plan.phase)
     ds_config = deepspeed_config(config, plan, layout, comm.get_world_size())
     with torch.random.fork_rng(devices=[]):
-        module = _empty_module(config, plan, layout, num_labels, ds_config)
+        module = empty_module(config, plan, layout, num_labels, ds_config)
     optimizer = make_optimizer(config, plan, layout, module)
     with _without_chatter():
         ds, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config, dist_init_required=False)
@@ -246,7 +246,7 @@ def deepspeed_config(config: Config, plan: Plan, layout: Layout, world_size: int
     return ds
 
 
-def _empty_module(config: Config, plan: Plan, layout: Layout, num_labels: int,
+def empty_module(config: Config, plan: Plan, layout: Layout, num_labels: int,
                   ds_config: Mapping[str, Any]) -> nn.Module:
     """A bf16 module of zeros on the device, adapters attached, partitioned as it is made at stage 3."""
     with torch.device("meta"):

@@ -85,7 +85,7 @@ class _Flat:
 
 
 @dataclass
-class _Runs:
+class Runs:
     """What one group steps now: views of equal length in four lists, and the Adam step of each."""
 
     weights: list[torch.Tensor] = field(default_factory=list)
@@ -132,13 +132,13 @@ class AdamByName(torch.optim.Optimizer):
             super().step(closure)
             return
         for group in self.param_groups:
-            runs = _Runs()
+            runs = Runs()
             for tensor in group["params"]:
                 self._add_runs(runs, tensor)
             if runs.steps:
-                self._update(group, runs)
+                self.update(group, runs)
 
-    def _add_runs(self, runs: _Runs, tensor: torch.Tensor) -> None:
+    def _add_runs(self, runs: Runs, tensor: torch.Tensor) -> None:
         flat, active = self._flats[tensor], self.active
         for name in flat.names:
             if active is None or name in active:
@@ -171,7 +171,7 @@ class AdamByName(torch.optim.Optimizer):
         for total, views in zip((runs.weights, runs.exp_avgs, runs.exp_avg_sqs), flat.views, strict=True):
             total += views
 
-    def _update(self, group: Mapping[str, Any], runs: _Runs) -> None:
+    def update(self, group: Mapping[str, Any], runs: Runs) -> None:
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
@@ -189,7 +189,7 @@ class AdamByName(torch.optim.Optimizer):
 class TorchAdamByName(AdamByName, torch.optim.AdamW):
     """By torch's functional AdamW, on the tensors' device."""
 
-    def _update(self, group: Mapping[str, Any], runs: _Runs) -> None:
+    def update(self, group: Mapping[str, Any], runs: Runs) -> None:
         beta1, beta2 = group["betas"]
         before = (torch.tensor(runs.steps, dtype=torch.float32) - 1).unbind()  # adamw itself adds 1
         adamw(runs.weights, runs.grads, runs.exp_avgs, runs.exp_avg_sqs, [], list(before), foreach=group["foreach"],
@@ -200,7 +200,7 @@ class TorchAdamByName(AdamByName, torch.optim.AdamW):
 class CPUAdamByName(AdamByName, DeepSpeedCPUAdam):
     """By the kernel of DeepSpeed 0.19's DeepSpeedCPUAdam, which takes the step as an argument."""
 
-    def _update(self, group: Mapping[str, Any], runs: _Runs) -> None:
+    def update(self, group: Mapping[str, Any], runs: Runs) -> None:
         beta1, beta2 = group["betas"]
         for weight, grad, exp_avg, exp_avg_sq, step in zip(runs.weights, runs.grads, runs.exp_avgs, runs.exp_avg_sqs,
                                                            runs.steps, strict=True):

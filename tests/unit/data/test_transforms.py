@@ -89,9 +89,9 @@ def test_a_crop_is_resized_as_torchvision_does_it():
 
     pixels = np.array(picture(90, 120))
     crop = train_crop(pixels, image_size=32, crop="inception", rng=keyed(1))
-    from prelora_ds.data.transforms import _inception_box
+    from prelora_ds.data.transforms import inception_box
 
-    top, left, height, width = _inception_box(90, 120, keyed(1))
+    top, left, height, width = inception_box(90, 120, keyed(1))
     image = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
     expected = resized_crop(image, top, left, height, width, [32, 32], antialias=True)
     assert (crop.int() - expected.int()).abs().max() <= 1  # interleaved and planar kernels round differently

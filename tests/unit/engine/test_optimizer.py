@@ -1,10 +1,12 @@
 from __future__ import annotations
 
-import pytest
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from prelora_ds.engine.fragments import Fragment
-from prelora_ds.engine.optimizer import AdamByName, TorchAdamByName
+from prelora_ds.engine.optimizer import AdamByName, Runs, TorchAdamByName
 
 SIZES = {"a": 5, "b": 3, "c": 8}  # in one flat tensor; a and b with two elements of padding between, then three
 OFFSETS, LENGTH = {"a": 0, "b": 7, "c": 10}, 21
@@ -19,8 +21,9 @@ def flat_tensor() -> torch.Tensor:
     return flat.requires_grad_()
 
 
-def bound(flat: torch.Tensor, *, other_ranks: tuple[str, ...] = ()) -> AdamByName:
-    optimizer = TorchAdamByName([flat], **SETTINGS)
+def bound(flat: torch.Tensor, *, other_ranks: tuple[str, ...] = (),
+          of: type[AdamByName] = TorchAdamByName) -> AdamByName:
+    optimizer = of([flat], **SETTINGS)
     parts = [Fragment(name, 0, SIZES[name], flat, offset) for name, offset in reversed(OFFSETS.items())]
     optimizer.bind([(flat, [*other_ranks, *OFFSETS])], parts)
     return optimizer
@@ -91,12 +94,15 @@ def test_what_is_not_active_keeps_every_bit_whatever_its_gradient() -> None:
     assert torch.isfinite(flat).all() and optimizer.steps == {"a": 2, "b": 1, "c": 2}
 
 
-def test_names_of_one_step_are_one_run_and_others_have_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_of_one_step_are_one_run_and_others_have_their_own() -> None:
     flat = flat_tensor()
-    optimizer = bound(flat)
     seen: list[tuple[list[int], list[int]]] = []
-    monkeypatch.setattr(optimizer, "_update",
-                        lambda group, runs: seen.append(([len(w) for w in runs.weights], runs.steps)))
+
+    class Watched(TorchAdamByName):
+        def update(self, group: Mapping[str, Any], runs: Runs) -> None:
+            seen.append(([len(weights) for weights in runs.weights], runs.steps))
+
+    optimizer = bound(flat, of=Watched)
     give_gradient(flat, 0)
     optimizer.step()
     optimizer.steps |= {"b": 0, "c": 0}  # as after a restart of theirs

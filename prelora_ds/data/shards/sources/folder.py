@@ -149,7 +149,7 @@ def _refuse_ambiguous(top: Path, images: dict[str, list[str]]) -> None:
         if any(len(part) == 1 for part in parts):
             return
         below[name] = {part[0] for part in parts} if files else set(folders_in(top / name))
-    pair = _common(below)
+    pair = shared_pair(below)
     if pair is None:
         return
     first, second = pair
@@ -166,7 +166,7 @@ def _refuse_ambiguous(top: Path, images: dict[str, list[str]]) -> None:
     )
 
 
-def _common(below: dict[str, set[str]]) -> tuple[str, str] | None:
+def shared_pair(below: dict[str, set[str]]) -> tuple[str, str] | None:
     """Two folders of which the one's only sub-folder is one of several of the other, or that have two in common."""
     owners: dict[str, list[str]] = {}
     only = {next(iter(inside)): name for name, inside in below.items() if len(inside) == 1}

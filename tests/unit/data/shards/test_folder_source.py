@@ -15,7 +15,7 @@ from PIL import Image
 from prelora_ds.data.shards.build_plan import Options
 from prelora_ds.data.shards.build_shards import build
 from prelora_ds.data.shards.sources import find_images
-from prelora_ds.data.shards.sources.folder import _common
+from prelora_ds.data.shards.sources.folder import shared_pair
 from prelora_ds.data.shards.sources.listing import Request
 from prelora_ds.errors import ConfigError
 
@@ -325,5 +325,5 @@ def test_sub_folders_that_are_no_classes_stay_within_their_class(tmp_path, files
 
 def test_many_classes_with_the_same_sub_folder_take_no_time(tmp_path):
     below = {str(number): {"images", str(number)} for number in range(2000)}
-    assert _common(below) is None
-    assert _common(below | {"x": {"images"}}) == ("x", "0")
+    assert shared_pair(below) is None
+    assert shared_pair(below | {"x": {"images"}}) == ("x", "0")
