@@ -61,9 +61,9 @@ test-faults: setup  ## kill ranks 32 times, drawn by a seed, and compare with ru
 test-hosts: setup  ## 2, 4 and 16 hosts and every fault, in namespaces (root; about 30 minutes): benchmarks/results/hosts.json
 	python benchmarks/many_hosts.py | tee benchmarks/results/hosts.log
 
-lint: setup  ## ruff, mypy on core, config, cost and the ground, and the import contracts
+lint: setup  ## ruff, mypy and the import contracts
 	ruff check .
-	mypy prelora_ds/core prelora_ds/config prelora_ds/cost prelora_ds/files.py prelora_ds/errors.py
+	mypy prelora_ds
 	lint-imports --no-logo
 
 freeze:  ## write the versions of .venv into constraints.txt

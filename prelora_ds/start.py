@@ -26,6 +26,7 @@ from prelora_ds.run.stop import StopRequest
 if TYPE_CHECKING:
     from prelora_ds.data.manifest import Manifest
     from prelora_ds.data.setup import TrainData
+    from prelora_ds.run.claim import Claim
 
 
 def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config: str | None,
@@ -67,7 +68,10 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
         end_now(error.exit_code, f"error: {error}")
 
     ranks = complete(ranks, config.launch.interface)
-    claim, sources, origin = None, (), None
+    assert ranks.master_addr is not None, "complete finds it, or raises"
+    claim: Claim | None = None
+    sources: Sequence[Path] = ()
+    origin: str | None = None
     with declining(ranks, os.environ):
         choose_interface(config.launch.interface, ranks.master_addr, os.environ)
         ranks.export(os.environ)

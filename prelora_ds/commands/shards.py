@@ -92,6 +92,7 @@ def build(source: Path, out: Path,
     """
     from prelora_ds.data.parallel import cores
     from prelora_ds.data.shards import build_shards as building
+    from prelora_ds.data.shards.build_plan import Options
     from prelora_ds.data.shards.sources.listing import Request
     from prelora_ds.reporting.progress import CountProgress
 
@@ -99,8 +100,7 @@ def build(source: Path, out: Path,
     if quality is not None and resize_short is None:
         raise ConfigError("--quality", quality, "bytes stay untouched without --resize-short", "give both, or neither")
     rank, world_size = place_in_job(os.environ)
-    options = building.Options(samples_per_shard, seed, resize_short,
-                               quality or building.Options.quality, skip_bad)
+    options = Options(samples_per_shard, seed, resize_short, quality or Options.quality, skip_bad)
     with CountProgress("shards", shown=rank == 0) as progress:
         manifest = building.build(Request(source, split, labels), out, options, kind=form, like=like,
                                   workers=workers or cores(), rank=rank, world_size=world_size,

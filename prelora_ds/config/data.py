@@ -29,7 +29,8 @@ AUGMENT_LEVELS: dict[str, AugmentLevel] = {
 
 def _as_workers(value: Any) -> int | Literal["auto"]:
     if value == "auto" or (type(value) is int and value >= 0):
-        return value  # type: ignore[no-any-return]
+        workers: int | Literal["auto"] = value
+        return workers
     raise ValueError(f'{value!r} is not a number of workers: give "auto", or an integer greater than '
                      "or equal to 0")
 

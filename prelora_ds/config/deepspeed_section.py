@@ -149,7 +149,8 @@ def without_auto(values: dict[str, Any], source: str) -> dict[str, Any]:
         if isinstance(held, dict) and held.get(key.rpartition(".")[2]) == "auto":
             raise ConfigError(f"{source}: {key}", "auto", "would silently be DeepSpeed's default, "
                               f"{'none' if 'offload' in key else 'stage 0'}", remedy)
-    return _dropped(values)  # type: ignore[no-any-return]
+    kept: dict[str, Any] = _dropped(values)
+    return kept
 
 
 def _dropped(value: Any) -> Any:

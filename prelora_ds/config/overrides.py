@@ -122,7 +122,8 @@ def interpolate(tree: dict[str, Any]) -> dict[str, Any]:
         raise UnreadableError(str(exc).splitlines()[0]) from exc
     except RecursionError as exc:
         raise UnreadableError("a ${...} leads back to itself") from exc
-    return _read_filled(tree, filled, ())  # type: ignore[no-any-return]
+    read: dict[str, Any] = _read_filled(tree, filled, ())
+    return read
 
 
 def _with_defaults_quoted(value: Any) -> Any:

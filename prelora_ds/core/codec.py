@@ -75,7 +75,8 @@ def from_json(cls: type[T], data: object) -> T:
     Two values do not come back: a NaN in a ``float | None``, which is None then, and an infinity in
     a ``float | str``, which is a text. Raises CodecError, a ValueError, for data that does not fit.
     """
-    return _read(cls, data, "")  # type: ignore[no-any-return]
+    value: T = _read(cls, data, "")
+    return value
 
 
 def fields_to_json(value: Any) -> dict[str, Any]:
@@ -85,7 +86,8 @@ def fields_to_json(value: Any) -> dict[str, Any]:
 
 def fields_from_json(cls: type[T], data: object) -> T:
     """A dataclass of the fields in ``data``, each as `from_json` reads it. Raises CodecError."""
-    return _read_fields(cls, data, "")  # type: ignore[no-any-return]
+    value: T = _read_fields(cls, data, "")
+    return value
 
 
 def _float_to_json(value: float) -> float | str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, cast
 
 
 class Duration:
@@ -23,7 +23,7 @@ class Duration:
             raise ValueError(f'{text!r} is not a duration; write "500 steps", "10 epochs" or "5 %"')
         number, unit = match.groups()
         self.value = Fraction(number)
-        self.unit: Literal["step", "epoch", "%"] = unit.rstrip("s")  # type: ignore[assignment]
+        self.unit = cast(Literal["step", "epoch", "%"], unit.rstrip("s"))
         if self.unit == "step" and self.value.denominator != 1:
             raise ValueError(f"{text!r}: a number of steps is whole")
         if self.unit == "%" and self.value > 100:

@@ -51,7 +51,7 @@ def draw_mix(seed: int, epochs: np.ndarray, first: int, *, mixup: float, cutmix:
 
 def mix_images(images: Tensor, mix: Tensor) -> Tensor:
     """Float [B, C, S, S] -> the same with the pairs mixed by ``mix`` [B/2, 6]."""
-    pairs = images.unflatten(0, (-1, 2))
+    pairs: Tensor = images.unflatten(0, (-1, 2))
     _, own, top, left, bottom, right = mix.to(images.device)[:, :, None, None].unbind(1)
     place = torch.arange(images.shape[-1], device=images.device, dtype=torch.float32)
     rows, columns = place[:, None], place[None, :]
@@ -62,6 +62,6 @@ def mix_images(images: Tensor, mix: Tensor) -> Tensor:
 
 def mix_labels(labels: Tensor, mix: Tensor, num_labels: int) -> Tensor:
     """int64 [B] -> fp32 [B, num_labels], each row of sum 1."""
-    pairs = functional.one_hot(labels, num_labels).float().unflatten(0, (-1, 2))
+    pairs: Tensor = functional.one_hot(labels, num_labels).float().unflatten(0, (-1, 2))
     own = mix.to(labels.device)[:, 0, None, None]
     return (own * pairs + (1 - own) * pairs.flip(1)).flatten(0, 1)

@@ -38,7 +38,8 @@ def decode(data: bytes | bytearray, num_channels: int) -> Pixels:
         try:
             height, width, *_ = simplejpeg.decode_jpeg_header(data)
             _check_size(width, height)
-            return simplejpeg.decode_jpeg(data, "RGB" if num_channels == 3 else "GRAY")  # type: ignore[no-any-return]
+            pixels: Pixels = simplejpeg.decode_jpeg(data, "RGB" if num_channels == 3 else "GRAY")
+            return pixels
         except UndecodableError:
             raise
         except ValueError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from typing import Any
 
 from prelora_ds.config.tree import Config
 from prelora_ds.core.classes import difference
@@ -60,15 +61,16 @@ def samples_per_epoch(config: Config, samples: int) -> int:
 def make_loader(config: Config, data: TrainData, *, rank: int, world_size: int, workers: int,
                 start_step: int = 0) -> Loader:
     """The loader of a run's training data. Raises ConfigError as `TrainLoader` does."""
-    common = {"seed": config.run.seed, "global_batch_size": config.train.global_batch_size,
-              "micro_batch_size": config.train.micro_batch_size, "rank": rank, "world_size": world_size,
-              "workers": workers, "worker_start": config.data.worker_start, "start_step": start_step}
+    common: dict[str, Any] = {
+        "seed": config.run.seed, "global_batch_size": config.train.global_batch_size,
+        "micro_batch_size": config.train.micro_batch_size, "rank": rank, "world_size": world_size,
+        "workers": workers, "worker_start": config.data.worker_start, "start_step": start_step}
     look = Look.of(config.model, config.data)
     if isinstance(data, Unindexed):
-        return UnindexedLoader(data, look, **common)  # type: ignore[arg-type]
+        return UnindexedLoader(data, look, **common)
     cache = None if config.data.cache_dir is None else ShardCache(config.data.cache_dir,
                                                                   int(config.data.cache_gib * 2**30))
-    return TrainLoader(data, look, tail=config.data.tail, cache=cache, **common)  # type: ignore[arg-type]
+    return TrainLoader(data, look, tail=config.data.tail, cache=cache, **common)
 
 
 def count_workers(config: Config, data: TrainData, *, ranks_here: int, images_per_s: float | None) -> tuple[int, str]:

@@ -101,7 +101,7 @@ class Engine:
             raise ValueError(f"{len(micro_batches)} micro-batches for {self.ds.gradient_accumulation_steps()} steps "
                              "of accumulation")
         self.ds.train()
-        losses = []
+        losses: list[torch.Tensor] = []
         for batch in micro_batches:
             if losses:
                 self.ds.step()  # only counts the micro-step; the last one is taken in finish_step

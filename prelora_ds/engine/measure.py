@@ -58,7 +58,7 @@ def check_ranks_agree(engine: Engine) -> None:
     for name, p in named_parameters(engine.module).items():
         digest.update(name.encode())
         with whole(engine, [p]) as (value,):
-            digest.update(value.contiguous().view(-1).view(torch.uint8).cpu().numpy())
+            digest.update(value.contiguous().view(-1).view(torch.uint8).cpu().numpy().data)
     mine = torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8).to(engine.ds.device)
     every = [torch.empty_like(mine) for _ in range(comm.get_world_size())]
     comm.all_gather(every, mine)

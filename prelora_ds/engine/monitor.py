@@ -31,8 +31,9 @@ class EnduringMonitor:
 
     def write_events(self, events: Sequence[tuple[str, float, int]]) -> None:
         """``events``: (name, value, samples)."""
-        if self._master is not None:
-            self._attempt(lambda: self._master.write_events(events))  # type: ignore[union-attr]
+        master = self._master
+        if master is not None:
+            self._attempt(lambda: master.write_events(events))
 
     def close(self) -> None:
         if self._master is not None:
@@ -61,5 +62,5 @@ def _silence_the_writer() -> None:
         if not type(args.thread).__module__.startswith("tensorboard."):
             former(args)
 
-    hook.silences_tensorboard = True  # type: ignore[attr-defined]
+    hook.silences_tensorboard = True  # type: ignore[attr-defined]  # the mark that is looked for above
     threading.excepthook = hook

@@ -60,7 +60,8 @@ def _is_matrix(name: str, layout: Layout) -> bool:
 
 def inner_optimizer(engine: DeepSpeedEngine) -> AdamByName:
     """The optimizer of `make_optimizer` inside DeepSpeed's wrapper."""
-    return engine.optimizer.optimizer  # type: ignore[no-any-return]
+    inner: AdamByName = engine.optimizer.optimizer
+    return inner
 
 
 def bind_names(engine: DeepSpeedEngine) -> None:
@@ -126,7 +127,7 @@ class AdamByName(torch.optim.Optimizer):
                            in zip(flat.ranges, starts, stops, strict=True)]
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # DeepSpeed calls it without a closure
         """One AdamW step of all active names in the groups' flat tensors."""
         if not self._flats:
             super().step(closure)
@@ -197,7 +198,7 @@ class TorchAdamByName(AdamByName, torch.optim.AdamW):
               weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
 
 
-class CPUAdamByName(AdamByName, DeepSpeedCPUAdam):
+class CPUAdamByName(AdamByName, DeepSpeedCPUAdam):  # type: ignore[misc]  # DeepSpeed has no annotations
     """By the kernel of DeepSpeed 0.19's DeepSpeedCPUAdam, which takes the step as an argument."""
 
     def update(self, group: Mapping[str, Any], runs: Runs) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import random
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,8 @@ import torch
 
 def capture_rng() -> str:
     """The states of torch's generators (CPU, and the device's if there is one), Python's and NumPy's, as JSON."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    numpy_state: Any = np.random.get_state()  # a tuple; NumPy annotates it as the dict of legacy=False
+    kind, keys, position, has_gauss, gauss = numpy_state
     version, internal, next_gauss = random.getstate()
     states = {"torch": _text(torch.get_rng_state()), "python": [version, list(internal), next_gauss],
               "numpy": [kind, keys.tolist(), position, has_gauss, gauss]}

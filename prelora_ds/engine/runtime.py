@@ -139,7 +139,8 @@ def on_rank_0(decide: Callable[[], T]) -> T:
     torch.distributed.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
         raise outcome[1]
-    return outcome[0]  # type: ignore[no-any-return]
+    decision: T = outcome[0]
+    return decision
 
 
 def device() -> torch.device:

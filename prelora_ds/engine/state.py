@@ -16,7 +16,7 @@ from deepspeed import comm
 
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.plan import Plan
-from prelora_ds.engine.fragments import adam_state, fragments, trained_names, updated_weights
+from prelora_ds.engine.fragments import Fragment, adam_state, fragments, trained_names, updated_weights
 from prelora_ds.engine.optimizer import MOMENTS, inner_optimizer
 from prelora_ds.model.adapters import first_value, folded_bases
 from prelora_ds.model.adapters.lora import merge_bases
@@ -108,7 +108,8 @@ def _collect(engine: DeepSpeedEngine, to_host: Callable[[torch.Tensor], torch.Te
     """``to_host`` of each part that is this rank's; ``done`` is called with each flat tensor when its parts are."""
     rank, world = comm.get_rank(), comm.get_world_size()
     inner, own_steps = adam_state(engine), inner_optimizer(engine).steps
-    trained, by_flat = trained_names(engine), {}
+    trained = trained_names(engine)
+    by_flat: dict[int, list[Fragment]] = {}
     for fragment in fragments(engine):
         by_flat.setdefault(id(fragment.flat), []).append(fragment)
 
@@ -158,9 +159,10 @@ def _span(p: torch.Tensor, rank: int, world: int) -> tuple[int, int]:
     """This rank's [start, stop) of a frozen parameter: DeepSpeed's partition at stage 3, else an even share."""
     if not hasattr(p, "ds_tensor"):
         return even_share(p.numel(), rank, world)
-    partition: int = p.ds_tensor.ds_numel
-    start = min(partition * rank, p.ds_numel)
-    return start, min(start + partition, p.ds_numel)
+    partitioned: Any = p  # with the attributes that DeepSpeed gives it
+    partition = partitioned.ds_tensor.ds_numel
+    start = min(partition * rank, partitioned.ds_numel)
+    return start, min(start + partition, partitioned.ds_numel)
 
 
 def _buffers(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -294,11 +296,12 @@ def assemble(state: EngineState, name: str, key: str, shape: tuple[int, ...], de
 
 def _set_weight(p: nn.Parameter, full: torch.Tensor) -> None:
     if hasattr(p, "ds_tensor"):
-        start = p.ds_tensor.ds_numel * comm.get_rank()
-        part = full.view(-1)[start: start + p.ds_tensor.ds_numel]
-        p.ds_tensor.detach()[: part.numel()].copy_(part)
-        p.ds_tensor.detach()[part.numel():].zero_()  # padding, which DeepSpeed 0.19 leaves as it found it
-        if p.data.numel() == p.ds_numel:  # small parameters stay gathered
+        partitioned: Any = p  # with the attributes that DeepSpeed gives it
+        start = partitioned.ds_tensor.ds_numel * comm.get_rank()
+        part = full.view(-1)[start: start + partitioned.ds_tensor.ds_numel]
+        partitioned.ds_tensor.detach()[: part.numel()].copy_(part)
+        partitioned.ds_tensor.detach()[part.numel():].zero_()  # padding, which DeepSpeed 0.19 leaves as it found it
+        if p.data.numel() == partitioned.ds_numel:  # small parameters stay gathered
             p.data.copy_(full)
     else:
         p.data.copy_(full)

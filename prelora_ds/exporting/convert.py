@@ -202,11 +202,11 @@ def _write_peft(
     model = get_peft_model(base, peft_config(plan.adapters, config.for_phase(plan.phase).adapters.dropout))
     adapters = {f"base_model.model.{name}": value
                 for name, value in values.items() if name not in layout.parameters}
-    loaded = set_peft_model_state_dict(model, adapters)
+    loaded: Any = set_peft_model_state_dict(model, adapters)  # a namedtuple, which peft makes in the function
     if loaded.unexpected_keys:
         raise RuntimeError(f"peft has no parameter {loaded.unexpected_keys[0]}")
     # Otherwise peft looks for a vocabulary in the base, which has not got its name yet.
-    model.save_pretrained(out, save_embedding_layers=False)
+    model.save_pretrained(str(out), save_embedding_layers=False)
 
 
 def _write_timm(

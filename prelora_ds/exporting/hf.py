@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -116,7 +117,7 @@ def write_model(
 
         logging.disable_progress_bar()  # its lines would be no part of a run's output, or of a command's
         with torch.device("meta"):
-            model = build_model(config.model, len(classes))
+            model: Any = build_model(config.model, len(classes))  # a ViTForImageClassification
         model.config.eval_crop = config.data.crop  # how `prelora evaluate` prepares images
         model.config.id2label = dict(enumerate(classes))
         model.config.label2id = {name: label for label, name in enumerate(classes)}

@@ -36,4 +36,5 @@ def parse_arguments(words: Sequence[str], description: str | None = None) -> arg
 
 def supervised_folder(words: Sequence[str]) -> Path | None:
     """--supervised alone: whatever else is wrong with a command line, the supervisor has to hear of it."""
-    return _SUPERVISED.parse_known_args(words)[0].supervised
+    folder: Path | None = _SUPERVISED.parse_known_args(words)[0].supervised
+    return folder

@@ -133,6 +133,7 @@ def _decline(ranks: Ranks, environ: Mapping[str, str], refused: list[Any]) -> No
 def _open_store(ranks: Ranks, environ: Mapping[str, str], timeout_s: float) -> Any:
     from torch.distributed import TCPStore
 
+    assert ranks.master_addr is not None, "the master is found before it is reached"
     return TCPStore(ranks.master_addr, ranks.master_port, is_master=_serves(ranks, environ),
                     timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
 

@@ -93,7 +93,8 @@ def is_echo(record: dict[str, Any]) -> bool:
 def records_of(own: Path, kind: str, hosts: Sequence[Host]) -> list[dict[str, Any]]:
     """What ranks left of their begin (``rank``) or their end (``exit``), oldest first; hosts as in the hostfile."""
     paths = sorted(own.glob(f"{kind}-*.json"), key=lambda path: (path.stat().st_mtime_ns, path.name))
-    unread = {"rank": None, "code": TRY_AGAIN_EXIT_CODE, "why": "a record cannot be read", "blames": []}
+    unread: dict[str, Any] = {"rank": None, "code": TRY_AGAIN_EXIT_CODE, "why": "a record cannot be read",
+                              "blames": []}
     records = [unread | (found if _is_sound(found := read_json(path)) else {}) for path in paths]
     return [record | {"host": known_as(str(record.get("host")), record["rank"], hosts)} for record in records]
 

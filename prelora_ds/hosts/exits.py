@@ -10,7 +10,8 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from typing import Any, NoReturn, TextIO
+from io import TextIOWrapper
+from typing import Any, NoReturn, TextIO, cast
 
 from prelora_ds.errors import (
     INTERRUPTED_EXIT_CODE,
@@ -54,8 +55,8 @@ def outlive_streams() -> None:
     for descriptor in (0, 1, 2):
         _open_if_closed(descriptor)
     out, err = _inner(sys.stdout) or os.fdopen(1, "w"), _inner(sys.stderr) or os.fdopen(2, "w")
-    sys.stdout = _Outliving(out, "standard output", err)  # type: ignore[assignment]
-    sys.stderr = _Outliving(err, "standard error", out)  # type: ignore[assignment]
+    sys.stdout = _Outliving(out, "standard output", err)
+    sys.stderr = _Outliving(err, "standard error", out)
 
 
 def outlive_stderr() -> None:
@@ -63,10 +64,10 @@ def outlive_stderr() -> None:
     for descriptor in (0, 1, 2):
         _open_if_closed(descriptor)
     err = _inner(sys.stderr) or os.fdopen(2, "w")
-    sys.stderr = _Outliving(err, "", err)  # type: ignore[assignment]
+    sys.stderr = _Outliving(err, "", err)
 
 
-def _inner(stream: TextIO) -> TextIO:
+def _inner(stream: TextIO | None) -> TextIO | None:
     return stream._stream if isinstance(stream, _Outliving) else stream
 
 
@@ -87,7 +88,7 @@ class _Outliving:
         # For a terminal without UTF-8. A descriptor that was a file when Python looked, and is a
         # pipe now, cannot be reconfigured.
         with contextlib.suppress(OSError):
-            stream.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]
+            cast(TextIOWrapper, stream).reconfigure(errors="backslashreplace")  # TextIO does not name it
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

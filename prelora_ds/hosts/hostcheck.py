@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ def all_reduce(question: Mapping[str, Any]) -> dict[str, Any]:
         partner = (place ^ 1) if world % 2 == 0 else ((place ^ 1) if place < world - 1 else place)
         if partner != place and world > 1:
             other = (partner + shift) % world
-            rates.append(_rate(lambda other=other, first=place < partner: _swap(dist, data, other, first), 2))
+            rates.append(_rate(partial(_swap, dist, data, other, place < partner), 2))
     dist.barrier()
     total = _rate(lambda: dist.all_reduce(data), 1)
     correct = torch.allclose(data, torch.full_like(data, float(world) ** (ROUNDS + 1)), rtol=1e-6)
@@ -145,7 +146,7 @@ def _swap(dist: Any, data: Any, other: int, first: bool) -> None:
         dist.send(data, other) if sends else dist.recv(data, other)
 
 
-def _rate(act: Callable[[], None], messages: int) -> float:
+def _rate(act: Callable[[], object], messages: int) -> float:
     act()
     begun = time.monotonic()
     for _ in range(ROUNDS):

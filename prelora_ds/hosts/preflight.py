@@ -91,7 +91,8 @@ class _Line:
             return {"error": f"no answer to `{name}` in {timeout_s:.0f} s"}
         line = self.process.stdout.readline()
         try:
-            return json.loads(line) if line else {"error": self._why()}  # type: ignore[no-any-return]
+            answer: dict[str, Any] = json.loads(line) if line else {"error": self._why()}
+            return answer
         except ValueError:
             return {"error": f"its shell printed {line[:80]!r} before the answer: a login script that prints?"}
 
@@ -198,12 +199,13 @@ def judge(answers: Mapping[str, Mapping[str, Any]], alive: Sequence[str], token:
                 say(f"DeepSpeed's {op} is not built: TORCH_EXTENSIONS_DIR, or build it before the job")
         if 0 < len(fact["accelerators"]) != slots[name]:
             say(f"has {len(fact['accelerators'])} accelerators, and the hostfile says slots={slots[name]}")
-    for what, of in (("accelerators", lambda fact: fact["accelerators"]), ("cores", lambda fact: fact["cores"]),
-                     *((key, lambda fact, key=key: fact["make"].get(key)) for key in _keys(facts))):
-        usual = _majority([of(fact) for fact in facts.values()])
-        for name, fact in facts.items():
-            if of(fact) != usual:
-                found[name].append(f"{what} {of(fact)}, on the others {usual}")
+    compared = [(what, {name: fact[what] for name, fact in facts.items()}) for what in ("accelerators", "cores")]
+    compared += [(key, {name: fact["make"].get(key) for name, fact in facts.items()}) for key in _keys(facts)]
+    for what, values in compared:
+        usual = _majority(list(values.values()))
+        for name, value in values.items():
+            if value != usual:
+                found[name].append(f"{what} {value}, on the others {usual}")
     least = median([fact["memory_gib"] for fact in facts.values()] or [0.0]) / 2
     for name, fact in facts.items():
         if fact["memory_gib"] < least:

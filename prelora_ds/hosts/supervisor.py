@@ -107,22 +107,23 @@ class Supervisor:
             outcome = self._attempt(attempt, chosen)
             if isinstance(outcome, int):
                 return outcome
-            where = f" on {', '.join(outcome.hosts)}" if outcome.hosts else ""
-            self.say(f"attempt {attempt} failed{where} (exit code {outcome.code}): {outcome.why}")
+            failure = outcome
+            where = f" on {', '.join(failure.hosts)}" if failure.hosts else ""
+            self.say(f"attempt {attempt} failed{where} (exit code {failure.code}): {failure.why}")
             if (lost := self._mine.check()) is not None:
                 self.say(lost[1])
                 return lost[0]
-            write_json(self.folder / f"attempt-{attempt}" / "failure.json", vars(outcome))
-            if outcome.code == USAGE_EXIT_CODE or self.stop_asked:
-                return outcome.code
-            now = ((outcome.code, outcome.kind), self.progress())
+            write_json(self.folder / f"attempt-{attempt}" / "failure.json", vars(failure))
+            if failure.code == USAGE_EXIT_CODE or self.stop_asked:
+                return failure.code
+            now = ((failure.code, failure.kind), self.progress())
             if now == former:
                 self.say("the same failure twice, and no checkpoint between: given up")
-                return outcome.code
+                return failure.code
             former = now
-            self.failures.update(outcome.hosts)
+            self.failures.update(failure.hosts)
         self.say(f"{self.policy.max_restarts} restarts are used up: given up")
-        return outcome.code
+        return failure.code
 
     def _choose_hosts(self, attempt: int) -> list[Host]:
         """The first healthy hosts, those that failed before last. Raises LaunchError when there stay too few."""

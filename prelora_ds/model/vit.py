@@ -33,11 +33,12 @@ def build_model(config: ModelConfig, num_labels: int) -> nn.Module:
     else:
         model = ViTForImageClassification(vit_config(config, num_labels))
     if config.activation_checkpointing:
-        if not hasattr(model, "activation_checkpointing_enable"):
+        enable: Callable[[], None] | None = getattr(model, "activation_checkpointing_enable", None)
+        if enable is None:
             raise ConfigError("model.activation_checkpointing", True, f"a {type(model).__name__} has no method "
                               "activation_checkpointing_enable()",
                               "add one, as transformers' models have it, or set it to false")
-        model.activation_checkpointing_enable()
+        enable()
     return model
 
 
@@ -51,13 +52,14 @@ def compile_blocks(blocks: Sequence[nn.Module]) -> None:
     limit = torch._dynamo.config.recompile_limit  # beyond it torch goes on uncompiled
     torch._dynamo.config.recompile_limit = max(limit, 2 * len(blocks))  # training and evaluation
     for block in blocks:
-        block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+        block.forward = torch.compile(block.forward)
 
 
 def vit_config(config: ModelConfig, num_labels: int) -> ViTConfig:
     """The transformers config of a run's ViT."""
     sizes = config.model_dump(exclude={"factory", "factory_args", "families", "activation_checkpointing", "compile"})
-    return ViTConfig(**sizes, num_labels=num_labels)
+    sizes["num_labels"] = num_labels  # one of its parent's, which mypy does not see among its arguments
+    return ViTConfig(**sizes)
 
 
 def logits_of(output: Any) -> torch.Tensor:
@@ -68,8 +70,8 @@ def logits_of(output: Any) -> torch.Tensor:
 def _load_factory(spec: str) -> Callable[..., nn.Module]:
     module_name, function = spec.split(":")
     try:
-        factory = getattr(importlib.import_module(module_name), function)
+        factory: Callable[..., nn.Module] = getattr(importlib.import_module(module_name), function)
     except (ImportError, AttributeError) as exc:
         raise ConfigError("model.factory", spec, f"cannot be imported ({exc})",
                           'name an importable "package.module:function"') from exc
-    return factory  # type: ignore[no-any-return]
+    return factory

@@ -60,6 +60,7 @@ def _rows(steps: Sequence[Step], events: Sequence[Event]) -> list[dict[str, Any]
         last = plans[i + 1].step if i + 1 < len(plans) else steps[-1].step
         own = [s for s in steps if plan.step < s.step <= last]
         trained = [s for s in own if s.step_s is not None]
+        step_s = [s.step_s for s in own if s.step_s is not None]
         measured = next(
             (e for e in events if isinstance(e, Bytes) and plan.step < e.step <= last), None
         )
@@ -73,7 +74,7 @@ def _rows(steps: Sequence[Step], events: Sequence[Event]) -> list[dict[str, Any]
                 "trainable_parameters": plan.trainable_parameters,
                 "predicted": measured and measured.predicted,
                 "measured": measured and measured.measured,
-                "step_s": median(s.step_s for s in trained) if trained else None,
+                "step_s": median(step_s) if step_s else None,
                 "data_s": median(s.data_s or 0.0 for s in trained) if trained else None,
                 "loss": trained[-1].loss if trained else None,
                 "acc1": evaluated[-1] if evaluated else None,

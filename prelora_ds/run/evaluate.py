@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
 from torch import Tensor
@@ -97,7 +97,8 @@ def evaluate_folder(model: Path, data: Path, *, batch_size: int = 64, workers: i
 
     manifest = Manifest.load(data, key="--data")
     vit = open_vit(model)
-    names = [str(vit.config.id2label[label]) for label in range(vit.config.num_labels)]
+    config: Any = vit.config  # open_vit has looked at it; transformers allows a config more than we do
+    names = [str(config.id2label[label]) for label in range(config.num_labels)]
     if problem := difference(manifest.classes, names, f"the model in {model}"):
         raise ConfigError(
             "--data",
@@ -110,9 +111,9 @@ def evaluate_folder(model: Path, data: Path, *, batch_size: int = 64, workers: i
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vit.eval().to(device)
     look = Look(
-        vit.config.image_size,
-        vit.config.num_channels,
-        getattr(vit.config, "eval_crop", "inception"),
+        config.image_size,
+        config.num_channels,
+        getattr(config, "eval_crop", "inception"),
     )
     batches = eval_batches(
         manifest, look, batch_size=batch_size, rank=0, world_size=1, workers=workers
@@ -147,7 +148,7 @@ def open_vit(folder: Path) -> ViTForImageClassification:
     logging.set_verbosity_error()  # what it would say of missing weights is refused below
     logging.disable_progress_bar()
     try:
-        vit, info = ViTForImageClassification.from_pretrained(
+        opened = ViTForImageClassification.from_pretrained(
             folder, output_loading_info=True, local_files_only=True
         )
     except Exception as exc:  # transformers, safetensors and torch raise each their own
@@ -157,6 +158,8 @@ def open_vit(folder: Path) -> ViTForImageClassification:
             f"cannot be opened ({type(exc).__name__}: {_first_line(exc)})",
             remedy,
         ) from exc
+    # With output_loading_info it is a pair, which transformers' annotation does not say.
+    vit, info = cast("tuple[ViTForImageClassification, dict[str, Any]]", opened)
     odd = sorted(
         map(str, [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]])
     )
@@ -167,7 +170,7 @@ def open_vit(folder: Path) -> ViTForImageClassification:
             f"its weights are not those of its config.json, first at {odd[0]}",
             remedy,
         )
-    return vit  # type: ignore[no-any-return]
+    return vit
 
 
 def _check_config(folder: Path, remedy: str) -> None:

@@ -127,5 +127,5 @@ def end_now(code: int, message: str, *, stacks: bool = False) -> NoReturn:
     say(message)
     if stacks:
         with contextlib.suppress(OSError, ValueError, AttributeError, RuntimeError):
-            faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+            faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)
     os._exit(code)

@@ -141,9 +141,14 @@ def rows_until(path: Path, step: int) -> list[dict[str, Any]]:
     """
     rows = read_lines(path)
     for number, row in enumerate(rows, start=1):
-        if type(row.get("step", row.get("last_step"))) is not int:
+        if type(_step_of(row)) is not int:
             raise _damaged(path, number, "has no step")
-    return [row for row in rows if row.get("step", row.get("last_step")) <= step]
+    return [row for row in rows if _step_of(row) <= step]
+
+
+def _step_of(row: Mapping[str, Any]) -> Any:
+    """The step of a row, which for a window is its last one; whatever a damaged log has in its place."""
+    return row.get("step", row.get("last_step"))
 
 
 def check_logs(folder: RunFolder) -> None:

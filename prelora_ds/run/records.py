@@ -62,7 +62,7 @@ class Records:
     # ---- steps
 
     def step(self, state: RunState, engine: Engine, step: int, stats: StepStats, lr: float,
-             measured: Mapping[str, Any]) -> None:
+             measured: dict[str, Any]) -> None:
         """A logged step: what was measured, and the means since the last such row."""
         row = self._row(engine, step) | measured | {"lr": lr, "grad_norm": stats.grad_norm} | state.logged.row()
         self._log.metrics(row, samples=self.run.samples(step))

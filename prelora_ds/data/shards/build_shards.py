@@ -24,8 +24,9 @@ from uuid import uuid4
 import numpy as np
 from numpy.typing import NDArray
 
-from prelora_ds.data.manifest import ROW, Manifest, Shard, save_manifest
+from prelora_ds.data.manifest import Manifest, Shard, save_manifest
 from prelora_ds.data.parallel import unordered
+from prelora_ds.data.rows import ROW
 from prelora_ds.data.shards.bad_images import LIST_NAME, BadImage, refusal, told, write_list
 from prelora_ds.data.shards.build_plan import (
     Options,

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from prelora_ds.data.shards.reading import describe
+
+if TYPE_CHECKING:
+    from PIL.TiffImagePlugin import TiffImageFile
 
 # Where Pillow itself refuses to decode. A header of a few bytes can claim any size.
 MAX_PIXELS = 178_956_970
@@ -97,7 +100,7 @@ def eight_bit(image: Image.Image) -> Image.Image:
         return image
     # A PGM of more than 8 bits is opened in mode I, with its values brought to 16 bits.
     if mode.startswith("I;16") or (mode == "I" and image.format == "PPM"):
-        tags = image.tag_v2 if image.format == "TIFF" else {}  # type: ignore[attr-defined]
+        tags = cast("TiffImageFile", image).tag_v2 if image.format == "TIFF" else {}
         bits = tags.get(_BITS_PER_SAMPLE, (16,))[0]
         pixels = np.asarray(image).astype(np.uint16) >> (bits - 8)
         if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:

@@ -48,25 +48,28 @@ class LoraLinear(PeftLinear):
     base: torch.Tensor | None
 
     @property
-    def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A [rank, in] and B [out, rank]."""
-        return self.lora_A[ADAPTER_NAME].weight, self.lora_B[ADAPTER_NAME].weight
+        a: Any = self.lora_A[ADAPTER_NAME]
+        b: Any = self.lora_B[ADAPTER_NAME]
+        return a.weight, b.weight
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         dropout = self.lora_dropout[ADAPTER_NAME]
         if self.base is None and (self.disable_adapters or self.merged
                                   or (self.training and not isinstance(dropout, nn.Identity))):
-            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+            return super().forward(x, *args, **kwargs)
         a, b = self.factors
         if not self.active:
             a, b = a.detach(), b.detach()
         linear = self.get_base_layer()
-        return _LoraProduct.apply(x, linear.weight, linear.bias, a, b,  # type: ignore[no-any-return, no-untyped-call]
-                                  self.scaling[ADAPTER_NAME], self.base is not None)
+        product: torch.Tensor = _LoraProduct.apply(x, linear.weight, linear.bias, a, b, self.scaling[ADAPTER_NAME],
+                                                   self.base is not None)
+        return product
 
     def keep_base(self) -> None:
         """Begin to train merged: from now on the weight is what `merge_base` writes."""
-        weight = self.get_base_layer().weight
+        weight = self._base_weight()
         self.base = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
 
     @torch.no_grad()
@@ -74,8 +77,13 @@ class LoraLinear(PeftLinear):
         """Write bf16(W + s B A), summed in fp32, into the weight."""
         a, b = self.factors
         assert self.base is not None
-        self.get_base_layer().weight.data.copy_(
+        self._base_weight().data.copy_(
             torch.addmm(self.base, b.float(), a.float(), alpha=self.scaling[ADAPTER_NAME]))
+
+    def _base_weight(self) -> torch.Tensor:
+        linear: Any = self.get_base_layer()
+        weight: torch.Tensor = linear.weight
+        return weight
 
 
 class _LoraProduct(torch.autograd.Function):
@@ -84,11 +92,12 @@ class _LoraProduct(torch.autograd.Function):
                 b: torch.Tensor, scaling: float, merged: bool) -> torch.Tensor:
         _, needs_w, _, needs_a, needs_b, *_ = ctx.needs_input_grad
         y, h = nn.functional.linear(x, weight, bias), None
-        # Merged, x A^T serves the gradient of B alone, and where x is kept for A it can wait for backward.
-        if not merged or (needs_b and not needs_a):
-            h = nn.functional.linear(x, a)
         if not merged:
+            h = nn.functional.linear(x, a)
             y.view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), b.t(), alpha=scaling)
+        elif needs_b and not needs_a:
+            # Merged, x A^T serves the gradient of B alone, and where x is kept for A it can wait for backward.
+            h = nn.functional.linear(x, a)
         ctx.save_for_backward(x if needs_w or needs_a else None, h if needs_b else None, weight, a, b)
         ctx.scaling, ctx.merged = scaling, merged
         return y
@@ -99,7 +108,7 @@ class _LoraProduct(torch.autograd.Function):
         x, h, weight, a, b = ctx.saved_tensors
         needs_x, needs_w, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
         s, g = ctx.scaling, grad.reshape(-1, grad.shape[-1])
-        flat = None if x is None else x.reshape(-1, x.shape[-1])
+        flat: Any = None if x is None else x.reshape(-1, x.shape[-1])  # forward keeps x for all that needs it
         grad_x = grad_w = grad_bias = grad_a = grad_b = None
         if needs_a or (needs_x and not ctx.merged):
             gb = g @ b  # [tokens, rank]
@@ -170,7 +179,7 @@ def check(path: str, linear: nn.Module, spec: AdapterSpec) -> None:
     alpha_pattern is missing.
     """
     assert isinstance(linear, PeftLinear)
-    weight = linear.lora_A[ADAPTER_NAME].weight
+    weight: Any = linear.lora_A[ADAPTER_NAME].weight
     rank = getattr(weight, "ds_shape", weight.shape)[0]
     if (linear.r[ADAPTER_NAME], rank) != (spec.rank, spec.rank):
         raise RuntimeError(f"{path}: rank {rank} realised, {spec.rank} planned")

@@ -16,7 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from prelora_ds.engine.state import MOMENTS, EngineState, Slice, even_share
+from prelora_ds.engine.optimizer import MOMENTS
+from prelora_ds.engine.state import EngineState, Slice, even_share
 
 
 def part_name(rank: int, world_size: int) -> str:
