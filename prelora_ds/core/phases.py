@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 
 from prelora_ds.core.adapters import AdapterSpec, Option
 from prelora_ds.core.duration import Duration
@@ -98,19 +98,37 @@ def plans_at_rank(phases: Sequence[PhaseSpec], layout: Layout, lora_rank: int | 
     return plans
 
 
-def difference(before: Sequence[PhaseSpec], after: Sequence[PhaseSpec], index: int) -> tuple[int, str] | None:
-    """What keeps a run in phase ``index`` of ``before`` from continuing in ``after``: a phase's number and a field.
+@dataclass(frozen=True)
+class Difference:
+    """What differs in a phase: its dotted key below the phase, and both values."""
 
-    None where nothing does: phases that are past agree as a whole; of the one that has begun, its end may differ.
+    phase: str
+    key: str
+    before: object
+    after: object
+
+
+def difference(before: Sequence[PhaseSpec], after: Sequence[PhaseSpec], index: int) -> Difference | None:
+    """What keeps a run in phase ``index`` of ``before`` from continuing in ``after``; None where nothing does.
+
+    Phases that are past agree as a whole; of the one that has begun, its end may differ.
     """
     for i, old in enumerate(before[: index + 1]):
         if i >= len(after):
-            return i, "name"
+            return Difference(old.name, "name", old.name, None)
         new = after[i] if i < index else replace(after[i], until=old.until)
-        for key in fields(PhaseSpec):
-            if getattr(old, key.name) != getattr(new, key.name):
-                return i, key.name
+        if old != new:
+            return Difference(old.name, *_first_difference(old, new, ""))
     return None
+
+
+def _first_difference(before: object, after: object, key: str) -> tuple[str, object, object]:
+    if is_dataclass(before) and not isinstance(before, type) and type(before) is type(after):
+        for part in fields(before):
+            old, new = getattr(before, part.name), getattr(after, part.name)
+            if old != new:
+                return _first_difference(old, new, f"{key}.{part.name}".lstrip("."))
+    return key, before, after
 
 
 def thawed_later(phases: Sequence[PhaseSpec], layout: Layout, index: int) -> frozenset[str]:

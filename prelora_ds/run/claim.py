@@ -181,13 +181,10 @@ def _check_fork(state: Mapping[str, Any], config: Config, source: Path) -> None:
         begun = before[index].name
     except (KeyError, TypeError, ValueError, IndexError):
         return  # told when it is loaded
-    after = config.specs()
-    problem = phases_differ(before, after, index)
-    if problem is not None:
-        i, what = problem
-        key = f"phases.{before[i].name}" + (f".{what}" if i < len(after) else "")
-        raise ConfigError(key, getattr(after[i], what) if i < len(after) else None,
-                          f"was {getattr(before[i], what)} in the run of {source}, which is in phase {begun}",
+    found = phases_differ(before, config.specs(), index)
+    if found is not None:
+        raise ConfigError(f"phases.{found.phase}.{found.key}", found.after,
+                          f"was {found.before} in the run of {source}, which is in phase {begun}",
                           "keep the phases as they are there up to the end of that one, or begin from an earlier "
                           "checkpoint")
 

@@ -161,7 +161,7 @@ def test_a_new_run_may_begin_from_a_checkpoint_of_another(stopped, job, tmp_path
     assert [row["step"] for row in read_lines(tmp_path / "new/metrics.jsonl")] == [16, 17, 18]
     assert step_of(list_checkpoints(stopped[0] / "checkpoints")[0]) == 15
     refused = job(tmp_path / "other", "lora.r_max=8", resume=str(source))
-    assert refused.end()[0] == 2 and "lora.r_max = 8: was 4 in" in refused.said()
+    assert refused.end()[0] == 2 and "phases.warmup.adapters.ranks.r_max = 8: was 4 in" in refused.said()
     assert not (tmp_path / "other/config.yaml").exists()
 
 

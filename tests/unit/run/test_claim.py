@@ -294,8 +294,9 @@ def test_a_fork_keeps_the_phases_that_its_checkpoint_has_begun(tmp_path: Path) -
     saved = checkpoint(tmp_path / "old", 10, change=in_warmup)
     for fork in (["lora.warmup=9 steps"], ["lora.train_rest=false"], []):
         assert claim(tmp_path / f"new{len(fork)}", str(saved), *fork) == [saved]
-    for override, key in (("convergence=null", "phases.full.until"), ("lora.r_max=8", "phases.warmup.adapters"),
-                          ("convergence.tau=1", "phases.full.until")):
+    for override, key in (("convergence=null", "phases.full.until"),
+                          ("lora.r_max=8", "phases.warmup.adapters.ranks.r_max"),
+                          ("convergence.tau=1", "phases.full.until.tau")):
         with pytest.raises(ConfigError, match="which is in phase warmup") as caught:
             claim(tmp_path / "other", str(saved), override)
         assert caught.value.key == key
