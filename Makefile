@@ -12,7 +12,7 @@ DEEPSPEED := deepspeed --num_accelerators 2 launch/pretrain.py
 DEMO := out/digits_demo
 SMOKE := out/smoke_vitl
 
-.PHONY: help setup demo test test-faults test-hosts lint smoke-vitl freeze clean data/digits data/photographs
+.PHONY: help setup demo test test-long test-faults test-hosts lint smoke-vitl freeze clean data/digits data/photographs
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ data/photographs/val/manifest.json: | setup
 
 test: setup  ## run all tests
 	pytest
+
+test-long: setup  ## run the further settings of long tests (about 10 minutes)
+	pytest -m long --durations=0
 
 test-faults: setup  ## kill ranks 32 times, drawn by a seed, and compare with runs left alone (about 6 minutes)
 	python benchmarks/faults.py

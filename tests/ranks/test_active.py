@@ -18,6 +18,7 @@ from prelora_ds.model.families import named_parameters
 ALL = pytest.mark.parametrize("zero", ZEROS)
 CLIP = 0.05  # far below every gradient norm here
 MODEL = {**SMALL, "num_hidden_layers": 2}
+OFFLOADS = ("zero2_offload", "zero3_offload")
 TORCH_ADAM = {"zero_force_ds_cpu_optimizer": False}
 
 
@@ -132,7 +133,7 @@ def a_rebuild_carries_it(t, expected):
 
 
 @pytest.mark.parametrize(("zero", "deepspeed"), [
-    *((zero, {}) for zero in ZEROS), ("zero2_offload", TORCH_ADAM), ("zero3_offload", TORCH_ADAM)])
+    *((zero, {}) for zero in ZEROS), *(pytest.param(zero, TORCH_ADAM, marks=pytest.mark.long) for zero in OFFLOADS)])
 def test_the_active_ones_train_as_if_the_others_were_frozen(ranks, zero, deepspeed):
     ranks.run(against_frozen, zero=zero, deepspeed=deepspeed)
 

@@ -19,12 +19,13 @@ from prelora_ds.engine.transition import transition
 from prelora_ds.model.adapters import check_names
 from prelora_ds.model.families import named_parameters
 
-ALL = pytest.mark.parametrize("zero", ZEROS)
+LONG = ("zero1", "zero2_offload", "zero3_offload")  # run by `make test-long`
 
 
 # ---- a phase that trains again what an earlier one froze
 
-@ALL
+@pytest.mark.parametrize("zero", [
+    pytest.param(zero, marks=pytest.mark.long) if zero in LONG else zero for zero in ZEROS])
 def test_what_is_thawed_continues_from_its_fp32_values_bitwise(ranks, zero):
     ranks.run(thaw, zero=zero)
 

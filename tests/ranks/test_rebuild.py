@@ -15,9 +15,11 @@ from prelora_ds.engine.census import census, rss_bytes
 from prelora_ds.engine.release import trim_memory
 
 STEPS = 20
+LONG = ("zero1", "zero2_offload", "zero3")  # run by `make test-long`
 
 
-@pytest.mark.parametrize("zero", ZEROS)
+@pytest.mark.parametrize("zero", [
+    pytest.param(zero, marks=pytest.mark.long) if zero in LONG else zero for zero in ZEROS])
 def test_a_null_transition_after_each_of_20_steps_is_the_straight_run_bitwise_and_leaves_nothing(own_ranks, zero):
     """With torch's AdamW under offload too (zero_force_ds_cpu_optimizer false)."""
     own_ranks.run(null_transitions, zero=zero)

@@ -34,6 +34,7 @@ def test_no_accepted_key_changes_the_losses_of_three_steps(ranks, zero):
     ranks.run(losses_with_every_key, zero=zero)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("zero", ["zero2_offload", "zero3_offload"])
 def test_no_accepted_key_of_offloading_changes_the_losses_of_three_steps(ranks, zero):
     ranks.run(losses_with_every_offload_key, zero=zero)
