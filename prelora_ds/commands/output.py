@@ -69,14 +69,21 @@ def tell(text: str) -> None:
     typer.echo(text)
 
 
+MAY_BE_EMPTY = ("--probe",)  # of `prelora supervise`: no probe
+
+
 def refuse_empty(arguments: Sequence[str]) -> None:
     """Raise ConfigError for an argument of a command line, or the value of an option, that is empty.
 
-    As a path it would be the current folder, and it is rather a variable of the shell that is not set.
+    As a path it would be the current folder, and it is rather a variable of the shell that is not set. What follows
+    ``--`` is a command of its own.
     """
-    for argument in arguments:
-        if not argument or re.fullmatch(r"--[a-z-]+=", argument):
-            raise ConfigError(argument.rstrip("=") or "argument", shlex.join(["prelora", *arguments]), "is empty",
+    own = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    for before, argument in zip(["", *own], own, strict=False):
+        option, equals, value = argument.partition("=")
+        empty = not argument or (option.startswith("--") and equals and not value)
+        if empty and not {before, option} & set(MAY_BE_EMPTY):
+            raise ConfigError(option or "argument", shlex.join(["prelora", *arguments]), "is empty",
                               "give it a value; . is the current folder")
 
 

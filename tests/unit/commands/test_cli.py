@@ -12,7 +12,9 @@ import pytest
 from PIL import Image
 
 from prelora_ds import cli
+from prelora_ds.commands.output import refuse_empty
 from prelora_ds.data.shards.writer import write_digits
+from prelora_ds.errors import ConfigError
 from prelora_ds.run.checkpoints.checkpoint_folder import CheckpointManifest, FileRecord, commit, step_folder
 
 
@@ -245,3 +247,13 @@ def test_an_evaluation_that_is_kept_is_not_to_be_given_again(tmp_path: Path) -> 
     ended = subprocess.run(["bash", "-c", command], text=True, capture_output=True, timeout=120, check=False)
     assert ended.returncode == 0 and json.loads((tmp_path / "accuracy.json").read_text())["correct"] == 3
     assert ended.stderr == "warning: standard output cannot be written (No space left on device); its text is lost\n"
+
+
+def test_only_what_is_no_path_may_be_empty() -> None:
+    """A probe of `prelora supervise` may be none, and its command may have arguments of any kind."""
+    refuse_empty(["supervise", "--probe", "", "--nodes", "1", "--", "echo", ""])
+    refuse_empty(["supervise", "--probe=", "--", "true"])
+    for arguments in (["supervise", "--hostfile", "", "--", "true"], ["supervise", "--hostfile=", "--", "true"],
+                      ["shards", "build", "", "OUT"]):
+        with pytest.raises(ConfigError, match="is empty"):
+            refuse_empty(arguments)
