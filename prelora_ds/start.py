@@ -171,8 +171,8 @@ def check_phases(config: Config, num_labels: int) -> Layout:
         try:
             plan = plans_at_rank(config.specs()[: i + 1], layout)[-1]
         except ValueError as exc:
-            raise ConfigError(f"phases.{phase.name}.train", phase.train, str(exc),
-                              "name parameters of this model") from exc
+            raise ConfigError(f"phases.{phase.name}", phase.model_dump(mode="json", exclude_defaults=True), str(exc),
+                              "name parameters and layers of this model") from exc
         if phase.begins is None:
             continue
         with torch.device("meta"):

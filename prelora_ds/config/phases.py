@@ -13,11 +13,8 @@ from prelora_ds.core.adapters import KINDS
 from prelora_ds.core.duration import Duration
 from prelora_ds.core.phases import Adapters, PhaseSpec
 from prelora_ds.core.plan import ADAPTERS, BASE
-from prelora_ds.core.rank_rules import RankRule
-from prelora_ds.core.rank_rules.prelora import PreloraRanks
-from prelora_ds.core.rank_rules.uniform import UniformRank
-from prelora_ds.core.switch_tests import SwitchTest
-from prelora_ds.core.switch_tests.prelora import PreloraTest
+from prelora_ds.core.rank_rules import RANK_RULES, RankRule
+from prelora_ds.core.switch_tests import SWITCH_TESTS, SwitchTest
 from prelora_ds.core.trainable import SETS
 
 FAMILIES = ("q", "k", "v", "o", "fc1", "fc2")
@@ -54,10 +51,9 @@ class PreloraRule(Strict):
         return self
 
 
-class PreloraUntil(Strict):
+class Algorithm1(Strict):
     """PreLoRA Algorithm 1: k windows of m observations, ``tau`` and ``zeta`` in per cent."""
 
-    test: Literal["prelora"]
     tau: Annotated[float, Field(gt=0)]
     zeta: Annotated[float, Field(gt=0)]
     k: Annotated[int, Field(ge=2)] = 3
@@ -66,7 +62,22 @@ class PreloraUntil(Strict):
     aggregate: Literal["norm_of_mean", "mean_of_layers"] = "norm_of_mean"
 
 
-class AdaptersConfig(Strict):
+class PreloraUntil(Algorithm1):
+    """A phase that ends when Algorithm 1 passes."""
+
+    test: Literal["prelora"]
+
+
+class AdapterTraining(Strict):
+    """How adapters train, whatever their ranks."""
+
+    alpha_over_r: Annotated[float, Field(gt=0)] = 1.0
+    dropout: Share = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    mode: Mode = "auto"
+
+
+class AdaptersConfig(AdapterTraining):
     """The adapters of a phase.
 
     ``from``: ``fresh`` attaches new ones where there are none; ``keep`` takes over those of the phase before, and may
@@ -80,10 +91,6 @@ class AdaptersConfig(Strict):
     rank: Positive | None = None
     ranks: PreloraRule | None = None
     families: tuple[str, ...] | None = None
-    alpha_over_r: Annotated[float, Field(gt=0)] = 1.0
-    dropout: Share = 0.0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    mode: Mode = "auto"
     options: dict[str, bool | int | float | str] = Field(default_factory=dict)
     from_: Literal["fresh", "keep"] = Field(default="fresh", alias="from")
 
@@ -95,6 +102,9 @@ class AdaptersConfig(Strict):
         if self.mode not in ("auto", *can.kernels):
             raise FieldError("mode", self.mode, f"is not how the kind {self.kind} computes; choose auto, "
                              f"{', '.join(can.kernels)}")
+        if self.ranks is not None and not can.rank_per_module:
+            raise FieldError("ranks", self.ranks.rule, f"gives each linear its own rank, and the kind {self.kind} has "
+                             "one for all; give rank")
         check_families(self.families)
         given = [key for key in ("rank", "ranks") if getattr(self, key) is not None]
         if self.from_ == "keep":
@@ -110,9 +120,8 @@ class AdaptersConfig(Strict):
     @property
     def rank_rule(self) -> RankRule:
         if self.ranks is not None:
-            return PreloraRanks(self.ranks.r_min, self.ranks.r_max)
-        assert self.rank is not None, "adapters that begin have rank or ranks"
-        return UniformRank(self.rank)
+            return RANK_RULES[self.ranks.rule](**self.ranks.model_dump(exclude={"rule"}))
+        return RANK_RULES["uniform"](rank=self.rank)
 
 
 def _kind_of_until(value: Any) -> str:
@@ -281,7 +290,7 @@ def check_powers_of_two(r_min: int, r_max: int) -> None:
 
 def _until(until: Duration | PreloraUntil | None) -> Duration | SwitchTest | None:
     if isinstance(until, PreloraUntil):
-        return PreloraTest(until.tau, until.zeta, until.k, until.m, until.statistic, until.aggregate)
+        return SWITCH_TESTS[until.test](**until.model_dump(exclude={"test"}))
     return until
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from prelora_ds.config.fields import DurationField, Positive, Share, Strict
+from prelora_ds.config.fields import DurationField, Positive
 from prelora_ds.config.phases import (
     FAMILIES,
     AdaptersConfig,
-    Mode,
+    AdapterTraining,
+    Algorithm1,
+    Factor,
     PhaseConfig,
     PhaseSettings,
     PreloraRule,
@@ -22,18 +24,11 @@ from prelora_ds.config.phases import (
 from prelora_ds.core.duration import Duration
 
 
-class ConvergenceConfig(Strict):
-    """PreLoRA Algorithm 1: k windows of m observations, ``tau`` and ``zeta`` in per cent."""
-
-    tau: Annotated[float, Field(gt=0)]
-    zeta: Annotated[float, Field(gt=0)]
-    k: Annotated[int, Field(ge=2)] = 3
-    m: Positive = 3
-    statistic: Literal["mean", "last"] = "mean"
-    aggregate: Literal["norm_of_mean", "mean_of_layers"] = "norm_of_mean"
+class ConvergenceConfig(Algorithm1):
+    """When the full phase of the preset ends: Algorithm 1 with its parameters."""
 
 
-class LoraConfig(Strict):
+class LoraConfig(AdapterTraining):
     """Parameters of the preset `prelora`: the adapters, their ranks by Algorithm 2, and how they train.
 
     ``warmup`` is how long everything trains beside the adapters. ``train_rest`` keeps head, LayerNorms and embeddings
@@ -46,13 +41,9 @@ class LoraConfig(Strict):
     r_min: Positive = 8
     r_max: Positive = 64
     warmup: DurationField = Duration("10 epochs")
-    alpha_over_r: Annotated[float, Field(gt=0)] = 1.0
-    dropout: Share = 0.0
-    lr_scale: Annotated[float, Field(gt=0)] = 1.0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    lr_scale: Factor = 1.0
     train_a: bool = True
     train_rest: bool = True
-    mode: Mode = "auto"
 
     @model_validator(mode="after")
     def _values_fit(self) -> LoraConfig:
@@ -71,12 +62,11 @@ def expanded(phases: PresetConfig, convergence: ConvergenceConfig | None,
 
     if convergence is None:
         return (phase("full"),)
-    test = PreloraUntil(test="prelora", **{key: getattr(convergence, key) for key in PreloraUntil.model_fields
-                                           if key != "test"})
+    test = PreloraUntil(test="prelora", **dict(convergence))
     adapters = AdaptersConfig(
         ranks=PreloraRule(rule="prelora", r_min=lora.r_min, r_max=lora.r_max), families=lora.families,
-        alpha_over_r=lora.alpha_over_r, dropout=lora.dropout, weight_decay=lora.weight_decay, mode=lora.mode,
-        options={} if lora.train_a else {"train_a": False})
+        options={} if lora.train_a else {"train_a": False},
+        **{key: getattr(lora, key) for key in AdapterTraining.model_fields})
     trained = ("adapters", "rest") if lora.train_rest else ("adapters",)
     return (phase("full", until=test),
             phase("warmup", adapters=adapters, until=lora.warmup, lr_scale={"adapters": lora.lr_scale}),

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from prelora_ds.config.load import check_world
 from prelora_ds.config.tree import Config, ZeroSettings
+from prelora_ds.core.controller import PhaseController
 from prelora_ds.core.duration import Duration
 from prelora_ds.core.layout import Layout
-from prelora_ds.core.phases import PhaseSpec, plans_at_rank, windows_of
+from prelora_ds.core.phases import PhaseSpec, plans_at_rank
 from prelora_ds.core.plan import Plan
+from prelora_ds.core.rank_rules.uniform import UniformRank
 from prelora_ds.core.schedule import Timeline
+from prelora_ds.core.switch_tests.prelora import Observation, Verdict, WindowStats
 from prelora_ds.cost import flops as costs
 from prelora_ds.cost.candidates import USABLE, reuse_distance, setting, settings
 from prelora_ds.cost.machines import Cluster, rates_and_memory
@@ -52,7 +55,7 @@ def predict_run(config: Config, cluster: Cluster, layout: Layout, images: int, *
                for plan in plans_at_rank(config.specs(), layout, mean_rank)]
         rows += own
         if rates is not None:
-            runs.append(_run(config, zero, own, timeline, walltime_s))
+            runs.append(_run(config, layout, zero, own, timeline, walltime_s))
     return {"predicted": True, "recipe": config.run.name, **asdict(cluster), "world_size": world, "images": images,
             "mean_rank": mean_rank, "micro_batch_size": config.train.micro_batch_size, "grad_accum_steps": accum,
             "walltime_s": walltime_s, "memory_gib": memory_gib,
@@ -83,8 +86,8 @@ def fastest_images_per_s(config: Config, layout: Layout, ranks_per_host: int, wo
 
 def _settings(config: Config, accum: int) -> Iterator[ZeroSettings]:
     """All stages that can train this recipe, and the configured one with offload if it has that."""
+    merged = any(config.for_phase(phase.name).adapters.mode == "merged" for phase in config.phase_list)
     for stage in range(4):
-        merged = any(config.for_phase(phase.name).adapters.mode == "merged" for phase in config.phase_list)
         if not (stage == 0 and accum > 1) and not (stage == 3 and merged):
             yield replace(config.zero, stage=stage, offload_optimizer=False)
     if config.zero.offload_optimizer:
@@ -111,7 +114,7 @@ def _row(config: Config, plan: Plan, layout: Layout, zero: ZeroSettings, cluster
             "wire_bytes": int(own.work.wire_gb * 1e9), "gflop_per_image": image.flops / 1e9}
 
 
-def _run(config: Config, zero: ZeroSettings, rows: list[dict[str, Any]], timeline: Timeline,
+def _run(config: Config, layout: Layout, zero: ZeroSettings, rows: list[dict[str, Any]], timeline: Timeline,
          walltime_s: float | None) -> dict[str, Any]:
     step_s = {row["phase"]: row["step_s"] for row in rows}
 
@@ -119,39 +122,46 @@ def _run(config: Config, zero: ZeroSettings, rows: list[dict[str, Any]], timelin
         seconds = sum(step_s[phase] * count for phase, count in steps.items())
         return {"steps": steps, "hours": seconds / 3600, "jobs": walltime_s and math.ceil(seconds / walltime_s)}
 
-    phases = config.specs()
-    tests = any(spec.until is not None and not isinstance(spec.until, Duration) for spec in phases)
-    ticks = sorted(timeline.ticks(config.observe.every))
+    tests = any(spec.until is not None and not isinstance(spec.until, Duration) for spec in config.specs())
     return {"stage": zero.stage, "offload_optimizer": zero.offload_optimizer,
-            "earliest": entry(steps_of_phases(phases, timeline, ticks)) if tests else None,
-            "never": entry(steps_of_phases(phases, timeline, ticks, passes=False))}
+            "earliest": entry(steps_of_phases(config, layout, timeline, passes=True)) if tests else None,
+            "never": entry(steps_of_phases(config, layout, timeline, passes=False))}
 
 
-def steps_of_phases(phases: Sequence[PhaseSpec], timeline: Timeline, ticks: Sequence[int], *,
-                    passes: bool = True) -> dict[str, int]:
-    """Steps of each phase when every test passes as early as it can, or with ``passes`` false, when none ever does.
+@dataclass(frozen=True)
+class _Foreseen:
+    """A test of which only its outcome is known: it passes as soon as it is asked, or never."""
 
-    ticks: the steps at which the run is observed, in order.
-    """
-    ends: list[int] = []
-    start, index, opened, whole = 0, 0, 0, 0  # whole: windows that began and closed in this phase
-    straddles = False  # the open window began in the phase before
-    for tick in ticks:
-        windows = windows_of(phases, index)
-        if windows is not None:
-            opened += 1
-            if opened >= windows.m:
-                whole, opened, straddles = whole + (not straddles), 0, False
-        until = phases[index].until
-        if until is None:
-            break
-        if isinstance(until, Duration):
-            over = tick >= timeline.step_after(start, until)
-        else:
-            over = passes and opened == 0 and whole >= until.k
-        if over:
-            ends.append(tick)
-            start, index, whole, straddles = tick, index + 1, 0, opened > 0
-    ends.append(timeline.total_steps)
-    begins = [0, *ends]
-    return {spec.name: end - begin for spec, begin, end in zip(phases, begins, ends, strict=False)}
+    k: int
+    m: int
+    passes: bool
+    title = "a test"
+
+    def close(self, index: int, observations: Sequence[Observation]) -> WindowStats:
+        return WindowStats(index, observations[-1].step, 0.0, {})
+
+    def __call__(self, windows: Sequence[WindowStats]) -> Verdict:
+        return Verdict(self.passes, "", {}, ())
+
+
+def steps_of_phases(config: Config, layout: Layout, timeline: Timeline, *, passes: bool) -> dict[str, int]:
+    """Steps of each phase when every test passes as early as it can, or when none ever does."""
+    phases = [_foreseen(spec, passes) for spec in config.specs()]
+    controller = PhaseController(layout=layout, timeline=timeline, phases=phases, seed=0)
+    state, begun, steps = controller.initial(), 0, {}
+    for tick in sorted(timeline.ticks(config.observe.every))[:-1]:  # what is decided after the last step begins nothing
+        after = controller.next(state, Observation(tick, 1, 0.0, {}))
+        if after.index != state.index:
+            steps[phases[state.index].name] = tick - begun
+            begun = tick
+        state = after
+    return {**steps, phases[state.index].name: timeline.total_steps - begun}
+
+
+def _foreseen(spec: PhaseSpec, passes: bool) -> PhaseSpec:
+    """``spec`` without what only a run can tell: its test's windows, and the ranks that rest on them."""
+    if spec.until is not None and not isinstance(spec.until, Duration):
+        spec = replace(spec, until=_Foreseen(spec.until.k, spec.until.m, passes))
+    if spec.adapters is None:
+        return spec
+    return replace(spec, adapters=replace(spec.adapters, ranks=UniformRank(spec.adapters.ranks.highest)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from prelora_ds.core.rank_rules.prelora import PreloraRanks
@@ -29,4 +29,4 @@ class RankRule(Protocol):
         ...
 
 
-RANK_RULES: dict[str, type[RankRule]] = {"prelora": PreloraRanks, "uniform": UniformRank}
+RANK_RULES: dict[str, Callable[..., RankRule]] = {"prelora": PreloraRanks, "uniform": UniformRank}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from prelora_ds.core.switch_tests.prelora import Observation, PreloraTest, Verdict, WindowStats
@@ -32,4 +32,4 @@ class SwitchTest(Protocol):
         ...
 
 
-SWITCH_TESTS: dict[str, type[SwitchTest]] = {"prelora": PreloraTest}
+SWITCH_TESTS: dict[str, Callable[..., SwitchTest]] = {"prelora": PreloraTest}
