@@ -60,7 +60,7 @@ def train(config: Config, train_data: TrainData, val_data: Manifest, hosts: Sequ
     layout = find_layout(module, config.families(), config.model.families)
     controller = PhaseController(layout=layout, timeline=timeline, phases=config.specs(), seed=config.run.seed)
 
-    found = load_newest(sources, layout, partial(print, flush=True) if rank_0 else lambda text: None)
+    found = load_newest(sources, folder, layout, partial(print, flush=True) if rank_0 else lambda text: None)
     done = prepare(folder, found, origin)
 
     with ExitStack() as opened:

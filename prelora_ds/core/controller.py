@@ -42,6 +42,15 @@ class PhaseState:
     reason: str = ""
     tests: int = 0
 
+    @property
+    def next_window(self) -> int:
+        """The index of the window that closes next."""
+        return self.windows[-1].index + 1 if self.windows else 0
+
+    def without_open_window(self) -> PhaseState:
+        """The same without the measurements of the open window; the next one begins in this phase."""
+        return replace(self, open=(), first_window=min(self.first_window, self.next_window))
+
     @classmethod
     def from_json(cls, data: Any) -> PhaseState:
         """Raises CodecError, or KeyError or ValueError, for what is not a state; reads those of 0.1.0 too."""
@@ -107,9 +116,8 @@ class PhaseController:
             waits = (f"{reason}; phase {self.phases[index].name} waits until {adapters.ranks.windows} windows have "
                      "closed, which its ranks rest on")
             return replace(state, reason=waits)
-        seen = state.windows[-1].index + 1 if state.windows else 0
         return replace(state, plan=self._plan(index, state.plan, step, state.windows), index=index, reason=reason,
-                       first_window=seen + 1 if state.open else seen)
+                       first_window=state.next_window + bool(state.open))
 
     def _plan(self, index: int, before: Plan | None, step: int, windows: Sequence[WindowStats]) -> Plan:
         spec = self.phases[index]
@@ -125,6 +133,5 @@ def _observed(state: PhaseState, observation: Observation, test: SwitchTest) -> 
     state = replace(state, open=(*state.open, observation))
     if len(state.open) < test.m:
         return state
-    index = state.windows[-1].index + 1 if state.windows else 0
     kept = max(test.k, KEPT_WINDOWS)
-    return replace(state, open=(), windows=(*state.windows, test.close(index, state.open))[-kept:])
+    return replace(state, open=(), windows=(*state.windows, test.close(state.next_window, state.open))[-kept:])

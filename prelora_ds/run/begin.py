@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import torch.distributed as dist
 
@@ -19,7 +17,6 @@ from prelora_ds.model.vit import build_model
 from prelora_ds.run.checkpoints.resume import Checkpoint, prepare
 from prelora_ds.run.checkpoints.saver import Saver
 from prelora_ds.run.context import Run
-from prelora_ds.run.log import Meter
 from prelora_ds.run.records import Records
 from prelora_ds.run.run_state import RunState
 
@@ -42,7 +39,6 @@ def begin(run: Run, records: Records, saver: Saver, found: Checkpoint | None) ->
     records.lend_monitor(engine)
 
     if found is None or not found.of_run(run.folder):
-        _forget_the_other_run(state)
         records.plan(engine, state.phase, switch=None)
     return engine, state
 
@@ -63,10 +59,3 @@ def _first_weights(run: Run) -> EngineState:
     if run.config.train.loss == "sigmoid":
         begin_sigmoid_head(module, run.labels)
     return initial_state(module, dist.get_rank(), dist.get_world_size())
-
-
-def _forget_the_other_run(state: RunState) -> None:
-    """A run that begins from another's checkpoint takes its weights, and nothing that was measured by its settings."""
-    state.phase = replace(state.phase, open=())
-    state.window, state.logged = Meter(), Meter()
-    state.watch, state.corrupt, state.best_acc1 = DivergenceWatch(), (0, 0), None

@@ -50,7 +50,7 @@ def recover(run: Run, records: Records, saver: Saver, engine: Engine, state: Run
         return None
     if config.action == "rollback" and state.watch.rollbacks < config.tries:
         saver.finish_pending()
-        found = load_newest(candidates(run.folder, "auto"), run.layout, records.say)
+        found = load_newest(candidates(run.folder, "auto"), run.folder, run.layout, records.say)
         if found is not None:
             found.run.watch = found.run.watch.rolled_back(step, state.watch)
             records.say(f"step {step}: {problem}; back to step {found.run.step}, to leave this update out")

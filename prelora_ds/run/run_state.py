@@ -44,6 +44,12 @@ class RunState:
             self.best_acc1 = accuracy.acc1
         return improved
 
+    def forget_measurements(self) -> None:
+        """Keep what the weights are, and drop what was measured by the settings of the run that they come from."""
+        self.phase = self.phase.without_open_window()
+        self.window, self.logged = Meter(), Meter()
+        self.watch, self.corrupt, self.best_acc1 = DivergenceWatch(), (0, 0), None
+
     def count(self, stats: StepStats, config: TrainConfig, *, data_s: float) -> dict[str, float]:
         """Count a step that may stand; columns for the log where its update was left out.
 

@@ -202,7 +202,7 @@ def damaged_checkpoints(source, folder):
             if dist.get_rank() == 0:
                 path.unlink() if damaged is None else path.write_bytes(damaged)
             dist.barrier()
-            found = load_newest(candidates(RunFolder(out), "auto"), layout, said.append)
+            found = load_newest(candidates(RunFolder(out), "auto"), RunFolder(out), layout, said.append)
             assert found.folder == expected, (path, said)
             assert f"{newest.name} is passed over" in said[0] and path.parent.name in said[0], said
             said.clear()
@@ -210,14 +210,15 @@ def damaged_checkpoints(source, folder):
             if dist.get_rank() == 0:
                 path.write_bytes(whole)
     dist.barrier()
-    assert load_newest(candidates(RunFolder(out), "auto"), layout, said.append).folder == newest and not said
+    found = load_newest(candidates(RunFolder(out), "auto"), RunFolder(out), layout, said.append)
+    assert found.folder == newest and not said
     dist.barrier()
     if dist.get_rank() == 0:
         for checkpoint in list_checkpoints(root):
             (checkpoint / "state.json").write_text("{}")
     dist.barrier()
     with pytest.raises(ConfigError, match=r"no checkpoint is whole: .*state\.json.*\n  remedy"):
-        load_newest(candidates(RunFolder(out), "auto"), layout, said.append)
+        load_newest(candidates(RunFolder(out), "auto"), RunFolder(out), layout, said.append)
 
 
 def test_the_rank_that_finds_it_broken_speaks_for_all(stopped, job, tmp_path):
@@ -351,6 +352,16 @@ def test_skip_and_rollback_get_a_run_over_a_spike(job, tmp_path):
         assert left_out and all("train/loss" not in row for row in rows if "left_out" in row)
     assert "the update is left out" in jobs["skip"].said()
     assert "; back to step" in jobs["rollback"].said() and "resumes after step" in jobs["rollback"].said()
+
+
+def test_a_new_run_that_diverges_before_its_first_checkpoint_gives_up_after_its_tries(stopped, job, tmp_path):
+    """It goes back to the checkpoint of the other run each time, and counts how often."""
+    source = stopped[0] / "checkpoints/step-00000015"
+    run = job(tmp_path / "new", "optimizer.lr=1e30", "train.divergence.action=rollback", "train.divergence.tries=2",
+              "checkpoint.every=9 steps", "train.duration=24 steps", resume=str(source))
+    assert run.end()[0] == 1, run.said()[-3000:]
+    assert run.said().count("back to step 15") == 2
+    assert "all 2 tries (train.divergence.tries) are used up" in run.said()
 
 
 # ---- exported
@@ -588,7 +599,7 @@ def load_elsewhere(zero, folder):
     world = dist.get_world_size()
     t = Trainer(config(zero, micro=8 // world))
     release(t.engine)
-    found = load_newest(candidates(RunFolder(Path(folder)), "auto"), t.layout, print)
+    found = load_newest(candidates(RunFolder(Path(folder)), "auto"), RunFolder(Path(folder)), t.layout, print)
     held = found.engine.host_bytes()
     t.engine = build_engine(t.cfg, found.run.phase.plan, t.layout, LABELS, found.engine, found.counters)
     assert t.engine.counters().global_steps == 6 == found.run.step

@@ -96,8 +96,11 @@ def checkpoints_at(place: str, key: str = "--resume") -> list[Path]:
     return found
 
 
-def load_newest(folders: Sequence[Path], layout: Layout, say: Callable[[str], None]) -> Checkpoint | None:
+def load_newest(folders: Sequence[Path], run: RunFolder, layout: Layout,
+                say: Callable[[str], None]) -> Checkpoint | None:
     """The first of ``folders`` (rank 0's count) that every rank finds whole; None if there are none. Collective.
+
+    One that is not of ``run`` itself brings its weights, and nothing that was measured by the other run's settings.
 
     Every rank verifies its share of the files and reads its part; one that is broken on any rank is passed over by all,
     with a message. Raises ConfigError when none is whole, or one is of another format.
@@ -113,7 +116,9 @@ def load_newest(folders: Sequence[Path], layout: Layout, say: Callable[[str], No
         if refused is not None:
             raise refused
         problems += [str(vote) for vote in votes if vote is not None][:1]
-        if all(vote is None for vote in votes):
+        if found is not None and all(vote is None for vote in votes):
+            if not found.of_run(run):
+                found.run.forget_measurements()
             return found
         say(f"warning: {folder.name} is passed over: {problems[-1]}")
     if listed[0]:

@@ -84,3 +84,14 @@ def test_a_meter_that_was_reset_is_a_new_one() -> None:
     assert meter == Meter([16.0], 8, 1, 1.0, 0.5, 1)
     meter.reset()
     assert meter == Meter()
+
+
+def test_a_new_run_takes_the_weights_and_the_windows_of_another_and_nothing_that_was_open() -> None:
+    seen = Observation(14, 8, 2.0, {"q": {0: 1.0}})
+    phase = PhaseState(PLANS[1], 1, (WindowStats(3, 12, 1.0, {"q": {0: 1.0}}),), (seen,), first_window=5)
+    state = RunState(15, phase, DivergenceWatch((1.0,), 2, 1, 1, frozenset({9})), corrupt=(1, 2), best_acc1=0.5)
+    state.window.add(2.0, 8, step_s=1.0, data_s=0.0)
+    state.forget_measurements()
+    assert (state.watch, state.window, state.logged) == (DivergenceWatch(), Meter(), Meter())
+    assert (state.corrupt, state.best_acc1, state.phase.open) == ((0, 0), None, ())
+    assert state.phase.windows == phase.windows and state.phase.first_window == 4  # the next one is all of this phase
