@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -219,9 +220,9 @@ def memory_during_a_switch(zero):
 
         restore = build_module.restore_state
 
-        def sampled_first(ds, plan, layout, state, samples=samples, restore=restore):
+        def sampled_first(ds, plan, layout, state, *, parked, samples=samples, restore=restore):
             samples.append(census(None, state) | {"staging": 0})  # the new engine as DeepSpeed has made it
-            restore(ds, plan, layout, state)
+            return restore(ds, plan, layout, state, parked=parked)
 
         state_module.assemble, build_module.restore_state = sampled, sampled_first
         try:
@@ -354,9 +355,9 @@ def test_optimizer_groups_are_one_per_decay_rate_and_adapter(ranks):
 def optimizer_groups():
     t = Trainer(config("zero2", optimizer={"weight_decay": 0.3}, lora={"weight_decay": 0.01, "lr_scale": 4.0}))
     settings = []
-    for plan in (t.full, t.warmup, t.lora):
+    for plan, spec in zip((t.full, t.warmup, t.lora), t.cfg.specs(), strict=True):
         if plan is not t.full:
-            t.switch(plan)
+            t.switch(replace(plan, lr_scale=spec.lr_scale))
         t.train(1)
         settings.append(sorted((g["weight_decay"], g["lr"]) for g in t.engine.ds.optimizer.param_groups))
     # decayed matrices, the rest, and adapters with a rate of their own; in the LoRA phase all at that rate

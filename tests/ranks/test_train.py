@@ -153,7 +153,7 @@ MISTAKES = {
     "no such option": (["--recipes", "x"], "command line", "--recipes"),
     "misspelt zero key": (["--deepspeed_config", "MISSPELT"], "zero_optimization.reduce_bucketsize",
                           "did you mean reduce_bucket_size?"),
-    "zero value that DeepSpeed refuses": (["deepspeed.zero_optimization.allgather_bucket_size=-1"],
+    "zero value that DeepSpeed refuses": (["deepspeed.zero_optimization.allgather_bucket_size=-2"],
                                           "zero_optimization.allgather_bucket_size", "refuses"),
     "unknown key": (["train.micro_batch=8"], "train.micro_batch", "did you mean micro_batch_size?"),
     "missing recipe": (["--recipe", "launch/recipes/nothing.yaml"], "--recipe", "there is no such file"),

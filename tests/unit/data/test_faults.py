@@ -21,7 +21,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from torch.utils.data import Dataset
+from support.failing_data import OutOfMemory, Says
 
 from prelora_ds.data.corrupt import CorruptBudget, CorruptBudgetError
 from prelora_ds.data.datasets import Look
@@ -259,13 +259,8 @@ def test_a_budget_of_nothing_bears_nothing():
 
 # ---- workers
 
-class Greedy(Dataset):
-    def __getitems__(self, keys: object) -> object:
-        raise MemoryError("Unable to allocate 11.9 GiB")
-
-
 def test_a_worker_without_memory_says_what_to_do_in_two_lines():
-    workers = Workers(Greedy(), [[0]], 1, "forkserver")
+    workers = Workers(OutOfMemory(), [[0]], 1, "forkserver")
     # A worker that cannot even tell is gone, and the remedy is the same.
     told = r"(more memory .*GiB\)|a data worker is gone .*)\n  remedy: .*fewer"
     with pytest.raises(WorkerLostError, match=told) as caught:
@@ -380,15 +375,10 @@ def test_a_small_shared_memory_is_one_message_with_its_size_and_what_to_do(folde
     assert "Traceback" not in ended.stderr, ended.stderr
 
 
-class NoRoom(Dataset):
-    def __getitems__(self, keys: object) -> object:
-        raise RuntimeError(keys[0])
-
-
 def test_only_a_lack_of_shared_memory_is_told_as_one():
     no_room = "unable to allocate shared memory(shm) for file </torch_1_2_0>: No space left on device (28)"
     with pytest.raises(NoSharedMemoryError, match=r"data\.workers = 1: /dev/shm"):
-        next(Workers(NoRoom(), [[no_room]], 1, "forkserver"))
+        next(Workers(Says(), [[no_room]], 1, "forkserver"))
     with pytest.raises(RuntimeError, match="a bug") as caught:
-        next(Workers(NoRoom(), [["a bug"]], 1, "forkserver"))
+        next(Workers(Says(), [["a bug"]], 1, "forkserver"))
     assert not isinstance(caught.value, ExpectedError)
