@@ -84,7 +84,7 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
             sources, origin = claim.sources, claim.origin
     try:
         if claim is not None:
-            guard.watch(claim.lease.check)
+            guard.watch(claim.lock.check)
             print(dump_yaml(config), flush=True)
             warn_of_a_short_run(config, timeline)
         guard.beat(2 * config.launch.timeout_s)  # the roll call ends by itself, and says who is missing
@@ -110,13 +110,13 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
                 raise Stopped(f"{why}; {guard.orphaned}") from why
             raise
         except OSError as exc:
-            if claim is not None and (lost := claim.lease.lost()) is not None:
+            if claim is not None and (lost := claim.lock.lost()) is not None:
                 raise lost from exc
             raise
         close_process_group()
     finally:
         if claim is not None:
-            claim.lease.release()
+            claim.lock.release()
         guard.stop()
 
 

@@ -29,7 +29,7 @@ def preflight(hostfile: Hostfile,
     from prelora_ds.config.load import load_config
     from prelora_ds.errors import TRY_AGAIN_EXIT_CODE
     from prelora_ds.hosts.hostfile import read_hostfile
-    from prelora_ds.hosts.preflight import SSH, Questions, print_report
+    from prelora_ds.hosts.preflight import SSH, Questions, print_preflight
     from prelora_ds.hosts.preflight import preflight as ask
 
     config = None if recipe is None else load_config(recipe, overrides or (), deepspeed_config)
@@ -43,7 +43,7 @@ def preflight(hostfile: Hostfile,
         extensions=("cpu_adam",) if config is not None and config.zero.offload_optimizer else ()))
     if json_file is not None:
         save_json(json_file, report.to_json(), "--json")
-    print_report(report)
+    print_preflight(report)
     if not report.fit:
         raise typer.Exit(TRY_AGAIN_EXIT_CODE)
 

@@ -13,12 +13,13 @@ from prelora_ds.config.tree import Config, ZeroSettings
 from prelora_ds.core.controller import PhaseController
 from prelora_ds.core.duration import Duration
 from prelora_ds.core.layout import Layout
-from prelora_ds.core.phases import PhaseSpec, plans_at_rank
+from prelora_ds.core.phases import PhaseSpec, plans_at_rank, thawed_later
 from prelora_ds.core.plan import Plan
 from prelora_ds.core.rank_rules.uniform import UniformRank
 from prelora_ds.core.schedule import Timeline
 from prelora_ds.core.switch_tests.prelora import Observation, Verdict, WindowStats
 from prelora_ds.cost import flops as costs
+from prelora_ds.cost.bytes import predict_bytes
 from prelora_ds.cost.candidates import USABLE, reuse_distance, setting, settings
 from prelora_ds.cost.machines import Cluster, rates_and_memory
 from prelora_ds.cost.timing import Rates
@@ -28,6 +29,7 @@ NOTES = (
     "all figures are predicted; bytes are of one rank: states at the end of backward, activations when it begins",
     "peak: the larger of the two moments, with staging copies and gathered weights; it fits if it takes at most "
     f"{USABLE:.0%} of the memory",
+    "host: fp32 values, in the host's memory, of what a phase freezes and a later one trains again",
     "step: computing, optimizer and communication one after another; without loading, evaluation and checkpoints",
     "jobs: of the walltime, one after another, without waiting, start-up and steps that are done again",
 )
@@ -50,9 +52,11 @@ def predict_run(config: Config, cluster: Cluster, layout: Layout, images: int, *
     accum = config.grad_accum_steps(world)
     timeline = Timeline(images, config.train.global_batch_size, config.train.duration)
     rows, runs = [], []
+    phases = config.specs()
+    parked = [thawed_later(phases, layout, index) for index in range(len(phases))]
     for zero in _settings(config, accum):
-        own = [_row(config, plan, layout, zero, cluster, rates, memory_gib, images)
-               for plan in plans_at_rank(config.specs(), layout, mean_rank)]
+        own = [_row(config, plan, layout, zero, cluster, rates, memory_gib, images, kept)
+               for plan, kept in zip(plans_at_rank(phases, layout, mean_rank), parked, strict=True)]
         rows += own
         if rates is not None:
             runs.append(_run(config, layout, zero, own, timeline, walltime_s))
@@ -95,7 +99,7 @@ def _settings(config: Config, accum: int) -> Iterator[ZeroSettings]:
 
 
 def _row(config: Config, plan: Plan, layout: Layout, zero: ZeroSettings, cluster: Cluster, rates: Rates | None,
-         memory_gib: float | None, images: int) -> dict[str, Any]:
+         memory_gib: float | None, images: int, parked: frozenset[str]) -> dict[str, Any]:
     config = config.for_phase(plan.phase)
     world, batch, micro = cluster.world_size, config.train.global_batch_size, config.train.micro_batch_size
     image = costs.micro_batch(config.model, plan, layout, 1, kernel=config.kernel(zero.stage))
@@ -103,11 +107,13 @@ def _row(config: Config, plan: Plan, layout: Layout, zero: ZeroSettings, cluster
     step_s = rates and rates.step_seconds(own.work, cluster.gpus_per_host)
     extra = costs.buckets_bytes(plan, layout, zero) + costs.gathered_bytes(plan, layout, zero,
                                                                            reuse_distance=reuse_distance(config))
+    host = predict_bytes(plan, layout, zero, world, after_backward=False, parked=parked).host
     return {"stage": zero.stage, "offload_optimizer": zero.offload_optimizer, "phase": plan.phase,
             **{f"{owner}_bytes": getattr(own.states, owner)
                for owner in ("weights", "gradients", "masters", "moments")},
             "buckets_bytes": own.states.buffers + extra, "activations_bytes": micro * image.saved_bytes,
-            "peak_bytes": own.peak_bytes, "fits": None if memory_gib is None else own.fits(memory_gib),
+            "peak_bytes": own.peak_bytes, "host_bytes": host,
+            "fits": None if memory_gib is None else own.fits(memory_gib),
             "largest_micro_batch": memory_gib and max((s.micro_batch_size for s in every if s.fits(memory_gib)),
                                                       default=0),
             "step_s": step_s, "epoch_s": step_s and step_s * images / batch,

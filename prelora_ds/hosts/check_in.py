@@ -197,7 +197,7 @@ def _exchange(store: Any, ranks: Ranks, card: Card, timeout_s: float, prefix: st
         else:
             texts = [store.get(f"{prefix}/card/{turn}") for turn in range(1, came + 1)]
             cards = [Card(**json.loads(text)) for text in texts]
-            verdict = judge(cards, ranks.world_size, timeout_s)
+            verdict = verdict_on(cards, ranks.world_size, timeout_s)
         store.set(f"{prefix}/verdict", json.dumps(verdict))
     store.wait([f"{prefix}/verdict"], timedelta(seconds=timeout_s + 2 * READ_S))
     verdict = json.loads(store.get(f"{prefix}/verdict"))
@@ -209,7 +209,7 @@ def _exchange(store: Any, ranks: Ranks, card: Card, timeout_s: float, prefix: st
     return verdict
 
 
-def judge(cards: Sequence[Card], world_size: int, waited_s: float) -> dict[str, Any]:
+def verdict_on(cards: Sequence[Card], world_size: int, waited_s: float) -> dict[str, Any]:
     """The hosts by rank, and the parts of a LaunchError (``missing``) or of a ConfigError (``mistake``)."""
     verdict = _verdict()
     by_rank: dict[int, Card] = {}

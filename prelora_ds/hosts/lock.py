@@ -24,17 +24,17 @@ RENEWED_EVERY_S = 5.0
 DEAD_AFTER_S = 30.0  # without a change
 
 
-class Lease:
+class Lock:
     """The file ``path``, held by rank 0's process from `take` to `release`; the guard watches its `check`.
 
-    A lease that another job has taken over means that this one was given up for dead.
+    A lock that another job has taken over means that this one was given up for dead.
     """
 
     def __init__(self, path: Path) -> None:
         self.path, self._token, self._ended = path, uuid.uuid4().hex, threading.Event()
         self._missed = False
 
-    def take(self) -> Lease:
+    def take(self) -> Lock:
         """Raises LaunchError when a living job holds the folder; waits up to half a minute to see whether it lives."""
         while True:
             try:
@@ -45,7 +45,7 @@ class Lease:
             os.write(descriptor, self._text(0).encode())
             os.close(descriptor)
             self._folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
-            self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+            self._thread = threading.Thread(target=self._renew, name="lock", daemon=True)
             self._thread.start()
             return self
 

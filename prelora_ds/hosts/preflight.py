@@ -151,7 +151,7 @@ def _converse(report: Report, lines: Mapping[str, _Line], pool: ThreadPoolExecut
         report.answers[name]["clock"] = {"offset_s": round(there - (sent + time.time()) / 2, 3)}
     alive = ask(alive, "facts", disks=[str(q.folder), *q.scratch], token=str(token), shards=list(q.shards),
                 interface=q.interface, extensions=list(q.extensions))
-    for name, problems in judge(report.answers, alive, token.name, slots).items():
+    for name, problems in problems_of(report.answers, alive, token.name, slots).items():
         report.problems[name] += problems
     if not alive:
         return
@@ -162,7 +162,7 @@ def _converse(report: Report, lines: Mapping[str, _Line], pool: ThreadPoolExecut
     own = {name: {"rank": rank} for rank, name in enumerate(alive)}
     alive = ask(alive, "all_reduce", own, master=master, port=port, interface=q.interface, world=len(alive),
                 limit_s=q.timeout_s / 2)
-    for name, problem in judge_rates({name: report.answers[name]["all_reduce"] for name in alive}).items():
+    for name, problem in slow_hosts({name: report.answers[name]["all_reduce"] for name in alive}).items():
         report.problems[name].append(problem)
 
 
@@ -171,7 +171,7 @@ WORDS = {"clock": "not reachable, or without this Python", "facts": "could not t
          "reach": "cannot reach the master {master}:{port}", "all_reduce": "the all-reduce failed"}
 
 
-def judge(answers: Mapping[str, Mapping[str, Any]], alive: Sequence[str], token: str,
+def problems_of(answers: Mapping[str, Mapping[str, Any]], alive: Sequence[str], token: str,
           slots: Mapping[str, int]) -> dict[str, list[str]]:
     """Problems of each host, its answers held against those of the majority."""
     found: dict[str, list[str]] = {name: [] for name in alive}
@@ -213,7 +213,7 @@ def judge(answers: Mapping[str, Mapping[str, Any]], alive: Sequence[str], token:
     return found
 
 
-def judge_rates(answers: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+def slow_hosts(answers: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Hosts whose better neighbour still gives less than half of the median bandwidth, or that sum wrongly."""
     best = {name: max(answer["neighbours_mb_s"], default=0.0) for name, answer in answers.items()}
     usual = median(best.values()) if best else 0.0
@@ -231,7 +231,7 @@ def _majority(values: Sequence[Any]) -> Any:
     return json.loads(max(texts, key=texts.count)) if texts else None
 
 
-def print_report(report: Report) -> None:
+def print_preflight(report: Report) -> None:
     """One table, and every problem with its host."""
     from rich.console import Console
     from rich.table import Table

@@ -31,7 +31,7 @@ from prelora_ds.hosts.hostfile import (
     travels,
     write_ds_env,
 )
-from prelora_ds.hosts.lock import Lease
+from prelora_ds.hosts.lock import Lock
 from prelora_ds.hosts.network import interface_environment, is_mine
 
 TICK_S = 0.5
@@ -78,7 +78,7 @@ class Supervisor:
     stop_asked: bool = False
 
     def __post_init__(self) -> None:
-        self._mine = Lease(self.folder / LOCK)
+        self._mine = Lock(self.folder / LOCK)
 
     def run(self) -> int:
         """Attempts until one succeeds; returns the exit code: 0, 99 (stopped with a checkpoint), or a failure's.

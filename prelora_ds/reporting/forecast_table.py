@@ -18,10 +18,11 @@ def print_forecast(result: dict[str, Any], console: Console | None = None) -> No
     table = Table(title=escape(f"{result['recipe']}, predicted: {result['hosts']} x {result['gpus_per_host']} "
                                f"{result['gpu']}, micro-batch {result['micro_batch_size']} x "
                                f"{result['grad_accum_steps']}, LoRA rank {result['mean_rank']}; {unit} a rank"))
-    for column in ("ZeRO", "phase", *OWNERS, "peak", "fits", "largest batch", "step, ms", "epoch, min"):
+    memory = [*OWNERS, "peak", *(["host"] if any(row["host_bytes"] for row in result["rows"]) else [])]
+    for column in ("ZeRO", "phase", *memory, "fits", "largest batch", "step, ms", "epoch, min"):
         table.add_column(column, justify="left" if column == "phase" else "right")
     for row in result["rows"]:
-        table.add_row(_stage(row), row["phase"], *(f"{row[f'{c}_bytes'] / factor:.2f}" for c in (*OWNERS, "peak")),
+        table.add_row(_stage(row), row["phase"], *(f"{row[f'{c}_bytes'] / factor:.2f}" for c in memory),
                       {True: "yes", False: "no", None: "-"}[row["fits"]],
                       "-" if row["largest_micro_batch"] is None else str(row["largest_micro_batch"]),
                       *("-" if row[key] is None else f"{row[key] * per_unit:.1f}"

@@ -17,7 +17,7 @@ from prelora_ds.core.controller import index_of
 from prelora_ds.core.phases import difference as phases_differ
 from prelora_ds.errors import ConfigError, cannot_write
 from prelora_ds.files import replace_file
-from prelora_ds.hosts.lock import Lease
+from prelora_ds.hosts.lock import Lock
 from prelora_ds.run.checkpoints.checkpoint_folder import (
     BrokenCheckpointError,
     discard_partial,
@@ -37,7 +37,7 @@ class Claim:
     sources: the checkpoints that it may go on from, newest first. origin: the path that named them, if one did.
     """
 
-    lease: Lease
+    lock: Lock
     sources: Sequence[Path]
     origin: str | None
 
@@ -63,8 +63,8 @@ def claim_output(folder: RunFolder, config: Config, resume: str, data: Mapping[s
                               "run will write the folder of its model",
                               "remove or rename it, or choose another run.output_dir")
         folder.path.mkdir(parents=True, exist_ok=True)
-        lease = Lease(folder.lock).take()
-        refused.callback(lease.release)
+        lock = Lock(folder.lock).take()
+        refused.callback(lock.release)
         begun = _check_folder(folder, config, resume)
         check_logs(folder)
         sources = candidates(folder, resume)
@@ -87,7 +87,7 @@ def claim_output(folder: RunFolder, config: Config, resume: str, data: Mapping[s
             folder.origin.unlink(missing_ok=True)
         replace_file(folder.config, dump_yaml(config))
         refused.pop_all()
-        return Claim(lease, sources, origin)
+        return Claim(lock, sources, origin)
 
 
 @contextmanager

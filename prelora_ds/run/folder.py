@@ -44,7 +44,7 @@ class RunFolder:
 
     @property
     def lock(self) -> Path:
-        """Names the job that has the folder."""
+        """Names the job that has the folder, under the name that version 0.1.0 looks for."""
         return self.path / ".lease"
 
     @property

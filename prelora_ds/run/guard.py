@@ -1,6 +1,6 @@
-"""A thread in every rank that ends a process which goes nowhere, so that one lost rank hangs no others.
+"""A thread in every rank that ends a process that makes no progress, so that one lost rank hangs no others.
 
-It runs while the main thread sits in a collective. Other reasons to end a process (a lease that is
+It runs while the main thread sits in a collective. Other reasons to end a process (a lock that is
 no longer held, a launcher that is gone) are given to it as checks.
 """
 

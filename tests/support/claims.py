@@ -31,7 +31,7 @@ def claim(out: Path, resume: str = "auto", *overrides: str, data: dict[str, str]
           steps: int = 20) -> list[Path]:
     """The checkpoints that a run in ``out`` may go on from; it ends at once."""
     found = claim_output(RunFolder(out), config(out, *overrides), resume, data or DATA, steps=steps)
-    found.lease.release()
+    found.lock.release()
     return list(found.sources)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from prelora_ds import cli
 from prelora_ds.cost.timing import KINDS
@@ -115,6 +116,25 @@ def test_figures_that_cannot_be_kept_are_one_message(
     assert "--json = " in capsys.readouterr().err
     assert plan(monkeypatch, *SMALL, "--json", "/dev/full/plan.json") == 2
     assert "cannot be written (Not a directory)" in capsys.readouterr().err
+
+
+def test_what_a_phase_freezes_for_a_later_one_is_in_the_host_s_memory(
+        planned: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    preset = planned(*SMALL)["rows"]
+    assert all(row["host_bytes"] == 0 for row in preset)
+    assert " host " not in capsys.readouterr().out
+    values = yaml.safe_load(RECIPE.read_text())
+    for section in ("convergence", "lora", "phases"):
+        values.pop(section, None)
+    values["phases"] = [{"name": "low", "adapters": {"rank": 4}, "train": "adapters", "until": "4 steps"},
+                        {"name": "thaw", "train": "all"}]
+    recipe = tmp_path / "thaw.yaml"
+    recipe.write_text(yaml.safe_dump(values))
+    rows = planned(*SMALL, recipe=recipe, stage=1)["rows"]
+    assert " host " in capsys.readouterr().out
+    low, thaw = (row for row in rows if row["stage"] == 1)
+    model = preset[0]["weights_bytes"] // 2
+    assert (low["host_bytes"], thaw["host_bytes"]) == (4 * model // 4, 0), "4 bytes an element over 4 ranks"
 
 
 def test_a_cpu_has_bytes_and_with_a_calibration_times(planned: Any, tmp_path: Path) -> None:

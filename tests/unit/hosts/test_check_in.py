@@ -9,7 +9,7 @@ import pytest
 from support.pool import free_port
 
 from prelora_ds.errors import ConfigError, LaunchError, RefusedError
-from prelora_ds.hosts.check_in import Card, call_the_roll, check_master, declining, judge, make_of
+from prelora_ds.hosts.check_in import Card, call_the_roll, check_master, declining, make_of, verdict_on
 from prelora_ds.hosts.discovery import Ranks
 
 MAKE = {"torch": "2.14.1", "config": "abc"}
@@ -21,30 +21,31 @@ def never(error: LaunchError) -> None:
 
 
 def test_a_full_roll_gives_the_host_of_each_rank_in_whatever_order_they_come() -> None:
-    assert judge(ALL[::-1], 6, 1.0) == {"hosts": ["host0", "host0", "host1", "host1", "host2", "host2"],
+    assert verdict_on(ALL[::-1], 6, 1.0) == {"hosts": ["host0", "host0", "host1", "host1", "host2", "host2"],
                                         "refused": None, "missing": None, "mistake": None}
 
 
 def test_who_is_missing_and_who_came_are_named() -> None:
-    missing = judge([*ALL[:2], *ALL[3:4]], 6, 90.0)["missing"]
+    missing = verdict_on([*ALL[:2], *ALL[3:4]], 6, 90.0)["missing"]
     text, absent = missing
     assert "ranks 2, 4-5 of 6 did not come within 90 s" in text and absent == [2, 4, 5]
     assert "host0: 0-1; host1: 3" in text
 
 
 def test_a_rank_that_is_there_twice_is_named_with_both_hosts() -> None:
-    key, value, problem, _ = judge([*ALL[:5], replace(ALL[4], host="elsewhere")], 6, 1.0)["mistake"]
+    key, value, problem, _ = verdict_on([*ALL[:5], replace(ALL[4], host="elsewhere")], 6, 1.0)["mistake"]
     assert (key, value) == ("RANK", 4) and "on host2 and on elsewhere" in problem
 
 
 def test_two_ranks_with_one_device_are_named() -> None:
-    key, value, problem, _ = judge([*ALL[:5], replace(ALL[5], local_rank=0)], 6, 1.0)["mistake"]
+    key, value, problem, _ = verdict_on([*ALL[:5], replace(ALL[5], local_rank=0)], 6, 1.0)["mistake"]
     assert (key, value) == ("LOCAL_RANK", 0) and "ranks 4 and 5" in problem and "host2" in problem
 
 
 @pytest.mark.parametrize("key", ["torch", "config", "new"])
 def test_a_host_of_another_make_is_named(key: str) -> None:
-    odd, value, problem, _ = judge([*ALL[:4], replace(ALL[4], make=MAKE | {key: "other"}), ALL[5]], 6, 1.0)["mistake"]
+    other = replace(ALL[4], make=MAKE | {key: "other"})
+    odd, value, problem, _ = verdict_on([*ALL[:4], other, ALL[5]], 6, 1.0)["mistake"]
     assert (odd, value) == (key, "other") and "on host host2 (rank 4)" in problem
 
 

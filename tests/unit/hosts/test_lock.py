@@ -13,40 +13,40 @@ from pathlib import Path
 import pytest
 
 from prelora_ds.errors import LaunchError
-from prelora_ds.hosts import lock as lease_module
-from prelora_ds.hosts.lock import Lease
+from prelora_ds.hosts import lock as lock_module
+from prelora_ds.hosts.lock import Lock
 
 NAME = ".lease"
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease_module, "RENEWED_EVERY_S", 0.05)
-    monkeypatch.setattr(lease_module, "DEAD_AFTER_S", 0.6)
+    monkeypatch.setattr(lock_module, "RENEWED_EVERY_S", 0.05)
+    monkeypatch.setattr(lock_module, "DEAD_AFTER_S", 0.6)
 
 
 def left_behind(folder: Path, **changes: object) -> None:
-    """A lease as another process would have left it."""
-    lease = Lease(folder / NAME)
-    (folder / NAME).write_text(json.dumps(json.loads(lease._text(0)) | changes))
+    """A lock as another process would have left it."""
+    lock = Lock(folder / NAME)
+    (folder / NAME).write_text(json.dumps(json.loads(lock._text(0)) | changes))
 
 
 def test_a_living_job_holds_its_folder_and_the_message_names_it(tmp_path: Path) -> None:
-    first = Lease(tmp_path / NAME).take()
+    first = Lock(tmp_path / NAME).take()
     with pytest.raises(LaunchError, match=f"is in use by process {os.getpid()} on .*\n  remedy: end that job"):
-        Lease(tmp_path / NAME).take()
+        Lock(tmp_path / NAME).take()
     first.release()
     assert not (tmp_path / NAME).exists()
-    Lease(tmp_path / NAME).take().release()
+    Lock(tmp_path / NAME).take().release()
 
 
 def test_a_killed_process_of_this_machine_holds_nothing_and_nobody_waits(tmp_path: Path) -> None:
-    code = (f"from pathlib import Path; import os; from prelora_ds.hosts.lock import Lease; "
-            f"Lease(Path({str(tmp_path / NAME)!r})).take(); os.kill(os.getpid(), 9)")
+    code = (f"from pathlib import Path; import os; from prelora_ds.hosts.lock import Lock; "
+            f"Lock(Path({str(tmp_path / NAME)!r})).take(); os.kill(os.getpid(), 9)")
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
     assert (tmp_path / NAME).exists()
     begun = time.monotonic()
-    Lease(tmp_path / NAME).take().release()
+    Lock(tmp_path / NAME).take().release()
     assert time.monotonic() - begun < 0.5
 
 
@@ -54,7 +54,7 @@ def test_a_process_of_another_pid_namespace_is_not_taken_for_dead(tmp_path: Path
     """As in a container, where its number means another process, or none."""
     left_behind(tmp_path, processes="pid:[1]", pid=2**22 - 1)
     begun = time.monotonic()
-    Lease(tmp_path / NAME).take().release()
+    Lock(tmp_path / NAME).take().release()
     assert time.monotonic() - begun >= 0.6  # it was watched before it was given up
 
 
@@ -72,24 +72,24 @@ def test_another_host_s_lease_counts_while_it_changes_and_not_after(tmp_path: Pa
     thread.start()
     try:
         with pytest.raises(LaunchError, match=r"is in use by process .* on elsewhere"):
-            Lease(tmp_path / NAME).take()
+            Lock(tmp_path / NAME).take()
     finally:
         ended.set()
         thread.join()
     begun = time.monotonic()
-    Lease(tmp_path / NAME).take().release()
+    Lock(tmp_path / NAME).take().release()
     assert time.monotonic() - begun >= 0.6
 
 
 def test_a_number_given_to_another_process_is_no_holder(tmp_path: Path) -> None:
     left_behind(tmp_path, born="1")
-    lease = Lease(tmp_path / NAME).take()
-    assert json.loads((tmp_path / NAME).read_text())["born"] not in (None, "1") and lease.check() is None
-    lease.release()
+    lock = Lock(tmp_path / NAME).take()
+    assert json.loads((tmp_path / NAME).read_text())["born"] not in (None, "1") and lock.check() is None
+    lock.release()
 
 
 def test_a_job_that_was_given_up_for_dead_learns_of_it_and_leaves_the_new_lease_alone(tmp_path: Path) -> None:
-    frozen = Lease(tmp_path / NAME).take()
+    frozen = Lock(tmp_path / NAME).take()
     assert frozen.check() is None
     left_behind(tmp_path, token="new", host="elsewhere")
     time.sleep(0.2)
@@ -101,19 +101,19 @@ def test_a_job_that_was_given_up_for_dead_learns_of_it_and_leaves_the_new_lease_
 
 def test_a_lease_that_is_no_json_is_nobody_s(tmp_path: Path) -> None:
     (tmp_path / NAME).write_text("")
-    lease = Lease(tmp_path / NAME).take()
-    assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid() and lease.check() is None
-    lease.release()
+    lock = Lock(tmp_path / NAME).take()
+    assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid() and lock.check() is None
+    lock.release()
 
 
 @pytest.mark.parametrize("text", [
     '{"token": "x"}', '{"token": null, "pid": {}}', '{"token": 7, "host": [], "pid": "../1"}'])
 def test_a_lease_of_other_content_is_another_s(tmp_path: Path, text: str) -> None:
-    lease = Lease(tmp_path / NAME).take()
+    lock = Lock(tmp_path / NAME).take()
     (tmp_path / NAME).write_text(text)
-    code, why = lease.check() or (0, "")
+    code, why = lock.check() or (0, "")
     assert code == 88 and "was taken over by process" in why
-    lease.release()
+    lock.release()
     assert (tmp_path / NAME).read_text() == text
 
 
@@ -124,34 +124,34 @@ def test_a_lease_that_names_no_process_is_held_by_nobody_once_it_does_not_change
     mine = json.loads((tmp_path / NAME).read_text())
     machine = json.dumps({"host": mine["host"], "boot": mine["boot"]})
     (tmp_path / NAME).write_text(content.replace("{this machine}", machine if content[1] == "t" else machine[1:]))
-    Lease(tmp_path / NAME).take().release()
+    Lock(tmp_path / NAME).take().release()
 
 
 def test_a_folder_that_is_removed_or_moved_ends_the_job_with_75_and_is_not_made_anew(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    lease = Lease(out / NAME).take()
+    lock = Lock(out / NAME).take()
     out.rename(tmp_path / "elsewhere")
-    assert lease.check() is None, "one look may be a hiccup of the disk"
+    assert lock.check() is None, "one look may be a hiccup of the disk"
     (tmp_path / "out").mkdir()  # as a checkpoint would
     time.sleep(0.2)
-    code, why = lease.check() or (0, "")
+    code, why = lock.check() or (0, "")
     assert code == 75 and f"{out} was removed or moved" in why
     assert not list(out.iterdir())
-    lease.release()
+    lock.release()
 
 
 def test_a_disk_that_takes_no_changes_does_not_hide_why_a_run_ends(tmp_path: Path) -> None:
     code = f"""
 import os
 from pathlib import Path
-from prelora_ds.hosts.lock import Lease
-lease = Lease(Path({str(tmp_path / NAME)!r})).take()
+from prelora_ds.hosts.lock import Lock
+lock = Lock(Path({str(tmp_path / NAME)!r})).take()
 os.chmod({str(tmp_path)!r}, 0o500)
 if os.geteuid() == 0:
     os.seteuid(65534)  # nothing is read-only for root
-lease.release()
-lease.release()
+lock.release()
+lock.release()
 print("why it ends")
 """
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)

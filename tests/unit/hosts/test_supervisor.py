@@ -16,7 +16,7 @@ from prelora_ds.errors import ConfigError, LaunchError
 from prelora_ds.hosts.diagnosis import diagnose, is_echo, known_as
 from prelora_ds.hosts.heartbeat import LEASE, LOCK, Supervision, read_json, write_json
 from prelora_ds.hosts.hostfile import Host
-from prelora_ds.hosts.lock import Lease
+from prelora_ds.hosts.lock import Lock
 from prelora_ds.hosts.supervisor import Policy, Supervisor, check_policy, fill
 
 HOSTS = [Host("a", 2), Host("b", 2), Host("c", 2)]
@@ -238,7 +238,7 @@ def test_a_supervisor_that_stood_still_leaves_the_run_to_its_successor(world: Wo
 
 def test_a_second_supervisor_is_refused_and_the_first_one_s_attempt_stays_the_newest(world: World) -> None:
     (world.folder / "out").mkdir()
-    first = Lease(world.folder / "out" / LOCK).take()
+    first = Lock(world.folder / "out" / LOCK).take()
     with pytest.raises(LaunchError, match=r"is in use by process"):
         world.supervisor("mark DONE").run()
     assert not (world.folder / "out" / LEASE).exists() and not attempts(world)

@@ -229,7 +229,7 @@ def test_data_of_other_classes_are_refused_in_a_new_run_too(
     out, resume = (tmp_path / "new", str(source)) if new else (tmp_path / "old", "auto")
 
     def claim_it() -> None:
-        claim_output(RunFolder(out), config(out), resume, DATA, ("cat", "dog"), steps=20).lease.release()
+        claim_output(RunFolder(out), config(out), resume, DATA, ("cat", "dog"), steps=20).lock.release()
 
     if not new:
         claim(tmp_path / "elsewhere")

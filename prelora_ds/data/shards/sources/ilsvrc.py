@@ -128,11 +128,11 @@ def _members(file: IO[bytes], start: int, stop: int, passed: Counter[str]) -> It
                 )
             if member.size < 0 or member.offset_data + member.size > stop:
                 raise ValueError(f"cut short at byte {stop}, or damaged at byte {member.offset}")
-            base = Path(member.name).name
-            if hidden(base) and not member.isdir():
+            name = Path(member.name).name
+            if hidden(name) and not member.isdir():
                 passed["hidden members"] += 1
             elif member.isfile():
-                yield _Member(base, member.offset_data, member.size)
+                yield _Member(name, member.offset_data, member.size)
             elif not member.isdir():
                 passed["links or devices"] += 1
         if not ends_whole(file, tar.offset):
