@@ -29,7 +29,7 @@ from prelora_ds.config.phases import FAMILIES
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.plan import Plan
 from prelora_ds.model.adapters import attach_adapters
-from prelora_ds.model.adapters.lora import lora_linears, merge_bases
+from prelora_ds.model.adapters.lora import lora_linears, refresh_merged_weights
 from prelora_ds.model.families import find_layout, named_parameters
 from prelora_ds.model.vit import build_model
 
@@ -64,7 +64,7 @@ class Variant:
         with torch.no_grad():
             for p, master in zip(self.trained, self.masters, strict=True):
                 p.copy_(master)
-        merge_bases(self.module)
+        refresh_merged_weights(self.module)
         self.inputs.grad = None
         done = time.perf_counter()
         for part, seconds in zip(self.parts, (ran - begun, backed - ran, done - backed), strict=True):
@@ -100,8 +100,8 @@ def make(config: ModelConfig, plan: Callable[[Layout], Plan], *, batch: int, who
             p.data = p.data.float()
     if merged:
         for linear in lora_linears(module):
-            linear.keep_base()
-            linear.base.copy_(linear.get_base_layer().weight)
+            linear.keep_fp32_weight()
+            linear.fp32_weight.copy_(linear.get_base_layer().weight)
     if whole:
         return Variant(module, module, torch.randn(batch, 3, config.image_size, config.image_size).bfloat16())
     blocks = Blocks(module)

@@ -24,7 +24,7 @@ from prelora_ds.data.batch import MicroBatch
 from prelora_ds.engine import build as build_module
 from prelora_ds.engine import transition as transition_module
 from prelora_ds.engine.build import Engine, build_engine, deepspeed_config
-from prelora_ds.engine.census import engine_storages, live_storages, peak_rss_bytes, rss_bytes, settled
+from prelora_ds.engine.census import engine_storages, live_storages, peak_rss_bytes, rss_bytes, wait_until
 from prelora_ds.engine.release import release, trim_memory
 from prelora_ds.engine.runtime import freeze_imports
 from prelora_ds.engine.state import EngineState, Slice, initial_state
@@ -40,7 +40,7 @@ PARTS = {
     "count what it owns": (transition_module, "engine_storages"),
     "export": (transition_module, "export_state"),
     "release": (transition_module, "release"),
-    "prove it gone": (transition_module, "settled"),
+    "prove it gone": (transition_module, "wait_until"),
     "write the base": (checkpoint_module, "write_part"),
     "build: module": (build_module, "empty_module"),
     "build: initialize": (deepspeed, "initialize"),
@@ -164,7 +164,7 @@ def rebuilt_by_hand(pipe: Connection, model: Mapping[str, Any], rebuilds: int) -
 
 def freed_share(held: Mapping[int, int]) -> float:
     """The share of ``held`` (address -> bytes) whose storages are gone."""
-    left = settled(lambda: sum(nbytes for key, nbytes in live_storages().items() if key in held), lambda n: n == 0)
+    left = wait_until(lambda: sum(nbytes for key, nbytes in live_storages().items() if key in held), lambda n: n == 0)
     return 1 - left / sum(held.values())
 
 

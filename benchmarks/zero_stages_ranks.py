@@ -28,7 +28,7 @@ from prelora_ds.data.datasets import Look
 from prelora_ds.data.loader import TrainLoader
 from prelora_ds.data.manifest import Manifest
 from prelora_ds.engine.build import Engine, build_engine
-from prelora_ds.engine.census import census, peak_rss_bytes, settled
+from prelora_ds.engine.census import census, peak_rss_bytes, wait_until
 from prelora_ds.engine.release import release
 from prelora_ds.engine.runtime import freeze_imports, synchronize
 from prelora_ds.engine.state import initial_state
@@ -140,7 +140,7 @@ def bytes_after_backward(engine: Engine, layout: Layout, world: int, *, size: in
     m = engine.config.model
     images = torch.randint(0, 256, (size, 3, m.image_size, m.image_size), dtype=torch.uint8)
     engine.backward([MicroBatch(images, torch.randint(0, LABELS, (size,)))])
-    measured = settled(lambda: census(engine), lambda count: count["other"] <= 0.02 * sum(count.values()))
+    measured = wait_until(lambda: census(engine), lambda count: count["other"] <= 0.02 * sum(count.values()))
     engine.finish_step(lr=1e-6)
     predicted = predict_bytes(engine.plan, layout, engine.config.zero, world, after_backward=True,
                               kernel=engine.config.kernel())

@@ -29,7 +29,7 @@ def classification_loss(logits: Tensor, targets: Tensor, *, kind: Literal["softm
 
 
 @torch.no_grad()
-def begin_sigmoid_head(module: nn.Module, num_labels: int) -> None:
+def init_sigmoid_head(module: nn.Module, num_labels: int) -> None:
     """Kernel 0 and bias `SIGMOID_BIAS` in the last linear of ``num_labels`` outputs: the loss begins small.
 
     Raises ConfigError when there is none with a bias.

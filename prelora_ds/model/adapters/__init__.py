@@ -92,7 +92,7 @@ def check_names(module: nn.Module, plan: Plan, layout: Layout) -> None:
                                    f"{wanted.get(name)} in the plan of phase {plan.phase}")
 
 
-def first_value(name: str, shape: Shape, plan: Plan, leaves: Mapping[str, tuple[str, str]]) -> torch.Tensor:
+def initial_adapter_value(name: str, shape: Shape, plan: Plan, leaves: Mapping[str, tuple[str, str]]) -> torch.Tensor:
     """The first value of an adapter's parameter, fp32. leaves: those of the plan, by name."""
     path, leaf = leaves[name]
     spec = plan.adapters[path]
@@ -108,10 +108,10 @@ def effective_weight(weight: torch.Tensor, values: Mapping[str, torch.Tensor],
     return weight if spec is None else half_of(spec.kind).effective(weight, values, spec)
 
 
-def folded_bases(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Name of a weight -> its fp32 base, where the weight holds the adapter folded in (`LoraLinear.keep_base`)."""
-    return {canonical_name(f"{path}.weight"): m.base for path, m in module.named_modules()
-            if isinstance(m, lora.LoraLinear) and m.base is not None}
+def fp32_weights(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return name -> fp32 weight W, for weights that hold W + s B A in BF16 (`LoraLinear.fp32_weight`)."""
+    return {canonical_name(f"{path}.weight"): m.fp32_weight for path, m in module.named_modules()
+            if isinstance(m, lora.LoraLinear) and m.fp32_weight is not None}
 
 
 def _by_kind(plan: Plan) -> Mapping[str, Mapping[str, AdapterSpec]]:

@@ -43,12 +43,12 @@ class LoraLinear(PeftLinear):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.active, self.base = True, None
+        self.active, self.fp32_weight = True, None
 
-    base: torch.Tensor | None
+    fp32_weight: torch.Tensor | None
 
     @property
-    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def lora_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A [rank, in] and B [out, rank]."""
         a: Any = self.lora_A[ADAPTER_NAME]
         b: Any = self.lora_B[ADAPTER_NAME]
@@ -56,29 +56,29 @@ class LoraLinear(PeftLinear):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         dropout = self.lora_dropout[ADAPTER_NAME]
-        if self.base is None and (self.disable_adapters or self.merged
+        if self.fp32_weight is None and (self.disable_adapters or self.merged
                                   or (self.training and not isinstance(dropout, nn.Identity))):
             return super().forward(x, *args, **kwargs)
-        a, b = self.factors
+        a, b = self.lora_weights
         if not self.active:
             a, b = a.detach(), b.detach()
         linear = self.get_base_layer()
         product: torch.Tensor = _LoraProduct.apply(x, linear.weight, linear.bias, a, b, self.scaling[ADAPTER_NAME],
-                                                   self.base is not None)
+                                                   self.fp32_weight is not None)
         return product
 
-    def keep_base(self) -> None:
-        """Begin to train merged: from now on the weight is what `merge_base` writes."""
+    def keep_fp32_weight(self) -> None:
+        """Begin to train merged: from now on the weight is what `refresh_merged_weight` writes."""
         weight = self._base_weight()
-        self.base = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+        self.fp32_weight = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
 
     @torch.no_grad()
-    def merge_base(self) -> None:
+    def refresh_merged_weight(self) -> None:
         """Write bf16(W + s B A), summed in fp32, into the weight."""
-        a, b = self.factors
-        assert self.base is not None
+        a, b = self.lora_weights
+        assert self.fp32_weight is not None
         self._base_weight().data.copy_(
-            torch.addmm(self.base, b.float(), a.float(), alpha=self.scaling[ADAPTER_NAME]))
+            torch.addmm(self.fp32_weight, b.float(), a.float(), alpha=self.scaling[ADAPTER_NAME]))
 
     def _base_weight(self) -> torch.Tensor:
         linear: Any = self.get_base_layer()
@@ -134,15 +134,15 @@ def lora_linears(module: nn.Module) -> Iterator[LoraLinear]:
     return (m for m in module.modules() if isinstance(m, LoraLinear))
 
 
-def merge_bases(module: nn.Module, *, inactive: bool = False) -> None:
+def refresh_merged_weights(module: nn.Module, *, inactive: bool = False) -> None:
     """Bring the weights of all linears that train merged up to their adapters; once per optimizer step.
 
     An inactive adapter stands still, so its linear is passed over but for ``inactive``, after base or adapters have
     been written from outside.
     """
     for linear in lora_linears(module):
-        if linear.base is not None and (linear.active or inactive):
-            linear.merge_base()
+        if linear.fp32_weight is not None and (linear.active or inactive):
+            linear.refresh_merged_weight()
 
 
 def peft_config(specs: Mapping[str, AdapterSpec], dropout: float) -> PeftLoraConfig:

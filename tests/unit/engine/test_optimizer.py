@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from prelora_ds.engine.fragments import Fragment
-from prelora_ds.engine.optimizer import AdamByName, Runs, TorchAdamByName
+from prelora_ds.engine.optimizer import AdamByName, StepRanges, TorchAdamByName
 
 SIZES = {"a": 5, "b": 3, "c": 8}  # in one flat tensor; a and b with two elements of padding between, then three
 OFFSETS, LENGTH = {"a": 0, "b": 7, "c": 10}, 21
@@ -99,8 +99,8 @@ def test_names_of_one_step_are_one_run_and_others_have_their_own() -> None:
     seen: list[tuple[list[int], list[int]]] = []
 
     class Watched(TorchAdamByName):
-        def update(self, group: Mapping[str, Any], runs: Runs) -> None:
-            seen.append(([len(weights) for weights in runs.weights], runs.steps))
+        def update(self, group: Mapping[str, Any], ranges: StepRanges) -> None:
+            seen.append(([len(weights) for weights in ranges.weights], ranges.steps))
 
     optimizer = bound(flat, of=Watched)
     give_gradient(flat, 0)

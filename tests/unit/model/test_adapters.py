@@ -14,7 +14,7 @@ from prelora_ds.config.phases import FAMILIES
 from prelora_ds.core.adapters import AdapterSpec
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.plan import Plan
-from prelora_ds.model.adapters import attach_adapters, check_adapters, effective_weight, first_value
+from prelora_ds.model.adapters import attach_adapters, check_adapters, effective_weight, initial_adapter_value
 from prelora_ds.model.adapters.lora import initial, peft_config
 from prelora_ds.model.families import ADAPTER_NAME, find_layout, named_parameters
 from prelora_ds.model.vit import build_model, logits_of
@@ -46,7 +46,7 @@ def fill(module: nn.Module, plan: Plan, layout: Layout) -> None:
     leaves = plan.leaves(layout)
     for name, p in named_parameters(module).items():
         if name in leaves:
-            p.data = first_value(name, tuple(p.shape), plan, leaves).to(p.dtype)
+            p.data = initial_adapter_value(name, tuple(p.shape), plan, leaves).to(p.dtype)
 
 
 def fresh_adapter(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ from prelora_ds.config.phases import FAMILIES
 from prelora_ds.core.phases import PhaseSpec, plan_of
 from prelora_ds.core.plan import Plan
 from prelora_ds.model.adapters import attach_adapters
-from prelora_ds.model.adapters.lora import LoraLinear, lora_linears, merge_bases, peft_config
+from prelora_ds.model.adapters.lora import LoraLinear, lora_linears, peft_config, refresh_merged_weights
 from prelora_ds.model.families import ADAPTER_NAME, find_layout, named_parameters
 from prelora_ds.model.vit import build_model
 
@@ -76,10 +76,10 @@ def test_merged_is_peft_s_lora_in_float64(a_trains: bool) -> None:
     ours, theirs = frozen(adapted(fast=True)), frozen(adapted(fast=False))
     for layer in (ours, theirs):
         layer.lora_A[ADAPTER_NAME].weight.requires_grad_(a_trains)
-    ours.keep_base()
-    ours.base = ours.get_base_layer().weight.detach().clone()  # in float64, for the comparison
-    a, b = ours.factors
-    ours.get_base_layer().weight.data = ours.base + 1.5 * b.detach() @ a.detach()
+    ours.keep_fp32_weight()
+    ours.fp32_weight = ours.get_base_layer().weight.detach().clone()  # in float64, for the comparison
+    a, b = ours.lora_weights
+    ours.get_base_layer().weight.data = ours.fp32_weight + 1.5 * b.detach() @ a.detach()
     x = torch.randn(3, 5, 12, dtype=torch.float64)
     got, expected = grads(ours, x), grads(theirs, x)
     for name, value in expected.items():
@@ -94,8 +94,8 @@ def test_gradients_by_gradcheck(merged: bool) -> None:
     """Of the input, and of the adapter by way of the branch (a merged weight holds the adapter's value)."""
     layer = frozen(adapted(fast=True))
     if merged:
-        layer.base = layer.get_base_layer().weight.detach().clone()
-        for p in layer.factors:
+        layer.fp32_weight = layer.get_base_layer().weight.detach().clone()
+        for p in layer.lora_weights:
             p.requires_grad_(False)
     x = torch.randn(2, 3, 12, dtype=torch.float64, requires_grad=True)
     trained = [p for p in layer.parameters() if p.requires_grad]
@@ -118,14 +118,14 @@ def test_merging_from_an_fp32_base_keeps_what_a_merge_into_bf16_loses() -> None:
     """A W on the bf16 grid that |B A| = 1.5e-3 |W| reaches in eight steps."""
     layer = adapted(fast=True, dtype=torch.bfloat16)
     base = torch.randn(20, 12).bfloat16().float()
-    layer.keep_base()
-    layer.base.copy_(base)
-    a, b = (p.detach() for p in layer.factors)
+    layer.keep_fp32_weight()
+    layer.fp32_weight.copy_(base)
+    a, b = (p.detach() for p in layer.lora_weights)
     b.mul_(1.5e-3 * base.norm() / (1.5 * b.float() @ a.float()).norm() / 8)
     step, in_place = 1.5 * b.float() @ a.float(), base.bfloat16()
     for n in range(1, 9):
         b.copy_(b if n == 1 else b * n / (n - 1))
-        layer.merge_base()
+        layer.refresh_merged_weight()
         in_place += step.bfloat16()
     exact = 1.5 * b.float() @ a.float()
     assert torch.equal(layer.get_base_layer().weight, (base + exact).bfloat16())
@@ -170,8 +170,8 @@ def test_it_stores_what_backward_needs_and_no_more() -> None:
     layer.lora_A[ADAPTER_NAME].weight.requires_grad_(False)  # LoRA-FA
     assert stored(lambda: layer(inputs), but=layer) == [h]
     layer.lora_A[ADAPTER_NAME].weight.requires_grad_(True)
-    layer.keep_base()
-    layer.base = layer.base.double()
+    layer.keep_fp32_weight()
+    layer.fp32_weight = layer.fp32_weight.double()
     assert stored(lambda: layer(inputs), but=layer) == [x]
     with torch.no_grad():
         assert stored(lambda: layer(inputs), but=layer) == []
@@ -258,21 +258,21 @@ def test_a_merged_vit_gives_the_branch_s_outputs_up_to_rounding() -> None:
     module, plan, _ = vit_and_plan()
     vit = trained_by(module, plan).eval()
     for linear in lora_linears(vit):
-        linear.factors[1].data.normal_(std=0.1)
+        linear.lora_weights[1].data.normal_(std=0.1)
     x = torch.randn(2, 3, 8, 8)
     expected = vit(x).logits
     for linear in lora_linears(vit):
         base = linear.get_base_layer().weight.detach().clone()
-        linear.keep_base()
-        linear.base.copy_(base)
-    merge_bases(vit)
+        linear.keep_fp32_weight()
+        linear.fp32_weight.copy_(base)
+    refresh_merged_weights(vit)
     torch.testing.assert_close(vit(x).logits, expected, rtol=1e-4, atol=1e-5)
     waiting = next(lora_linears(vit))
     merged, waiting.active = waiting.get_base_layer().weight.detach().clone(), False
-    waiting.base.zero_()
-    merge_bases(vit)
+    waiting.fp32_weight.zero_()
+    refresh_merged_weights(vit)
     assert torch.equal(waiting.get_base_layer().weight, merged)
-    merge_bases(vit, inactive=True)
+    refresh_merged_weights(vit, inactive=True)
     assert not torch.equal(waiting.get_base_layer().weight, merged)
 
 
@@ -288,7 +288,7 @@ def test_peft_saves_and_loads_the_adapters(tmp_path: Path) -> None:
     ours = get_peft_model(module, config, adapter_name=ADAPTER_NAME).eval()
     assert len(list(lora_linears(ours))) == 3
     for linear in lora_linears(ours):
-        linear.factors[1].data.normal_()
+        linear.lora_weights[1].data.normal_()
     x = torch.randn(2, 3, 8, 8)
     expected = ours(x).logits
     ours.save_pretrained(tmp_path)

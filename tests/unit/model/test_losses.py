@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from prelora_ds.errors import ConfigError
-from prelora_ds.model.losses import begin_sigmoid_head, classification_loss
+from prelora_ds.model.losses import classification_loss, init_sigmoid_head
 
 LOGITS = torch.tensor([[2.0, -1.0, 0.5], [0.0, 1.0, -3.0]])
 LABELS = torch.tensor([0, 2])
@@ -32,9 +32,9 @@ def test_softmax_is_torchs_and_sigmoid_sums_over_classes_by_hand():
 
 def test_a_sigmoid_head_begins_at_a_probability_of_a_thousandth_for_every_class():
     model = nn.Sequential(nn.Linear(4, 7), nn.Linear(7, 7), nn.Linear(7, 5), nn.Linear(5, 7))
-    begin_sigmoid_head(model, 7)
+    init_sigmoid_head(model, 7)
     logits = model(torch.randn(2, 4))
     assert torch.sigmoid(logits).detach().unique().tolist() == pytest.approx([0.001], rel=0.01)
     assert model[0].weight.any() and model[1].weight.any()
     with pytest.raises(ConfigError, match=r"train\.loss"):
-        begin_sigmoid_head(nn.Linear(3, 6, bias=False), 6)
+        init_sigmoid_head(nn.Linear(3, 6, bias=False), 6)
