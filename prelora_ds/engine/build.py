@@ -81,8 +81,15 @@ class Engine:
         again.
     """
 
-    def __init__(self, config: Config, plan: Plan, layout: Layout, num_labels: int, ds: Any,
-                 parked: Mapping[str, Slice]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        plan: Plan,
+        layout: Layout,
+        num_labels: int,
+        ds: Any,
+        parked: Mapping[str, Slice],
+    ) -> None:
         self.run_config = config
         self.config = config.for_phase(plan.phase)
         self.plan = plan
@@ -118,8 +125,10 @@ class Engine:
         """
         self._begun = time.perf_counter()
         if len(micro_batches) != self.ds.gradient_accumulation_steps():
-            raise ValueError(f"got {len(micro_batches)} micro-batches, expected "
-                             f"{self.ds.gradient_accumulation_steps()} (gradient accumulation)")
+            raise ValueError(
+                f"got {len(micro_batches)} micro-batches, expected "
+                f"{self.ds.gradient_accumulation_steps()} (gradient accumulation)"
+            )
 
         self.ds.train()
         losses: list[torch.Tensor] = []
@@ -132,16 +141,26 @@ class Engine:
             targets = batch.labels.to(self.ds.device)
             if batch.mix is not None:
                 targets = mix_labels(targets, batch.mix, logits.shape[-1])
-            loss = classification_loss(logits, targets, kind=self.config.train.loss,
-                                       label_smoothing=self.config.train.label_smoothing)
+            loss = classification_loss(
+                logits,
+                targets,
+                kind=self.config.train.loss,
+                label_smoothing=self.config.train.label_smoothing,
+            )
             self.ds.backward(loss)
             losses.append(loss.detach())
 
         corrupt = sum(len(batch.faults) for batch in micro_batches)
         self._sums = torch.stack([torch.stack(losses).mean(), losses[0].new_tensor(corrupt)])
 
-    def finish_step(self, *, lr: float, flags: Sequence[bool] = (), data_s: float = 0.0,
-                    accept: Callable[[float], bool] = lambda loss: True) -> StepStats:
+    def finish_step(
+        self,
+        *,
+        lr: float,
+        flags: Sequence[bool] = (),
+        data_s: float = 0.0,
+        accept: Callable[[float], bool] = lambda loss: True,
+    ) -> StepStats:
         """Take the optimizer step that follows `backward`. Collective.
 
         lr: the learning rate; each optimizer group uses it times the group's own scale.
@@ -163,8 +182,8 @@ class Engine:
         comm.all_reduce(reduced)
 
         total, corrupt, *rest = reduced.tolist()
-        raised = rest[:len(flags)]
-        seconds = tuple(rest[len(flags):])
+        raised = rest[: len(flags)]
+        seconds = tuple(rest[len(flags) :])
         loss = total / world
 
         skipped_before = self.ds.skipped_steps
@@ -201,9 +220,9 @@ class Engine:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-        """Yield a function from uint8 images [B, C, H, W] to fp32 logits [B, labels], without gradients.
+        """Yield a function from uint8 images [B, C, H, W] to fp32 logits [B, labels].
 
-        Within the context the module is in evaluation mode.
+        Within the context the module is in evaluation mode, and no gradients are computed.
         """
         self.ds.eval()
         try:
@@ -227,8 +246,16 @@ class Engine:
         return mix_images(to_float(images, torch.float32), mix).to(torch.bfloat16)
 
 
-def build_engine(run_config: Config, plan: Plan, layout: Layout, num_labels: int, state: EngineState,
-                 counters: Counters = Counters(), *, parked: frozenset[str] = frozenset()) -> Engine:
+def build_engine(
+    run_config: Config,
+    plan: Plan,
+    layout: Layout,
+    num_labels: int,
+    state: EngineState,
+    counters: Counters = Counters(),
+    *,
+    parked: frozenset[str] = frozenset(),
+) -> Engine:
     """Build an engine for ``plan`` that holds ``state``, which is consumed. Collective.
 
     counters: the step counters of the previous engine.
@@ -244,7 +271,9 @@ def build_engine(run_config: Config, plan: Plan, layout: Layout, num_labels: int
         module = empty_module(config, plan, layout, num_labels, ds_config)
     optimizer = make_optimizer(config, plan, layout, module)
     with _quiet_initialize():
-        ds, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config, dist_init_required=False)
+        ds, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=ds_config, dist_init_required=False
+        )
     check_adapters(ds.module, plan)
     bind_names(ds)
     kept = restore_state(ds, plan, layout, state, parked=parked - plan.trainable)
@@ -302,15 +331,18 @@ def deepspeed_config(config: Config, plan: Plan, layout: Layout, world_size: int
     return ds
 
 
-def empty_module(config: Config, plan: Plan, layout: Layout, num_labels: int,
-                  ds_config: Mapping[str, Any]) -> nn.Module:
+def empty_module(
+    config: Config, plan: Plan, layout: Layout, num_labels: int, ds_config: Mapping[str, Any]
+) -> nn.Module:
     """Build a BF16 module of zeros on the device, with its adapters attached.
 
     At stage 3 each parameter is partitioned as soon as it exists, so no rank ever holds them all.
     """
     with torch.device("meta"):
         module = build_model(config.model, num_labels)
-    attach_adapters(module, plan, layout, dropout=config.adapters.dropout, kernel=config.adapters.mode)
+    attach_adapters(
+        module, plan, layout, dropout=config.adapters.dropout, kernel=config.adapters.mode
+    )
     check_names(module, plan, layout)
     module.to(torch.bfloat16)
 
@@ -324,8 +356,11 @@ def empty_module(config: Config, plan: Plan, layout: Layout, num_labels: int,
             if partitioner is not None:
                 partitioner._convert_to_zero_parameters([zeros])
         for key, b in submodule.named_buffers(recurse=False):
-            submodule.register_buffer(key, torch.zeros_like(b, device=device()),
-                                      persistent=key not in submodule._non_persistent_buffers_set)
+            submodule.register_buffer(
+                key,
+                torch.zeros_like(b, device=device()),
+                persistent=key not in submodule._non_persistent_buffers_set,
+            )
 
     for name, p in named_parameters(module).items():
         p.requires_grad_(name in plan.trainable)
@@ -335,7 +370,9 @@ def empty_module(config: Config, plan: Plan, layout: Layout, num_labels: int,
                 linear.keep_fp32_weight()
 
     if config.model.compile:
-        blocks = [module.get_submodule(layout.block(layer).rstrip(".")) for layer in layout.layers()]
+        blocks = [
+            module.get_submodule(layout.block(layer).rstrip(".")) for layer in layout.layers()
+        ]
         if config.zero.stage == 3:
             # Gather each block as a unit: DeepSpeed's hooks on its submodules would break the
             # compiled graph of the block.

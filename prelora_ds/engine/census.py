@@ -48,7 +48,7 @@ def census(engine: Engine | None = None, state: EngineState | None = None) -> di
 
 
 def live_storages() -> dict[int, int]:
-    """Return address -> bytes of each live storage, without tensors on the meta device or fake ones."""
+    """Return address -> bytes of each live storage, without meta and fake tensors."""
     storages: dict[int, int] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # inspecting deprecated module attributes warns
@@ -61,7 +61,7 @@ def live_storages() -> dict[int, int]:
 
 
 def wait_until(count: Callable[[], T], done: Callable[[T], bool], seconds: float = 5.0) -> T:
-    """Call ``count()`` until ``done`` accepts its value; return that, or the last after ``seconds``.
+    """Call ``count()`` until ``done`` accepts its value, or for ``seconds``; return the last value.
 
     A gloo thread releases the tensors of a collective shortly after its wait() has returned, so a
     single count may include them. A real leak persists.
@@ -90,8 +90,9 @@ def _status_bytes(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def _owned(engine: Engine | None,
-           state: EngineState | None) -> Iterator[tuple[str, Iterable[torch.Tensor]]]:
+def _owned(
+    engine: Engine | None, state: EngineState | None
+) -> Iterator[tuple[str, Iterable[torch.Tensor]]]:
     """Yield (owner, tensors). A tensor may come under several owners; the first one counts."""
     if state is not None:
         yield "state", [t for s in state.slices.values() for t in (s.value, *s.moments.values())]
@@ -108,30 +109,39 @@ def _owned(engine: Engine | None,
     yield "moments", _tensors([inner.state])
     yield "masters", stepped
     yield "gradients", [p.grad for p in (*stepped, *params) if p.grad is not None]
-    yield "gradients", _attributes(
-        optimizer,
-        "averaged_gradients",
-        "all_grad_tensors",
-        "grad_partitions_flat_buffer",
-        "fp32_groups_gradients_flat",
-        "accumulated_grads_in_cpu",
-        "previous_reduced_grads",
-        "_preflattened_grad_buffers",
-        "offload_gradient_dict",
+    yield (
+        "gradients",
+        _attributes(
+            optimizer,
+            "averaged_gradients",
+            "all_grad_tensors",
+            "grad_partitions_flat_buffer",
+            "fp32_groups_gradients_flat",
+            "accumulated_grads_in_cpu",
+            "previous_reduced_grads",
+            "_preflattened_grad_buffers",
+            "offload_gradient_dict",
+        ),
     )
     yield "gradients", [g for p in params if (g := getattr(p, "grad_accum", None)) is not None]
 
     yield "weights", params
     yield "weights", [p.ds_tensor for p in params if hasattr(p, "ds_tensor")]
-    yield "weights", _attributes(optimizer, "bit16_groups_flat", "bf16_groups_flat", "lp_param_buffer")
+    yield (
+        "weights",
+        _attributes(optimizer, "bit16_groups_flat", "bf16_groups_flat", "lp_param_buffer"),
+    )
     yield "weights", engine.module.buffers()
     yield "weights", fp32_weights(engine.module).values()
 
-    yield "buffers", _attributes(
-        optimizer,
-        "param_buffer_of_bit16_for_cpu_offload_groups",
-        "temp_grad_buffer_for_cpu_offload",
-        "temp_grad_buffer_for_gpu_offload",
+    yield (
+        "buffers",
+        _attributes(
+            optimizer,
+            "param_buffer_of_bit16_for_cpu_offload_groups",
+            "temp_grad_buffer_for_cpu_offload",
+            "temp_grad_buffer_for_gpu_offload",
+        ),
     )
     for bucket in getattr(optimizer, "ipg_buckets", {}).values():
         yield "buffers", _tensors([bucket.buffer])
@@ -158,5 +168,9 @@ def engine_storages(engine: Engine) -> dict[int, int]:
 
     Parked values are not included: they outlive the engine.
     """
-    return {t.untyped_storage()._cdata: t.untyped_storage().nbytes()
-            for owner, tensors in _owned(engine, None) if owner != "host" for t in tensors}
+    return {
+        t.untyped_storage()._cdata: t.untyped_storage().nbytes()
+        for owner, tensors in _owned(engine, None)
+        if owner != "host"
+        for t in tensors
+    }

@@ -43,7 +43,7 @@ class Fragment:
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return this fragment's elements of ``tensor``, which has the layout of ``flat``."""
-        return tensor.detach().view(-1)[self.offset: self.offset + self.stop - self.start]
+        return tensor.detach().view(-1)[self.offset : self.offset + self.stop - self.start]
 
 
 def fragments(engine: DeepSpeedEngine) -> Iterator[Fragment]:
@@ -57,11 +57,15 @@ def fragments(engine: DeepSpeedEngine) -> Iterator[Fragment]:
     if engine.zero_optimization_stage() == 3:
         yield from _stage3_fragments(optimizer, names)
     elif hasattr(optimizer, "fp32_groups"):
-        for bit16_group, fp32_group in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+        for bit16_group, fp32_group in zip(
+            optimizer.fp16_groups, optimizer.fp32_groups, strict=True
+        ):
             for param, master in zip(bit16_group, fp32_group, strict=True):
                 yield Fragment(names[id(param)], 0, param.numel(), master, 0)
     else:
-        groups = zip(flat_masters(engine), _own_partitions(optimizer), bit16_groups(engine), strict=True)
+        groups = zip(
+            flat_masters(engine), _own_partitions(optimizer), bit16_groups(engine), strict=True
+        )
         for flat, partition, group in groups:
             for param in group:
                 yield from _flat_fragment(names[id(param)], param, partition, flat)
@@ -75,8 +79,9 @@ def _own_partitions(optimizer: Any) -> list[torch.Tensor]:
     raise _unknown(optimizer)
 
 
-def _flat_fragment(name: str, param: nn.Parameter, partition: torch.Tensor,
-                   flat: torch.Tensor) -> Iterator[Fragment]:
+def _flat_fragment(
+    name: str, param: nn.Parameter, partition: torch.Tensor, flat: torch.Tensor
+) -> Iterator[Fragment]:
     # The position is computed from the parameter's address. DeepSpeed 0.19's `_hp_mapping` assumes
     # the order of the module, which is not the order in memory with round_robin_gradients and
     # parameter_alignment.
@@ -118,8 +123,10 @@ def trained_names(engine: DeepSpeedEngine) -> list[tuple[torch.Tensor, list[str]
     groups = bit16_groups(engine)
     if engine.zero_optimization_stage() == 0:
         groups = [[p] for group in groups for p in group]
-    return [(flat, [names[id(p)] for p in group])
-            for flat, group in zip(flat_masters(engine), groups, strict=True)]
+    return [
+        (flat, [names[id(p)] for p in group])
+        for flat, group in zip(flat_masters(engine), groups, strict=True)
+    ]
 
 
 def flat_masters(engine: DeepSpeedEngine) -> list[torch.Tensor]:
@@ -127,16 +134,21 @@ def flat_masters(engine: DeepSpeedEngine) -> list[torch.Tensor]:
     optimizer: Any = engine.optimizer
     if hasattr(optimizer, "fp32_groups"):
         return [master for group in optimizer.fp32_groups for master in group]
-    for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups",
-                      "fp32_groups_flat_partition"):
+    for attribute in (
+        "fp32_partitioned_groups_flat",
+        "single_partition_of_fp32_groups",
+        "fp32_groups_flat_partition",
+    ):
         if hasattr(optimizer, attribute):
             return list(getattr(optimizer, attribute))
     raise _unknown(optimizer)
 
 
 def _unknown(optimizer: object) -> RuntimeError:
-    return RuntimeError(f"fragments.py does not support {type(optimizer).__name__} of DeepSpeed "
-                        f"{deepspeed.__version__}")
+    return RuntimeError(
+        f"fragments.py does not support {type(optimizer).__name__} of DeepSpeed "
+        f"{deepspeed.__version__}"
+    )
 
 
 def updated_weights(engine: DeepSpeedEngine) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -148,11 +160,15 @@ def updated_weights(engine: DeepSpeedEngine) -> Iterator[tuple[torch.Tensor, tor
     """
     optimizer: Any = engine.optimizer
     if engine.zero_optimization_stage() == 3:
-        yield from zip(optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat, strict=True)
+        yield from zip(
+            optimizer.fp16_partitioned_groups_flat,
+            optimizer.fp32_partitioned_groups_flat,
+            strict=True,
+        )
         for p in engine.module.parameters():
             if p.data.numel() == p.ds_numel:
                 start = p.ds_tensor.ds_numel * comm.get_rank()
-                gathered = p.data.view(-1)[start: start + p.ds_tensor.ds_numel]
+                gathered = p.data.view(-1)[start : start + p.ds_tensor.ds_numel]
                 yield gathered, p.ds_tensor.view(-1)[: gathered.numel()]
     elif hasattr(optimizer, "fp32_groups"):
         for weights, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):

@@ -1,4 +1,4 @@
-"""Measurements on an engine's parameters: norms of the effective weights, agreement of the ranks."""
+"""Measurements on an engine's parameters: weight norms, and agreement between ranks."""
 
 from __future__ import annotations
 
@@ -71,5 +71,6 @@ def check_ranks_agree(engine: Engine) -> None:
     comm.all_gather(digests, mine)
     mismatched = [rank for rank, other in enumerate(digests) if not torch.equal(other, digests[0])]
     if mismatched:
-        raise RuntimeError(f"parameters of ranks {mismatched} differ from rank 0 in phase "
-                           f"{engine.plan.phase}")
+        raise RuntimeError(
+            f"parameters of ranks {mismatched} differ from rank 0 in phase {engine.plan.phase}"
+        )

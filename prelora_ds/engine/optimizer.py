@@ -49,10 +49,14 @@ def make_optimizer(config: Config, plan: Plan, layout: Layout, module: nn.Module
         is_adapter = name not in layout.parameters
         decay = _weight_decay(name, config, layout)
         groups.setdefault((decay, scales[name], is_adapter), []).append(p)
-    param_groups = [{"params": params, "weight_decay": decay, "lr_scale": scale}
-                    for (decay, scale, _), params in groups.items()]
+    param_groups = [
+        {"params": params, "weight_decay": decay, "lr_scale": scale}
+        for (decay, scale, _), params in groups.items()
+    ]
 
-    on_cpu = config.zero.offload_optimizer and config.deepspeed.get("zero_force_ds_cpu_optimizer", True)
+    on_cpu = config.zero.offload_optimizer and config.deepspeed.get(
+        "zero_force_ds_cpu_optimizer", True
+    )
     adam = CPUAdamByName if on_cpu else TorchAdamByName
     return adam(param_groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
 
@@ -133,7 +137,9 @@ class AdamByName(torch.optim.Optimizer):
         self.active: frozenset[str] | None = None
         self._flats: dict[torch.Tensor, _Flat] = {}
 
-    def bind(self, flats: Iterable[tuple[torch.Tensor, Sequence[str]]], parts: Iterable[Fragment]) -> None:
+    def bind(
+        self, flats: Iterable[tuple[torch.Tensor, Sequence[str]]], parts: Iterable[Fragment]
+    ) -> None:
         """Set which range of which flat tensor belongs to which name, with all steps at 0.
 
         flats: each flat tensor with the names of its group.
@@ -152,11 +158,13 @@ class AdamByName(torch.optim.Optimizer):
             # the range must end where the parent's does, for bitwise equal results.
             starts = [start for _, start, _ in flat.ranges]
             stops = [*starts[1:], tensor.numel()][: len(starts)]  # [] if this rank has only padding
-            flat.ranges = [(name, start, stop) for (name, *_), start, stop
-                           in zip(flat.ranges, starts, stops, strict=True)]
+            flat.ranges = [
+                (name, start, stop)
+                for (name, *_), start, stop in zip(flat.ranges, starts, stops, strict=True)
+            ]
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]  # DeepSpeed calls it without a closure
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # DeepSpeed passes none
         """Take one AdamW step on the ranges of all active names."""
         if not self._flats:
             super().step(closure)
@@ -201,7 +209,8 @@ class AdamByName(torch.optim.Optimizer):
             flat.spans, flat.addresses = spans, addresses
             flat.views = tuple([t.view(-1)[start:stop] for start, stop in spans] for t in stepped)
 
-        gradient = tensor.grad.reshape(-1)  # type: ignore[union-attr]  # DeepSpeed sets every flat tensor's grad
+        assert tensor.grad is not None  # DeepSpeed sets the gradient of every flat tensor
+        gradient = tensor.grad.reshape(-1)
         ranges.grads += [gradient[start:stop] for start, stop in spans]
         ranges.steps += steps
         lists = (ranges.weights, ranges.exp_avgs, ranges.exp_avg_sqs)
@@ -231,7 +240,9 @@ class TorchAdamByName(AdamByName, torch.optim.AdamW):
 
     def update(self, group: Mapping[str, Any], ranges: StepRanges) -> None:
         beta1, beta2 = group["betas"]
-        steps_before = (torch.tensor(ranges.steps, dtype=torch.float32) - 1).unbind()  # adamw adds 1
+        steps_before = (
+            torch.tensor(ranges.steps, dtype=torch.float32) - 1
+        ).unbind()  # adamw adds 1
         adamw(
             ranges.weights,
             ranges.grads,
@@ -251,7 +262,7 @@ class TorchAdamByName(AdamByName, torch.optim.AdamW):
         )
 
 
-class CPUAdamByName(AdamByName, DeepSpeedCPUAdam):  # type: ignore[misc]  # DeepSpeed has no annotations
+class CPUAdamByName(AdamByName, DeepSpeedCPUAdam):  # type: ignore[misc]  # it is not annotated
     """The optimizer that updates with the CPU kernel of DeepSpeed 0.19's DeepSpeedCPUAdam.
 
     The kernel (ops/adam/cpu_adam.py, ds_opt_adam.adam_update) takes the Adam step as an argument.
@@ -260,7 +271,12 @@ class CPUAdamByName(AdamByName, DeepSpeedCPUAdam):  # type: ignore[misc]  # Deep
     def update(self, group: Mapping[str, Any], ranges: StepRanges) -> None:
         beta1, beta2 = group["betas"]
         for weight, grad, exp_avg, exp_avg_sq, step in zip(
-            ranges.weights, ranges.grads, ranges.exp_avgs, ranges.exp_avg_sqs, ranges.steps, strict=True
+            ranges.weights,
+            ranges.grads,
+            ranges.exp_avgs,
+            ranges.exp_avg_sqs,
+            ranges.steps,
+            strict=True,
         ):
             self.ds_opt_adam.adam_update(
                 self.opt_id,

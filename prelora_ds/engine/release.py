@@ -50,7 +50,9 @@ def release(engine: Engine) -> None:
     trim_memory()
     if dead() is not None:
         holders = sorted({type(r).__name__ for r in gc.get_referrers(dead())})
-        raise RuntimeError(f"the old DeepSpeed engine is still referenced, by: {', '.join(holders)}")
+        raise RuntimeError(
+            f"the old DeepSpeed engine is still referenced, by: {', '.join(holders)}"
+        )
 
 
 def clear_cache(method: Any) -> None:
@@ -59,10 +61,14 @@ def clear_cache(method: Any) -> None:
     Raises RuntimeError if ``method`` has no cache: this version of DeepSpeed is then not supported.
     """
     cells = [cell.cell_contents for cell in getattr(method, "__closure__", None) or ()]
-    cached = next((function for function in (method, *cells) if hasattr(function, "cache_clear")), None)
+    cached = next(
+        (function for function in (method, *cells) if hasattr(function, "cache_clear")), None
+    )
     if cached is None:
-        raise RuntimeError(f"release.py does not support DeepSpeed {deepspeed.__version__}: "
-                           f"{method.__qualname__} has no cache to clear")
+        raise RuntimeError(
+            f"release.py does not support DeepSpeed {deepspeed.__version__}: "
+            f"{method.__qualname__} has no cache to clear"
+        )
     cached.cache_clear()
 
 

@@ -1,4 +1,4 @@
-"""Save and restore the random generators of this rank, so that a resumed run draws the same values."""
+"""Save and restore this rank's random generators, so that a resumed run draws the same values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ def capture_rng() -> str:
 
     Torch's are those of the CPU and, if there is one, of the device.
     """
-    numpy_state: Any = np.random.get_state()  # a tuple; NumPy annotates it as the dict of legacy=False
+    numpy_state: Any = (
+        np.random.get_state()
+    )  # a tuple; NumPy annotates it as the dict of legacy=False
     kind, keys, position, has_gauss, gauss = numpy_state
     version, internal, next_gauss = random.getstate()
     states = {

@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 def choose_accelerator(environ: dict[str, str] | os._Environ[str] = os.environ) -> None:
-    """Select DeepSpeed's CPU accelerator if there is no GPU. Call it before deepspeed is imported."""
+    """Select DeepSpeed's CPU accelerator if there is no GPU; call it before importing deepspeed."""
     if not torch.cuda.is_available():
         environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -38,8 +38,9 @@ def check_zero_config(zero: dict[str, Any]) -> None:
     except ValidationError as exc:
         error = exc.errors()[0]
         key = ".".join(map(str, ("zero_optimization", *error["loc"])))
-        raise ConfigError(key, error["input"], f"DeepSpeed rejects it: {error['msg']}",
-                          "fix the DeepSpeed config") from exc
+        raise ConfigError(
+            key, error["input"], f"DeepSpeed rejects it: {error['msg']}", "fix the DeepSpeed config"
+        ) from exc
 
 
 def init_process_group(timeout_s: float = 1800.0) -> None:
@@ -60,13 +61,18 @@ def init_process_group(timeout_s: float = 1800.0) -> None:
     required = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in required if name not in os.environ]
     if missing:
-        raise ConfigError("environment", ", ".join(missing),
-                          "not set: this process was not started by a launcher",
-                          "start with `deepspeed launch/pretrain.py ...`")
+        raise ConfigError(
+            "environment",
+            ", ".join(missing),
+            "not set: this process was not started by a launcher",
+            "start with `deepspeed launch/pretrain.py ...`",
+        )
 
     # DeepSpeed 0.19 calls collectives by names that torch 2.14 deprecates: one warning per call
     # would flood the log.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module="torch.distributed.c10d_logger"
+    )
     if get_accelerator().device_name() == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if "OMP_NUM_THREADS" not in os.environ:
@@ -75,7 +81,9 @@ def init_process_group(timeout_s: float = 1800.0) -> None:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size()))
     else:
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    comm.init_distributed(auto_mpi_discovery=False, timeout=timedelta(seconds=timeout_s), verbose=False)
+    comm.init_distributed(
+        auto_mpi_discovery=False, timeout=timedelta(seconds=timeout_s), verbose=False
+    )
 
 
 def local_world_size() -> int:
@@ -105,8 +113,9 @@ def freeze_imports() -> None:
     gc.freeze()
 
 
-def make_monitor(folder: Path, after_samples: int = 0,
-                 say: Callable[[str], None] = print) -> EnduringMonitor | None:
+def make_monitor(
+    folder: Path, after_samples: int = 0, say: Callable[[str], None] = print
+) -> EnduringMonitor | None:
     """Return a monitor that writes TensorBoard events to ``folder`` on rank 0; None elsewhere.
 
     after_samples: where a resumed run continues; later events of an earlier run are purged.
@@ -128,7 +137,9 @@ def make_monitor(folder: Path, after_samples: int = 0,
         if resumed:
             old = monitor.tb_monitor.summary_writer
             old.close()
-            monitor.tb_monitor.summary_writer = type(old)(log_dir=old.log_dir, purge_step=after_samples + 1)
+            monitor.tb_monitor.summary_writer = type(old)(
+                log_dir=old.log_dir, purge_step=after_samples + 1
+            )
         return monitor
 
     return EnduringMonitor(make, say)

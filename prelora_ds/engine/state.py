@@ -89,8 +89,13 @@ def export_state(engine: DeepSpeedEngine) -> EngineState:
     return _collect(engine, _host_copy, done=lambda tensor: tensor.untyped_storage().resize_(0))
 
 
-def copy_state(engine: DeepSpeedEngine, *, frozen: bool = True, parked: Mapping[str, Slice] | None = None,
-               reuse: EngineState | None = None) -> EngineState:
+def copy_state(
+    engine: DeepSpeedEngine,
+    *,
+    frozen: bool = True,
+    parked: Mapping[str, Slice] | None = None,
+    reuse: EngineState | None = None,
+) -> EngineState:
     """Copy the state that `export_state` would return, and leave ``engine`` as it is.
 
     frozen: False leaves out the frozen parameters.
@@ -109,13 +114,20 @@ def copy_state(engine: DeepSpeedEngine, *, frozen: bool = True, parked: Mapping[
 
     state = _collect(engine, to_host, frozen=frozen)
     if frozen:
-        state.slices |= {name: Slice(s.start, to_host(s.value)) for name, s in (parked or {}).items()}
+        state.slices |= {
+            name: Slice(s.start, to_host(s.value)) for name, s in (parked or {}).items()
+        }
     return state
 
 
 @torch.no_grad()
-def _collect(engine: DeepSpeedEngine, to_host: Callable[[torch.Tensor], torch.Tensor], *,
-             done: Callable[[torch.Tensor], object] = lambda _: None, frozen: bool = True) -> EngineState:
+def _collect(
+    engine: DeepSpeedEngine,
+    to_host: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    done: Callable[[torch.Tensor], object] = lambda _: None,
+    frozen: bool = True,
+) -> EngineState:
     """Pass each part that this rank holds to ``to_host``, and return the results as a state.
 
     ``done(flat)`` is called once all parts of a flat tensor are copied.
@@ -140,7 +152,7 @@ def _collect(engine: DeepSpeedEngine, to_host: Callable[[torch.Tensor], torch.Te
                 start, stop = f.start, f.stop
                 if replicated:
                     start, stop = even_share(f.stop, rank, world)
-                part = to_host(f.of(tensor)[start - f.start: stop - f.start])
+                part = to_host(f.of(tensor)[start - f.start : stop - f.start])
                 if key == "value":
                     slices[f.name] = Slice(start, part)
                 else:
@@ -191,8 +203,14 @@ def _buffers(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def restore_state(engine: DeepSpeedEngine, plan: Plan, layout: Layout, state: EngineState, *,
-                  parked: frozenset[str] = frozenset()) -> dict[str, Slice]:
+def restore_state(
+    engine: DeepSpeedEngine,
+    plan: Plan,
+    layout: Layout,
+    state: EngineState,
+    *,
+    parked: frozenset[str] = frozenset(),
+) -> dict[str, Slice]:
     """Write ``state`` into a newly built engine. Collective.
 
     BF16 weights, fp32 masters, Adam moments and steps are written, and ``state`` is consumed.
@@ -227,19 +245,21 @@ def restore_state(engine: DeepSpeedEngine, plan: Plan, layout: Layout, state: En
             full = initial_adapter_value(name, shape, plan, leaves).to(engine.device)
         _write_bf16(parameters[name], full)
         if name in parked:
-            parked_slices[name] = _share(parameters[name], full, comm.get_rank(), comm.get_world_size())
+            parked_slices[name] = _share(
+                parameters[name], full, comm.get_rank(), comm.get_world_size()
+            )
         if name in fp32:
             fp32[name].copy_(full)
 
         fragment = fragment_of.get(name)
         if fragment is not None:
-            fragment.of(fragment.flat).copy_(full.view(-1)[fragment.start: fragment.stop])
+            fragment.of(fragment.flat).copy_(full.view(-1)[fragment.start : fragment.stop])
         if name in plan.trainable and name in state.adam_steps:
             for key in MOMENTS:
                 full = gather_full(state, name, key, shape, engine.device)
                 if fragment is not None:
                     moment = fragment.of(inner[fragment.flat][key])
-                    moment.copy_(full.view(-1)[fragment.start: fragment.stop])
+                    moment.copy_(full.view(-1)[fragment.start : fragment.stop])
         state.slices.pop(name, None)
 
     refresh_merged_weights(engine.module, inactive=True)
@@ -250,39 +270,60 @@ def restore_state(engine: DeepSpeedEngine, plan: Plan, layout: Layout, state: En
 
 
 def _check_fits(module: nn.Module, plan: Plan, layout: Layout, state: EngineState) -> set[str]:
-    """Check that ``state`` fits ``plan``; return the names of which any rank holds a slice. Collective.
+    """Check that ``state`` fits ``plan``. Collective.
+
+    Returns the names of which any rank holds a slice.
 
     Restoring takes one collective per tensor, and an error on one rank would leave the others
     waiting in it. Therefore everything is checked before, with the data of all ranks. Raises the
     same RuntimeError on every rank.
     """
-    spans = {name: (s.start, s.value.numel(), *(len(s.moments[key]) for key in MOMENTS if key in s.moments))
-             for name, s in state.slices.items() if s.value.numel()}
+    spans = {
+        name: (
+            s.start,
+            s.value.numel(),
+            *(len(s.moments[key]) for key in MOMENTS if key in s.moments),
+        )
+        for name, s in state.slices.items()
+        if s.value.numel()
+    }
     buffers = {name: tuple(b.shape) for name, b in state.buffers.items()}
     ranks: list[Any] = [None] * comm.get_world_size()
     torch.distributed.all_gather_object(ranks, (spans, dict(state.adam_steps), buffers))
 
     shapes = plan.parameters(layout)
     in_state = {name for spans, _, _ in ranks for name in spans}
-    problems = [f"{name} is not a parameter of the plan" for name in sorted(in_state - shapes.keys())]
+    problems = [
+        f"{name} is not a parameter of the plan" for name in sorted(in_state - shapes.keys())
+    ]
     problems += [f"{name} is missing" for name in layout.parameters if name not in in_state]
     for name in (name for name in shapes if name in in_state):  # in the same order on all ranks
         spans_of_name = [spans[name] for spans, _, _ in ranks if name in spans]
         has_moments = name in state.adam_steps
-        problems += _span_problems(name, math.prod(shapes[name]), spans_of_name, has_moments=has_moments)
+        problems += _span_problems(
+            name, math.prod(shapes[name]), spans_of_name, has_moments=has_moments
+        )
     if any(steps != ranks[0][1] for _, steps, _ in ranks):
         problems.append("the ranks hold different Adam steps")
     expected = {name: tuple(b.shape) for name, b in module.named_buffers()}
-    problems += [f"rank {rank} holds the buffers {exported}, but the module has {expected}"
-                 for rank, (_, _, exported) in enumerate(ranks) if exported != expected]
+    problems += [
+        f"rank {rank} holds the buffers {exported}, but the module has {expected}"
+        for rank, (_, _, exported) in enumerate(ranks)
+        if exported != expected
+    ]
 
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-        raise RuntimeError(f"the state does not fit the plan of phase {plan.phase}: {'; '.join(problems[:5])}{more}")
+        raise RuntimeError(
+            f"the state does not fit the plan of phase {plan.phase}: "
+            f"{'; '.join(problems[:5])}{more}"
+        )
     return in_state
 
 
-def _span_problems(name: str, numel: int, spans: list[tuple[int, ...]], *, has_moments: bool) -> list[str]:
+def _span_problems(
+    name: str, numel: int, spans: list[tuple[int, ...]], *, has_moments: bool
+) -> list[str]:
     """Return what is wrong with the slices that the ranks hold of one parameter.
 
     spans: per rank that holds a slice, (start, elements, elements of each moment).
@@ -290,7 +331,8 @@ def _span_problems(name: str, numel: int, spans: list[tuple[int, ...]], *, has_m
     reached = 0
     for start, length, *_ in sorted(spans):
         if start != reached:
-            return [f"elements {min(start, reached)} to {max(start, reached)} of {name} are missing or held twice"]
+            low, high = sorted((start, reached))
+            return [f"elements {low} to {high} of {name} are missing or held twice"]
         reached += length
     if reached != numel:
         return [f"{name} has {reached:,} elements in the state but {numel:,} in the plan"]
@@ -301,22 +343,30 @@ def _span_problems(name: str, numel: int, spans: list[tuple[int, ...]], *, has_m
 
 
 def check_masters(engine: DeepSpeedEngine) -> None:
-    """Compare each weight bitwise with the master that DeepSpeed will overwrite it from. Collective.
+    """Compare each weight bitwise with the master that DeepSpeed overwrites it from. Collective.
 
     A master at the wrong position would be trained and silently written into another weight at the
     first step. Raises the same RuntimeError on every rank.
     """
-    wrong = sum(int((weight.view(torch.int16) != master.to(weight.dtype).view(torch.int16)).sum())
-                for weight, master in updated_weights(engine))
+    wrong = sum(
+        int((weight.view(torch.int16) != master.to(weight.dtype).view(torch.int16)).sum())
+        for weight, master in updated_weights(engine)
+    )
     ranks: list[Any] = [None] * comm.get_world_size()
     torch.distributed.all_gather_object(ranks, wrong)
     if any(ranks):
-        raise RuntimeError(f"{ranks} elements of the weights, by rank, differ from their fp32 masters rounded "
-                           f"to BF16: fragments.py does not support DeepSpeed {deepspeed.__version__}")
+        raise RuntimeError(
+            f"{ranks} elements of the weights, by rank, differ from their fp32 masters rounded "
+            f"to BF16: fragments.py does not support DeepSpeed {deepspeed.__version__}"
+        )
 
 
-def gather_full(state: EngineState, name: str, key: str, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Return the full fp32 tensor ``key`` ("value" or a moment) of ``name`` on all ranks. Collective.
+def gather_full(
+    state: EngineState, name: str, key: str, shape: tuple[int, ...], device: torch.device
+) -> torch.Tensor:
+    """Return the full fp32 tensor ``key`` of ``name`` on all ranks. Collective.
+
+    key: "value" or a moment.
 
     The slices of the ranks are disjoint, so summing their bits as integers combines them exactly,
     including negative zeros and NaN payloads.
@@ -325,19 +375,21 @@ def gather_full(state: EngineState, name: str, key: str, shape: tuple[int, ...],
     part = state.slices.get(name)
     if part is not None:
         values = part.value if key == "value" else part.moments[key]
-        full[part.start: part.start + values.numel()].copy_(values)
+        full[part.start : part.start + values.numel()].copy_(values)
     comm.all_reduce(full.view(torch.int32))
     return full.view(shape)
 
 
 def _write_bf16(p: nn.Parameter, full: torch.Tensor) -> None:
-    """Write the value ``full`` into the BF16 parameter, or into this rank's partition at stage 3."""
+    """Write ``full`` into the BF16 parameter, at stage 3 into this rank's partition of it."""
     if hasattr(p, "ds_tensor"):
         partitioned: Any = p  # with the attributes that DeepSpeed gives it
         start = partitioned.ds_tensor.ds_numel * comm.get_rank()
-        part = full.view(-1)[start: start + partitioned.ds_tensor.ds_numel]
+        part = full.view(-1)[start : start + partitioned.ds_tensor.ds_numel]
         partitioned.ds_tensor.detach()[: part.numel()].copy_(part)
-        partitioned.ds_tensor.detach()[part.numel():].zero_()  # padding, uninitialized in DeepSpeed 0.19
+        partitioned.ds_tensor.detach()[
+            part.numel() :
+        ].zero_()  # padding, uninitialized in DeepSpeed 0.19
         if p.data.numel() == partitioned.ds_numel:  # small parameters stay gathered
             p.data.copy_(full)
     else:

@@ -1,4 +1,4 @@
-"""The procedure that takes an engine from one plan to the next: export, release, edit, build, restore."""
+"""Take an engine from one plan to the next: export, release, edit, build, restore."""
 
 from __future__ import annotations
 
@@ -28,9 +28,14 @@ class Switch:
     released_bytes: int
 
 
-def transition(engine: Engine, plan: Plan, *, edit: Edit | None = None,
-               keep_frozen: Callable[[EngineState, Plan], object] | None = None,
-               parked: frozenset[str] = frozenset()) -> tuple[Engine, Switch]:
+def transition(
+    engine: Engine,
+    plan: Plan,
+    *,
+    edit: Edit | None = None,
+    keep_frozen: Callable[[EngineState, Plan], object] | None = None,
+    parked: frozenset[str] = frozenset(),
+) -> tuple[Engine, Switch]:
     """Replace ``engine`` by an engine for ``plan`` that continues from its state. Collective.
 
     ``engine`` cannot be used afterwards.
@@ -41,7 +46,8 @@ def transition(engine: Engine, plan: Plan, *, edit: Edit | None = None,
     parked: parameters that a later plan trains again; if ``plan`` freezes them, their fp32 values
         stay on the host (`Engine.parked`).
 
-    Raises RuntimeError if the old engine's memory is not freed, or if the ranks disagree afterwards.
+    Raises RuntimeError if the old engine's memory is not freed, or if the parameters of the ranks
+    differ afterwards.
     """
     begun = time.perf_counter()
     owned = engine_storages(engine)  # counted now, because the export frees the optimizer's storage
@@ -55,8 +61,9 @@ def transition(engine: Engine, plan: Plan, *, edit: Edit | None = None,
     if keep_frozen is not None:
         keep_frozen(state, plan)
 
-    new = build_engine(engine.run_config, plan, engine.layout, engine.num_labels, state, counters,
-                       parked=parked)
+    new = build_engine(
+        engine.run_config, plan, engine.layout, engine.num_labels, state, counters, parked=parked
+    )
     check_ranks_agree(new)
     return new, Switch(time.perf_counter() - begun, sum(owned.values()))
 

@@ -135,13 +135,14 @@ def test_a_vit_family_matches_nothing_in_another_model() -> None:
 
 
 @pytest.mark.parametrize(("pattern", "what"), [
-    (r"stem(?P<layer>\d+)", "stem0, a Conv2d"), (r"blocks\.(?P<layer>\d+)", "blocks.0, a Sequential"),
-    (r"blocks\.(?P<layer>\d+)\.1", "blocks.0.1, a GELU"),
+    (r"stem(?P<layer>\d+)", "stem0, which is a Conv2d"),
+    (r"blocks\.(?P<layer>\d+)", "blocks.0, which is a Sequential"),
+    (r"blocks\.(?P<layer>\d+)\.1", "blocks.0.1, which is a GELU"),
 ])
 def test_a_family_that_matches_no_linear_is_refused(pattern: str, what: str) -> None:
     error = mistake(Mixer(), ["x"], {"x": pattern})
     assert (error.key, error.value) == ("model.families.x", pattern)
-    assert error.problem == f"matches {what} and not a torch.nn.Linear"
+    assert error.problem == f"matches {what}, not a torch.nn.Linear"
 
 
 def test_two_modules_of_one_layer_are_refused_by_name() -> None:
