@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
+from prelora_ds import __version__
 from prelora_ds.commands.calibrate import calibrate
 from prelora_ds.commands.checkpoints import checkpoints
 from prelora_ds.commands.evaluate import evaluate
 from prelora_ds.commands.export import export
 from prelora_ds.commands.job import job
-from prelora_ds.commands.output import one_message, refuse_empty
+from prelora_ds.commands.output import expected_errors_as_messages, refuse_empty
 from prelora_ds.commands.plan import plan
 from prelora_ds.commands.preflight import preflight
 from prelora_ds.commands.report import report
@@ -19,20 +21,40 @@ from prelora_ds.commands.shards import shards_app
 from prelora_ds.commands.supervise import supervise
 from prelora_ds.hosts.exits import outlive_stderr
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                  help="Tools around prelora_ds runs; training itself starts with launch/pretrain.py.")
+HELP = "Tools for prelora_ds runs. To train, run launch/pretrain.py."
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP,
+                  context_settings={"help_option_names": ["-h", "--help"]})
 app.add_typer(shards_app, name="shards")
 for command in (plan, calibrate, preflight, supervise, job, report, evaluate, checkpoints, export):
     app.command()(command)
 
 
+def print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"prelora_ds {__version__}")
+        raise typer.Exit
+
+
+@app.callback(help=HELP)
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=print_version, is_eager=True,
+                                          help="Print the version and exit.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of an error as well.")] = False,
+) -> None:
+    """Declare the options that stand before a command; `main` reads ``--debug`` itself, before anything can fail."""
+
+
 def main() -> None:
-    """Entry point: what a user can expect to happen is one message; a mistake of the user's is exit code 2."""
+    """Run the command line. Expected errors are printed as one message; user errors exit with code 2."""
     streams = sys.stdout, sys.stderr
-    outlive_stderr()  # progress, and no part of a result
+    arguments = sys.argv[1:]
+    # Only options of `prelora` itself stand before the command.
+    before_command = arguments[: next((i for i, word in enumerate(arguments) if not word.startswith("-")), None)]
+    outlive_stderr()  # it carries progress, and never a result
     try:
-        with one_message():
-            refuse_empty(sys.argv[1:])
+        with expected_errors_as_messages(tracebacks="--debug" in before_command):
+            refuse_empty(arguments)
             app()
     finally:
         sys.stderr.flush()

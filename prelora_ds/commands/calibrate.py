@@ -7,13 +7,18 @@ from typing import Annotated
 
 import typer
 
+from prelora_ds.commands.options import DeepspeedConfig, Overrides
 from prelora_ds.commands.output import save_json, tell
 
 
-def calibrate(recipe: Path, out: Path, overrides: Annotated[list[str] | None, typer.Argument(help="a.b=c")] = None,
-              deepspeed_config: Annotated[Path | None, typer.Option()] = None,
-              ranks: Annotated[int, typer.Option(min=1, help="ranks that train on one host")] = 1) -> None:
-    """Time a few steps of RECIPE's blocks on this machine and write OUT for `prelora plan --calibration OUT`."""
+def calibrate(
+    recipe: Path,
+    out: Path,
+    overrides: Overrides = None,
+    deepspeed_config: DeepspeedConfig = None,
+    ranks: Annotated[int, typer.Option(min=1, help="number of ranks that train on one host")] = 1,
+) -> None:
+    """Time a few steps of RECIPE's blocks on this machine and write OUT, for `prelora plan --calibration OUT`."""
     from prelora_ds.config.load import load_config
     from prelora_ds.run.calibrate import calibrate as measure
 

@@ -10,17 +10,18 @@ from prelora_ds.errors import ConfigError
 
 
 def checkpoints(run: Path) -> None:
-    """The checkpoints of RUN, newest first, each verified; exit code 1 if one is broken."""
+    """List and verify the checkpoints of RUN, newest first. Exits with 1 if one is broken."""
     from prelora_ds.run.checkpoints.checkpoint_folder import describe, list_checkpoints
     from prelora_ds.run.folder import RunFolder
 
-    found = list_checkpoints(RunFolder(run).checkpoints)
-    if not found:
+    folders = list_checkpoints(RunFolder(run).checkpoints)
+    if not folders:
         raise ConfigError("RUN", str(run), "has no checkpoints", "name the run.output_dir of a run")
-    broken = False
-    for folder in found:
+
+    any_broken = False
+    for folder in folders:
         line = describe(folder)
         typer.echo(line)
-        broken |= line.startswith(f"{folder.name}  BROKEN: ")
-    if broken:
+        any_broken |= line.startswith(f"{folder.name}  BROKEN: ")
+    if any_broken:
         raise typer.Exit(1)

@@ -11,14 +11,14 @@ import typer
 from prelora_ds.commands.output import save_json, tell
 
 
-def evaluate(model: Path, data: Annotated[Path, typer.Option(help="a folder of shards")]) -> None:
-    """Top-1 of an exported MODEL folder, as transformers opens it; kept with the data's name in its accuracy.json."""
+def evaluate(model: Path, data: Annotated[Path, typer.Option(help="folder of shards to evaluate on")]) -> None:
+    """Evaluate an exported MODEL folder (top-1), loaded through transformers, and write accuracy.json into it."""
     from prelora_ds.core.codec import to_json
     from prelora_ds.run.evaluate import evaluate_folder
     from prelora_ds.run.folder import ACCURACY
 
     result = evaluate_folder(model, data)
     save_json(model / ACCURACY, {"acc1": result.acc1, **to_json(result)}, "MODEL")
-    tell(f"{model} on {data}: {result.correct} of {result.samples} right, {result.acc1:.2%}")
+    tell(f"{model} on {data}: {result.correct} of {result.samples} correct ({result.acc1:.2%})")
     if not math.isfinite(result.loss):
-        typer.echo(f"warning: the logits of {model} are not all finite, and such images count as wrong", err=True)
+        typer.echo(f"warning: some logits of {model} are not finite; such images count as wrong", err=True)

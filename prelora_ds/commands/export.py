@@ -10,14 +10,17 @@ import typer
 from prelora_ds.commands.output import refuse_url, tell
 
 
-def export(run_or_checkpoint: Path, out: Path,
-           format: Annotated[str, typer.Option(help="hf, peft, timm or deepspeed")] = "hf") -> None:
-    """Write a checkpoint (of a run its newest) to OUT, for transformers, peft, timm or DeepSpeed."""
+def export(
+    run_or_checkpoint: Path,
+    out: Path,
+    export_format: Annotated[str, typer.Option("--format", help="hf, peft, timm or deepspeed")] = "hf",
+) -> None:
+    """Convert a checkpoint (default: the run's newest) to OUT for transformers, peft, timm or DeepSpeed."""
     refuse_url(out, "OUT")
     from prelora_ds.engine.runtime import choose_accelerator
 
     choose_accelerator()
     from prelora_ds.exporting.convert import export_checkpoint
 
-    folder = export_checkpoint(run_or_checkpoint, out, format)
-    tell(f"{out}: {folder} as {format}")
+    folder = export_checkpoint(run_or_checkpoint, out, export_format)
+    tell(f"{out}: {folder} as {export_format}")

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,11 +25,13 @@ from prelora_ds.errors import (
 
 
 @contextmanager
-def one_message() -> Iterator[None]:
-    """For a command of one process: an ExpectedError is a line and its exit code, not a traceback.
+def expected_errors_as_messages(*, tracebacks: bool) -> Iterator[None]:
+    """End the process of a command on an ExpectedError, with its message and exit code and no traceback.
 
-    So is a disk that fails, also under the standard output. Where the reader of that is gone, the command ends
-    with 141, as if it had met SIGPIPE: any other code may say something of what it looked at.
+    A failing disk is treated in the same way, also the one that standard output is written to. If the reader of
+    standard output is gone, the exit code is 141, as after SIGPIPE: any other code could be taken for a result.
+
+    tracebacks: whether the traceback is printed before the message.
     """
     try:
         try:
@@ -37,62 +40,68 @@ def one_message() -> Iterator[None]:
             if sys.stdout is not None:
                 sys.stdout.flush()
     except ExpectedError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _print_error(str(error), tracebacks)
         sys.exit(error.exit_code)
     except SystemExit as ended:
-        if isinstance(ended.__context__, BrokenPipeError):  # typer and rich make it a 1
-            _give_up_output()
+        if isinstance(ended.__context__, BrokenPipeError):  # typer and rich turn it into exit code 1
+            _discard_output()
             sys.exit(READER_GONE_EXIT_CODE)
         raise
     except BrokenPipeError:
-        _give_up_output()
+        _discard_output()
         sys.exit(READER_GONE_EXIT_CODE)
     except OSError as error:
         if not is_disk_fault(error):
             raise
-        _give_up_output()
-        print(f"error: {error}\n"
-              "  remedy: make room, or repair the disk; then give the same command again", file=sys.stderr)
+        _discard_output()
+        _print_error(f"{error}\n  remedy: free some space or repair the disk, then run the same command again",
+                     tracebacks)
         sys.exit(TRY_AGAIN_EXIT_CODE)
 
 
-def _give_up_output() -> None:
-    """What is left of the output would fail once more at the exit."""
+def _print_error(message: str, with_traceback: bool) -> None:
+    if with_traceback:
+        traceback.print_exc()
+    print(f"error: {message}", file=sys.stderr)
+
+
+def _discard_output() -> None:
+    """Send what is left of standard output to /dev/null, where flushing it at exit cannot fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def tell(text: str) -> None:
-    """Print what a command has done, after it is done: where that cannot be written, nothing is left to do again."""
+    """Print what a command has done. If it cannot be printed, the work is done all the same: the exit code stays 0."""
     from prelora_ds.hosts.exits import outlive_streams
 
     outlive_streams()
     typer.echo(text)
 
 
-MAY_BE_EMPTY = ("--probe",)  # of `prelora supervise`: no probe
+MAY_BE_EMPTY = ("--probe",)  # an empty one turns off the probes of `prelora supervise`
 
 
 def refuse_empty(arguments: Sequence[str]) -> None:
-    """Raise ConfigError for an argument of a command line, or the value of an option, that is empty.
+    """Raise ConfigError for an argument, or a value of an option, that is empty.
 
-    As a path it would be the current folder, and it is rather a variable of the shell that is not set. What follows
-    ``--`` is a command of its own.
+    As a path it would mean the current folder, but most likely it is a shell variable that is not set. Words after
+    ``--`` belong to another command and are not checked.
     """
-    own = arguments[: arguments.index("--")] if "--" in arguments else arguments
-    for before, argument in zip(["", *own], own, strict=False):
+    checked = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    for before, argument in zip(["", *checked], checked, strict=False):
         option, equals, value = argument.partition("=")
         empty = not argument or (option.startswith("--") and equals and not value)
         if empty and not {before, option} & set(MAY_BE_EMPTY):
             raise ConfigError(option or "argument", shlex.join(["prelora", *arguments]), "is empty",
-                              "give it a value; . is the current folder")
+                              "give it a value (write . for the current folder)")
 
 
 def refuse_url(path: Path | None, key: str) -> None:
-    """Raise ConfigError for a URL in the place of a folder that is written: it would become folders of that name."""
+    """Raise ConfigError if ``path``, which will be written, is a URL: it would create local folders of that name."""
     first = "" if path is None or len(path.parts) < 2 else path.parts[0]
     if re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]+:", first) and not Path(first).exists():
-        raise ConfigError(key, str(path), "is a URL, and this is written to a file system",
-                          "name a folder there, for example where the store is mounted")
+        raise ConfigError(key, str(path), "is a URL, but the output must be a local folder",
+                          "name a folder, for example one where the store is mounted")
 
 
 def save_json(path: Path, value: Any, key: str) -> None:

@@ -6,7 +6,10 @@ from pathlib import Path
 
 
 def report(output: Path) -> None:
-    """The table of the run in OUTPUT: per phase, bytes predicted and measured, times, loss, accuracy, and why."""
+    """Print the summary of the run in OUTPUT.
+
+    For each phase it lists predicted and measured bytes, step time, loss, accuracy, and why the phase began.
+    """
     from prelora_ds.reporting.table import print_report
     from prelora_ds.run.folder import RunFolder
 

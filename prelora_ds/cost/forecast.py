@@ -26,12 +26,12 @@ from prelora_ds.cost.timing import Rates
 from prelora_ds.errors import ConfigError
 
 NOTES = (
-    "all figures are predicted; bytes are of one rank: states at the end of backward, activations when it begins",
+    "All values are predictions. Bytes are per rank: states at the end of backward, activations at its start.",
     "peak: the larger of the two moments, with staging copies and gathered weights; it fits if it takes at most "
-    f"{USABLE:.0%} of the memory",
-    "host: fp32 values, in the host's memory, of what a phase freezes and a later one trains again",
-    "step: computing, optimizer and communication one after another; without loading, evaluation and checkpoints",
-    "jobs: of the walltime, one after another, without waiting, start-up and steps that are done again",
+    f"{USABLE:.0%} of the memory.",
+    "host: fp32 values, in host memory, of weights that a phase freezes and a later phase trains again.",
+    "step: computation, optimizer and communication one after another, without loading, evaluation and checkpoints.",
+    "jobs: of the given walltime, back to back; queueing, start-up and repeated steps are not included.",
 )
 
 

@@ -1,4 +1,4 @@
-"""Progress on rank 0: a bar on a terminal, plain lines elsewhere."""
+"""Progress on rank 0: a bar on a terminal, lines with the time elsewhere."""
 
 from __future__ import annotations
 
@@ -11,15 +11,23 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from prelora_ds.console import stamped
+
 PLAIN_EVERY_S = 10.0
 
 
 class TrainProgress:
-    """Steps of ``total``, ``done`` of them before, with phase, loss, images a second and the time that remains."""
+    """Shows the step, phase, loss, images per second and remaining time of a run.
+
+    total: steps of the run, of which ``done`` are done already. shown: False on all ranks but one.
+    """
 
     def __init__(self, total: int, *, shown: bool, done: int = 0) -> None:
+        self._total = total
         self._done = done
-        self._total, self._shown, self._begun, self._spoke = total, shown, time.monotonic(), float("-inf")
+        self._shown = shown
+        self._begun = time.monotonic()
+        self._last_line = float("-inf")
         self._bar: Progress | None = None
         if shown and sys.stdout.isatty():
             self._bar = Progress(TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(),
@@ -32,23 +40,25 @@ class TrainProgress:
         if not self._shown:
             return
         text = f"{row['phase']:<6} "
-        text += f"loss {row['train/loss']:.4f}  {row['img_s']:.3g} img/s" if "img_s" in row else "update left out"
+        text += f"loss {row['train/loss']:.4f}  {row['img_s']:.3g} img/s" if "img_s" in row else "update skipped"
         if "val/acc1" in row:
             text += f"  acc1 {row['val/acc1']:.2%}"
-        step, now = row["step"], time.monotonic()
+
+        step = row["step"]
+        now = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
-        elif now - self._spoke >= PLAIN_EVERY_S or step == self._total:
-            self._spoke = now
+        elif now - self._last_line >= PLAIN_EVERY_S or step == self._total:
+            self._last_line = now
             eta = (now - self._begun) / max(1, step - self._done) * (self._total - step)
-            print(f"step {step}/{self._total}  epoch {row['epoch']:.1f}  {text}  ETA {eta:.0f} s", flush=True)
+            print(stamped(f"step {step}/{self._total}  epoch {row['epoch']:.1f}  {text}  ETA {eta:.0f} s"), flush=True)
 
     def say(self, text: str) -> None:
-        """A line of its own."""
+        """Print a line, with the time."""
         if self._bar is not None:
-            self._bar.console.print(text, highlight=False, markup=False)
+            self._bar.console.print(stamped(text), highlight=False, markup=False, soft_wrap=True)
         elif self._shown:
-            print(text, flush=True)
+            print(stamped(text), flush=True)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -56,11 +66,14 @@ class TrainProgress:
 
 
 class CountProgress:
-    """How many of a number of ``things`` are done: a bar on a terminal's stderr, plain lines elsewhere."""
+    """Shows on stderr how many ``things`` are done: a bar on a terminal, plain lines elsewhere."""
 
     def __init__(self, things: str, *, shown: bool) -> None:
-        self._things, self._shown, self._spoke = things, shown, float("-inf")
-        self._console, self._bar = Console(stderr=True), None
+        self._things = things
+        self._shown = shown
+        self._last_line = float("-inf")
+        self._console = Console(stderr=True)
+        self._bar: Progress | None = None
         if shown and self._console.is_terminal:
             self._bar = Progress(TextColumn("{task.description}", markup=False), BarColumn(),
                                  TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn(),
@@ -77,15 +90,15 @@ class CountProgress:
             self._bar.stop()
 
     def show(self, done: int, total: int) -> None:
-        """``done`` of ``total``; what was done before the first call took none of the time."""
+        """Show ``done`` of ``total``. Items done before the first call are excluded from the remaining time."""
         now = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=total)
-        elif self._shown and now - self._spoke >= PLAIN_EVERY_S:
-            self._spoke = now
+        elif self._shown and now - self._last_line >= PLAIN_EVERY_S:
+            self._last_line = now
             print(f"{done}/{total} {self._things}", file=sys.stderr, flush=True)
 
     def say(self, text: str) -> None:
-        """A line of its own."""
+        """Print a line."""
         if self._shown:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)

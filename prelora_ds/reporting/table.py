@@ -1,4 +1,4 @@
-"""The final table of a run, from the files in its output folder."""
+"""The summary of a run, made from the files in its output folder."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from statistics import median
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from prelora_ds.errors import ConfigError
+from prelora_ds.reporting.columns import print_columns, print_line
 from prelora_ds.reporting.history import (
     OWNERS,
     Accuracy,
@@ -29,48 +28,49 @@ from prelora_ds.run.log import read_lines
 
 
 def phase_rows(folder: RunFolder) -> list[dict[str, Any]]:
-    """One row per phase of the run in ``folder``: epochs, steps, trainable parameters, bytes, step time, loss,
-    accuracy, and why it began. Raises ConfigError when there is no run, or its logs cannot be understood."""
+    """Return one row per phase of the run in ``folder``.
+
+    A row has epochs, steps, trainable parameters, bytes, seconds per step, loss, accuracy, and why the phase began.
+    Raises ConfigError when there is no run, or its logs cannot be understood.
+    """
     return _rows(*_read(folder))
 
 
 def _read(folder: RunFolder) -> tuple[list[Step], list[Event]]:
     metrics, logged = folder.metrics, folder.events_to_read
     if not metrics.is_file() or not logged.is_file():
-        raise ConfigError("OUTPUT", str(folder.path), "holds no run", "name the run.output_dir of a run")
+        raise ConfigError("OUTPUT", str(folder.path), "does not contain a run", "name the run.output_dir of a run")
     steps = parse_steps(read_lines(metrics), metrics)
     events = parse_events(read_lines(logged), logged)
     if not steps:
-        raise ConfigError("OUTPUT", str(folder.path), "holds a run that has not logged a step",
-                          "ask again when it has, or run it again if it has ended")
+        raise ConfigError("OUTPUT", str(folder.path), "contains a run that has not logged a step yet",
+                          "try again later, or start the run again if it has ended")
     if not any(isinstance(event, Started) for event in events):
-        raise ConfigError("OUTPUT", str(folder.path), f"its {logged.name} does not tell when a phase began",
-                          "restore that file; checkpoints and the model do not depend on it")
+        raise ConfigError("OUTPUT", str(folder.path), f"its {logged.name} does not state when a phase began",
+                          "restore that file; checkpoints and model are not affected")
     return steps, events
 
 
 def _rows(steps: Sequence[Step], events: Sequence[Event]) -> list[dict[str, Any]]:
     plans = [event for event in events if isinstance(event, Started)]
-    # By a run that this one continues.
+    # A run that begins with a checkpoint of another run has only its own steps.
     begun = events[0].step if isinstance(events[0], Resume) else 0
     epochs_per_step = steps[-1].epoch / steps[-1].step
     rows = []
     for i, plan in enumerate(plans):
         before = max(plan.step, begun)
         last = plans[i + 1].step if i + 1 < len(plans) else steps[-1].step
-        own = [s for s in steps if plan.step < s.step <= last]
-        trained = [s for s in own if s.step_s is not None]
-        step_s = [s.step_s for s in own if s.step_s is not None]
-        measured = next(
-            (e for e in events if isinstance(e, Bytes) and plan.step < e.step <= last), None
-        )
-        evaluated = [s.acc1 for s in own if s.acc1 is not None]
+        phase_steps = [s for s in steps if plan.step < s.step <= last]
+        trained = [s for s in phase_steps if s.step_s is not None]
+        step_s = [s.step_s for s in phase_steps if s.step_s is not None]
+        measured = next((e for e in events if isinstance(e, Bytes) and plan.step < e.step <= last), None)
+        evaluated = [s.acc1 for s in phase_steps if s.acc1 is not None]
         rows.append(
             {
                 "phase": plan.phase,
                 "first_step": before + 1,
                 "last_step": last,
-                "epochs": (own[-1].step - before) * epochs_per_step if own else 0.0,
+                "epochs": (phase_steps[-1].step - before) * epochs_per_step if phase_steps else 0.0,
                 "trainable_parameters": plan.trainable_parameters,
                 "predicted": measured and measured.predicted,
                 "measured": measured and measured.measured,
@@ -86,23 +86,21 @@ def _rows(steps: Sequence[Step], events: Sequence[Event]) -> list[dict[str, Any]
 
 
 def print_report(folder: RunFolder, console: Console | None = None) -> None:
-    """Print the table of the run in ``folder``: bytes of rank 0 at the end of a backward pass, predicted / measured.
+    """Print the summary of the run in ``folder``, with bytes of rank 0 at the end of a backward pass.
 
     Raises ConfigError as `phase_rows` does, and for a model/accuracy.json that cannot be understood.
     """
-    console = console or Console(width=132)
+    console = console or Console()
     steps, events = _read(folder)
     rows = _rows(steps, events)
     notes = [*_notes(rows, events), *_accuracy_note(folder, events)]
-    table = Table(title=f"{escape(str(folder.path))}: bytes per rank at the end of a backward pass, "
-                        "predicted / measured")
-    for column in ("", *(row["phase"] for row in rows)):
-        table.add_column(escape(column), justify="left" if not column else "right")
-    for label, cells in _lines(rows):
-        table.add_row(label, *cells)
-    console.print(table)
+
+    print_line(console, f"{folder.path}: memory per rank at the end of a backward pass, predicted / measured")
+    lines = _lines(rows)
+    columns = [(row["phase"], [cells[i] for _, cells in lines]) for i, row in enumerate(rows)]
+    print_columns(console, [label for label, _ in lines], columns)
     for line in notes:
-        console.print(line, highlight=False, markup=False)
+        print_line(console, line)
 
 
 def _notes(rows: Sequence[dict[str, Any]], events: Sequence[Event]) -> Iterator[str]:
@@ -111,28 +109,27 @@ def _notes(rows: Sequence[dict[str, Any]], events: Sequence[Event]) -> Iterator[
         yield f"{row['phase']} from step {row['first_step']}: {row['reason']}{switch}"
     for end in events:
         if isinstance(end, End):
-            yield f"peak resident memory of a rank: {max(end.peak_rss_bytes) / 2**30:.2f} GiB"
+            yield f"peak resident memory per rank: {max(end.peak_rss_bytes) / 2**30:.2f} GiB"
 
 
 def _accuracy_note(folder: RunFolder, events: Sequence[Event]) -> Iterator[str]:
-    """What `prelora evaluate` found last, and on which data."""
+    """The last result of `prelora evaluate`, with the data that it was measured on."""
     if not folder.accuracy.is_file():
         return
     result = read_accuracy(folder.accuracy)
-    own = next(
-        (end.data["data.val"] for end in events if isinstance(end, End) and "data.val" in end.data),
-        None,
-    )
-    yield (f"exported model{_data_of(result, own)}: {result.correct} of {result.samples} right, "
-           f"{result.correct / result.samples:.2%}")
+    validation = [end.data["data.val"] for end in events if isinstance(end, End) and "data.val" in end.data]
+    share = f"{result.correct / result.samples:.2%}"
+    yield (f"exported model{_data_of(result, validation[0] if validation else None)}: {result.correct} of "
+           f"{result.samples} correct ({share})")
 
 
-def _data_of(result: Accuracy, own: str | None) -> str:
+def _data_of(result: Accuracy, validation: str | None) -> str:
+    """Which data the accuracy belongs to. validation: the fingerprint of the run's data.val, None if not known."""
     if result.data is None:
-        return " on data that are not named"
-    if None in (result.identity, own):
+        return " on unnamed data"
+    if None in (result.identity, validation):
         return f" on {result.data}"
-    whose = "the run's data.val" if result.identity == own else "which is not the run's data.val"
+    whose = "the run's data.val" if result.identity == validation else "which is not the run's data.val"
     return f" on {result.data}, {whose}"
 
 

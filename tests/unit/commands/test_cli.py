@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import re
 import shlex
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -16,6 +20,8 @@ from prelora_ds.commands.output import refuse_empty
 from prelora_ds.data.shards.writer import write_digits
 from prelora_ds.errors import ConfigError
 from prelora_ds.run.checkpoints.checkpoint_folder import CheckpointManifest, FileRecord, commit, step_folder
+
+RECIPE = Path(__file__).parents[3] / "launch/recipes/vit_tiny_debug.yaml"
 
 
 def prelora(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -32,7 +38,7 @@ def test_a_config_error_is_one_message_on_stderr_and_exit_code_2(
     assert prelora(monkeypatch, "report", tmp_path) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err == (f"error: OUTPUT = {str(tmp_path)!r}: holds no run\n"
+    assert err == (f"error: OUTPUT = {str(tmp_path)!r}: does not contain a run\n"
                    "  remedy: name the run.output_dir of a run\n")
 
 
@@ -54,10 +60,80 @@ def test_a_command_line_that_is_wrong_ends_with_exit_code_2(
     assert "Error" in capsys.readouterr().err
 
 
-def test_help_lists_the_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert prelora(monkeypatch, "--help") == 0
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_help_lists_the_commands(option: str, monkeypatch: pytest.MonkeyPatch,
+                                 capsys: pytest.CaptureFixture[str]) -> None:
+    assert prelora(monkeypatch, option) == 0
     out = capsys.readouterr().out
     assert all(command in out for command in ("shards", "plan", "evaluate", "report"))
+    assert prelora(monkeypatch, "shards", "build", option) == 0
+    assert "--samples-per-shard" in capsys.readouterr().out
+
+
+def test_the_version_is_that_of_the_package(monkeypatch: pytest.MonkeyPatch,
+                                            capsys: pytest.CaptureFixture[str]) -> None:
+    assert prelora(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"prelora_ds {metadata.version('prelora_ds')}\n"
+
+
+def test_debug_prints_the_traceback_before_the_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                                       capsys: pytest.CaptureFixture[str]) -> None:
+    assert prelora(monkeypatch, "--debug", "report", tmp_path) == 2
+    err = capsys.readouterr().err
+    message = f"error: OUTPUT = {str(tmp_path)!r}: does not contain a run"
+    assert err.startswith("Traceback") and message in err.splitlines()
+
+
+@pytest.mark.parametrize("option", ["--deepspeed-config", "--deepspeed_config"])
+@pytest.mark.parametrize("command", [["plan"], ["calibrate", "OUT"]])
+def test_both_spellings_of_the_deepspeed_config_are_accepted(
+        command: list[str], option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+        tmp_path: Path) -> None:
+    """The file is missing, which is reported under its key and not as an unknown option."""
+    hosts = tmp_path / "hosts"
+    hosts.write_text("localhost slots=1\n")
+    words = [str(hosts) if word == "HOSTS" else str(tmp_path / "o") if word == "OUT" else word for word in command]
+    words = [words[0], RECIPE, *words[1:]] if "--recipe" not in words else [*words, RECIPE]
+    assert prelora(monkeypatch, *words, option, tmp_path / "none.json") == 2
+    assert "none.json" in capsys.readouterr().err.splitlines()[0]
+
+
+@pytest.mark.parametrize("command", [["report"], ["plan"]])
+def test_tables_fold_at_80_columns_and_have_no_escape_codes_in_a_pipe(command: list[str], tmp_path: Path) -> None:
+    if command == ["report"]:
+        phases = [RUN["events.jsonl"] | {"step": n, "phase": f"phase_{n}"} for n in range(12)]
+        steps = [RUN["metrics.jsonl"] | {"step": n + 1} for n in range(12)]
+        for name, rows in (("events", phases), ("metrics", steps)):
+            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        command = ["report", str(tmp_path)]
+    else:
+        command = ["plan", str(RECIPE)]
+    environ = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "FORCE_COLOR")}
+    done = subprocess.run([sys.executable, "-m", "prelora_ds.cli", *command], capture_output=True, text=True,
+                          check=True, env=environ)
+    tables = [line for line in done.stdout.splitlines() if line[:1] in "┏┃┡│└"]
+    assert len(tables) > 10 and max(map(len, tables)) <= 80
+    assert "\x1b" not in done.stdout + done.stderr
+    if command[0] == "report":
+        assert all(f" phase_{n} " in done.stdout for n in range(12))
+
+
+@pytest.mark.parametrize("no_color", [True, False])
+def test_no_color_is_respected_on_a_terminal(no_color: bool) -> None:
+    ours, theirs = os.openpty()
+    environ = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
+    environ |= {"TERM": "xterm-256color"} | ({"NO_COLOR": "1"} if no_color else {})
+    child = subprocess.Popen([sys.executable, "-m", "prelora_ds.cli", "--help"], stdout=theirs, stderr=theirs,
+                             env=environ)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # EIO: the other end is closed
+        while chunk := os.read(ours, 65536):
+            shown += chunk
+    os.close(ours)
+    assert child.wait(timeout=60) == 0 and b"shards" in shown
+    colored = re.search(rb"\x1b\[[\d;]*3\dm", shown) is not None
+    assert colored != no_color
 
 
 def test_a_report_ends_well(
@@ -178,7 +254,7 @@ def test_an_empty_argument_is_not_the_current_folder(
     monkeypatch.chdir(tmp_path)
     assert prelora(monkeypatch, *arguments) == 2
     err = capsys.readouterr().err
-    assert err.startswith(f"error: {key} = ") and "is empty\n" in err and ". is the current folder" in err
+    assert err.startswith(f"error: {key} = ") and "is empty\n" in err and "write . for the current folder" in err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -193,7 +269,7 @@ def test_a_url_in_the_place_of_a_folder_that_is_written_makes_no_folder(
     monkeypatch.chdir(tmp_path)
     assert prelora(monkeypatch, *arguments) == 2
     err = capsys.readouterr().err
-    assert "is a URL, and this is written to a file system" in err and "OUT = '" in err.upper()
+    assert "is a URL, but the output must be a local folder" in err and "OUT = '" in err.upper()
     assert list(tmp_path.iterdir()) == []
 
 

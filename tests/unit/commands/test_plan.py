@@ -84,16 +84,16 @@ def test_a_baseline_has_one_phase_and_its_data_their_own_size(planned: Any, tmp_
 def test_it_says_which_images_and_classes_it_assumed(
     planned: Any, capsys: pytest.CaptureFixture[str], shards: Path
 ) -> None:
-    assumed = "(assumed, as of ImageNet-1k: data.train has no manifest here)"
+    assumed = "(assumed, as in ImageNet-1k: data.train has no manifest here)"
     planned(*SMALL)
     out = capsys.readouterr().out
-    assert f"images of an epoch: 1,281,167 {assumed}" in out and f"classes: 1,000 {assumed}" in out
+    assert f"images per epoch: 1,281,167 {assumed}" in out and f"classes: 1,000 {assumed}" in out
     planned(*SMALL, f"data.train={shards / 'train'}")
     out = " ".join(capsys.readouterr().out.split())
-    assert f"images of an epoch: 1,437 (data.train = {shards / 'train'})" in out
+    assert f"images per epoch: 1,437 (data.train = {shards / 'train'})" in out
     assert f"classes: 10 (data.train = {shards / 'train'})" in out and "assumed," not in out
     planned(*SMALL, "--images", 1000)
-    assert "images of an epoch: 1,000 (--images)" in capsys.readouterr().out
+    assert "images per epoch: 1,000 (--images)" in capsys.readouterr().out
 
 
 def test_shards_without_a_manifest_have_the_images_that_the_recipe_tells(
@@ -122,7 +122,7 @@ def test_what_a_phase_freezes_for_a_later_one_is_in_the_host_s_memory(
         planned: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     preset = planned(*SMALL)["rows"]
     assert all(row["host_bytes"] == 0 for row in preset)
-    assert " host " not in capsys.readouterr().out
+    assert "host, MiB" not in capsys.readouterr().out
     values = yaml.safe_load(RECIPE.read_text())
     for section in ("convergence", "lora", "phases"):
         values.pop(section, None)
@@ -131,7 +131,7 @@ def test_what_a_phase_freezes_for_a_later_one_is_in_the_host_s_memory(
     recipe = tmp_path / "thaw.yaml"
     recipe.write_text(yaml.safe_dump(values))
     rows = planned(*SMALL, recipe=recipe, stage=1)["rows"]
-    assert " host " in capsys.readouterr().out
+    assert "host, MiB" in capsys.readouterr().out
     low, thaw = (row for row in rows if row["stage"] == 1)
     model = preset[0]["weights_bytes"] // 2
     assert (low["host_bytes"], thaw["host_bytes"]) == (4 * model // 4, 0), "4 bytes an element over 4 ranks"

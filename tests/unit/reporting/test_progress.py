@@ -17,14 +17,16 @@ def row(step: int, **more: float) -> dict[str, object]:
     return {"step": step, "epoch": step / 2, "phase": "warmup", "train/loss": 1.25, "img_s": 4321.0, **more}
 
 
-def test_plain_lines_name_step_epoch_phase_loss_rate_and_what_remains(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plain_lines_name_time_step_epoch_phase_loss_rate_and_what_remains(capsys: pytest.CaptureFixture[str]) -> None:
     progress = TrainProgress(4, shown=True)
     progress.step(row(1))
     progress.step(row(2))  # sooner than ten seconds after: no line
     progress.say("a window closed")
     progress.step(row(4, **{"val/acc1": 0.9694}))
     progress.close()
-    first, said, last = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().out.splitlines()
+    assert all(re.match(r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in lines)
+    first, said, last = (line[20:] for line in lines)
     assert re.fullmatch(r"step 1/4  epoch 0\.5  warmup loss 1\.2500  4\.32e\+03 img/s  ETA \d+ s", first)
     assert said == "a window closed"
     assert re.fullmatch(r"step 4/4  epoch 2\.0  warmup loss 1\.2500  4\.32e\+03 img/s  acc1 96\.94%  ETA 0 s", last)

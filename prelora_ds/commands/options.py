@@ -1,0 +1,19 @@
+"""Arguments and options that several commands have, each with one name, one meaning and one help text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Overrides = Annotated[list[str] | None, typer.Argument(
+    metavar="[KEY=VALUE]...", show_default=False,
+    help="overrides of recipe keys, such as train.duration='10 epochs'")]
+
+# launch/pretrain.py and DeepSpeed write such options with underscores: both spellings are accepted.
+DeepspeedConfig = Annotated[Path | None, typer.Option(
+    "--deepspeed-config", "--deepspeed_config", show_default=False,
+    help="DeepSpeed JSON, such as ds_configs/zero2.json (default: ZeRO stage 0)")]
+
+JsonFile = Annotated[Path | None, typer.Option("--json", show_default=False, help="also write the results as JSON")]
