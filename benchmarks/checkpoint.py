@@ -1,14 +1,14 @@
 """How long does a checkpoint block training, and how small is it in the LoRA phase?
 
-    python benchmarks/checkpoint.py            # ViT-L/16 at 224 px, 2 ranks at ZeRO 2: about 8 GiB per rank
+    python benchmarks/checkpoint.py            # ViT-L/16 at 224 px, 2 ranks, ZeRO 2: 8 GiB per rank
     python benchmarks/checkpoint.py --quick    # a small ViT instead
 
 In the full phase and in the LoRA phase (ranks 8, 16, 32 and 64 in turn: 30 on average) two kinds of
 saves take turns: a synchronous one (copy, write, fsync, read back, checksum, vote, commit), and an
-asynchronous one, of which only the copy and the commit block a step. Steps continue while it writes,
-and the table shows how much slower they are. The limit of the copy is the rank's bytes at the speed
-of a memory copy. Goals: an asynchronous save blocks for less than 10 % of a synchronous one, and a
-checkpoint of the LoRA phase is 8 times smaller.
+asynchronous one, of which only the copy and the commit block a step. Steps continue while it
+writes, and the table shows how much slower they are. The limit of the copy is the rank's bytes at
+the speed of a memory copy. Goals: an asynchronous save blocks for less than 10 % of a synchronous
+one, and a checkpoint of the LoRA phase is 8 times smaller.
 """
 
 from __future__ import annotations

@@ -3,11 +3,11 @@
     python benchmarks/faults.py            # make test-faults: at least 30 kills
     python benchmarks/faults.py --kills 60 --seed 7
 
-At each ZeRO stage one run is left undisturbed. In other runs ranks are killed with SIGKILL at moments
-drawn by the seed: in a step, a switch, at a window's end, in an evaluation, while a checkpoint is
-copied, written, voted on or committed, while one is read, and in the export. Each time the same
-command starts the run again. All logged losses and norms, all verdicts and plans, and all bits of the
-exported model are compared. Goal and limit: all of them are equal.
+At each ZeRO stage one run is left undisturbed. In other runs ranks are killed with SIGKILL at
+moments drawn by the seed: in a step, a switch, at a window's end, in an evaluation, while a
+checkpoint is copied, written, voted on or committed, while one is read, and in the export. Each
+time the same command starts the run again. All logged losses and norms, all verdicts and plans, and
+all bits of the exported model are compared. Goal and limit: all of them are equal.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def main() -> None:
 def stage(
     forge: Zygote, folder: Path, shards: Path, zero: int, kills: int, seed: int
 ) -> list[dict[str, Any]]:
-    """Kill ranks ``kills`` times at stage ``zero``, in as many runs as it takes; return a row per kill."""
+    """Kill ranks ``kills`` times at stage ``zero``, in as many runs as needed; return a row each."""
     settings = (*SETTINGS, "train.micro_batch_size=32") if zero == 0 else SETTINGS
     rng = random.Random(1000 * seed + zero)
     undisturbed = folder / f"zero{zero}"
@@ -115,7 +115,7 @@ def one_run(
     places: list[str],
     kills: int,
 ) -> list[dict[str, Any]]:
-    """Take one run to its end with at most ``kills`` kills; a kill that comes too late does not count."""
+    """Take one run to its end with at most ``kills`` kills, not counting those that come too late."""
     rows: list[dict[str, Any]] = []
     while True:
         newest = list_checkpoints(RunFolder(out).checkpoints)

@@ -1,4 +1,4 @@
-"""The common part of all benchmarks: interleaved measurements, a table, and a JSON with its provenance.
+"""The common part of all benchmarks: interleaved measurements, a table, and a JSON of results.
 
 Run a benchmark from the repository: `python benchmarks/NAME.py`. It prints its table and writes
 benchmarks/results/NAME.json.
@@ -30,7 +30,7 @@ PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "peft", "prelora
 def record(
     name: str, figures: Mapping[str, float], rows: Sequence[Mapping[str, Any]], notes: str = ""
 ) -> Path:
-    """Write benchmarks/results/NAME.json: the measurements with machine, versions, commit and command."""
+    """Write benchmarks/results/NAME.json: results with machine, versions, commit and command."""
     result = {
         "name": name,
         "figures": dict(figures),
@@ -86,7 +86,7 @@ def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 
 def machine() -> dict[str, Any]:
-    """Return the CPU model, the cores this process may use, the memory, and the accelerator if any."""
+    """Return the CPU model, the cores for this process, the memory, and the accelerator if any."""
     import torch
 
     pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -2,13 +2,13 @@
 
     python benchmarks/lora_step.py
 
-One process trains blocks of ViT-L width at 224 px in BF16 with batch 16 and adapters of rank 8, 16, 32
-and 64 in turn (mean 30). All variants take turns in one run. The result is the median over rounds, as
-a ratio to the full step; the limit next to it counts FLOPs of matrix products only. A step is forward,
-backward and AdamW on fp32 masters.
+One process trains blocks of ViT-L width at 224 px in BF16 with batch 16 and adapters of rank 8, 16,
+32 and 64 in turn (mean 30). All variants take turns in one run. The result is the median over
+rounds, as a ratio to the full step; the limit next to it counts FLOPs of matrix products only. A
+step is forward, backward and AdamW on fp32 masters.
 
-A profile shows where a LoRA step is longer than its lower bound, a step of the frozen backbone. A sweep
-over widths is the basis of `lora.mode: auto`.
+A profile shows where a LoRA step is longer than its lower bound, a step of the frozen backbone. A
+sweep over widths is the basis of `lora.mode: auto`.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ def profile(variant: Variant) -> dict[str, float]:
 
 
 def widths(batch: int, rounds: int) -> list[dict[str, float]]:
-    """Time a LoRA step of two blocks at several widths, in the modes that `auto` chooses between."""
+    """Time a LoRA step of two blocks at several widths, in the modes that `auto` can choose."""
     rows = []
     for width in (96, 192, 384, 768, 1024):
         config = ModelConfig(

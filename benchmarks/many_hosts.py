@@ -2,8 +2,8 @@
 
     python benchmarks/many_hosts.py [--only WORDS]    # make test-hosts
 
-Hosts are network namespaces on one machine (tests/hosts), so all of them share its cores. The seconds
-are those of the launchers here, and say nothing about a network. Writes hosts.json.
+Hosts are network namespaces on one machine (tests/hosts), so all of them share its cores. The
+seconds are those of the launchers here, and say nothing about a network. Writes hosts.json.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python benchmarks/overhead.py [--rounds 40] [--turn 4]
 
-2 ranks, ZeRO 2, BF16, a ViT-S on the digits. All loops exist at the same time, each in its own ranks,
-and take turns of a few steps, so that drift of the machine affects all of them equally. A second bare
-loop shows the resolution of the measurement. The limit is the bare loop. Goal: ours within 2 % of it.
-Takes about 8 minutes on 2 cores.
+2 ranks, ZeRO 2, BF16, a ViT-S on the digits. All loops exist at the same time, each in its own
+ranks, and take turns of a few steps, so that drift of the machine affects all of them equally. A
+second bare loop shows the resolution of the measurement. The limit is the bare loop. Goal: ours
+within 2 % of it. Takes about 8 minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def turn(ranks: Ranks) -> float:
 
 
 def finish(ranks: Ranks) -> list[float]:
-    """Return the loss of each step: the mean over ranks in fp32, as a reduction would compute it."""
+    """Return the loss of each step: the mean over ranks in fp32, as in a reduction."""
     ranks.send("go")
     by_rank = torch.tensor(ranks.gather(), dtype=torch.float32)
     ranks.join()

@@ -1,7 +1,7 @@
 """The four loops that overhead.py compares, with the same model, shards, batches, AdamW and config.
 
-Each runs in its own ranks and takes its batches from a `Paced` loader, which is also the clock: a step
-lasts from one call of `next` to the following one, whatever a loop does in between.
+Each runs in its own ranks and takes its batches from a `Paced` loader, which is also the clock: a
+step lasts from one call of `next` to the following one, whatever a loop does in between.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ZERO = "ds_configs/zero2.json"
 
 
 class Paced:
-    """A loader that waits for the script before each turn of ``turn`` steps, and sends it the turn's seconds."""
+    """A loader that waits for the script before each turn of ``turn`` steps, and sends its seconds."""
 
     def __init__(self, loader: Loader, pipe: Connection, turn: int) -> None:
         self._loader = loader
@@ -58,7 +58,7 @@ class Paced:
 
 
 def ours(pipe: Connection, folder: Path, turn: int) -> list[float]:
-    """Run launch/pretrain.py without its argument parser, with its logs, report and exported model."""
+    """Run launch/pretrain.py without its argument parser, including logs, report and export."""
     import prelora_ds.run.begin as begin_module
     import prelora_ds.run.context as context_module
     from prelora_ds.hosts.discovery import discover_ranks

@@ -2,8 +2,8 @@
 
     python benchmarks/plan.py
 
-The script calibrates, predicts held-out cases, and measures them. ViT-S blocks at 224 px, ZeRO 2. The
-held-out cases have other batches, other LoRA ranks, more blocks, accumulation, or two ranks.
+The script calibrates, predicts held-out cases, and measures them. ViT-S blocks at 224 px, ZeRO 2.
+The held-out cases have other batches, other LoRA ranks, more blocks, accumulation, or two ranks.
 """
 
 from __future__ import annotations

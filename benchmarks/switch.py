@@ -1,12 +1,12 @@
-"""What does a switch cost in seconds and bytes, and what does releasing an engine by hand leave behind?
+"""What does a switch cost in seconds and bytes, and what remains if an engine is released by hand?
 
-    python benchmarks/switch.py            # ViT-L/16 at 224 px, micro-batch 16, 2 ranks at ZeRO 2: 8 GiB per rank
+    python benchmarks/switch.py            # ViT-L/16 at 224 px, 2 ranks, ZeRO 2: 8 GiB per rank
     python benchmarks/switch.py --quick    # a small ViT instead
 
-Both switches, from full to warm-up and from there to LoRA, are timed part by part. The limit of a part
-is the time that a rank needs to copy its bytes in memory. Goal: at most 4 full-phase steps of ViT-L.
-Then a small ViT is rebuilt 20 times, by us and by hand
-(`engine.destroy(); del engine, optimizer; gc.collect()`).
+Both switches, from full to warm-up and from there to LoRA, are timed part by part. The limit of a
+part is the time that a rank needs to copy its bytes in memory. Goal: at most 4 full-phase steps of
+ViT-L. Then a small ViT is rebuilt 20 times, by us and by hand (`engine.destroy(); del engine,
+optimizer; gc.collect()`).
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def rows_of_parts(report: dict[str, Any], step: float) -> list[dict[str, Any]]:
 
 
 def rows_of_memory(by_rank: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the peaks of the worst rank. The limit of a switch is the peak of the step before it."""
+    """Return the peaks of the worst rank. The limit of a switch is the peak of a full step."""
     peaks = {"a full-phase step": [(r["step_peak_rss"], r["live_bytes"]) for r in by_rank]}
     peaks |= {s: [(r[s]["peak_rss"], r[s]["live_bytes"]) for r in by_rank] for s in SWITCHES}
     worst = {
@@ -158,7 +158,7 @@ def rows_of_memory(by_rank: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def rows_of_teardown() -> list[dict[str, Any]]:
-    """Return what each way frees at stages 2 and 3 on the worst rank, and what rebuilds leave at stage 2."""
+    """Return what each way frees at stages 2 and 3, and what rebuilds leave at 2, on the worst rank."""
     ways = {
         "ours": (switch_ranks.freed_by_us, ()),
         "by hand": (switch_ranks.freed_by_hand, (True,)),

@@ -41,7 +41,7 @@ from prelora_ds.run.checkpoints import part as checkpoint_module
 
 LABELS = 1000
 SETTLE = 5  # rebuilds before growth is measured, while caches fill and glibc's heap settles
-# Part of a switch -> the function that it consists of, by the module in which the switch looks it up.
+# Part of a switch -> the function that does it, in the module where the switch looks it up.
 PARTS = {
     "count what it owns": (transition_module, "engine_storages"),
     "export": (transition_module, "export_state"),
@@ -108,8 +108,10 @@ def write_base(folder: Path, state: EngineState, plan: Plan) -> None:
 
 @contextlib.contextmanager
 def stopwatch() -> Iterator[tuple[dict[str, float], list[int], list[float]]]:
-    """Yield, for the switches in the context, the seconds of each part of PARTS, the live tensor bytes
-    after each of its calls, and the seconds spent on counting these.
+    """Time the parts of the switches in the context.
+
+    Yields the seconds of each part, the live tensor bytes after each call of a part, and the
+    seconds spent on counting these.
     """
     seconds = dict.fromkeys(PARTS, 0.0)
     live: list[int] = []
@@ -134,7 +136,7 @@ def stopwatch() -> Iterator[tuple[dict[str, float], list[int], list[float]]]:
 
 
 def freed_by_us(pipe: Connection, model: Mapping[str, Any], stage: int) -> tuple[int, float]:
-    """Return the bytes of an engine, including its weights, and the share of them that `release` frees."""
+    """Return the bytes of an engine with its weights, and the share of them that `release` frees."""
     engine, _ = first_engine(model, micro=4, stage=stage)
     one_step(engine)
     owned = engine_storages(engine)
@@ -147,8 +149,8 @@ def freed_by_hand(
 ) -> tuple[int, float]:
     """Return the bytes of an engine, and the share of them that is freed by hand.
 
-    By hand means `engine.destroy(); del engine, optimizer; gc.collect()`. The module's weights are not
-    counted, because the next engine needs them.
+    By hand means `engine.destroy(); del engine, optimizer; gc.collect()`. The module's weights are
+    not counted, because the next engine needs them.
     """
     engine, _ = first_engine(model, micro=4, stage=stage)
     one_step(engine)
@@ -164,7 +166,7 @@ def freed_by_hand(
 
 
 def rebuilt_by_us(pipe: Connection, model: Mapping[str, Any], rebuilds: int) -> tuple[float, float]:
-    """Return the seconds per rebuild, and the growth of this rank's resident bytes over ``rebuilds``."""
+    """Return the seconds per rebuild, and the growth of resident bytes over ``rebuilds``."""
     engine, (full, *_) = first_engine(model, micro=4, stage=2)
     rss, seconds = [], []
     for _ in range(SETTLE + rebuilds):
@@ -223,7 +225,7 @@ def growth(rss: list[int]) -> float:
 def first_engine(
     model: Mapping[str, Any], micro: int, stage: int
 ) -> tuple[Engine, tuple[Plan, Plan, Plan]]:
-    """Build an engine in the full phase, and the plans of all phases with ranks 8, 16 and 32 in turn."""
+    """Return an engine in the full phase, and all plans, with ranks 8, 16 and 32 in turn."""
     freeze_imports()
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     cfg = validate(

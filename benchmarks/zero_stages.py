@@ -2,14 +2,14 @@
 
     python benchmarks/zero_stages.py                # ViT-L/16 at 224 px, 2 ranks; 15 minutes, 22 GiB
     python benchmarks/zero_stages.py --quick        # ViT-B
-    python benchmarks/zero_stages.py --world 64     # bytes of one rank of 64: ViT-L and a ViT-g of 1e9 parameters
+    python benchmarks/zero_stages.py --world 64     # bytes of one rank of 64, ViT-L and ViT-g
 
 Adapters have rank 8, 16, 32 and 64 in turn (mean 30). Forward and backward are without their
 communication, which has its own column. "data" is reading, decoding and cropping photographs in the
 rank itself. The limit of a LoRA step is the FLOPs of its products relative to those of a full step
 (`cost.flops`); small batches gain more than that from communication and optimizer. With ``--world``
-torch's fake process group replaces the other ranks: the communicated values are then meaningless, but
-the bytes are those of a real rank.
+torch's fake process group replaces the other ranks: the communicated values are then meaningless,
+but the bytes are those of a real rank.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def columns(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[dic
 
 
 def compare(rows: Sequence[Mapping[str, Any]], size: int) -> dict[str, Any]:
-    """Return the fastest full-phase and LoRA settings at ``size`` images per rank, with seconds by part."""
+    """Return the fastest full-phase and LoRA settings at ``size`` images per rank, by part."""
     fastest = {
         phase: min(
             (row for row in rows if row["phase"] == phase),
@@ -176,7 +176,7 @@ def compare(rows: Sequence[Mapping[str, Any]], size: int) -> dict[str, Any]:
 
 
 def at_world(worlds: Sequence[int]) -> None:
-    """Count the bytes of rank 0 in each world, phase and stage, each world in its own process."""
+    """Count the bytes of rank 0 for each world, stage and phase."""
     rows = []
     for title, model in (("ViT-L/16", VIT_LARGE), ("ViT-g/14", VIT_GIANT)):
         for world in worlds:

@@ -51,7 +51,7 @@ def phases(
     steps: int,
     shards: Path,
 ) -> list[dict[str, Any]]:
-    """Return a row per phase for this rank. sizes: numbers of images per rank, timed one after another."""
+    """Return a row per phase for this rank. sizes: numbers of images per rank to time in turn."""
     world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     config = config_of(model, zero, sizes[0], world)
     freeze_imports()
@@ -144,7 +144,7 @@ def states_at_world(
 
 
 def _gather_own_object(gathered: list[Any], mine: Any) -> None:
-    """Fill ``gathered`` with this rank's object: the fake group gathers nothing that could be unpickled."""
+    """Fill ``gathered`` with this rank's object, because the fake group gathers nothing."""
     gathered[:] = [mine] * len(gathered)
 
 
@@ -185,7 +185,7 @@ def peak_bytes() -> int:
 def bytes_after_backward(
     engine: Engine, layout: Layout, world: int, *, size: int
 ) -> tuple[Any, dict[str, int]]:
-    """Take a step of ``size`` images; return predicted and measured bytes at the end of its backward."""
+    """Take a step of ``size`` images; return predicted and measured bytes after its backward."""
     m = engine.config.model
     images = torch.randint(0, 256, (size, 3, m.image_size, m.image_size), dtype=torch.uint8)
     engine.backward([MicroBatch(images, torch.randint(0, LABELS, (size,)))])
