@@ -103,8 +103,8 @@ def displaced_master(zero):
 
 
 MISFITS = {
-    "a smaller rank": "has 1,024 elements in the state and 512 in the plan",
-    "a larger rank": "has 1,024 elements in the state and 2,048 in the plan",
+    "a smaller rank": "has 1,024 elements in the state but 512 in the plan",
+    "a larger rank": "has 1,024 elements in the state but 2,048 in the plan",
     "a missing parameter": "is missing",
     "a foreign parameter": "is not a parameter of the plan",
     "another Adam step on one rank": "the ranks hold different Adam steps",
