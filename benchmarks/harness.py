@@ -1,4 +1,4 @@
-"""What all benchmarks share: variants measured in turn, a table, and a JSON that says where its numbers come from.
+"""The common part of all benchmarks: interleaved measurements, a table, and a JSON of results.
 
 Run a benchmark from the repository: `python benchmarks/NAME.py`. It prints its table and writes
 benchmarks/results/NAME.json.
@@ -23,15 +23,25 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-sys.path.insert(0, str(ROOT / "tests"))  # the plans and runs of the tests
+sys.path.insert(0, str(ROOT / "tests"))  # for the plans and runs of tests/support
 PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "peft", "prelora_ds")
 
 
-def record(name: str, figures: Mapping[str, float], rows: Sequence[Mapping[str, Any]], notes: str = "") -> Path:
-    """Write benchmarks/results/NAME.json: machine, versions, commit, date, command, and what was measured."""
-    result = {"name": name, "figures": dict(figures), "rows": [dict(row) for row in rows], "notes": notes,
-              "date": datetime.now(UTC).isoformat(timespec="seconds"), "command": command(), "git": git_state(),
-              "machine": machine(), "versions": versions()}
+def record(
+    name: str, figures: Mapping[str, float], rows: Sequence[Mapping[str, Any]], notes: str = ""
+) -> Path:
+    """Write benchmarks/results/NAME.json: results with machine, versions, commit and command."""
+    result = {
+        "name": name,
+        "figures": dict(figures),
+        "rows": [dict(row) for row in rows],
+        "notes": notes,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command(),
+        "git": git_state(),
+        "machine": machine(),
+        "versions": versions(),
+    }
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -39,22 +49,25 @@ def record(name: str, figures: Mapping[str, float], rows: Sequence[Mapping[str, 
 
 
 def print_table(rows: Sequence[Mapping[str, Any]], title: str) -> None:
-    """Print ``rows``; the columns are the keys of all rows in the order they come up."""
+    """Print ``rows``; the columns are the keys of all rows in order of appearance."""
     table = Table(title=title, title_justify="left")
     columns = list(dict.fromkeys(key for row in rows for key in row))
     for column in columns:
-        table.add_column(column, justify="right" if any(_is_number(row.get(column)) for row in rows) else "left")
+        table.add_column(
+            column, justify="right" if any(_is_number(row.get(column)) for row in rows) else "left"
+        )
     for row in rows:
         table.add_row(*(_text(row.get(column)) for column in columns))
-    # A pipe has no width, and 80 columns would cut the table.
+    # A pipe has no width, and the default of 80 columns would truncate the table.
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def interleaved(variants: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each variant, by name, one per round.
+    """Return the seconds of each variant by name, one per round.
 
-    A variant returns its own seconds. All take their turn in each round, and each round begins with another one, so
-    that a machine that drifts does so for all alike. A warm-up round before is not counted.
+    A variant returns its own seconds. All variants take turns in each round, and each round begins
+    with another one, so that drift of the machine affects all of them equally. A warm-up round
+    comes first and is not counted.
     """
     names = list(variants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -68,44 +81,50 @@ def interleaved(variants: Mapping[str, Callable[[], float]], rounds: int) -> dic
 
 
 def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """The median of each variant."""
+    """Return the median of each variant."""
     return {name: median(values) for name, values in seconds.items()}
 
 
 def machine() -> dict[str, Any]:
-    """CPU model, cores this process may use, memory, and the accelerator if there is one."""
+    """Return the CPU model, the cores for this process, the memory, and the accelerator if any."""
     import torch
 
     pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cpu": _cpu_model(), "cores": len(os.sched_getaffinity(0)), "memory_gib": round(pages / 2**30, 1),
-            "accelerator": accelerator}
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(pages / 2**30, 1),
+        "accelerator": accelerator,
+    }
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python and the packages that matter; None for one that is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    """Return the versions of Python and of PACKAGES; None for a package that is not installed."""
+    result: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            result[package] = version(package)
         except PackageNotFoundError:
-            found[package] = None
-    return found
+            result[package] = None
+    return result
 
 
 def git_state() -> dict[str, Any]:
-    """The commit, and whether the tree differs from it (results apart, which a benchmark itself writes)."""
+    """Return the commit, and whether the tree differs from it outside of benchmarks/results."""
     changes = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
     return {"commit": _git("rev-parse", "HEAD"), "dirty": bool(changes)}
 
 
 def command() -> str:
-    """The command line with its paths relative to the repository."""
+    """Return the command line, with paths relative to the repository."""
     return " ".join(["python", *map(_relative, sys.argv)])
 
 
 def _git(*args: str) -> str:
-    return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        ["git", *args], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def _relative(argument: str) -> str:
@@ -115,7 +134,10 @@ def _relative(argument: str) -> str:
 
 def _cpu_model() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def _is_number(value: Any) -> bool:

@@ -1,11 +1,14 @@
-"""What a LoRA step costs against a full one: `python benchmarks/lora_step.py`.
+"""How long does a LoRA step take, compared with a full step?
 
-One process, blocks of ViT-L width at 224 px, BF16, batch 16, adapters of rank 8, 16, 32 and 64 in turn (mean 30). All
-variants take turns in one run; the figure is the median over rounds, as a ratio to the full step. The limit beside it
-counts FLOPs of matrix products only. A step is forward, backward and AdamW on fp32 masters.
+    python benchmarks/lora_step.py
 
-A profile says where a LoRA step is longer than its floor, the frozen backbone; a sweep over widths what `lora.mode:
-auto` goes by.
+One process trains blocks of ViT-L width at 224 px in BF16 with batch 16 and adapters of rank 8, 16,
+32 and 64 in turn (mean 30). All variants take turns in one run. The result is the median over
+rounds, as a ratio to the full step; the limit next to it counts FLOPs of matrix products only. A
+step is forward, backward and AdamW on fp32 masters.
+
+A profile shows where a LoRA step is longer than its lower bound, a step of the frozen backbone. A
+sweep over widths is the basis of `lora.mode: auto`.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from prelora_ds.config.phases import FAMILIES
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.plan import Plan
 from prelora_ds.model.adapters import attach_adapters
-from prelora_ds.model.adapters.lora import lora_linears, merge_bases
+from prelora_ds.model.adapters.lora import lora_linears, refresh_merged_weights
 from prelora_ds.model.families import find_layout, named_parameters
 from prelora_ds.model.vit import build_model
 
@@ -38,12 +41,14 @@ RANKS = (8, 16, 32, 64)
 
 @dataclass
 class Variant:
-    """A model under one plan; calling it takes a step and returns its seconds."""
+    """A model under one plan. Calling it takes a step and returns its seconds."""
 
     module: nn.Module
     layers: nn.Module
     inputs: torch.Tensor
-    parts: dict[str, list[float]] = field(default_factory=lambda: {"forward": [], "backward": [], "optimizer": []})
+    parts: dict[str, list[float]] = field(
+        default_factory=lambda: {"forward": [], "backward": [], "optimizer": []}
+    )
 
     def __post_init__(self) -> None:
         self.trained = [p for p in self.module.parameters() if p.requires_grad]
@@ -53,10 +58,12 @@ class Variant:
     def __call__(self) -> float:
         begun = time.perf_counter()
         output = self.layers(self.inputs)
-        loss = (output if isinstance(output, torch.Tensor) else output.logits).float().square().mean()
-        ran = time.perf_counter()
+        loss = (
+            (output if isinstance(output, torch.Tensor) else output.logits).float().square().mean()
+        )
+        forward_done = time.perf_counter()
         loss.backward()
-        backed = time.perf_counter()
+        backward_done = time.perf_counter()
         for p, master in zip(self.trained, self.masters, strict=True):
             master.grad, p.grad = p.grad.float(), None
         if self.adam is not None:
@@ -64,16 +71,17 @@ class Variant:
         with torch.no_grad():
             for p, master in zip(self.trained, self.masters, strict=True):
                 p.copy_(master)
-        merge_bases(self.module)
+        refresh_merged_weights(self.module)
         self.inputs.grad = None
         done = time.perf_counter()
-        for part, seconds in zip(self.parts, (ran - begun, backed - ran, done - backed), strict=True):
-            self.parts[part].append(seconds)
+        self.parts["forward"].append(forward_done - begun)
+        self.parts["backward"].append(backward_done - forward_done)
+        self.parts["optimizer"].append(done - backward_done)
         return done - begun
 
 
 class Blocks(nn.Module):
-    """The encoder blocks of a ViT alone: [batch, tokens, width] -> the same."""
+    """Only the encoder blocks of a ViT: [batch, tokens, width] -> the same shape."""
 
     def __init__(self, vit: nn.Module) -> None:
         super().__init__()
@@ -85,70 +93,95 @@ class Blocks(nn.Module):
         return x
 
 
-def make(config: ModelConfig, plan: Callable[[Layout], Plan], *, batch: int, whole: bool = False, fast: bool = True,
-         merged: bool = False, fp32_adapters: bool = False) -> Variant:
-    """A variant of the blocks alone, whose gradient flows on to what lies below if anything trains from the start, or
-    of the ``whole`` model."""
+def make(
+    config: ModelConfig,
+    plan: Callable[[Layout], Plan],
+    *,
+    batch: int,
+    whole: bool = False,
+    fast: bool = True,
+    merged: bool = False,
+    fp32_adapters: bool = False,
+) -> Variant:
+    """Return a variant of the blocks, or with ``whole`` of the complete model.
+
+    Without ``whole`` the blocks compute the gradient of their input if the first block trains, as
+    they would with an embedding below them, or if nothing trains.
+    """
     torch.manual_seed(0)
     module = build_model(config, 1000)
     layout = find_layout(module, FAMILIES)
     the_plan = plan(layout)
-    attach_adapters(module, the_plan, layout, dropout=0.0, kernel="branch" if fast else "peft").to(torch.bfloat16)
+    attach_adapters(module, the_plan, layout, dropout=0.0, kernel="branch" if fast else "peft").to(
+        torch.bfloat16
+    )
     for name, p in named_parameters(module).items():
         p.requires_grad_(name in the_plan.trainable)
         if fp32_adapters and ".lora_" in name:
             p.data = p.data.float()
     if merged:
         for linear in lora_linears(module):
-            linear.keep_base()
-            linear.base.copy_(linear.get_base_layer().weight)
+            linear.keep_fp32_weight()
+            linear.fp32_weight.copy_(linear.get_base_layer().weight)
     if whole:
-        return Variant(module, module, torch.randn(batch, 3, config.image_size, config.image_size).bfloat16())
+        return Variant(
+            module, module, torch.randn(batch, 3, config.image_size, config.image_size).bfloat16()
+        )
     blocks = Blocks(module)
     tokens = (config.image_size // config.patch_size) ** 2 + 1
     inputs = torch.randn(batch, tokens, config.hidden_size).bfloat16()
-    inputs.requires_grad_("vit.layers.0.layernorm_before.weight" in the_plan.trainable or not the_plan.trainable)
+    inputs.requires_grad_(
+        "vit.layers.0.layernorm_before.weight" in the_plan.trainable or not the_plan.trainable
+    )
     return Variant(blocks, blocks, inputs)
 
 
 def ranks_in_turn(layout: Layout) -> dict[str, dict[int, int]]:
-    """Each of RANKS equally often, in every layer and family."""
-    return {family: {layer: RANKS[(i + layer) % len(RANKS)] for layer in layers}
-            for i, (family, layers) in enumerate(layout.targets.items())}
+    """Return ranks by family and layer, with each of RANKS equally often."""
+    return {
+        family: {layer: RANKS[(i + layer) % len(RANKS)] for layer in layers}
+        for i, (family, layers) in enumerate(layout.targets.items())
+    }
 
 
 def full(layout: Layout) -> Plan:
+    """Return the plan of the full phase."""
     return full_plan(layout)
 
 
 def frozen(layout: Layout) -> Plan:
-    """Nothing trains, and the gradient still flows to the input: the floor of a LoRA step."""
+    """Return a plan in which nothing trains: its step is the lower bound of a LoRA step."""
     return Plan(full(layout).phase, trainable=frozenset())
 
 
 def warm(layout: Layout, train_a: bool = True) -> Plan:
+    """Return the plan of the warm-up."""
     return warmup_plan(layout, ranks_in_turn(layout), train_a=train_a)
 
 
 def lora(layout: Layout, train_a: bool = True) -> Plan:
+    """Return the plan of the LoRA phase."""
     return lora_plan(layout, warm(layout, train_a))
 
 
 def top_half(layout: Layout) -> Plan:
+    """Return a plan of the LoRA phase that freezes the lower half of the blocks."""
     layers = max(layer for family in layout.targets.values() for layer in family) + 1
     return lora_plan(layout, warm(layout, True), freeze_below=layers // 2)
 
 
 def profile(variant: Variant) -> dict[str, float]:
-    """Seconds of a step of ``variant`` by kind of operator, and the TFLOP/s of its products with weights and adapters.
+    """Return the seconds of a step by kind of operator, and the TFLOP/s of its matrix products.
 
-    A product is skinny if one of its sides is no longer than the largest rank.
+    The products are those with weights and adapters. A product is skinny if one of its sides is at
+    most the largest rank.
     """
     variant()
     activities = [ProfilerActivity.CUDA if torch.cuda.is_available() else ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
         variant()
-    seconds, work = Counter[str](), Counter[str]()
+    seconds = Counter[str]()
+    work = Counter[str]()
     for event in profiler.key_averages(group_by_input_shape=True):
         kind = "everything else"
         if event.key in ("aten::mm", "aten::addmm", "aten::addmm_"):
@@ -157,37 +190,67 @@ def profile(variant: Variant) -> dict[str, float]:
             work[kind] += 2 * m * k * n * event.count
         elif event.key in ("aten::bmm", "aten::baddbmm"):
             kind = "attention products"
-        spent = event.self_device_time_total if torch.cuda.is_available() else event.self_cpu_time_total
+        spent = (
+            event.self_device_time_total if torch.cuda.is_available() else event.self_cpu_time_total
+        )
         seconds[kind] += spent / 1e6
     rates = {f"{kind}, TFLOP/s": flops / seconds[kind] / 1e12 for kind, flops in work.items()}
     return {**{f"{kind} s": s for kind, s in sorted(seconds.items())}, **rates}
 
 
 def widths(batch: int, rounds: int) -> list[dict[str, float]]:
-    """What a LoRA step of two blocks costs at several widths in the modes that `auto` chooses between."""
+    """Time a LoRA step of two blocks at several widths, in the modes that `auto` can choose."""
     rows = []
     for width in (96, 192, 384, 768, 1024):
-        config = ModelConfig(hidden_size=width, intermediate_size=4 * width, num_attention_heads=max(3, width // 64),
-                             num_hidden_layers=2, attn_implementation="eager")
-        own = partial(make, config, batch=batch)
-        variants = {"full": own(full), "branch": own(lora), "merged": own(lora, merged=True)}
+        config = ModelConfig(
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_attention_heads=max(3, width // 64),
+            num_hidden_layers=2,
+            attn_implementation="eager",
+        )
+        blocks = partial(make, config, batch=batch)
+        variants = {
+            "full": blocks(full),
+            "branch": blocks(lora),
+            "merged": blocks(lora, merged=True),
+        }
         seconds = medians(interleaved(variants, rounds))
-        rows.append({"width": width, "full step s": seconds["full"],
-                     **{f"{mode} of full": seconds[mode] / seconds["full"] for mode in ("branch", "merged")}})
+        rows.append(
+            {
+                "width": width,
+                "full step s": seconds["full"],
+                **{
+                    f"{mode} of full": seconds[mode] / seconds["full"]
+                    for mode in ("branch", "merged")
+                },
+            }
+        )
     return rows
 
 
 def flops(config: ModelConfig, kind: str) -> float:
-    """Of the matrix products of one image and block, in units of one full step's. Source: count of 2 m n k each."""
+    """Return the FLOPs of the matrix products of one image and block, relative to a full step's.
+
+    Each product of [m, k] and [k, n] counts 2 m n k.
+    """
     tokens = (config.image_size // config.patch_size) ** 2 + 1
     d, f, r = config.hidden_size, config.intermediate_size, sum(RANKS) / len(RANKS)
     linear, attention = 2 * tokens * (4 * d * d + 2 * d * f), 4 * tokens * tokens * d
-    skinny = 2 * tokens * r * (4 * 2 * d + 2 * (d + f))  # x A^T and h B^T; r times (in + out) of each linear
-    one_way = 2 * linear + 3 * attention  # no gradient of a weight
+    skinny = (
+        2 * tokens * r * (4 * 2 * d + 2 * (d + f))
+    )  # x A^T and h B^T; r times (in + out) of each linear
+    one_way = 2 * linear + 3 * attention  # without gradients of weights
     branch = one_way + 3 * skinny
-    counted = {"full": 3 * (linear + attention), "frozen": one_way, "warmup": 3 * (linear + attention + skinny),
-               "branch": branch, "merged": one_way + 2 * skinny, "fa": one_way + 2.5 * skinny,
-               "half": (linear + attention + skinny + branch) / 2}
+    counted = {
+        "full": 3 * (linear + attention),
+        "frozen": one_way,
+        "warmup": 3 * (linear + attention + skinny),
+        "branch": branch,
+        "merged": one_way + 2 * skinny,
+        "fa": one_way + 2.5 * skinny,
+        "half": (linear + attention + skinny + branch) / 2,
+    }
     return counted[kind] / counted["full"]
 
 
@@ -196,16 +259,28 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--whole-layers", type=int, default=24, help="of the whole model, for the top half")
+    parser.add_argument(
+        "--whole-layers",
+        type=int,
+        default=24,
+        help="blocks of the complete model, for the variant with the top half active",
+    )
     parser.add_argument("--whole-rounds", type=int, default=3)
     args = parser.parse_args()
-    config = ModelConfig(hidden_size=1024, intermediate_size=4096, num_attention_heads=16,
-                         num_hidden_layers=args.layers, attn_implementation="eager")
+    config = ModelConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_attention_heads=16,
+        num_hidden_layers=args.layers,
+        attn_implementation="eager",
+    )
     blocks = partial(make, config, batch=args.batch)
     variants = {
-        "full step": (blocks(full), "full"), "warm-up step": (blocks(warm), "warmup"),
+        "full step": (blocks(full), "full"),
+        "warm-up step": (blocks(warm), "warmup"),
         "frozen backbone": (blocks(frozen), "frozen"),
-        "LoRA, branch": (blocks(lora), "branch"), "LoRA, merged": (blocks(lora, merged=True), "merged"),
+        "LoRA, branch": (blocks(lora), "branch"),
+        "LoRA, merged": (blocks(lora, merged=True), "merged"),
         "LoRA, fa": (blocks(partial(lora, train_a=False)), "fa"),
         "LoRA, branch, top half active": (blocks(top_half), "half"),
         "peft, as it comes": (blocks(lora, fast=False, fp32_adapters=True), "branch"),
@@ -213,35 +288,70 @@ def main() -> None:
     }
     seconds = interleaved({name: variant for name, (variant, _) in variants.items()}, args.rounds)
     ratio = {name: s / medians(seconds)["full step"] for name, s in medians(seconds).items()}
-    rows = [{"variant": name, "step s": median(seconds[name]), "of full": ratio[name],
-             "limit by FLOPs": flops(config, kind),
-             **{f"{part} s": median(values[1:]) for part, values in variant.parts.items()}}
-            for name, (variant, kind) in variants.items()]
-    whole = partial(make, config.model_copy(update={"num_hidden_layers": args.whole_layers}), batch=args.batch,
-                    whole=True)
-    profiles = [{"variant": name, **profile(variants[name][0])} for name in ("frozen backbone", "LoRA, branch")]
-    variants.clear()  # their memory is for the whole model
+    rows = [
+        {
+            "variant": name,
+            "step s": median(seconds[name]),
+            "of full": ratio[name],
+            "limit by FLOPs": flops(config, kind),
+            **{f"{part} s": median(values[1:]) for part, values in variant.parts.items()},
+        }
+        for name, (variant, kind) in variants.items()
+    ]
+    whole = partial(
+        make,
+        config.model_copy(update={"num_hidden_layers": args.whole_layers}),
+        batch=args.batch,
+        whole=True,
+    )
+    profiles = [
+        {"variant": name, **profile(variants[name][0])}
+        for name in ("frozen backbone", "LoRA, branch")
+    ]
+    variants.clear()  # frees memory for the complete model
     swept = widths(args.batch // 2, args.rounds)
     both = medians(interleaved({"full": whole(full), "half": whole(top_half)}, args.whole_rounds))
-    rows.append({"variant": f"whole model, {args.whole_layers} blocks, full", "step s": both["full"], "of full": 1.0})
-    rows.append({"variant": f"whole model, {args.whole_layers} blocks, top half active", "step s": both["half"],
-                 "of full": both["half"] / both["full"], "limit by FLOPs": flops(config, "half")})
-    print_table(rows, f"{args.layers} blocks of ViT-L width, batch {args.batch}, mean rank {sum(RANKS) / len(RANKS):g}")
+    rows.append(
+        {
+            "variant": f"whole model, {args.whole_layers} blocks, full",
+            "step s": both["full"],
+            "of full": 1.0,
+        }
+    )
+    rows.append(
+        {
+            "variant": f"whole model, {args.whole_layers} blocks, top half active",
+            "step s": both["half"],
+            "of full": both["half"] / both["full"],
+            "limit by FLOPs": flops(config, "half"),
+        }
+    )
+    print_table(
+        rows,
+        f"{args.layers} blocks of ViT-L width, batch {args.batch}, mean rank {sum(RANKS) / len(RANKS):g}",
+    )
     print_table(profiles, "Where the time of a step goes, by operator")
     print_table(swept, f"2 blocks of other widths, batch {args.batch // 2}")
-    record("lora_step", {
-        "lora_r30_vs_full": ratio["LoRA, branch"],
-        "lora_r30_vs_floor": ratio["LoRA, branch"] / ratio["frozen backbone"],
-        "merged_r30_vs_full": ratio["LoRA, merged"], "fa_r30_vs_full": ratio["LoRA, fa"],
-        "frozen_vs_full": ratio["frozen backbone"], "warmup_vs_full": ratio["warm-up step"],
-        "half_active_vs_full": ratio["LoRA, branch, top half active"],
-        "half_active_whole_vs_full": both["half"] / both["full"],
-        "peft_default_vs_full": ratio["peft, as it comes"],
-        "peft_same_dtype_vs_full": ratio["peft, adapters in BF16"],
-    }, [*rows, *profiles, *swept],
-        notes="Medians over rounds; all variants of the blocks interleaved in one run. The limit counts matrix "
-              "products only: LayerNorm, GELU, softmax, optimizer come on top. The branch is longer than the frozen "
-              "backbone by its skinny products, which cannot be fewer FLOPs; their TFLOP/s stand in the profile.")
+    record(
+        "lora_step",
+        {
+            "lora_r30_vs_full": ratio["LoRA, branch"],
+            "lora_r30_vs_floor": ratio["LoRA, branch"] / ratio["frozen backbone"],
+            "merged_r30_vs_full": ratio["LoRA, merged"],
+            "fa_r30_vs_full": ratio["LoRA, fa"],
+            "frozen_vs_full": ratio["frozen backbone"],
+            "warmup_vs_full": ratio["warm-up step"],
+            "half_active_vs_full": ratio["LoRA, branch, top half active"],
+            "half_active_whole_vs_full": both["half"] / both["full"],
+            "peft_default_vs_full": ratio["peft, as it comes"],
+            "peft_same_dtype_vs_full": ratio["peft, adapters in BF16"],
+        },
+        [*rows, *profiles, *swept],
+        notes="Medians over rounds; all variants of the blocks are interleaved in one run. The limit counts matrix "
+        "products only, without LayerNorm, GELU, softmax and the optimizer. The branch takes longer than the "
+        "frozen backbone because of its skinny products, whose FLOPs cannot be reduced; the profile shows "
+        "their TFLOP/s.",
+    )
 
 
 if __name__ == "__main__":

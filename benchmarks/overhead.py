@@ -1,10 +1,11 @@
-"""What does our loop cost over a bare DeepSpeed loop, and what do Hugging Face's Trainer and accelerate cost?
+"""How much time do our loop, Hugging Face's Trainer and accelerate add to a bare DeepSpeed loop?
 
     python benchmarks/overhead.py [--rounds 40] [--turn 4]
 
-2 ranks, ZeRO 2, BF16, ViT-S of the digits. All loops live at once, each in ranks of its own, and take turns of a few
-steps, so that a machine that drifts does so for all alike; a second bare loop shows what the measurement resolves.
-The limit is the bare loop. Goal: ours within 2 % of it. Takes about 8 minutes on 2 cores.
+2 ranks, ZeRO 2, BF16, a ViT-S on the digits. All loops exist at the same time, each in its own
+ranks, and take turns of a few steps, so that drift of the machine affects all of them equally. A
+second bare loop shows the resolution of the measurement. The limit is the bare loop. Goal: ours
+within 2 % of it. Takes about 8 minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -23,47 +24,78 @@ import torch
 from harness import ROOT, interleaved, print_table, record
 from ranks import Ranks
 
-LOOPS = {"bare": loops.bare, "bare again": loops.bare, "ours": loops.ours, "hf_trainer": loops.hf_trainer,
-         "accelerate": loops.accelerate}
-BATCH, WORLD = 64, 2
+LOOPS = {
+    "bare": loops.bare,
+    "bare again": loops.bare,
+    "ours": loops.ours,
+    "hf_trainer": loops.hf_trainer,
+    "accelerate": loops.accelerate,
+}
+BATCH = 64
+WORLD = 2
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=40, help="turns of each loop, after one that is not counted")
-    parser.add_argument("--turn", type=int, default=4, help="steps of a turn")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=40,
+        help="turns of each loop that are counted, after a first one that is not",
+    )
+    parser.add_argument("--turn", type=int, default=4, help="steps per turn")
     args = parser.parse_args()
     os.chdir(ROOT)
     (ROOT / "out").mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=ROOT / "out") as temporary:  # logs are synced to a real disk, as in a run
+    with tempfile.TemporaryDirectory(
+        dir=ROOT / "out"
+    ) as temporary:  # on a real disk: logs are synced, as in a run
         folder = Path(temporary)
-        write_recipe(folder, steps=(args.rounds + 1) * args.turn + 1)  # the last step only ends the last turn
-        started = {name: Ranks(loop, folder, args.turn, world=WORLD, grouped=loop is not loops.ours)
-                   for name, loop in LOOPS.items()}
-        seconds = interleaved({name: lambda r=ranks: turn(r) / args.turn for name, ranks in started.items()},
-                              args.rounds)
+        write_recipe(
+            folder, steps=(args.rounds + 1) * args.turn + 1
+        )  # the last step only ends the last turn
+        started = {
+            name: Ranks(loop, folder, args.turn, world=WORLD, grouped=loop is not loops.ours)
+            for name, loop in LOOPS.items()
+        }
+        seconds = interleaved(
+            {name: lambda r=ranks: turn(r) / args.turn for name, ranks in started.items()},
+            args.rounds,
+        )
         losses = {name: finish(ranks) for name, ranks in started.items()}
-    rows = [row(name, seconds[name], seconds["bare"], losses[name], losses["bare"]) for name in LOOPS]
+    rows = [
+        row(name, seconds[name], seconds["bare"], losses[name], losses["bare"]) for name in LOOPS
+    ]
     print_table(rows, f"Seconds per step, {args.rounds} turns of {args.turn} steps each")
     by_loop = {r["loop"]: r["over bare"] for r in rows}
-    record("overhead", {"loop_vs_bare": by_loop["ours"], "hf_trainer_vs_bare": by_loop["hf_trainer"],
-                        "accelerate_vs_bare": by_loop["accelerate"], "bare_again_vs_bare": by_loop["bare again"],
-                        "bare_step_s": median(seconds["bare"]),
-                        "largest_loss_difference": max(r["largest loss difference"] for r in rows)}, rows,
-           "over bare: median over turns of the ratio to the bare loop's turn of the same round, with its quartiles; "
-           "means over bare counts what is rare too (norms of all weights once an epoch, here every 23 steps). Ours "
-           "and the Trainer log every step to TensorBoard, ours also to metrics.jsonl, synced to disk; the bare loop "
-           "and accelerate's keep the loss. Largest loss difference: to the bare loop, over all steps.")
+    record(
+        "overhead",
+        {
+            "loop_vs_bare": by_loop["ours"],
+            "hf_trainer_vs_bare": by_loop["hf_trainer"],
+            "accelerate_vs_bare": by_loop["accelerate"],
+            "bare_again_vs_bare": by_loop["bare again"],
+            "bare_step_s": median(seconds["bare"]),
+            "largest_loss_difference": max(r["largest loss difference"] for r in rows),
+        },
+        rows,
+        "over bare: median over turns of the ratio to the bare loop's turn of the same round, with its quartiles. "
+        "means over bare: includes rare work (norms of all weights once per epoch, here every 23 steps). Ours "
+        "and the Trainer log every step to TensorBoard, ours also to metrics.jsonl, synced to disk; the bare loop "
+        "and accelerate's keep the loss. Largest loss difference: to the bare loop, over all steps.",
+    )
 
 
 def turn(ranks: Ranks) -> float:
-    """Seconds of a turn, on the slower rank."""
+    """Return the seconds of a turn on the slower rank."""
     ranks.send("go")
     return max(ranks.gather())
 
 
 def finish(ranks: Ranks) -> list[float]:
-    """The loss of each step, mean over ranks, in fp32 as a reduction gives it."""
+    """Return the loss of each step: the mean over ranks in fp32, as in a reduction."""
     ranks.send("go")
     by_rank = torch.tensor(ranks.gather(), dtype=torch.float32)
     ranks.join()
@@ -71,32 +103,63 @@ def finish(ranks: Ranks) -> list[float]:
     return losses
 
 
-def row(name: str, seconds: Sequence[float], bare: Sequence[float], losses: Sequence[float],
-        bare_losses: Sequence[float]) -> dict[str, Any]:
+def row(
+    name: str,
+    seconds: Sequence[float],
+    bare: Sequence[float],
+    losses: Sequence[float],
+    bare_losses: Sequence[float],
+) -> dict[str, Any]:
+    """Return the row of one loop."""
     ratios = [a / b for a, b in zip(seconds, bare, strict=True)]
     low, middle, high = quantiles(ratios, n=4)
-    return {"loop": name, "s/step": median(seconds), "limit (bare), s/step": median(bare), "over bare": middle,
-            "quartiles": f"{low:.3f}-{high:.3f}", "means over bare": mean(seconds) / mean(bare),
-            "last loss": losses[-1],
-            "largest loss difference": max(abs(a - b) for a, b in zip(losses, bare_losses, strict=True))}
+    return {
+        "loop": name,
+        "s/step": median(seconds),
+        "limit (bare), s/step": median(bare),
+        "over bare": middle,
+        "quartiles": f"{low:.3f}-{high:.3f}",
+        "means over bare": mean(seconds) / mean(bare),
+        "last loss": losses[-1],
+        "largest loss difference": max(
+            abs(a - b) for a, b in zip(losses, bare_losses, strict=True)
+        ),
+    }
 
 
 def write_recipe(folder: Path, steps: int) -> None:
-    """Shards of the digits and the recipe that all loops follow, into ``folder``."""
+    """Write shards of the digits, and the recipe that all loops follow, into ``folder``."""
     from prelora_ds.data.shards.writer import write_digits
 
     write_digits(folder)
     recipe = {
         "run": {"name": "overhead", "output_dir": str(folder / "ours"), "seed": 0},
-        "model": {"image_size": 8, "patch_size": 2, "num_channels": 1, "hidden_size": 384, "num_hidden_layers": 12,
-                  "num_attention_heads": 6, "intermediate_size": 1536, "attn_implementation": "eager"},
-        "data": {"train": str(folder / "train"), "val": str(folder / "val"), "crop": "none", "flip": False,
-                 "workers": 0},
-        # a constant rate, which every loop can follow
+        "model": {
+            "image_size": 8,
+            "patch_size": 2,
+            "num_channels": 1,
+            "hidden_size": 384,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 6,
+            "intermediate_size": 1536,
+            "attn_implementation": "eager",
+        },
+        "data": {
+            "train": str(folder / "train"),
+            "val": str(folder / "val"),
+            "crop": "none",
+            "flip": False,
+            "workers": 0,
+        },
+        # A constant learning rate, which every loop supports.
         "optimizer": {"lr": 3e-4, "weight_decay": 0.05, "warmup": "0 steps", "min_lr_ratio": 1.0},
-        "train": {"duration": f"{steps} steps", "global_batch_size": BATCH, "micro_batch_size": BATCH // WORLD,
-                  "eval_every": f"{steps} steps"},
-        "checkpoint": {"every": None},  # checkpoint.py measures those
+        "train": {
+            "duration": f"{steps} steps",
+            "global_batch_size": BATCH,
+            "micro_batch_size": BATCH // WORLD,
+            "eval_every": f"{steps} steps",
+        },
+        "checkpoint": {"every": None},  # measured by checkpoint.py
     }
     (folder / loops.RECIPE).write_text(json.dumps(recipe))
 

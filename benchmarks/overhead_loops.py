@@ -1,7 +1,7 @@
-"""The loops that overhead.py compares: the same model, shards, batches, AdamW and DeepSpeed config in four of them.
+"""The four loops that overhead.py compares, with the same model, shards, batches, AdamW and config.
 
-Each runs in its own ranks and takes its batches from a `Paced` loader, which is also the clock: a step lasts from one
-call of `next` to the following one, whatever a loop does in between.
+Each runs in its own ranks and takes its batches from a `Paced` loader, which is also the clock: a
+step lasts from one call of `next` to the following one, whatever a loop does in between.
 """
 
 from __future__ import annotations
@@ -28,12 +28,17 @@ ZERO = "ds_configs/zero2.json"
 
 
 class Paced:
-    """A loader that waits for the script before each turn of ``turn`` steps, and sends the seconds of the turn."""
+    """A loader that waits for the script before each turn of ``turn`` steps, and sends its seconds."""
 
     def __init__(self, loader: Loader, pipe: Connection, turn: int) -> None:
-        self._loader, self._pipe, self._turn, self._steps, self._begun = loader, pipe, turn, 0, 0.0
+        self._loader = loader
+        self._pipe = pipe
+        self._turn = turn
+        self._steps = 0
+        self._begun = 0.0
 
     def next(self) -> Any:
+        """Return the next batch."""
         now = time.perf_counter()
         if self._steps % self._turn == 0:
             if self._steps:
@@ -45,6 +50,7 @@ class Paced:
 
     @property
     def waited_s(self) -> float:
+        """Seconds of waiting for data."""
         return float(self._loader.waited_s)
 
     def close(self) -> None:
@@ -52,7 +58,7 @@ class Paced:
 
 
 def ours(pipe: Connection, folder: Path, turn: int) -> list[float]:
-    """The whole of launch/pretrain.py behind its argument parser, with its logs, report and exported model."""
+    """Run launch/pretrain.py without its argument parser, including logs, report and export."""
     import prelora_ds.run.begin as begin_module
     import prelora_ds.run.context as context_module
     from prelora_ds.hosts.discovery import discover_ranks
@@ -60,19 +66,23 @@ def ours(pipe: Connection, folder: Path, turn: int) -> list[float]:
     from prelora_ds.run.log import read_lines
     from prelora_ds.start import start
 
-    context_module.make_loader = lambda *args, **options: Paced(make_loader(*args, **options), pipe, turn)
+    context_module.make_loader = lambda *args, **options: Paced(
+        make_loader(*args, **options), pipe, turn
+    )
     begin_module.build_model = in_bf16
     start(discover_ranks(os.environ), str(folder / RECIPE), [], ZERO)
     return [row["train/loss"] for row in read_lines(RunFolder(folder / "ours").metrics)]
 
 
 def bare(pipe: Connection, folder: Path, turn: int) -> list[float]:
-    """What a DeepSpeed tutorial shows."""
+    """Run the loop of DeepSpeed's tutorials."""
     import deepspeed
 
     config, losses = load_config(folder / RECIPE, [], ZERO), []
     loader, model = paced_loader(config, pipe, turn), first_model(config)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=adamw(config, model), config=deepspeed_config(config))
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=adamw(config, model), config=deepspeed_config(config)
+    )
     for _ in range(int(config.train.duration.value)):
         [(images, labels, *_)] = loader.next()
         logits = engine(to_float(images.to(engine.device), torch.bfloat16)).logits
@@ -85,14 +95,16 @@ def bare(pipe: Connection, folder: Path, turn: int) -> list[float]:
 
 
 def accelerate(pipe: Connection, folder: Path, turn: int) -> list[float]:
-    """accelerate's own loop with its DeepSpeedPlugin."""
+    """Run accelerate's own loop with its DeepSpeedPlugin."""
     from accelerate import Accelerator, DeepSpeedPlugin
 
     tell_accelerate()
     config, losses = load_config(folder / RECIPE, [], ZERO), []
     loader, model = paced_loader(config, pipe, turn), first_model(config)
-    accelerator = Accelerator(mixed_precision="bf16",
-                              deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_config(config)))
+    accelerator = Accelerator(
+        mixed_precision="bf16",
+        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_config(config)),
+    )
     model, optimizer = accelerator.prepare(model, adamw(config, model))
     for _ in range(int(config.train.duration.value)):
         [(images, labels, *_)] = loader.next()
@@ -107,7 +119,7 @@ def accelerate(pipe: Connection, folder: Path, turn: int) -> list[float]:
 
 
 def hf_trainer(pipe: Connection, folder: Path, turn: int) -> list[float]:
-    """Hugging Face's Trainer; it logs each step to TensorBoard, as we do."""
+    """Run Hugging Face's Trainer; it logs each step to TensorBoard, like ours."""
     from torch.utils.data import DataLoader, IterableDataset
     from transformers import Trainer, TrainingArguments, training_args
 
@@ -121,34 +133,50 @@ def hf_trainer(pipe: Connection, folder: Path, turn: int) -> list[float]:
                 yield {"pixel_values": to_float(images, torch.bfloat16), "labels": labels}
 
     class SameRun(Trainer):
-        def get_train_dataloader(self) -> Any:  # batches come whole, one part for each rank: nothing to prepare
+        def get_train_dataloader(self) -> Any:
+            # Each rank already gets its own batches, so accelerate must not prepare the loader.
             return DataLoader(self.train_dataset, batch_size=None)
 
-        def create_optimizer(self, model: Any = None) -> Any:  # under DeepSpeed, one given as an argument is dropped
+        def create_optimizer(self, model: Any = None) -> Any:
+            # With DeepSpeed the Trainer ignores an optimizer that is passed as an argument.
             self.optimizer = self.optimizer or adamw(config, self.model)
             return self.optimizer
 
-    def loss_of(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
+    def loss_of(
+        outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor
+    ) -> torch.Tensor:
         loss = torch.nn.functional.cross_entropy(outputs.logits.float(), labels, reduction="sum")
         losses.append(loss.item() / len(labels))
         return loss / num_items_in_batch
 
-    # Trainer refuses BF16 on a CPU unless it may leave DeepSpeed out; DeepSpeed itself trains in BF16 there.
+    # The Trainer refuses BF16 with DeepSpeed on a CPU, although DeepSpeed itself supports it.
     training_args.is_torch_bf16_gpu_available = lambda: True
     tell_accelerate()
     arguments = TrainingArguments(
-        str(folder / "hf_trainer"), max_steps=int(config.train.duration.value), deepspeed=deepspeed_config(config),
-        per_device_train_batch_size=config.train.micro_batch_size, bf16=True, learning_rate=config.optimizer.lr,
-        max_grad_norm=config.optimizer.clip_grad_norm, lr_scheduler_type="constant", logging_steps=1,
-        save_strategy="no", report_to="tensorboard", disable_tqdm=True,
-        accelerator_config={"use_configured_state": True})
+        str(folder / "hf_trainer"),
+        max_steps=int(config.train.duration.value),
+        deepspeed=deepspeed_config(config),
+        per_device_train_batch_size=config.train.micro_batch_size,
+        bf16=True,
+        learning_rate=config.optimizer.lr,
+        max_grad_norm=config.optimizer.clip_grad_norm,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="tensorboard",
+        disable_tqdm=True,
+        accelerator_config={"use_configured_state": True},
+    )
     SameRun(model, arguments, train_dataset=Batches(), compute_loss_func=loss_of).train()
     loader.close()
     return losses
 
 
 def tell_accelerate() -> None:
-    """Name the backend: accelerate 1.15 knows none for DeepSpeed on a CPU, and every rank would think it is alone."""
+    """Set accelerate's backend.
+
+    accelerate 1.15 has no backend for DeepSpeed on a CPU, so every rank would believe it is alone.
+    """
     from accelerate import PartialState
 
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
@@ -156,36 +184,60 @@ def tell_accelerate() -> None:
 
 
 def in_bf16(*args: Any) -> torch.nn.Module:
-    """The model with values that BF16 holds exactly: a bare engine's masters begin as float(bf16(w)), ours as w."""
+    """Build the model with values that BF16 represents exactly.
+
+    The masters of a bare engine start as float(bf16(w)), and ours as w; so they are equal.
+    """
     model = build_model(*args)
     return model if next(model.parameters()).is_meta else model.bfloat16().float()
 
 
 def first_model(config: Config) -> torch.nn.Module:
-    """The model that our loop begins with."""
+    """Build the model that our loop starts from."""
     torch.manual_seed(config.run.seed)
     return in_bf16(config.model, LABELS)
 
 
 def paced_loader(config: Config, pipe: Connection, turn: int) -> Paced:
-    """The loader that our loop has."""
+    """Return the loader of our loop, paced."""
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return Paced(make_loader(config, Manifest.load(config.data.train), rank=rank, world_size=world,
-                             workers=int(config.data.workers)), pipe, turn)
+    return Paced(
+        make_loader(
+            config,
+            Manifest.load(config.data.train),
+            rank=rank,
+            world_size=world,
+            workers=int(config.data.workers),
+        ),
+        pipe,
+        turn,
+    )
 
 
 def adamw(config: Config, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """Our optimizer: decay on matrices only."""
-    o, groups = config.optimizer, {}
+    """Return an AdamW with the groups of our optimizer: only matrices decay."""
+    o = config.optimizer
+    groups: dict[float, list[torch.nn.Parameter]] = {}
     for name, p in model.named_parameters():
-        groups.setdefault(o.weight_decay if name.endswith(".weight") and p.ndim > 1 else 0.0, []).append(p)
-    return torch.optim.AdamW([{"params": params, "weight_decay": decay} for decay, params in groups.items()],
-                             lr=o.lr, betas=o.betas, eps=o.eps)
+        is_matrix = name.endswith(".weight") and p.ndim > 1
+        groups.setdefault(o.weight_decay if is_matrix else 0.0, []).append(p)
+    return torch.optim.AdamW(
+        [{"params": params, "weight_decay": decay} for decay, params in groups.items()],
+        lr=o.lr,
+        betas=o.betas,
+        eps=o.eps,
+    )
 
 
 def deepspeed_config(config: Config) -> dict[str, Any]:
-    """What our engine gives to DeepSpeed."""
-    return {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"},
-            "communication_data_type": "fp32", "train_batch_size": config.train.global_batch_size,
-            "train_micro_batch_size_per_gpu": config.train.micro_batch_size, "gradient_accumulation_steps": 1,
-            "gradient_clipping": config.optimizer.clip_grad_norm}
+    """Return the DeepSpeed config of our engine."""
+    return {
+        "zero_optimization": {"stage": 2},
+        "bf16": {"enabled": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "train_batch_size": config.train.global_batch_size,
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.optimizer.clip_grad_norm,
+    }

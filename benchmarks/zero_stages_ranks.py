@@ -1,4 +1,4 @@
-"""What the ranks of zero_stages.py do."""
+"""The rank functions of zero_stages.py."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from prelora_ds.data.datasets import Look
 from prelora_ds.data.loader import TrainLoader
 from prelora_ds.data.manifest import Manifest
 from prelora_ds.engine.build import Engine, build_engine
-from prelora_ds.engine.census import census, peak_rss_bytes, settled
+from prelora_ds.engine.census import census, peak_rss_bytes, wait_until
 from prelora_ds.engine.release import release
 from prelora_ds.engine.runtime import freeze_imports, synchronize
 from prelora_ds.engine.state import initial_state
@@ -36,15 +36,22 @@ from prelora_ds.engine.transition import transition
 from prelora_ds.model.families import find_layout
 from prelora_ds.model.vit import build_model
 
-LABELS, GIB = 1000, 2**30
+LABELS = 1000
+GIB = 2**30
 OWNERS = ("weights", "gradients", "masters", "moments", "buffers")
 PARTS = ("data", "forward", "backward", "communication", "optimizer")
 SENT = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor")
 
 
-def phases(pipe: Connection, model: Mapping[str, Any], zero: Mapping[str, Any], sizes: Sequence[int], steps: int,
-           shards: Path) -> list[dict[str, Any]]:
-    """A row for each phase, of this rank. ``sizes``: images of a rank, each a run of steps of its own."""
+def phases(
+    pipe: Connection,
+    model: Mapping[str, Any],
+    zero: Mapping[str, Any],
+    sizes: Sequence[int],
+    steps: int,
+    shards: Path,
+) -> list[dict[str, Any]]:
+    """Return a row per phase for this rank. sizes: numbers of images per rank to time in turn."""
     world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     config = config_of(model, zero, sizes[0], world)
     freeze_imports()
@@ -54,17 +61,28 @@ def phases(pipe: Connection, model: Mapping[str, Any], zero: Mapping[str, Any], 
     full, *later = plans(layout)
     engine = build_engine(config, full, layout, LABELS, initial_state(module, rank, world))
     del module
-    rows, switch_s = [], None
+    rows = []
+    switch_s = None
     for plan in (full, *later):
         if plan is not full:
             engine, switch = transition(engine, plan)
             switch_s = switch.seconds
         seconds: dict[int, dict[str, float]] = {}
-        bytes_after_backward(engine, layout, world, size=1)  # the moments are made, and ZeRO-3 records its trace
+        bytes_after_backward(
+            engine, layout, world, size=1
+        )  # creates the moments; ZeRO-3 records its trace
         predicted, measured = bytes_after_backward(engine, layout, world, size=sizes[0])
         for size in sizes:
-            loader = TrainLoader(Manifest.load(shards), Look.of(config.model, config.data), seed=0, workers=0,
-                                 global_batch_size=size * world, micro_batch_size=size, rank=rank, world_size=world)
+            loader = TrainLoader(
+                Manifest.load(shards),
+                Look.of(config.model, config.data),
+                seed=0,
+                workers=0,
+                global_batch_size=size * world,
+                micro_batch_size=size,
+                rank=rank,
+                world_size=world,
+            )
             timed = [step(engine, loader) for _ in range(1 + steps)][1:]
             seconds[size] = {part: median(t[part] for t in timed) for part in ("step", *PARTS)}
             sent = timed[-1]["bytes"]
@@ -72,17 +90,29 @@ def phases(pipe: Connection, model: Mapping[str, Any], zero: Mapping[str, Any], 
         comm = communication(plan, layout, config.zero, 1)
         payload = comm.all_reduce + comm.all_gather + comm.reduce_scatter
         flops = {p.phase: micro_batch(config.model, p, layout, 1).flops for p in (full, plan)}
-        rows.append({"phase": plan.phase.value, **{f"{part} s": s for part, s in seconds[sizes[0]].items()},
-                     "switch s": switch_s, **owners(measured), "states off by": worst_deviation(predicted, measured),
-                     "sent GB": sent / 1e9, "sent off by": abs(sent - payload) / payload,
-                     "peak GiB": peak_bytes() / GIB, "FLOPs of full": flops[plan.phase] / flops[full.phase],
-                     "seconds": seconds, "predicted": to_json(predicted), "measured": measured})
+        rows.append(
+            {
+                "phase": plan.phase.value,
+                **{f"{part} s": s for part, s in seconds[sizes[0]].items()},
+                "switch s": switch_s,
+                **owners(measured),
+                "states off by": worst_deviation(predicted, measured),
+                "sent GB": sent / 1e9,
+                "sent off by": abs(sent - payload) / payload,
+                "peak GiB": peak_bytes() / GIB,
+                "FLOPs of full": flops[plan.phase] / flops[full.phase],
+                "seconds": seconds,
+                "predicted": to_json(predicted),
+                "measured": measured,
+            }
+        )
     return rows
 
 
-def states_at_world(pipe: Connection, model: Mapping[str, Any], zero: Mapping[str, Any],
-                    world: int) -> list[dict[str, Any]]:
-    """A row for each phase, of rank 0 of ``world``, whose other ranks are fake."""
+def states_at_world(
+    pipe: Connection, model: Mapping[str, Any], zero: Mapping[str, Any], world: int
+) -> list[dict[str, Any]]:
+    """Return a row per phase for rank 0 of ``world`` ranks, the others of which are fake."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     torch.distributed.destroy_process_group()
@@ -90,7 +120,7 @@ def states_at_world(pipe: Connection, model: Mapping[str, Any], zero: Mapping[st
     config = config_of(model, zero, 1, world)
     freeze_imports()
     rows = []
-    with patch.object(torch.distributed, "all_gather_object", _everyone_says_the_same):
+    with patch.object(torch.distributed, "all_gather_object", _gather_own_object):
         layout = find_layout(build_model(config.model, LABELS), FAMILIES)
         for plan in plans(layout):
             state = initial_state(build_model(config.model, LABELS), 0, world)
@@ -98,57 +128,84 @@ def states_at_world(pipe: Connection, model: Mapping[str, Any], zero: Mapping[st
             for _ in range(2):
                 bytes_after_backward(engine, layout, world, size=1)
             predicted, measured = bytes_after_backward(engine, layout, world, size=1)
-            rows.append({"phase": plan.phase.value, **owners(measured),
-                         "predicted GiB": predicted.total / GIB,
-                         "states off by": worst_deviation(predicted, measured),
-                         "predicted": to_json(predicted), "measured": measured})
+            rows.append(
+                {
+                    "phase": plan.phase.value,
+                    **owners(measured),
+                    "predicted GiB": predicted.total / GIB,
+                    "states off by": worst_deviation(predicted, measured),
+                    "predicted": to_json(predicted),
+                    "measured": measured,
+                }
+            )
             release(engine)
     torch.distributed.destroy_process_group()
     return rows
 
 
-def _everyone_says_the_same(gathered: list[Any], mine: Any) -> None:
-    gathered[:] = [mine] * len(gathered)  # the fake group gathers nothing, and pickled nothing cannot be read
+def _gather_own_object(gathered: list[Any], mine: Any) -> None:
+    """Fill ``gathered`` with this rank's object, because the fake group gathers nothing."""
+    gathered[:] = [mine] * len(gathered)
 
 
 def config_of(model: Mapping[str, Any], zero: Mapping[str, Any], micro: int, world: int) -> Config:
-    """A run of one micro-batch a step."""
-    return validate({
-        "run": {"name": "zero_stages", "output_dir": "-"}, "model": dict(model), "data": {"train": "-", "val": "-"},
-        "train": {"duration": "1 epoch", "global_batch_size": micro * world, "micro_batch_size": micro},
-        "deepspeed": {"zero_optimization": dict(zero)}}, "zero_stages.py")
+    """Return the config of a run with one micro-batch per step."""
+    return validate(
+        {
+            "run": {"name": "zero_stages", "output_dir": "-"},
+            "model": dict(model),
+            "data": {"train": "-", "val": "-"},
+            "train": {
+                "duration": "1 epoch",
+                "global_batch_size": micro * world,
+                "micro_batch_size": micro,
+            },
+            "deepspeed": {"zero_optimization": dict(zero)},
+        },
+        "zero_stages.py",
+    )
 
 
 def plans(layout: Layout) -> tuple[Plan, Plan, Plan]:
-    """Full, warm-up, LoRA."""
+    """Return the plans of the full, warm-up and LoRA phases."""
     warmup = warmup_plan(layout, ranks_in_turn(layout))
     return (full_plan(layout), warmup, lora_plan(layout, warmup))
 
 
 def owners(measured: Mapping[str, int]) -> dict[str, float]:
-    """Columns of the table: GiB by owner."""
+    """Return the GiB by owner, as columns of the table."""
     return {owner: measured[owner] / GIB for owner in OWNERS}
 
 
 def peak_bytes() -> int:
-    """Of the device, or resident where there is none."""
+    """Return the peak bytes of the device, or without one of resident memory."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_rss_bytes()
 
 
-def bytes_after_backward(engine: Engine, layout: Layout, world: int, *, size: int) -> tuple[Any, dict[str, int]]:
-    """Predicted and measured bytes at the end of a backward pass of ``size`` images; takes a step."""
+def bytes_after_backward(
+    engine: Engine, layout: Layout, world: int, *, size: int
+) -> tuple[Any, dict[str, int]]:
+    """Take a step of ``size`` images; return predicted and measured bytes after its backward."""
     m = engine.config.model
     images = torch.randint(0, 256, (size, 3, m.image_size, m.image_size), dtype=torch.uint8)
     engine.backward([MicroBatch(images, torch.randint(0, LABELS, (size,)))])
-    measured = settled(lambda: census(engine), lambda count: count["other"] <= 0.02 * sum(count.values()))
+    measured = wait_until(
+        lambda: census(engine), lambda count: count["other"] <= 0.02 * sum(count.values())
+    )
     engine.finish_step(lr=1e-6)
-    predicted = predict_bytes(engine.plan, layout, engine.config.zero, world, after_backward=True,
-                              kernel=engine.config.kernel())
+    predicted = predict_bytes(
+        engine.plan,
+        layout,
+        engine.config.zero,
+        world,
+        after_backward=True,
+        kernel=engine.config.kernel(),
+    )
     return predicted, measured
 
 
 def step(engine: Engine, loader: TrainLoader) -> dict[str, float]:
-    """Seconds of a step by part, and the bytes its collectives carried."""
+    """Take a step; return its seconds by part, and the bytes that its collectives carried."""
     begun = time.perf_counter()
     batch = loader.next()
     data = time.perf_counter() - begun
@@ -159,14 +216,23 @@ def step(engine: Engine, loader: TrainLoader) -> dict[str, float]:
 
 
 class Clock:
-    """Seconds of DeepSpeed's forward, backward and step, of the collectives in each, and what those carried."""
+    """A context that times DeepSpeed's forward, backward and step and the collectives in each.
+
+    It also counts the bytes that the collectives carry.
+    """
 
     def __init__(self, ds: Any) -> None:
         from deepspeed.comm import comm
 
-        self._seconds, self._inside, self._part = Counter[str](), Counter[str](), ""
-        self._places = [(ds, "forward", "forward"), (ds, "backward", "backward"), (ds, "step", "optimizer"),
-                        *((comm.cdb, name, "communication") for name in SENT)]
+        self._seconds = Counter[str]()
+        self._inside = Counter[str]()  # part -> seconds of the collectives in it
+        self._part = ""
+        self._places = [
+            (ds, "forward", "forward"),
+            (ds, "backward", "backward"),
+            (ds, "step", "optimizer"),
+            *((comm.cdb, name, "communication") for name in SENT),
+        ]
 
     def __enter__(self) -> Clock:
         for holder, name, part in self._places:
@@ -175,7 +241,7 @@ class Clock:
 
     def __exit__(self, *_: object) -> None:
         for holder, name, _part in self._places:
-            delattr(holder, name)  # the class has the real one
+            delattr(holder, name)  # uncovers the method of the class
 
     def _timed(self, function: Any, part: str) -> Any:
         def call(*args: Any, **options: Any) -> Any:
@@ -199,6 +265,13 @@ class Clock:
         return call
 
     def parts(self) -> dict[str, float]:
-        """Seconds by part, communication taken out of the others, and ``bytes``."""
-        own = {part: self._seconds[part] - self._inside[part] for part in ("forward", "backward", "optimizer")}
-        return {**own, "communication": self._seconds["communication"], "bytes": self._seconds["bytes"]}
+        """Return the seconds by part, the others without communication, and ``bytes``."""
+        without_communication = {
+            part: self._seconds[part] - self._inside[part]
+            for part in ("forward", "backward", "optimizer")
+        }
+        return {
+            **without_communication,
+            "communication": self._seconds["communication"],
+            "bytes": self._seconds["bytes"],
+        }

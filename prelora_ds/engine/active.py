@@ -1,6 +1,7 @@
-"""Which of the parameters that a plan trains do so now, changed on the live engine.
+"""Change which of a plan's parameters train now, on the live engine.
 
-DynaLoRA chooses its adapters anew every few dozen steps; a transition each time would take longer than the steps.
+DynaLoRA chooses other adapters every few dozen steps; a transition for each choice would take
+longer than the steps between them.
 """
 
 from __future__ import annotations
@@ -22,30 +23,41 @@ if TYPE_CHECKING:
 
 
 def check_active(plan: Plan, names: frozenset[str]) -> None:
-    """Raise the same ValueError on every rank unless ``names`` can be what trains under ``plan``. Collective."""
+    """Check that ``names`` can be the active parameters of ``plan``. Collective.
+
+    Raises the same ValueError on every rank for a name that does not train under ``plan``, for an
+    empty set, and for sets that differ between ranks.
+    """
     unknown = sorted(names - plan.trainable)
     digest = hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()
     ranks: list[Any] = [None] * comm.get_world_size()
     torch.distributed.all_gather_object(ranks, (digest, unknown[:1], len(names)))
-    for rank, (_, others_unknown, count) in enumerate(ranks):
-        if others_unknown:
-            raise ValueError(f"{others_unknown[0]!r}, which rank {rank} names as active, is not a parameter that "
-                             f"trains in phase {plan.phase}")
+
+    for rank, (_, unknown_there, count) in enumerate(ranks):
+        if unknown_there:
+            raise ValueError(
+                f"rank {rank} activates {unknown_there[0]!r}, which is not a parameter that trains "
+                f"in phase {plan.phase}"
+            )
         if not count:
-            raise ValueError(f"rank {rank} names no parameter as active: nothing would train")
-    odd = [rank for rank, (other, *_) in enumerate(ranks) if other != ranks[0][0]]
-    if odd:
-        raise ValueError(f"ranks {odd} name other parameters as active than rank 0")
+            raise ValueError(f"rank {rank} activates no parameter: nothing would train")
+
+    mismatched = [rank for rank, (other, *_) in enumerate(ranks) if other != ranks[0][0]]
+    if mismatched:
+        raise ValueError(f"ranks {mismatched} activate other parameters than rank 0")
 
 
 def apply_active(engine: DeepSpeedEngine, plan: Plan, layout: Layout) -> None:
-    """Train only `Plan.training`, of what ``plan`` trains, from the next forward pass on; the same on all ranks.
+    """Train only `Plan.training` from the next forward pass on; the same set on all ranks.
 
-    The others require no gradient for the time being, which is what keeps them out of the backward pass: DeepSpeed 0.19
-    counts the hooks to wait for in each pass anew, and at stage 3 takes zeros for a gradient that is not required. (An
-    adapter that its linear alone left out would keep its last gradient there, in the norm of every later step, and
-    where that is not finite, no later step would be taken.) An adapter's linear is told as well, since what it merges
-    stands still.
+    The other parameters that ``plan`` trains require no gradient until the next call, which keeps
+    them out of the backward pass. DeepSpeed 0.19 allows this: it counts the gradient hooks to wait
+    for in each backward pass, and stage 3 uses zeros where a gradient is not required.
+
+    It would not be enough to skip an adapter in its linear only: stage 3 would keep the last
+    gradient of that adapter, which would enter the norm of every later step, and if it were not
+    finite, every later step would be skipped. The linear is informed in addition, because it need
+    not merge an adapter that does not change.
     """
     names = plan.training()
     activate(engine.module, plan, layout)

@@ -1,4 +1,9 @@
-"""Live bytes by owner, counted from the tensors that exist. Shares no code with the prediction in cost/bytes.py."""
+"""Count live bytes by owner, from the tensors that exist.
+
+This module shares no code with the prediction in cost/bytes.py, so the two check each other. It
+knows the buffers of DeepSpeed 0.19's optimizers by attribute name (`_owned`); a buffer that it does
+not know is counted as "other".
+"""
 
 from __future__ import annotations
 
@@ -12,7 +17,7 @@ import torch
 
 from prelora_ds.engine.build import Engine
 from prelora_ds.engine.state import EngineState
-from prelora_ds.model.adapters import folded_bases
+from prelora_ds.model.adapters import fp32_weights
 
 T = TypeVar("T")
 
@@ -20,12 +25,17 @@ OWNERS = ("weights", "gradients", "masters", "moments", "buffers", "host", "stat
 
 
 def census(engine: Engine | None = None, state: EngineState | None = None) -> dict[str, int]:
-    """Bytes of all live tensor storages of this process, by owner; each storage counts once.
+    """Return the bytes of all live tensor storages of this process by owner; each counts once.
 
-    weights: the module's parameters and their 16-bit flat buffers, gradients: everything gradients are kept in,
-    masters, moments: the optimizer's fp32 copies, buffers: communication and staging, host: fp32 values of what is
-    frozen (`Engine.parked`), state: an exported state on the
-    host, other: the rest.
+    weights: the module's parameters and buffers, their 16-bit flat buffers, and the fp32 weights
+        of merged linears.
+    gradients: everything that gradients are kept in.
+    masters: the fp32 copies that the optimizer updates.
+    moments: the Adam moments.
+    buffers: buffers for communication and staging.
+    host: fp32 values of frozen parameters (`Engine.parked`).
+    state: an exported state on the host.
+    other: everything else.
     """
     owner_of: dict[int, str] = {}
     for owner, tensors in _owned(engine, state):
@@ -38,23 +48,23 @@ def census(engine: Engine | None = None, state: EngineState | None = None) -> di
 
 
 def live_storages() -> dict[int, int]:
-    """Address of each live storage -> its bytes. Tensors on the meta device and fake ones hold none."""
-    found: dict[int, int] = {}
+    """Return address -> bytes of each live storage, without meta and fake tensors."""
+    storages: dict[int, int] = {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # looking at deprecated module attributes warns
+        warnings.simplefilter("ignore")  # inspecting deprecated module attributes warns
         objects = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
     for t in objects:
         if t.device.type != "meta" and t.layout is torch.strided:
             storage = t.untyped_storage()
-            found[storage._cdata] = storage.nbytes()
-    return found
+            storages[storage._cdata] = storage.nbytes()
+    return storages
 
 
-def settled(count: Callable[[], T], done: Callable[[T], bool], seconds: float = 5.0) -> T:
-    """``count()`` as soon as it is ``done``, or its last value after ``seconds``.
+def wait_until(count: Callable[[], T], done: Callable[[T], bool], seconds: float = 5.0) -> T:
+    """Call ``count()`` until ``done`` accepts its value, or for ``seconds``; return the last value.
 
-    A thread of gloo drops the tensors of a collective a moment after its wait() has returned, so bytes counted right
-    behind one may still hold its buffer; what is leaked stays for longer than that.
+    A gloo thread releases the tensors of a collective shortly after its wait() has returned, so a
+    single count may include them. A real leak persists.
     """
     deadline = time.monotonic() + seconds
     while not done(value := count()) and time.monotonic() < deadline:
@@ -63,12 +73,12 @@ def settled(count: Callable[[], T], done: Callable[[T], bool], seconds: float = 
 
 
 def peak_rss_bytes() -> int:
-    """The process's peak resident set (VmHWM)."""
+    """Return the peak resident set of this process (VmHWM)."""
     return _status_bytes("VmHWM")
 
 
 def rss_bytes() -> int:
-    """The process's resident set now."""
+    """Return the current resident set of this process (VmRSS)."""
     return _status_bytes("VmRSS")
 
 
@@ -80,7 +90,10 @@ def _status_bytes(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def _owned(engine: Engine | None, state: EngineState | None) -> Iterator[tuple[str, Iterable[torch.Tensor]]]:
+def _owned(
+    engine: Engine | None, state: EngineState | None
+) -> Iterator[tuple[str, Iterable[torch.Tensor]]]:
+    """Yield (owner, tensors). A tensor may come under several owners; the first one counts."""
     if state is not None:
         yield "state", [t for s in state.slices.values() for t in (s.value, *s.moments.values())]
     if engine is None or engine.ds is None:
@@ -89,22 +102,47 @@ def _owned(engine: Engine | None, state: EngineState | None) -> Iterator[tuple[s
     optimizer: Any = engine.ds.optimizer
     inner: Any = optimizer.optimizer
     stepped = [p for group in inner.param_groups for p in group["params"]]
-    stepped += list(_tensors(getattr(optimizer, "fp32_partitioned_groups_flat", ())))  # ZeRO-3 lends them per step
+    # ZeRO-3 hands its masters to the inner optimizer only during a step.
+    stepped += list(_tensors(getattr(optimizer, "fp32_partitioned_groups_flat", ())))
     params = list(engine.module.parameters())
+
     yield "moments", _tensors([inner.state])
     yield "masters", stepped
     yield "gradients", [p.grad for p in (*stepped, *params) if p.grad is not None]
-    yield "gradients", _attributes(optimizer, "averaged_gradients", "all_grad_tensors", "grad_partitions_flat_buffer",
-                                   "fp32_groups_gradients_flat", "accumulated_grads_in_cpu", "previous_reduced_grads",
-                                   "_preflattened_grad_buffers", "offload_gradient_dict")
+    yield (
+        "gradients",
+        _attributes(
+            optimizer,
+            "averaged_gradients",
+            "all_grad_tensors",
+            "grad_partitions_flat_buffer",
+            "fp32_groups_gradients_flat",
+            "accumulated_grads_in_cpu",
+            "previous_reduced_grads",
+            "_preflattened_grad_buffers",
+            "offload_gradient_dict",
+        ),
+    )
     yield "gradients", [g for p in params if (g := getattr(p, "grad_accum", None)) is not None]
+
     yield "weights", params
     yield "weights", [p.ds_tensor for p in params if hasattr(p, "ds_tensor")]
-    yield "weights", _attributes(optimizer, "bit16_groups_flat", "bf16_groups_flat", "lp_param_buffer")
+    yield (
+        "weights",
+        _attributes(optimizer, "bit16_groups_flat", "bf16_groups_flat", "lp_param_buffer"),
+    )
     yield "weights", engine.module.buffers()
-    yield "weights", folded_bases(engine.module).values()
-    yield "buffers", _attributes(optimizer, "param_buffer_of_bit16_for_cpu_offload_groups",
-                                 "temp_grad_buffer_for_cpu_offload", "temp_grad_buffer_for_gpu_offload")
+    yield "weights", fp32_weights(engine.module).values()
+
+    yield (
+        "buffers",
+        _attributes(
+            optimizer,
+            "param_buffer_of_bit16_for_cpu_offload_groups",
+            "temp_grad_buffer_for_cpu_offload",
+            "temp_grad_buffer_for_gpu_offload",
+        ),
+    )
     for bucket in getattr(optimizer, "ipg_buckets", {}).values():
         yield "buffers", _tensors([bucket.buffer])
 
@@ -114,7 +152,7 @@ def _attributes(holder: object, *names: str) -> Iterator[torch.Tensor]:
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """All tensors in nested lists, tuples and dicts."""
+    """Yield all tensors in nested lists, tuples and dicts."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict):
@@ -126,6 +164,13 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def engine_storages(engine: Engine) -> dict[int, int]:
-    """Address -> bytes of every storage that ``engine`` owns now; what is parked outlives it."""
-    return {t.untyped_storage()._cdata: t.untyped_storage().nbytes()
-            for owner, tensors in _owned(engine, None) if owner != "host" for t in tensors}
+    """Return address -> bytes of each storage that a release of ``engine`` must free.
+
+    Parked values are not included: they outlive the engine.
+    """
+    return {
+        t.untyped_storage()._cdata: t.untyped_storage().nbytes()
+        for owner, tensors in _owned(engine, None)
+        if owner != "host"
+        for t in tensors
+    }

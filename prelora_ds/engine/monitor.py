@@ -1,4 +1,4 @@
-"""DeepSpeed's monitor in a form whose disk may fail without ending a run."""
+"""A wrapper of DeepSpeed's monitor, so that a failing disk does not end a run."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from deepspeed.monitor.monitor import MonitorMaster
 
 
 class EnduringMonitor:
-    """What DeepSpeed 0.19 asks of a monitor: ``enabled`` and ``write_events``.
+    """A monitor with what DeepSpeed 0.19 needs of one: ``enabled`` and ``write_events``.
 
-    The first failure is said once and ends the monitor: TensorBoard's writer does not recover.
-    Training continues.
+    The first failure is reported once and disables the monitor, because TensorBoard's writer does
+    not recover. Training continues.
 
-    make: returns DeepSpeed's monitor. say: prints a line.
+    make: returns DeepSpeed's monitor.
+    say: prints a line.
     """
 
     def __init__(self, make: Callable[[], MonitorMaster], say: Callable[[str], None]) -> None:
-        self._say, self._master = say, None
+        self._say = say
+        self._master = None
         _silence_the_writer()
         self._attempt(lambda: setattr(self, "_master", make()))
 
@@ -27,22 +29,24 @@ class EnduringMonitor:
 
     @property
     def enabled(self) -> bool:
+        """Whether events are still written."""
         return self._master is not None
 
     def write_events(self, events: Sequence[tuple[str, float, int]]) -> None:
-        """``events``: (name, value, samples)."""
+        """Write ``events``, each (name, value, number of samples)."""
         master = self._master
         if master is not None:
             self._attempt(lambda: master.write_events(events))
 
     def close(self) -> None:
+        """Flush and close TensorBoard's writer."""
         if self._master is not None:
             self._attempt(self._master.tb_monitor.summary_writer.close)
 
     def _attempt(self, act: Callable[[], object]) -> None:
         try:
             act()
-        except Exception as exc:  # of TensorBoard's own, and TensorFlow's where that is installed
+        except Exception as exc:  # TensorBoard's own errors, or TensorFlow's if it is installed
             self._master = None
             self._say(
                 f"warning: TensorBoard's events cannot be written ({exc}); training continues"
@@ -50,9 +54,9 @@ class EnduringMonitor:
 
 
 def _silence_the_writer() -> None:
-    """Keep the thread in which TensorBoard writes from printing a traceback.
+    """Keep TensorBoard's writer thread from printing a traceback.
 
-    Its error is raised again by the next call to the writer, and said there.
+    The next call to the writer raises the error again, and that call reports it.
     """
     former = threading.excepthook
     if getattr(former, "silences_tensorboard", False):
@@ -62,5 +66,5 @@ def _silence_the_writer() -> None:
         if not type(args.thread).__module__.startswith("tensorboard."):
             former(args)
 
-    hook.silences_tensorboard = True  # type: ignore[attr-defined]  # the mark that is looked for above
+    hook.silences_tensorboard = True  # type: ignore[attr-defined]  # the mark that is checked above
     threading.excepthook = hook

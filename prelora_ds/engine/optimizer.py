@@ -1,12 +1,13 @@
-"""AdamW with an Adam step for each parameter name, over ranges of DeepSpeed's flat tensors.
+"""AdamW with one Adam step per parameter name, over ranges of DeepSpeed's flat tensors.
 
-DeepSpeed packs a group's parameters into flat fp32 tensors, and those are all that its inner optimizer sees: torch's
-AdamW and DeepSpeedCPUAdam give each of them one Adam step and move all of it. The two optimizers here know which range
-of a flat tensor belongs to which name. Each name has an Adam step of its own, and a name that is not active is not a
-range: its weight, fp32 master, moments and step stay as they are, bit for bit.
+DeepSpeed packs the parameters of a group into flat fp32 tensors, and its inner optimizer sees only
+these: torch's AdamW and DeepSpeedCPUAdam keep one Adam step per flat tensor and update all of it.
+The two optimizers here know which range of a flat tensor belongs to which name. Each name has its
+own Adam step, and the range of an inactive name is not updated: its weight, fp32 master, moments
+and step stay bitwise unchanged.
 
-So parameters with different steps share a group. A group for each of them would cost DeepSpeed one or two collectives a
-step at stages 1 to 3, and padding.
+Therefore parameters with different steps can share a group. One group per step would cost DeepSpeed
+one or two collectives per group and step at stages 1 to 3, and padding.
 """
 
 from __future__ import annotations
@@ -33,49 +34,67 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def make_optimizer(config: Config, plan: Plan, layout: Layout, module: nn.Module) -> AdamByName:
-    """The optimizer of ``plan``, not bound yet, with one group per (decay, rate, adapter or not): what a flat tensor
-    has in common. Groups and parameters are in the order of ``module``.
+    """Create the optimizer of ``plan``, which `bind_names` completes.
 
-    Decay is for matrices of the base only, `weight_decay` of their own for adapters.
+    There is one group per (weight decay, scale of the learning rate, adapter or not), because these
+    apply to a whole flat tensor. Groups and parameters are in the order of ``module``. Of the base
+    parameters only matrices decay; adapters have their own weight decay.
     """
-    o, adapters = config.optimizer, config.adapters
+    settings = config.optimizer
     scales = plan.rate_scales(layout)
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, p in named_parameters(module).items():
         if name not in plan.trainable:
             continue
         is_adapter = name not in layout.parameters
-        decay = adapters.weight_decay if is_adapter else o.weight_decay * _is_matrix(name, layout)
+        decay = _weight_decay(name, config, layout)
         groups.setdefault((decay, scales[name], is_adapter), []).append(p)
-    param_groups = [{"params": params, "weight_decay": decay, "lr_scale": scale}
-                    for (decay, scale, _), params in groups.items()]
-    on_cpu = config.zero.offload_optimizer and config.deepspeed.get("zero_force_ds_cpu_optimizer", True)
-    return (CPUAdamByName if on_cpu else TorchAdamByName)(param_groups, lr=o.lr, betas=o.betas, eps=o.eps)
+    param_groups = [
+        {"params": params, "weight_decay": decay, "lr_scale": scale}
+        for (decay, scale, _), params in groups.items()
+    ]
+
+    on_cpu = config.zero.offload_optimizer and config.deepspeed.get(
+        "zero_force_ds_cpu_optimizer", True
+    )
+    adam = CPUAdamByName if on_cpu else TorchAdamByName
+    return adam(param_groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
+
+
+def _weight_decay(name: str, config: Config, layout: Layout) -> float:
+    """Return the weight decay of the parameter ``name``."""
+    if name not in layout.parameters:
+        return config.adapters.weight_decay
+    return config.optimizer.weight_decay * _is_matrix(name, layout)
 
 
 def _is_matrix(name: str, layout: Layout) -> bool:
-    """Weights of linears and convolutions; not biases, norms, the class token or position embeddings."""
+    """Return whether ``name`` is the weight of a linear or a convolution.
+
+    Biases, norms, the class token and position embeddings are not.
+    """
     return name.endswith(".weight") and len(layout.parameters[name]) >= 2
 
 
 def inner_optimizer(engine: DeepSpeedEngine) -> AdamByName:
-    """The optimizer of `make_optimizer` inside DeepSpeed's wrapper."""
+    """Return the optimizer of `make_optimizer` from inside DeepSpeed's wrapper."""
     inner: AdamByName = engine.optimizer.optimizer
     return inner
 
 
 def bind_names(engine: DeepSpeedEngine) -> None:
-    """Tell the inner optimizer of a newly built engine which name lies where. All steps are 0 afterwards."""
+    """Bind the names of a new engine's parameters to ranges, with all Adam steps at 0."""
     inner_optimizer(engine).bind(trained_names(engine), fragments(engine))
 
 
 @dataclass
 class _Flat:
-    """What is known of a flat tensor.
+    """The names in a flat tensor, and a cache of its views.
 
-    names: all parameters of its group, also those that lie with other ranks. ranges: (name, start, stop) of what lies
-    with this rank, in the order of memory. The rest is a cache: the views of weights and of both moments at ``spans``,
-    made of tensors at ``addresses``.
+    names: all parameters of its group, including those that lie entirely on other ranks.
+    ranges: (name, start, stop) of this rank's parts, in the order of memory.
+    spans, addresses, views: the cache. ``views`` are those of the weights and of both moments at
+        ``spans``, valid while these tensors are at ``addresses``.
     """
 
     names: Sequence[str]
@@ -86,8 +105,12 @@ class _Flat:
 
 
 @dataclass
-class Runs:
-    """What one group steps now: views of equal length in four lists, and the Adam step of each."""
+class StepRanges:
+    """The ranges that one group updates in a step.
+
+    The four lists of tensors correspond to each other, and ``steps`` holds the Adam step of each
+    range.
+    """
 
     weights: list[torch.Tensor] = field(default_factory=list)
     grads: list[torch.Tensor] = field(default_factory=list)
@@ -97,12 +120,15 @@ class Runs:
 
 
 class AdamByName(torch.optim.Optimizer):
-    """What both forms have in common. Until `bind` is called, a step is that of the parent class: DeepSpeed 0.19 takes
-    one at stage 0 while it initializes.
+    """The common part of the two optimizers.
 
-    steps: name -> Adam steps taken, for all names that train, the same on every rank. A step advances those of all
-        active names, whichever rank holds them; an update that DeepSpeed leaves out does not call `step`.
-    active: the names that are stepped, or None for all.
+    Until `bind` is called, a step is that of the parent class: DeepSpeed 0.19 takes one step at
+    stage 0 during initialization.
+
+    steps: name -> number of Adam steps taken, for all trainable names; the same on every rank. A
+        step advances the count of all active names, whichever rank holds them. When DeepSpeed skips
+        an update, it does not call `step`.
+    active: the names to update, or None for all.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -111,40 +137,55 @@ class AdamByName(torch.optim.Optimizer):
         self.active: frozenset[str] | None = None
         self._flats: dict[torch.Tensor, _Flat] = {}
 
-    def bind(self, flats: Iterable[tuple[torch.Tensor, Sequence[str]]], parts: Iterable[Fragment]) -> None:
-        """``flats``: each flat tensor with the names of its group, ``parts``: where this rank's lie in them."""
+    def bind(
+        self, flats: Iterable[tuple[torch.Tensor, Sequence[str]]], parts: Iterable[Fragment]
+    ) -> None:
+        """Set which range of which flat tensor belongs to which name, with all steps at 0.
+
+        flats: each flat tensor with the names of its group.
+        parts: the position of this rank's fragments in them.
+        """
         self._flats = {flat: _Flat(names, []) for flat, names in flats}
-        self.steps, self.active = {name: 0 for flat in self._flats.values() for name in flat.names}, None
+        self.steps = {name: 0 for flat in self._flats.values() for name in flat.names}
+        self.active = None
         for part in sorted(parts, key=lambda part: part.offset):
-            self._flats[part.flat].ranges.append((part.name, part.offset, part.offset + part.stop - part.start))
+            stop = part.offset + part.stop - part.start
+            self._flats[part.flat].ranges.append((part.name, part.offset, stop))
+
         for tensor, flat in self._flats.items():
-            # Padding goes with the name before it. It is zero and stays so; but kernels compute the last elements of
-            # a tensor in another way than those before, so a step with all names active shall end where the parent's
-            # does.
+            # Padding belongs to the range before it. It is zero and stays zero. But kernels compute
+            # the last elements of a tensor differently from the others, so with all names active
+            # the range must end where the parent's does, for bitwise equal results.
             starts = [start for _, start, _ in flat.ranges]
-            stops = [*starts[1:], tensor.numel()][: len(starts)]  # none, where this rank holds nothing but padding
-            flat.ranges = [(name, start, stop) for (name, *_), start, stop
-                           in zip(flat.ranges, starts, stops, strict=True)]
+            stops = [*starts[1:], tensor.numel()][: len(starts)]  # [] if this rank has only padding
+            flat.ranges = [
+                (name, start, stop)
+                for (name, *_), start, stop in zip(flat.ranges, starts, stops, strict=True)
+            ]
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]  # DeepSpeed calls it without a closure
-        """One AdamW step of all active names in the groups' flat tensors."""
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # DeepSpeed passes none
+        """Take one AdamW step on the ranges of all active names."""
         if not self._flats:
             super().step(closure)
             return
-        for group in self.param_groups:
-            runs = Runs()
-            for tensor in group["params"]:
-                self._add_runs(runs, tensor)
-            if runs.steps:
-                self.update(group, runs)
 
-    def _add_runs(self, runs: Runs, tensor: torch.Tensor) -> None:
-        flat, active = self._flats[tensor], self.active
+        for group in self.param_groups:
+            ranges = StepRanges()
+            for tensor in group["params"]:
+                self._add_ranges(ranges, tensor)
+            if ranges.steps:
+                self.update(group, ranges)
+
+    def _add_ranges(self, ranges: StepRanges, tensor: torch.Tensor) -> None:
+        """Advance the steps of the active names in ``tensor``, and add its ranges to ``ranges``."""
+        flat = self._flats[tensor]
+        active = self.active
         for name in flat.names:
             if active is None or name in active:
                 self.steps[name] += 1
 
+        # Neighbours with equal steps form one span.
         spans: list[tuple[int, int]] = []
         steps: list[int] = []
         for name, start, stop in flat.ranges:
@@ -157,7 +198,9 @@ class AdamByName(torch.optim.Optimizer):
                 steps.append(self.steps[name])
 
         state = self.state[tensor]
-        for key in MOMENTS:  # on every rank alike, whichever holds what is active: an export says which names have any
+        # Every rank creates the moments, whether or not it holds an active name, because an export
+        # states which names have moments.
+        for key in MOMENTS:
             if key not in state:
                 state[key] = torch.zeros_like(tensor.detach())
         stepped = (tensor.detach(), *(state[key] for key in MOMENTS))
@@ -166,45 +209,86 @@ class AdamByName(torch.optim.Optimizer):
             flat.spans, flat.addresses = spans, addresses
             flat.views = tuple([t.view(-1)[start:stop] for start, stop in spans] for t in stepped)
 
-        gradient = tensor.grad.reshape(-1)  # type: ignore[union-attr]  # DeepSpeed gives each flat tensor one
-        runs.grads += [gradient[start:stop] for start, stop in spans]
-        runs.steps += steps
-        for total, views in zip((runs.weights, runs.exp_avgs, runs.exp_avg_sqs), flat.views, strict=True):
-            total += views
+        assert tensor.grad is not None  # DeepSpeed sets the gradient of every flat tensor
+        gradient = tensor.grad.reshape(-1)
+        ranges.grads += [gradient[start:stop] for start, stop in spans]
+        ranges.steps += steps
+        lists = (ranges.weights, ranges.exp_avgs, ranges.exp_avg_sqs)
+        for views, cached in zip(lists, flat.views, strict=True):
+            views += cached
 
-    def update(self, group: Mapping[str, Any], runs: Runs) -> None:
+    def update(self, group: Mapping[str, Any], ranges: StepRanges) -> None:
+        """Update ``ranges`` in place, with the settings of ``group``."""
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
-        """The parent's, with the "step" that optimizers which read DeepSpeed's own checkpoints expect: the largest of
-        the names in a flat tensor."""
+        """Return the parent's state, with a "step" per flat tensor: the largest of its names.
+
+        Optimizers that read DeepSpeed's own checkpoints expect this key.
+        """
         for tensor, flat in self._flats.items():
             if tensor in self.state:
                 step = max(self.steps[name] for name in flat.names)
-                # torch's AdamW counts in a tensor, DeepSpeedCPUAdam in an int.
+                # torch's AdamW keeps the step in a tensor, DeepSpeedCPUAdam in an int.
                 counts_in_tensor = isinstance(self, torch.optim.AdamW)
                 self.state[tensor]["step"] = torch.tensor(float(step)) if counts_in_tensor else step
         return super().state_dict()
 
 
 class TorchAdamByName(AdamByName, torch.optim.AdamW):
-    """By torch's functional AdamW, on the tensors' device."""
+    """The optimizer that updates with torch's functional AdamW, on the tensors' device."""
 
-    def update(self, group: Mapping[str, Any], runs: Runs) -> None:
+    def update(self, group: Mapping[str, Any], ranges: StepRanges) -> None:
         beta1, beta2 = group["betas"]
-        before = (torch.tensor(runs.steps, dtype=torch.float32) - 1).unbind()  # adamw itself adds 1
-        adamw(runs.weights, runs.grads, runs.exp_avgs, runs.exp_avg_sqs, [], list(before), foreach=group["foreach"],
-              fused=group["fused"], amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"],
-              weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
+        steps_before = (
+            torch.tensor(ranges.steps, dtype=torch.float32) - 1
+        ).unbind()  # adamw adds 1
+        adamw(
+            ranges.weights,
+            ranges.grads,
+            ranges.exp_avgs,
+            ranges.exp_avg_sqs,
+            [],
+            list(steps_before),
+            foreach=group["foreach"],
+            fused=group["fused"],
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
 
 
-class CPUAdamByName(AdamByName, DeepSpeedCPUAdam):  # type: ignore[misc]  # DeepSpeed has no annotations
-    """By the kernel of DeepSpeed 0.19's DeepSpeedCPUAdam, which takes the step as an argument."""
+class CPUAdamByName(AdamByName, DeepSpeedCPUAdam):  # type: ignore[misc]  # it is not annotated
+    """The optimizer that updates with the CPU kernel of DeepSpeed 0.19's DeepSpeedCPUAdam.
 
-    def update(self, group: Mapping[str, Any], runs: Runs) -> None:
+    The kernel (ops/adam/cpu_adam.py, ds_opt_adam.adam_update) takes the Adam step as an argument.
+    """
+
+    def update(self, group: Mapping[str, Any], ranges: StepRanges) -> None:
         beta1, beta2 = group["betas"]
-        for weight, grad, exp_avg, exp_avg_sq, step in zip(runs.weights, runs.grads, runs.exp_avgs, runs.exp_avg_sqs,
-                                                           runs.steps, strict=True):
-            self.ds_opt_adam.adam_update(self.opt_id, step, group["lr"], beta1, beta2, group["eps"],
-                                         group["weight_decay"], group["bias_correction"], weight, grad, exp_avg,
-                                         exp_avg_sq)
+        for weight, grad, exp_avg, exp_avg_sq, step in zip(
+            ranges.weights,
+            ranges.grads,
+            ranges.exp_avgs,
+            ranges.exp_avg_sqs,
+            ranges.steps,
+            strict=True,
+        ):
+            self.ds_opt_adam.adam_update(
+                self.opt_id,
+                step,
+                group["lr"],
+                beta1,
+                beta2,
+                group["eps"],
+                group["weight_decay"],
+                group["bias_correction"],
+                weight,
+                grad,
+                exp_avg,
+                exp_avg_sq,
+            )

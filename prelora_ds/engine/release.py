@@ -1,4 +1,4 @@
-"""Giving an engine's memory back. DeepSpeed's own `destroy()` frees nothing while the module lives."""
+"""Free an engine's memory. DeepSpeed's own `destroy()` frees nothing while the module lives."""
 
 from __future__ import annotations
 
@@ -17,12 +17,18 @@ from prelora_ds.engine.build import Engine
 
 
 def release(engine: Engine) -> None:
-    """Free everything ``engine`` holds; afterwards its ``ds`` is None.
+    """Free everything that ``engine`` holds; afterwards its ``ds`` is None.
 
-    Raises RuntimeError when the DeepSpeed engine survives: a switch that does not free is a lie. What must be undone,
-    seen in DeepSpeed 0.19: two forward hooks on the module hold the engine; at stage 3 so do an attribute on every
-    parameter, a module-global stack and a class-level cache. And a late ``__del__`` would run destroy() a second time,
-    on mappings that a newer engine owns, so the engine must be dead before the next one is built.
+    Raises RuntimeError if the DeepSpeed engine survives: a switch must free the old engine.
+
+    In DeepSpeed 0.19 an engine is kept alive by two forward hooks on its module (runtime/engine.py,
+    _create_module_forward_pre_hook and _create_module_forward_post_hook). At stage 3 it is also
+    kept alive by an attribute of every parameter (`_z3_optimizer`), a global stack
+    (FWD_MODULE_STACK in runtime/zero/parameter_offload.py) and a cache of a class
+    (PartitionedParameterCoordinator.__params_to_release). All of them are cleared here.
+
+    The engine must be dead before the next one is built: a late ``DeepSpeedEngine.__del__`` would
+    run destroy() a second time, on mappings that a newer engine owns.
     """
     ds, engine.ds = engine.ds, None
     ds.module_forward_pre_hook.remove()
@@ -44,26 +50,35 @@ def release(engine: Engine) -> None:
     trim_memory()
     if dead() is not None:
         holders = sorted({type(r).__name__ for r in gc.get_referrers(dead())})
-        raise RuntimeError(f"the old DeepSpeed engine is still referenced, by: {', '.join(holders)}")
+        raise RuntimeError(
+            f"the old DeepSpeed engine is still referenced, by: {', '.join(holders)}"
+        )
 
 
 def clear_cache(method: Any) -> None:
     """Clear the functools.lru_cache of ``method``, which a decorator may hide in its closure.
 
-    Raises RuntimeError for a method without a cache, which is another version of DeepSpeed than this module knows.
+    Raises RuntimeError if ``method`` has no cache: this version of DeepSpeed is then not supported.
     """
     cells = [cell.cell_contents for cell in getattr(method, "__closure__", None) or ()]
-    cached = next((function for function in (method, *cells) if hasattr(function, "cache_clear")), None)
+    cached = next(
+        (function for function in (method, *cells) if hasattr(function, "cache_clear")), None
+    )
     if cached is None:
-        raise RuntimeError(f"DeepSpeed {deepspeed.__version__} is not known to release.py: {method.__qualname__} has "
-                           "no cache to clear")
+        raise RuntimeError(
+            f"release.py does not support DeepSpeed {deepspeed.__version__}: "
+            f"{method.__qualname__} has no cache to clear"
+        )
     cached.cache_clear()
 
 
 def trim_memory() -> None:
-    """Collect cycles and hand free pages back to the system (glibc keeps them) and to the device."""
-    # One collection is not enough: a tensor that one of torch's C++ nodes holds is freed by the one after the node's.
-    # Whether there is such a tensor depends on when Python collected by itself.
+    """Collect reference cycles, and return free memory to the system and the device.
+
+    glibc would otherwise keep free pages.
+    """
+    # Repeat until nothing is collected: a tensor held by a C++ autograd node is freed only in the
+    # pass after the one that frees the node.
     while gc.collect():
         pass
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""The random generators of this rank as text, so that dropout goes on where it stopped."""
+"""Save and restore this rank's random generators, so that a resumed run draws the same values."""
 
 from __future__ import annotations
 
@@ -12,29 +12,43 @@ import torch
 
 
 def capture_rng() -> str:
-    """The states of torch's generators (CPU, and the device's if there is one), Python's and NumPy's, as JSON."""
-    numpy_state: Any = np.random.get_state()  # a tuple; NumPy annotates it as the dict of legacy=False
+    """Return the states of torch's, Python's and NumPy's generators as JSON.
+
+    Torch's are those of the CPU and, if there is one, of the device.
+    """
+    numpy_state: Any = (
+        np.random.get_state()
+    )  # a tuple; NumPy annotates it as the dict of legacy=False
     kind, keys, position, has_gauss, gauss = numpy_state
     version, internal, next_gauss = random.getstate()
-    states = {"torch": _text(torch.get_rng_state()), "python": [version, list(internal), next_gauss],
-              "numpy": [kind, keys.tolist(), position, has_gauss, gauss]}
+    states = {
+        "torch": _text(torch.get_rng_state()),
+        "python": [version, list(internal), next_gauss],
+        "numpy": [kind, keys.tolist(), position, has_gauss, gauss],
+    }
     if torch.cuda.is_available():
         states["cuda"] = _text(torch.cuda.get_rng_state())
     return json.dumps(states)
 
 
 def seed_rng(seed: int, rank: int, step: int = 0) -> None:
-    """Set torch's generators of one rank anew, by ``run.seed``, rank and the steps done.
+    """Seed torch's generators of this rank from ``run.seed``, the rank and the steps done.
 
-    Ranks differ from each other, and a step from the next. Torch takes seeds of 64 bits, so the
-    product is taken modulo 2^64; its factor is odd and brings no two of them together.
+    The seeds of different ranks differ, and so do those of different steps. Torch takes 64-bit
+    seeds, so the result is reduced modulo 2^64; its factor is odd, so different ranks keep
+    different products.
     """
-    own = seed + 1 + rank
-    torch.manual_seed((own if step == 0 else own * 1_000_003 + step) % 2**64)
+    rank_seed = seed + 1 + rank
+    if step != 0:
+        rank_seed = rank_seed * 1_000_003 + step
+    torch.manual_seed(rank_seed % 2**64)
 
 
 def restore_rng(text: str) -> None:
-    """Set the generators as `capture_rng` found them; the device's only where both have one."""
+    """Restore the generators from `capture_rng`'s text.
+
+    The device's state is restored only if it was saved and a device is available.
+    """
     states = json.loads(text)
     torch.set_rng_state(_tensor(states["torch"]))
     version, internal, next_gauss = states["python"]

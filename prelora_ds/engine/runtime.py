@@ -23,13 +23,13 @@ T = TypeVar("T")
 
 
 def choose_accelerator(environ: dict[str, str] | os._Environ[str] = os.environ) -> None:
-    """Without a GPU take DeepSpeed's CPU accelerator; to be called before deepspeed is imported."""
+    """Select DeepSpeed's CPU accelerator if there is no GPU; call it before importing deepspeed."""
     if not torch.cuda.is_available():
         environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def check_zero_config(zero: dict[str, Any]) -> None:
-    """Let DeepSpeed validate the keys and values of ``zero_optimization``; raises ConfigError. Makes nothing."""
+    """Let DeepSpeed validate the keys and values of ``zero_optimization``. Raises ConfigError."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 
@@ -38,15 +38,19 @@ def check_zero_config(zero: dict[str, Any]) -> None:
     except ValidationError as exc:
         error = exc.errors()[0]
         key = ".".join(map(str, ("zero_optimization", *error["loc"])))
-        raise ConfigError(key, error["input"], f"DeepSpeed refuses it: {error['msg']}",
-                          "mend the DeepSpeed config") from exc
+        raise ConfigError(
+            key, error["input"], f"DeepSpeed rejects it: {error['msg']}", "fix the DeepSpeed config"
+        ) from exc
 
 
 def init_process_group(timeout_s: float = 1800.0) -> None:
-    """Make the default process group from RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
+    """Create the default process group from the launcher's environment variables.
 
-    Idempotent. On a CPU the backend is gloo, and the JIT build of DeepSpeed's shared-memory collectives (over 90 s,
-    on every node, at first use) is skipped: gloo does the same work.
+    These are RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Does nothing if the group
+    exists. On a CPU the backend is gloo, and the JIT build of DeepSpeed 0.19's shared-memory
+    collectives (over 90 s on every node at first use) is skipped, because gloo does the same work.
+
+    Raises ConfigError if one of the variables is not set.
     """
     import deepspeed
     from deepspeed import comm
@@ -54,54 +58,68 @@ def init_process_group(timeout_s: float = 1800.0) -> None:
 
     if comm.is_initialized():
         return
-    missing = [k for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if k not in os.environ]
+    required = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in required if name not in os.environ]
     if missing:
-        raise ConfigError("environment", ", ".join(missing), "not set: this is no launched process",
-                          "start with `deepspeed launch/pretrain.py ...`")
-    # DeepSpeed 0.19 calls collectives by names that torch 2.14 renames; a line a call would drown a run's output.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
+        raise ConfigError(
+            "environment",
+            ", ".join(missing),
+            "not set: this process was not started by a launcher",
+            "start with `deepspeed launch/pretrain.py ...`",
+        )
+
+    # DeepSpeed 0.19 calls collectives by names that torch 2.14 deprecates: one warning per call
+    # would flood the log.
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module="torch.distributed.c10d_logger"
+    )
     if get_accelerator().device_name() == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if "OMP_NUM_THREADS" not in os.environ:
-            # Else every rank takes all cores, and ranks on one host spend their time waiting for each other.
+            # By default every rank would use all cores, and the ranks of a host would spend their
+            # time waiting for each other.
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size()))
     else:
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    comm.init_distributed(auto_mpi_discovery=False, timeout=timedelta(seconds=timeout_s), verbose=False)
+    comm.init_distributed(
+        auto_mpi_discovery=False, timeout=timedelta(seconds=timeout_s), verbose=False
+    )
 
 
 def local_world_size() -> int:
-    """Ranks on this host, as the launcher says; 1 where it does not."""
+    """Return the number of ranks on this host, or 1 if the launcher does not provide it."""
     return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
 def accelerator_name() -> str | None:
-    """The GPU's name as its driver gives it; None without one."""
+    """Return the GPU's name from its driver, or None without a GPU."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def rank_memory_gib(ranks_per_host: int) -> float:
-    """Memory of this rank's device, or its share of the host's where there is no GPU, in GiB."""
+    """Return the memory of this rank's GPU, or without one its share of the host's, in GiB."""
     if torch.cuda.is_available():
         return float(torch.cuda.get_device_properties(0).total_memory) / 2**30
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 / ranks_per_host
 
 
 def freeze_imports() -> None:
-    """Take everything that lives now (modules, code) out of garbage collection, which a switch and a census walk.
+    """Exclude all current objects from garbage collection.
 
-    To be called when all is imported and before a model is made: frozen tensors would escape the census.
+    Switches and censuses then need not scan imported modules. Call it after all imports and before
+    a model is built, because the census does not see frozen tensors.
     """
     gc.collect()
     gc.freeze()
 
 
-def make_monitor(folder: Path, after_samples: int = 0,
-                 say: Callable[[str], None] = print) -> EnduringMonitor | None:
-    """DeepSpeed's monitor writing TensorBoard events to ``folder``, on rank 0; None on the others.
+def make_monitor(
+    folder: Path, after_samples: int = 0, say: Callable[[str], None] = print
+) -> EnduringMonitor | None:
+    """Return a monitor that writes TensorBoard events to ``folder`` on rank 0; None elsewhere.
 
-    after_samples: where a resumed run continues; TensorBoard drops what an earlier run wrote beyond.
-    say: prints the one warning where the events cannot be written.
+    after_samples: where a resumed run continues; later events of an earlier run are purged.
+    say: prints the one warning if events cannot be written.
     """
     from deepspeed import comm
     from deepspeed.monitor.config import get_monitor_config
@@ -119,16 +137,19 @@ def make_monitor(folder: Path, after_samples: int = 0,
         if resumed:
             old = monitor.tb_monitor.summary_writer
             old.close()
-            monitor.tb_monitor.summary_writer = type(old)(log_dir=old.log_dir, purge_step=after_samples + 1)
+            monitor.tb_monitor.summary_writer = type(old)(
+                log_dir=old.log_dir, purge_step=after_samples + 1
+            )
         return monitor
 
     return EnduringMonitor(make, say)
 
 
 def on_rank_0(decide: Callable[[], T]) -> T:
-    """What ``decide`` returns on rank 0, on all ranks; an exception there is raised on all of them. Collective.
+    """Call ``decide`` on rank 0 and return its result on all ranks. Collective.
 
-    Raised by rank 0 only, it would leave the others in the broadcast.
+    An exception of ``decide`` is raised on all ranks: raised on rank 0 only, it would leave the
+    others waiting in the broadcast.
     """
     outcome: list[Any] = [None, None]
     if torch.distributed.get_rank() == 0:
@@ -144,14 +165,14 @@ def on_rank_0(decide: Callable[[], T]) -> T:
 
 
 def device() -> torch.device:
-    """This rank's device."""
+    """Return this rank's device."""
     from deepspeed.accelerator import get_accelerator
 
     return torch.device(get_accelerator().current_device_name())
 
 
 def synchronize() -> None:
-    """Wait for the device's queued work; nothing on a CPU."""
+    """Wait for the device's queued work; does nothing on a CPU."""
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().synchronize()

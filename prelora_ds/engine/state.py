@@ -1,6 +1,6 @@
-"""Exported state: each rank's slices of every parameter, on the host; and its way into a new engine.
+"""Export an engine's state to the host as slices per rank, and restore it into a new engine.
 
-A rank holds 1/world of everything. Restoring assembles one tensor of one parameter at a time.
+Each rank holds 1/world of everything. Restoring gathers one tensor of one parameter at a time.
 """
 
 from __future__ import annotations
@@ -16,10 +16,16 @@ from deepspeed import comm
 
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.plan import Plan
-from prelora_ds.engine.fragments import Fragment, adam_state, fragments, trained_names, updated_weights
+from prelora_ds.engine.fragments import (
+    Fragment,
+    adam_state,
+    fragments,
+    trained_names,
+    updated_weights,
+)
 from prelora_ds.engine.optimizer import MOMENTS, inner_optimizer
-from prelora_ds.model.adapters import first_value, folded_bases
-from prelora_ds.model.adapters.lora import merge_bases
+from prelora_ds.model.adapters import fp32_weights, initial_adapter_value
+from prelora_ds.model.adapters.lora import refresh_merged_weights
 from prelora_ds.model.families import named_parameters
 
 if TYPE_CHECKING:
@@ -29,8 +35,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Slice:
-    """Elements [start, start + len) of a flattened parameter: fp32 master and moments, or the value if frozen
-    (bf16; fp32 where a LoRA linear keeps a base)."""
+    """Elements [start, start + len) of a flattened parameter.
+
+    value: of a trainable parameter its fp32 master; of a frozen one its value, in BF16, or in fp32
+        if a merged LoRA linear or `Engine.parked` keeps it so.
+    moments: the Adam moments by name, fp32; empty for a frozen parameter.
+    """
 
     start: int
     value: torch.Tensor
@@ -39,11 +49,12 @@ class Slice:
 
 @dataclass
 class EngineState:
-    """What one rank carries from engine to engine.
+    """The state that one rank carries from engine to engine.
 
-    slices: this rank's part of each parameter (absent where other ranks hold it all).
-    adam_steps: for every parameter with Adam moments, the steps they have seen; the same on all ranks.
-    buffers: the module's buffers, persistent or not (a fresh module has none of their values).
+    slices: this rank's part of each parameter; absent if other ranks hold all of it.
+    adam_steps: for every parameter with Adam moments, its number of Adam steps; the same on all
+        ranks.
+    buffers: the module's buffers, persistent or not (a new module does not have their values).
     """
 
     slices: dict[str, Slice]
@@ -51,17 +62,17 @@ class EngineState:
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def host_bytes(self) -> int:
-        """Bytes of the slices."""
+        """Return the bytes of all slices."""
         return sum(t.nbytes for s in self.slices.values() for t in (s.value, *s.moments.values()))
 
 
 def even_share(numel: int, rank: int, world_size: int) -> tuple[int, int]:
-    """This rank's [start, stop) of ``numel`` elements that all ranks hold alike."""
+    """Return this rank's share [start, stop) of ``numel`` replicated elements."""
     return numel * rank // world_size, numel * (rank + 1) // world_size
 
 
 def initial_state(module: nn.Module, rank: int, world_size: int) -> EngineState:
-    """The state of a freshly built fp32 module that is the same on all ranks."""
+    """Return the state of a newly built fp32 module that is the same on all ranks."""
     slices = {}
     for name, p in named_parameters(module).items():
         start, stop = even_share(p.numel(), rank, world_size)
@@ -70,22 +81,27 @@ def initial_state(module: nn.Module, rank: int, world_size: int) -> EngineState:
 
 
 def export_state(engine: DeepSpeedEngine) -> EngineState:
-    """Move this rank's part of the state to the host, tensor by tensor, leaving ``engine`` unusable.
+    """Move this rank's part of the state to the host. ``engine`` cannot be used afterwards.
 
-    The optimizer's storage is given back as it is copied, so engine and export together never hold more than the
-    engine did, plus one tensor.
+    Each of the optimizer's tensors is freed as soon as it is copied, so engine and export together
+    never hold more than the engine did, plus one tensor.
     """
     return _collect(engine, _host_copy, done=lambda tensor: tensor.untyped_storage().resize_(0))
 
 
-def copy_state(engine: DeepSpeedEngine, *, frozen: bool = True, parked: Mapping[str, Slice] | None = None,
-               reuse: EngineState | None = None) -> EngineState:
-    """The same as `export_state` gives, and ``engine`` continues; without ``frozen`` only what trains.
+def copy_state(
+    engine: DeepSpeedEngine,
+    *,
+    frozen: bool = True,
+    parked: Mapping[str, Slice] | None = None,
+    reuse: EngineState | None = None,
+) -> EngineState:
+    """Copy the state that `export_state` would return, and leave ``engine`` as it is.
 
-    parked: fp32 slices that take the place of frozen BF16 ones (`Engine.parked`).
-
-    reuse: a former copy that is needed no more; memory that the system has already given is many times faster to
-    write than fresh pages.
+    frozen: False leaves out the frozen parameters.
+    parked: fp32 slices that replace the BF16 ones of frozen parameters (`Engine.parked`).
+    reuse: an earlier copy that is no longer needed. Its memory is written again, because writing to
+        already mapped memory is much faster than faulting in new pages.
     """
     free: dict[tuple[torch.dtype, int], list[torch.Tensor]] = {}
     for old in () if reuse is None else reuse.slices.values():
@@ -93,22 +109,32 @@ def copy_state(engine: DeepSpeedEngine, *, frozen: bool = True, parked: Mapping[
             free.setdefault((tensor.dtype, tensor.numel()), []).append(tensor)
 
     def to_host(part: torch.Tensor) -> torch.Tensor:
-        spare = free.get((part.dtype, part.numel()))
-        return spare.pop().copy_(part) if spare else _host_copy(part)
+        reusable = free.get((part.dtype, part.numel()))
+        return reusable.pop().copy_(part) if reusable else _host_copy(part)
 
     state = _collect(engine, to_host, frozen=frozen)
     if frozen:
-        state.slices |= {name: Slice(s.start, to_host(s.value)) for name, s in (parked or {}).items()}
+        state.slices |= {
+            name: Slice(s.start, to_host(s.value)) for name, s in (parked or {}).items()
+        }
     return state
 
 
 @torch.no_grad()
-def _collect(engine: DeepSpeedEngine, to_host: Callable[[torch.Tensor], torch.Tensor], *,
-             done: Callable[[torch.Tensor], object] = lambda _: None, frozen: bool = True) -> EngineState:
-    """``to_host`` of each part that is this rank's; ``done`` is called with each flat tensor when its parts are."""
+def _collect(
+    engine: DeepSpeedEngine,
+    to_host: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    done: Callable[[torch.Tensor], object] = lambda _: None,
+    frozen: bool = True,
+) -> EngineState:
+    """Pass each part that this rank holds to ``to_host``, and return the results as a state.
+
+    ``done(flat)`` is called once all parts of a flat tensor are copied.
+    """
     rank, world = comm.get_rank(), comm.get_world_size()
-    inner, own_steps = adam_state(engine), inner_optimizer(engine).steps
-    trained = trained_names(engine)
+    inner = adam_state(engine)
+    adam_steps_of = inner_optimizer(engine).steps
     by_flat: dict[int, list[Fragment]] = {}
     for fragment in fragments(engine):
         by_flat.setdefault(id(fragment.flat), []).append(fragment)
@@ -116,24 +142,28 @@ def _collect(engine: DeepSpeedEngine, to_host: Callable[[torch.Tensor], torch.Te
     slices: dict[str, Slice] = {}
     adam_steps: dict[str, int] = {}
     replicated = engine.zero_optimization_stage() == 0
-    for flat, names in trained:
-        tensors = {"value": flat} | {key: inner[flat][key] for key in MOMENTS if key in inner.get(flat, {})}
+    for flat, names in trained_names(engine):
+        moments = {key: inner[flat][key] for key in MOMENTS if key in inner.get(flat, {})}
+        tensors = {"value": flat} | moments
         if "exp_avg" in tensors:
-            adam_steps |= {name: own_steps[name] for name in names}
+            adam_steps |= {name: adam_steps_of[name] for name in names}
         for key, tensor in tensors.items():
             for f in by_flat.get(id(flat), ()):
-                start, stop = even_share(f.stop, rank, world) if replicated else (f.start, f.stop)
-                part = to_host(f.of(tensor)[start - f.start: stop - f.start])
+                start, stop = f.start, f.stop
+                if replicated:
+                    start, stop = even_share(f.stop, rank, world)
+                part = to_host(f.of(tensor)[start - f.start : stop - f.start])
                 if key == "value":
                     slices[f.name] = Slice(start, part)
                 else:
                     slices[f.name].moments[key] = part
             done(tensor)
 
-    fp32_bases = folded_bases(engine.module)
-    for name, p in named_parameters(engine.module).items() if frozen else ():
-        if name not in own_steps:
-            slices[name] = _frozen_slice(fp32_bases.get(name, p), rank, world)
+    if frozen:
+        fp32 = fp32_weights(engine.module)
+        for name, p in named_parameters(engine.module).items():
+            if name not in adam_steps_of:
+                slices[name] = _frozen_slice(fp32.get(name, p), rank, world)
     return EngineState(slices, adam_steps, _buffers(engine.module))
 
 
@@ -142,7 +172,7 @@ def _host_copy(part: torch.Tensor) -> torch.Tensor:
 
 
 def _frozen_slice(p: torch.Tensor, rank: int, world: int) -> Slice:
-    """This rank's part of a frozen parameter; ``p`` may be an fp32 tensor in its place."""
+    """Return this rank's part of a frozen parameter ``p``, or of the fp32 tensor given instead."""
     if hasattr(p, "ds_tensor"):
         start, stop = _span(p, rank, world)
         return Slice(start, p.ds_tensor.detach()[: stop - start].to("cpu", copy=True))
@@ -150,13 +180,16 @@ def _frozen_slice(p: torch.Tensor, rank: int, world: int) -> Slice:
 
 
 def _share(p: torch.Tensor, full: torch.Tensor, rank: int, world: int) -> Slice:
-    """This rank's part of ``full``, the whole value of the frozen parameter ``p``."""
+    """Return this rank's part of ``full``, the full value of the frozen parameter ``p``."""
     start, stop = _span(p, rank, world)
     return Slice(start, full.detach().view(-1)[start:stop].to("cpu", copy=True))
 
 
 def _span(p: torch.Tensor, rank: int, world: int) -> tuple[int, int]:
-    """This rank's [start, stop) of a frozen parameter: DeepSpeed's partition at stage 3, else an even share."""
+    """Return this rank's share [start, stop) of a frozen parameter.
+
+    At stage 3 it is DeepSpeed's partition, otherwise an even share.
+    """
     if not hasattr(p, "ds_tensor"):
         return even_share(p.numel(), rank, world)
     partitioned: Any = p  # with the attributes that DeepSpeed gives it
@@ -170,137 +203,193 @@ def _buffers(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def restore_state(engine: DeepSpeedEngine, plan: Plan, layout: Layout, state: EngineState, *,
-                  parked: frozenset[str] = frozenset()) -> dict[str, Slice]:
-    """Write ``state`` into a newly built engine, consuming it: bf16 weights, fp32 masters, Adam moments and steps.
+def restore_state(
+    engine: DeepSpeedEngine,
+    plan: Plan,
+    layout: Layout,
+    state: EngineState,
+    *,
+    parked: frozenset[str] = frozenset(),
+) -> dict[str, Slice]:
+    """Write ``state`` into a newly built engine. Collective.
 
-    Parameters of the plan that the state does not know are adapters and get their first value. Returns this rank's fp32
-    slices of the frozen parameters ``parked``, shared out as an export shares frozen ones. Collective.
+    BF16 weights, fp32 masters, Adam moments and steps are written, and ``state`` is consumed.
+    Parameters of the plan that are not in the state are adapters and get their initial value.
 
-    Raises RuntimeError on every rank when the state is not one of this plan, or when the masters that DeepSpeed
-    holds afterwards are not those of the weights.
+    Returns this rank's fp32 slices of the frozen parameters ``parked``, which the ranks share like
+    exported frozen parameters.
+
+    Raises RuntimeError on every rank if the state does not fit the plan, or if DeepSpeed's masters
+    do not match the weights afterwards.
     """
-    known = _check_fits(engine.module, plan, layout, state)
+    in_state = _check_fits(engine.module, plan, layout, state)
     parameters = named_parameters(engine.module)
     inner = adam_state(engine)
-    inner.clear()  # stage 0 has stepped once on zero gradients
-    owned: dict[str, Any] = {f.name: f for f in fragments(engine)}
+    inner.clear()  # DeepSpeed 0.19 took one step on zero gradients at stage 0
+    fragment_of: dict[str, Any] = {f.name: f for f in fragments(engine)}
     steps = inner_optimizer(engine).steps
     for flat, names in trained_names(engine):
         flat.detach().zero_()  # padding included
         steps |= {name: state.adam_steps.get(name, 0) for name in names}
-        # A step of 0 can have moments: those of a name that was not active yet, or whose steps were set back.
+        # Moments can exist at step 0: the name was not active yet, or its steps were reset.
         if any(name in state.adam_steps for name in names):
             inner[flat] = {key: torch.zeros_like(flat.detach()) for key in MOMENTS}
 
-    fp32_bases, leaves = folded_bases(engine.module), plan.leaves(layout)
-    kept: dict[str, Slice] = {}
+    fp32 = fp32_weights(engine.module)
+    leaves = plan.leaves(layout)
+    parked_slices: dict[str, Slice] = {}
     for name, shape in plan.parameters(layout).items():
-        full = (assemble(state, name, "value", shape, engine.device) if name in known
-                else first_value(name, shape, plan, leaves).to(engine.device))
-        _set_weight(parameters[name], full)
+        if name in in_state:
+            full = gather_full(state, name, "value", shape, engine.device)
+        else:
+            full = initial_adapter_value(name, shape, plan, leaves).to(engine.device)
+        _write_bf16(parameters[name], full)
         if name in parked:
-            kept[name] = _share(parameters[name], full, comm.get_rank(), comm.get_world_size())
-        if name in fp32_bases:
-            fp32_bases[name].copy_(full)
-        fragment = owned.get(name)
+            parked_slices[name] = _share(
+                parameters[name], full, comm.get_rank(), comm.get_world_size()
+            )
+        if name in fp32:
+            fp32[name].copy_(full)
+
+        fragment = fragment_of.get(name)
         if fragment is not None:
-            fragment.of(fragment.flat).copy_(full.view(-1)[fragment.start: fragment.stop])
+            fragment.of(fragment.flat).copy_(full.view(-1)[fragment.start : fragment.stop])
         if name in plan.trainable and name in state.adam_steps:
             for key in MOMENTS:
-                full = assemble(state, name, key, shape, engine.device)
+                full = gather_full(state, name, key, shape, engine.device)
                 if fragment is not None:
-                    fragment.of(inner[fragment.flat][key]).copy_(full.view(-1)[fragment.start: fragment.stop])
+                    moment = fragment.of(inner[fragment.flat][key])
+                    moment.copy_(full.view(-1)[fragment.start : fragment.stop])
         state.slices.pop(name, None)
-    merge_bases(engine.module, inactive=True)
+
+    refresh_merged_weights(engine.module, inactive=True)
     for name, buffer in engine.module.named_buffers():
         buffer.copy_(state.buffers[name])
     check_masters(engine)
-    return kept
+    return parked_slices
 
 
 def _check_fits(module: nn.Module, plan: Plan, layout: Layout, state: EngineState) -> set[str]:
-    """The names of parameters that any rank holds a slice of. Collective.
+    """Check that ``state`` fits ``plan``. Collective.
 
-    The walk through the parameters takes a collective for each, so whatever would stop it on one rank is looked for
-    before it, with the answers of all ranks at hand. Raises the same RuntimeError on every rank.
+    Returns the names of which any rank holds a slice.
+
+    Restoring takes one collective per tensor, and an error on one rank would leave the others
+    waiting in it. Therefore everything is checked before, with the data of all ranks. Raises the
+    same RuntimeError on every rank.
     """
-    spans = {name: (s.start, s.value.numel(), *(len(s.moments[key]) for key in MOMENTS if key in s.moments))
-             for name, s in state.slices.items() if s.value.numel()}
+    spans = {
+        name: (
+            s.start,
+            s.value.numel(),
+            *(len(s.moments[key]) for key in MOMENTS if key in s.moments),
+        )
+        for name, s in state.slices.items()
+        if s.value.numel()
+    }
     buffers = {name: tuple(b.shape) for name, b in state.buffers.items()}
     ranks: list[Any] = [None] * comm.get_world_size()
     torch.distributed.all_gather_object(ranks, (spans, dict(state.adam_steps), buffers))
 
     shapes = plan.parameters(layout)
-    known = {name for spans, _, _ in ranks for name in spans}
-    problems = [f"{name} is not a parameter of the plan" for name in sorted(known - shapes.keys())]
-    problems += [f"{name} is missing" for name in layout.parameters if name not in known]
-    for name in (name for name in shapes if name in known):  # in one order on all ranks
-        held = [spans[name] for spans, _, _ in ranks if name in spans]
-        problems += _span_problems(name, math.prod(shapes[name]), held, has_moments=name in state.adam_steps)
+    in_state = {name for spans, _, _ in ranks for name in spans}
+    problems = [
+        f"{name} is not a parameter of the plan" for name in sorted(in_state - shapes.keys())
+    ]
+    problems += [f"{name} is missing" for name in layout.parameters if name not in in_state]
+    for name in (name for name in shapes if name in in_state):  # in the same order on all ranks
+        spans_of_name = [spans[name] for spans, _, _ in ranks if name in spans]
+        has_moments = name in state.adam_steps
+        problems += _span_problems(
+            name, math.prod(shapes[name]), spans_of_name, has_moments=has_moments
+        )
     if any(steps != ranks[0][1] for _, steps, _ in ranks):
         problems.append("the ranks hold different Adam steps")
-    wanted = {name: tuple(b.shape) for name, b in module.named_buffers()}
-    problems += [f"rank {rank} holds the buffers {held}, and the module has {wanted}"
-                 for rank, (_, _, held) in enumerate(ranks) if held != wanted]
+    expected = {name: tuple(b.shape) for name, b in module.named_buffers()}
+    problems += [
+        f"rank {rank} holds the buffers {exported}, but the module has {expected}"
+        for rank, (_, _, exported) in enumerate(ranks)
+        if exported != expected
+    ]
+
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-        raise RuntimeError(f"the state does not fit the plan of phase {plan.phase}: {'; '.join(problems[:5])}{more}")
-    return known
+        raise RuntimeError(
+            f"the state does not fit the plan of phase {plan.phase}: "
+            f"{'; '.join(problems[:5])}{more}"
+        )
+    return in_state
 
 
-def _span_problems(name: str, numel: int, held: list[tuple[int, ...]], *, has_moments: bool) -> list[str]:
-    """What is wrong with the (start, elements, elements of each moment) that the ranks hold of a parameter."""
+def _span_problems(
+    name: str, numel: int, spans: list[tuple[int, ...]], *, has_moments: bool
+) -> list[str]:
+    """Return what is wrong with the slices that the ranks hold of one parameter.
+
+    spans: per rank that holds a slice, (start, elements, elements of each moment).
+    """
     reached = 0
-    for start, length, *_ in sorted(held):
+    for start, length, *_ in sorted(spans):
         if start != reached:
-            return [f"elements {min(start, reached)} to {max(start, reached)} of {name} are missing or held twice"]
+            low, high = sorted((start, reached))
+            return [f"elements {low} to {high} of {name} are missing or held twice"]
         reached += length
     if reached != numel:
-        return [f"{name} has {reached:,} elements in the state and {numel:,} in the plan"]
+        return [f"{name} has {reached:,} elements in the state but {numel:,} in the plan"]
     expected = len(MOMENTS) if has_moments else 0
-    if any(moments != [length] * expected for _, length, *moments in held):
-        return [f"the Adam moments of {name} are not those of its Adam step"]
+    if any(moments != [length] * expected for _, length, *moments in spans):
+        return [f"the Adam moments of {name} do not match its Adam step"]
     return []
 
 
 def check_masters(engine: DeepSpeedEngine) -> None:
-    """Compare each weight with the master that DeepSpeed will overwrite it from, bitwise. Collective.
+    """Compare each weight bitwise with the master that DeepSpeed overwrites it from. Collective.
 
-    A master at a wrong place is trained and written into another weight at the first step, without a word. Raises the
-    same RuntimeError on every rank.
+    A master at the wrong position would be trained and silently written into another weight at the
+    first step. Raises the same RuntimeError on every rank.
     """
-    wrong = sum(int((weight.view(torch.int16) != master.to(weight.dtype).view(torch.int16)).sum())
-                for weight, master in updated_weights(engine))
+    wrong = sum(
+        int((weight.view(torch.int16) != master.to(weight.dtype).view(torch.int16)).sum())
+        for weight, master in updated_weights(engine)
+    )
     ranks: list[Any] = [None] * comm.get_world_size()
     torch.distributed.all_gather_object(ranks, wrong)
     if any(ranks):
-        raise RuntimeError(f"{ranks} elements of the weights, by rank, are not their fp32 masters rounded to BF16: "
-                           f"DeepSpeed {deepspeed.__version__} keeps the masters elsewhere than fragments.py looks")
+        raise RuntimeError(
+            f"{ranks} elements of the weights, by rank, differ from their fp32 masters rounded "
+            f"to BF16: fragments.py does not support DeepSpeed {deepspeed.__version__}"
+        )
 
 
-def assemble(state: EngineState, name: str, key: str, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """The whole fp32 tensor ``key`` ("value" or a moment) of parameter ``name``, on all ranks. Collective.
+def gather_full(
+    state: EngineState, name: str, key: str, shape: tuple[int, ...], device: torch.device
+) -> torch.Tensor:
+    """Return the full fp32 tensor ``key`` of ``name`` on all ranks. Collective.
 
-    The slices of the ranks are disjoint, so a sum of their bits as integers puts them together exactly, negative zeros
-    and NaN payloads included.
+    key: "value" or a moment.
+
+    The slices of the ranks are disjoint, so summing their bits as integers combines them exactly,
+    including negative zeros and NaN payloads.
     """
     full = torch.zeros(math.prod(shape), device=device)
     part = state.slices.get(name)
     if part is not None:
         values = part.value if key == "value" else part.moments[key]
-        full[part.start: part.start + values.numel()].copy_(values)
+        full[part.start : part.start + values.numel()].copy_(values)
     comm.all_reduce(full.view(torch.int32))
     return full.view(shape)
 
 
-def _set_weight(p: nn.Parameter, full: torch.Tensor) -> None:
+def _write_bf16(p: nn.Parameter, full: torch.Tensor) -> None:
+    """Write ``full`` into the BF16 parameter, at stage 3 into this rank's partition of it."""
     if hasattr(p, "ds_tensor"):
         partitioned: Any = p  # with the attributes that DeepSpeed gives it
         start = partitioned.ds_tensor.ds_numel * comm.get_rank()
-        part = full.view(-1)[start: start + partitioned.ds_tensor.ds_numel]
+        part = full.view(-1)[start : start + partitioned.ds_tensor.ds_numel]
         partitioned.ds_tensor.detach()[: part.numel()].copy_(part)
-        partitioned.ds_tensor.detach()[part.numel():].zero_()  # padding, which DeepSpeed 0.19 leaves as it found it
+        partitioned.ds_tensor.detach()[
+            part.numel() :
+        ].zero_()  # padding, uninitialized in DeepSpeed 0.19
         if p.data.numel() == partitioned.ds_numel:  # small parameters stay gathered
             p.data.copy_(full)
     else:

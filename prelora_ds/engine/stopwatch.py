@@ -1,4 +1,4 @@
-"""Seconds of forward passes, on the device's own clock where it has one: the host does not wait for it."""
+"""Time forward passes on the device's own clock, if it has one, so that the host need not wait."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import Any
 
 
 class Stopwatch:
-    """Sums what passes in `running` until `read`, which sets it back."""
+    """Sums the seconds spent in `running`; `read` returns and resets the sum."""
 
     def __init__(self) -> None:
-        self._seconds, self._events = 0.0, list[tuple[Any, Any]]()
+        self._seconds = 0.0
+        self._events: list[tuple[Any, Any]] = []
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
+        """Time the body of the context."""
         from deepspeed.accelerator import get_accelerator
 
         if get_accelerator().device_name() == "cpu":
@@ -23,16 +25,23 @@ class Stopwatch:
             yield
             self._seconds += time.perf_counter() - begun
             return
-        begin, end = (get_accelerator().Event(enable_timing=True) for _ in range(2))
+
+        begin = get_accelerator().Event(enable_timing=True)
+        end = get_accelerator().Event(enable_timing=True)
         begin.record()
         yield
         end.record()
         self._events.append((begin, end))
 
     def read(self) -> float:
-        """Seconds since the last reading. On a GPU it waits for the last forward pass, which backward has long used."""
+        """Return the seconds since the last call.
+
+        On a GPU this waits for the last forward pass, which has finished long before.
+        """
         for begin, end in self._events:
             end.synchronize()
             self._seconds += begin.elapsed_time(end) / 1e3
-        seconds, self._seconds, self._events = self._seconds, 0.0, []
+        seconds = self._seconds
+        self._seconds = 0.0
+        self._events = []
         return seconds

@@ -1,4 +1,4 @@
-"""The one walk between two plans: export -> release -> edit -> build -> restore."""
+"""Take an engine from one plan to the next: export, release, edit, build, restore."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from prelora_ds.core.plan import Plan
 from prelora_ds.engine.build import Engine, build_engine
-from prelora_ds.engine.census import engine_storages, live_storages, settled
+from prelora_ds.engine.census import engine_storages, live_storages, wait_until
 from prelora_ds.engine.measure import check_ranks_agree
 from prelora_ds.engine.release import release, trim_memory
 from prelora_ds.engine.state import EngineState, export_state
@@ -18,51 +18,74 @@ Edit = Callable[[EngineState, Plan, Plan], object]
 
 @dataclass(frozen=True)
 class Switch:
-    """What a transition cost on this rank: ``released_bytes`` of the old engine, all of them gone, in ``seconds``."""
+    """The cost of a transition on this rank.
+
+    seconds: the duration of the transition.
+    released_bytes: the bytes of the old engine, all of which were freed.
+    """
 
     seconds: float
     released_bytes: int
 
 
-def transition(engine: Engine, plan: Plan, *, edit: Edit | None = None,
-               keep_frozen: Callable[[EngineState, Plan], object] | None = None,
-               parked: frozenset[str] = frozenset()) -> tuple[Engine, Switch]:
-    """An engine for ``plan`` that carries on where ``engine`` stood; ``engine`` is dead afterwards. Collective.
+def transition(
+    engine: Engine,
+    plan: Plan,
+    *,
+    edit: Edit | None = None,
+    keep_frozen: Callable[[EngineState, Plan], object] | None = None,
+    parked: frozenset[str] = frozenset(),
+) -> tuple[Engine, Switch]:
+    """Replace ``engine`` by an engine for ``plan`` that continues from its state. Collective.
 
-    edit: changes the state on its way, between the plan before and ``plan``, while no engine exists.
-    keep_frozen: may write down what will not train under the plan: the fp32 masters live on as BF16.
-    parked: what of that a later plan trains again; its fp32 values stay on the host (`Engine.parked`).
+    ``engine`` cannot be used afterwards.
 
-    Raises RuntimeError when the old engine's memory is not given back, or when ranks disagree afterwards.
+    edit: called as edit(state, old plan, new plan) while no engine exists; may change the state.
+    keep_frozen: called as keep_frozen(state, new plan); may save the parameters that stop training.
+        Afterwards only BF16 copies of them remain.
+    parked: parameters that a later plan trains again; if ``plan`` freezes them, their fp32 values
+        stay on the host (`Engine.parked`).
+
+    Raises RuntimeError if the old engine's memory is not freed, or if the parameters of the ranks
+    differ afterwards.
     """
     begun = time.perf_counter()
-    held = engine_storages(engine)  # counted before the export gives the optimizer's storage back
-    state, counters = export_state(engine.ds), engine.counters()
+    owned = engine_storages(engine)  # counted now, because the export frees the optimizer's storage
+    state = export_state(engine.ds)
+    counters = engine.counters()
     state.slices |= engine.parked
-    release_checked(engine, held)
+    release_checked(engine, owned)
+
     if edit is not None:
         edit(state, engine.plan, plan)
     if keep_frozen is not None:
         keep_frozen(state, plan)
-    new = build_engine(engine.run_config, plan, engine.layout, engine.num_labels, state, counters,
-                       parked=parked)
+
+    new = build_engine(
+        engine.run_config, plan, engine.layout, engine.num_labels, state, counters, parked=parked
+    )
     check_ranks_agree(new)
-    return new, Switch(time.perf_counter() - begun, sum(held.values()))
+    return new, Switch(time.perf_counter() - begun, sum(owned.values()))
 
 
-def release_checked(engine: Engine, held: Mapping[int, int] | None = None) -> None:
-    """Free all that ``engine`` holds, and count that it is gone; afterwards its ``ds`` is None.
+def release_checked(engine: Engine, owned: Mapping[int, int] | None = None) -> None:
+    """Free everything that ``engine`` holds and verify it; afterwards its ``ds`` is None.
 
-    held: what `engine_storages` found before, where storages were given back since. Raises RuntimeError when memory
-    of the engine is still alive.
+    owned: the result of `engine_storages`, if some of the storages have been freed since.
+
+    Raises RuntimeError if memory of the engine is still alive.
     """
-    held = engine_storages(engine) if held is None else held
+    if owned is None:
+        owned = engine_storages(engine)
     release(engine)
 
-    def still_alive() -> int:
-        if left := sum(nbytes for key, nbytes in live_storages().items() if key in held):
-            trim_memory()  # what a thread of gloo dropped after the release may lie in a cycle
-        return left
+    def bytes_alive() -> int:
+        remaining = sum(nbytes for key, nbytes in live_storages().items() if key in owned)
+        if remaining:
+            # Tensors that a gloo thread drops after the release may be in reference cycles.
+            trim_memory()
+        return remaining
 
-    if left := settled(still_alive, lambda n: n == 0):
-        raise RuntimeError(f"{left} bytes of the old engine are still alive after its release")
+    remaining = wait_until(bytes_alive, lambda n: n == 0)
+    if remaining:
+        raise RuntimeError(f"{remaining} bytes of the old engine are still alive after its release")

@@ -22,7 +22,7 @@ from prelora_ds.core.layout import Layout
 from prelora_ds.core.plan import Plan
 from prelora_ds.errors import ConfigError, cannot_write
 from prelora_ds.exporting.hf import merge, whole_folder, write_model
-from prelora_ds.model.adapters import first_value
+from prelora_ds.model.adapters import initial_adapter_value
 from prelora_ds.model.adapters.lora import peft_config
 from prelora_ds.model.families import find_layout
 from prelora_ds.model.vit import build_model
@@ -170,7 +170,7 @@ def _values(found: Checkpoint, plan: Plan, layout: Layout, config: Config) -> di
     values, leaves = {}, plan.leaves(layout)
     for name, shape in plan.parameters(layout).items():
         held = found.engine.slices.get(name)
-        value = first_value(name, shape, plan, leaves) if held is None else held.value.view(shape)
+        value = initial_adapter_value(name, shape, plan, leaves) if held is None else held.value.view(shape)
         rounded = name not in plan.trainable and name not in kept_in_fp32
         values[name] = value.bfloat16().float() if rounded else value.float()
     return values

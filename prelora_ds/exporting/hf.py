@@ -20,7 +20,7 @@ from prelora_ds.core.layout import Layout
 from prelora_ds.core.plan import Plan
 from prelora_ds.engine.build import Engine
 from prelora_ds.engine.release import release
-from prelora_ds.engine.state import assemble, export_state
+from prelora_ds.engine.state import export_state, gather_full
 from prelora_ds.errors import NotSavedError, is_disk_fault
 from prelora_ds.files import new_folder
 from prelora_ds.model.adapters import effective_weight
@@ -44,7 +44,7 @@ def export_model(engine: Engine, folder: Path, classes: Sequence[str] | None = N
     release(engine)
     values = {}
     for name, shape in engine.plan.parameters(engine.layout).items():
-        full = assemble(state, name, "value", shape, device)
+        full = gather_full(state, name, "value", shape, device)
         if dist.get_rank() == 0:
             values[name] = full.cpu()
     failure: list[NotSavedError | None] = [None]

@@ -1,1 +1,1 @@
-"""Building a model, finding its families, and attaching LoRA in peft's layout."""
+"""Build a model, find its families of linears, and attach LoRA in peft's layout."""

@@ -1,4 +1,4 @@
-"""The model of a run, built from config."""
+"""Build the model of a run from its config."""
 
 from __future__ import annotations
 
@@ -15,63 +15,85 @@ from prelora_ds.errors import ConfigError
 
 
 def build_model(config: ModelConfig, num_labels: int) -> nn.Module:
-    """An fp32 module with values drawn from torch's global generator (or none, under ``torch.device("meta")``).
+    """Build an fp32 module with values drawn from torch's global generator.
 
-    Raises ConfigError when ``model.factory`` cannot be imported or returns no module, or one that cannot checkpoint
-    its activations and should.
+    Under ``torch.device("meta")`` it has no values.
+
+    Raises ConfigError if ``model.factory`` cannot be imported, rejects its arguments or does not
+    return a module, or if activation checkpointing is requested and the module does not support it.
     """
     if config.factory is not None:
         factory = _load_factory(config.factory)
         try:
             model = factory(num_labels=num_labels, **config.factory_args)
         except TypeError as exc:
-            raise ConfigError("model.factory_args", config.factory_args, f"{config.factory} refuses them: {exc}",
-                              "pass what the factory takes; num_labels comes by itself") from exc
+            raise ConfigError(
+                "model.factory_args",
+                config.factory_args,
+                f"{config.factory} rejected these arguments: {exc}",
+                "pass the factory's arguments; num_labels is added automatically",
+            ) from exc
         if not isinstance(model, nn.Module):
-            raise ConfigError("model.factory", config.factory, f"returned a {type(model).__name__}",
-                              "return a torch.nn.Module")
+            raise ConfigError(
+                "model.factory",
+                config.factory,
+                f"returned a {type(model).__name__}",
+                "return a torch.nn.Module",
+            )
     else:
         model = ViTForImageClassification(vit_config(config, num_labels))
+
     if config.activation_checkpointing:
         enable: Callable[[], None] | None = getattr(model, "activation_checkpointing_enable", None)
         if enable is None:
-            raise ConfigError("model.activation_checkpointing", True, f"a {type(model).__name__} has no method "
-                              "activation_checkpointing_enable()",
-                              "add one, as transformers' models have it, or set it to false")
+            raise ConfigError(
+                "model.activation_checkpointing",
+                True,
+                f"{type(model).__name__} has no method activation_checkpointing_enable()",
+                "add this method, which transformers' models have, or set the key to false",
+            )
         enable()
     return model
 
 
 def compile_blocks(blocks: Sequence[nn.Module]) -> None:
-    """Compile the forward pass of each block, at its first call; what was compiled before is forgotten.
+    """Compile the forward pass of each block at its first call, and discard earlier compiled code.
 
-    Blocks of the same shapes share their code. A block, and not the model: ranks differ from block to block, and
-    whatever the engine hooks onto a block stays outside.
+    Blocks of the same shapes share their code. Blocks are compiled separately because LoRA ranks
+    differ between blocks, and because the engine's hooks must stay outside the graph.
     """
     torch._dynamo.reset()
-    limit = torch._dynamo.config.recompile_limit  # beyond it torch goes on uncompiled
-    torch._dynamo.config.recompile_limit = max(limit, 2 * len(blocks))  # training and evaluation
+    # Beyond this limit torch would run uncompiled. Each block may compile twice: for training and
+    # for evaluation.
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, 2 * len(blocks))
     for block in blocks:
         block.forward = torch.compile(block.forward)
 
 
 def vit_config(config: ModelConfig, num_labels: int) -> ViTConfig:
-    """The transformers config of a run's ViT."""
-    sizes = config.model_dump(exclude={"factory", "factory_args", "families", "activation_checkpointing", "compile"})
-    sizes["num_labels"] = num_labels  # one of its parent's, which mypy does not see among its arguments
+    """Return the transformers config of a run's ViT."""
+    not_of_vit = {"factory", "factory_args", "families", "activation_checkpointing", "compile"}
+    sizes = config.model_dump(exclude=not_of_vit)
+    sizes["num_labels"] = num_labels  # an argument of the parent class, which mypy does not see
     return ViTConfig(**sizes)
 
 
 def logits_of(output: Any) -> torch.Tensor:
-    """Logits [batch, labels] of a module's output, be it a tensor or a transformers output."""
+    """Return the logits [batch, labels] of a module's output, a tensor or a transformers output."""
     return output if isinstance(output, torch.Tensor) else output.logits
 
 
 def _load_factory(spec: str) -> Callable[..., nn.Module]:
+    """Import the function that ``spec`` names. Raises ConfigError."""
     module_name, function = spec.split(":")
     try:
         factory: Callable[..., nn.Module] = getattr(importlib.import_module(module_name), function)
     except (ImportError, AttributeError) as exc:
-        raise ConfigError("model.factory", spec, f"cannot be imported ({exc})",
-                          'name an importable "package.module:function"') from exc
+        raise ConfigError(
+            "model.factory",
+            spec,
+            f"cannot be imported ({exc})",
+            'name an importable "package.module:function"',
+        ) from exc
     return factory

@@ -12,7 +12,7 @@ from prelora_ds.engine.measure import check_ranks_agree
 from prelora_ds.engine.rng import seed_rng
 from prelora_ds.engine.state import EngineState, initial_state
 from prelora_ds.engine.transition import release_checked
-from prelora_ds.model.losses import begin_sigmoid_head
+from prelora_ds.model.losses import init_sigmoid_head
 from prelora_ds.model.vit import build_model
 from prelora_ds.run.checkpoints.resume import Checkpoint, prepare
 from prelora_ds.run.checkpoints.saver import Saver
@@ -57,5 +57,5 @@ def _first_weights(run: Run) -> EngineState:
     torch.manual_seed(run.config.run.seed)
     module = build_model(run.config.model, run.labels)
     if run.config.train.loss == "sigmoid":
-        begin_sigmoid_head(module, run.labels)
+        init_sigmoid_head(module, run.labels)
     return initial_state(module, dist.get_rank(), dist.get_world_size())

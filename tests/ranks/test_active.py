@@ -230,11 +230,11 @@ def merged_selection(zero):
     assert 0 < len(idle) < len(t.lora.adapters)
     before = {id(linear): linear.get_base_layer().weight.detach().clone() for linear in idle}
     for linear in idle:  # a merge would write something else
-        linear.base.add_(1)
+        linear.fp32_weight.add_(1)
     t.train(2)
     assert all(torch.equal(linear.get_base_layer().weight, before[id(linear)]) for linear in idle)
     for linear in idle:
-        linear.base.sub_(1)
+        linear.fp32_weight.sub_(1)
     outputs = t.outputs()
     del idle, linear
     t.switch(t.engine.plan)
@@ -248,10 +248,10 @@ def test_what_cannot_be_active_is_refused_on_every_rank_alike_and_changes_nothin
     said = ranks.run(refused_selections)
     assert said[0] == said[1]
     foreign, frozen, empty, other = said[0]
-    assert foreign == "'nobody', which rank 1 names as active, is not a parameter that trains in phase lora"
-    assert "attention.q_proj.weight', which rank 1 names as active" in frozen
-    assert empty == "rank 1 names no parameter as active: nothing would train"
-    assert other == "ranks [1] name other parameters as active than rank 0"
+    assert foreign == "rank 1 activates 'nobody', which is not a parameter that trains in phase lora"
+    assert "attention.q_proj.weight', which is not a parameter that trains" in frozen
+    assert empty == "rank 1 activates no parameter: nothing would train"
+    assert other == "ranks [1] activate other parameters than rank 0"
 
 
 def refused_selections():

@@ -13,7 +13,7 @@ from support.toy_kind import register
 from prelora_ds.core.adapters import AdapterSpec
 from prelora_ds.core.phases import PhaseSpec, plan_of, thawed_later
 from prelora_ds.cost.bytes import predict_bytes
-from prelora_ds.engine.census import census, settled
+from prelora_ds.engine.census import census, wait_until
 from prelora_ds.engine.measure import weight_norms, whole
 from prelora_ds.engine.transition import transition
 from prelora_ds.model.adapters import check_names
@@ -65,7 +65,7 @@ def parked_bytes(zero):
     frozen = t.warmup.trainable - t.lora.trainable
     t.engine, _ = transition(t.engine, t.lora, parked=frozen)
     predicted = predict_bytes(t.lora, t.layout, t.cfg.zero, t.world, after_backward=False, parked=frozen)
-    measured = settled(lambda: census(t.engine), lambda found: found["other"] == 0)
+    measured = wait_until(lambda: census(t.engine), lambda found: found["other"] == 0)
     assert predicted.host > 0
     assert abs(measured["host"] - predicted.host) <= 0.02 * predicted.host, (predicted, measured)
     t.engine, _ = transition(t.engine, replace(t.lora, since_step=9))

@@ -15,11 +15,11 @@ from prelora_ds.core.adapters import Lora
 from prelora_ds.cost.bytes import predict_bytes
 from prelora_ds.engine import build as build_module
 from prelora_ds.engine import state as state_module
-from prelora_ds.engine.census import OWNERS, census, engine_storages, live_storages, rss_bytes, settled
-from prelora_ds.engine.measure import check_ranks_agree, weight_norms, whole
+from prelora_ds.engine.census import OWNERS, census, engine_storages, live_storages, rss_bytes, wait_until
+from prelora_ds.engine.measure import check_ranks_agree, gathered, weight_norms
 from prelora_ds.engine.release import release, trim_memory
 from prelora_ds.engine.state import export_state
-from prelora_ds.model.adapters import check_adapters, first_value, folded_bases
+from prelora_ds.model.adapters import check_adapters, fp32_weights, initial_adapter_value
 from prelora_ds.model.families import named_parameters
 
 ALL = pytest.mark.parametrize("zero", ZEROS)
@@ -71,11 +71,11 @@ def bytes_as_predicted(zero, lora=None):
         t.train(2)
         batches = t.batches()
         t.engine.backward(batches)
-        at_backward = settled(lambda: census(t.engine), only_owned)
+        at_backward = wait_until(lambda: census(t.engine), only_owned)
         t.engine.finish_step(lr=1e-3)
         t.step += 1
         del batches
-        at_rest = settled(lambda: census(t.engine), only_owned)
+        at_rest = wait_until(lambda: census(t.engine), only_owned)
         for measured, after_backward in ((at_backward, True), (at_rest, False)):
             predicted = vars(predict_bytes(plan, t.layout, t.cfg.zero, t.world, after_backward=after_backward,
                                            kernel=t.engine.config.kernel()))
@@ -153,7 +153,7 @@ def own_settings(before, after):
     t.cfg = t.engine.config  # micro-batches as the loader would cut them
     t.train(3)
     t.engine.backward(t.batches())
-    measured = settled(lambda: census(t.engine), only_owned)
+    measured = wait_until(lambda: census(t.engine), only_owned)
     predicted = vars(predict_bytes(t.lora, t.layout, t.engine.config.zero, t.world, after_backward=True))
     t.engine.finish_step(lr=1e-3)
     for owner, expected in predicted.items():
@@ -210,7 +210,7 @@ def memory_during_a_switch(zero):
         share = 12 * sum(torch.Size(shapes[name]).numel() for name in t.engine.plan.trainable) / t.world
         largest = 4 * max(torch.Size(shape).numel() for shape in shapes.values())
         samples = []
-        original = state_module.assemble
+        original = state_module.gather_full
 
         def sampled(state, name, *args, samples=samples, original=original):
             full = original(state, name, *args)
@@ -224,11 +224,11 @@ def memory_during_a_switch(zero):
             samples.append(census(None, state) | {"staging": 0})  # the new engine as DeepSpeed has made it
             return restore(ds, plan, layout, state, parked=parked)
 
-        state_module.assemble, build_module.restore_state = sampled, sampled_first
+        state_module.gather_full, build_module.restore_state = sampled, sampled_first
         try:
             t.switch(plan)
         finally:
-            state_module.assemble, build_module.restore_state = original, restore
+            state_module.gather_full, build_module.restore_state = original, restore
         assert len(samples) > 50
         for s in samples:
             device = sum(s.values()) - s["staging"] - s["state"]
@@ -273,7 +273,7 @@ def train_merged(zero):
         t.switch(t.lora)
         assert float((t.outputs() - before).abs().max()) <= (0 if mode == "branch" else 2 ** -6) * before.abs().max()
         losses = t.train(6)
-        kept = {name: base.clone() for name, base in folded_bases(t.engine.module).items()}
+        kept = {name: base.clone() for name, base in fp32_weights(t.engine.module).items()}
         assert kept.keys() == ({f"{path}.weight" for path in t.lora.adapters} if mode == "merged" else set())
         for name, base in kept.items():
             assert torch.equal(base.view(-1), masters[name, "master"]), name
@@ -282,7 +282,7 @@ def train_merged(zero):
             state, after = t.whole_state(), t.outputs()
             t.switch(t.lora)
             assert torch.equal(after, t.outputs()) and same(state, t.whole_state()) == []
-            assert all(torch.equal(base, kept[name]) for name, base in folded_bases(t.engine.module).items())
+            assert all(torch.equal(base, kept[name]) for name, base in fp32_weights(t.engine.module).items())
             assert norms == weight_norms(t.engine)
         runs[mode] = losses, norms
         t.close()
@@ -306,9 +306,9 @@ def train_fa(zero):
         assert torch.equal(before, t.outputs())
         leaves = plan.leaves(t.layout)
         names = [name for name, (_, leaf) in leaves.items() if leaf == Lora.A]
-        with whole(t.engine, [named_parameters(t.engine.module)[name] for name in names]) as values:
+        with gathered(t.engine, [named_parameters(t.engine.module)[name] for name in names]) as values:
             for name, value in zip(names, values, strict=True):
-                assert torch.equal(value, first_value(name, value.shape, plan, leaves).bfloat16()), name
+                assert torch.equal(value, initial_adapter_value(name, value.shape, plan, leaves).bfloat16()), name
         del values, value  # or they outlive the engine, and the next switch says so
         assert not {name for name, _ in t.snapshot()} & set(names)
         t.train(3)
@@ -334,7 +334,7 @@ def export_bytes(zero):
 
 def test_ranks_that_differ_are_told_apart(ranks):
     messages = ranks.run(one_rank_differs)
-    assert all("ranks [1] hold other parameters than rank 0" in message for message in messages)
+    assert all("parameters of ranks [1] differ from rank 0" in message for message in messages)
 
 
 def one_rank_differs():

@@ -97,18 +97,18 @@ def displaced_master(zero):
     if t.rank == 1:
         flat = max(flat_masters(t.engine.ds), key=lambda f: f.numel()).detach().view(-1)
         flat.copy_(flat.roll(1))
-    with pytest.raises(RuntimeError, match=r"\[0, [1-9]\d*\] elements of the weights, by rank, are not their fp32"):
+    with pytest.raises(RuntimeError, match=r"\[0, [1-9]\d*\] elements of the weights, by rank, differ from their fp32"):
         check_masters(t.engine.ds)
     t.close()
 
 
 MISFITS = {
-    "a smaller rank": "has 1,024 elements in the state and 512 in the plan",
-    "a larger rank": "has 1,024 elements in the state and 2,048 in the plan",
+    "a smaller rank": "has 1,024 elements in the state but 512 in the plan",
+    "a larger rank": "has 1,024 elements in the state but 2,048 in the plan",
     "a missing parameter": "is missing",
     "a foreign parameter": "is not a parameter of the plan",
     "another Adam step on one rank": "the ranks hold different Adam steps",
-    "no moments on one rank": "are not those of its Adam step",
+    "no moments on one rank": "do not match its Adam step",
     "another buffer": "holds the buffers",
 }
 

@@ -1,4 +1,4 @@
-"""Checkpoints as other versions would have written them."""
+"""Change checkpoints, as if other versions had written them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prelora_ds.run.checkpoints.checkpoint_folder import STATE, CheckpointManife
 
 
 def rewrite_state(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change a checkpoint's state.json in place; it verifies as before."""
+    """Change a checkpoint's state.json in place, so that the checkpoint still verifies."""
     state = json.loads((folder / STATE).read_text())
     change(state)
     (folder / STATE).write_text(json.dumps(state))

@@ -1,4 +1,4 @@
-"""A minimal config, changes of it, and what is wrong with one."""
+"""A minimal config, changes of it, and errors of a config."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ MINIMAL: dict[str, Any] = {
 
 
 def merged(changes: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return MINIMAL with the keys of ``changes`` replaced in each section."""
     return {key: {**MINIMAL.get(key, {}), **changes.get(key, {})} for key in MINIMAL | changes}
 
 
 def mistake(*args: Any, call: Any = load_config, **kwargs: Any) -> ConfigError:
-    """The ConfigError that a call ends with; it has a remedy."""
+    """Return the ConfigError that a call raises; it must have a remedy."""
     with pytest.raises(ConfigError) as caught:
         call(*args, **kwargs)
     assert caught.value.remedy

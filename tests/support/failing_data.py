@@ -1,4 +1,7 @@
-"""Data sets that fail in a worker. A worker imports their module, so it is a small one, without pytest."""
+"""Data sets that fail in a worker.
+
+The module does not import pytest, because each worker imports it.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,14 @@ from torch.utils.data import Dataset
 
 
 class OutOfMemory(Dataset[object]):
-    """Fails as numpy does where memory runs out."""
+    """A data set that fails like numpy when memory runs out."""
 
     def __getitems__(self, keys: list[object]) -> object:
         raise MemoryError("Unable to allocate 11.9 GiB")
 
 
 class Says(Dataset[object]):
-    """Raises RuntimeError with the key as its message."""
+    """A data set that raises RuntimeError with the key as its message."""
 
     def __getitems__(self, keys: list[object]) -> object:
         raise RuntimeError(keys[0])

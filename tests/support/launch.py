@@ -1,4 +1,4 @@
-"""launch/pretrain.py as a user starts it."""
+"""Start launch/pretrain.py like a user."""
 
 from __future__ import annotations
 
@@ -13,19 +13,31 @@ ROOT = Path(__file__).parents[2]
 
 
 def launch(*arguments, runner="deepspeed.launcher.runner", ranks=2, timeout=200):
-    """Run launch/pretrain.py under the launcher; with ``deepspeed.launcher.launch`` without its first stage."""
+    """Run launch/pretrain.py under DeepSpeed's launcher, and return the completed process.
+
+    The runner ``deepspeed.launcher.launch`` omits the first stage of the launcher.
+    """
     command, environ = launch_command(*arguments, runner=runner, ranks=ranks)
-    return subprocess.run(command, cwd=ROOT, timeout=timeout, text=True, capture_output=True, env=environ)
+    return subprocess.run(
+        command, cwd=ROOT, timeout=timeout, text=True, capture_output=True, env=environ
+    )
 
 
 def launch_command(*arguments, runner="deepspeed.launcher.runner", ranks=2):
-    """(command, environment) of `launch`."""
+    """Return the command and the environment of `launch`."""
     if runner == "deepspeed.launcher.runner":
         options = ["--num_accelerators", str(ranks), "--master_port", str(free_port())]
     else:
-        # {"localhost": [0, 1]} in base64, as the first stage passes it on
+        # {"localhost": [0, 1]} in base64, as the first stage passes it to the second.
         world = {1: "eyJsb2NhbGhvc3QiOiBbMF19", 2: "eyJsb2NhbGhvc3QiOiBbMCwgMV19"}[ranks]
-        options = [f"--world_info={world}", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+        options = [
+            f"--world_info={world}",
+            "--master_addr=127.0.0.1",
+            f"--master_port={free_port()}",
+        ]
     command = [sys.executable, "-m", runner, *options, "launch/pretrain.py", *map(str, arguments)]
-    return command, os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
-                                  "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    return command, os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+    }

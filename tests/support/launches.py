@@ -1,4 +1,4 @@
-"""Whole runs of launch/pretrain.py in real rank processes, with faults; and what two runs have to have in common."""
+"""Runs of launch/pretrain.py in real rank processes, with faults, and comparisons of runs."""
 
 from __future__ import annotations
 
@@ -22,17 +22,24 @@ TIMES = ("step_s", "data_s", "img_s")
 
 
 class Zygote:
-    """Forks ranks in milliseconds; to be closed."""
+    """A process (zygote.py) that forks ranks in milliseconds. Close it after use."""
 
     def __init__(self) -> None:
         self.ended: dict[int, int] = {}
         path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-        self._process = subprocess.Popen([sys.executable, str(ROOT / "tests/support/zygote.py")], text=True,
-                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                         env=os.environ | {"PYTHONPATH": path})
+        self._process = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests/support/zygote.py")],
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"PYTHONPATH": path},
+        )
         self._started: list[int] = []
         self._news = threading.Condition()
-        assert json.loads(self._process.stdout.readline())["ready"] == 1, "the zygote has threads: its forks may hang"
+        assert json.loads(self._process.stdout.readline())["ready"] == 1, (
+            "the zygote has several threads, so its forks may hang"
+        )
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
@@ -46,6 +53,7 @@ class Zygote:
                 self._news.notify_all()
 
     def fork(self, **order: Any) -> int:
+        """Fork a rank, and return its process id. order: see zygote.py."""
         with self._news:
             before = len(self._started)
             self._process.stdin.write(json.dumps(order) + "\n")
@@ -54,38 +62,75 @@ class Zygote:
             return self._started[-1]
 
     def wait(self, pids: Sequence[int], timeout: float, *, every: bool = True) -> bool:
-        """Whether all (or any) of the processes ended in time."""
+        """Return whether all (or with ``every=False`` any) of the processes ended in time."""
         done = all if every else any
         with self._news:
             return self._news.wait_for(lambda: done(pid in self.ended for pid in pids), timeout)
 
     def close(self) -> None:
+        """End the process."""
         self._process.stdin.close()
         self._process.wait(30)
 
 
 class Job:
-    """One launch on ``world`` ranks; like a launcher it ends all ranks when one ends otherwise than with 0."""
+    """A launch on ``world`` ranks. Like a launcher, it kills all ranks if one exits with an error."""
 
-    def __init__(self, zygote: Zygote, out: Path, shards: Path, *arguments: str, zero: int = 2, world: int = 2,
-                 faults: dict[int, dict[str, Any]] | None = None, resume: str = "auto", log: str | None = None) -> None:
-        self.zygote, self.log = zygote, Path(log or out.with_name(f"{out.name}.{time.monotonic_ns()}.log"))
-        argv = ["--recipe", DEBUG, "--deepspeed_config", f"ds_configs/zero{zero}.json", "--resume", resume,
-                f"run.output_dir={out}", f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", *arguments]
-        env = {"WORLD_SIZE": str(world), "LOCAL_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
-               "MASTER_PORT": str(free_port())}
-        self.pids = [zygote.fork(env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}, argv=argv, log=str(self.log),
-                                 fault=(faults or {}).get(r)) for r in range(world)]
+    def __init__(
+        self,
+        zygote: Zygote,
+        out: Path,
+        shards: Path,
+        *arguments: str,
+        zero: int = 2,
+        world: int = 2,
+        faults: dict[int, dict[str, Any]] | None = None,
+        resume: str = "auto",
+        log: str | None = None,
+    ) -> None:
+        self.zygote, self.log = (
+            zygote,
+            Path(log or out.with_name(f"{out.name}.{time.monotonic_ns()}.log")),
+        )
+        argv = [
+            "--recipe",
+            DEBUG,
+            "--deepspeed_config",
+            f"ds_configs/zero{zero}.json",
+            "--resume",
+            resume,
+            f"run.output_dir={out}",
+            f"data.train={shards / 'train'}",
+            f"data.val={shards / 'val'}",
+            *arguments,
+        ]
+        env = {
+            "WORLD_SIZE": str(world),
+            "LOCAL_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+        }
+        self.pids = [
+            zygote.fork(
+                env=env | {"RANK": str(r), "LOCAL_RANK": str(r)},
+                argv=argv,
+                log=str(self.log),
+                fault=(faults or {}).get(r),
+            )
+            for r in range(world)
+        ]
 
     def wait_for(self, path: Path, timeout: float = 120.0) -> None:
-        """Until ``path`` exists."""
+        """Wait until ``path`` exists."""
         deadline = time.monotonic() + timeout
         while not path.exists():
-            assert time.monotonic() < deadline and not self.zygote.wait(self.pids, 0, every=False), self.said()[-3000:]
+            assert time.monotonic() < deadline and not self.zygote.wait(
+                self.pids, 0, every=False
+            ), self.said()[-3000:]
             time.sleep(0.02)
 
     def end(self, timeout: float = 120.0, grace: float = 0.5) -> list[int]:
-        """Exit codes by rank."""
+        """Wait until all ranks have exited, and return their exit codes by rank."""
         deadline = time.monotonic() + timeout
         while not self.zygote.wait(self.pids, 0.1):
             failed = any(self.zygote.ended.get(pid, 0) != 0 for pid in self.pids)
@@ -100,46 +145,57 @@ class Job:
         return [self.zygote.ended[pid] for pid in self.pids]
 
     def kill(self, pid: int, number: int = signal.SIGKILL) -> None:
+        """Send a signal to a rank, unless it has exited."""
         if pid not in self.zygote.ended:
             os.kill(pid, number)
 
     def said(self) -> str:
+        """Return what the ranks have printed."""
         return self.log.read_text(errors="replace")
 
 
 @contextmanager
 def zygote() -> Iterator[Zygote]:
-    z = Zygote()
+    """Yield a `Zygote`, and close it at the end."""
+    started = Zygote()
     try:
-        yield z
+        yield started
     finally:
-        z.close()
+        started.close()
 
 
 def traces(out: Path) -> dict[str, Any]:
-    """What a run left that depends on nothing but its settings.
+    """Return the output of a run that depends only on its settings.
 
-    These are rows without times, plans, observations, and all exported bits.
+    These are the logged rows without times, windows, plans, observations, and all exported bits.
     """
     from prelora_ds.run.folder import RunFolder
     from prelora_ds.run.log import EventKind, read_lines
 
     folder = RunFolder(out)
     rows = [{k: v for k, v in row.items() if k not in TIMES} for row in read_lines(folder.metrics)]
-    plans = [{k: v for k, v in row.items() if k != "switch"} for row in read_lines(folder.events_to_read)
-             if row["event"] == EventKind.PLAN]
+    plans = [
+        {k: v for k, v in row.items() if k != "switch"}
+        for row in read_lines(folder.events_to_read)
+        if row["event"] == EventKind.PLAN
+    ]
     # Version 0.1.0 did not write observations.
     observations = read_lines(folder.observations) if folder.observations.exists() else []
-    return {"metrics": rows, "windows": read_lines(folder.windows), "plans": plans, "observations": observations,
-            "model": (folder.model / "model.safetensors").read_bytes()}
+    return {
+        "metrics": rows,
+        "windows": read_lines(folder.windows),
+        "plans": plans,
+        "observations": observations,
+        "model": (folder.model / "model.safetensors").read_bytes(),
+    }
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    """Names of the parts in which two traces differ, with the first row that does."""
-    found = []
+    """Return the names of the parts in which two traces differ, each with the first such row."""
+    different = []
     for part in a:
         if a[part] != b[part]:
             pairs = list(zip(a[part], b[part], strict=False)) if isinstance(a[part], list) else []
             first = next(((x, y) for x, y in pairs if x != y), (len(a[part]), len(b[part])))
-            found.append(f"{part}: {first}")
-    return found
+            different.append(f"{part}: {first}")
+    return different

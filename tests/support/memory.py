@@ -1,4 +1,4 @@
-"""A process that may ask for little."""
+"""Limit the memory of this process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import psutil
 
 @contextmanager
 def small_memory(more: int = 1 << 30) -> Iterator[None]:
-    """In the body, this process gets at most ``more`` bytes of address space on top of its own."""
+    """Limit this process, within the context, to ``more`` additional bytes of address space."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + more, before[1]))
     try:

@@ -1,7 +1,7 @@
 """Real rank processes that stay alive between tests, so that torch and deepspeed are imported once.
 
-Each rank is a process of its own with gloo between them. A function that fails or hangs ends the pool; the next test
-gets a fresh one.
+Each rank is a separate process, with gloo between them. A function that fails or hangs ends the
+pool, and the next test gets a new one.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ TIMEOUT_S = 240.0
 
 
 class RankFailure(AssertionError):
-    """What went wrong in which rank."""
+    """The error of a rank."""
 
 
 class RankPool:
-    """``world_size`` ranks; `run` calls a module-level function of a test file in all of them."""
+    """``world_size`` ranks, in which `run` calls a module-level function of a test file."""
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
@@ -34,13 +34,18 @@ class RankPool:
         self._ranks = []
         for rank in range(world_size):
             mine, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, world_size, port), daemon=True)
+            process = context.Process(
+                target=_serve, args=(theirs, rank, world_size, port), daemon=True
+            )
             process.start()
             theirs.close()
             self._ranks.append((process, mine))
 
     def run(self, function: Callable[..., Any], **arguments: Any) -> list[Any]:
-        """The results of ``function(**arguments)``, by rank. Raises RankFailure with the traceback of a rank."""
+        """Call ``function(**arguments)`` in all ranks, and return the results by rank.
+
+        Raises RankFailure with the traceback of a rank.
+        """
         path = sys.modules[function.__module__].__file__
         for _, pipe in self._ranks:
             pipe.send((path, function.__name__, arguments))
@@ -65,10 +70,11 @@ class RankPool:
 
     @property
     def alive(self) -> bool:
+        """Whether all ranks run."""
         return all(process.is_alive() for process, _ in self._ranks)
 
     def close(self) -> None:
-        """End the ranks, by their own handles."""
+        """Kill the ranks."""
         for process, pipe in self._ranks:
             pipe.close()
             process.kill()
@@ -76,15 +82,23 @@ class RankPool:
 
 
 def free_port() -> int:
+    """Return a free TCP port of the loopback interface."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
 
 
 def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1",
-                   "LOCAL_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                   "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "OMP_NUM_THREADS": "1",
+        "LOCAL_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
     from prelora_ds.engine.runtime import choose_accelerator, init_process_group
 
     choose_accelerator()
@@ -112,7 +126,7 @@ def _module(path: str) -> Any:
         assert spec is not None and spec.loader is not None
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        import prelora_ds.train  # noqa: F401 (what a run imports)
+        import prelora_ds.train  # noqa: F401 (imports everything that a run imports)
 
         freeze_imports()
     return sys.modules[name]

@@ -1,4 +1,4 @@
-"""Shards as others write them."""
+"""Shards as other tools write them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 
 
 def picture(number: int, form: str = "JPEG") -> bytes:
-    """A small image of noise, another one for each number."""
+    """Return a small image of noise, a different one for each number."""
     buffer = io.BytesIO()
     pixels = np.random.default_rng(number).integers(0, 256, (10, 8, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(buffer, form)
@@ -21,7 +21,7 @@ def picture(number: int, form: str = "JPEG") -> bytes:
 
 
 def write_tar(path: Path, members: Iterable[tuple[str, bytes]], **options: Any) -> Path:
-    """Write a tar of (name, bytes) to ``path``, whose folder is made."""
+    """Write a tar of (name, bytes) to ``path``, and create its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", **options) as tar:
         for name, data in members:

@@ -1,4 +1,4 @@
-"""Small data sets in the forms of their makers, and what `find_images` says of them."""
+"""Small data sets in their original formats, and what `find_images` returns for them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def refusal(source, split=None, labels=None, kind=None):
 
 
 def found(source, split=None, labels=None):
-    """(classes, [(bytes, label)], what was passed over)."""
+    """Return (classes, [(bytes, label)], skipped names)."""
     listing = find_images(Request(source, split, labels))
     places = [(listing.files[i["file"]], int(i["offset"]), int(i["length"])) for i in listing.items]
     images = [KINDS[listing.kind].read(*place) for place in places]
@@ -65,7 +65,7 @@ EXPECTED = [(data, TRUTH[name]) for name, data in VAL.items()]
 
 
 def kaggle(root):
-    """Kaggle's tree: its folder of val images."""
+    """Write Kaggle's tree, and return its folder of val images."""
     val = root / "ILSVRC" / "Data" / "CLS-LOC" / "val"
     val.mkdir(parents=True)
     for name, data in VAL.items():

@@ -1,4 +1,4 @@
-"""Filling a cache of shards; here, because a spawned process imports it by name."""
+"""Fill a cache of shards. A spawned process imports these functions by name."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ def stage(manifest: Manifest, cache: ShardCache) -> None:
     Stager(manifest, cache).join()
 
 
-def stage_and_report(manifest: Manifest, folder: Path, limit: int, results: multiprocessing.Queue) -> None:
-    """Copy slowly; report the shards that this process really read."""
+def stage_and_report(
+    manifest: Manifest, folder: Path, limit: int, results: multiprocessing.Queue
+) -> None:
+    """Copy slowly, and report the shards that this process has actually read."""
     import prelora_ds.data.cache as module
 
     opened, opener = [], module._opened

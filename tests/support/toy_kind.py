@@ -1,6 +1,7 @@
-"""A second kind of adapter, for tests of the seam: each output of a linear is scaled by 1 + gain, which begins at 0.
+"""A minimal second kind of adapter, for tests: each output of a linear is scaled by 1 + gain.
 
-`KIND` is its pure half, and this module the one that computes; `register` enters both.
+The gain starts at 0. `ToyKind` is the pure half, this module is the computing half, and `register`
+registers both.
 """
 
 from __future__ import annotations
@@ -17,8 +18,17 @@ from prelora_ds.model.families import ADAPTER_NAME
 
 
 class ToyKind:
-    can = Capabilities(merges=True, restarts=True, rank_per_module=False, kernels=("branch",), needs_weight=False,
-                       zero_stages=frozenset({0, 1, 2, 3}), at_attach="exact")
+    """The pure half."""
+
+    can = Capabilities(
+        merges=True,
+        restarts=True,
+        rank_per_module=False,
+        kernels=("branch",),
+        needs_weight=False,
+        zero_stages=frozenset({0, 1, 2, 3}),
+        at_attach="exact",
+    )
 
     def parameters(self, weight: Shape, spec: AdapterSpec) -> Mapping[str, Shape]:
         return {"gain": (weight[0],)}
@@ -32,21 +42,31 @@ class ToyKind:
     def roles(self) -> tuple[str, ...]:
         return ("gain",)
 
-    def cost(self, spec: AdapterSpec, rows: int, inputs: int, outputs: int, needs: Needs) -> AdapterCost:
-        return AdapterCost(rows * outputs, 2 * rows * outputs, 4 * rows * outputs, 1, False, rows * outputs)
+    def cost(
+        self, spec: AdapterSpec, rows: int, inputs: int, outputs: int, needs: Needs
+    ) -> AdapterCost:
+        return AdapterCost(
+            rows * outputs, 2 * rows * outputs, 4 * rows * outputs, 1, False, rows * outputs
+        )
 
 
 class Scaled(nn.Module):
+    """A linear with its adapter."""
+
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.base_layer = linear
-        self.gain = nn.ParameterDict({ADAPTER_NAME: nn.Parameter(torch.zeros_like(linear.weight[:, 0]))})
+        self.gain = nn.ParameterDict(
+            {ADAPTER_NAME: nn.Parameter(torch.zeros_like(linear.weight[:, 0]))}
+        )
 
     def forward(self, x: torch.Tensor) -> Any:
         return self.base_layer(x) * (1 + self.gain[ADAPTER_NAME])
 
 
-def attach(module: nn.Module, specs: Mapping[str, AdapterSpec], *, dropout: float, kernel: str) -> None:
+def attach(
+    module: nn.Module, specs: Mapping[str, AdapterSpec], *, dropout: float, kernel: str
+) -> None:
     for path in specs:
         holder, _, name = path.rpartition(".")
         setattr(module.get_submodule(holder), name, Scaled(module.get_submodule(path)))
@@ -57,22 +77,25 @@ def attached(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def check(path: str, linear: nn.Module, spec: AdapterSpec) -> None:
-    """Every linear has one gain, and there is nothing that could differ."""
+    """Check nothing: every linear has one gain."""
 
 
 def set_active(linear: nn.Module, active: bool) -> None:
-    """It merges nothing, and needs no word."""
+    """Do nothing: this kind merges nothing."""
 
 
 def initial(name: str, leaf: str, shape: Shape, spec: AdapterSpec) -> torch.Tensor:
     return torch.zeros(shape)
 
 
-def effective(weight: torch.Tensor, values: Mapping[str, torch.Tensor], spec: AdapterSpec) -> torch.Tensor:
+def effective(
+    weight: torch.Tensor, values: Mapping[str, torch.Tensor], spec: AdapterSpec
+) -> torch.Tensor:
     return weight.float() * (1 + values["gain"].float())[:, None]
 
 
 def register() -> None:
+    """Register both halves as the kind "toy"."""
     import support.toy_kind as half
 
     KINDS["toy"] = ToyKind()

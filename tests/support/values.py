@@ -1,4 +1,4 @@
-"""Values drawn for properties, and what it means that two of them are the same."""
+"""Random values for property tests, and their equality."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from typing import Any
 from hypothesis import strategies as st
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
-NORMS = st.dictionaries(st.text(), st.dictionaries(st.integers(), st.floats(), max_size=3), max_size=3)
+NORMS = st.dictionaries(
+    st.text(), st.dictionaries(st.integers(), st.floats(), max_size=3), max_size=3
+)
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two values have the same types and bits throughout, NaN included, and keys in the same order.
+    """Return whether two values have equal types, bits (NaN included) and order of keys throughout.
 
-    All mappings are of one type here.
+    All mappings count as one type.
     """
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         return list(a) == list(b) and all(same(a[key], b[key]) for key in a)

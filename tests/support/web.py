@@ -1,6 +1,6 @@
-"""A web server of a folder: Python's own, and ranges.
+"""A web server for a folder: Python's own, with support for ranges.
 
-    python tests/support/web.py FOLDER PORT
+python tests/support/web.py FOLDER PORT
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 class Server(http.server.SimpleHTTPRequestHandler):
-    """What `http.server.ThreadingHTTPServer` answers with."""
+    """The request handler, which supports the header Range."""
 
     def do_GET(self) -> None:
         asked = self.headers.get("Range")
@@ -20,7 +20,7 @@ class Server(http.server.SimpleHTTPRequestHandler):
         if asked is None or not path.is_file():
             return super().do_GET()
         start, stop = asked.removeprefix("bytes=").split("-")
-        data = path.read_bytes()[int(start):int(stop) + 1]
+        data = path.read_bytes()[int(start) : int(stop) + 1]
         self.send_response(206)
         self.send_header("Content-Length", str(len(data)))
         self.send_header("Content-Range", f"bytes {start}-{stop}/{path.stat().st_size}")
@@ -32,5 +32,6 @@ class Server(http.server.SimpleHTTPRequestHandler):
 
 
 if __name__ == "__main__":
-    http.server.ThreadingHTTPServer(("", int(sys.argv[2])), functools.partial(Server, directory=sys.argv[1])) \
-        .serve_forever()
+    http.server.ThreadingHTTPServer(
+        ("", int(sys.argv[2])), functools.partial(Server, directory=sys.argv[1])
+    ).serve_forever()

@@ -1,7 +1,9 @@
-"""A process that has imported all that a run needs, and forks ranks: lines of JSON in, lines of JSON out.
+"""A process that has imported everything that a run needs, and forks ranks on request.
+
+It reads and writes lines of JSON:
 
     python zygote.py        {"env": {...}, "argv": [...], "log": PATH, "fault": {...} or null}  ->  {"started": PID}
-                            whenever a rank ends: {"ended": PID, "code": CODE}, negative for a signal
+                            whenever a rank ends: {"ended": PID, "code": CODE}; a signal is negative
 """
 
 from __future__ import annotations
@@ -20,15 +22,18 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 DEAD_PIPE = "a pipe that nobody reads"
-# Where a rank may be killed, as a user of the names has them.
+# Place where a rank may be killed -> the module and the function, as the caller of it looks it up.
 PLACES = {
     "step": ("prelora_ds.engine.build", "Engine.finish_step"),
     "write": ("prelora_ds.run.checkpoints.saver", "write_part"),
     "commit": ("prelora_ds.run.checkpoints.saver", "commit"),
     "vote": ("prelora_ds.run.checkpoints.saver", "Saver.commit_if_all_wrote"),
-    "copy": ("prelora_ds.run.checkpoints.saver", "copy_state"), "switch": ("prelora_ds.run.decide", "transition"),
-    "window": ("prelora_ds.train", "decide"), "evaluate": ("prelora_ds.train", "evaluate_engine"),
-    "restore": ("prelora_ds.run.checkpoints.resume", "read_state"), "export": ("prelora_ds.train", "export_model"),
+    "copy": ("prelora_ds.run.checkpoints.saver", "copy_state"),
+    "switch": ("prelora_ds.run.decide", "transition"),
+    "window": ("prelora_ds.train", "decide"),
+    "evaluate": ("prelora_ds.train", "evaluate_engine"),
+    "restore": ("prelora_ds.run.checkpoints.resume", "read_state"),
+    "export": ("prelora_ds.train", "export_model"),
 }
 
 
@@ -38,8 +43,13 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    for name in ("prelora_ds.start", "prelora_ds.run.claim", "prelora_ds.train",
-                 "prelora_ds.reporting.table", "deepspeed.runtime.zero.muon.muon_optimizer"):
+    for name in (
+        "prelora_ds.start",
+        "prelora_ds.run.claim",
+        "prelora_ds.train",
+        "prelora_ds.reporting.table",
+        "deepspeed.runtime.zero.muon.muon_optimizer",
+    ):
         importlib.import_module(name)
     answer(ready=len(os.listdir("/proc/self/task")))
     buffer = b""
@@ -65,11 +75,12 @@ def main() -> None:
 
 
 def answer(**fields: Any) -> None:
+    """Write one line of JSON."""
     print(json.dumps(fields), flush=True)
 
 
 def rank(env: dict[str, str], argv: list[str], log: str, fault: dict[str, Any] | None) -> None:
-    """launch/pretrain.py as the main program of this process, which ends here."""
+    """Run launch/pretrain.py as the main program of this process, and exit."""
     if log == DEAD_PIPE:
         reader, out = os.pipe()
         os.close(reader)
@@ -95,18 +106,19 @@ def rank(env: dict[str, str], argv: list[str], log: str, fault: dict[str, Any] |
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    threading._shutdown()  # type: ignore[attr-defined]  # what the end of a program waits for
+    threading._shutdown()  # type: ignore[attr-defined]  # Python waits for threads at exit
     os._exit(code)
 
 
 def plant(place: str, call: int, delay: float, signal: int = signal.SIGKILL) -> None:
-    """Send this process ``signal``, ``delay`` seconds after the ``call``-th call at ``place`` has begun."""
+    """Send this process ``signal`` ``delay`` seconds after the ``call``-th call at ``place`` begins."""
     module, path = PLACES[place]
     owner = importlib.import_module(module)
     *parents, name = path.split(".")
     for parent in parents:
         owner = getattr(owner, parent)
-    real, calls = getattr(owner, name), [0]
+    real = getattr(owner, name)
+    calls = [0]
 
     def die() -> None:
         time.sleep(delay)

@@ -1,6 +1,7 @@
-"""Adapters on a module: attached as the plan says, held against it, and folded into the weights.
+"""Attach a plan's adapters to a module, check them against the plan, and fold them into weights.
 
-Each kind of adapter has a file here, the half that computes; `prelora_ds.core.adapters` holds the pure half.
+Each kind of adapter has two halves. The computing half is a file of this package; the pure half,
+without torch, is in `prelora_ds.core.adapters`.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from prelora_ds.model.families import canonical_name, named_parameters
 
 
 class Half(Protocol):
-    """What the file of a kind has. lora.py says what each function does."""
+    """The functions of a kind's file. lora.py documents each of them."""
 
-    def attach(self, module: nn.Module, specs: Mapping[str, AdapterSpec], *, dropout: float, kernel: str) -> None: ...
+    def attach(
+        self, module: nn.Module, specs: Mapping[str, AdapterSpec], *, dropout: float, kernel: str
+    ) -> None: ...
 
     def attached(self, module: nn.Module) -> dict[str, nn.Module]: ...
 
@@ -32,23 +35,30 @@ class Half(Protocol):
 
     def initial(self, name: str, leaf: str, shape: Shape, spec: AdapterSpec) -> torch.Tensor: ...
 
-    def effective(self, weight: torch.Tensor, values: Mapping[str, torch.Tensor],
-                  spec: AdapterSpec) -> torch.Tensor: ...
+    def effective(
+        self, weight: torch.Tensor, values: Mapping[str, torch.Tensor], spec: AdapterSpec
+    ) -> torch.Tensor: ...
 
 
 HALVES: dict[str, Half | ModuleType] = {"lora": lora}
 
 
 def half_of(kind: str) -> Half:
-    """The half of ``kind`` that computes."""
+    """Return the computing half of ``kind``."""
     return cast(Half, HALVES[kind])
 
 
-def attach_adapters(module: nn.Module, plan: Plan, layout: Layout, *, dropout: float,
-                    kernel: str = "branch") -> nn.Module:
-    """Wrap the linears that ``plan`` names, and tell them whether they train.
+def attach_adapters(
+    module: nn.Module, plan: Plan, layout: Layout, *, dropout: float, kernel: str = "branch"
+) -> nn.Module:
+    """Attach the adapters of ``plan`` to ``module``, and set which of them train now.
 
-    Raises RuntimeError when what came of it is not what the plan says.
+    dropout: the dropout probability on an adapter's input.
+    kernel: how a linear with an adapter is computed; see lora.py.
+
+    Returns ``module``.
+
+    Raises RuntimeError if the adapters do not match the plan afterwards.
     """
     for kind, specs in _by_kind(plan).items():
         half_of(kind).attach(module, specs, dropout=dropout, kernel=kernel)
@@ -58,19 +68,29 @@ def attach_adapters(module: nn.Module, plan: Plan, layout: Layout, *, dropout: f
 
 
 def check_adapters(module: nn.Module, plan: Plan) -> None:
-    """Compare each adapter of ``module`` with ``plan``. Raises RuntimeError that names the first difference."""
-    found = {path: (kind, m) for kind in HALVES for path, m in half_of(kind).attached(module).items()}
-    wanted = {path: spec.kind for path, spec in plan.adapters.items()}
-    if {path: kind for path, (kind, _) in found.items()} != wanted:
-        odd = sorted(path for path in found.keys() | wanted.keys()
-                     if path not in found or found[path][0] != wanted.get(path))
-        raise RuntimeError(f"adapters of the model and of the plan differ, first at {odd[0]}")
+    """Compare each adapter of ``module`` with ``plan``.
+
+    Raises RuntimeError, which names the first difference.
+    """
+    kinds: dict[str, str] = {}
+    linears: dict[str, nn.Module] = {}
+    for kind in HALVES:
+        for path, linear in half_of(kind).attached(module).items():
+            kinds[path] = kind
+            linears[path] = linear
+
+    planned_kinds = {path: spec.kind for path, spec in plan.adapters.items()}
+    paths = kinds.keys() | planned_kinds.keys()
+    different = sorted(path for path in paths if kinds.get(path) != planned_kinds.get(path))
+    if different:
+        raise RuntimeError(f"adapters of the model and of the plan differ, first at {different[0]}")
+
     for path, spec in plan.adapters.items():
-        half_of(spec.kind).check(path, found[path][1], spec)
+        half_of(spec.kind).check(path, linears[path], spec)
 
 
 def activate(module: nn.Module, plan: Plan, layout: Layout) -> None:
-    """Tell each linear whether its adapter trains now, or only adds its part: `Plan.training`."""
+    """Set for each adapter whether it trains now (`Plan.training`) or only adds its branch."""
     training = plan.training()
     active = {path for name, (path, _) in plan.leaves(layout).items() if name in training}
     for path, spec in plan.adapters.items():
@@ -80,44 +100,65 @@ def activate(module: nn.Module, plan: Plan, layout: Layout) -> None:
 def check_names(module: nn.Module, plan: Plan, layout: Layout) -> None:
     """Compare the parameters and buffers of ``module`` with the plan's, by name and shape.
 
-    Raises RuntimeError that names the first difference: what the plan does not know is neither saved nor restored.
+    Raises RuntimeError, which names the first difference: a tensor that is not in the plan would be
+    neither saved nor restored.
     """
     parameters = {name: _shape(p) for name, p in named_parameters(module).items()}
     buffers = {canonical_name(name): tuple(b.shape) for name, b in module.named_buffers()}
-    for what, found, wanted in (("parameter", parameters, plan.parameters(layout)),
-                                ("buffer", buffers, plan.buffers(layout))):
-        for name in sorted(found.keys() | wanted.keys()):
-            if found.get(name) != wanted.get(name):
-                raise RuntimeError(f"{what} {name} has the shape {found.get(name)} in the model and "
-                                   f"{wanted.get(name)} in the plan of phase {plan.phase}")
+    _check_shapes("parameter", parameters, plan.parameters(layout), plan.phase)
+    _check_shapes("buffer", buffers, plan.buffers(layout), plan.phase)
 
 
-def first_value(name: str, shape: Shape, plan: Plan, leaves: Mapping[str, tuple[str, str]]) -> torch.Tensor:
-    """The first value of an adapter's parameter, fp32. leaves: those of the plan, by name."""
+def _check_shapes(
+    what: str, in_model: Mapping[str, Shape], in_plan: Mapping[str, Shape], phase: str
+) -> None:
+    for name in sorted(in_model.keys() | in_plan.keys()):
+        if in_model.get(name) != in_plan.get(name):
+            raise RuntimeError(
+                f"{what} {name} has the shape {in_model.get(name)} in the model and "
+                f"{in_plan.get(name)} in the plan of phase {phase}"
+            )
+
+
+def initial_adapter_value(
+    name: str, shape: Shape, plan: Plan, leaves: Mapping[str, tuple[str, str]]
+) -> torch.Tensor:
+    """Return the fp32 initial value of an adapter's parameter. leaves: `Plan.leaves`."""
     path, leaf = leaves[name]
     spec = plan.adapters[path]
     return half_of(spec.kind).initial(name, leaf, shape, spec)
 
 
-def effective_weight(weight: torch.Tensor, values: Mapping[str, torch.Tensor],
-                     spec: AdapterSpec | None) -> torch.Tensor:
-    """What a linear with ``weight`` [out, in] and the adapter ``spec`` computes with, fp32. values: leaf -> tensor.
+def effective_weight(
+    weight: torch.Tensor, values: Mapping[str, torch.Tensor], spec: AdapterSpec | None
+) -> torch.Tensor:
+    """Return the weight with its adapter folded in, in fp32; without an adapter ``weight`` itself.
 
-    The one definition for norms, merges and export. Without an adapter it is the weight itself.
+    weight: [out, in].
+    values: leaf -> tensor of the adapter ``spec``.
+
+    Norms, merges and exports all use this definition.
     """
     return weight if spec is None else half_of(spec.kind).effective(weight, values, spec)
 
 
-def folded_bases(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Name of a weight -> its fp32 base, where the weight holds the adapter folded in (`LoraLinear.keep_base`)."""
-    return {canonical_name(f"{path}.weight"): m.base for path, m in module.named_modules()
-            if isinstance(m, lora.LoraLinear) and m.base is not None}
+def fp32_weights(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return name -> fp32 W of each weight that holds W + s B A (`LoraLinear.fp32_weight`)."""
+    return {
+        canonical_name(f"{path}.weight"): m.fp32_weight
+        for path, m in module.named_modules()
+        if isinstance(m, lora.LoraLinear) and m.fp32_weight is not None
+    }
 
 
 def _by_kind(plan: Plan) -> Mapping[str, Mapping[str, AdapterSpec]]:
+    """Return kind -> path of a linear -> spec."""
     kinds: Iterable[str] = dict.fromkeys(spec.kind for spec in plan.adapters.values())
-    return {kind: {path: s for path, s in plan.adapters.items() if s.kind == kind} for kind in kinds}
+    return {
+        kind: {path: s for path, s in plan.adapters.items() if s.kind == kind} for kind in kinds
+    }
 
 
 def _shape(p: torch.Tensor) -> Shape:
+    """Return the full shape of ``p``, also if ZeRO-3 has partitioned it."""
     return tuple(getattr(p, "ds_shape", p.shape))

@@ -1,19 +1,22 @@
-"""LoRA, the half that computes: peft's layout and names, with a forward and backward pass of its own.
+"""The computing half of LoRA: peft's layout and names, with its own forward and backward pass.
 
-peft's own forward stores the input twice over, leaves the branch's output to autograd, and with fp32 adapters casts the
-whole input. Here the branch is added into the output of the frozen linear, and backward computes and stores what
-somebody asked for: no gradient of a frozen weight, and for an adapter that is inactive nothing at all.
+peft's own forward stores the input twice, leaves the branch's output to autograd, and with fp32
+adapters casts the whole input. Here the branch is accumulated into the output of the frozen linear,
+and backward computes and stores only what is needed: no gradient of a frozen weight, and nothing at
+all for an inactive adapter.
 
-y = x W^T + bias + s (x A^T) B^T, with x [..., in], W [out, in], A [rank, in], B [out, rank] (LoRA, Hu et al. 2021).
+y = x W^T + bias + s (x A^T) B^T, with x [..., in], W [out, in], A [rank, in] and B [out, rank]
+(LoRA, Hu et al. 2021).
 
 Kernels:
 
-branch: the product above.
-merged: one GEMM on bf16(W + s B A), merged once per optimizer step from an fp32 base (a merge into bf16(W) would round
-    most of B A away); backward has skinny products only beside it. For a W that is frozen and whole on this rank.
+branch: the products above.
+merged: one GEMM with bf16(W + s B A), which is merged once per optimizer step from the fp32 W;
+    merging into bf16(W) would round most of B A away. Backward adds only skinny products, with one
+    side no longer than the rank. It requires a frozen W that this rank holds in full.
 peft: peft's own forward pass.
 
-An A that does not train (LoRA-FA, Zhang et al. 2023) keeps x A^T for backward and not x.
+If A does not train (LoRA-FA, Zhang et al. 2023), x A^T is kept for backward instead of x.
 """
 
 from __future__ import annotations
@@ -35,50 +38,61 @@ from prelora_ds.model.families import ADAPTER_NAME
 
 
 class LoraLinear(PeftLinear):
-    """peft's ``lora.Linear`` of one adapter. With dropout, or merged or disabled through peft, it runs peft's code.
+    """peft's ``lora.Linear`` with one adapter and a faster forward and backward pass.
+
+    It runs peft's code while dropout is active in training, and when peft has merged or disabled
+    the adapter.
 
     active: whether the adapter trains now; an inactive one still adds its branch.
-    base: the fp32 W while the weight holds W + s B A, else None.
+    fp32_weight: the fp32 W while the linear's weight holds W + s B A, otherwise None.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.active, self.base = True, None
+        self.active = True
+        self.fp32_weight = None
 
-    base: torch.Tensor | None
+    fp32_weight: torch.Tensor | None
 
     @property
-    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A [rank, in] and B [out, rank]."""
+    def lora_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [rank, in] and B [out, rank], the weights of the adapter."""
         a: Any = self.lora_A[ADAPTER_NAME]
         b: Any = self.lora_B[ADAPTER_NAME]
         return a.weight, b.weight
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         dropout = self.lora_dropout[ADAPTER_NAME]
-        if self.base is None and (self.disable_adapters or self.merged
-                                  or (self.training and not isinstance(dropout, nn.Identity))):
+        drops_out = self.training and not isinstance(dropout, nn.Identity)
+        if self.fp32_weight is None and (self.disable_adapters or self.merged or drops_out):
             return super().forward(x, *args, **kwargs)
-        a, b = self.factors
+
+        a, b = self.lora_weights
         if not self.active:
             a, b = a.detach(), b.detach()
         linear = self.get_base_layer()
-        product: torch.Tensor = _LoraProduct.apply(x, linear.weight, linear.bias, a, b, self.scaling[ADAPTER_NAME],
-                                                   self.base is not None)
-        return product
+        merged = self.fp32_weight is not None
+        output: torch.Tensor = _LoraProduct.apply(
+            x, linear.weight, linear.bias, a, b, self.scaling[ADAPTER_NAME], merged
+        )
+        return output
 
-    def keep_base(self) -> None:
-        """Begin to train merged: from now on the weight is what `merge_base` writes."""
+    def keep_fp32_weight(self) -> None:
+        """Switch to the merged kernel: `fp32_weight` holds W, and the weight W + s B A.
+
+        The caller then writes W into `fp32_weight` and calls `refresh_merged_weight`.
+        """
         weight = self._base_weight()
-        self.base = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+        self.fp32_weight = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
 
     @torch.no_grad()
-    def merge_base(self) -> None:
+    def refresh_merged_weight(self) -> None:
         """Write bf16(W + s B A), summed in fp32, into the weight."""
-        a, b = self.factors
-        assert self.base is not None
-        self._base_weight().data.copy_(
-            torch.addmm(self.base, b.float(), a.float(), alpha=self.scaling[ADAPTER_NAME]))
+        a, b = self.lora_weights
+        assert self.fp32_weight is not None
+        scaling = self.scaling[ADAPTER_NAME]
+        merged = torch.addmm(self.fp32_weight, b.float(), a.float(), alpha=scaling)
+        self._base_weight().data.copy_(merged)
 
     def _base_weight(self) -> torch.Tensor:
         linear: Any = self.get_base_layer()
@@ -87,19 +101,38 @@ class LoraLinear(PeftLinear):
 
 
 class _LoraProduct(torch.autograd.Function):
+    """The output of a linear with its adapter, in the notation of the module's docstring.
+
+    h is x A^T. If ``merged``, ``weight`` is W + s B A already.
+    """
+
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, a: torch.Tensor,
-                b: torch.Tensor, scaling: float, merged: bool) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scaling: float,
+        merged: bool,
+    ) -> torch.Tensor:
         _, needs_w, _, needs_a, needs_b, *_ = ctx.needs_input_grad
-        y, h = nn.functional.linear(x, weight, bias), None
+        y = nn.functional.linear(x, weight, bias)
+        h = None
         if not merged:
             h = nn.functional.linear(x, a)
             y.view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), b.t(), alpha=scaling)
         elif needs_b and not needs_a:
-            # Merged, x A^T serves the gradient of B alone, and where x is kept for A it can wait for backward.
+            # In the merged kernel only the gradient of B needs x A^T. If x is kept for A anyway,
+            # backward computes it.
             h = nn.functional.linear(x, a)
-        ctx.save_for_backward(x if needs_w or needs_a else None, h if needs_b else None, weight, a, b)
-        ctx.scaling, ctx.merged = scaling, merged
+
+        saved_x = x if needs_w or needs_a else None
+        saved_h = h if needs_b else None
+        ctx.save_for_backward(saved_x, saved_h, weight, a, b)
+        ctx.scaling = scaling
+        ctx.merged = merged
         return y
 
     @staticmethod
@@ -107,9 +140,11 @@ class _LoraProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, h, weight, a, b = ctx.saved_tensors
         needs_x, needs_w, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
-        s, g = ctx.scaling, grad.reshape(-1, grad.shape[-1])
-        flat: Any = None if x is None else x.reshape(-1, x.shape[-1])  # forward keeps x for all that needs it
+        s = ctx.scaling
+        g = grad.reshape(-1, grad.shape[-1])
+        flat_x: Any = None if x is None else x.reshape(-1, x.shape[-1])  # kept whenever it is used
         grad_x = grad_w = grad_bias = grad_a = grad_b = None
+
         if needs_a or (needs_x and not ctx.merged):
             gb = g @ b  # [tokens, rank]
         if needs_x:
@@ -118,65 +153,67 @@ class _LoraProduct(torch.autograd.Function):
                 grad_x.addmm_(gb, a, alpha=s)
             grad_x = grad_x.view(*grad.shape[:-1], -1)
         if needs_w:
-            grad_w = g.t() @ flat
+            grad_w = g.t() @ flat_x
         if needs_bias:
             grad_bias = g.sum(0)
         if needs_a:
-            grad_a = (gb.t() @ flat).mul_(s)
+            grad_a = (gb.t() @ flat_x).mul_(s)
         if needs_b:
-            h = flat @ a.t() if h is None else h.view(-1, h.shape[-1])
+            h = flat_x @ a.t() if h is None else h.view(-1, h.shape[-1])
             grad_b = (g.t() @ h).mul_(s)
         return grad_x, grad_w, grad_bias, grad_a, grad_b, None, None
 
 
 def lora_linears(module: nn.Module) -> Iterator[LoraLinear]:
-    """The fast LoRA linears of ``module``."""
+    """Return the linears of ``module`` that have our LoRA kernels."""
     return (m for m in module.modules() if isinstance(m, LoraLinear))
 
 
-def merge_bases(module: nn.Module, *, inactive: bool = False) -> None:
-    """Bring the weights of all linears that train merged up to their adapters; once per optimizer step.
+def refresh_merged_weights(module: nn.Module, *, inactive: bool = False) -> None:
+    """Merge the adapters of all linears with the merged kernel again, after each optimizer step.
 
-    An inactive adapter stands still, so its linear is passed over but for ``inactive``, after base or adapters have
-    been written from outside.
+    The linear of an inactive adapter is skipped, because nothing has changed there. With
+    ``inactive`` it is refreshed too, after weights or adapters were written from outside.
     """
     for linear in lora_linears(module):
-        if linear.base is not None and (linear.active or inactive):
-            linear.merge_base()
+        if linear.fp32_weight is not None and (linear.active or inactive):
+            linear.refresh_merged_weight()
 
 
 def peft_config(specs: Mapping[str, AdapterSpec], dropout: float) -> PeftLoraConfig:
-    """The peft config of the adapters ``specs`` (path of a linear -> spec), as it stands in an adapter_config.json."""
+    """Return the config of ``specs`` (path of a linear -> spec) for peft's adapter_config.json."""
     alphas = {path: spec.scaling * _rank(spec) for path, spec in specs.items()}
-    some = next(iter(specs))
+    first = next(iter(specs))
     return PeftLoraConfig(
         target_modules=sorted(specs),
-        r=_rank(specs[some]),
-        lora_alpha=alphas[some],  # type: ignore[arg-type]  # peft says int and takes any number
+        r=_rank(specs[first]),
+        lora_alpha=alphas[first],  # type: ignore[arg-type]  # any number works
         rank_pattern={path: _rank(spec) for path, spec in specs.items()},
         alpha_pattern=alphas,
         lora_dropout=dropout,
     )
 
 
-def attach(module: nn.Module, specs: Mapping[str, AdapterSpec], *, dropout: float, kernel: str) -> None:
-    """Wrap the linears that ``specs`` names, in `LoraLinear` or, with kernel ``peft``, in peft's own class."""
+def attach(
+    module: nn.Module, specs: Mapping[str, AdapterSpec], *, dropout: float, kernel: str
+) -> None:
+    """Wrap the linears of ``specs`` in `LoraLinear`, or with kernel ``peft`` in peft's class."""
     config = peft_config(specs, dropout)
     if kernel != "peft":
-        config._register_custom_module({nn.Linear: LoraLinear})  # peft's door for a layer of one's own
+        config._register_custom_module({nn.Linear: LoraLinear})  # peft's hook for custom layers
     inject_adapter_in_model(config, module, adapter_name=ADAPTER_NAME)
 
 
 def attached(module: nn.Module) -> dict[str, nn.Module]:
-    """Path -> every linear of ``module`` that carries an adapter of this kind."""
+    """Return path -> linear, for all linears of ``module`` with an adapter of this kind."""
     return {path: m for path, m in module.named_modules() if isinstance(m, PeftLinear)}
 
 
 def check(path: str, linear: nn.Module, spec: AdapterSpec) -> None:
-    """Compare the realised rank and scaling with the plan's. Raises RuntimeError that names the first difference.
+    """Compare the rank and scaling of ``linear`` with the plan's.
 
-    peft accepts a rank_pattern key that matches nothing without a word, and gives another scaling where an
-    alpha_pattern is missing.
+    peft silently accepts a rank_pattern key that matches nothing, and uses another scaling if an
+    alpha_pattern is missing. Raises RuntimeError, which names the first difference.
     """
     assert isinstance(linear, PeftLinear)
     weight: Any = linear.lora_A[ADAPTER_NAME].weight
@@ -189,15 +226,19 @@ def check(path: str, linear: nn.Module, spec: AdapterSpec) -> None:
 
 
 def set_active(linear: nn.Module, active: bool) -> None:
-    """Say whether the adapter of ``linear`` trains now. peft's own class needs no word: it merges nothing."""
+    """Set whether the adapter of ``linear`` trains now.
+
+    peft's own class ignores it, because it merges nothing.
+    """
     if isinstance(linear, LoraLinear):
         linear.active = active
 
 
 def initial(name: str, leaf: str, shape: Shape, spec: AdapterSpec) -> torch.Tensor:
-    """The first value of the parameter ``name``, fp32: A kaiming-uniform(sqrt 5), B zero (LoRA, section 4.1).
+    """Return the fp32 initial value of ``name``: A kaiming-uniform(sqrt 5), B zero.
 
-    It depends on the spec's seed and on ``name`` alone, so every rank at every world size draws the same.
+    Source: LoRA, section 4.1. The value depends only on the spec's seed and on ``name``, so it is
+    the same on every rank and for every world size.
     """
     value = torch.zeros(shape)
     if leaf == Lora.A:
@@ -207,12 +248,17 @@ def initial(name: str, leaf: str, shape: Shape, spec: AdapterSpec) -> torch.Tens
     return value
 
 
-def effective(weight: torch.Tensor, values: Mapping[str, torch.Tensor], spec: AdapterSpec) -> torch.Tensor:
-    """``W + s B A`` in fp32, whatever the inputs' dtype.
+def effective(
+    weight: torch.Tensor, values: Mapping[str, torch.Tensor], spec: AdapterSpec
+) -> torch.Tensor:
+    """Return W + s B A in fp32, for inputs of any dtype.
 
-    Shapes: W [out, in]; ``values`` holds A [rank, in] and B [out, rank] by their leaves.
+    weight: W [out, in].
+    values: A [rank, in] and B [out, rank] by leaf.
     """
-    return torch.addmm(weight.float(), values[Lora.B].float(), values[Lora.A].float(), alpha=spec.scaling)
+    return torch.addmm(
+        weight.float(), values[Lora.B].float(), values[Lora.A].float(), alpha=spec.scaling
+    )
 
 
 def _rank(spec: AdapterSpec) -> int:

@@ -132,7 +132,7 @@ def activation_bytes(model: ModelConfig, plan: Plan, batch: int, *, kernel: str 
     if kernel == "merged":
         for linear in lora_linears(module):
             if not linear.get_base_layer().weight.requires_grad:
-                linear.keep_base()
+                linear.keep_fp32_weight()
     pixels, labels = torch.rand(batch, 3, model.image_size, model.image_size), torch.zeros(batch, dtype=torch.long)
     # The engine's bf16 images live as long as something keeps them.
     return allocated(lambda: nn.functional.cross_entropy(module(pixels.bfloat16()).logits.float(), labels))

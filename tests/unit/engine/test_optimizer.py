@@ -6,10 +6,12 @@ from typing import Any
 import torch
 
 from prelora_ds.engine.fragments import Fragment
-from prelora_ds.engine.optimizer import AdamByName, Runs, TorchAdamByName
+from prelora_ds.engine.optimizer import AdamByName, StepRanges, TorchAdamByName
 
-SIZES = {"a": 5, "b": 3, "c": 8}  # in one flat tensor; a and b with two elements of padding between, then three
-OFFSETS, LENGTH = {"a": 0, "b": 7, "c": 10}, 21
+# Three names in one flat tensor, with two elements of padding after a, and three at the end.
+SIZES = {"a": 5, "b": 3, "c": 8}
+OFFSETS = {"a": 0, "b": 7, "c": 10}
+LENGTH = 21
 SETTINGS = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.3}
 
 
@@ -17,14 +19,17 @@ def flat_tensor() -> torch.Tensor:
     flat = torch.zeros(LENGTH)
     generator = torch.Generator().manual_seed(0)
     for name, offset in OFFSETS.items():
-        flat[offset: offset + SIZES[name]] = torch.randn(SIZES[name], generator=generator)
+        flat[offset : offset + SIZES[name]] = torch.randn(SIZES[name], generator=generator)
     return flat.requires_grad_()
 
 
-def bound(flat: torch.Tensor, *, other_ranks: tuple[str, ...] = (),
-          of: type[AdamByName] = TorchAdamByName) -> AdamByName:
+def bound(
+    flat: torch.Tensor, *, other_ranks: tuple[str, ...] = (), of: type[AdamByName] = TorchAdamByName
+) -> AdamByName:
     optimizer = of([flat], **SETTINGS)
-    parts = [Fragment(name, 0, SIZES[name], flat, offset) for name, offset in reversed(OFFSETS.items())]
+    parts = [
+        Fragment(name, 0, SIZES[name], flat, offset) for name, offset in reversed(OFFSETS.items())
+    ]
     optimizer.bind([(flat, [*other_ranks, *OFFSETS])], parts)
     return optimizer
 
@@ -36,39 +41,39 @@ def give_gradient(flat: torch.Tensor, step: int) -> None:
 
 
 def part(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach()[OFFSETS[name]: OFFSETS[name] + SIZES[name]].clone()
+    return tensor.detach()[OFFSETS[name] : OFFSETS[name] + SIZES[name]].clone()
 
 
-def test_each_name_goes_the_way_that_it_would_go_alone() -> None:
-    """``b`` sits out steps 2 and 3, ``c`` steps 3 and 4; beside them is torch's AdamW for each name alone."""
+def test_each_name_steps_as_in_an_optimizer_of_its_own() -> None:
+    """``b`` and ``c`` are inactive in some steps; the oracle is one torch AdamW per name."""
     flat = flat_tensor()
     optimizer = bound(flat)
-    alone = {name: part(name, flat).requires_grad_() for name in SIZES}
-    stock = {name: torch.optim.AdamW([value], **SETTINGS) for name, value in alone.items()}
+    own = {name: part(name, flat).requires_grad_() for name in SIZES}
+    stock = {name: torch.optim.AdamW([value], **SETTINGS) for name, value in own.items()}
     taken = dict.fromkeys(SIZES, 0)
     for step, names in enumerate(["abc", "abc", "ac", "a", "ab", "abc", "bc", "abc"]):
         optimizer.active = None if names == "abc" else frozenset(names)
         give_gradient(flat, step)
         optimizer.step()
         for name in names:
-            alone[name].grad = part(name, flat.grad)
+            own[name].grad = part(name, flat.grad)
             stock[name].step()
             taken[name] += 1
         assert optimizer.steps == taken
-        for name, value in alone.items():
+        for name, value in own.items():
             torch.testing.assert_close(part(name, flat), value.detach(), rtol=1e-6, atol=1e-7)
     assert len(set(taken.values())) > 1
-    for name, value in alone.items():
+    for name, value in own.items():
         for key in ("exp_avg", "exp_avg_sq"):
             moment = part(name, optimizer.state[flat][key])
             torch.testing.assert_close(moment, stock[name].state[value][key], rtol=1e-6, atol=1e-7)
     padding = torch.ones(LENGTH, dtype=torch.bool)
     for name, offset in OFFSETS.items():
-        padding[offset: offset + SIZES[name]] = False
+        padding[offset : offset + SIZES[name]] = False
     assert not flat.detach()[padding].any()
 
 
-def test_with_all_active_and_of_one_step_it_is_torch_s_adamw_bitwise() -> None:
+def test_with_all_names_active_at_equal_steps_it_is_torch_s_adamw_bitwise() -> None:
     flat, other = flat_tensor(), flat_tensor()
     optimizer, stock = bound(flat), torch.optim.AdamW([other], **SETTINGS)
     for step in range(4):
@@ -79,7 +84,7 @@ def test_with_all_active_and_of_one_step_it_is_torch_s_adamw_bitwise() -> None:
         assert torch.equal(flat, other)
 
 
-def test_what_is_not_active_keeps_every_bit_whatever_its_gradient() -> None:
+def test_an_inactive_name_keeps_every_bit_whatever_its_gradient() -> None:
     flat = flat_tensor()
     optimizer = bound(flat)
     give_gradient(flat, 0)
@@ -88,24 +93,26 @@ def test_what_is_not_active_keeps_every_bit_whatever_its_gradient() -> None:
     before = [part("b", tensor) for tensor in tensors]
     optimizer.active = frozenset("ac")
     give_gradient(flat, 1)
-    flat.grad[OFFSETS["b"]: OFFSETS["b"] + SIZES["b"]] = float("nan")
+    flat.grad[OFFSETS["b"] : OFFSETS["b"] + SIZES["b"]] = float("nan")
     optimizer.step()
-    assert all(torch.equal(part("b", tensor), old) for tensor, old in zip(tensors, before, strict=True))
+    assert all(
+        torch.equal(part("b", tensor), old) for tensor, old in zip(tensors, before, strict=True)
+    )
     assert torch.isfinite(flat).all() and optimizer.steps == {"a": 2, "b": 1, "c": 2}
 
 
-def test_names_of_one_step_are_one_run_and_others_have_their_own() -> None:
+def test_neighbours_with_equal_steps_are_one_range_and_others_have_their_own() -> None:
     flat = flat_tensor()
     seen: list[tuple[list[int], list[int]]] = []
 
     class Watched(TorchAdamByName):
-        def update(self, group: Mapping[str, Any], runs: Runs) -> None:
-            seen.append(([len(weights) for weights in runs.weights], runs.steps))
+        def update(self, group: Mapping[str, Any], ranges: StepRanges) -> None:
+            seen.append(([len(weights) for weights in ranges.weights], ranges.steps))
 
     optimizer = bound(flat, of=Watched)
     give_gradient(flat, 0)
     optimizer.step()
-    optimizer.steps |= {"b": 0, "c": 0}  # as after a restart of theirs
+    optimizer.steps |= {"b": 0, "c": 0}  # as after their restart
     optimizer.step()
     optimizer.active = frozenset("ac")
     optimizer.step()
@@ -114,7 +121,7 @@ def test_names_of_one_step_are_one_run_and_others_have_their_own() -> None:
     assert seen == [([21], [1]), ([7, 14], [2, 1]), ([7, 11], [3, 2])]
 
 
-def test_names_that_lie_with_other_ranks_take_their_steps_too() -> None:
+def test_names_on_other_ranks_advance_their_steps_too() -> None:
     flat = flat_tensor()
     optimizer = bound(flat, other_ranks=("elsewhere",))
     give_gradient(flat, 0)
@@ -122,7 +129,7 @@ def test_names_that_lie_with_other_ranks_take_their_steps_too() -> None:
     assert optimizer.steps == {"elsewhere": 1, "a": 1, "b": 1, "c": 1}
 
 
-def test_a_rank_that_holds_nothing_but_padding_counts_and_exports_with_the_others() -> None:
+def test_a_rank_that_holds_only_padding_counts_and_exports_like_the_others() -> None:
     flat = torch.zeros(4, requires_grad=True)
     optimizer = TorchAdamByName([flat], **SETTINGS)
     optimizer.bind([(flat, ["elsewhere"])], [])
@@ -132,7 +139,7 @@ def test_a_rank_that_holds_nothing_but_padding_counts_and_exports_with_the_other
     assert optimizer.state[flat].keys() == {"exp_avg", "exp_avg_sq"}
 
 
-def test_moments_that_are_put_in_place_of_others_are_those_that_are_stepped() -> None:
+def test_replaced_moments_are_the_ones_that_are_updated() -> None:
     flat = flat_tensor()
     optimizer = bound(flat)
     give_gradient(flat, 0)

@@ -5,7 +5,8 @@ import torch
 
 from prelora_ds.engine.rng import seed_rng
 
-TIME_STAMP, LARGEST = 20241125194444, 2**64 - 1  # the largest that run.seed takes
+TIME_STAMP = 20241125194444
+LARGEST = 2**64 - 1  # the largest value of run.seed
 
 
 def drawn(seed: int, rank: int, step: int = 0) -> tuple[float, ...]:
@@ -14,7 +15,7 @@ def drawn(seed: int, rank: int, step: int = 0) -> tuple[float, ...]:
 
 
 @pytest.mark.parametrize("seed", [0, 1, TIME_STAMP, 2**63 - 1, 2**63, LARGEST - 1, LARGEST])
-def test_any_seed_that_the_config_takes_gives_each_rank_and_step_its_own_draws(seed: int) -> None:
+def test_with_any_valid_seed_each_rank_and_step_draws_differently(seed: int) -> None:
     steps, ranks = (0, 1, 2, 10_000_000), (0, 1, 2, 511)
     for step in steps:
         assert len({drawn(seed, rank, step) for rank in ranks}) == len(ranks)

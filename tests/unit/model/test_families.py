@@ -14,12 +14,30 @@ from prelora_ds.model.families import canonical_name, find_layout, frobenius, na
 from prelora_ds.model.vit import build_model
 
 LAYERS = 12
-SIZES = ModelConfig(image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=LAYERS, num_attention_heads=2,
-                    intermediate_size=32)
-OLD_NAMES = {"q": "attention.attention.query", "k": "attention.attention.key", "v": "attention.attention.value",
-             "o": "attention.output.dense", "fc1": "intermediate.dense", "fc2": "output.dense"}
-NEW_NAMES = {"q": "attention.q_proj", "k": "attention.k_proj", "v": "attention.v_proj", "o": "attention.o_proj",
-             "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
+SIZES = ModelConfig(
+    image_size=8,
+    patch_size=4,
+    hidden_size=16,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=2,
+    intermediate_size=32,
+)
+OLD_NAMES = {
+    "q": "attention.attention.query",
+    "k": "attention.attention.key",
+    "v": "attention.attention.value",
+    "o": "attention.output.dense",
+    "fc1": "intermediate.dense",
+    "fc2": "output.dense",
+}
+NEW_NAMES = {
+    "q": "attention.q_proj",
+    "k": "attention.k_proj",
+    "v": "attention.v_proj",
+    "o": "attention.o_proj",
+    "fc1": "mlp.fc1",
+    "fc2": "mlp.fc2",
+}
 
 
 def nested(paths: dict[str, nn.Module]) -> nn.Module:
@@ -38,15 +56,19 @@ def nested(paths: dict[str, nn.Module]) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def old_vit() -> nn.Module:
-    """The names of transformers before 5."""
+    """A ViT with the names of transformers before version 5."""
     paths: dict[str, nn.Module] = {"vit.embeddings.patch_embeddings.projection": nn.Conv2d(3, 4, 4)}
     for layer in range(LAYERS):
-        paths |= {f"vit.encoder.layer.{layer}.{name}": nn.Linear(4, 4) for name in OLD_NAMES.values()}
+        paths |= {
+            f"vit.encoder.layer.{layer}.{name}": nn.Linear(4, 4) for name in OLD_NAMES.values()
+        }
         paths[f"vit.encoder.layer.{layer}.layernorm_before"] = nn.LayerNorm(4)
     return nested(paths | {"vit.pooler.dense": nn.Linear(4, 4), "classifier": nn.Linear(4, 2)})
 
 
-def mistake(module: nn.Module, wanted: Sequence[str], patterns: dict[str, str] | None = None) -> ConfigError:
+def mistake(
+    module: nn.Module, wanted: Sequence[str], patterns: dict[str, str] | None = None
+) -> ConfigError:
     with pytest.raises(ConfigError) as caught:
         find_layout(module, tuple(wanted), patterns)
     return caught.value
@@ -54,12 +76,15 @@ def mistake(module: nn.Module, wanted: Sequence[str], patterns: dict[str, str] |
 
 # ---- ViT
 
+
 def test_six_families_of_the_vit_of_transformers_5_without_weights() -> None:
     with torch.device("meta"):
         module = build_model(SIZES, 10)
     layout = find_layout(module, FAMILIES)
-    assert layout.targets == {family: {layer: f"vit.layers.{layer}.{name}" for layer in range(LAYERS)}
-                              for family, name in NEW_NAMES.items()}
+    assert layout.targets == {
+        family: {layer: f"vit.layers.{layer}.{name}" for layer in range(LAYERS)}
+        for family, name in NEW_NAMES.items()
+    }
     assert layout.parameters == {name: tuple(p.shape) for name, p in module.named_parameters()}
     assert list(layout.parameters) == [name for name, _ in module.named_parameters()]
     assert layout.parameters["vit.layers.11.mlp.fc1.weight"] == (32, 16)
@@ -69,7 +94,8 @@ def test_six_families_of_the_vit_of_transformers_5_without_weights() -> None:
 def test_six_families_in_the_names_before_transformers_5(old_vit: nn.Module) -> None:
     assert find_layout(old_vit, FAMILIES).targets == {
         family: {layer: f"vit.encoder.layer.{layer}.{name}" for layer in range(LAYERS)}
-        for family, name in OLD_NAMES.items()}
+        for family, name in OLD_NAMES.items()
+    }
 
 
 def test_every_linear_but_head_and_pooler_is_in_one_family(old_vit: nn.Module) -> None:
@@ -86,44 +112,59 @@ def test_only_the_wanted_families_in_their_order(old_vit: nn.Module) -> None:
 def test_layers_are_sorted_as_numbers() -> None:
     order = [10, 2, 0, 11]
     module = nested({f"blocks.{layer}.fc": nn.Linear(2, 2) for layer in order})
-    assert list(find_layout(module, ("fc",), {"fc": r"blocks\.(?P<layer>\d+)\.fc"}).targets["fc"]) == [0, 2, 10, 11]
+    assert list(
+        find_layout(module, ("fc",), {"fc": r"blocks\.(?P<layer>\d+)\.fc"}).targets["fc"]
+    ) == [0, 2, 10, 11]
 
 
 # ---- any other module
 
+
 class Mixer(nn.Module):
-    """Convolution, two blocks of two linears, head."""
+    """A model with a convolution, two blocks of two linears, and a head."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem0 = nn.Conv2d(1, 4, 2)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)) for _ in range(2))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)) for _ in range(2)
+        )
         self.head = nn.Linear(4, 3)
 
 
 UP = {"up": r"blocks\.(?P<layer>\d+)\.0"}
 
 
-def test_a_module_of_ones_own_by_patterns() -> None:
+def test_patterns_find_the_families_of_another_model() -> None:
     layout = find_layout(Mixer(), ("up", "down"), UP | {"down": r"blocks\.(?P<layer>\d+)\.2"})
-    assert layout.targets == {"up": {0: "blocks.0.0", 1: "blocks.1.0"}, "down": {0: "blocks.0.2", 1: "blocks.1.2"}}
+    assert layout.targets == {
+        "up": {0: "blocks.0.0", 1: "blocks.1.0"},
+        "down": {0: "blocks.0.2", 1: "blocks.1.2"},
+    }
     assert layout.parameters["stem0.weight"] == (4, 1, 2, 2)
 
 
 def test_a_pattern_matches_whole_paths_only() -> None:
-    module = nested({"blocks.0.fc": nn.Linear(2, 2), "ema.blocks.0.fc": nn.Linear(2, 2), "blocks.0.fc_out":
-                     nn.Linear(2, 2)})
-    assert find_layout(module, ("fc",), {"fc": r"blocks\.(?P<layer>\d+)\.fc"}).targets == {"fc": {0: "blocks.0.fc"}}
+    module = nested(
+        {
+            "blocks.0.fc": nn.Linear(2, 2),
+            "ema.blocks.0.fc": nn.Linear(2, 2),
+            "blocks.0.fc_out": nn.Linear(2, 2),
+        }
+    )
+    assert find_layout(module, ("fc",), {"fc": r"blocks\.(?P<layer>\d+)\.fc"}).targets == {
+        "fc": {0: "blocks.0.fc"}
+    }
 
 
-def test_an_unknown_family_is_refused_with_those_there_are() -> None:
+def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
     error = mistake(Mixer(), ["up", "sideways"], UP)
     assert (error.key, error.value) == ("lora.families", "sideways")
     assert error.remedy == "choose among up, or add it to model.families"
     assert "q, k, v, o, fc1, fc2" in mistake(Mixer(), ["dense"]).remedy
 
 
-def test_a_family_that_matches_nothing_is_refused_with_linears_that_are_there() -> None:
+def test_a_family_that_matches_nothing_is_refused_with_existing_linears() -> None:
     error = mistake(Mixer(), ["up"], {"up": r"module\.blocks\.(?P<layer>\d+)\.0"})
     assert error.key == "model.families.up"
     assert error.problem == "matches no module of this model"
@@ -134,14 +175,20 @@ def test_a_vit_family_matches_nothing_in_another_model() -> None:
     assert mistake(Mixer(), FAMILIES).key == "model.families.q"
 
 
-@pytest.mark.parametrize(("pattern", "what"), [
-    (r"stem(?P<layer>\d+)", "stem0, a Conv2d"), (r"blocks\.(?P<layer>\d+)", "blocks.0, a Sequential"),
-    (r"blocks\.(?P<layer>\d+)\.1", "blocks.0.1, a GELU"),
-])
-def test_a_family_that_matches_no_linear_is_refused(pattern: str, what: str) -> None:
+@pytest.mark.parametrize(
+    ("pattern", "what"),
+    [
+        (r"stem(?P<layer>\d+)", "stem0, which is a Conv2d"),
+        (r"blocks\.(?P<layer>\d+)", "blocks.0, which is a Sequential"),
+        (r"blocks\.(?P<layer>\d+)\.1", "blocks.0.1, which is a GELU"),
+    ],
+)
+def test_a_family_that_matches_another_module_than_a_linear_is_refused(
+    pattern: str, what: str
+) -> None:
     error = mistake(Mixer(), ["x"], {"x": pattern})
     assert (error.key, error.value) == ("model.families.x", pattern)
-    assert error.problem == f"matches {what} and not a torch.nn.Linear"
+    assert error.problem == f"matches {what}, not a torch.nn.Linear"
 
 
 def test_two_modules_of_one_layer_are_refused_by_name() -> None:
@@ -153,7 +200,10 @@ def test_a_tied_parameter_is_refused_by_name() -> None:
     module = Mixer()
     module.blocks[1][0].weight = module.blocks[0][0].weight
     error = mistake(module, ["up"], UP)
-    assert (error.key, error.value) == ("model.factory", "blocks.1.0.weight") and "tied" in error.problem
+    assert (error.key, error.value) == (
+        "model.factory",
+        "blocks.1.0.weight",
+    ) and "tied" in error.problem
 
 
 def test_a_parameter_that_the_model_froze_is_refused_by_name() -> None:
@@ -165,14 +215,25 @@ def test_a_parameter_that_the_model_froze_is_refused_by_name() -> None:
 
 # ---- names
 
-@pytest.mark.parametrize(("name", "canonical"), [
-    ("vit.layers.0.mlp.fc1.base_layer.weight", "vit.layers.0.mlp.fc1.weight"),
-    ("vit.layers.0.mlp.fc1.base_layer.bias", "vit.layers.0.mlp.fc1.bias"),
-    ("vit.layers.0.mlp.fc1.lora_A.prelora_adapter.weight", "vit.layers.0.mlp.fc1.lora_A.weight"),
-    ("vit.layers.0.mlp.fc1.lora_B.prelora_adapter.weight", "vit.layers.0.mlp.fc1.lora_B.weight"),
-    ("vit.layernorm.weight", "vit.layernorm.weight"), ("classifier.bias", "classifier.bias"),
-    ("default.weight", "default.weight"),
-])
+
+@pytest.mark.parametrize(
+    ("name", "canonical"),
+    [
+        ("vit.layers.0.mlp.fc1.base_layer.weight", "vit.layers.0.mlp.fc1.weight"),
+        ("vit.layers.0.mlp.fc1.base_layer.bias", "vit.layers.0.mlp.fc1.bias"),
+        (
+            "vit.layers.0.mlp.fc1.lora_A.prelora_adapter.weight",
+            "vit.layers.0.mlp.fc1.lora_A.weight",
+        ),
+        (
+            "vit.layers.0.mlp.fc1.lora_B.prelora_adapter.weight",
+            "vit.layers.0.mlp.fc1.lora_B.weight",
+        ),
+        ("vit.layernorm.weight", "vit.layernorm.weight"),
+        ("classifier.bias", "classifier.bias"),
+        ("default.weight", "default.weight"),
+    ],
+)
 def test_canonical_names_are_without_pefts_wrappers(name: str, canonical: str) -> None:
     assert canonical_name(name) == canonical
     assert canonical_name(canonical) == canonical

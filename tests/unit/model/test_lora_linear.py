@@ -1,4 +1,4 @@
-"""The fast LoRA linear against peft's: values, gradients, and what it stores for backward."""
+"""Our LoRA linear compared with peft's: values, gradients, and what it saves for backward."""
 
 from __future__ import annotations
 
@@ -15,17 +15,35 @@ from prelora_ds.config.phases import FAMILIES
 from prelora_ds.core.phases import PhaseSpec, plan_of
 from prelora_ds.core.plan import Plan
 from prelora_ds.model.adapters import attach_adapters
-from prelora_ds.model.adapters.lora import LoraLinear, lora_linears, merge_bases, peft_config
+from prelora_ds.model.adapters.lora import (
+    LoraLinear,
+    lora_linears,
+    peft_config,
+    refresh_merged_weights,
+)
 from prelora_ds.model.families import ADAPTER_NAME, find_layout, named_parameters
 from prelora_ds.model.vit import build_model
 
-SIZES = ModelConfig(image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=6, num_attention_heads=2,
-                    intermediate_size=32, attn_implementation="eager")
+SIZES = ModelConfig(
+    image_size=8,
+    patch_size=4,
+    hidden_size=16,
+    num_hidden_layers=6,
+    num_attention_heads=2,
+    intermediate_size=32,
+    attn_implementation="eager",
+)
 
 
-def adapted(*, fast: bool, rank: int = 4, bias: bool = True, dropout: float = 0.0,
-            dtype: torch.dtype = torch.float64) -> nn.Module:
-    """One linear of 12 -> 20 with a random adapter, scaled by 1.5."""
+def adapted(
+    *,
+    fast: bool,
+    rank: int = 4,
+    bias: bool = True,
+    dropout: float = 0.0,
+    dtype: torch.dtype = torch.float64,
+) -> nn.Module:
+    """Return a linear of 12 -> 20 with a random adapter, scaled by 1.5."""
     torch.manual_seed(0)
     holder = nn.Sequential(nn.Linear(12, 20, bias=bias))
     layout = find_layout(holder, ("x",), {"x": r"(?P<layer>0)"})
@@ -39,13 +57,16 @@ def adapted(*, fast: bool, rank: int = 4, bias: bool = True, dropout: float = 0.
 
 
 def grads(layer: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor | None]:
-    """Of the input and every parameter, for a loss that weighs each output differently."""
+    """Return the output, and the gradients of the input and every parameter.
+
+    The loss weighs each output differently.
+    """
     x = x.detach().clone().requires_grad_()
     y = layer(x)
     (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
-    found = {name: p.grad for name, p in layer.named_parameters()}
+    of_parameters = {name: p.grad for name, p in layer.named_parameters()}
     layer.zero_grad()
-    return {"x": x.grad, "y": y.detach()} | found
+    return {"x": x.grad, "y": y.detach()} | of_parameters
 
 
 def frozen(layer: nn.Module) -> nn.Module:
@@ -57,7 +78,9 @@ def frozen(layer: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("shape", [(12,), (7, 12), (3, 5, 12), (2, 3, 5, 12)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("base_trains", [True, False])
-def test_branch_is_peft_s_lora_in_float64(shape: tuple[int, ...], bias: bool, base_trains: bool) -> None:
+def test_branch_is_peft_s_lora_in_float64(
+    shape: tuple[int, ...], bias: bool, base_trains: bool
+) -> None:
     ours, theirs = adapted(fast=True, bias=bias), adapted(fast=False, bias=bias)
     assert type(ours) is LoraLinear and type(theirs) is not LoraLinear
     if not base_trains:
@@ -76,10 +99,12 @@ def test_merged_is_peft_s_lora_in_float64(a_trains: bool) -> None:
     ours, theirs = frozen(adapted(fast=True)), frozen(adapted(fast=False))
     for layer in (ours, theirs):
         layer.lora_A[ADAPTER_NAME].weight.requires_grad_(a_trains)
-    ours.keep_base()
-    ours.base = ours.get_base_layer().weight.detach().clone()  # in float64, for the comparison
-    a, b = ours.factors
-    ours.get_base_layer().weight.data = ours.base + 1.5 * b.detach() @ a.detach()
+    ours.keep_fp32_weight()
+    ours.fp32_weight = (
+        ours.get_base_layer().weight.detach().clone()
+    )  # in float64, for the comparison
+    a, b = ours.lora_weights
+    ours.get_base_layer().weight.data = ours.fp32_weight + 1.5 * b.detach() @ a.detach()
     x = torch.randn(3, 5, 12, dtype=torch.float64)
     got, expected = grads(ours, x), grads(theirs, x)
     for name, value in expected.items():
@@ -91,11 +116,11 @@ def test_merged_is_peft_s_lora_in_float64(a_trains: bool) -> None:
 
 @pytest.mark.parametrize("merged", [True, False])
 def test_gradients_by_gradcheck(merged: bool) -> None:
-    """Of the input, and of the adapter by way of the branch (a merged weight holds the adapter's value)."""
+    """The adapter is checked only for the branch kernel: a merged weight is a constant copy."""
     layer = frozen(adapted(fast=True))
     if merged:
-        layer.base = layer.get_base_layer().weight.detach().clone()
-        for p in layer.factors:
+        layer.fp32_weight = layer.get_base_layer().weight.detach().clone()
+        for p in layer.lora_weights:
             p.requires_grad_(False)
     x = torch.randn(2, 3, 12, dtype=torch.float64, requires_grad=True)
     trained = [p for p in layer.parameters() if p.requires_grad]
@@ -110,26 +135,29 @@ def test_in_bf16_it_is_the_fp32_product_up_to_rounding() -> None:
     expected = grads(layer.float(), x.float())
     for name, value in expected.items():
         if value is not None:
-            assert got[name].dtype is torch.bfloat16  # never leaves the compute dtype
-            assert float((got[name].float() - value).norm() / value.norm()) < 2 ** -7, name
+            assert got[name].dtype is torch.bfloat16  # no tensor leaves the compute dtype
+            assert float((got[name].float() - value).norm() / value.norm()) < 2**-7, name
 
 
 def test_merging_from_an_fp32_base_keeps_what_a_merge_into_bf16_loses() -> None:
-    """A W on the bf16 grid that |B A| = 1.5e-3 |W| reaches in eight steps."""
+    """W is representable in BF16, and B A grows to 1.5e-3 |W| in eight steps."""
     layer = adapted(fast=True, dtype=torch.bfloat16)
     base = torch.randn(20, 12).bfloat16().float()
-    layer.keep_base()
-    layer.base.copy_(base)
-    a, b = (p.detach() for p in layer.factors)
+    layer.keep_fp32_weight()
+    layer.fp32_weight.copy_(base)
+    a, b = (p.detach() for p in layer.lora_weights)
     b.mul_(1.5e-3 * base.norm() / (1.5 * b.float() @ a.float()).norm() / 8)
     step, in_place = 1.5 * b.float() @ a.float(), base.bfloat16()
     for n in range(1, 9):
         b.copy_(b if n == 1 else b * n / (n - 1))
-        layer.merge_base()
+        layer.refresh_merged_weight()
         in_place += step.bfloat16()
     exact = 1.5 * b.float() @ a.float()
     assert torch.equal(layer.get_base_layer().weight, (base + exact).bfloat16())
-    lost, rounded = (in_place - base - exact).norm(), (layer.get_base_layer().weight - base - exact).norm()
+    lost, rounded = (
+        (in_place - base - exact).norm(),
+        (layer.get_base_layer().weight - base - exact).norm(),
+    )
     assert (in_place == base).float().mean() > 0.9 and rounded < lost
 
 
@@ -146,11 +174,12 @@ def test_dropout_runs_peft_s_code_in_training_and_ours_in_evaluation() -> None:
 
 
 def stored(run, *, but: nn.Module) -> list[torch.Size]:
-    """Shapes of what autograd keeps for ``run()`` beside the parameters of ``but``."""
-    kept, own = [], {p.data_ptr() for p in but.parameters()}
+    """Return the shapes of what autograd saves for ``run()``, except the parameters of ``but``."""
+    kept = []
+    parameters = {p.data_ptr() for p in but.parameters()}
 
     def pack(t: torch.Tensor) -> torch.Tensor:
-        if t.data_ptr() not in own:
+        if t.data_ptr() not in parameters:
             kept.append(t.shape)
         return t
 
@@ -159,19 +188,19 @@ def stored(run, *, but: nn.Module) -> list[torch.Size]:
     return kept
 
 
-def test_it_stores_what_backward_needs_and_no_more() -> None:
+def test_it_saves_only_what_backward_needs() -> None:
     x, h = torch.Size((3, 5, 12)), torch.Size((3, 5, 4))
     inputs = torch.randn(x, dtype=torch.float64, requires_grad=True)
     layer = frozen(adapted(fast=True))
     assert stored(lambda: layer(inputs), but=layer) == [x, h]
-    layer.active = False  # an adapter that waits for its turn
+    layer.active = False
     assert stored(lambda: layer(inputs), but=layer) == []
     layer.active = True
     layer.lora_A[ADAPTER_NAME].weight.requires_grad_(False)  # LoRA-FA
     assert stored(lambda: layer(inputs), but=layer) == [h]
     layer.lora_A[ADAPTER_NAME].weight.requires_grad_(True)
-    layer.keep_base()
-    layer.base = layer.base.double()
+    layer.keep_fp32_weight()
+    layer.fp32_weight = layer.fp32_weight.double()
     assert stored(lambda: layer(inputs), but=layer) == [x]
     with torch.no_grad():
         assert stored(lambda: layer(inputs), but=layer) == []
@@ -184,10 +213,14 @@ def test_an_inactive_adapter_adds_its_branch_passes_the_gradient_on_and_gets_non
     layer.active = False
     after = grads(layer, x)
     assert torch.equal(before["y"], after["y"]) and torch.equal(before["x"], after["x"])
-    assert after["lora_A.prelora_adapter.weight"] is None and after["lora_B.prelora_adapter.weight"] is None
+    assert (
+        after["lora_A.prelora_adapter.weight"] is None
+        and after["lora_B.prelora_adapter.weight"] is None
+    )
 
 
-# ---- the whole ViT
+# ---- the complete ViT
+
 
 def vit_and_plan(*, train_rest: bool = True, train_a: bool = True) -> tuple[nn.Module, Plan, Plan]:
     torch.manual_seed(0)
@@ -227,7 +260,7 @@ def test_backward_ends_at_the_lowest_active_block() -> None:
     below = ("vit.embeddings.", "vit.layers.0.", "vit.layers.1.", "vit.layers.2.")
     assert not [name for name in reached if name.startswith(below)]
     assert any(name.startswith("vit.layers.3.layernorm_before") for name in reached)
-    # As many products as there are adapters in the three blocks above; nothing of those below.
+    # One product for each adapter in the three upper blocks, and none for those below.
     assert sum("_LoraProduct" in type(node).__name__ for node in graph_nodes) == 3 * 6
     lower: list[torch.Tensor] = []
     for i in (0, 1, 2):
@@ -236,48 +269,58 @@ def test_backward_ends_at_the_lowest_active_block() -> None:
     assert lower and not any((o[0] if isinstance(o, tuple) else o).requires_grad for o in lower)
 
 
-def test_with_layernorms_of_the_prefix_left_trainable_backward_goes_all_the_way() -> None:
-    """What a frozen prefix would cost if only its adapters were frozen."""
+def test_if_layernorms_below_still_train_backward_reaches_them() -> None:
+    """Freezing only the adapters of the lower blocks would not shorten the backward pass."""
     module, plan, half = vit_and_plan()
-    only_adapters = Plan(**{**vars(half), "trainable": plan.trainable - {n for n in plan.trainable - half.trainable
-                                                                         if ".lora_" in n}})
-    whole = nodes(trained_by(module, only_adapters)(torch.randn(2, 3, 8, 8)).logits.grad_fn)
+    only_adapters = Plan(
+        **{
+            **vars(half),
+            "trainable": plan.trainable
+            - {n for n in plan.trainable - half.trainable if ".lora_" in n},
+        }
+    )
+    all_nodes = nodes(trained_by(module, only_adapters)(torch.randn(2, 3, 8, 8)).logits.grad_fn)
     module, _, half = vit_and_plan()
-    assert len(nodes(trained_by(module, half)(torch.randn(2, 3, 8, 8)).logits.grad_fn)) < 0.6 * len(whole)
+    assert len(nodes(trained_by(module, half)(torch.randn(2, 3, 8, 8)).logits.grad_fn)) < 0.6 * len(
+        all_nodes
+    )
 
 
 def test_lora_fa_trains_no_a() -> None:
     module, plan, _ = vit_and_plan(train_a=False)
     assert {name for name in plan.trainable if ".lora_" in name} == {
-        f"{path}.lora_B.weight" for path in plan.adapters}
+        f"{path}.lora_B.weight" for path in plan.adapters
+    }
     trained_by(module, plan)(torch.randn(2, 3, 8, 8)).logits.sum().backward()
-    assert {name for name, p in named_parameters(module).items() if p.grad is not None} == plan.trainable
+    assert {
+        name for name, p in named_parameters(module).items() if p.grad is not None
+    } == plan.trainable
 
 
 def test_a_merged_vit_gives_the_branch_s_outputs_up_to_rounding() -> None:
     module, plan, _ = vit_and_plan()
     vit = trained_by(module, plan).eval()
     for linear in lora_linears(vit):
-        linear.factors[1].data.normal_(std=0.1)
+        linear.lora_weights[1].data.normal_(std=0.1)
     x = torch.randn(2, 3, 8, 8)
     expected = vit(x).logits
     for linear in lora_linears(vit):
         base = linear.get_base_layer().weight.detach().clone()
-        linear.keep_base()
-        linear.base.copy_(base)
-    merge_bases(vit)
+        linear.keep_fp32_weight()
+        linear.fp32_weight.copy_(base)
+    refresh_merged_weights(vit)
     torch.testing.assert_close(vit(x).logits, expected, rtol=1e-4, atol=1e-5)
     waiting = next(lora_linears(vit))
     merged, waiting.active = waiting.get_base_layer().weight.detach().clone(), False
-    waiting.base.zero_()
-    merge_bases(vit)
+    waiting.fp32_weight.zero_()
+    refresh_merged_weights(vit)
     assert torch.equal(waiting.get_base_layer().weight, merged)
-    merge_bases(vit, inactive=True)
+    refresh_merged_weights(vit, inactive=True)
     assert not torch.equal(waiting.get_base_layer().weight, merged)
 
 
 def test_peft_saves_and_loads_the_adapters(tmp_path: Path) -> None:
-    """A folder that peft writes of our layers is opened by peft with its own, and gives the same outputs."""
+    """peft saves our layers, loads them into its own, and computes the same outputs."""
     torch.manual_seed(0)
     module = build_model(SIZES, 5)
     layout = find_layout(module, FAMILIES)
@@ -288,7 +331,7 @@ def test_peft_saves_and_loads_the_adapters(tmp_path: Path) -> None:
     ours = get_peft_model(module, config, adapter_name=ADAPTER_NAME).eval()
     assert len(list(lora_linears(ours))) == 3
     for linear in lora_linears(ours):
-        linear.factors[1].data.normal_()
+        linear.lora_weights[1].data.normal_()
     x = torch.randn(2, 3, 8, 8)
     expected = ours(x).logits
     ours.save_pretrained(tmp_path)
@@ -299,12 +342,16 @@ def test_peft_saves_and_loads_the_adapters(tmp_path: Path) -> None:
     torch.testing.assert_close(theirs(x).logits, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_full_plan_has_nothing_to_freeze_below_but_what_comes_before() -> None:
+def test_freeze_below_in_a_full_plan_freezes_all_earlier_parameters() -> None:
     module = build_model(SIZES, 5)
     layout = find_layout(module, FAMILIES)
     half = plan_of(PhaseSpec("full", freeze_below=3), layout, seed=0)
-    assert half.trainable == {name for name in layout.parameters
-                              if name.startswith(("classifier", "vit.layernorm", "vit.layers.3.", "vit.layers.4.",
-                                                  "vit.layers.5."))}
+    assert half.trainable == {
+        name
+        for name in layout.parameters
+        if name.startswith(
+            ("classifier", "vit.layernorm", "vit.layers.3.", "vit.layers.4.", "vit.layers.5.")
+        )
+    }
     with pytest.raises(ValueError, match="no family has a layer 6"):
         plan_of(PhaseSpec("full", freeze_below=6), layout, seed=0)

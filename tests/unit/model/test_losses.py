@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from prelora_ds.errors import ConfigError
-from prelora_ds.model.losses import begin_sigmoid_head, classification_loss
+from prelora_ds.model.losses import classification_loss, init_sigmoid_head
 
 LOGITS = torch.tensor([[2.0, -1.0, 0.5], [0.0, 1.0, -3.0]])
 LABELS = torch.tensor([0, 2])
@@ -16,25 +16,36 @@ LABELS = torch.tensor([0, 2])
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
-def test_classes_and_their_shares_give_one_loss(kind, smoothing):
+def test_hard_and_equivalent_soft_labels_give_the_same_loss(kind, smoothing):
     hard = classification_loss(LOGITS, LABELS, kind=kind, label_smoothing=smoothing)
-    shares = classification_loss(LOGITS, functional.one_hot(LABELS, 3).float(), kind=kind, label_smoothing=smoothing)
-    assert hard.shape == () and float(hard) == pytest.approx(float(shares), rel=1e-6)
+    soft = classification_loss(
+        LOGITS, functional.one_hot(LABELS, 3).float(), kind=kind, label_smoothing=smoothing
+    )
+    assert hard.shape == () and float(hard) == pytest.approx(float(soft), rel=1e-6)
 
 
 def test_softmax_is_torchs_and_sigmoid_sums_over_classes_by_hand():
-    assert classification_loss(LOGITS, LABELS, kind="softmax", label_smoothing=0.1) == functional.cross_entropy(
-        LOGITS, LABELS, label_smoothing=0.1)
-    expected = sum(math.log1p(math.exp(-x if own else x)) for row, label in zip(LOGITS.tolist(), LABELS, strict=True)
-                   for own, x in ((k == label, x) for k, x in enumerate(row))) / 2
-    assert float(classification_loss(LOGITS, LABELS, kind="sigmoid", label_smoothing=0)) == pytest.approx(expected)
+    assert classification_loss(
+        LOGITS, LABELS, kind="softmax", label_smoothing=0.1
+    ) == functional.cross_entropy(LOGITS, LABELS, label_smoothing=0.1)
+    expected = (
+        sum(
+            math.log1p(math.exp(-x if own else x))
+            for row, label in zip(LOGITS.tolist(), LABELS, strict=True)
+            for own, x in ((k == label, x) for k, x in enumerate(row))
+        )
+        / 2
+    )
+    assert float(
+        classification_loss(LOGITS, LABELS, kind="sigmoid", label_smoothing=0)
+    ) == pytest.approx(expected)
 
 
-def test_a_sigmoid_head_begins_at_a_probability_of_a_thousandth_for_every_class():
+def test_a_sigmoid_head_starts_at_a_probability_of_a_thousandth_for_every_class():
     model = nn.Sequential(nn.Linear(4, 7), nn.Linear(7, 7), nn.Linear(7, 5), nn.Linear(5, 7))
-    begin_sigmoid_head(model, 7)
+    init_sigmoid_head(model, 7)
     logits = model(torch.randn(2, 4))
     assert torch.sigmoid(logits).detach().unique().tolist() == pytest.approx([0.001], rel=0.01)
     assert model[0].weight.any() and model[1].weight.any()
     with pytest.raises(ConfigError, match=r"train\.loss"):
-        begin_sigmoid_head(nn.Linear(3, 6, bias=False), 6)
+        init_sigmoid_head(nn.Linear(3, 6, bias=False), 6)
