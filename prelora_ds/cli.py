@@ -17,7 +17,7 @@ from prelora_ds.commands.preflight import preflight
 from prelora_ds.commands.report import report
 from prelora_ds.commands.shards import shards_app
 from prelora_ds.commands.supervise import supervise
-from prelora_ds.hosts.exits import outlive_stderr
+from prelora_ds.hosts.exits import ignore_stderr_errors
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Tools around prelora_ds runs; training itself starts with launch/pretrain.py.")
@@ -29,7 +29,7 @@ for command in (plan, calibrate, preflight, supervise, job, report, evaluate, ch
 def main() -> None:
     """Entry point: what a user can expect to happen is one message; a mistake of the user's is exit code 2."""
     streams = sys.stdout, sys.stderr
-    outlive_stderr()  # progress, and no part of a result
+    ignore_stderr_errors()  # progress, and no part of a result
     try:
         with one_message():
             refuse_empty(sys.argv[1:])

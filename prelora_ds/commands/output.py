@@ -63,9 +63,9 @@ def _give_up_output() -> None:
 
 def tell(text: str) -> None:
     """Print what a command has done, after it is done: where that cannot be written, nothing is left to do again."""
-    from prelora_ds.hosts.exits import outlive_streams
+    from prelora_ds.hosts.exits import ignore_output_errors
 
-    outlive_streams()
+    ignore_output_errors()
     typer.echo(text)
 
 

@@ -68,7 +68,7 @@ class Ancestors:
         return None
 
 
-def launcher_here() -> int | None:
+def find_launcher() -> int | None:
     """The process id of the launcher that started this process on this host; None where none is known."""
     return next((pid for pid, name in _line(os.getppid()) if name in LAUNCHERS), None)
 

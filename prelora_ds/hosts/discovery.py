@@ -13,9 +13,9 @@ from prelora_ds.hosts.hostfile import expand_nodelist
 DEFAULT_PORT = 29500
 # Job ids choose the port, so that two jobs on one host take two; below Linux' ephemeral ports (32768 and up).
 JOB_PORTS = range(20000, 32000)
-STARTS = "start with `deepspeed launch/pretrain.py ...`, torchrun, srun or mpiexec (docs/hpc.md)"
+HOW_TO_START = "start with `deepspeed launch/pretrain.py ...`, torchrun, srun or mpiexec (docs/hpc.md)"
 # What else an MPI launcher leaves; only then is mpi4py asked, whose MPI_Init aborts on many login nodes.
-MPI_TRACES = ("PMIX_", "PMI_", "PALS_", "MPI_", "MV2_", "MPT_", "I_MPI_", "HYDRA_")
+MPI_ENV_PREFIXES = ("PMIX_", "PMI_", "PALS_", "MPI_", "MV2_", "MPT_", "I_MPI_", "HYDRA_")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class _Source:
     local_rank: tuple[str, ...]
     local_size: tuple[str, ...] = ()
 
-    def speaks(self, environ: Mapping[str, str]) -> bool:
+    def is_present(self, environ: Mapping[str, str]) -> bool:
         if self.name == "slurm":  # a batch script has SLURM_PROCID=0 as well, but is no step
             return "SLURM_PROCID" in environ and "SLURM_STEP_NUM_TASKS" in environ
         # WORLD_SIZE alone is a job script's, for its own use; it is held against what is found.
@@ -87,19 +87,19 @@ class _Reading:
                 yield " or ".join(getattr(self.source, field))
 
 
-def discover_ranks(environ: Mapping[str, str], nodefile: str = "") -> Ranks:
+def ranks_from_environment(environ: Mapping[str, str], nodefile: str = "") -> Ranks:
     """This process's ranks: torch's variables, else Slurm's, else PALS's and PMI's, else Open MPI's.
 
     nodefile: the text of the file that PBS_NODEFILE names. Raises ConfigError where nothing speaks, something is
     missing, or two launchers contradict each other.
     """
-    readings = _without_carriers([_read(source, environ) for source in SOURCES if source.speaks(environ)])
+    readings = _drop_outer_launchers([_read(source, environ) for source in SOURCES if source.is_present(environ)])
     complete = [reading for reading in readings if reading.complete]
     if not complete:
         keys = ", ".join(readings[0].missing()) if readings else "RANK, LOCAL_RANK, WORLD_SIZE"
         in_batch = not readings and "SLURM_JOB_ID" in environ
         raise ConfigError("environment", keys, "not set: this process was not launched" + (
-            ", it is the batch script itself" if in_batch else ""), STARTS)
+            ", it is the batch script itself" if in_batch else ""), HOW_TO_START)
     _check_agreement(readings, environ)
     found = complete[0]
     sizes = [reading.local_size for reading in complete if reading.local_size is not None]
@@ -146,7 +146,7 @@ def _slurm_local_size(environ: Mapping[str, str], world_size: int | None) -> int
     return tasks[node]
 
 
-def _without_carriers(readings: list[_Reading]) -> list[_Reading]:
+def _drop_outer_launchers(readings: list[_Reading]) -> list[_Reading]:
     """Leave out a launcher that started one process a host, when another one, started by that, says otherwise.
 
     The ranks of mpirun in a Slurm job inherit the variables of srun, which started mpirun's daemons.

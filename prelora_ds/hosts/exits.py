@@ -46,7 +46,7 @@ def stopped(why: Stopped, ranks: Ranks) -> NoReturn:
     sys.exit(STOPPED_EXIT_CODE)
 
 
-def outlive_streams() -> None:
+def ignore_output_errors() -> None:
     """Let a standard stream swallow what it cannot write.
 
     A run must not end because its reader is gone, its disk is full, or it was never open. The first
@@ -55,20 +55,20 @@ def outlive_streams() -> None:
     for descriptor in (0, 1, 2):
         _open_if_closed(descriptor)
     out, err = _inner(sys.stdout) or os.fdopen(1, "w"), _inner(sys.stderr) or os.fdopen(2, "w")
-    sys.stdout = _Outliving(out, "standard output", err)
-    sys.stderr = _Outliving(err, "standard error", out)
+    sys.stdout = _ErrorTolerantStream(out, "standard output", err)
+    sys.stderr = _ErrorTolerantStream(err, "standard error", out)
 
 
-def outlive_stderr() -> None:
+def ignore_stderr_errors() -> None:
     """Let standard error alone swallow what it cannot write, without a word: it has no part of a command's result."""
     for descriptor in (0, 1, 2):
         _open_if_closed(descriptor)
     err = _inner(sys.stderr) or os.fdopen(2, "w")
-    sys.stderr = _Outliving(err, "", err)
+    sys.stderr = _ErrorTolerantStream(err, "", err)
 
 
 def _inner(stream: TextIO | None) -> TextIO | None:
-    return stream._stream if isinstance(stream, _Outliving) else stream
+    return stream._stream if isinstance(stream, _ErrorTolerantStream) else stream
 
 
 def _open_if_closed(descriptor: int) -> None:
@@ -82,7 +82,7 @@ def _open_if_closed(descriptor: int) -> None:
             os.close(nowhere)
 
 
-class _Outliving:
+class _ErrorTolerantStream:
     def __init__(self, stream: TextIO, name: str, other: TextIO) -> None:
         self._stream, self._name, self._other = stream, name, other
         # For a terminal without UTF-8. A descriptor that was a file when Python looked, and is a

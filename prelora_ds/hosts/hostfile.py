@@ -90,23 +90,23 @@ def format_mpi_hosts(hosts: Sequence[Host]) -> str:
     return ",".join(f"{host.name}:{host.slots}" for host in hosts)
 
 
-def fill(word: str, values: Mapping[str, str]) -> str:
+def substitute(word: str, values: Mapping[str, str]) -> str:
     """``word`` with each {key} of ``values`` filled in, other braces untouched."""
     for key, value in values.items():
         word = word.replace("{" + key + "}", value)
     return word
 
 
-def fill_command(key: str, text: str, values: Mapping[str, str]) -> list[str]:
+def split_command(key: str, text: str, values: Mapping[str, str]) -> list[str]:
     """The words of the command line ``text``, filled in. Raises ConfigError for the option ``key``."""
     try:
         words = shlex.split(text)
     except ValueError as exc:
         raise ConfigError(key, text, f"is not a command line ({exc})", "close its quotes") from exc
-    return [fill(word, values) for word in words]
+    return [substitute(word, values) for word in words]
 
 
-def travels(value: str) -> bool:
+def is_shell_safe(value: str) -> bool:
     """Whether a remote shell leaves ``value`` as it is."""
     return re.fullmatch(r"[A-Za-z0-9_./:,=@%+^-]+", value) is not None
 
@@ -119,7 +119,7 @@ def write_ds_env(path: Path, values: Mapping[str, str]) -> None:
     for key, value in values.items():
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
             raise ConfigError(str(path), key, "is not the name of a variable", "rename it")
-        if not travels(value):
+        if not is_shell_safe(value):
             raise ConfigError(str(path), f"{key}={value}", "would be changed by the remote shell",
                               "use letters, digits and _./:,=@%+^- only")
     replace_file(path, "".join(f"{key}={value}\n" for key, value in sorted(values.items())))

@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from prelora_ds.errors import ConfigError, LaunchError
-from prelora_ds.hosts.discovery import MPI_TRACES, Ranks, discover_ranks
+from prelora_ds.hosts.discovery import MPI_ENV_PREFIXES, Ranks, ranks_from_environment
 from prelora_ds.hosts.network import address_towards, choose_interface, ipv4_of
 
 
-def find_ranks(environ: Mapping[str, str]) -> Ranks:
-    """`discover_ranks`; where nothing speaks but an MPI launcher left its traces, what mpi4py says."""
+def discover_ranks(environ: Mapping[str, str]) -> Ranks:
+    """`ranks_from_environment`; where nothing speaks but an MPI launcher left its traces, what mpi4py says."""
     path = environ.get("PBS_NODEFILE")
     nodefile = Path(path).read_text() if path and Path(path).is_file() else ""
     try:
-        return discover_ranks(environ, nodefile)
+        return ranks_from_environment(environ, nodefile)
     except ConfigError as error:
-        if not error.problem.startswith("not set") or not any(key.startswith(MPI_TRACES) for key in environ):
+        if not error.problem.startswith("not set") or not any(key.startswith(MPI_ENV_PREFIXES) for key in environ):
             raise
         try:
             found: Ranks = _ask(lambda world, node: Ranks(
@@ -35,7 +35,7 @@ def find_ranks(environ: Mapping[str, str]) -> Ranks:
         return found
 
 
-def complete(ranks: Ranks, interface: str | None) -> Ranks:
+def with_master_addr(ranks: Ranks, interface: str | None) -> Ranks:
     """``ranks`` with the address of rank 0's host. Collective over MPI where the environment does not tell it."""
     if ranks.master_addr is not None:
         return ranks

@@ -37,7 +37,7 @@ def unreachable_master(site: Site) -> dict[str, Any]:
     site.cluster.add_decoy("host1", "10.99.0.1")
     command = [word for i, word in enumerate(command) if "--master_addr" not in (word, command[i - 1])]
     return refused(site, "a decoy is the first address", [*command, *_pretrain(site, folder)],
-                   ["ranks 1 of 2 did not come within 25 s", "host1"], environ, 120)
+                   ["ranks 1 of 2 did not check in within 25 s", "host1"], environ, 120)
 
 
 def name_on_loopback(site: Site) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def unreachable_host(site: Site) -> dict[str, Any]:
     (folder / "hosts").write_text("host1 slots=1\nhost77 slots=1\n")
     return refused(site, "an unreachable host", [
         "prelora", "supervise", "--hostfile", folder / "hosts", "--nodes", "2", "--patience", "5", "--", "python",
-        *_pretrain(site, folder)], ["host host77 does not answer", "silent: host77"], {})
+        *_pretrain(site, folder)], ["host host77 does not respond", "unreachable: host77"], {})
 
 
 def full_disk(site: Site) -> dict[str, Any]:

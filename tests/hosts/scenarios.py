@@ -143,7 +143,7 @@ def _signal_rank(number: int) -> Callable[[Site], None]:
 FAULTS = [
     Fault("a rank raises", lambda site: (site.cluster.state / "faults" / "host2").touch()),
     Fault("a rank never comes", lambda site: (site.cluster.state / "faults" / "host2.late").touch(),
-          named="host2 (exit code 75): rank 0: ranks 1 of 2 did not come", early=True),
+          named="host2 (exit code 75): rank 0: ranks 1 of 2 did not check in", early=True),
     Fault("a rank is killed", _signal_rank(signal.SIGKILL)),
     Fault("a rank is frozen", _signal_rank(signal.SIGSTOP)),
     Fault("sshd is gone", lambda site: [os.kill(pid, signal.SIGKILL) for pid in site.cluster.pids("host2", "sshd")]
@@ -207,7 +207,7 @@ def strike(site: Site, fault: Fault, expected: Sequence[float], nodes: int = 2, 
     assert bitwise if nodes < len(site.cluster.names) else not apart, (close, apart[:3])
     _until(lambda: not any(rank_pids(site, name) for name in site.cluster.names if site.cluster.alive(name)), 30)
     return {"what": fault.name, "hosts": nodes, "total_s": round(time.monotonic() - begun, 1),
-            "ended_s": round(bounded, 1), "named": "host2" in named, "says": named.removeprefix("supervise: ")[:160],
+            "ended_s": round(bounded, 1), "named": "host2" in named, "says": named.partition("supervise: ")[2][:160],
             "result": "resumed, bitwise" if bitwise else f"resumed on fewer hosts, losses within {close:.1e}"}
 
 
@@ -337,12 +337,12 @@ def slurm_chain(site: Site) -> dict[str, Any]:
     job = _submit(site, folder, "3m", *_length(steps))
     requeued = _until(lambda: "Restarts=1" in _about(site, job), 240)
     log = next(folder.glob("*.log"))
-    _until(lambda: "ended with 0" in log.read_text(), 600)
+    _until(lambda: "the run exited with 0" in log.read_text(), 600)
     rows = read_lines(folder / "out" / "events.jsonl")
     resumed = [row["step"] for row in rows if row["event"] == "resume"]
     done_steps = [row["step"] for row in read_lines(folder / "out" / "metrics.jsonl")]
     assert resumed and done_steps == list(range(1, steps + 1)), (resumed, len(done_steps))
-    assert "the run ended with 99" in log.read_text()
+    assert "the run exited with 99" in log.read_text()
     return {"what": "a Slurm chain: signal, checkpoint, 99, requeue, resumed to the end", "hosts": 3,
             "total_s": round(time.monotonic() - begun, 1),
             "result": f"requeued {requeued:.0f} s after it was submitted, resumed after steps {resumed} of {steps}"}
@@ -363,14 +363,14 @@ def slurm_node_dies(site: Site) -> dict[str, Any]:
     _until(lambda: "attempt 1 failed" in log.read_text(), 120)
     bounded = time.monotonic() - struck
     assert {"JobState=RUNNING", "Restarts=0"} <= _about(site, job)
-    _until(lambda: "the run ended with" in log.read_text(), 300)
+    _until(lambda: "the run exited with" in log.read_text(), 300)
     said = log.read_text()
     named = next(line for line in said.splitlines() if "attempt 1 failed" in line)
     assert "failed on host2" in named, said
-    assert "the run ended with 0" in said and "attempt 2: 2 hosts: host1, host3" in said, said
+    assert "the run exited with 0" in said and "attempt 2: 2 hosts: host1, host3" in said, said
     assert losses(folder / "out") == expected
     return {"what": "a node of a Slurm job goes down", "hosts": 3, "total_s": round(time.monotonic() - begun, 1),
-            "ended_s": round(bounded, 1), "named": True, "says": named.removeprefix("supervise: ")[:160],
+            "ended_s": round(bounded, 1), "named": True, "says": named.partition("supervise: ")[2][:160],
             "result": "the job lives on, resumed on its spare, bitwise"}
 
 
@@ -390,7 +390,7 @@ def slurm_first_node_dies(site: Site) -> dict[str, Any]:
     _until(lambda: "Restarts=1" in _about(site, job), 200)
     bounded = time.monotonic() - struck
     log = next(folder.glob("*.log"))
-    _until(lambda: "the run ended with 0" in log.read_text(), 400)
+    _until(lambda: "the run exited with 0" in log.read_text(), 400)
     resumed = [row["step"] for row in read_lines(folder / "out" / "events.jsonl") if row["event"] == "resume"]
     assert resumed and losses(folder / "out") == expected
     return {"what": "the first node of a Slurm job goes down", "hosts": 3, "named": True,

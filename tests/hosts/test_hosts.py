@@ -50,9 +50,9 @@ def test_preflight_names_what_is_wrong_with_each_host(site: Site) -> None:
     assert done.returncode == 75 and not report["fit"], done.stdout
     problems = {host: " ".join(answer["problems"]) for host, answer in report["hosts"].items()}
     assert "there is no manifest" in problems["host1"] or "none" in problems["host1"]
-    assert "peft 9.9.9, on the others" in problems["host2"] and "its clock is +90.0 s off" in problems["host2"]
-    assert "points to 127.0.1.1" in problems["host3"] and "No space left" in problems["host3"]
-    assert "not reachable" in problems["host9"]
+    assert "peft: 9.9.9 (other hosts: " in problems["host2"] and "its clock is +90.0 s off" in problems["host2"]
+    assert "resolves to 127.0.1.1" in problems["host3"] and "No space left" in problems["host3"]
+    assert "unreachable" in problems["host9"]
     assert [host for host, said in problems.items() if "slow: " in said] == ["host3"]
     for host in ("host1", "host2", "host3"):
         assert report["hosts"][host]["all_reduce"]["correct"]

@@ -39,7 +39,7 @@ def test_the_supervisor_reads_the_command_as_the_ranks_will() -> None:
     with pytest.raises(ConfigError, match="unrecognized arguments: --deepspeed-config"):
         config_of([*launcher, "--recipe", RECIPE, "--deepspeed-config", "ds_configs/zero2.json", *SETTINGS])
     assert config_of([*launcher[:-1], "bind.py", launcher[-1], f"--recipe={RECIPE}", *SETTINGS]).zero.stage == 0
-    with pytest.raises(ConfigError, match=r"COMMAND = 'mpirun python': has no"):
+    with pytest.raises(ConfigError, match=r"COMMAND = 'mpirun python': does not contain"):
         config_of(["mpirun", "python"])
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prelora_ds.errors import ConfigError
-from prelora_ds.hosts.discovery import DEFAULT_PORT, Ranks, discover_ranks
+from prelora_ds.hosts.discovery import DEFAULT_PORT, Ranks, ranks_from_environment
 
 TORCH = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "a"}
 DEEPSPEED = TORCH | {"LOCAL_SIZE": "4", "CROSS_RANK": "1", "CROSS_SIZE": "2", "MASTER_PORT": "29501"}
@@ -38,7 +38,7 @@ JOB_PORT = 20077
 
 def mistake(environ: dict[str, str]) -> ConfigError:
     with pytest.raises(ConfigError) as caught:
-        discover_ranks(environ)
+        ranks_from_environment(environ)
     assert caught.value.key == "environment"
     return caught.value
 
@@ -54,17 +54,18 @@ def mistake(environ: dict[str, str]) -> ConfigError:
     (SRUN | {"WORLD_SIZE": "8", "MASTER_ADDR": "m"}, 4, "m", JOB_PORT, "slurm"),
 ])
 def test_rank_5_of_8_is_found_in_every_launchers_environment(environ, local_size, master, port, source) -> None:
-    assert discover_ranks(environ) == Ranks(5, 1, 8, local_size, master, port, source)
+    assert ranks_from_environment(environ) == Ranks(5, 1, 8, local_size, master, port, source)
 
 
 def test_the_master_of_a_pbs_job_is_the_first_line_of_its_node_file() -> None:
-    assert discover_ranks(PALS, "x3001\nx3002\n").master_addr == "x3001"
+    assert ranks_from_environment(PALS, "x3001\nx3002\n").master_addr == "x3001"
 
 
 def test_ranks_on_one_host_meet_on_loopback() -> None:
     alone = OPENMPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "5"}
-    assert discover_ranks(alone).master_addr == "127.0.0.1"
-    assert discover_ranks({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}).world_size == 1
+    assert ranks_from_environment(alone).master_addr == "127.0.0.1"
+    single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
+    assert ranks_from_environment(single).world_size == 1
 
 
 @pytest.mark.parametrize("missing", [["RANK"], ["LOCAL_RANK"], ["WORLD_SIZE"], ["RANK", "WORLD_SIZE"],
@@ -130,17 +131,17 @@ def test_every_task_of_an_uneven_slurm_step_finds_its_place(tasks: list[int], da
     environ = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(local), "SLURM_NODEID": str(node),
                "SLURM_STEP_NUM_TASKS": str(sum(tasks)), "SLURM_STEP_NODELIST": f"n[1-{len(tasks)}]",
                "SLURM_STEP_TASKS_PER_NODE": ",".join(map(str, tasks))}
-    assert discover_ranks(environ).local_size == tasks[node]
+    assert ranks_from_environment(environ).local_size == tasks[node]
     exported: dict[str, str] = {}
-    discover_ranks(environ).export(exported)
-    again = discover_ranks(exported)
+    ranks_from_environment(environ).export(exported)
+    again = ranks_from_environment(exported)
     assert (again.rank, again.local_rank, again.world_size) == (rank, local, sum(tasks))
 
 
 SHOW = """
 import os, sys
-from prelora_ds.hosts.mpi import complete, find_ranks
-ranks = complete(find_ranks(os.environ), None)
+from prelora_ds.hosts.mpi import with_master_addr, discover_ranks
+ranks = with_master_addr(discover_ranks(os.environ), None)
 line = f"{ranks.rank} {ranks.local_rank} {ranks.world_size} {ranks.local_size} {ranks.master_addr} {ranks.source}\\n"
 os.write(1, line.encode())
 """
@@ -166,8 +167,8 @@ def test_without_an_mpi_library_a_rank_that_only_mpi_knows_is_told_what_to_set()
     done = subprocess.run(
         [sys.executable, "-c", "import os\nos.environ |= {'RANK': '0', 'WORLD_SIZE': '2', 'LOCAL_RANK': '0'}\n"
          "from prelora_ds.errors import ConfigError\nfrom prelora_ds.hosts.discovery import Ranks\n"
-         "from prelora_ds.hosts.mpi import complete\n"
-         "try:\n    complete(Ranks(0, 0, 2), None)\nexcept ConfigError as error:\n    print(error)"],
+         "from prelora_ds.hosts.mpi import with_master_addr\n"
+         "try:\n    with_master_addr(Ranks(0, 0, 2), None)\nexcept ConfigError as error:\n    print(error)"],
         text=True, capture_output=True, timeout=60, env=environ | {"MPI4PY_LIBMPI": "/nonexistent"}, check=False)
     assert "mpi4py finds no MPI library: cannot load MPI library" in done.stdout, done.stderr
     assert "remedy: name the host of rank 0" in done.stdout

@@ -66,7 +66,7 @@ def test_a_rank_that_heard_of_anothers_mistake_ends_at_once_and_only_rank_0_repe
             exits.fail(RefusedError(2, "b", 2, "no data"), Ranks(rank, rank % 4, 8))
         assert ended.value.code == 2
         said[rank] = capsys.readouterr().err
-    assert said == {0: "error: rank 2 on host b could not begin: no data\n", 1: "", 4: ""} and naps == []
+    assert said == {0: "error: rank 2 on host b could not start: no data\n", 1: "", 4: ""} and naps == []
 
 
 @pytest.mark.parametrize("error", [CorruptSampleError("sample 3 of shard-000001.tar", "look"),
@@ -145,8 +145,8 @@ def test_an_interrupt_is_told_by_rank_0_alone_and_ends_every_rank_as_a_shell_rep
 
 PRINTS = """
 import os, sys
-from prelora_ds.hosts.exits import outlive_streams
-outlive_streams()
+from prelora_ds.hosts.exits import ignore_output_errors
+ignore_output_errors()
 file = os.open({path!r}, os.O_CREAT | os.O_WRONLY)
 for number in range(3):
     print("out", number, flush=True)
@@ -205,7 +205,7 @@ def test_what_is_printed_to_a_closed_stream_reaches_no_file(tmp_path: Path) -> N
 
 
 def test_a_terminal_without_utf_8_ends_nothing(tmp_path: Path) -> None:
-    script = ("from prelora_ds.hosts.exits import outlive_streams\noutlive_streams()\n"
+    script = ("from prelora_ds.hosts.exits import ignore_output_errors\nignore_output_errors()\n"
               "print('caf\\u00e9', '\\ud800')")
     ended = subprocess.run(
         [sys.executable, "-c", script],

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from prelora_ds.errors import ConfigError, LaunchError
-from prelora_ds.hosts.diagnosis import diagnose, is_echo, known_as
-from prelora_ds.hosts.heartbeat import LEASE, LOCK, Supervision, read_json, write_json
+from prelora_ds.hosts.diagnosis import diagnose, hostfile_name, is_echo
+from prelora_ds.hosts.heartbeat import HEARTBEAT_FILE, LOCK_FILE, AttemptRecord, read_json, write_json
 from prelora_ds.hosts.hostfile import Host
 from prelora_ds.hosts.lock import Lock
-from prelora_ds.hosts.supervisor import Policy, Supervisor, check_policy, fill
+from prelora_ds.hosts.supervisor import Policy, Supervisor, check_policy, substitute
 
 HOSTS = [Host("a", 2), Host("b", 2), Host("c", 2)]
 # A launcher: its words are HOSTS... --supervised FOLDER. `die CODE HOST WHY` leaves a rank's record.
@@ -84,7 +84,7 @@ def test_restarts_are_bounded_even_with_progress(world: World) -> None:
     progress = iter(range(100))
     supervisor.progress = lambda: next(progress)
     assert supervisor.run() == 85
-    assert len(attempts(world)) == 4 and "3 restarts are used up" in world.said[-1]
+    assert len(attempts(world)) == 4 and "giving up after 3 restarts" in world.said[-1]
 
 
 def test_a_mistake_of_the_user_is_not_tried_again(world: World) -> None:
@@ -95,9 +95,9 @@ def test_a_mistake_of_the_user_is_not_tried_again(world: World) -> None:
 def test_silent_hosts_are_left_out_and_too_few_are_named(world: World) -> None:
     (world.folder / "a").unlink()
     assert world.supervisor("mark DONE").run() == 0
-    assert attempts(world) == ["b, c"] and "host a does not answer" in world.said
+    assert attempts(world) == ["b, c"] and "host a does not respond" in world.said
     (world.folder / "b").unlink()
-    with pytest.raises(LaunchError, match="1 of 3 hosts answer, and the run needs 2; silent: a, b"):
+    with pytest.raises(LaunchError, match="only 1 of 3 hosts respond, 2 needed; unreachable: a, b"):
         world.supervisor("mark DONE").run()
 
 
@@ -170,7 +170,7 @@ def test_a_host_that_falls_silent_ends_the_attempt(world: World) -> None:
     script = f'[ "$attempt" = 2 ] && mark DONE && exit; rm {world.folder}/b; sleep 60'
     assert world.supervisor(script, probe_s=0.1).run() == 0
     assert attempts(world) == ["a, b", "a, c"]
-    assert any("attempt 1 failed on b (exit code 75): host b does not answer" in line for line in world.said)
+    assert any("attempt 1 failed on b (exit code 75): host b does not respond" in line for line in world.said)
 
 
 def test_the_launcher_gets_hostfile_environment_and_the_words_filled_in(world: World) -> None:
@@ -180,7 +180,7 @@ def test_the_launcher_gets_hostfile_environment_and_the_words_filled_in(world: W
     assert (own / "launcher.log").read_text().split() == [str(own / "ds_env"), "a", "29501", "a,b"]
     assert (own / "hostfile").read_text() == "a slots=2\nb slots=2\n"
     assert "GLOO_SOCKET_IFNAME=eth0\n" in (own / "ds_env").read_text()
-    assert fill("{a}:{b}{c}", {"a": "1", "b": "2"}) == "1:2{c}"
+    assert substitute("{a}:{b}{c}", {"a": "1", "b": "2"}) == "1:2{c}"
 
 
 def test_hosts_that_come_back_while_they_are_looked_for_are_taken(world: World) -> None:
@@ -190,7 +190,7 @@ def test_hosts_that_come_back_while_they_are_looked_for_are_taken(world: World) 
     back = threading.Timer(0.5, lambda: [(world.folder / name).touch() for name in "ac"])
     back.start()
     assert world.supervisor("mark DONE", patience_s=20.0, probe_s=0.1).run() == 0
-    assert attempts(world) == ["a, c"] and world.said[:3] == [f"host {name} does not answer" for name in "abc"]
+    assert attempts(world) == ["a, c"] and world.said[:3] == [f"host {name} does not respond" for name in "abc"]
 
 
 def test_a_round_of_probes_that_nobody_answers_ends_no_healthy_run(world: World) -> None:
@@ -213,7 +213,7 @@ def test_a_probe_that_gets_no_process_tells_nothing(world: World, monkeypatch: p
     supervisor = world.supervisor("mark DONE")
     with monkeypatch.context() as system:
         system.setattr("prelora_ds.hosts.supervisor.subprocess.Popen", none_left)
-        assert supervisor._unanswered(HOSTS) == []
+        assert supervisor._unreachable(HOSTS) == []
     with pytest.raises(ConfigError, match="cannot be started"):
         world.supervisor("mark DONE", probe="/nowhere {host}").run()
 
@@ -230,29 +230,33 @@ def test_a_supervisor_that_stood_still_leaves_the_run_to_its_successor(world: Wo
     out = world.folder / "out"
     taken = json.dumps({"token": "new", "pid": 1, "host": "elsewhere"})
     newer = json.dumps({"attempt": 2})
-    script = f"""echo '{taken}' > {out}/{LOCK}; echo '{newer}' > {out}/{LEASE}; sleep 0.5; die 88 a fenced"""
+    script = f"""
+    echo '{taken}' > {out}/{LOCK_FILE}
+    echo '{newer}' > {out}/{HEARTBEAT_FILE}
+    sleep 0.5
+    die 88 a fenced"""
     assert world.supervisor(script).run() == 88
-    assert read_json(out / LEASE) == {"attempt": 2} and len(attempts(world)) == 1
+    assert read_json(out / HEARTBEAT_FILE) == {"attempt": 2} and len(attempts(world)) == 1
     assert "taken over by process 1 on elsewhere" in world.said[-1]
 
 
 def test_a_second_supervisor_is_refused_and_the_first_one_s_attempt_stays_the_newest(world: World) -> None:
     (world.folder / "out").mkdir()
-    first = Lock(world.folder / "out" / LOCK).take()
+    first = Lock(world.folder / "out" / LOCK_FILE).take()
     with pytest.raises(LaunchError, match=r"is in use by process"):
         world.supervisor("mark DONE").run()
-    assert not (world.folder / "out" / LEASE).exists() and not attempts(world)
+    assert not (world.folder / "out" / HEARTBEAT_FILE).exists() and not attempts(world)
     first.release()
     assert world.supervisor("mark DONE").run() == 0 and len(attempts(world)) == 1
 
 
 def test_a_host_is_known_by_its_name_in_the_hostfile() -> None:
     full, short = [Host("n1.hsn.site", 4), Host("n2.hsn.site", 4)], [Host("n1", 4), Host("n2", 4)]
-    assert known_as("n2", 0, full) == "n2.hsn.site" and known_as("n2.hsn.site", 0, short) == "n2"
-    assert known_as("n2", None, [*full, Host("n2.other", 4)]) == "n2", "two could be meant"
+    assert hostfile_name("n2", 0, full) == "n2.hsn.site" and hostfile_name("n2.hsn.site", 0, short) == "n2"
+    assert hostfile_name("n2", None, [*full, Host("n2.other", 4)]) == "n2", "two could be meant"
     addresses = [Host("10.0.0.1", 4), Host("10.0.0.2", 4)]
-    assert known_as("n2", 4, addresses) == "10.0.0.2" and known_as("n2", 8, addresses) == "n2"
-    assert known_as("10.0.0.2", 0, addresses) == "10.0.0.2"
+    assert hostfile_name("n2", 4, addresses) == "10.0.0.2" and hostfile_name("n2", 8, addresses) == "n2"
+    assert hostfile_name("10.0.0.2", 0, addresses) == "10.0.0.2"
 
 
 def ends(own: Path, *records: dict) -> None:
@@ -264,8 +268,8 @@ def ends(own: Path, *records: dict) -> None:
         os.utime(path, (number, number))
 
 
-WAITED = {"code": 75, "why": "ranks 2-3 of 4 did not come within 9 s; there were ...", "blames": [2, 3]}
-UNHEARD = {"code": 75, "why": "host b (rank 2) did not get through to rank 0 in 9 s", "blames": [0]}
+WAITED = {"code": 75, "why": "ranks 2-3 of 4 did not check in within 9 s; present: ...", "blames": [2, 3]}
+UNHEARD = {"code": 75, "why": "host b (rank 2) could not reach rank 0 within 9 s", "blames": [0]}
 
 
 def test_a_rank_that_waited_in_vain_names_the_host_of_those_that_did_not_come(tmp_path: Path) -> None:
@@ -297,7 +301,7 @@ def test_a_mistake_of_the_user_goes_before_a_host_that_does_not_answer(tmp_path:
     ends(tmp_path / "2", {"rank": 1, "host": "a", "code": 1, "why": "ValueError"})
     assert diagnose(tmp_path / "2", 1, HOSTS[:2], ["b"], set()).hosts == ["b"]
     ends(tmp_path / "3", {"rank": 2, "host": "b", "code": 2, "why": "data.train = '/x': no such folder"})
-    assert diagnose(tmp_path / "3", 1, HOSTS[:2], ["b"], set()).why == "host b does not answer"
+    assert diagnose(tmp_path / "3", 1, HOSTS[:2], ["b"], set()).why == "host b does not respond"
 
 
 def test_a_mistake_that_only_another_host_than_rank_0s_tells_is_that_hosts(tmp_path: Path) -> None:
@@ -309,7 +313,7 @@ def test_a_mistake_that_only_another_host_than_rank_0s_tells_is_that_hosts(tmp_p
     ends(tmp_path / "2", {"rank": 2, "host": "b", **mistake}, {"rank": 1, "host": "a", **mistake})
     write_json(tmp_path / "2" / "rank-0.json", {"rank": 0, "host": "a"})
     assert diagnose(tmp_path / "2", 1, HOSTS[:2], [], set()).code == 2
-    heard = {"rank": 0, "host": "a", "code": 2, "why": "rank 2 on host b could not begin: ...", "blames": [2]}
+    heard = {"rank": 0, "host": "a", "code": 2, "why": "rank 2 on host b could not start: ...", "blames": [2]}
     ends(tmp_path / "3", heard, {"rank": 2, "host": "b", **mistake})
     write_json(tmp_path / "3" / "rank-0.json", {"rank": 0, "host": "a"})
     failure = diagnose(tmp_path / "3", 2, HOSTS[:2], [], set())
@@ -320,7 +324,7 @@ def test_a_rank_that_only_felt_anothers_end_is_an_echo() -> None:
     assert is_echo({"code": 85, "why": ""}) and is_echo({"code": 1, "why": "x Connection closed by peer y"})
     assert not is_echo({"code": 1, "why": "ValueError"})
     assert not is_echo({"code": 1, "why": "BrokenPipeError: [Errno 32] Broken pipe"})
-    assert not is_echo({"code": 85, "why": "was stopped for 20 s", "slept_s": 20.0})
+    assert not is_echo({"code": 85, "why": "was suspended for 20 s, then: hung", "slept_s": 20.0})
 
 
 @pytest.mark.parametrize("policy", [Policy(4, 4), Policy(2, 3), Policy(1, 0)])
@@ -332,15 +336,15 @@ def test_a_policy_that_does_not_fit_the_hosts_is_refused(policy: Policy) -> None
 def test_a_rank_ends_when_the_lease_stops_or_names_a_newer_attempt(tmp_path: Path) -> None:
     own = tmp_path / "attempt-2"
     own.mkdir()
-    write_json(tmp_path / LEASE, {"attempt": 2, "renewed": 1, "patience_s": 0.2})
-    watch = Supervision(own, 3)
+    write_json(tmp_path / HEARTBEAT_FILE, {"attempt": 2, "renewed": 1, "patience_s": 0.2})
+    watch = AttemptRecord(own, 3)
     assert watch.check() is None
     time.sleep(0.3)
     code, why = watch.check() or (0, "")
     assert code == 87 and "the supervisor is gone" in why
-    write_json(tmp_path / LEASE, {"attempt": 2, "renewed": 2, "patience_s": 0.2})
+    write_json(tmp_path / HEARTBEAT_FILE, {"attempt": 2, "renewed": 2, "patience_s": 0.2})
     assert watch.check() is None
-    write_json(tmp_path / LEASE, {"attempt": 3, "renewed": 3})
+    write_json(tmp_path / HEARTBEAT_FILE, {"attempt": 3, "renewed": 3})
     assert (watch.check() or (0, ""))[0] == 88
     assert json.loads((own / "rank-3.json").read_text())["rank"] == 3
 
@@ -349,10 +353,10 @@ def test_a_rank_ends_when_the_lease_stops_or_names_a_newer_attempt(tmp_path: Pat
 def test_a_lease_of_other_content_has_not_changed(tmp_path: Path, lease: dict) -> None:
     own = tmp_path / "attempt-1"
     own.mkdir()
-    write_json(tmp_path / LEASE, {"attempt": 1, "renewed": 1, "patience_s": 0.2})
-    watch = Supervision(own, 3)
+    write_json(tmp_path / HEARTBEAT_FILE, {"attempt": 1, "renewed": 1, "patience_s": 0.2})
+    watch = AttemptRecord(own, 3)
     assert watch.check() is None
-    write_json(tmp_path / LEASE, lease)
+    write_json(tmp_path / HEARTBEAT_FILE, lease)
     assert watch.check() is None
     time.sleep(0.3)
     assert (watch.check() or (0, ""))[0] == 87
@@ -360,15 +364,15 @@ def test_a_lease_of_other_content_has_not_changed(tmp_path: Path, lease: dict) -
 
 def test_a_folder_that_no_supervisor_made_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--supervised"):
-        Supervision(tmp_path / "attempt-x", 0)
+        AttemptRecord(tmp_path / "attempt-x", 0)
 
 
 def test_a_shared_disk_that_stalls_is_no_silence_of_the_supervisor(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = tmp_path / "attempt-1"
     own.mkdir()
-    write_json(tmp_path / LEASE, {"attempt": 1, "renewed": 1, "patience_s": 0.2})
-    watch = Supervision(own, 0)
+    write_json(tmp_path / HEARTBEAT_FILE, {"attempt": 1, "renewed": 1, "patience_s": 0.2})
+    watch = AttemptRecord(own, 0)
     assert watch.check() is None
 
     def stalled(path: Path) -> dict:
@@ -387,9 +391,9 @@ def test_a_lease_that_asks_to_stop_signals_the_rank_once(tmp_path: Path) -> None
     own.mkdir()
     former = signal.signal(signal.SIGUSR1, lambda number, frame: signals.append(number))
     try:
-        watch = Supervision(own, 0)
+        watch = AttemptRecord(own, 0)
         for renewed in range(3):
-            write_json(tmp_path / LEASE, {"attempt": 1, "renewed": renewed, "stop": True})
+            write_json(tmp_path / HEARTBEAT_FILE, {"attempt": 1, "renewed": renewed, "stop": True})
             assert watch.check() is None
     finally:
         signal.signal(signal.SIGUSR1, former)
@@ -399,26 +403,26 @@ def test_a_lease_that_asks_to_stop_signals_the_rank_once(tmp_path: Path) -> None
 def test_a_rank_leaves_its_end_and_rank_0_the_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = tmp_path / "attempt-1"
     own.mkdir()
-    Supervision(own, 1).mark("DONE")
+    AttemptRecord(own, 1).mark_done()
     assert not (own / "DONE").exists()
-    Supervision(own, 0).mark("DONE")
-    Supervision(own, 1).ended(85, "hung")
+    AttemptRecord(own, 0).mark_done()
+    AttemptRecord(own, 1).record_exit(85, "hung")
     assert (own / "DONE").exists() and read_json(own / "exit-1.json")["code"] == 85
-    monkeypatch.setattr("prelora_ds.hosts.heartbeat.ASLEEP_S", 0.1)
-    frozen = Supervision(own, 2)
+    monkeypatch.setattr("prelora_ds.hosts.heartbeat.SUSPENDED_S", 0.1)
+    frozen = AttemptRecord(own, 2)
     time.sleep(0.2)
     frozen.check()  # it imported for long: not frozen yet
-    frozen.ended(1, "ValueError")
+    frozen.record_exit(1, "ValueError")
     assert read_json(own / "exit-2.json")["slept_s"] == 0
     time.sleep(0.2)
     frozen.check()
-    frozen.ended(85, "hung")
-    assert read_json(own / "exit-2.json")["why"] == "was stopped for 0 s; then: hung"
-    monkeypatch.setattr("prelora_ds.hosts.heartbeat.JUST_AWAKE_S", 0.1)
+    frozen.record_exit(85, "hung")
+    assert read_json(own / "exit-2.json")["why"] == "was suspended for 0 s, then: hung"
+    monkeypatch.setattr("prelora_ds.hosts.heartbeat.JUST_RESUMED_S", 0.1)
     time.sleep(0.2)
-    frozen.ended(1, "ValueError")
+    frozen.record_exit(1, "ValueError")
     assert read_json(own / "exit-2.json")["slept_s"] == 0, "it went on for long"
-    unwatched = Supervision(None, 0)
-    unwatched.ended(1, "x")
-    unwatched.mark("DONE")
+    unwatched = AttemptRecord(None, 0)
+    unwatched.record_exit(1, "x")
+    unwatched.mark_done()
     assert unwatched.check() is None
