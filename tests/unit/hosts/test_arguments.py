@@ -48,7 +48,7 @@ LAUNCHED = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "1
 
 @pytest.mark.parametrize(("ranks", "words", "why"), [
     (LAUNCHED, ["--recipe", RECIPE, "--odd"], "unrecognized arguments: --odd"),
-    ({}, ["--recipe", RECIPE], "this process was not launched")])
+    ({}, ["--recipe", RECIPE], "this process was not started by a launcher")])
 def test_a_rank_tells_its_supervisor_of_a_mistake_before_all_else(
         tmp_path: Path, ranks: dict[str, str], words: list[str], why: str) -> None:
     own = tmp_path / "attempt-1"
