@@ -1,4 +1,4 @@
-"""Launches that cannot work, and what they say."""
+"""Launches that must fail, and their messages."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def port_in_use(site: Site) -> dict[str, Any]:
 
 
 def unreachable_master(site: Site) -> dict[str, Any]:
-    """DeepSpeed takes the first address of `hostname -I` where --master_addr is not given; here it leads nowhere."""
+    """Without --master_addr DeepSpeed uses the first address of `hostname -I`; here it is unreachable."""
     folder = site.new("decoy")
     command, environ = command_of("pdsh", site, ["host1", "host2"], folder)
     site.cluster.add_decoy("host1", "10.99.0.1")
@@ -41,7 +41,7 @@ def unreachable_master(site: Site) -> dict[str, Any]:
 
 
 def name_on_loopback(site: Site) -> dict[str, Any]:
-    """Here the run copes: gloo gets the interface that leads to the master."""
+    """The run succeeds, because gloo gets the interface that leads to the master; preflight reports the host."""
     hosts = site.cluster.state / "host2" / "hosts"
     before = hosts.read_text()
     hosts.write_text(before.replace("10.77.0.2 host2", "127.0.1.1 host2"))
@@ -87,7 +87,7 @@ def unreachable_host(site: Site) -> dict[str, Any]:
 
 
 def full_disk(site: Site) -> dict[str, Any]:
-    """Of one host; where the checkpoint's own disk is full, all ranks vote against it (tests of checkpoints)."""
+    """The disk of one host is full. (The tests of checkpoints cover a full disk under the checkpoint.)"""
     folder, full = site.new("disk"), site.cluster.scratch / "full"
     site.cluster.run("host2", ["dd", "if=/dev/zero", f"of={full}", "bs=1M"])
     try:
