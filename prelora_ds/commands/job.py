@@ -19,7 +19,8 @@ def job(
     deepspeed_config: Annotated[Path | None, typer.Option(
         help="DeepSpeed JSON, e.g. from ds_configs/ (default: ZeRO stage 0)")] = None,
     nodes: Annotated[int, typer.Option(min=1, help="nodes of the run")] = 16,
-    spares: Annotated[int, typer.Option(min=0, help="additional nodes that replace failed ones")] = 1,
+    spares: Annotated[int, typer.Option(
+        min=0, help="additional nodes that replace failed ones")] = 1,
     walltime: Annotated[str, typer.Option(
         help="walltime per job, e.g. 3h, 90m, 03:00:00")] = "3h",
     warn: Annotated[int, typer.Option(

@@ -18,7 +18,8 @@ class _Parser(argparse.ArgumentParser):
     words: Sequence[str] = ()
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError("command line", " ".join(self.words), message, "see launch/pretrain.py --help")
+        raise ConfigError("command line", " ".join(self.words), message,
+                          "see launch/pretrain.py --help")
 
 
 def parse_arguments(words: Sequence[str], description: str | None = None) -> argparse.Namespace:

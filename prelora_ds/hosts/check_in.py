@@ -128,7 +128,7 @@ def announcing_failure(ranks: Ranks, environ: Mapping[str, str]) -> Iterator[Non
 
 
 def _decline(ranks: Ranks, environ: Mapping[str, str], refused: list[Any]) -> None:
-    """Publish ``refused``. Rank 0 then serves the store until the others have read it or declined."""
+    """Publish ``refused``; rank 0 then serves the store until the others read it or declined."""
     prefix = _prefix(environ)
     others = ranks.world_size - 1
     deadline = time.monotonic() + DECLINE_S
@@ -281,7 +281,9 @@ def verdict_on(infos: Sequence[RankInfo], world_size: int, waited_s: float) -> d
 
 
 def check_master(ranks: Ranks) -> None:
-    """Raise LaunchError when rank 0 cannot listen: wrong address for this host, or a port in use."""
+    """Raise LaunchError when rank 0 cannot listen: the address is another host's, or the port is
+    in use.
+    """
     assert ranks.master_addr is not None
     here = socket.gethostname()
     if not is_mine(ranks.master_addr):

@@ -1,4 +1,4 @@
-"""Why an attempt of `prelora supervise` failed, and on which host, from what its ranks left on disk."""
+"""Why an attempt of `prelora supervise` failed, and on which host, by its ranks' records."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ def diagnose(attempt_dir: Path, returncode: int | None, hosts: Sequence[Host],
     """
     records = records_of(attempt_dir, "exit", hosts)
     causes = [record for record in records if not is_echo(record)]
-    hosts_by_rank = {start["rank"]: start["host"] for start in records_of(attempt_dir, "rank", hosts)}
+    starts = records_of(attempt_dir, "rank", hosts)
+    hosts_by_rank = {start["rank"]: start["host"] for start in starts}
     for record in causes:
         if record["code"] == USAGE_EXIT_CODE and record["host"] not in unreachable:
             on_host_of_rank_0 = hosts_by_rank.get(0, record["host"]) == record["host"]

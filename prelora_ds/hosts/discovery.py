@@ -42,7 +42,7 @@ class Ranks:
     source: str = "torch"
 
     def export(self, environ: MutableMapping[str, str]) -> None:
-        """Write the variables that torch and DeepSpeed read, so that DeepSpeed never asks mpi4py."""
+        """Write the variables of torch and DeepSpeed, so that DeepSpeed never asks mpi4py."""
         assert self.master_addr is not None, "the master is determined before it is exported"
         values = {"RANK": self.rank,
                   "LOCAL_RANK": self.local_rank,

@@ -25,7 +25,7 @@ from prelora_ds.errors import (
 )
 from prelora_ds.hosts.discovery import Ranks
 
-# Time for rank 0 to print, and for the launcher to end the other ranks, which all find the same error.
+# Time for rank 0 to print, and for the launcher to end the other ranks. All find the same error.
 GRACE_S = 20.0
 # Time for the launcher to end a rank whose peer has ended.
 ECHO_GRACE_S = 5.0

@@ -1,4 +1,4 @@
-"""A rank's side of `prelora supervise`: watch the supervisor's heartbeat, and record how the rank ends.
+"""A rank's side of `prelora supervise`: it watches the heartbeat, and records how it ends.
 
 Files, in a folder that all hosts share:
 

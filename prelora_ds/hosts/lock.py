@@ -1,7 +1,7 @@
 """A lock file that allows one job per output folder; the holder rewrites it every 5 s.
 
-It works where file locks do not (shared file systems, several hosts). A waiting process checks by its
-own clock whether the file changes, so the clocks of hosts are never compared.
+It works where file locks do not (shared file systems, several hosts). A waiting process checks by
+its own clock whether the file changes, so the clocks of hosts are never compared.
 """
 
 from __future__ import annotations
@@ -97,7 +97,8 @@ class Lock:
             pass
         except OSError:
             return None  # unknown: the disk does not respond
-        return LaunchError(f"{self.path.parent} was removed or moved while this job was writing to it\n"
+        return LaunchError(f"{self.path.parent} was removed or moved while this job was writing "
+                           "to it\n"
                            "  remedy: restore it, and run the same command again")
 
     def _text(self, renewals: int) -> str:

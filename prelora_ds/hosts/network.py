@@ -19,7 +19,8 @@ def interface_environment(interface: str) -> dict[str, str]:
             "FI_TCP_IFACE": interface, "HYDRA_IFACE": interface}
 
 
-def choose_interface(interface: str | None, master_addr: str, environ: MutableMapping[str, str]) -> None:
+def choose_interface(interface: str | None, master_addr: str,
+                     environ: MutableMapping[str, str]) -> None:
     """Set the variables of ``launch.interface``.
 
     Without it, gloo gets the interface that leads to the master. By default gloo listens on the

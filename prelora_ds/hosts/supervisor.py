@@ -218,7 +218,7 @@ class Supervisor:
             return False
 
     def _attempt(self, attempt: int, hosts: Sequence[Host]) -> int | Failure:
-        """Run one attempt; returns 0 or 99 where a mark on disk proves it, otherwise the failure."""
+        """Run one attempt; returns 0 or 99 if a mark on disk proves it, otherwise the failure."""
         attempt_dir = self.folder / f"attempt-{attempt}"
         attempt_dir.mkdir()
         with (attempt_dir / "launcher.log").open("wb") as log, ThreadPoolExecutor(1) as pool:
