@@ -61,7 +61,7 @@ def ours(pipe: Connection, folder: Path, turn: int) -> list[float]:
     """Run launch/pretrain.py without its argument parser, including logs, report and export."""
     import prelora_ds.run.begin as begin_module
     import prelora_ds.run.context as context_module
-    from prelora_ds.hosts.discovery import discover_ranks
+    from prelora_ds.hosts.discovery import ranks_from_environment
     from prelora_ds.run.folder import RunFolder
     from prelora_ds.run.log import read_lines
     from prelora_ds.start import start
@@ -70,7 +70,7 @@ def ours(pipe: Connection, folder: Path, turn: int) -> list[float]:
         make_loader(*args, **options), pipe, turn
     )
     begin_module.build_model = in_bf16
-    start(discover_ranks(os.environ), str(folder / RECIPE), [], ZERO)
+    start(ranks_from_environment(os.environ), str(folder / RECIPE), [], ZERO)
     return [row["train/loss"] for row in read_lines(RunFolder(folder / "ours").metrics)]
 
 

@@ -15,44 +15,45 @@ from prelora_ds.hosts.exits import (
     crash,
     crash_code,
     fail,
+    ignore_output_errors,
     interrupted,
-    outlive_streams,
     stopped,
 )
-from prelora_ds.hosts.heartbeat import Supervision
-from prelora_ds.hosts.mpi import find_ranks
+from prelora_ds.hosts.heartbeat import AttemptRecord
+from prelora_ds.hosts.mpi import discover_ranks
 from prelora_ds.run.guard import Guard
 from prelora_ds.run.stop import StopRequest
 
 
 def main(argv: list[str]) -> None:
-    ancestors = Ancestors()  # first: a launcher may be killed while the rank begins
-    outlive_streams()
-    ranks, stop = Ranks(rank=0, local_rank=0, world_size=1), StopRequest().install()
-    watch = Supervision(None)
+    ancestors = Ancestors()  # first: a launcher may be killed while the rank starts
+    ignore_output_errors()
+    ranks = Ranks(rank=0, local_rank=0, world_size=1)
+    stop = StopRequest().install()
+    record = AttemptRecord(None)
     try:
-        watch = Supervision(supervised_folder(argv))
-        ranks = find_ranks(os.environ)
-        watch = Supervision(watch.folder, ranks.rank)
+        record = AttemptRecord(supervised_folder(argv))
+        ranks = discover_ranks(os.environ)
+        record = AttemptRecord(record.folder, ranks.rank)
         guard = Guard(rank=ranks.rank, stop=stop)
         guard.watch(ancestors.check, every_s=1.0)
-        guard.watch(watch.check)
-        guard.last_words = watch.ended
+        guard.watch(record.check)
+        guard.last_words = record.record_exit
         guard.start()
         args = parse_arguments(argv, __doc__)
-        from prelora_ds.start import start  # heavy imports only once the launch itself is sound
+        from prelora_ds.start import start  # heavy imports only after the launch was validated
 
-        start(ranks, args.recipe, args.overrides, args.deepspeed_config, args.resume, watch, stop,
+        start(ranks, args.recipe, args.overrides, args.deepspeed_config, args.resume, record, stop,
               guard)
     except Stopped as why:
         stopped(why, ranks)
     except ExpectedError as error:
-        watch.failed(error)
+        record.record_error(error)
         fail(error, ranks)
     except KeyboardInterrupt:
         interrupted(ranks)
     except Exception as error:
-        watch.ended(crash_code(error), f"{type(error).__name__}: {error}")
+        record.record_exit(crash_code(error), f"{type(error).__name__}: {error}")
         crash(ranks, error, ending=stop.reason is not None)
 
 

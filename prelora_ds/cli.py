@@ -19,7 +19,7 @@ from prelora_ds.commands.preflight import preflight
 from prelora_ds.commands.report import report
 from prelora_ds.commands.shards import shards_app
 from prelora_ds.commands.supervise import supervise
-from prelora_ds.hosts.exits import outlive_stderr
+from prelora_ds.hosts.exits import ignore_stderr_errors
 
 HELP = "Tools for prelora_ds runs. To train, run launch/pretrain.py."
 
@@ -51,7 +51,7 @@ def main() -> None:
     arguments = sys.argv[1:]
     # Only options of `prelora` itself stand before the command.
     before_command = arguments[: next((i for i, word in enumerate(arguments) if not word.startswith("-")), None)]
-    outlive_stderr()  # it carries progress, and never a result
+    ignore_stderr_errors()  # it carries progress, and never a result
     try:
         with expected_errors_as_messages(tracebacks="--debug" in before_command):
             refuse_empty(arguments)

@@ -1,33 +1,35 @@
-"""What a user can get wrong, told in a way that can be acted on."""
+"""Errors that a user can act on, and the exit codes of all processes."""
 
 from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
 
-# How a process ends. 75, 87 and 88 are for whoever watches over a job.
+# docs/hpc.md explains every exit code. 75, 87 and 88 address whatever supervises a job.
 DIVERGED_EXIT_CODE = 1
 USAGE_EXIT_CODE = 2
 TRY_AGAIN_EXIT_CODE = 75  # nothing is lost, and the same command may succeed
 HANG_EXIT_CODE = 85
 ORPHAN_EXIT_CODE = 87
 FENCED_EXIT_CODE = 88
-STOPPED_EXIT_CODE = 99  # as asked, with a checkpoint; the same command goes on
+STOPPED_EXIT_CODE = 99  # stopped on request, with a checkpoint; the same command resumes
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells report it
-READER_GONE_EXIT_CODE = 141  # 128 + SIGPIPE: nobody reads the standard output any more
-# What is in the RuntimeErrors by which torch.save of torch 2.14 tells of a disk that is full.
+READER_GONE_EXIT_CODE = 141  # 128 + SIGPIPE: the reader of the standard output is gone
+# One of these is in the RuntimeError that torch.save of torch 2.14 raises when a disk is full.
 TORCH_COULD_NOT_WRITE = ("PytorchStreamWriter", "inline_container.cc", "iostream error")
-# An OSError of these numbers is of the disk or its server, and the same command may succeed later.
-DISK_FAULTS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EREMOTEIO, errno.ESTALE,
-                         errno.ETIMEDOUT})
+# An OSError with one of these numbers comes from the disk or its server: a retry may succeed.
+DISK_FAULTS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EREMOTEIO,
+                         errno.ESTALE, errno.ETIMEDOUT})
+LONGEST_VALUE = 400  # characters of a value in a message
 
 
 class ExpectedError(Exception):
-    """An error whose text is the whole message: no traceback. ``exit_code`` is what the process ends with.
+    """An error whose text is the whole message, without a traceback.
 
-    ``of_one_rank``: other ranks do not meet it, so the one that does has to say it; where others
-    may (``others_may_meet_it``), it lets rank 0 speak first. ``blames``: the ranks that failed,
-    where the one that tells did not.
+    exit_code: the exit code of the process.
+    of_one_rank: only this rank meets the error, so this rank has to print it.
+    others_may_meet_it: other ranks may meet the same error, so rank 0 gets time to print it first.
+    blames: the ranks that failed, if not the one that raises.
     """
 
     exit_code = DIVERGED_EXIT_CODE
@@ -36,19 +38,19 @@ class ExpectedError(Exception):
     blames: Sequence[int] = ()
 
 
-LONGEST_VALUE = 400  # characters of a value in a message
-
-
 class ConfigError(ExpectedError, ValueError):
-    """A setting, file or environment that the user can mend.
+    """A setting, file or environment that the user can fix.
 
-    The text names the key, the value and the remedy.
+    The text names the key, the value, the problem and the remedy.
     """
 
     exit_code = USAGE_EXIT_CODE
 
     def __init__(self, key: str, value: object, problem: str, remedy: str) -> None:
-        self.key, self.value, self.problem, self.remedy = key, value, problem, remedy
+        self.key = key
+        self.value = value
+        self.problem = problem
+        self.remedy = remedy
         shown = repr(value)
         if len(shown) > LONGEST_VALUE:
             shown = f"{shown[:LONGEST_VALUE // 2]} ... {shown[-LONGEST_VALUE // 4:]}"
@@ -59,7 +61,7 @@ class ConfigError(ExpectedError, ValueError):
 
 
 class DiskError(ConfigError):
-    """A disk or file system that failed, or a file that changed under a run.
+    """A disk or file system failed, or a file changed during a run.
 
     The same command may succeed later, or on another host.
     """
@@ -70,54 +72,59 @@ class DiskError(ConfigError):
 
 
 def is_disk_fault(error: Exception) -> bool:
-    """Whether a disk or its server failed, so that another try may pass."""
+    """Whether a disk or its server failed, so that a retry may succeed."""
     if isinstance(error, OSError):
         return error.errno in DISK_FAULTS
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in TORCH_COULD_NOT_WRITE)
+    return isinstance(error, RuntimeError) and any(
+        sign in str(error) for sign in TORCH_COULD_NOT_WRITE)
 
 
 def file_error(key: str, path: object, error: OSError, act: str, remedy: str) -> ConfigError:
-    """What to raise for ``error`` at a path that the user chose by ``key``.
+    """Return the exception to raise for ``error`` on a path that the user set through ``key``.
 
-    act: what could not be done, as in "cannot be written". remedy: for an error of the path itself;
-    one of the disk is a DiskError and has its own.
+    act: what failed, for example "cannot be written".
+    remedy: for an error of the path itself. A disk fault becomes a DiskError with its own remedy.
     """
     problem = f"{act} ({error.strerror or error})"
     if is_disk_fault(error):
         return DiskError(key, str(path), problem,
-                         "make room there, or repair the disk; then give the same command again")
+                         "free space there, or repair the disk; then run the same command again")
     return ConfigError(key, str(path), problem, remedy)
 
 
 def cannot_write(key: str, path: object, error: OSError) -> ConfigError:
-    """`file_error` of a place that could not be written."""
-    return file_error(key, path, error, "cannot be written", "choose a place that you may write to")
+    """Return `file_error` for a path that could not be written."""
+    return file_error(key, path, error, "cannot be written", "choose a path that you may write to")
 
 
 class TrainingDivergedError(ExpectedError, RuntimeError):
-    """The loss or the gradient norm became NaN or infinite; names step and phase."""
+    """The loss or the gradient norm became NaN or infinite; the text names step and phase."""
 
 
 class Stopped(Exception):
-    """The run ended as it was asked to, with a checkpoint."""
+    """The run stopped on request, with a checkpoint."""
 
 
 class NotSavedError(ExpectedError, RuntimeError):
-    """A checkpoint or a model could not be written; those before are there, and the same command may succeed."""
+    """A checkpoint or a model could not be written.
+
+    Earlier checkpoints are intact, and the same command may succeed.
+    """
 
     exit_code = TRY_AGAIN_EXIT_CODE
 
 
 class RefusedError(ExpectedError, RuntimeError):
-    """Another rank could not begin and says why; this one ends with it, and with its exit code."""
+    """Another rank could not start; this rank ends with that rank's message and exit code."""
 
     def __init__(self, rank: int, host: str, exit_code: int, text: str) -> None:
-        super().__init__(f"rank {rank} on host {host} could not begin: {text}")
-        self.exit_code, self.blames = exit_code, (rank,)
+        super().__init__(f"rank {rank} on host {host} could not start: {text}")
+        self.exit_code = exit_code
+        self.blames = (rank,)
 
 
 class LaunchError(ExpectedError, RuntimeError):
-    """A host, a network or a port failed the run, not the recipe: another try, or another host, may work."""
+    """A host, network or port failed; a retry, possibly on other hosts, may succeed."""
 
     exit_code = TRY_AGAIN_EXIT_CODE
 

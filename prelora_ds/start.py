@@ -1,4 +1,4 @@
-"""From a recipe to a run: everything that can be wrong is checked first, then the process group is made."""
+"""Turn a recipe into a run: check everything that can be wrong, then create the process group."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, NoReturn
 
 from prelora_ds.config.load import check_world, dump_yaml, load_config
 from prelora_ds.config.tree import Config
+from prelora_ds.console import stamped
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.phases import plans_at_rank
 from prelora_ds.core.schedule import Timeline
 from prelora_ds.errors import ORPHAN_EXIT_CODE, ConfigError, LaunchError, Stopped
-from prelora_ds.hosts.ancestors import launcher_here
-from prelora_ds.hosts.check_in import call_the_roll, declining, make_of
+from prelora_ds.hosts.ancestors import find_launcher
+from prelora_ds.hosts.check_in import announcing_failure, check_in, environment_fingerprint
 from prelora_ds.hosts.discovery import Ranks
-from prelora_ds.hosts.heartbeat import Supervision
-from prelora_ds.hosts.mpi import complete
+from prelora_ds.hosts.heartbeat import AttemptRecord
+from prelora_ds.hosts.mpi import with_master_addr
 from prelora_ds.hosts.network import choose_interface
 from prelora_ds.run.folder import RunFolder
 from prelora_ds.run.guard import Guard, end_now
@@ -30,19 +31,23 @@ if TYPE_CHECKING:
 
 
 def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config: str | None,
-          resume: str = "auto", watch: Supervision | None = None, stop: StopRequest | None = None,
-          guard: Guard | None = None) -> None:
-    """Check, then train. Raises ConfigError before any process group or weight is made; Stopped after a checkpoint.
+          resume: str = "auto", record: AttemptRecord | None = None,
+          stop: StopRequest | None = None, guard: Guard | None = None) -> None:
+    """Check the recipe, then train.
 
-    resume: auto (go on with what run.output_dir holds), never, or a checkpoint or run to go on from. watch: the rank's
-    side of a supervisor. stop: made when the rank began, for its walltime. guard: one that has been
+    resume: "auto" (resume the run in run.output_dir, if there is one), "never", or the path of a
+    checkpoint or run to resume from. record: the rank's records for a supervisor. stop: created
+    when the rank started, because the walltime counts from there. guard: a guard that has been
     started.
+
+    Raises ConfigError before any process group or weight is created; Stopped after a checkpoint.
     """
     config = load_config(recipe, overrides, deepspeed_config)
-    with declining(ranks, os.environ):  # another host may have other data, devices and disks
+    # Another host may have other data, devices and disks: only this rank may fail here.
+    with announcing_failure(ranks, os.environ):
         config, train_data, val_data = check_run(config, ranks)
 
-        # torch and DeepSpeed take seconds to import: only now, when the cheap mistakes are out
+        # torch and DeepSpeed take seconds to import: only now, after the cheap checks.
         from prelora_ds.data.setup import identity, samples_per_epoch
         from prelora_ds.engine.runtime import (
             check_zero_config,
@@ -52,7 +57,8 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
 
         choose_accelerator()
         for phase in config.phase_list:
-            check_zero_config(config.for_phase(phase.name).deepspeed.get("zero_optimization", {}))
+            phase_config = config.for_phase(phase.name)
+            check_zero_config(phase_config.deepspeed.get("zero_optimization", {}))
         from prelora_ds.run.claim import claim_output
 
     folder = RunFolder(Path(config.run.output_dir))
@@ -61,18 +67,18 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
     guard = guard or Guard(rank=ranks.rank, stop=stop).start()
     guard.beat()
     guard.limit_s = config.guard.hang_limit
-    watch = watch or Supervision(None, ranks.rank)
+    record = record or AttemptRecord(None, ranks.rank)
 
     def give_up(error: LaunchError) -> NoReturn:
-        watch.failed(error)
-        end_now(error.exit_code, f"error: {error}")
+        record.record_error(error)
+        end_now(error.exit_code, stamped(f"error: {error}"))
 
-    ranks = complete(ranks, config.launch.interface)
-    assert ranks.master_addr is not None, "complete finds it, or raises"
+    ranks = with_master_addr(ranks, config.launch.interface)
+    assert ranks.master_addr is not None, "with_master_addr finds the address or raises"
     claim: Claim | None = None
     sources: Sequence[Path] = ()
     origin: str | None = None
-    with declining(ranks, os.environ):
+    with announcing_failure(ranks, os.environ):
         choose_interface(config.launch.interface, ranks.master_addr, os.environ)
         ranks.export(os.environ)
         if ranks.rank == 0:
@@ -81,30 +87,34 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
             claim = claim_output(folder, config, resume,
                                  identity(train_data, val_data), train_data.classes,
                                  steps=timeline.total_steps)
-            sources, origin = claim.sources, claim.origin
+            sources = claim.sources
+            origin = claim.origin
     try:
         if claim is not None:
             guard.watch(claim.lock.check)
             print(dump_yaml(config), flush=True)
             warn_of_a_short_run(config, timeline)
-        guard.beat(2 * config.launch.timeout_s)  # the roll call ends by itself, and says who is missing
-        # After the claim: a rank 0 that is refused its folder has not yet let the others in, and its exit code counts.
-        hosts = call_the_roll(ranks, make_of(dump_yaml(config)), os.environ, config.launch.timeout_s, give_up,
-                              launcher_here())
+        guard.beat(2 * config.launch.timeout_s)  # the check-in has its own time limit
+
+        # After the claim: if rank 0 cannot use the folder, the other ranks are still waiting and
+        # its exit code is the job's.
+        hosts = check_in(ranks, environment_fingerprint(dump_yaml(config)), os.environ,
+                         config.launch.timeout_s, give_up, find_launcher())
         guard.beat()
         init_process_group()
         from prelora_ds.train import train
 
         try:
-            train(config, train_data, val_data, hosts, sources=sources, origin=origin, stop=stop, guard=guard)
+            train(config, train_data, val_data, hosts, sources=sources, origin=origin, stop=stop,
+                  guard=guard)
             if ranks.rank == 0:
                 report_if_possible(folder)
-            watch.mark("DONE")
+            record.mark_done()
         except Stopped as why:
-            guard.look()  # another rank may have seen it first
-            if guard.orphaned:  # nobody asked the run to end: a supervisor starts it again
-                watch.ended(ORPHAN_EXIT_CODE, guard.orphaned)
-            watch.mark("STOPPED")
+            guard.look()  # another rank may have noticed it first
+            if guard.orphaned:  # nobody asked the run to end, so a supervisor restarts it
+                record.record_exit(ORPHAN_EXIT_CODE, guard.orphaned)
+            record.mark_stopped()
             close_process_group()
             if guard.orphaned and guard.orphaned not in str(why):
                 raise Stopped(f"{why}; {guard.orphaned}") from why
@@ -121,10 +131,9 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
 
 
 def check_run(config: Config, ranks: Ranks) -> tuple[Config, TrainData, Manifest]:
-    """Hold the config against the world, the data and the model's names; returns it, with every `auto` resolved, and
-    both data sets.
+    """Check the config against the world size, the data and the model.
 
-    Raises ConfigError.
+    Returns the config with every "auto" resolved, and the two data sets. Raises ConfigError.
     """
     check_world(config, ranks.world_size)
     from prelora_ds.data.setup import open_data
@@ -136,28 +145,33 @@ def check_run(config: Config, ranks: Ranks) -> tuple[Config, TrainData, Manifest
 
 
 def warn_of_a_short_run(config: Config, timeline: Timeline) -> None:
-    """Say when the warm-up of the rate is longer than the run: legal for a trial, and no training."""
+    """Warn when the learning-rate warm-up is longer than the run.
+
+    It is allowed, but probably a mistake.
+    """
     warmup = timeline.step_after(0, config.optimizer.warmup)
     if warmup > timeline.total_steps:
-        print(f"warning: optimizer.warmup = {config.optimizer.warmup} takes {warmup} steps, and the run has "
-              f"{timeline.total_steps}: the rate never reaches optimizer.lr", flush=True)
+        print(stamped(f"warning: optimizer.warmup = {config.optimizer.warmup} is longer "
+                      f"({warmup} steps) than the run ({timeline.total_steps} steps): "
+                      "the learning rate never reaches optimizer.lr"), flush=True)
 
 
 def report_if_possible(folder: RunFolder) -> None:
-    """Print the table of a run that has ended well, also where its logs are damaged or gone."""
+    """Print the summary of a finished run; only warn when its logs are damaged or gone."""
     from prelora_ds.reporting.table import print_report
 
     try:
         print_report(folder)
     except ConfigError as error:
-        print(f"warning: there is no report: {error}", flush=True)
+        print(stamped(f"warning: no summary can be printed: {error}"), flush=True)
 
 
 def check_phases(config: Config, num_labels: int) -> Layout:
-    """Raise ConfigError when a phase does not fit the model, now and not days into a run; returns the model's layout.
+    """Return the model's layout. Raise ConfigError if a phase does not fit the model.
 
-    That is a family or a set of parameters that matches nothing, or an adapter that cannot be attached. The model is
-    built without weights (on the meta device).
+    A phase does not fit if a family or a set of parameters matches nothing, or an adapter cannot
+    be attached. This check runs before training, not days into a run. The model is built without
+    weights (on the meta device).
     """
     import torch
 
@@ -166,12 +180,14 @@ def check_phases(config: Config, num_labels: int) -> Layout:
     from prelora_ds.model.vit import build_model
 
     with torch.device("meta"):
-        layout = find_layout(build_model(config.model, num_labels), config.families(), config.model.families)
+        layout = find_layout(build_model(config.model, num_labels), config.families(),
+                             config.model.families)
     for i, phase in enumerate(config.phase_list):
         try:
             plan = plans_at_rank(config.specs()[: i + 1], layout)[-1]
         except ValueError as exc:
-            raise ConfigError(f"phases.{phase.name}", phase.model_dump(mode="json", exclude_defaults=True), str(exc),
+            shown = phase.model_dump(mode="json", exclude_defaults=True)
+            raise ConfigError(f"phases.{phase.name}", shown, str(exc),
                               "name parameters and layers of this model") from exc
         if phase.begins is None:
             continue
@@ -181,13 +197,14 @@ def check_phases(config: Config, num_labels: int) -> Layout:
             attach_adapters(module, plan, layout, dropout=phase.begins.dropout)
         except (RuntimeError, ValueError) as exc:
             families = list(phase.begins.families or config.families())
-            raise ConfigError("lora.families", families, f"adapters cannot be attached in phase {phase.name}: {exc}",
+            raise ConfigError("lora.families", families,
+                              f"adapters cannot be attached in phase {phase.name}: {exc}",
                               "choose other families, or narrow model.families") from exc
     return layout
 
 
 def close_process_group() -> None:
-    """Leave the process group; a rank that just ends makes the others warn."""
+    """Leave the process group. If a rank just ended, the others would warn."""
     import torch
 
     if torch.distributed.is_initialized():

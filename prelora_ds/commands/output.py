@@ -72,9 +72,9 @@ def _discard_output() -> None:
 
 def tell(text: str) -> None:
     """Print what a command has done. If it cannot be printed, the work is done all the same: the exit code stays 0."""
-    from prelora_ds.hosts.exits import outlive_streams
+    from prelora_ds.hosts.exits import ignore_output_errors
 
-    outlive_streams()
+    ignore_output_errors()
     typer.echo(text)
 
 

@@ -12,51 +12,74 @@ from prelora_ds.commands.output import save_json
 if TYPE_CHECKING:
     from prelora_ds.config.tree import Config
 
-Hostfile = Annotated[Path, typer.Option(help="lines `NAME slots=N`")]
+Hostfile = Annotated[Path, typer.Option(help="hostfile with one `NAME slots=N` per line")]
 
 
-def preflight(hostfile: Hostfile,
-              recipe: Annotated[Path | None, typer.Option(help="check its data and output, too")] = None,
-              overrides: Annotated[list[str] | None, typer.Argument(help="a.b=c")] = None,
-              deepspeed_config: Annotated[Path | None, typer.Option()] = None,
-              folder: Annotated[Path, typer.Option(help="on the shared disk; a recipe's output folder goes before")] =
-              Path("."),
-              scratch: Annotated[list[str] | None, typer.Option(help="node-local folders to write to")] = None,
-              interface: Annotated[str | None, typer.Option(help="as launch.interface")] = None,
-              master_port: int = 29500, ssh: Annotated[str | None, typer.Option(help="with {host} in it")] = None,
-              json_file: Annotated[Path | None, typer.Option("--json", help="write all answers there")] = None) -> None:
-    """Look at all hosts before a run: one table, exit code 0, or 75 when a host is not fit."""
+def preflight(
+    hostfile: Hostfile,
+    recipe: Annotated[Path | None, typer.Option(
+        help="also check this recipe's data and output folders")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(
+        help="overrides of the recipe, as a.b=c")] = None,
+    deepspeed_config: Annotated[Path | None, typer.Option(
+        help="DeepSpeed JSON of the run, e.g. from ds_configs/")] = None,
+    folder: Annotated[Path, typer.Option(
+        help="folder on the shared file system (a recipe's output folder takes precedence)",
+    )] = Path("."),
+    scratch: Annotated[list[str] | None, typer.Option(
+        help="node-local folders to write to")] = None,
+    interface: Annotated[str | None, typer.Option(
+        help="network interface, see launch.interface")] = None,
+    master_port: Annotated[int, typer.Option(help="port of rank 0")] = 29500,
+    ssh: Annotated[str | None, typer.Option(
+        help="ssh command; {host} is replaced by the host name")] = None,
+    json_file: Annotated[Path | None, typer.Option(
+        "--json", help="also write all results as JSON")] = None,
+) -> None:
+    """Check all hosts before a run. Exits with 0, or with 75 if a host fails a check."""
     from prelora_ds.config.load import load_config
     from prelora_ds.errors import TRY_AGAIN_EXIT_CODE
     from prelora_ds.hosts.hostfile import read_hostfile
-    from prelora_ds.hosts.preflight import SSH, Questions, print_preflight
-    from prelora_ds.hosts.preflight import preflight as ask
+    from prelora_ds.hosts.preflight import SSH, Checks, print_preflight, run_preflight
 
     config = None if recipe is None else load_config(recipe, overrides or (), deepspeed_config)
     hosts = read_hostfile(hostfile)
+    shards: list[str] = []
+    extensions: tuple[str, ...] = ()
     if config is not None:
         folder = existing_parent(Path(config.run.output_dir))
         interface = interface or config.launch.interface
-    report = ask(hosts, Questions(
-        folder=folder.resolve(), scratch=scratch or (), interface=interface, master_port=master_port, ssh=ssh or SSH,
-        shards=() if config is None else folders_of(config),
-        extensions=("cpu_adam",) if config is not None and config.zero.offload_optimizer else ()))
+        shards = shard_folders(config)
+        if config.zero.offload_optimizer:
+            extensions = ("cpu_adam",)
+    report = run_preflight(hosts, Checks(folder=folder.resolve(),
+                                         scratch=scratch or (),
+                                         shards=shards,
+                                         extensions=extensions,
+                                         interface=interface,
+                                         master_port=master_port,
+                                         ssh=ssh or SSH))
     if json_file is not None:
         save_json(json_file, report.to_json(), "--json")
     print_preflight(report)
-    if not report.fit:
+    if not report.ok:
         raise typer.Exit(TRY_AGAIN_EXIT_CODE)
 
 
-def folders_of(config: Config) -> list[str]:
-    """The folders of shards that every host has to see; what is read by URL, or by a pattern, is none."""
-    from prelora_ds.hosts.jobs import place
+def shard_folders(config: Config) -> list[str]:
+    """Return the folders of shards that every host must see.
 
-    found = [config.data.val] if config.data.reader == "webdataset" else [config.data.train, config.data.val]
-    return [place(path) for path in found if "://" not in path]
+    Data that is read from a URL, or through a pattern of shards, has none.
+    """
+    from prelora_ds.hosts.jobs import absolute_location
+
+    paths = [config.data.train, config.data.val]
+    if config.data.reader == "webdataset":
+        paths = [config.data.val]
+    return [absolute_location(path) for path in paths if "://" not in path]
 
 
 def existing_parent(path: Path) -> Path:
-    """``path``, or the nearest folder above it that is there."""
+    """Return ``path``, or the nearest folder above it that exists."""
     path = path.resolve()
     return next(folder for folder in (path, *path.parents) if folder.is_dir())

@@ -1,1 +1,1 @@
-"""Many hosts: who the ranks are, whether they are fit, and who watches over them."""
+"""Rank discovery, check-in, preflight checks, supervision and shutdown on one or many hosts."""

@@ -1,7 +1,7 @@
 """The processes that started this rank.
 
-When its launcher is gone, nobody waits for the rank, and nobody passes a signal on to it. Whatever
-ended the launcher, a process that loses its parent gets another one: init, or a subreaper.
+When its launcher is gone, no process waits for the rank or forwards signals to it. However the
+launcher ended, a process that loses its parent gets another one: init, or a subreaper.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from prelora_ds.errors import ORPHAN_EXIT_CODE
 
-# What starts ranks, by the name of its program or module.
+# Names of the programs and modules that start ranks.
 LAUNCHERS = frozenset(
     (
         "deepspeed",
@@ -44,49 +44,54 @@ SHELLS = frozenset(("sh", "bash", "dash", "ash", "zsh", "ksh", "csh", "tcsh", "f
 
 
 class Ancestors:
-    """The line from this process up to its outermost launcher, as it was when this was made.
+    """The processes from the parent up to the outermost launcher, when this object was created.
 
-    The line holds the parent and each known launcher above it: on one host, the process that starts
-    the ranks is itself started by `deepspeed`.
+    They are the parent and every process up to the last known launcher: on one host, the process
+    that starts the ranks is itself started by `deepspeed`.
 
     A shell is not a launcher, because a job in its background may outlive it. Neither is an unknown
-    program that gave this process a session of its own. The line ends at an interactive shell.
+    program that gave this process a session of its own. The chain ends at an interactive shell.
     """
 
     def __init__(self) -> None:
-        self._line = _line(os.getppid())
+        self._chain = _chain(os.getppid())
 
     def check(self) -> tuple[int, str] | None:
-        """For `Guard.watch`: 87 when a process of the line is gone."""
+        """Return the exit code 87 and a reason when a process of the chain is gone.
+
+        The guard calls this method.
+        """
         parent: int | None = os.getppid()
-        for pid, name in self._line:
+        for pid, name in self._chain:
             if parent is None:
-                return None  # /proc did not tell
+                return None  # unknown: /proc could not be read
             if parent != pid:
                 return ORPHAN_EXIT_CODE, f"the launcher is gone: process {pid} ({name}) has ended"
             parent = _parent_of(pid)
         return None
 
 
-def launcher_here() -> int | None:
-    """The process id of the launcher that started this process on this host; None where none is known."""
-    return next((pid for pid, name in _line(os.getppid()) if name in LAUNCHERS), None)
+def find_launcher() -> int | None:
+    """Return the process id of the launcher that started this process; None if unknown."""
+    return next((pid for pid, name in _chain(os.getppid()) if name in LAUNCHERS), None)
 
 
-def _line(pid: int) -> Sequence[tuple[int, str]]:
-    """Process ids and names from ``pid`` upwards, as far as the outermost launcher."""
-    line, known = list[tuple[int, str]](), 0
+def _chain(pid: int) -> Sequence[tuple[int, str]]:
+    """Return process ids and names from ``pid`` up to the outermost launcher."""
+    chain: list[tuple[int, str]] = []
+    length = 0  # up to the last launcher so far
     parent: int | None = pid
-    while parent is not None and parent > 1:  # 0: in another PID namespace
-        words = _words(parent)
-        name = _name(words)
-        if name in SHELLS and (len(words) == 1 or words[0].startswith("-")):
-            break  # interactive
-        line.append((parent, name))
-        if name in LAUNCHERS or (parent == pid and name not in SHELLS and _same_session(pid)):
-            known = len(line)
+    while parent is not None and parent > 1:  # 0: the parent is in another PID namespace
+        command = _command_line(parent)
+        name = _name(command)
+        if name in SHELLS and (len(command) == 1 or command[0].startswith("-")):
+            break  # an interactive shell
+        chain.append((parent, name))
+        started_this = parent == pid and name not in SHELLS and _same_session(pid)
+        if name in LAUNCHERS or started_this:
+            length = len(chain)
         parent = _parent_of(parent)
-    return line[:known]
+    return chain[:length]
 
 
 def _same_session(pid: int) -> bool:
@@ -96,8 +101,8 @@ def _same_session(pid: int) -> bool:
         return False
 
 
-def _words(pid: int) -> Sequence[str]:
-    """The command line of a process; one word, its number, where it cannot be read."""
+def _command_line(pid: int) -> Sequence[str]:
+    """Return the words of a command line; only the process id if it cannot be read."""
     try:
         text = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
     except OSError:
@@ -105,15 +110,15 @@ def _words(pid: int) -> Sequence[str]:
     return [word for word in text.split("\0") if word] or [str(pid)]
 
 
-def _name(words: Sequence[str]) -> str:
-    """The program; where that is Python, its script, or its module after -m.
+def _name(command: Sequence[str]) -> str:
+    """Return the name of the program; for Python that of the script, or of the module after -m.
 
-    A daemon may add to its name: ``slurmstepd: [7.0]``.
+    A daemon may extend its name: ``slurmstepd: [7.0]``.
     """
-    program = os.path.basename(words[0].split(":")[0]).removeprefix("-")
+    program = os.path.basename(command[0].split(":")[0]).removeprefix("-")
     if not program.startswith("python"):
         return program
-    following = iter(words[1:])
+    following = iter(command[1:])
     for word in following:
         if word == "-m":
             return next(following, program)
@@ -125,7 +130,7 @@ def _name(words: Sequence[str]) -> str:
 
 
 def _parent_of(pid: int) -> int | None:
-    """None where it cannot be told, or the process has ended."""
+    """Return the parent's process id; None if unknown or the process has ended."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     except OSError:

@@ -1,4 +1,4 @@
-"""Why an attempt of `prelora supervise` failed, and on which host: read from what its ranks left on disk."""
+"""Why an attempt of `prelora supervise` failed, and on which host, by its ranks' records."""
 
 from __future__ import annotations
 
@@ -22,9 +22,12 @@ from prelora_ds.hosts.hostfile import Host
 
 @dataclass(frozen=True)
 class Failure:
-    """How an attempt ended: the exit code to pass on, why, and the hosts that began it (none: unknown).
+    """How an attempt failed.
 
-    kind: the same for two failures that are one, on whatever hosts.
+    code: the exit code to pass on.
+    why: the reason in words.
+    hosts: the hosts that caused the failure; empty if unknown.
+    kind: equal for two failures with the same cause, whatever their hosts.
     """
 
     code: int
@@ -33,101 +36,148 @@ class Failure:
     kind: str
 
 
-def diagnose(own: Path, returncode: int | None, hosts: Sequence[Host], silent: Sequence[str],
-             unheard: set[str]) -> Failure:
-    """The user's mistake, else a silent host, else the first record that is no echo of another rank's end.
+def diagnose(attempt_dir: Path, returncode: int | None, hosts: Sequence[Host],
+             unreachable: Sequence[str], without_record: set[str]) -> Failure:
+    """Find the cause of a failed attempt.
 
-    A mistake that rank 0's host does not report as its own is that of one host (another disk,
-    another interface).
-    ``own``: the attempt's folder. silent: hosts that do not answer. unheard: those of ranks that left no record until
-    they were ended.
+    The causes, the most certain first:
+
+    1. a usage error that rank 0's host reports too
+    2. a host that does not respond
+    3. the first exit record that is not an echo of another rank's exit
+    4. a host on which no rank started
+    5. a host whose rank left no exit record
+    6. what else the records or the launcher report
+
+    A usage error that rank 0's host does not report too is specific to one host (another disk,
+    another interface), and gets the code 75.
+
+    attempt_dir: the folder of the attempt. unreachable: hosts that do not respond.
+    without_record: hosts of ranks that left no exit record before they were ended.
     """
-    records = records_of(own, "exit", hosts)
-    began = [record for record in records if not is_echo(record)]
-    places = {came["rank"]: came["host"] for came in records_of(own, "rank", hosts)}
-    for record in began:
-        if record["code"] == USAGE_EXIT_CODE and record["host"] not in silent:
-            if not record["blames"] and places.get(0, record["host"]) == record["host"]:
-                return _told(record, places, hosts)
+    records = records_of(attempt_dir, "exit", hosts)
+    causes = [record for record in records if not is_echo(record)]
+    starts = records_of(attempt_dir, "rank", hosts)
+    hosts_by_rank = {start["rank"]: start["host"] for start in starts}
+    for record in causes:
+        if record["code"] == USAGE_EXIT_CODE and record["host"] not in unreachable:
+            on_host_of_rank_0 = hosts_by_rank.get(0, record["host"]) == record["host"]
+            if not record["blames"] and on_host_of_rank_0:
+                return _failure_from_record(record, hosts_by_rank, hosts)
             record["code"] = TRY_AGAIN_EXIT_CODE
-    if silent:
-        return Failure(TRY_AGAIN_EXIT_CODE, f"host {', '.join(silent)} does not answer", silent, "silent")
-    if began:
-        # Who waited in vain for others is not who failed; of those rank 0 knows best who did not come.
-        failed = [record for record in began if not record["blames"]] or sorted(began, key=lambda r: int(r["rank"]))
-        return _told(failed[0], places, hosts)
-    absent = [host.name for host in hosts if host.name not in places.values()]
-    if absent and len(places) < sum(host.slots for host in hosts):
-        return Failure(TRY_AGAIN_EXIT_CODE, f"no rank came on host {', '.join(absent)}; the launcher says: "
-                       + _tail(own / "launcher.log"), absent, "no rank came")
-    if len(unheard) == 1:
-        return Failure(int(records[0]["code"]) if records else TRY_AGAIN_EXIT_CODE,
-                       f"the rank on host {', '.join(unheard)} left no record of its end: killed, frozen or cut off",
-                       [*unheard], "no record")
+    if unreachable:
+        why = f"host {', '.join(unreachable)} does not respond"
+        return Failure(TRY_AGAIN_EXIT_CODE, why, unreachable, "unreachable")
+    if causes:
+        # A rank that only timed out waiting for others is not the cause. If all did, rank 0
+        # knows best who was missing.
+        failed = [record for record in causes if not record["blames"]]
+        failed = failed or sorted(causes, key=lambda record: int(record["rank"]))
+        return _failure_from_record(failed[0], hosts_by_rank, hosts)
+
+    absent = [host.name for host in hosts if host.name not in hosts_by_rank.values()]
+    if absent and len(hosts_by_rank) < sum(host.slots for host in hosts):
+        why = f"no rank started on host {', '.join(absent)}; launcher output: "
+        return Failure(TRY_AGAIN_EXIT_CODE, why + _tail(attempt_dir / "launcher.log"), absent,
+                       "no rank started")
+    if len(without_record) == 1:
+        code = int(records[0]["code"]) if records else TRY_AGAIN_EXIT_CODE
+        why = (f"the rank on host {', '.join(without_record)} exited without a record "
+               "(killed, frozen or disconnected)")
+        return Failure(code, why, [*without_record], "no record")
     if records:
         why = str(records[0]["why"])
         return Failure(int(records[0]["code"]), why, [], why.splitlines()[0])
-    why = f"the launcher ended with {returncode}, and no rank says why: "
-    return Failure(TRY_AGAIN_EXIT_CODE, why + _tail(own / "launcher.log"), [], why)
+    why = f"the launcher exited with {returncode}, and no rank left a reason: "
+    return Failure(TRY_AGAIN_EXIT_CODE, why + _tail(attempt_dir / "launcher.log"), [], why)
 
 
-def _told(record: dict[str, Any], places: Mapping[int, str], hosts: Sequence[Host]) -> Failure:
-    """The failure that a rank's record tells, on its host, or on those of the ranks it blames. places: rank -> host."""
-    blamed = [places.get(rank) or place_of(rank, hosts) for rank in record["blames"]] or [record["host"]]
+def _failure_from_record(record: dict[str, Any], hosts_by_rank: Mapping[int, str],
+                         hosts: Sequence[Host]) -> Failure:
+    """Return the failure in a rank's exit record.
+
+    It is on the rank's own host, or on the hosts of the ranks that the record blames.
+    """
+    blamed = [hosts_by_rank.get(rank) or host_of_rank(rank, hosts) for rank in record["blames"]]
+    blamed = blamed or [record["host"]]
     who = "a rank" if record["rank"] is None else f"rank {record['rank']}"
-    return Failure(int(record["code"]), f"{who}: {record['why']}", [host for host in dict.fromkeys(blamed) if host],
-                   re.sub(r"\d+", "#", str(record["why"]).splitlines()[0]))  # ports, ranks and seconds differ
+    first_line = str(record["why"]).splitlines()[0]
+    kind = re.sub(r"\d+", "#", first_line)  # ports, ranks and seconds differ between attempts
+    return Failure(int(record["code"]), f"{who}: {record['why']}",
+                   [host for host in dict.fromkeys(blamed) if host], kind)
 
 
 def is_echo(record: dict[str, Any]) -> bool:
-    """Whether a rank only felt that another one ended, hung or was given up. One that was itself stopped is no echo."""
+    """Whether this failure is a consequence of another rank's.
+
+    The failure of a rank that was itself suspended is not an echo.
+    """
     if record.get("slept_s"):
         return False
-    why = str(record.get("why"))
     if record.get("code") in (HANG_EXIT_CODE, ORPHAN_EXIT_CODE, FENCED_EXIT_CODE):
         return True
-    its_own = why.startswith(("BrokenPipeError", "ConnectionResetError"))  # of a pipe or socket on that host
-    return not its_own and any(sign in why for sign in LOST_PEER)
+    why = str(record.get("why"))
+    # These come from a pipe or socket on the rank's own host.
+    is_local = why.startswith(("BrokenPipeError", "ConnectionResetError"))
+    return not is_local and any(sign in why for sign in LOST_PEER)
 
 
-def records_of(own: Path, kind: str, hosts: Sequence[Host]) -> list[dict[str, Any]]:
-    """What ranks left of their begin (``rank``) or their end (``exit``), oldest first; hosts as in the hostfile."""
-    paths = sorted(own.glob(f"{kind}-*.json"), key=lambda path: (path.stat().st_mtime_ns, path.name))
-    unread: dict[str, Any] = {"rank": None, "code": TRY_AGAIN_EXIT_CODE, "why": "a record cannot be read",
-                              "blames": []}
-    records = [unread | (found if _is_sound(found := read_json(path)) else {}) for path in paths]
-    return [record | {"host": known_as(str(record.get("host")), record["rank"], hosts)} for record in records]
+def records_of(attempt_dir: Path, kind: str, hosts: Sequence[Host]) -> list[dict[str, Any]]:
+    """Return the start (``rank``) or exit (``exit``) records of ranks, oldest first.
+
+    Hosts have their names from the hostfile.
+    """
+    paths = sorted(attempt_dir.glob(f"{kind}-*.json"),
+                   key=lambda path: (path.stat().st_mtime_ns, path.name))
+    default: dict[str, Any] = {"rank": None, "code": TRY_AGAIN_EXIT_CODE,
+                               "why": "a record cannot be read", "blames": []}
+    records = []
+    for path in paths:
+        content = read_json(path)
+        record = default | (content if _is_valid(content) else {})
+        record["host"] = hostfile_name(str(record.get("host")), record["rank"], hosts)
+        records.append(record)
+    return records
 
 
-def _is_sound(record: Mapping[str, Any]) -> bool:
-    """Whether what is in a record is what a rank writes."""
-    rank, blames = record.get("rank"), record.get("blames", [])
+def _is_valid(record: Mapping[str, Any]) -> bool:
+    """Whether a record has the types that a rank writes."""
+    rank = record.get("rank")
+    blames = record.get("blames", [])
     return (isinstance(rank, int | None) and isinstance(record.get("code", 0), int)
             and isinstance(blames, list) and all(isinstance(blamed, int) for blamed in blames))
 
 
-def known_as(name: str, rank: int | None, hosts: Sequence[Host]) -> str:
-    """The name in the hostfile of the host that calls itself ``name``: one of them may have a domain behind it, or the
-    hostfile has addresses; then the place of its ``rank`` tells."""
-    same = [host.name for host in hosts if host.name == name or host.name.split(".")[0] == name.split(".")[0]]
+def hostfile_name(name: str, rank: int | None, hosts: Sequence[Host]) -> str:
+    """Return the name in the hostfile of the host that calls itself ``name``.
+
+    The two may differ by a domain. If the hostfile uses addresses, the host is found by ``rank``.
+    """
+    same = [host.name for host in hosts
+            if host.name == name or host.name.split(".")[0] == name.split(".")[0]]
     if name in same:
         return name
-    return same[0] if len(same) == 1 else place_of(rank, hosts) or name
+    return same[0] if len(same) == 1 else host_of_rank(rank, hosts) or name
 
 
-def place_of(rank: int | None, hosts: Sequence[Host]) -> str | None:
-    """The host of ``rank`` where a launcher fills one host after the other, as all that we know do."""
-    places = [host.name for host in hosts for _ in range(host.slots)]
-    return places[rank] if rank is not None and rank < len(places) else None
+def host_of_rank(rank: int | None, hosts: Sequence[Host]) -> str | None:
+    """Return the host of ``rank`` if the launcher fills one host after the other.
 
-
-def succeeded(own: Path) -> bool:
-    """Whether rank 0 left the mark that all is on disk.
-
-    A stop that orphans asked for is not the end of the run.
+    All launchers that we know do.
     """
-    orphans = (read_json(path).get("code") == ORPHAN_EXIT_CODE for path in own.glob("exit-*.json"))
-    return (own / "DONE").exists() or ((own / "STOPPED").exists() and not any(orphans))
+    by_rank = [host.name for host in hosts for _ in range(host.slots)]
+    return by_rank[rank] if rank is not None and rank < len(by_rank) else None
+
+
+def succeeded(attempt_dir: Path) -> bool:
+    """Whether rank 0 marked the result as complete on disk.
+
+    A stop that was requested by orphaned ranks is not the end of the run.
+    """
+    orphans = (read_json(path).get("code") == ORPHAN_EXIT_CODE
+               for path in attempt_dir.glob("exit-*.json"))
+    stopped = (attempt_dir / "STOPPED").exists()
+    return (attempt_dir / "DONE").exists() or (stopped and not any(orphans))
 
 
 def _tail(path: Path, lines: int = 6) -> str:

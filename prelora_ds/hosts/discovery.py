@@ -1,5 +1,8 @@
-"""Rank discovery, pure on the environment: what `deepspeed`, torchrun, srun and every mpirun say, held against each
-other before anything can hang."""
+"""Rank discovery from environment variables only.
+
+It reads the variables of `deepspeed`, torchrun, srun and mpirun, and checks that they agree, before
+anything can hang.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,24 @@ from prelora_ds.errors import ConfigError
 from prelora_ds.hosts.hostfile import expand_nodelist
 
 DEFAULT_PORT = 29500
-# Job ids choose the port, so that two jobs on one host take two; below Linux' ephemeral ports (32768 and up).
+# The job id selects the port, so that two jobs on one host use different ones. The range is below
+# Linux' ephemeral ports (32768 and up).
 JOB_PORTS = range(20000, 32000)
-STARTS = "start with `deepspeed launch/pretrain.py ...`, torchrun, srun or mpiexec (docs/hpc.md)"
-# What else an MPI launcher leaves; only then is mpi4py asked, whose MPI_Init aborts on many login nodes.
-MPI_TRACES = ("PMIX_", "PMI_", "PALS_", "MPI_", "MV2_", "MPT_", "I_MPI_", "HYDRA_")
+HOW_TO_START = ("start with `deepspeed launch/pretrain.py ...`, torchrun, srun or mpiexec "
+                "(docs/hpc.md)")
+# Prefixes of other variables that MPI launchers set. mpi4py is asked only if one of them is set:
+# its MPI_Init aborts on many login nodes.
+MPI_ENV_PREFIXES = ("PMIX_", "PMI_", "PALS_", "MPI_", "MV2_", "MPT_", "I_MPI_", "HYDRA_")
+FIELDS = ("rank", "world_size", "local_rank", "local_size")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place in the job; ``master_addr`` is None where the environment does not tell it."""
+    """This process's place in the job.
+
+    local_size: ranks of this host, if known. master_addr: None if the environment does not provide
+    it. source: the launcher whose variables were used.
+    """
 
     rank: int
     local_rank: int
@@ -31,16 +42,20 @@ class Ranks:
     source: str = "torch"
 
     def export(self, environ: MutableMapping[str, str]) -> None:
-        """Write what torch and DeepSpeed read; with these set, DeepSpeed never asks mpi4py."""
-        assert self.master_addr is not None, "the master is found before it is exported"
-        values = {"RANK": self.rank, "LOCAL_RANK": self.local_rank, "WORLD_SIZE": self.world_size,
-                  "MASTER_ADDR": self.master_addr, "MASTER_PORT": self.master_port, "LOCAL_SIZE": self.local_size}
+        """Write the variables of torch and DeepSpeed, so that DeepSpeed never asks mpi4py."""
+        assert self.master_addr is not None, "the master is determined before it is exported"
+        values = {"RANK": self.rank,
+                  "LOCAL_RANK": self.local_rank,
+                  "WORLD_SIZE": self.world_size,
+                  "MASTER_ADDR": self.master_addr,
+                  "MASTER_PORT": self.master_port,
+                  "LOCAL_SIZE": self.local_size}
         environ.update({key: str(value) for key, value in values.items() if value is not None})
 
 
 @dataclass(frozen=True)
 class _Source:
-    """The variables of one launcher; those in one tuple mean the same, and must say the same."""
+    """The variables of one launcher. Those in one tuple mean the same, and must have one value."""
 
     name: str
     rank: tuple[str, ...]
@@ -48,29 +63,44 @@ class _Source:
     local_rank: tuple[str, ...]
     local_size: tuple[str, ...] = ()
 
-    def speaks(self, environ: Mapping[str, str]) -> bool:
-        if self.name == "slurm":  # a batch script has SLURM_PROCID=0 as well, but is no step
+    def is_present(self, environ: Mapping[str, str]) -> bool:
+        """Whether the launcher's variables are set."""
+        if self.name == "slurm":  # a batch script has SLURM_PROCID=0 too, but is not a job step
             return "SLURM_PROCID" in environ and "SLURM_STEP_NUM_TASKS" in environ
-        # WORLD_SIZE alone is a job script's, for its own use; it is held against what is found.
+        # WORLD_SIZE without a rank is a variable of a job script. It is only compared later.
         return any(key in environ for key in (*self.rank, *self.local_rank))
 
 
-# In the order of preference.
+# In order of preference.
 SOURCES = (
-    _Source("torch", ("RANK",), ("WORLD_SIZE",), ("LOCAL_RANK",), ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")),
-    _Source("slurm", ("SLURM_PROCID",), ("SLURM_STEP_NUM_TASKS",), ("SLURM_LOCALID",)),
-    _Source("pmi", ("PMI_RANK", "PALS_RANKID"), ("PMI_SIZE",), ("PMI_LOCAL_RANK", "PALS_LOCAL_RANKID",
-                                                                "MPI_LOCALRANKID"),
-            ("PMI_LOCAL_SIZE", "PALS_LOCAL_SIZE", "MPI_LOCALNRANKS")),
-    _Source("openmpi", ("OMPI_COMM_WORLD_RANK",), ("OMPI_COMM_WORLD_SIZE",), ("OMPI_COMM_WORLD_LOCAL_RANK",),
-            ("OMPI_COMM_WORLD_LOCAL_SIZE",)),
+    _Source("torch",
+            rank=("RANK",),
+            world_size=("WORLD_SIZE",),
+            local_rank=("LOCAL_RANK",),
+            local_size=("LOCAL_WORLD_SIZE", "LOCAL_SIZE")),
+    _Source("slurm",
+            rank=("SLURM_PROCID",),
+            world_size=("SLURM_STEP_NUM_TASKS",),
+            local_rank=("SLURM_LOCALID",)),
+    _Source("pmi",
+            rank=("PMI_RANK", "PALS_RANKID"),
+            world_size=("PMI_SIZE",),
+            local_rank=("PMI_LOCAL_RANK", "PALS_LOCAL_RANKID", "MPI_LOCALRANKID"),
+            local_size=("PMI_LOCAL_SIZE", "PALS_LOCAL_SIZE", "MPI_LOCALNRANKS")),
+    _Source("openmpi",
+            rank=("OMPI_COMM_WORLD_RANK",),
+            world_size=("OMPI_COMM_WORLD_SIZE",),
+            local_rank=("OMPI_COMM_WORLD_LOCAL_RANK",),
+            local_size=("OMPI_COMM_WORLD_LOCAL_SIZE",)),
 )
-# Which launcher runs inside which, where several speak: srun carries mpirun's daemons, mpirun carries torchrun.
+# The innermost launcher first: srun starts the daemons of mpirun, and mpirun starts torchrun.
 INNERMOST_FIRST = ("torch", "openmpi", "pmi", "slurm")
 
 
 @dataclass(frozen=True)
 class _Reading:
+    """The values of one launcher's variables; None for a variable that is not set."""
+
     source: _Source
     rank: int | None
     world_size: int | None
@@ -78,49 +108,63 @@ class _Reading:
     local_size: int | None
 
     @property
-    def complete(self) -> bool:
+    def is_complete(self) -> bool:
         return None not in (self.rank, self.world_size, self.local_rank)
 
     def missing(self) -> Iterator[str]:
+        """Yield the variables that are required and not set."""
         for field in ("rank", "local_rank", "world_size"):
             if getattr(self, field) is None:
                 yield " or ".join(getattr(self.source, field))
 
 
-def discover_ranks(environ: Mapping[str, str], nodefile: str = "") -> Ranks:
-    """This process's ranks: torch's variables, else Slurm's, else PALS's and PMI's, else Open MPI's.
+def ranks_from_environment(environ: Mapping[str, str], nodefile: str = "") -> Ranks:
+    """Return this process's ranks.
 
-    nodefile: the text of the file that PBS_NODEFILE names. Raises ConfigError where nothing speaks, something is
-    missing, or two launchers contradict each other.
+    The variables of torch are used if they are set, otherwise those of Slurm, then of PALS and PMI,
+    then of Open MPI.
+
+    nodefile: the text of the file that PBS_NODEFILE names.
+
+    Raises ConfigError if no launcher's variables are set, one of them is missing, or two launchers
+    disagree.
     """
-    readings = _without_carriers([_read(source, environ) for source in SOURCES if source.speaks(environ)])
-    complete = [reading for reading in readings if reading.complete]
+    present = [_read(source, environ) for source in SOURCES if source.is_present(environ)]
+    readings = _drop_outer_launchers(present)
+    complete = [reading for reading in readings if reading.is_complete]
     if not complete:
         keys = ", ".join(readings[0].missing()) if readings else "RANK, LOCAL_RANK, WORLD_SIZE"
-        in_batch = not readings and "SLURM_JOB_ID" in environ
-        raise ConfigError("environment", keys, "not set: this process was not launched" + (
-            ", it is the batch script itself" if in_batch else ""), STARTS)
+        problem = "not set: this process was not started by a launcher"
+        if not readings and "SLURM_JOB_ID" in environ:
+            problem = "not set: this is the batch script itself, not a launched rank"
+        raise ConfigError("environment", keys, problem, HOW_TO_START)
     _check_agreement(readings, environ)
-    found = complete[0]
+
+    first = complete[0]
     sizes = [reading.local_size for reading in complete if reading.local_size is not None]
-    assert found.rank is not None and found.local_rank is not None and found.world_size is not None
-    ranks = Ranks(found.rank, found.local_rank, found.world_size, sizes[0] if sizes else None,
-                  source=found.source.name)
-    _check_range(ranks, environ, found.source)
-    return replace(ranks, master_addr=_master_addr(ranks, environ, nodefile), master_port=_master_port(environ))
+    assert first.rank is not None
+    assert first.local_rank is not None
+    assert first.world_size is not None
+    ranks = Ranks(first.rank, first.local_rank, first.world_size, sizes[0] if sizes else None,
+                  source=first.source.name)
+    _check_range(ranks, environ, first.source)
+    return replace(ranks, master_addr=_master_addr(ranks, environ, nodefile),
+                   master_port=_master_port(environ))
 
 
 def _read(source: _Source, environ: Mapping[str, str]) -> _Reading:
     values = {}
-    for field in ("rank", "world_size", "local_rank", "local_size"):
-        said = {key: environ[key] for key in getattr(source, field) if key in environ}
+    for field in FIELDS:
+        texts = {key: environ[key] for key in getattr(source, field) if key in environ}
         try:
-            numbers = {int(text) for text in said.values()}
+            numbers = {int(text) for text in texts.values()}
         except ValueError as exc:
-            raise ConfigError("environment", said, "a rank is no number", "mend the launcher") from exc
+            raise ConfigError("environment", texts, "is not an integer",
+                              "fix the launcher's environment") from exc
         if len(numbers) > 1:
-            raise ConfigError("environment", said, "these should say the same",
-                              "unset what a former launcher left behind, or mend the launcher")
+            raise ConfigError("environment", texts, "these variables disagree",
+                              "unset what an earlier launcher left behind, or fix the launcher's "
+                              "environment")
         values[field] = numbers.pop() if numbers else None
     if source.name == "slurm":
         values["local_size"] = _slurm_local_size(environ, values["world_size"])
@@ -128,7 +172,7 @@ def _read(source: _Source, environ: Mapping[str, str]) -> _Reading:
 
 
 def _slurm_local_size(environ: Mapping[str, str], world_size: int | None) -> int | None:
-    """Tasks on this node, of SLURM_STEP_TASKS_PER_NODE such as ``4(x15),3``."""
+    """Return the tasks on this node from SLURM_STEP_TASKS_PER_NODE, for example ``4(x15),3``."""
     text = environ.get("SLURM_STEP_TASKS_PER_NODE")
     if text is None or "SLURM_NODEID" not in environ:
         return None
@@ -136,47 +180,58 @@ def _slurm_local_size(environ: Mapping[str, str], world_size: int | None) -> int
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
         if match is None:
-            raise ConfigError("environment", {"SLURM_STEP_TASKS_PER_NODE": text}, "is no list of tasks", "use srun")
+            raise ConfigError("environment", {"SLURM_STEP_TASKS_PER_NODE": text},
+                              "cannot be parsed", "start with srun")
         tasks += [int(match[1])] * int(match[2] or 1)
     text = environ["SLURM_NODEID"]
     node = int(text) if text.isdecimal() else len(tasks)
     if node >= len(tasks) or sum(tasks) != world_size:
-        raise ConfigError("environment", {key: environ[key] for key in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_NODEID",
-                          "SLURM_STEP_NUM_TASKS")}, "ranks contradict each other", "start with srun itself")
+        keys = ("SLURM_STEP_TASKS_PER_NODE", "SLURM_NODEID", "SLURM_STEP_NUM_TASKS")
+        raise ConfigError("environment", {key: environ[key] for key in keys},
+                          "these variables disagree", "start with srun")
     return tasks[node]
 
 
-def _without_carriers(readings: list[_Reading]) -> list[_Reading]:
-    """Leave out a launcher that started one process a host, when another one, started by that, says otherwise.
+def _drop_outer_launchers(readings: list[_Reading]) -> list[_Reading]:
+    """Drop an outer launcher (one process per host) if an inner launcher that it started disagrees.
 
-    The ranks of mpirun in a Slurm job inherit the variables of srun, which started mpirun's daemons.
+    The ranks of mpirun in a Slurm job inherit the variables of srun, which started mpirun's
+    daemons.
     """
     by_depth = sorted(readings, key=lambda reading: INNERMOST_FIRST.index(reading.source.name))
-    inner = next((reading for reading in by_depth if reading.complete), None)
-    return [r for r in readings if inner is None or r is inner or r.local_size != 1
-            or (r.rank, r.world_size) == (inner.rank, inner.world_size)]
+    inner = next((reading for reading in by_depth if reading.is_complete), None)
+    if inner is None:
+        return readings
+    return [reading for reading in readings
+            if reading is inner or reading.local_size != 1
+            or (reading.rank, reading.world_size) == (inner.rank, inner.world_size)]
 
 
 def _check_agreement(readings: list[_Reading], environ: Mapping[str, str]) -> None:
-    for field in ("rank", "world_size", "local_rank", "local_size"):
-        said = {reading.source: getattr(reading, field) for reading in readings}
-        numbers = {number for number in said.values() if number is not None}
+    for field in FIELDS:
+        values = {reading.source: getattr(reading, field) for reading in readings}
+        numbers = {number for number in values.values() if number is not None}
         if field == "world_size" and environ.get("WORLD_SIZE", "").isdecimal():
             numbers.add(int(environ["WORLD_SIZE"]))
         if len(numbers) > 1:
-            keys = {key for source in (*said, SOURCES[0]) for key in getattr(source, field) if key in environ}
+            keys = {key for source in (*values, SOURCES[0]) for key in getattr(source, field)
+                    if key in environ}
             raise ConfigError("environment", {key: environ[key] for key in sorted(keys)},
-                              "two launchers contradict each other",
+                              "the variables of two launchers disagree",
                               "start with one launcher, and unset what the other left behind")
 
 
 def _check_range(ranks: Ranks, environ: Mapping[str, str], source: _Source) -> None:
     size = ranks.world_size if ranks.local_size is None else ranks.local_size
-    # Open MPI 5 gives out local ranks in another order than ranks, so LOCAL_RANK may be above RANK.
-    if not (0 <= ranks.rank < ranks.world_size and 0 <= ranks.local_rank < size <= ranks.world_size):
+    # Open MPI 5 assigns local ranks in another order than ranks, so LOCAL_RANK may exceed RANK.
+    is_rank_valid = 0 <= ranks.rank < ranks.world_size
+    is_local_rank_valid = 0 <= ranks.local_rank < size <= ranks.world_size
+    if not (is_rank_valid and is_local_rank_valid):
         keys = (*source.rank, *source.local_rank, *source.world_size, *source.local_size)
-        raise ConfigError("environment", {k: environ[k] for k in keys if k in environ}, "ranks contradict each other",
-                          "each process needs a RANK below WORLD_SIZE and a LOCAL_RANK below LOCAL_SIZE of its own")
+        raise ConfigError("environment", {key: environ[key] for key in keys if key in environ},
+                          "rank and size do not fit together",
+                          "give each process its own RANK below WORLD_SIZE and LOCAL_RANK below "
+                          "LOCAL_SIZE")
 
 
 def _master_addr(ranks: Ranks, environ: Mapping[str, str], nodefile: str) -> str | None:
@@ -185,9 +240,10 @@ def _master_addr(ranks: Ranks, environ: Mapping[str, str], nodefile: str) -> str
     if ranks.local_size == ranks.world_size:
         return "127.0.0.1"
     if ranks.source == "torch":
-        raise ConfigError("environment", "MASTER_ADDR", "not set", "name the host of rank 0 in MASTER_ADDR")
+        raise ConfigError("environment", "MASTER_ADDR", "not set",
+                          "set MASTER_ADDR to the host of rank 0")
     for key in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST"):
-        # A step of mpirun's daemons leaves out the host that mpirun itself runs on.
+        # The step of mpirun's daemons does not contain the host that mpirun itself runs on.
         if environ.get(key) and (ranks.source == "slurm" or key != "SLURM_STEP_NODELIST"):
             return expand_nodelist(environ[key])[0]
     return nodefile.split()[0] if nodefile.split() else None
@@ -197,7 +253,8 @@ def _master_port(environ: Mapping[str, str]) -> int:
     text = environ.get("MASTER_PORT")
     if text is not None:
         if not text.isdecimal() or not 0 < int(text) < 65536:
-            raise ConfigError("environment", {"MASTER_PORT": text}, "is no port", "choose one from 1024 to 65535")
+            raise ConfigError("environment", {"MASTER_PORT": text}, "is not a valid port",
+                              "choose a port from 1024 to 65535")
         return int(text)
     job = re.match(r"\d+", environ.get("SLURM_JOB_ID") or environ.get("PBS_JOBID") or "")
     return JOB_PORTS[int(job[0]) % len(JOB_PORTS)] if job else DEFAULT_PORT

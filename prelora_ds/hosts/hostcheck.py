@@ -1,6 +1,9 @@
-"""What one host says of itself to `prelora preflight`: JSON lines, question by question, over ssh.
+"""The part of `prelora preflight` that runs on each host, over ssh.
 
-    python -m prelora_ds.hosts.hostcheck        (a question a line: {"ask": NAME, ...}; an answer a line)
+It reads questions from the standard input, one JSON object per line ({"ask": NAME, ...}), and
+writes one answer per line:
+
+    python -m prelora_ds.hosts.hostcheck
 """
 
 from __future__ import annotations
@@ -19,15 +22,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prelora_ds.hosts.check_in import make_of
+from prelora_ds.hosts.check_in import environment_fingerprint
 
 DISK_BYTES = 8 << 20
 MESSAGE_BYTES = 8 << 20
 ROUNDS = 3
+_listener: socket.socket | None = None
+
+
+def clock(question: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the time of this host's clock."""
+    return {"time": time.time()}
 
 
 def facts(question: Mapping[str, Any]) -> dict[str, Any]:
-    """All that can be said alone. ``token``: a file that the first host wrote; ``shards``: folders with a manifest."""
+    """Run the checks that need no other host.
+
+    question: ``token``: a file that the first host wrote; ``disks``: folders to write to;
+    ``shards``: folders with a manifest; ``interface``: launch.interface; ``extensions``: compiled
+    ops of DeepSpeed.
+    """
     import torch
 
     name = socket.gethostname()
@@ -35,20 +49,27 @@ def facts(question: Mapping[str, Any]) -> dict[str, Any]:
         address = socket.gethostbyname(name)
     except OSError as exc:
         address = f"unknown ({exc})"
-    cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    memory = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return {"name": name, "address": address, "make": {**make_of(""), "platform": platform.machine()},
-            "accelerators": cuda, "cores": len(os.sched_getaffinity(0)),
-            "memory_gib": round(int(memory["MemAvailable"].split()[0]) / 2**20, 1),
-            "disks": {path: disk(Path(path)) for path in question["disks"]},
-            "shared": _read(Path(question["token"])),
-            "shards": {path: shards(Path(path)) for path in question["shards"]},
-            "interface": question["interface"] in (None, *(name for _, name in socket.if_nameindex())),
-            "extensions": {op: extension(op) for op in question["extensions"]}}
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    meminfo = Path("/proc/meminfo").read_text().splitlines()
+    memory = dict(line.split(":") for line in meminfo)
+    interfaces = [interface for _, interface in socket.if_nameindex()]
+    return {
+        "name": name,
+        "address": address,
+        "make": {**environment_fingerprint(""), "platform": platform.machine()},
+        "accelerators": devices,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(int(memory["MemAvailable"].split()[0]) / 2**20, 1),
+        "disks": {path: disk(Path(path)) for path in question["disks"]},
+        "shared": _read(Path(question["token"])),
+        "shards": {path: shards(Path(path)) for path in question["shards"]},
+        "interface": question["interface"] in (None, *interfaces),
+        "extensions": {op: extension(op) for op in question["extensions"]},
+    }
 
 
 def disk(folder: Path) -> dict[str, Any]:
-    """Free GiB, and the seconds of writing 8 MiB to the disk itself."""
+    """Return the free GiB, and the seconds to write and fsync 8 MiB."""
     try:
         free = shutil.disk_usage(folder).free
         begun = time.monotonic()
@@ -56,13 +77,14 @@ def disk(folder: Path) -> dict[str, Any]:
             file.write(os.urandom(DISK_BYTES))
             file.flush()
             os.fsync(file.fileno())
-        return {"free_gib": round(free / 2**30, 2), "write_s": round(time.monotonic() - begun, 3)}
+        write_s = time.monotonic() - begun
+        return {"free_gib": round(free / 2**30, 2), "write_s": round(write_s, 3)}
     except OSError as exc:
         return {"error": exc.strerror or str(exc)}
 
 
 def shards(folder: Path) -> str:
-    """The digest of the manifest, when its first and last shard can be read; else what is wrong."""
+    """Return the number of samples if the first and last shard are readable, otherwise an error."""
     from prelora_ds.data.manifest import Manifest
     from prelora_ds.errors import ExpectedError
 
@@ -77,13 +99,17 @@ def shards(folder: Path) -> str:
 
 
 def extension(op: str) -> str | None:
-    """The folder of a compiled op of DeepSpeed, None where it is not built: a build in a run takes minutes a host."""
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions")
+    """Return the folder of a compiled op of DeepSpeed, or None if it is not built.
+
+    Building it during a run takes minutes per host.
+    """
+    default = Path.home() / ".cache/torch_extensions"
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or default)
     return next((str(path.parent) for path in root.rglob(f"{op}.so")), None)
 
 
 def port(question: Mapping[str, Any]) -> dict[str, Any]:
-    """Whether the master's port is free here."""
+    """Check that the master's port is free on this host."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -94,7 +120,7 @@ def port(question: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def listen(question: Mapping[str, Any]) -> dict[str, Any]:
-    """On the master: be there to be reached."""
+    """Listen on the master's port."""
     global _listener
     _listener = socket.create_server(("", question["port"]), backlog=1024)
     return {}
@@ -102,15 +128,19 @@ def listen(question: Mapping[str, Any]) -> dict[str, Any]:
 
 def reach(question: Mapping[str, Any]) -> dict[str, Any]:
     """Connect to the master."""
+    address = (question["master"], question["port"])
     try:
-        with socket.create_connection((question["master"], question["port"]), timeout=question["limit_s"]):
+        with socket.create_connection(address, timeout=question["limit_s"]):
             return {}
     except OSError as exc:
         return {"error": exc.strerror or str(exc)}
 
 
 def all_reduce(question: Mapping[str, Any]) -> dict[str, Any]:
-    """One rank a host: MB/s with each of two neighbours, and of an all-reduce over all."""
+    """Measure MB/s with two neighbours and for an all-reduce, with one rank per host. Collective.
+
+    The pairs are (0 1)(2 3)..., then (1 2)(3 4)...: a slow host is slow with both neighbours.
+    """
     import torch
     import torch.distributed as dist
 
@@ -120,33 +150,48 @@ def all_reduce(question: Mapping[str, Any]) -> dict[str, Any]:
         _listener.close()
     choose_interface(question["interface"], question["master"], os.environ)
     cuda = torch.cuda.is_available()
-    rank, world = question["rank"], question["world"]
+    rank = question["rank"]
+    world = question["world"]
     dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=world,
                             init_method=f"tcp://{question['master']}:{question['port']}",
                             timeout=timedelta(seconds=question["limit_s"]))
     data = torch.ones(MESSAGE_BYTES // 4, device="cuda:0" if cuda else "cpu")
     rates: list[float] = []
-    for shift in (0, 1):  # pairs (0 1)(2 3)... then (1 2)(3 4)...: a slow host is slow with both
+    for shift in (0, 1):
         dist.barrier()
-        place = (rank - shift) % world
-        partner = (place ^ 1) if world % 2 == 0 else ((place ^ 1) if place < world - 1 else place)
-        if partner != place and world > 1:
+        position = (rank - shift) % world
+        partner = _partner(position, world)
+        if partner != position and world > 1:
             other = (partner + shift) % world
-            rates.append(_rate(partial(_swap, dist, data, other, place < partner), 2))
+            rates.append(_rate(partial(_swap, dist, data, other, position < partner), 2))
     dist.barrier()
     total = _rate(lambda: dist.all_reduce(data), 1)
-    correct = torch.allclose(data, torch.full_like(data, float(world) ** (ROUNDS + 1)), rtol=1e-6)
+    expected = torch.full_like(data, float(world) ** (ROUNDS + 1))
+    correct = torch.allclose(data, expected, rtol=1e-6)
     dist.destroy_process_group()
-    return {"neighbours_mb_s": [round(rate, 1) for rate in rates], "all_reduce_mb_s": round(total, 1),
+    return {"neighbours_mb_s": [round(rate, 1) for rate in rates],
+            "all_reduce_mb_s": round(total, 1),
             "correct": correct}
 
 
+def _partner(position: int, world: int) -> int:
+    """Return the other one of the pair; in an odd world the last position has no partner."""
+    if world % 2 == 1 and position == world - 1:
+        return position
+    return position ^ 1
+
+
 def _swap(dist: Any, data: Any, other: int, first: bool) -> None:
+    """Send ``data`` to ``other`` and receive its own; ``first``: whether to send first."""
     for sends in (first, not first):
-        dist.send(data, other) if sends else dist.recv(data, other)
+        if sends:
+            dist.send(data, other)
+        else:
+            dist.recv(data, other)
 
 
 def _rate(act: Callable[[], object], messages: int) -> float:
+    """Return the MB/s of ``act``, which transfers ``messages`` messages, after one warm-up."""
     act()
     begun = time.monotonic()
     for _ in range(ROUNDS):
@@ -161,21 +206,20 @@ def _read(path: Path) -> str | None:
         return None
 
 
-_listener: socket.socket | None = None
 QUESTIONS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
-    "clock": lambda question: {"time": time.time()}, "facts": facts, "port": port, "listen": listen, "reach": reach,
+    "clock": clock, "facts": facts, "port": port, "listen": listen, "reach": reach,
     "all_reduce": all_reduce}
 
 
 def main() -> None:
-    """Answer until the questions end."""
+    """Answer questions until the standard input ends."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints is no answer
+    os.dup2(2, 1)  # what a library prints must not be taken for an answer
     for line in sys.stdin:
         question = json.loads(line)
         try:
             answer = QUESTIONS[question["ask"]](question)
-        except Exception as exc:  # the host's answer is that it failed
+        except Exception as exc:  # the failure is the host's answer
             answer = {"error": f"{type(exc).__name__}: {exc}"}
         print(json.dumps(answer), file=answers, flush=True)
 

@@ -1,7 +1,7 @@
-"""`prelora supervise`: on the first host, start a run with any launcher, watch it, and start it again on healthy hosts.
+"""`prelora supervise`: start a run with any launcher, watch it, and restart it on healthy hosts.
 
-What counts as success is what the ranks leave on disk (DONE, STOPPED), never the launcher's exit code, which was seen
-to be 0 when pdsh had been killed.
+It runs on the first host. A run counts as successful by what the ranks leave on disk (DONE,
+STOPPED), never by the launcher's exit code, which was seen to be 0 after pdsh had been killed.
 """
 
 from __future__ import annotations
@@ -21,34 +21,36 @@ from typing import IO
 
 from prelora_ds.errors import STOPPED_EXIT_CODE, USAGE_EXIT_CODE, ConfigError, LaunchError
 from prelora_ds.hosts.diagnosis import Failure, diagnose, records_of, succeeded
-from prelora_ds.hosts.heartbeat import LEASE, LOCK, attempt_of, write_json
+from prelora_ds.hosts.heartbeat import HEARTBEAT_FILE, LOCK_FILE, attempt_of, write_json
 from prelora_ds.hosts.hostfile import (
     Host,
-    fill,
-    fill_command,
     format_hostfile,
     format_mpi_hosts,
-    travels,
+    is_shell_safe,
+    split_command,
+    substitute,
     write_ds_env,
 )
 from prelora_ds.hosts.lock import Lock
 from prelora_ds.hosts.network import interface_environment, is_mine
 
 TICK_S = 0.5
-FENCE_S = 6.0  # a rank's guard looks at the lease every 5 s
-ANSWER_S = 30.0  # for a probe; those of the Slurm profiles have a limit of their own of 20 s
+FENCE_S = 6.0  # the guard of a rank checks the heartbeat every 5 s
+PROBE_TIMEOUT_S = 30.0  # the probes of the Slurm profiles have their own limit of 20 s
 FORWARDED = ("OMP_NUM_THREADS", "DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR", "LD_LIBRARY_PATH", "PATH")
 PROBE = "ssh -o BatchMode=yes -o ConnectTimeout=5 {host} true"
 
 
 @dataclass(frozen=True)
 class Policy:
-    """How patient the supervisor is; seconds.
+    """How many hosts a run gets, and how patient the supervisor is.
 
-    nodes: hosts of the run, the others are spares; min_nodes: with fewer the run goes on where the batch divides.
-    patience_s: a rank that sees no change of the lease for so long ends, and so long are hosts looked for when too few
-    answer. grace_s: between an end and SIGTERM, and again between that and SIGKILL. probe_s: hosts are probed so often
-    while the run goes; two silences end the attempt.
+    nodes: hosts of the run; the others are spares.
+    min_nodes: the smallest number of hosts to continue with, if the global batch divides evenly.
+    patience_s: a rank exits after this many seconds without a heartbeat. When too few hosts
+        respond, the supervisor keeps looking for hosts for the same time.
+    grace_s: seconds between the first exit of a rank and SIGTERM, and between that and SIGKILL.
+    probe_s: seconds between host probes during a run; two failed probes in a row end the attempt.
     """
 
     nodes: int
@@ -64,8 +66,13 @@ class Policy:
 
 @dataclass
 class Supervisor:
-    """``folder``: shared by all hosts. ``progress``: a mark that changes with each checkpoint. ``fits``: may so many
-    ranks run it. ``say`` prints."""
+    """Runs ``command`` on ``hosts``, attempt by attempt.
+
+    folder: a folder that all hosts share.
+    progress: returns a value that changes with each checkpoint.
+    fits: whether the run can use this number of ranks.
+    say: prints a line.
+    """
 
     command: Sequence[str]
     hosts: Sequence[Host]
@@ -75,75 +82,90 @@ class Supervisor:
     fits: Callable[[int], bool]
     say: Callable[[str], None]
     failures: Counter[str] = field(default_factory=Counter)
-    stop_asked: bool = False
+    stop_requested: bool = False
 
     def __post_init__(self) -> None:
-        self._mine = Lock(self.folder / LOCK)
+        self._lock = Lock(self.folder / LOCK_FILE)
 
     def run(self) -> int:
-        """Attempts until one succeeds; returns the exit code: 0, 99 (stopped with a checkpoint), or a failure's.
+        """Make attempts until one succeeds.
 
-        Raises LaunchError when another supervisor has the run (a newer attempt would end its ranks), or
-        the folder cannot be written.
+        Returns the exit code: 0, 99 (stopped with a checkpoint), or that of a failure.
+
+        Raises LaunchError when another supervisor has the run (a newer attempt would end its
+        ranks), or the folder cannot be written.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._mine.take()
+            self._lock.take()
             try:
                 return self._attempts()
             finally:
-                self._mine.release()
+                self._lock.release()
         except OSError as exc:
             raise LaunchError(f"{exc.filename or self.folder} cannot be written ({exc.strerror})\n"
-                              "  remedy: make room, and start the same command again") from exc
+                              "  remedy: free space, and run the same command again") from exc
 
     def _attempts(self) -> int:
         first = 1 + max((attempt_of(path) or 0 for path in self.folder.iterdir()), default=0)
-        former: tuple[object, object] | None = None
+        previous: tuple[object, object] | None = None
         for attempt in range(first, first + self.policy.max_restarts + 1):
-            self._renew(attempt)
+            self._send_heartbeat(attempt)
             chosen = self._choose_hosts(attempt)
-            self.say(f"attempt {attempt}: {len(chosen)} hosts: {', '.join(host.name for host in chosen)}")
+            names = ", ".join(host.name for host in chosen)
+            self.say(f"attempt {attempt}: {len(chosen)} hosts: {names}")
             outcome = self._attempt(attempt, chosen)
             if isinstance(outcome, int):
                 return outcome
+
             failure = outcome
             where = f" on {', '.join(failure.hosts)}" if failure.hosts else ""
             self.say(f"attempt {attempt} failed{where} (exit code {failure.code}): {failure.why}")
-            if (lost := self._mine.check()) is not None:
-                self.say(lost[1])
-                return lost[0]
+            if (lost := self._lock.check()) is not None:
+                code, why = lost
+                self.say(why)
+                return code
             write_json(self.folder / f"attempt-{attempt}" / "failure.json", vars(failure))
-            if failure.code == USAGE_EXIT_CODE or self.stop_asked:
+            if failure.code == USAGE_EXIT_CODE or self.stop_requested:
                 return failure.code
-            now = ((failure.code, failure.kind), self.progress())
-            if now == former:
-                self.say("the same failure twice, and no checkpoint between: given up")
+            current = ((failure.code, failure.kind), self.progress())
+            if current == previous:
+                self.say("giving up: the same failure twice without a new checkpoint")
                 return failure.code
-            former = now
+            previous = current
             self.failures.update(failure.hosts)
-        self.say(f"{self.policy.max_restarts} restarts are used up: given up")
+        self.say(f"giving up after {self.policy.max_restarts} restarts")
         return failure.code
 
     def _choose_hosts(self, attempt: int) -> list[Host]:
-        """The first healthy hosts, those that failed before last. Raises LaunchError when there stay too few."""
-        deadline, said = time.monotonic() + self.policy.patience_s, set[str]()
+        """Return the first healthy hosts; hosts that failed before come last.
+
+        Raises LaunchError if too few respond within the patience.
+        """
+        deadline = time.monotonic() + self.policy.patience_s
+        reported = set[str]()
         while True:
-            silent = self._unanswered(self.hosts)
-            for name in [name for name in silent if name not in said]:
-                self.say(f"host {name} does not answer")
-            said.update(silent)
-            chosen = self._choose_from([host for host in self.hosts if host.name not in silent])
+            unreachable = self._unreachable(self.hosts)
+            for name in unreachable:
+                if name not in reported:
+                    self.say(f"host {name} does not respond")
+            reported.update(unreachable)
+            chosen = self._choose_from(
+                [host for host in self.hosts if host.name not in unreachable])
             left = deadline - time.monotonic()
-            if len(chosen) == self.policy.nodes or self.stop_asked or left <= 0:
+            if len(chosen) == self.policy.nodes or self.stop_requested or left <= 0:
                 break
-            self._renew_for(min(left, self.policy.probe_s), attempt)  # what is silent may be a scheduler that restarts
+            # The hosts may be healthy, and a scheduler that restarts may not answer the probes.
+            self._send_heartbeats_for(min(left, self.policy.probe_s), attempt)
         if chosen:
             return chosen
-        raise LaunchError(f"{len(self.hosts) - len(silent)} of {len(self.hosts)} hosts answer, and the run needs "
-                          f"{self.policy.nodes}" + (f" (at least {self.policy.min_nodes}, where the batch divides)"
-                                                    if self.policy.min_nodes < self.policy.nodes else "")
-                          + f"; silent: {', '.join(silent) or 'none'}\n  remedy: more spares, or a smaller --min-nodes")
+
+        needed = f"{self.policy.nodes} needed"
+        if self.policy.min_nodes < self.policy.nodes:
+            needed += f" (at least {self.policy.min_nodes} if the batch divides)"
+        raise LaunchError(f"only {len(self.hosts) - len(unreachable)} of {len(self.hosts)} hosts "
+                          f"respond, {needed}; unreachable: {', '.join(unreachable) or 'none'}\n"
+                          "  remedy: add spare hosts, or lower --min-nodes")
 
     def _choose_from(self, hosts: Sequence[Host]) -> list[Host]:
         healthy = sorted(hosts, key=lambda host: self.failures[host.name])
@@ -153,74 +175,99 @@ class Supervisor:
                 return sorted(chosen, key=self.hosts.index)
         return []
 
-    def _unanswered(self, hosts: Sequence[Host]) -> list[str]:
+    def _unreachable(self, hosts: Sequence[Host]) -> list[str]:
+        """Probe all hosts at the same time; returns the names of those that do not respond."""
         if not self.policy.probe:
             return []
         with ThreadPoolExecutor(max(1, len(hosts))) as pool:
-            return [host.name for host, answers in zip(hosts, pool.map(self._answers, hosts), strict=True)
-                    if not answers]
+            responses = pool.map(self._responds, hosts)
+            return [host.name for host, responds in zip(hosts, responses, strict=True)
+                    if not responds]
 
-    def _silent(self, hosts: Sequence[Host]) -> list[str]:
-        silent = self._unanswered(hosts)
+    def _unreachable_hosts_at_fault(self, hosts: Sequence[Host]) -> list[str]:
+        """Return the unreachable hosts, or none if all other hosts are unreachable.
+
+        When several other hosts fail at once, the fault is the scheduler or this host's network.
+        """
+        unreachable = self._unreachable(hosts)
         others = [host.name for host in hosts if not is_mine(host.name)]
-        # All of several others at once: that is a scheduler or this host's network, and tells of no host.
-        return [] if len(others) > 1 and set(others) <= set(silent) else silent
+        return [] if len(others) > 1 and set(others) <= set(unreachable) else unreachable
 
-    def _silent_twice(self, hosts: Sequence[Host]) -> list[str]:
-        suspects = self._silent(hosts)
-        return [name for name in self._silent(hosts) if name in suspects] if suspects else []
+    def _unreachable_twice(self, hosts: Sequence[Host]) -> list[str]:
+        first = self._unreachable_hosts_at_fault(hosts)
+        if not first:
+            return []
+        return [name for name in self._unreachable_hosts_at_fault(hosts) if name in first]
 
-    def _answers(self, host: Host) -> bool:
-        command = fill_command("--probe", self.policy.probe, {"host": host.name})
+    def _responds(self, host: Host) -> bool:
+        command = split_command("--probe", self.policy.probe, {"host": host.name})
         try:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                                        stderr=subprocess.DEVNULL, start_new_session=True)
         except (FileNotFoundError, PermissionError) as exc:
             raise ConfigError("--probe", self.policy.probe, f"cannot be started ({exc.strerror})",
-                              "name a command with {host} in it, or an empty one for none") from exc
+                              "name a command with {host}; an empty one disables probing") from exc
         except OSError:
-            return True  # no process to be had here: nothing was heard of that host
+            return True  # this host cannot start a process: that says nothing about the other host
         try:
-            return process.wait(ANSWER_S) == 0
+            return process.wait(PROBE_TIMEOUT_S) == 0
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # with what it started: `timeout` has a child
+            os.killpg(process.pid, signal.SIGKILL)  # the group: `timeout` has a child
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(TICK_S)  # one that the kernel holds ends later
+                process.wait(TICK_S)  # a process that is stuck in the kernel ends later
             return False
 
     def _attempt(self, attempt: int, hosts: Sequence[Host]) -> int | Failure:
-        """One start to its end; 0 or 99 where a marker proves it."""
-        own = self.folder / f"attempt-{attempt}"
-        own.mkdir()
-        with (own / "launcher.log").open("wb") as log, ThreadPoolExecutor(1) as pool:
-            process = self._launch(own, hosts, attempt, log)
+        """Run one attempt; returns 0 or 99 if a mark on disk proves it, otherwise the failure."""
+        attempt_dir = self.folder / f"attempt-{attempt}"
+        attempt_dir.mkdir()
+        with (attempt_dir / "launcher.log").open("wb") as log, ThreadPoolExecutor(1) as pool:
+            process = self._launch(attempt_dir, hosts, attempt, log)
             try:
-                silent, unheard = self._watch(process, own, hosts, attempt, pool)
-                ended = succeeded(own)
+                unreachable, without_record = self._watch(process, attempt_dir, hosts, attempt,
+                                                          pool)
+                ended = succeeded(attempt_dir)
             finally:
                 self._end(process, attempt)
-        # Ranks that only now stop with a checkpoint do so because their attempt is ended.
-        if ended or (own / "DONE").exists() or (self.stop_asked and succeeded(own)):
-            return 0 if (own / "DONE").exists() else STOPPED_EXIT_CODE
-        failure = diagnose(own, process.returncode, hosts, silent, unheard)
-        # Ranks that the launcher lost end when they see that their attempt is over, or see nothing of it any more.
-        self._renew_for(self.policy.patience_s if silent else FENCE_S, attempt + 1)
+
+        # Ranks that stop with a checkpoint only now do so because their attempt was ended: that
+        # is not a success.
+        done = (attempt_dir / "DONE").exists()
+        if ended or done or (self.stop_requested and succeeded(attempt_dir)):
+            return 0 if done else STOPPED_EXIT_CODE
+        failure = diagnose(attempt_dir, process.returncode, hosts, unreachable, without_record)
+        # Ranks that the launcher lost exit when they see a newer attempt, or no heartbeat.
+        self._send_heartbeats_for(self.policy.patience_s if unreachable else FENCE_S, attempt + 1)
         return failure
 
-    def _launch(self, own: Path, hosts: Sequence[Host], attempt: int, log: IO[bytes]) -> subprocess.Popen[bytes]:
-        (own / "hostfile").write_text(format_hostfile(hosts))
+    def _launch(self, attempt_dir: Path, hosts: Sequence[Host], attempt: int,
+                log: IO[bytes]) -> subprocess.Popen[bytes]:
+        (attempt_dir / "hostfile").write_text(format_hostfile(hosts))
         network = interface_environment(self.policy.interface) if self.policy.interface else {}
-        forwarded = {key: os.environ[key] for key in FORWARDED if os.environ.get(key)}
-        for key in [key for key, value in forwarded.items() if not travels(value)]:
-            self.say(f"{key} = {forwarded.pop(key)!r} is not passed on to pdsh's hosts: a remote shell would change it")
-        write_ds_env(own / "ds_env", network | forwarded)
-        port = self.policy.master_port + attempt % 100  # a port that a lost rank still holds stops nothing
-        words = {"hostfile": str(own / "hostfile"), "master": hosts[0].name, "port": str(port),
-                 "hosts": format_mpi_hosts(hosts), "nodelist": ",".join(host.name for host in hosts),
-                 "nodes": str(len(hosts)), "ranks": str(sum(host.slots for host in hosts))}
-        command = [fill(word, words) for word in self.command] + ["--supervised", str(own)]
-        environ = os.environ | network | {"DS_ENV_FILE": str(own / "ds_env"), "MASTER_ADDR": words["master"],
-                                          "MASTER_PORT": words["port"]}
+        forwarded = {}
+        for key in FORWARDED:
+            value = os.environ.get(key)
+            if value and is_shell_safe(value):
+                forwarded[key] = value
+            elif value:
+                self.say(f"{key} = {value!r} is not forwarded through pdsh: "
+                         "the remote shell would alter it")
+        write_ds_env(attempt_dir / "ds_env", network | forwarded)
+
+        # A new port for each attempt: a lost rank may still hold the previous one.
+        port = self.policy.master_port + attempt % 100
+        values = {"hostfile": str(attempt_dir / "hostfile"),
+                  "master": hosts[0].name,
+                  "port": str(port),
+                  "hosts": format_mpi_hosts(hosts),
+                  "nodelist": ",".join(host.name for host in hosts),
+                  "nodes": str(len(hosts)),
+                  "ranks": str(sum(host.slots for host in hosts))}
+        command = [substitute(word, values) for word in self.command]
+        command += ["--supervised", str(attempt_dir)]
+        environ = os.environ | network | {"DS_ENV_FILE": str(attempt_dir / "ds_env"),
+                                          "MASTER_ADDR": values["master"],
+                                          "MASTER_PORT": values["port"]}
         self.say(shlex.join(command))
         try:
             return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log,
@@ -230,66 +277,78 @@ class Supervisor:
                               "name a launcher that is installed on this host") from exc
         except OSError as exc:
             raise LaunchError(f"the launcher could not be started ({exc.strerror})\n"
-                              "  remedy: look at the processes and the memory of this host") from exc
+                              "  remedy: check the processes and the memory of this host") from exc
 
-    def _watch(self, process: subprocess.Popen[bytes], own: Path, hosts: Sequence[Host], attempt: int,
-               pool: ThreadPoolExecutor) -> tuple[list[str], set[str]]:
-        """Until the launcher ends or the grace after an end is over; returns hosts that fell silent, and hosts of ranks
-        that left no record by then (a frozen one wakes, and leaves one, when the launcher ends it)."""
-        ending: float | None = None
-        suspects: list[str] = []
-        probed = time.monotonic()
+    def _watch(self, process: subprocess.Popen[bytes], attempt_dir: Path, hosts: Sequence[Host],
+               attempt: int, pool: ThreadPoolExecutor) -> tuple[list[str], set[str]]:
+        """Wait until the launcher ends, or until the grace after the first exit is over.
+
+        Returns the hosts that became unreachable, and the hosts of ranks without an exit record.
+        (A frozen rank wakes, and leaves a record, only when the launcher ends it.)
+        """
+        ending_since: float | None = None
+        unreachable_once: list[str] = []
+        probed_at = time.monotonic()
         probe: Future[list[str]] | None = None
         while process.poll() is None:
-            self._renew(attempt)
+            self._send_heartbeat(attempt)
             now = time.monotonic()
-            if ending is None and (any(own.glob("exit-*.json")) or succeeded(own)):
-                ending = now + self.policy.grace_s
-            if ending is not None and now > ending:
+            if ending_since is None and (any(attempt_dir.glob("exit-*.json"))
+                                         or succeeded(attempt_dir)):
+                ending_since = now
+            if ending_since is not None and now > ending_since + self.policy.grace_s:
                 break
-            if probe is None and now - probed > self.policy.probe_s:
-                probe = pool.submit(self._silent, hosts)
+            if probe is None and now - probed_at > self.policy.probe_s:
+                probe = pool.submit(self._unreachable_hosts_at_fault, hosts)
             if probe is not None and probe.done():
-                silent, probed, probe = probe.result(), now, None
-                if both := [name for name in silent if name in suspects]:
-                    return both, set()
-                suspects = silent
+                unreachable = probe.result()
+                probed_at = now
+                probe = None
+                if twice := [name for name in unreachable if name in unreachable_once]:
+                    return twice, set()
+                unreachable_once = unreachable
             time.sleep(TICK_S)
-        told = {record.get("rank") for record in records_of(own, "exit", hosts)}
-        unheard = {record["host"] for record in records_of(own, "rank", hosts) if record.get("rank") not in told}
-        return ([] if succeeded(own) else self._silent_twice(hosts)), unheard
+
+        recorded = {record.get("rank") for record in records_of(attempt_dir, "exit", hosts)}
+        without_record = {record["host"] for record in records_of(attempt_dir, "rank", hosts)
+                          if record.get("rank") not in recorded}
+        unreachable = [] if succeeded(attempt_dir) else self._unreachable_twice(hosts)
+        return unreachable, without_record
 
     def _end(self, process: subprocess.Popen[bytes], attempt: int) -> None:
         """End the launcher and what is left of its process group.
 
-        Ranks whose launcher was killed get the same grace as others. A process that the kernel
-        holds, such as by a disk that does not answer, is left behind.
+        Ranks whose launcher was killed get the same grace as others. A process that is stuck in
+        the kernel, for example on a disk that does not respond, is left behind.
         """
         for number in (signal.SIGTERM, signal.SIGKILL):
             deadline = time.monotonic() + self.policy.grace_s
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, number)
             while _group_lives(process) and time.monotonic() < deadline:
-                self._renew(attempt)
+                self._send_heartbeat(attempt)
                 time.sleep(TICK_S)
         if process.poll() is None:
             self.say(f"process {process.pid} does not end after SIGKILL; it is left behind")
 
-    def _renew(self, attempt: int) -> None:
-        if self._mine.check() is not None:
-            return  # this process stood still, and another supervisor took over: the ranks look at its lease now
-        write_json(self.folder / LEASE, {"attempt": attempt, "renewed": time.monotonic(), "stop": self.stop_asked,
-                                         "patience_s": self.policy.patience_s})
+    def _send_heartbeat(self, attempt: int) -> None:
+        if self._lock.check() is not None:
+            # This process was suspended, and another supervisor took over. The ranks now read
+            # the other one's heartbeat.
+            return
+        write_json(self.folder / HEARTBEAT_FILE,
+                   {"attempt": attempt, "renewed": time.monotonic(), "stop": self.stop_requested,
+                    "patience_s": self.policy.patience_s})
 
-    def _renew_for(self, seconds: float, attempt: int) -> None:
+    def _send_heartbeats_for(self, seconds: float, attempt: int) -> None:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            self._renew(attempt)
+            self._send_heartbeat(attempt)
             time.sleep(TICK_S)
 
 
 def _group_lives(process: subprocess.Popen[bytes]) -> bool:
-    """Whether a process of the group that ``process`` leads is left; a zombie is not."""
+    """Whether the process group led by ``process`` still has a process that is not a zombie."""
     process.poll()
     for entry in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -302,5 +361,6 @@ def _group_lives(process: subprocess.Popen[bytes]) -> bool:
 def check_policy(policy: Policy, hosts: Sequence[Host]) -> None:
     """Raise ConfigError when there are fewer hosts than the run needs."""
     if not 1 <= policy.min_nodes <= policy.nodes <= len(hosts):
-        raise ConfigError("--nodes", policy.nodes, f"does not fit --min-nodes {policy.min_nodes}, {len(hosts)} hosts",
-                          "1 <= min-nodes <= nodes <= hosts in the hostfile")
+        raise ConfigError("--nodes", policy.nodes,
+                          f"does not fit --min-nodes {policy.min_nodes} and {len(hosts)} hosts",
+                          "choose 1 <= min-nodes <= nodes <= hosts in the hostfile")

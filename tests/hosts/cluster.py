@@ -1,7 +1,7 @@
 """Several hosts on one machine: each is a network, uts, ipc, pid and mount namespace with its own sshd.
 
-A switch (a namespace with a bridge and no address) joins them; nothing can leave, and nothing is made in the machine's
-own namespaces. Every process dies with the one that made the cluster. Needs root.
+A switch (a namespace with a bridge and no address) connects them. No traffic can leave, and nothing is created in the
+machine's own namespaces. Every process dies with the one that created the cluster. Requires root.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ OWN_GROUP = ("setpriv", "--pdeathsig", "KILL")
 
 
 def why_not() -> str | None:
-    """Why no cluster can be made here; None where one can."""
+    """Return why no cluster can be created here, or None."""
     if os.geteuid() != 0:
         return "namespaces and sshd need root"
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
@@ -35,8 +35,8 @@ def why_not() -> str | None:
 class Cluster:
     """``host1`` to ``hostN`` at 10.77.0.1 to .N on eth0.
 
-    ``state`` is a folder that all share; in it, ``scratch`` (a small disk) and ``site`` (first in PYTHONPATH) are each
-    host's own, and files in faults/ befall that host's rank, where faulty.py runs.
+    ``state`` is a folder that all hosts share. In it, each host has its own ``scratch`` (a small disk) and ``site``
+    (first in PYTHONPATH). A file in faults/ triggers a fault of that host's rank, if it runs faulty.py.
     """
 
     def __init__(self, size: int, state: Path) -> None:
@@ -82,7 +82,7 @@ class Cluster:
 
     def start(self, name: str, command: Sequence[str | Path], env: Mapping[str, str] | None = None,
               log: Path | None = None) -> subprocess.Popen[str]:
-        """Run ``command`` on host ``name``, in the repository; its output goes to a pipe, or to ``log``."""
+        """Start ``command`` on host ``name``, in the repository; its output goes to a pipe, or to ``log``."""
         inside = ["nsenter", "-t", str(self._inits[name]), "-a", "env", f"--chdir={ROOT}", "-i",
                   *(f"{key}={value}" for key, value in {**self.environ(), **(env or {})}.items()), *map(str, command)]
         out = subprocess.PIPE if log is None else log.open("a")
@@ -91,7 +91,7 @@ class Cluster:
 
     def run(self, name: str, command: Sequence[str | Path], env: Mapping[str, str] | None = None,
             timeout: float = 120) -> subprocess.CompletedProcess[str]:
-        """`start` to the end; output and errors come together in ``stdout``."""
+        """Run ``command`` to its end; output and errors are both in ``stdout``."""
         process = self.start(name, command, env)
         try:
             out, _ = process.communicate(timeout=timeout)
@@ -101,7 +101,7 @@ class Cluster:
         return subprocess.CompletedProcess(process.args, process.returncode, out)
 
     def environ(self) -> dict[str, str]:
-        """What a command on a host finds: nothing of this machine's own environment but the paths."""
+        """Return the environment of a command on a host: only the paths come from this machine's own."""
         return {"PATH": f"{VENV_BIN}:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "TMPDIR": f"{self.scratch}/tmp",
                 "PYTHONPATH": f"{self.state}/site:{ROOT}", "FAULTS": f"{self.state}/faults",
                 "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONUNBUFFERED": "1",
@@ -115,11 +115,11 @@ class Cluster:
     # Faults
 
     def kill(self, name: str) -> None:
-        """The host dies: all its processes at once, and the kernel closes its connections."""
+        """Kill all processes of the host at once; the kernel closes its connections."""
         _kill(self._inits[name], signal.SIGKILL)
 
     def power_off(self, name: str) -> None:
-        """The host falls silent: nobody hears that its connections are gone."""
+        """Make the host silent: no other host learns that its connections are gone."""
         self.link(name, up=False)
         self.kill(name)
 
@@ -127,7 +127,10 @@ class Cluster:
         self._ip(f"link set p{name} {'up' if up else 'down'}")
 
     def pids(self, name: str, words: str = "") -> list[int]:
-        """Processes of the host, as seen from outside, whose command line has ``words``; init is not one of them."""
+        """Return process ids, as seen from outside, of the host's processes with ``words`` in their command line.
+
+        Its init is not included.
+        """
         space = os.readlink(f"/proc/{self._inits[name]}/ns/pid")
         return [pid for pid in _all_pids() if pid != self._inits[name] and _namespace(pid) == space
                 and words in _command_line(pid)]
@@ -137,17 +140,17 @@ class Cluster:
             _kill(pid, signal_number)
 
     def slow_link(self, name: str, mbit_s: int | None) -> None:
-        """Let no more than this through to the host; None: as much as there is."""
+        """Limit the bandwidth to the host; None removes the limit."""
         self._switch_run(f"tc qdisc replace dev p{name} root tbf rate {mbit_s}mbit burst 64kb latency 50ms"
                          if mbit_s else f"tc qdisc del dev p{name} root")
 
     @contextlib.contextmanager
     def slow_processes(self, pids: Sequence[int], share: float) -> Iterator[None]:
-        """Let these processes have so much of a core together, by a cgroup of the machine's, removed after."""
+        """Limit these processes together to a share of a core, with a temporary cgroup of the machine."""
         group = Path(f"/sys/fs/cgroup/cpu/prelora-{os.getpid()}-{time.monotonic_ns()}")
         group.mkdir()
         try:
-            (group / "cpu.cfs_period_us").write_text("10000")  # short, so that a step is slow all the time
+            (group / "cpu.cfs_period_us").write_text("10000")  # short, so that each step is slow throughout
             (group / "cpu.cfs_quota_us").write_text(str(int(10000 * share)))
             for pid in pids:
                 (group / "cgroup.procs").write_text(str(pid))
@@ -160,7 +163,7 @@ class Cluster:
             group.rmdir()
 
     def add_decoy(self, name: str, address: str) -> None:
-        """An address that comes first in ``hostname -I`` and that no other host can reach."""
+        """Add an address that is first in ``hostname -I`` and that no other host can reach."""
         own = f"{self.address(name)}/24 dev eth0"
         self._in_host(name, f"addr del {own}; addr add {address}/24 dev eth0; addr add {own}")
 

@@ -11,7 +11,7 @@ from hosts.scenarios import STEPS, Site, local
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Iterator[Site]:
-    """Three hosts with Slurm; in CI a missing package is a failure, elsewhere a reason to skip."""
+    """Three hosts with Slurm. A missing package is a failure in CI, and a reason to skip elsewhere."""
     why = cluster.why_not() or slurm.why_not()
     if why is not None:
         (pytest.fail if os.environ.get("CI") else pytest.skip)(f"no test hosts here: {why}")
@@ -22,5 +22,5 @@ def site(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Iterator[Sit
 
 @pytest.fixture(scope="session")
 def expected(site: Site) -> list[float]:
-    """Losses of two ranks on one host."""
+    """The losses of two ranks on one host."""
     return local(site, 2, *STEPS)

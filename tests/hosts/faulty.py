@@ -1,5 +1,7 @@
-"""launch/pretrain.py with steps of at least 0.1 s; on the host for which a test leaves a file it raises, or, where the
-file is HOST.late, does not begin."""
+"""launch/pretrain.py with steps of at least 0.1 s, and with faults.
+
+A test creates a file in FAULTS: HOST makes the rank on that host raise, HOST.late keeps it from starting.
+"""
 
 import os
 import runpy

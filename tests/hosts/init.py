@@ -1,4 +1,4 @@
-"""Process 1 of a test host: gives the host its files and its sshd, then reaps orphans until it is killed.
+"""Process 1 of a test host: set up the host's files and its sshd, then reap orphans until it is killed.
 
     python init.py STATE NAME        (in namespaces of its own: net, uts, ipc, pid, mount)
 """

@@ -1,4 +1,4 @@
-"""Launches that cannot work, and what they say."""
+"""Launches that must fail, and their messages."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def port_in_use(site: Site) -> dict[str, Any]:
 
 
 def unreachable_master(site: Site) -> dict[str, Any]:
-    """DeepSpeed takes the first address of `hostname -I` where --master_addr is not given; here it leads nowhere."""
+    """Without --master_addr DeepSpeed uses the first address of `hostname -I`; here it is unreachable."""
     folder = site.new("decoy")
     command, environ = command_of("pdsh", site, ["host1", "host2"], folder)
     site.cluster.add_decoy("host1", "10.99.0.1")
     command = [word for i, word in enumerate(command) if "--master_addr" not in (word, command[i - 1])]
     return refused(site, "a decoy is the first address", [*command, *_pretrain(site, folder)],
-                   ["ranks 1 of 2 did not come within 25 s", "host1"], environ, 120)
+                   ["ranks 1 of 2 did not check in within 25 s", "host1"], environ, 120)
 
 
 def name_on_loopback(site: Site) -> dict[str, Any]:
-    """Here the run copes: gloo gets the interface that leads to the master."""
+    """The run succeeds, because gloo gets the interface that leads to the master; preflight reports the host."""
     hosts = site.cluster.state / "host2" / "hosts"
     before = hosts.read_text()
     hosts.write_text(before.replace("10.77.0.2 host2", "127.0.1.1 host2"))
@@ -83,11 +83,11 @@ def unreachable_host(site: Site) -> dict[str, Any]:
     (folder / "hosts").write_text("host1 slots=1\nhost77 slots=1\n")
     return refused(site, "an unreachable host", [
         "prelora", "supervise", "--hostfile", folder / "hosts", "--nodes", "2", "--patience", "5", "--", "python",
-        *_pretrain(site, folder)], ["host host77 does not answer", "silent: host77"], {})
+        *_pretrain(site, folder)], ["host host77 does not respond", "unreachable: host77"], {})
 
 
 def full_disk(site: Site) -> dict[str, Any]:
-    """Of one host; where the checkpoint's own disk is full, all ranks vote against it (tests of checkpoints)."""
+    """The disk of one host is full. (The tests of checkpoints cover a full disk under the checkpoint.)"""
     folder, full = site.new("disk"), site.cluster.scratch / "full"
     site.cluster.run("host2", ["dd", "if=/dev/zero", f"of={full}", "bs=1M"])
     try:

@@ -1,6 +1,6 @@
-"""What is tried on a test cluster: launches, faults, and what has to come of them. Each returns a row for hosts.json.
+"""Scenarios on a test cluster: launches and faults, with their expected results. Each returns a row for hosts.json.
 
-The tests run a few on 2 hosts, `make test-hosts` all of them.
+The tests run a few of them on 2 hosts; `make test-hosts` runs all.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ RECIPE = "launch/recipes/vit_tiny_debug.yaml"
 PHASES = ["full", "warmup", "lora"]
 PRETRAIN = "launch/pretrain.py"
 FAULTY = "tests/hosts/faulty.py"
-UNBOUND = ("--bind-to", "none")  # every host's first rank would get the machine's first core
+UNBOUND = ("--bind-to", "none")  # otherwise the first rank of every host would be bound to the machine's first core
 PATIENCE_S, GRACE_S, HANG_S = 8, 4, 20
-# Seconds from a fault to the end of the last rank that it concerns: a hang's limit, or two looks at a silent host.
+# Seconds from a fault to the exit of the last affected rank: the limit of a hang, or two probes of a silent host.
 LIMIT_S = 60.0
 
 
 @dataclass(frozen=True)
 class Site:
-    """A cluster, the folder of its runs and the shards."""
+    """A cluster, its shards, and its Slurm."""
 
     cluster: Cluster
     shards: Path
     slurm: Slurm | None = None
 
     def new(self, name: str) -> Path:
-        """A fresh folder that all hosts see."""
+        """Return an empty folder that all hosts see."""
         folder = self.cluster.state / "runs" / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -60,7 +60,7 @@ def losses(out: Path) -> list[float]:
 
 
 def local(site: Site, ranks: int, *more: str) -> list[float]:
-    """Losses of as many ranks on one host, which every cluster has to reach."""
+    """Return the losses of the same number of ranks on one host, which a cluster must reproduce."""
     out = site.new(f"local-{ranks}-{len(more)}") / "out"
     done = site.cluster.run("host1", ["deepspeed", "--num_accelerators", ranks, PRETRAIN,
                                       *site.arguments(out, *more)], timeout=300)
@@ -69,7 +69,7 @@ def local(site: Site, ranks: int, *more: str) -> list[float]:
 
 
 def command_of(launcher: str, site: Site, hosts: Sequence[str], folder: Path) -> tuple[list[str], dict[str, str]]:
-    """The command that starts launch/pretrain.py on ``hosts`` with one rank each, and its environment."""
+    """Return the command that starts launch/pretrain.py with one rank per host, and its environment."""
     hostfile = site.cluster.hostfile(folder / "hosts", names=hosts)
     environ = site.cluster.environ()
     names = ("OMP_NUM_THREADS", "DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR")
@@ -85,7 +85,7 @@ def command_of(launcher: str, site: Site, hosts: Sequence[str], folder: Path) ->
                   "MASTER_ADDR", hosts[0], "python"],
         "srun": ["srun", f"--nodes={len(hosts)}", f"--ntasks={len(hosts)}", "--ntasks-per-node=1",
                  "--kill-on-bad-exit=1", "--wait=30", "python"],
-        # One on each host, which starts the host's ranks.
+        # One torchrun per host, which starts the ranks of the host.
         "torchrun": ["srun", f"--nodes={len(hosts)}", f"--ntasks={len(hosts)}", "--ntasks-per-node=1",
                      "--kill-on-bad-exit=1", "bash", "-c",
                      f'exec torchrun --nnodes={len(hosts)} --nproc-per-node=1 --master-addr={hosts[0]} '
@@ -95,7 +95,7 @@ def command_of(launcher: str, site: Site, hosts: Sequence[str], folder: Path) ->
 
 def launch(site: Site, launcher: str, expected: Sequence[float], size: int = 2, *more: str,
            timeout: float = 200) -> dict[str, Any]:
-    """Train through all three phases; the losses are ``expected`` (those of local ranks), bit by bit."""
+    """Train through all three phases; the losses must be bitwise ``expected`` (those of local ranks)."""
     folder, hosts = site.new(f"{launcher}-{size}"), site.cluster.names[:size]
     command, environ = command_of(launcher, site, hosts, folder)
     begun, out = time.monotonic(), folder / "out"
@@ -120,18 +120,21 @@ def launch(site: Site, launcher: str, expected: Sequence[float], size: int = 2, 
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that befalls ``host2`` of two hosts while a run goes on (``early``: before it begins); ``mend`` undoes
-    it, when ranks are gone."""
+    """A fault of ``host2``, one of two hosts, during a run.
+
+    strike: causes the fault. undo: undoes it, after the ranks have ended. named: how the supervisor names the failure.
+    early: the fault occurs before the run starts.
+    """
 
     name: str
     strike: Callable[[Site], None]
-    mend: Callable[[Site], None] = lambda site: None
+    undo: Callable[[Site], None] = lambda site: None
     named: str = "host2"
     early: bool = False
 
 
 def rank_pids(site: Site, name: str, script: str = FAULTY) -> list[int]:
-    """Ranks on a host: Python with the script; the launchers above them have it further behind."""
+    """Return the ranks of a host: Python with the script. Launchers have the script later in their command lines."""
     return [pid for pid in site.cluster.pids(name, script)
             if script in Path(f"/proc/{pid}/cmdline").read_text().split("\0")[1:3]]
 
@@ -143,15 +146,15 @@ def _signal_rank(number: int) -> Callable[[Site], None]:
 FAULTS = [
     Fault("a rank raises", lambda site: (site.cluster.state / "faults" / "host2").touch()),
     Fault("a rank never comes", lambda site: (site.cluster.state / "faults" / "host2.late").touch(),
-          named="host2 (exit code 75): rank 0: ranks 1 of 2 did not come", early=True),
+          named="host2 (exit code 75): rank 0: ranks 1 of 2 did not check in", early=True),
     Fault("a rank is killed", _signal_rank(signal.SIGKILL)),
     Fault("a rank is frozen", _signal_rank(signal.SIGSTOP)),
     Fault("sshd is gone", lambda site: [os.kill(pid, signal.SIGKILL) for pid in site.cluster.pids("host2", "sshd")]
           and None),
     Fault("the link is cut, and mended later", lambda site: site.cluster.link("host2", up=False),
-          mend=lambda site: site.cluster.link("host2", up=True)),
+          undo=lambda site: site.cluster.link("host2", up=True)),
     Fault("the host is frozen", lambda site: site.cluster.freeze("host2"),
-          mend=lambda site: site.cluster.freeze("host2", signal.SIGCONT)),
+          undo=lambda site: site.cluster.freeze("host2", signal.SIGCONT)),
     Fault("the host is killed", lambda site: site.cluster.kill("host2")),
     Fault("the host is powered off", lambda site: site.cluster.power_off("host2")),
 ]
@@ -161,7 +164,7 @@ STEPS = ["train.duration=20 steps", "train.eval_every=20 steps", "checkpoint.eve
 
 def supervise(site: Site, folder: Path, nodes: int = 2, *more: str,
               length: Sequence[str] = STEPS) -> subprocess.Popen[str]:
-    """`prelora supervise` on host1, over all hosts of the cluster."""
+    """Start `prelora supervise` on host1, with all hosts of the cluster."""
     hostfile = site.cluster.hostfile(folder / "hosts")
     return site.cluster.start("host1", [
         "prelora", "supervise", "--hostfile", hostfile, "--nodes", nodes, "--patience", PATIENCE_S, "--grace", GRACE_S,
@@ -175,7 +178,7 @@ def supervise(site: Site, folder: Path, nodes: int = 2, *more: str,
 
 
 def strike(site: Site, fault: Fault, expected: Sequence[float], nodes: int = 2, *more: str) -> dict[str, Any]:
-    """Let ``fault`` befall a supervised run; it is named, and the run ends as if nothing had been, on other hosts."""
+    """Cause ``fault`` in a supervised run: it is named, and the run finishes on other hosts as ``expected``."""
     folder = site.new(fault.name.replace(" ", "-"))
     out, begun = folder / "out", time.monotonic()
     if fault.early:
@@ -190,7 +193,7 @@ def strike(site: Site, fault: Fault, expected: Sequence[float], nodes: int = 2, 
     bounded = time.monotonic() - struck
     process.wait(240)
     said = (folder / "log").read_text(errors="replace")
-    fault.mend(site)
+    fault.undo(site)
     assert failure.exists(), said[-3000:]
     assert bounded < LIMIT_S, f"{bounded:.0f} s"
     named = next(line for line in said.splitlines() if "attempt 1 failed" in line)
@@ -201,27 +204,27 @@ def strike(site: Site, fault: Fault, expected: Sequence[float], nodes: int = 2, 
     assert len(got) == len(expected), f"{len(got)} steps"
     bitwise = got == list(expected)
     close = max(abs(a - b) for a, b in zip(got, expected, strict=True))
-    # Without a spare it goes on with fewer ranks, and BF16 rounds otherwise.
+    # Without a spare the run continues with fewer ranks, and BF16 rounding differs.
     apart = [(row["step"], row["phase"]) for row, loss in zip(read_lines(out / "metrics.jsonl"), expected, strict=True)
              if abs(row["train/loss"] - loss) > 5e-3]
     assert bitwise if nodes < len(site.cluster.names) else not apart, (close, apart[:3])
     _until(lambda: not any(rank_pids(site, name) for name in site.cluster.names if site.cluster.alive(name)), 30)
     return {"what": fault.name, "hosts": nodes, "total_s": round(time.monotonic() - begun, 1),
-            "ended_s": round(bounded, 1), "named": "host2" in named, "says": named.removeprefix("supervise: ")[:160],
+            "ended_s": round(bounded, 1), "named": "host2" in named, "says": named.partition("supervise: ")[2][:160],
             "result": "resumed, bitwise" if bitwise else f"resumed on fewer hosts, losses within {close:.1e}"}
 
 
 def supervisor_killed(site: Site) -> dict[str, Any]:
-    """Ranks that nobody supervises any more stop by themselves, with a checkpoint."""
+    """Ranks without a supervisor stop with a checkpoint."""
     folder = site.new("supervisor-killed")
-    process = supervise(site, folder, length=_length(400))  # for longer than the ranks' patience
+    process = supervise(site, folder, length=_length(400))  # longer than the patience of the ranks
     _until(lambda: (folder / "out" / "checkpoints" / "latest").exists(), 120)
     for pid in site.cluster.pids("host1", "prelora supervise"):
         os.kill(pid, signal.SIGKILL)
     struck = time.monotonic()
     _until(lambda: not any(rank_pids(site, name) for name in ("host1", "host2")), LIMIT_S)
     records = [path.read_text() for path in (folder / "out.supervise" / "attempt-1").glob("exit-*.json")]
-    # A rank may feel that another has ended before it looks at the lease itself.
+    # A rank may notice that another one has ended before it checks the heartbeat itself.
     ends = [json.loads(text) for text in records]
     assert any(end["code"] == 87 for end in ends) and all(is_echo(end) for end in ends), records
     assert (folder / "out.supervise" / "attempt-1" / "STOPPED").exists(), records
@@ -235,7 +238,7 @@ def supervisor_killed(site: Site) -> dict[str, Any]:
 
 def refused(site: Site, name: str, command: Sequence[str | Path], words: Sequence[str], environ: dict[str, str],
             limit_s: float = LIMIT_S) -> dict[str, Any]:
-    """A launch that cannot work ends in bounded time, not with 0, and says ``words``."""
+    """Run a launch that must fail: in bounded time, not with exit code 0, and with ``words`` in its output."""
     begun = time.monotonic()
     done = site.cluster.run("host1", command, environ, timeout=limit_s + 30)
     took = time.monotonic() - begun
@@ -249,7 +252,7 @@ def refused(site: Site, name: str, command: Sequence[str | Path], words: Sequenc
 
 
 def slow_host(site: Site) -> dict[str, Any]:
-    """A host whose processor is slow is named while the run goes on: ranks have half a core each, then one a tenth."""
+    """A slow host is reported during the run: each rank has half a core, then one rank has a tenth."""
     folder, hosts = site.new("slow"), site.cluster.names
     command, environ = command_of("mpirun", site, hosts, folder)
     process = site.cluster.start("host1", [*command, PRETRAIN, *site.arguments(
@@ -266,7 +269,8 @@ def slow_host(site: Site) -> dict[str, Any]:
         return last
 
     steps_of(1)
-    with contextlib.ExitStack() as shares:  # more ranks than cores: without equal shares one is slow by nature
+    # There are more ranks than cores: without equal shares one rank is always slow.
+    with contextlib.ExitStack() as shares:
         for host in hosts:
             shares.enter_context(site.cluster.slow_processes(rank_pids(site, host, PRETRAIN), share=0.5))
         equal = steps_of(20)
@@ -284,7 +288,7 @@ def slow_host(site: Site) -> dict[str, Any]:
 
 
 def full_while_training(site: Site) -> dict[str, Any]:
-    """A host's own disk, where copies of shards go, is full: that host says so, and the run goes on without them."""
+    """A host's own disk for copies of shards is full: the host reports it, and the run continues without copies."""
     folder, full, port = site.new("full"), site.cluster.scratch / "full", 8123
     command, environ = command_of("pdsh", site, site.cluster.names[:2], folder)
     server = site.cluster.start("host1", ["python", "tests/support/web.py", site.shards, port], log=folder / "server")
@@ -315,7 +319,7 @@ OTHER_FAULTS = {"the supervisor is killed": supervisor_killed, "a host is slow":
 
 
 def preflight(site: Site) -> dict[str, Any]:
-    """All hosts are fit, in less than a minute."""
+    """All hosts pass all checks, in less than a minute."""
     folder = site.new("preflight")
     begun = time.monotonic()
     done = site.cluster.run("host1", [
@@ -327,29 +331,29 @@ def preflight(site: Site) -> dict[str, Any]:
 
 
 def slurm_chain(site: Site) -> dict[str, Any]:
-    """The script of `prelora job` in a real Slurm, with a limit of 3 minutes: before it Slurm sends its signal, and the
-    run ends with a checkpoint and 99, is requeued, and resumed to its end.
+    """Run the script of `prelora job` in a real Slurm with a limit of 3 minutes.
 
-    Slurm sends a signal up to a minute early, so 60 to 120 s after the start; the run has steps for 150 s.
+    Slurm sends its signal before the limit; the run exits with a checkpoint and 99, is requeued, and resumes to its
+    end. Slurm may send the signal up to a minute early, so 60 to 120 s after the start; the run has steps for 150 s.
     """
     folder, begun = site.new("chain"), time.monotonic()
     steps = _steps_for(site, 150)
     job = _submit(site, folder, "3m", *_length(steps))
     requeued = _until(lambda: "Restarts=1" in _about(site, job), 240)
     log = next(folder.glob("*.log"))
-    _until(lambda: "ended with 0" in log.read_text(), 600)
+    _until(lambda: "the run exited with 0" in log.read_text(), 600)
     rows = read_lines(folder / "out" / "events.jsonl")
     resumed = [row["step"] for row in rows if row["event"] == "resume"]
     done_steps = [row["step"] for row in read_lines(folder / "out" / "metrics.jsonl")]
     assert resumed and done_steps == list(range(1, steps + 1)), (resumed, len(done_steps))
-    assert "the run ended with 99" in log.read_text()
+    assert "the run exited with 99" in log.read_text()
     return {"what": "a Slurm chain: signal, checkpoint, 99, requeue, resumed to the end", "hosts": 3,
             "total_s": round(time.monotonic() - begun, 1),
             "result": f"requeued {requeued:.0f} s after it was submitted, resumed after steps {resumed} of {steps}"}
 
 
 def slurm_node_dies(site: Site) -> dict[str, Any]:
-    """A node of a Slurm job goes down: the job lives on, and the run goes on bitwise on its spare."""
+    """A node of a Slurm job goes down: the job survives, and the run resumes bitwise on its spare."""
     assert site.slurm is not None
     folder = site.new("node-dies")
     length = _length(_steps_for(site, 40))
@@ -363,20 +367,22 @@ def slurm_node_dies(site: Site) -> dict[str, Any]:
     _until(lambda: "attempt 1 failed" in log.read_text(), 120)
     bounded = time.monotonic() - struck
     assert {"JobState=RUNNING", "Restarts=0"} <= _about(site, job)
-    _until(lambda: "the run ended with" in log.read_text(), 300)
+    _until(lambda: "the run exited with" in log.read_text(), 300)
     said = log.read_text()
     named = next(line for line in said.splitlines() if "attempt 1 failed" in line)
     assert "failed on host2" in named, said
-    assert "the run ended with 0" in said and "attempt 2: 2 hosts: host1, host3" in said, said
+    assert "the run exited with 0" in said and "attempt 2: 2 hosts: host1, host3" in said, said
     assert losses(folder / "out") == expected
     return {"what": "a node of a Slurm job goes down", "hosts": 3, "total_s": round(time.monotonic() - begun, 1),
-            "ended_s": round(bounded, 1), "named": True, "says": named.removeprefix("supervise: ")[:160],
+            "ended_s": round(bounded, 1), "named": True, "says": named.partition("supervise: ")[2][:160],
             "result": "the job lives on, resumed on its spare, bitwise"}
 
 
 def slurm_first_node_dies(site: Site) -> dict[str, Any]:
-    """The node with the script and the supervisor goes down, which --no-kill lets pass: the last node has the job
-    requeued, and it goes on bitwise on other nodes."""
+    """The node with the script and the supervisor goes down, which --no-kill tolerates.
+
+    The last node requeues the job, and the run resumes bitwise on other nodes.
+    """
     assert site.slurm is not None
     folder = site.new("first-node-dies")
     length = _length(_steps_for(site, 30))
@@ -390,7 +396,7 @@ def slurm_first_node_dies(site: Site) -> dict[str, Any]:
     _until(lambda: "Restarts=1" in _about(site, job), 200)
     bounded = time.monotonic() - struck
     log = next(folder.glob("*.log"))
-    _until(lambda: "the run ended with 0" in log.read_text(), 400)
+    _until(lambda: "the run exited with 0" in log.read_text(), 400)
     resumed = [row["step"] for row in read_lines(folder / "out" / "events.jsonl") if row["event"] == "resume"]
     assert resumed and losses(folder / "out") == expected
     return {"what": "the first node of a Slurm job goes down", "hosts": 3, "named": True,
@@ -400,7 +406,7 @@ def slurm_first_node_dies(site: Site) -> dict[str, Any]:
 
 
 def _steps_for(site: Site, seconds: float) -> int:
-    """Steps that two ranks take in this time here."""
+    """Return the number of steps that two ranks make in this time on this machine."""
     local(site, 2, *STEPS)
     pace = read_lines(site.cluster.state / f"runs/local-2-{len(STEPS)}/out/metrics.jsonl")[10:]
     return 20 * max(1, round(seconds / 20 / statistics.median(row["step_s"] + row["data_s"] for row in pace)))
@@ -411,7 +417,7 @@ def _length(steps: int) -> list[str]:
 
 
 def _submit(site: Site, folder: Path, walltime: str, *more: str) -> str:
-    """The number of a job of the script that `prelora job` writes for 2 hosts and a spare."""
+    """Submit the script that `prelora job` writes for 2 hosts and a spare; return the job id."""
     assert site.slurm is not None
     profile = Path("prelora_ds/hosts/profiles/slurm.yaml").read_text()
     (folder / "mine.yaml").write_text(profile.replace("ranks_per_node: 4", "ranks_per_node: 1").replace(
@@ -436,7 +442,7 @@ def _steps(out: Path) -> int:
 
 
 def _until(condition: Callable[[], bool], timeout_s: float) -> float:
-    """Seconds until ``condition`` held; raises TimeoutError."""
+    """Wait until ``condition`` holds; return the seconds waited. Raises TimeoutError."""
     begun = time.monotonic()
     while not condition():
         if time.monotonic() - begun > timeout_s:

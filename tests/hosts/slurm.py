@@ -13,16 +13,17 @@ TOOLS = ("slurmctld", "slurmd", "munged", "srun", "sbatch")
 
 
 def why_not() -> str | None:
-    """Why there can be no Slurm here; None where there can."""
+    """Return why Slurm cannot run here, or None."""
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     return f"not installed: {', '.join(missing)} (apt-get install slurmctld slurmd slurm-client munge)" if missing \
         else None
 
 
 class Slurm:
-    """``environ`` is for srun and sbatch. Its daemons are the hosts' own, and die with them.
+    """Slurm on the hosts of a cluster. Its daemons are processes of the hosts and die with them.
 
-    apart: the last host has slurmctld and no jobs; else the first one has both.
+    ``environ`` is the environment of srun and sbatch. apart: slurmctld runs on the last host, which gets no jobs;
+    otherwise on the first one, which gets jobs too.
     """
 
     def __init__(self, cluster: Cluster, apart: bool = False) -> None:
@@ -77,11 +78,11 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE OverSubscribe=NO State=
         return self
 
     def run(self, command: str) -> str:
-        """Output of a command on the host of slurmctld."""
+        """Return the output of a command on the host of slurmctld."""
         return self._run(self.controller, command)
 
     def _run(self, name: str, command: str) -> str:
-        # Daemons keep what they inherit open: a file, not a pipe, so that the command's end can be seen.
+        # Daemons keep inherited files open. With a pipe the end of the command would not be visible.
         path = self.folder / f".{name}.out"
         process = self.cluster.start(name, ["bash", "-c", command], self.environ, log=path)
         process.wait(60)

@@ -1,6 +1,6 @@
-"""Two hosts: every way to start a run gives the losses of two local ranks, and a host whose rank dies is replaced.
+"""Every launcher on two hosts gives the losses of two local ranks, and a host whose rank dies is replaced.
 
-`make test-hosts` does the rest: 4 and 16 hosts, and every fault.
+`make test-hosts` tests 4 and 16 hosts, and every fault.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ def test_two_hosts_train_as_two_local_ranks(site: Site, expected: list[float], l
     scenarios.launch(site, launcher, expected, 2, *scenarios.STEPS)
 
 
-def test_preflight_names_what_is_wrong_with_each_host(site: Site) -> None:
+def test_preflight_reports_the_problems_of_each_host(site: Site) -> None:
     folder = site.new("preflight")
     (site.cluster.state / "host2" / "site" / "peft-9.9.9.dist-info").mkdir()
     metadata = site.cluster.state / "host2" / "site" / "peft-9.9.9.dist-info" / "METADATA"
     metadata.write_text("Metadata-Version: 2.1\nName: peft\nVersion: 9.9.9\n")
-    clock = site.cluster.state / "host2" / "site" / "sitecustomize.py"  # a namespace has no wall clock of its own
+    clock = site.cluster.state / "host2" / "site" / "sitecustomize.py"  # namespaces share the wall clock
     clock.write_text("import time\nthe_time = time.time\ntime.time = lambda: the_time() + 90\n")
     full = site.cluster.scratch / "full"
     hosts = site.cluster.state / "host3" / "hosts"
@@ -50,9 +50,9 @@ def test_preflight_names_what_is_wrong_with_each_host(site: Site) -> None:
     assert done.returncode == 75 and not report["fit"], done.stdout
     problems = {host: " ".join(answer["problems"]) for host, answer in report["hosts"].items()}
     assert "there is no manifest" in problems["host1"] or "none" in problems["host1"]
-    assert "peft 9.9.9, on the others" in problems["host2"] and "its clock is +90.0 s off" in problems["host2"]
-    assert "points to 127.0.1.1" in problems["host3"] and "No space left" in problems["host3"]
-    assert "not reachable" in problems["host9"]
+    assert "peft: 9.9.9 (other hosts: " in problems["host2"] and "its clock is +90.0 s off" in problems["host2"]
+    assert "resolves to 127.0.1.1" in problems["host3"] and "No space left" in problems["host3"]
+    assert "unreachable" in problems["host9"]
     assert [host for host, said in problems.items() if "slow: " in said] == ["host3"]
     for host in ("host1", "host2", "host3"):
         assert report["hosts"][host]["all_reduce"]["correct"]
@@ -60,7 +60,7 @@ def test_preflight_names_what_is_wrong_with_each_host(site: Site) -> None:
     assert report["seconds"] < 60
 
 
-def test_a_rank_that_is_killed_is_named_by_host_and_the_run_goes_on_bitwise_on_a_spare(
+def test_the_host_of_a_killed_rank_is_named_and_the_run_resumes_bitwise_on_a_spare(
         site: Site, expected: list[float]) -> None:
     killed = next(fault for fault in scenarios.FAULTS if fault.name == "a rank is killed")
     row = scenarios.strike(site, killed, expected)

@@ -117,7 +117,7 @@ def test_logs_and_tensorboard_that_cannot_be_written_cost_one_warning_each(
     assert "Traceback" not in said and (out / "model/model.safetensors").is_file()
     for what in ("metrics.jsonl", "events.jsonl", "windows.jsonl", "observations.jsonl", "TensorBoard's events"):
         assert said.count(f"{what} cannot be written") == 1, said
-    assert said.count("warning: there is no report: ") == 1
+    assert said.count("warning: no summary can be printed: ") == 1
 
 
 def test_logs_that_are_removed_while_it_trains_are_begun_again(job, tmp_path):

@@ -1,4 +1,4 @@
-"""Who started a rank; real processes."""
+"""The processes that started a rank, with real processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-# Prints whether its launcher lives, and again when the file GO is there.
+# Prints the verdict on its launcher, and prints it again once the file GO exists.
 RANK = """
 import os, sys, time
 from prelora_ds.hosts.ancestors import Ancestors
@@ -21,7 +21,7 @@ print(os.getpid(), ancestors.check(), flush=True)
 while not os.path.exists(sys.argv[1]): time.sleep(0.02)
 print(ancestors.check(), flush=True)
 """
-# Starts the rank as its child and waits for it, under whatever name its file has.
+# Starts the rank as its child and waits for it; the name of the file is the name of the launcher.
 STARTER = """
 import subprocess, sys
 own_session = sys.argv[1] == "own session"
@@ -38,8 +38,10 @@ def scripts(tmp_path: Path) -> Path:
 
 
 def verdict_after_a_kill(folder: Path, command: list[str], victim: int | None = None) -> str:
-    """What a rank started by ``command`` says after SIGKILL to the process started, or to the rank's ``victim``-th
-    ancestor."""
+    """Return the verdict of a rank that ``command`` started, after a SIGKILL.
+
+    The killed process is the one that was started, or the rank's ``victim``-th ancestor.
+    """
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     pid, verdict = process.stdout.readline().split(maxsplit=1)
@@ -71,25 +73,25 @@ def test_a_program_that_started_the_rank_is_its_launcher(scripts: Path) -> None:
     assert said.startswith("(87, 'the launcher is gone: process") and "(starter.py)" in said
 
 
-def test_an_unknown_program_that_gave_the_rank_a_session_of_its_own_lets_it_outlive_itself(
+def test_a_rank_with_its_own_session_may_outlive_an_unknown_program(
     scripts: Path,
 ) -> None:
     assert verdict_after_a_kill(scripts, script(scripts, "starter.py", "own session")) == "None\n"
 
 
-def test_a_known_launcher_is_one_in_another_session_too_as_torchrun_starts_ranks(
+def test_a_known_launcher_counts_in_another_session_too_as_with_torchrun(
     scripts: Path,
 ) -> None:
     assert "(torchrun)" in verdict_after_a_kill(scripts, script(scripts, "torchrun", "own session"))
 
 
-def test_a_shell_whose_background_a_rank_runs_in_is_no_launcher(scripts: Path) -> None:
+def test_a_shell_with_the_rank_in_its_background_is_not_a_launcher(scripts: Path) -> None:
     command = ["bash", "-c", f"{sys.executable} {scripts}/rank.py {scripts}/GO & wait"]
     assert verdict_after_a_kill(scripts, command) == "None\n"
 
 
-def test_a_launcher_behind_a_script_and_above_another_launcher_counts(scripts: Path) -> None:
-    """As srun starts a script that starts `deepspeed`."""
+def test_an_outer_launcher_and_a_script_between_launchers_count(scripts: Path) -> None:
+    """For example, srun starts a script that starts `deepspeed`."""
     inner = shlex.join(script(scripts, "torchrun"))
     outer = scripts / "srun"
     outer.write_text(
@@ -100,7 +102,7 @@ def test_a_launcher_behind_a_script_and_above_another_launcher_counts(scripts: P
     assert "(bash)" in verdict_after_a_kill(scripts, [sys.executable, str(outer), inner], victim=2)
 
 
-def test_a_subreaper_that_takes_the_orphan_in_is_not_taken_for_its_launcher(scripts: Path) -> None:
+def test_a_subreaper_that_adopts_the_orphan_is_not_its_launcher(scripts: Path) -> None:
     reaper = scripts / "reaper"
     reaper.write_text(
         "import ctypes, subprocess, sys\nctypes.CDLL(None).prctl(36, 1)\n"  # PR_SET_CHILD_SUBREAPER

@@ -1,3 +1,5 @@
+"""Ranks check in with rank 0, in threads over real sockets."""
+
 from __future__ import annotations
 
 import socket
@@ -9,32 +11,39 @@ import pytest
 from support.pool import free_port
 
 from prelora_ds.errors import ConfigError, LaunchError, RefusedError
-from prelora_ds.hosts.check_in import Card, call_the_roll, check_master, declining, make_of, verdict_on
+from prelora_ds.hosts.check_in import (
+    RankInfo,
+    announcing_failure,
+    check_in,
+    check_master,
+    environment_fingerprint,
+    verdict_on,
+)
 from prelora_ds.hosts.discovery import Ranks
 
-MAKE = {"torch": "2.14.1", "config": "abc"}
-ALL = [Card(rank, rank % 2, f"host{rank // 2}", MAKE) for rank in range(6)]
+FINGERPRINT = {"torch": "2.14.1", "config": "abc"}
+ALL = [RankInfo(rank, rank % 2, f"host{rank // 2}", FINGERPRINT) for rank in range(6)]
 
 
 def never(error: LaunchError) -> None:
     pytest.fail(f"torch's store hung: {error}")
 
 
-def test_a_full_roll_gives_the_host_of_each_rank_in_whatever_order_they_come() -> None:
+def test_when_all_ranks_check_in_the_host_of_each_is_returned_whatever_their_order() -> None:
     assert verdict_on(ALL[::-1], 6, 1.0) == {"hosts": ["host0", "host0", "host1", "host1", "host2", "host2"],
                                         "refused": None, "missing": None, "mistake": None}
 
 
-def test_who_is_missing_and_who_came_are_named() -> None:
+def test_missing_and_present_ranks_are_named() -> None:
     missing = verdict_on([*ALL[:2], *ALL[3:4]], 6, 90.0)["missing"]
     text, absent = missing
-    assert "ranks 2, 4-5 of 6 did not come within 90 s" in text and absent == [2, 4, 5]
+    assert "ranks 2, 4-5 of 6 did not check in within 90 s" in text and absent == [2, 4, 5]
     assert "host0: 0-1; host1: 3" in text
 
 
-def test_a_rank_that_is_there_twice_is_named_with_both_hosts() -> None:
+def test_a_rank_that_was_started_twice_is_named_with_both_hosts() -> None:
     key, value, problem, _ = verdict_on([*ALL[:5], replace(ALL[4], host="elsewhere")], 6, 1.0)["mistake"]
-    assert (key, value) == ("RANK", 4) and "on host2 and on elsewhere" in problem
+    assert (key, value) == ("RANK", 4) and "on host2 and elsewhere" in problem
 
 
 def test_two_ranks_with_one_device_are_named() -> None:
@@ -43,16 +52,16 @@ def test_two_ranks_with_one_device_are_named() -> None:
 
 
 @pytest.mark.parametrize("key", ["torch", "config", "new"])
-def test_a_host_of_another_make_is_named(key: str) -> None:
-    other = replace(ALL[4], make=MAKE | {key: "other"})
-    odd, value, problem, _ = verdict_on([*ALL[:4], other, ALL[5]], 6, 1.0)["mistake"]
-    assert (odd, value) == (key, "other") and "on host host2 (rank 4)" in problem
+def test_a_host_with_another_installation_is_named(key: str) -> None:
+    other = replace(ALL[4], fingerprint=FINGERPRINT | {key: "other"})
+    differing, value, problem, _ = verdict_on([*ALL[:4], other, ALL[5]], 6, 1.0)["mistake"]
+    assert (differing, value) == (key, "other") and "on host host2 (rank 4)" in problem
 
 
-def test_the_make_of_a_process_names_its_code_and_config() -> None:
-    make = make_of("a: 1")
-    assert make == make_of("a: 1") != make_of("a: 2")
-    assert make["torch"].startswith("2.") and len(make["prelora_ds code"]) == 12
+def test_the_fingerprint_of_a_process_contains_its_code_and_config() -> None:
+    fingerprint = environment_fingerprint("a: 1")
+    assert fingerprint == environment_fingerprint("a: 1") != environment_fingerprint("a: 2")
+    assert fingerprint["torch"].startswith("2.") and len(fingerprint["prelora_ds code"]) == 12
 
 
 def test_a_taken_port_and_a_master_elsewhere_are_refused_at_once() -> None:
@@ -70,18 +79,18 @@ def test_ranks_meet_in_one_store() -> None:
     port = free_port()
     environs: list[dict[str, str]] = [{}, {}, {}]
     def call(rank: int) -> list[str]:
-        return call_the_roll(Ranks(rank, rank, 3, 3, "127.0.0.1", port), MAKE, environs[rank], 20.0, never)
+        return check_in(Ranks(rank, rank, 3, 3, "127.0.0.1", port), FINGERPRINT, environs[rank], 20.0, never)
     with ThreadPoolExecutor(3) as pool:
         assert list(pool.map(call, range(3))) == [[socket.gethostname()] * 3] * 3
     assert all(environ["TORCHELASTIC_USE_AGENT_STORE"] == "True" for environ in environs)
 
 
-def test_a_rank_of_another_job_on_the_same_port_leaves_and_does_no_harm() -> None:
+def test_a_rank_of_another_job_on_the_same_port_leaves_without_harm() -> None:
     port = free_port()
 
     def call(rank: int, launcher: int | None) -> list[str] | LaunchError:
         try:
-            return call_the_roll(Ranks(rank, rank, 2, 2, "127.0.0.1", port), MAKE, {}, 20.0, never, launcher)
+            return check_in(Ranks(rank, rank, 2, 2, "127.0.0.1", port), FINGERPRINT, {}, 20.0, never, launcher)
         except LaunchError as error:
             return error
 
@@ -94,40 +103,38 @@ def test_a_rank_of_another_job_on_the_same_port_leaves_and_does_no_harm() -> Non
         here = [socket.gethostname()] * 2
         assert mine.result() == theirs.result() == here
     assert isinstance(refused, LaunchError) and refused.exit_code == 75
-    assert f"MASTER_PORT = {port}: another job on this host, started by process 17" in str(refused)
+    assert f"MASTER_PORT = {port}: is used by another job on this host, started by process 17" in str(refused)
 
 
-def test_ranks_whose_launcher_is_not_known_meet_all_the_same() -> None:
+def test_ranks_whose_launcher_is_unknown_still_check_in() -> None:
     port = free_port()
 
     def call(rank: int) -> list[str]:
         launcher = None if rank else 17
-        return call_the_roll(Ranks(rank, rank, 2, 2, "127.0.0.1", port), MAKE, {}, 20.0, never, launcher)
+        return check_in(Ranks(rank, rank, 2, 2, "127.0.0.1", port), FINGERPRINT, {}, 20.0, never, launcher)
 
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(call, range(2))) == [[socket.gethostname()] * 2] * 2
 
 
-
-
-def test_every_rank_that_came_hears_who_did_not() -> None:
+def test_every_present_rank_learns_which_ranks_are_missing() -> None:
     port = free_port()
     def call(rank: int) -> LaunchError:
         with pytest.raises(LaunchError) as caught:
-            call_the_roll(Ranks(rank, rank, 3, 3, "127.0.0.1", port), MAKE, {}, 2.0, never)
+            check_in(Ranks(rank, rank, 3, 3, "127.0.0.1", port), FINGERPRINT, {}, 2.0, never)
         return caught.value
     with ThreadPoolExecutor(2) as pool:
         for error in pool.map(call, range(2)):
-            assert "ranks 2 of 3 did not come within 2 s" in str(error) and error.blames == (2,)
+            assert "ranks 2 of 3 did not check in within 2 s" in str(error) and error.blames == (2,)
 
 
-def test_rank_0_that_begins_later_is_waited_for_and_says_who_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_late_rank_0_is_waited_for_and_names_the_missing_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("prelora_ds.hosts.check_in.READ_S", 0.3)
     port = free_port()
     def call(rank: int) -> LaunchError:
         time.sleep(0 if rank else 2.5)
         with pytest.raises(LaunchError) as caught:
-            call_the_roll(Ranks(rank, rank, 3, 3, "127.0.0.1", port), MAKE, {}, 5.0, never)
+            check_in(Ranks(rank, rank, 3, 3, "127.0.0.1", port), FINGERPRINT, {}, 5.0, never)
         return caught.value
     with ThreadPoolExecutor(2) as pool:
         assert [error.blames for error in pool.map(call, range(2))] == [(2,), (2,)]
@@ -137,17 +144,17 @@ MISTAKE = ConfigError("data.train", "/data", "there is no such folder", "mount i
 
 
 @pytest.mark.parametrize("refused", [0, 2])
-def test_the_others_hear_in_seconds_that_a_rank_was_refused(refused: int) -> None:
+def test_the_others_learn_within_seconds_that_a_rank_was_refused(refused: int) -> None:
     port = free_port()
 
     def call(rank: int) -> BaseException:
         ranks = Ranks(rank, rank, 3, 3, "127.0.0.1", port)
         with pytest.raises((ConfigError, RefusedError)) as caught:
             if rank == refused:
-                with declining(ranks, {}):
+                with announcing_failure(ranks, {}):
                     raise MISTAKE
             time.sleep(1.0)  # the others come later
-            call_the_roll(ranks, MAKE, {}, 60.0, never)
+            check_in(ranks, FINGERPRINT, {}, 60.0, never)
         return caught.value
 
     begun = time.monotonic()
@@ -164,7 +171,7 @@ def test_ranks_that_are_all_refused_do_not_wait_for_each_other() -> None:
     port = free_port()
 
     def call(rank: int) -> None:
-        with pytest.raises(ZeroDivisionError), declining(Ranks(rank, rank, 3, 3, "127.0.0.1", port), {}):
+        with pytest.raises(ZeroDivisionError), announcing_failure(Ranks(rank, rank, 3, 3, "127.0.0.1", port), {}):
             _ = 1 / 0
 
     begun = time.monotonic()
@@ -173,32 +180,32 @@ def test_ranks_that_are_all_refused_do_not_wait_for_each_other() -> None:
     assert time.monotonic() - begun < 5
 
 
-def test_a_rank_that_is_refused_waits_for_nobody_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_rank_does_not_wait_long_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("prelora_ds.hosts.check_in.DECLINE_S", 0.5)
     begun = time.monotonic()
     for rank, master in ((0, "127.0.0.1"), (1, "127.0.0.1"), (1, None)):
-        with pytest.raises(ConfigError), declining(Ranks(rank, rank, 2, 2, master, free_port()), {}):
+        with pytest.raises(ConfigError), announcing_failure(Ranks(rank, rank, 2, 2, master, free_port()), {}):
             raise MISTAKE
     assert time.monotonic() - begun < 5
 
 
-def test_a_rank_that_nobody_listens_to_blames_rank_0() -> None:
-    with pytest.raises(LaunchError, match=r"\(rank 1\) did not get through to rank 0 in 1 s") as caught:
-        call_the_roll(Ranks(1, 1, 2, 2, "127.0.0.1", free_port()), MAKE, {}, 1.0, never)
+def test_a_rank_that_cannot_reach_rank_0_blames_it() -> None:
+    with pytest.raises(LaunchError, match=r"\(rank 1\) could not reach rank 0 within 1 s") as caught:
+        check_in(Ranks(1, 1, 2, 2, "127.0.0.1", free_port()), FINGERPRINT, {}, 1.0, never)
     assert caught.value.blames == (0,)
 
 
-def test_two_configs_in_one_job_are_a_mistake_for_all() -> None:
+def test_two_configs_in_one_job_are_a_usage_error_on_every_rank() -> None:
     port = free_port()
     def call(rank: int) -> str:
         with pytest.raises(ConfigError) as caught:
-            call_the_roll(Ranks(rank, rank, 2, 2, "127.0.0.1", port), MAKE | {"config": str(rank)}, {}, 20.0, never)
+            check_in(Ranks(rank, rank, 2, 2, "127.0.0.1", port), FINGERPRINT | {"config": str(rank)}, {}, 20.0, never)
         return str(caught.value)
     with ThreadPoolExecutor(2) as pool:
         assert all("(rank 1)" in text for text in pool.map(call, range(2)))
 
 
-def test_a_port_where_something_else_listens_holds_no_rank_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_port_of_another_program_does_not_block_a_rank_forever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("prelora_ds.hosts.check_in.READ_S", 0.3)
     given_up: list[LaunchError] = []
     with socket.create_server(("127.0.0.1", 0)) as other:
@@ -209,6 +216,6 @@ def test_a_port_where_something_else_listens_holds_no_rank_for_ever(monkeypatch:
             other.accept()[0].close()  # in place of the end of the process
 
         with pytest.raises(LaunchError):
-            call_the_roll(ranks, MAKE, {}, 1.0, end)
+            check_in(ranks, FINGERPRINT, {}, 1.0, end)
     error, = given_up
-    assert "did not get through to rank 0" in str(error) and error.blames == (0,)
+    assert "could not reach rank 0" in str(error) and error.blames == (0,)

@@ -20,14 +20,14 @@ DIVERGED = TrainingDivergedError("step 7, phase lora: the loss is nan")
 
 @pytest.fixture(autouse=True)
 def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds slept; nobody really sleeps."""
+    """Record the seconds of each sleep without sleeping."""
     naps: list[float] = []
     monkeypatch.setattr(exits.time, "sleep", naps.append)
     return naps
 
 
 @pytest.mark.parametrize(("error", "code"), [(CONFIG_ERROR, 2), (DIVERGED, 1)])
-def test_rank_0_speaks_once_and_at_once(
+def test_rank_0_prints_the_error_once_and_at_once(
     error, code: int, capsys: pytest.CaptureFixture[str], naps: list[float]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -40,7 +40,7 @@ def test_rank_0_speaks_once_and_at_once(
 
 
 @pytest.mark.parametrize(("error", "code"), [(CONFIG_ERROR, 2), (DIVERGED, 1)])
-def test_the_first_rank_of_another_host_waits_for_the_grace_and_then_says_who_it_is(
+def test_the_first_rank_of_another_host_prints_with_its_rank_after_the_grace_period(
     error, code: int, capsys: pytest.CaptureFixture[str], naps: list[float]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -50,14 +50,14 @@ def test_the_first_rank_of_another_host_waits_for_the_grace_and_then_says_who_it
     assert capsys.readouterr().err == f"error (rank 4 on {exits.socket.gethostname()}): {error}\n"
 
 
-def test_the_other_ranks_of_a_host_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_other_ranks_of_a_host_print_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         exits.fail(CONFIG_ERROR, Ranks(5, 1, 8))
     assert ended.value.code == 2
     assert capsys.readouterr().err == ""
 
 
-def test_a_rank_that_heard_of_anothers_mistake_ends_at_once_and_only_rank_0_repeats_it(
+def test_a_rank_refused_by_another_exits_at_once_and_only_rank_0_prints(
     capsys: pytest.CaptureFixture[str], naps: list[float]
 ) -> None:
     said = {}
@@ -66,12 +66,12 @@ def test_a_rank_that_heard_of_anothers_mistake_ends_at_once_and_only_rank_0_repe
             exits.fail(RefusedError(2, "b", 2, "no data"), Ranks(rank, rank % 4, 8))
         assert ended.value.code == 2
         said[rank] = capsys.readouterr().err
-    assert said == {0: "error: rank 2 on host b could not begin: no data\n", 1: "", 4: ""} and naps == []
+    assert said == {0: "error: rank 2 on host b could not start: no data\n", 1: "", 4: ""} and naps == []
 
 
 @pytest.mark.parametrize("error", [CorruptSampleError("sample 3 of shard-000001.tar", "look"),
                                    WorkerLostError("it is gone")])
-def test_what_one_rank_alone_has_met_it_says_at_once(
+def test_an_error_of_a_single_rank_is_printed_at_once(
     error, capsys: pytest.CaptureFixture[str], naps: list[float]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -80,7 +80,7 @@ def test_what_one_rank_alone_has_met_it_says_at_once(
     assert capsys.readouterr().err == f"error (rank 5 on {socket.gethostname()}): {error}\n"
 
 
-def test_what_all_ranks_may_meet_is_left_to_rank_0_for_a_moment(capsys: pytest.CaptureFixture[str],
+def test_an_error_that_other_ranks_may_meet_is_first_left_to_rank_0(capsys: pytest.CaptureFixture[str],
                                                                 naps: list[float]) -> None:
     error = DiskError("data", "index.npy", "was cut", "look")
     with pytest.raises(SystemExit) as ended:
@@ -89,7 +89,7 @@ def test_what_all_ranks_may_meet_is_left_to_rank_0_for_a_moment(capsys: pytest.C
     assert capsys.readouterr().err == f"error (rank 5 on {socket.gethostname()}): {error}\n"
 
 
-def test_a_rank_that_the_launcher_ends_within_the_grace_says_nothing(
+def test_a_rank_that_the_launcher_ends_within_the_grace_period_prints_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def ended_by_the_launcher(seconds: float) -> None:
@@ -108,7 +108,7 @@ def test_a_rank_that_the_launcher_ends_within_the_grace_says_nothing(
     (BrokenPipeError(32, "Broken pipe"), "failed\nBrokenPipeError: [Errno 32] Broken pipe\n", []),
     (ValueError("no such thing"), "failed\nValueError: no such thing\n", []),
 ])
-def test_a_rank_that_crashed_says_so_and_one_that_only_lost_its_peer_waits_for_the_launcher(
+def test_a_crashed_rank_prints_at_once_and_one_that_lost_its_peer_waits_for_the_launcher(
     error: Exception, said: str, slept: list[float], monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str], naps: list[float]
 ) -> None:
@@ -120,7 +120,7 @@ def test_a_rank_that_crashed_says_so_and_one_that_only_lost_its_peer_waits_for_t
         exits.crash(Ranks(1, 0, 2), error)
     assert (ended.value.code, naps) == (1, slept)
     told = capsys.readouterr().err
-    with pytest.raises(SystemExit):  # the launcher has spoken first
+    with pytest.raises(SystemExit):  # the launcher has already sent its signal
         exits.crash(Ranks(1, 0, 2), error, ending=True)
     assert naps == slept and bool(capsys.readouterr().err) == (not slept)
     assert told.startswith(f"error: rank 1 on {socket.gethostname()} {said}") and "GLHF" not in told
@@ -131,7 +131,7 @@ def test_the_message_of_a_config_error_names_key_value_problem_and_remedy() -> N
 
 
 @pytest.mark.parametrize(("rank", "said"), [(0, "interrupted\n"), (1, "")])
-def test_an_interrupt_is_told_by_rank_0_alone_and_ends_every_rank_as_a_shell_reports_it(
+def test_after_ctrl_c_only_rank_0_prints_and_every_rank_exits_with_130(
     rank: int, said: str, capsys: pytest.CaptureFixture[str], naps: list[float]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -145,8 +145,8 @@ def test_an_interrupt_is_told_by_rank_0_alone_and_ends_every_rank_as_a_shell_rep
 
 PRINTS = """
 import os, sys
-from prelora_ds.hosts.exits import outlive_streams
-outlive_streams()
+from prelora_ds.hosts.exits import ignore_output_errors
+ignore_output_errors()
 file = os.open({path!r}, os.O_CREAT | os.O_WRONLY)
 for number in range(3):
     print("out", number, flush=True)
@@ -161,7 +161,7 @@ sys.exit(7)
 def prints(
     tmp_path: Path, redirections: str, *, c: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """A process that prints to both streams and writes a file; it is as it shall be if it ends with 7."""
+    """Run a process that prints to both streams and writes a file; it exits with 7 if all went well."""
     script = tmp_path / "prints.py"
     script.write_text(PRINTS.format(path=str(tmp_path / "file"), c=c))
     return subprocess.run(
@@ -189,7 +189,7 @@ FULL = "cannot be written (No space left on device); its text is lost"
         ("<&- >&- 2>&-", "", ""),
     ],
 )
-def test_a_stream_that_is_full_or_closed_ends_nothing_and_the_other_one_tells(
+def test_a_full_or_closed_stream_does_not_end_the_process_and_is_reported_on_the_other(
     redirections: str, out: str, err: str, tmp_path: Path
 ) -> None:
     ended = prints(tmp_path, redirections)
@@ -199,13 +199,13 @@ def test_a_stream_that_is_full_or_closed_ends_nothing_and_the_other_one_tells(
     assert (tmp_path / "file").read_text() == "content"
 
 
-def test_what_is_printed_to_a_closed_stream_reaches_no_file(tmp_path: Path) -> None:
+def test_text_for_a_closed_stream_does_not_reach_a_file(tmp_path: Path) -> None:
     ended = prints(tmp_path, ">&-", c=True)
     assert ended.returncode == 7 and (tmp_path / "file").read_text() == "content"
 
 
-def test_a_terminal_without_utf_8_ends_nothing(tmp_path: Path) -> None:
-    script = ("from prelora_ds.hosts.exits import outlive_streams\noutlive_streams()\n"
+def test_a_terminal_without_utf_8_does_not_end_the_process(tmp_path: Path) -> None:
+    script = ("from prelora_ds.hosts.exits import ignore_output_errors\nignore_output_errors()\n"
               "print('caf\\u00e9', '\\ud800')")
     ended = subprocess.run(
         [sys.executable, "-c", script],
@@ -216,7 +216,7 @@ def test_a_terminal_without_utf_8_ends_nothing(tmp_path: Path) -> None:
     assert (ended.returncode, ended.stdout) == (0, b"caf\\xe9 \\ud800\n")
 
 
-def test_a_disk_that_fails_is_one_message_and_75_and_a_bug_is_1() -> None:
+def test_a_disk_fault_is_one_message_with_exit_code_75_and_a_bug_is_1() -> None:
     script = ("import errno, sys\nfrom prelora_ds.hosts.exits import crash\n"
               "from prelora_ds.hosts.discovery import Ranks\n"
               "crash(Ranks(1, 1, 2), OSError(getattr(errno, sys.argv[1]), 'it failed', 'file'))")

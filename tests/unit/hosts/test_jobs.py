@@ -1,4 +1,4 @@
-"""Batch scripts: bash and shellcheck read each, a fake PBS and its qsub run one through its chain."""
+"""Batch scripts: bash and shellcheck parse each, and a fake qsub runs one through its chain."""
 
 from __future__ import annotations
 
@@ -64,14 +64,14 @@ def test_directives_come_first_and_ask_for_nodes_spares_time_and_account(profile
     ("slurm", {"walltime_s": 400.0}, "--walltime"), ("slurm", {"stage": True}, "--stage"),
     ("slurm", {"account": "a b"}, "--account, --queue"), ("slurm", {"name": "1 run"}, "run.name"),
     ("nowhere", {}, "--profile")])
-def test_what_a_site_would_refuse_is_refused_here(profile: str, changes: dict, key: str) -> None:
+def test_what_a_site_would_refuse_is_refused_before_submission(profile: str, changes: dict, key: str) -> None:
     with pytest.raises(ConfigError) as caught:
         script(profile, **changes)
     assert caught.value.key == key
 
 
-def test_a_pbs_chain_goes_on_while_the_run_ends_with_99_and_stops_at_its_end(tmp_path: Path) -> None:
-    """The script as it is, but for a supervisor that needs three jobs; the in-job timer warns it."""
+def test_a_pbs_chain_continues_while_the_run_exits_with_99_and_ends_with_the_run(tmp_path: Path) -> None:
+    """Run the unchanged script with a fake supervisor that needs three jobs; the script's own timer warns it."""
     folder, log = tmp_path / "code", tmp_path / "log"
     (folder / "launch").mkdir(parents=True)
     (folder / "launch" / "pretrain.py").touch()
@@ -103,46 +103,47 @@ exec bash "$1"
     assert log.read_text().split("\n") == [
         "run begins", "warned", f"qsub -v PRELORA_JOBS_BEFORE=1 {job}", "run begins", "warned",
         f"qsub -v PRELORA_JOBS_BEFORE=2 {job}", "run begins", ""], done.stderr
-    ends = [line.split()[6] for line in done.stdout.splitlines() if "the run ended with" in line]
+    ends = [line.split()[6] for line in done.stdout.splitlines() if "the run exited with" in line]
     assert ends == ["99", "99", "0"]
     assert (tmp_path / "hostfile").read_text() == "n1 slots=4\nn2 slots=4\n"
     assert not list(tmp_path.glob("out.job.*"))
 
 
 def test_a_folder_without_the_script_that_a_job_starts_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"has no launch/pretrain\.py.*\n  remedy: run `prelora job` in a checkout"):
+    message = r"does not contain launch/pretrain\.py.*\n  remedy: run `prelora job` in a checkout"
+    with pytest.raises(ConfigError, match=message):
         script("polaris", folder=tmp_path)
 
 
-@pytest.mark.parametrize(("leases", "requeued"), [
+@pytest.mark.parametrize(("heartbeats", "requeued"), [
     ([None] * 6, False), (["1", "2", "3", "4", "5", "6"], False), (["1", "2", None, None, "3", None, "4", ""], False),
     (["1", "", ""], False), (["1", "2", "2"], True)])
-def test_the_last_node_of_a_slurm_job_requeues_it_only_when_the_lease_was_read_twice_and_is_the_same(
-        tmp_path: Path, leases: list[str | None], requeued: bool) -> None:
-    """The lines of the script that watch; at each look the lease is another one, or none (None), and then it ends."""
+def test_the_last_node_of_a_slurm_job_requeues_it_only_when_the_heartbeat_was_read_twice_unchanged(
+        tmp_path: Path, heartbeats: list[str | None], requeued: bool) -> None:
+    """Run the watching lines of the script; each poll finds the next heartbeat, or none (None)."""
     watcher = re.search(r"bash -c '\n(seen=.*?done)' watch", script("slurm"), re.DOTALL)
     assert watcher is not None
     (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho \"$@\" > {tmp_path}/said")
-    looks = "\n".join(f"{n}) " + ("rm -f lease" if text is None else f"printf '%s' '{text}' > lease") + ";;"
-                      for n, text in enumerate(leases, 1))
+    looks = "\n".join(f"{n}) " + ("rm -f heartbeat" if text is None else f"printf '%s' '{text}' > heartbeat") + ";;"
+                      for n, text in enumerate(heartbeats, 1))
     (tmp_path / "sleep").write_text(
         f"#!/bin/bash\necho x >> looks\ncase $(wc -l < looks) in\n{looks}\n*) exit 1;;\nesac")
     for name in ("scontrol", "sleep"):
         (tmp_path / name).chmod(0o755)
-    subprocess.run(["bash", "-c", watcher[1], "watch", "lease", "17"], cwd=tmp_path, timeout=20, check=False,
+    subprocess.run(["bash", "-c", watcher[1], "watch", "heartbeat", "17"], cwd=tmp_path, timeout=20, check=False,
                    stderr=subprocess.DEVNULL, env={"PATH": f"{tmp_path}:{os.environ['PATH']}"})
     assert (tmp_path / "said").exists() == requeued
     assert not requeued or (tmp_path / "said").read_text() == "requeue 17\n"
 
 
-def test_the_limit_grows_with_the_nodes_and_another_queue_has_its_own() -> None:
+def test_the_walltime_limit_grows_with_the_nodes_and_does_not_apply_to_another_queue() -> None:
     assert "walltime=06:00:00" in script("polaris", nodes=24, walltime_s=6 * 3600.0)
     assert "walltime=72:00:00" in script("polaris", walltime_s=72 * 3600.0, queue="capacity")
 
 
-def test_two_sets_of_one_name_are_staged_apart_whole_and_only_once_and_a_host_without_them_is_left_out(
+def test_staging_separates_sets_of_one_name_copies_once_and_drops_hosts_that_cannot_take_them(
         tmp_path: Path) -> None:
-    """The lines of the script that stage, for three hosts that are folders of this one."""
+    """Run the staging lines of the script for three hosts, each of which is a folder here."""
     for split in ("train", "val"):
         (tmp_path / split / "shards").mkdir(parents=True)
         (tmp_path / split / "shards" / "000.tar").write_text(f"{split} of 1")
@@ -158,14 +159,14 @@ def test_two_sets_of_one_name_are_staged_apart_whole_and_only_once_and_a_host_wi
         (tmp_path / folder).mkdir()
     (tmp_path / "n2" / "me").touch()  # where its scratch folder would be
 
-    def staged(*hosts: str, begin: str = "stop_asked=0") -> str:
-        """The lines of the hostfile that are left."""
+    def staged(*hosts: str, begin: str = "stop_requested=0") -> str:
+        """Stage for ``hosts``; return the lines left in the hostfile, or the exit code of a failure."""
         lines = "".join(f"{host} slots=4\\n" for host in hosts)
         lines = f"{begin}\nstate={tmp_path}/state\nhostfile=$state/hosts\nprintf '{lines}' > $hostfile\n{stage}"
         done = subprocess.run(["bash", "-uc", f"{lines}\ncat $hostfile"], text=True, capture_output=True,
                               env=os.environ | {"USER": "me"})
         if done.returncode:
-            assert "prelora job: staging took too long, or too few nodes have the shards" in done.stdout
+            assert "prelora job: staging timed out or succeeded on too few nodes" in done.stdout
             return str(done.returncode)
         for host in ("n1", "n3"):
             for split, place in places.items():
@@ -174,19 +175,19 @@ def test_two_sets_of_one_name_are_staged_apart_whole_and_only_once_and_a_host_wi
         return done.stdout
 
     left = "n1 slots=4\nn3 slots=4\n"
-    assert staged("n1", "n2", "n3") == "prelora job: no shards on n2 slots=4\n" + left
+    assert staged("n1", "n2", "n3") == "prelora job: staging failed on n2 slots=4\n" + left
     (tmp_path / "n1" / places["val"] / "000.tar").write_text("va")  # cut short, and newer
     (tmp_path / "n1" / places["train"] / "000.tar").chmod(0o444)
     assert staged("n1", "n3") == left
     assert staged("n1", "n2") == "75", "too few are left"
     copy = tmp_path / "n1" / places["val"] / "000.tar"
     copy.unlink()
-    warned = "stop_asked=0; trap stop_asked=1 USR1; (sleep 0.1; kill -USR1 $$) &"
+    warned = "stop_requested=0; trap stop_requested=1 USR1; (sleep 0.1; kill -USR1 $$) &"
     assert staged("n1", "n3", begin=warned) == "75", "no time is left to train"
     assert copy.exists(), "it did not wait for the copies"
 
 
-def test_a_url_stays_as_it_is_and_is_not_staged() -> None:
+def test_a_url_is_unchanged_and_cannot_be_staged() -> None:
     config = load_config(RECIPE, ["run.output_dir=/s/out", "data.train=https://host/train", "data.val=/s/val"])
     text = render(JOB, load_profile("polaris"), config)
     assert " data.train=https://host/train data.val=/s/val" in text
@@ -194,11 +195,11 @@ def test_a_url_stays_as_it_is_and_is_not_staged() -> None:
         render(replace(JOB, stage=True), load_profile("polaris"), config)
 
 
-def test_a_chain_ends_at_its_number_of_jobs() -> None:
+def test_a_chain_ends_at_max_jobs() -> None:
     assert '[ "$jobs_before" -lt 49 ]' in script("slurm") and '[ "$jobs_before" -lt 0 ]' in script("slurm", max_jobs=1)
 
 
-def test_a_directive_of_a_profile_that_cannot_be_filled_in_is_told() -> None:
+def test_a_profile_directive_with_an_unknown_placeholder_is_refused() -> None:
     site = load_profile("slurm").model_copy(update={"directives": ("--partition={{ partition }}",)})
     with pytest.raises(ConfigError, match="'partition' is undefined"):
         render(JOB, site, load_config(RECIPE, ["run.output_dir=/o", "data.train=/t", "data.val=/v"]))

@@ -1,4 +1,4 @@
-"""One job in a folder: who holds it, who is dead, who takes over."""
+"""The lock of an output folder: who holds it, when the holder counts as dead, and who takes over."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_living_job_holds_its_folder_and_the_message_names_it(tmp_path: Path) 
     Lock(tmp_path / NAME).take().release()
 
 
-def test_a_killed_process_of_this_machine_holds_nothing_and_nobody_waits(tmp_path: Path) -> None:
+def test_the_lock_of_a_killed_process_of_this_machine_is_taken_without_waiting(tmp_path: Path) -> None:
     code = (f"from pathlib import Path; import os; from prelora_ds.hosts.lock import Lock; "
             f"Lock(Path({str(tmp_path / NAME)!r})).take(); os.kill(os.getpid(), 9)")
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
@@ -50,17 +50,15 @@ def test_a_killed_process_of_this_machine_holds_nothing_and_nobody_waits(tmp_pat
     assert time.monotonic() - begun < 0.5
 
 
-def test_a_process_of_another_pid_namespace_is_not_taken_for_dead(tmp_path: Path) -> None:
-    """As in a container, where its number means another process, or none."""
+def test_a_process_of_another_pid_namespace_counts_as_dead_only_after_the_wait(tmp_path: Path) -> None:
+    """In a container a process number means another process, or none."""
     left_behind(tmp_path, processes="pid:[1]", pid=2**22 - 1)
     begun = time.monotonic()
     Lock(tmp_path / NAME).take().release()
     assert time.monotonic() - begun >= 0.6  # it was watched before it was given up
 
 
-
-
-def test_another_host_s_lease_counts_while_it_changes_and_not_after(tmp_path: Path) -> None:
+def test_the_lock_of_another_host_counts_while_it_changes_and_not_after(tmp_path: Path) -> None:
     left_behind(tmp_path, host="elsewhere", boot="other")
     ended = threading.Event()
 
@@ -81,14 +79,14 @@ def test_another_host_s_lease_counts_while_it_changes_and_not_after(tmp_path: Pa
     assert time.monotonic() - begun >= 0.6
 
 
-def test_a_number_given_to_another_process_is_no_holder(tmp_path: Path) -> None:
+def test_a_process_number_that_was_reused_is_not_the_holder(tmp_path: Path) -> None:
     left_behind(tmp_path, born="1")
     lock = Lock(tmp_path / NAME).take()
     assert json.loads((tmp_path / NAME).read_text())["born"] not in (None, "1") and lock.check() is None
     lock.release()
 
 
-def test_a_job_that_was_given_up_for_dead_learns_of_it_and_leaves_the_new_lease_alone(tmp_path: Path) -> None:
+def test_a_job_that_was_considered_dead_learns_of_it_and_leaves_the_new_lock_untouched(tmp_path: Path) -> None:
     frozen = Lock(tmp_path / NAME).take()
     assert frozen.check() is None
     left_behind(tmp_path, token="new", host="elsewhere")
@@ -99,7 +97,7 @@ def test_a_job_that_was_given_up_for_dead_learns_of_it_and_leaves_the_new_lease_
     assert json.loads((tmp_path / NAME).read_text())["token"] == "new"
 
 
-def test_a_lease_that_is_no_json_is_nobody_s(tmp_path: Path) -> None:
+def test_a_lock_that_is_not_json_has_no_holder(tmp_path: Path) -> None:
     (tmp_path / NAME).write_text("")
     lock = Lock(tmp_path / NAME).take()
     assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid() and lock.check() is None
@@ -108,7 +106,7 @@ def test_a_lease_that_is_no_json_is_nobody_s(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", [
     '{"token": "x"}', '{"token": null, "pid": {}}', '{"token": 7, "host": [], "pid": "../1"}'])
-def test_a_lease_of_other_content_is_another_s(tmp_path: Path, text: str) -> None:
+def test_a_lock_with_other_content_belongs_to_another_job(tmp_path: Path, text: str) -> None:
     lock = Lock(tmp_path / NAME).take()
     (tmp_path / NAME).write_text(text)
     code, why = lock.check() or (0, "")
@@ -119,7 +117,7 @@ def test_a_lease_of_other_content_is_another_s(tmp_path: Path, text: str) -> Non
 
 @pytest.mark.parametrize("content", [
     "[]", "[" * 100_000, '{"token": "x"}', "{this machine}", '{"pid": "\\u0000", "born": "1", {this machine}'])
-def test_a_lease_that_names_no_process_is_held_by_nobody_once_it_does_not_change(tmp_path: Path, content: str) -> None:
+def test_a_lock_that_names_no_process_has_no_holder_once_it_stops_changing(tmp_path: Path, content: str) -> None:
     left_behind(tmp_path)
     mine = json.loads((tmp_path / NAME).read_text())
     machine = json.dumps({"host": mine["host"], "boot": mine["boot"]})
@@ -127,12 +125,12 @@ def test_a_lease_that_names_no_process_is_held_by_nobody_once_it_does_not_change
     Lock(tmp_path / NAME).take().release()
 
 
-def test_a_folder_that_is_removed_or_moved_ends_the_job_with_75_and_is_not_made_anew(tmp_path: Path) -> None:
+def test_a_removed_or_moved_folder_ends_the_job_with_75_and_is_not_created_again(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     lock = Lock(out / NAME).take()
     out.rename(tmp_path / "elsewhere")
-    assert lock.check() is None, "one look may be a hiccup of the disk"
+    assert lock.check() is None, "one failed check may be a hiccup of the disk"
     (tmp_path / "out").mkdir()  # as a checkpoint would
     time.sleep(0.2)
     code, why = lock.check() or (0, "")
@@ -141,7 +139,7 @@ def test_a_folder_that_is_removed_or_moved_ends_the_job_with_75_and_is_not_made_
     lock.release()
 
 
-def test_a_disk_that_takes_no_changes_does_not_hide_why_a_run_ends(tmp_path: Path) -> None:
+def test_a_read_only_disk_does_not_hide_why_a_run_ends(tmp_path: Path) -> None:
     code = f"""
 import os
 from pathlib import Path
