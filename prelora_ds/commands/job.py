@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from prelora_ds.commands.options import DeepspeedConfig, Overrides
 from prelora_ds.commands.output import save, tell
 
 
@@ -14,10 +15,8 @@ def job(
     recipe: Path,
     profile: Annotated[str, typer.Option(
         help="polaris, perlmutter, frontier, pbs, slurm, or the path of a .yaml file")],
-    overrides: Annotated[list[str] | None, typer.Argument(
-        help="overrides of the recipe, as a.b=c")] = None,
-    deepspeed_config: Annotated[Path | None, typer.Option(
-        help="DeepSpeed JSON, e.g. from ds_configs/ (default: ZeRO stage 0)")] = None,
+    overrides: Overrides = None,
+    deepspeed_config: DeepspeedConfig = None,
     nodes: Annotated[int, typer.Option(min=1, help="nodes of the run")] = 16,
     spares: Annotated[int, typer.Option(
         min=0, help="additional nodes that replace failed ones")] = 1,

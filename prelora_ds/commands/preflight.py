@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from prelora_ds.commands.options import DeepspeedConfig, JsonFile, Overrides
 from prelora_ds.commands.output import save_json
 
 if TYPE_CHECKING:
@@ -19,10 +20,8 @@ def preflight(
     hostfile: Hostfile,
     recipe: Annotated[Path | None, typer.Option(
         help="also check this recipe's data and output folders")] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(
-        help="overrides of the recipe, as a.b=c")] = None,
-    deepspeed_config: Annotated[Path | None, typer.Option(
-        help="DeepSpeed JSON of the run, e.g. from ds_configs/")] = None,
+    overrides: Overrides = None,
+    deepspeed_config: DeepspeedConfig = None,
     folder: Annotated[Path, typer.Option(
         help="folder on the shared file system (a recipe's output folder takes precedence)",
     )] = Path("."),
@@ -33,8 +32,7 @@ def preflight(
     master_port: Annotated[int, typer.Option(help="port of rank 0")] = 29500,
     ssh: Annotated[str | None, typer.Option(
         help="ssh command; {host} is replaced by the host name")] = None,
-    json_file: Annotated[Path | None, typer.Option(
-        "--json", help="also write all results as JSON")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Check all hosts before a run. Exits with 0, or with 75 if a host fails a check."""
     from prelora_ds.config.load import load_config

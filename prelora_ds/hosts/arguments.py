@@ -31,7 +31,7 @@ def parse_arguments(words: Sequence[str], description: str | None = None) -> arg
                      parents=[_SUPERVISED], formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.words = words
     parser.add_argument("--recipe", required=True, help="YAML file, e.g. from launch/recipes/")
-    parser.add_argument("--deepspeed_config",
+    parser.add_argument("--deepspeed_config", "--deepspeed-config",
                         help="DeepSpeed JSON, e.g. from ds_configs/ (default: ZeRO stage 0)")
     parser.add_argument("--resume", default="auto", metavar="auto|never|PATH",
                         help="auto: resume the run in run.output_dir if there is one; PATH: resume "

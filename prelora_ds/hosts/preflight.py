@@ -291,15 +291,15 @@ def print_preflight(report: Report) -> None:
     table = Table(title=f"{len(report.hosts)} hosts, {report.seconds:.1f} s", title_justify="left")
     for column in COLUMNS:
         is_text = column in ("host", "address", "")
-        table.add_column(column, justify="left" if is_text else "right")
+        table.add_column(column, justify="left" if is_text else "right", overflow="fold")
     for host in report.hosts:
         verdict = "FAILED" if report.problems[host] else "ok"
         table.add_row(host, *_cells(report.answers[host]), verdict)
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Console()
     console.print(table)
     for host in report.hosts:
         for problem in report.problems[host]:
-            console.print(f"{host}: {problem}", highlight=False, markup=False)
+            console.print(f"{host}: {problem}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _cells(answers: Mapping[str, Any]) -> list[str]:

@@ -95,7 +95,8 @@ def literals() -> list[str]:
     for path in sorted([*(ROOT / "prelora_ds").rglob("*.py"), *(ROOT / "launch").glob("*.py")]):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
-                texts.append("".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values))
+                parts = (str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+                texts.append("".join(parts))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 texts.append(node.value)
     return texts

@@ -85,7 +85,8 @@ def test_debug_prints_the_traceback_before_the_message(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("option", ["--deepspeed-config", "--deepspeed_config"])
-@pytest.mark.parametrize("command", [["plan"], ["calibrate", "OUT"]])
+@pytest.mark.parametrize("command", [["plan"], ["calibrate", "OUT"], ["preflight", "--hostfile", "HOSTS", "--recipe"],
+                                     ["job", "--profile", "slurm"]])
 def test_both_spellings_of_the_deepspeed_config_are_accepted(
         command: list[str], option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ SETTINGS = ["run.output_dir=o", "data.train=t", "data.val=v"]
 
 
 def test_options_and_overrides_may_come_in_any_order() -> None:
+    assert parse_arguments(["--recipe", RECIPE, "--deepspeed-config", "x"]).deepspeed_config == "x"
     args = parse_arguments(["--local_rank=1", "a.b=1", "--recipe", RECIPE, "c=[1, 2]", "--deepspeed_config=x",
                             "d.e=f=g"])
     assert (args.recipe, args.deepspeed_config, args.local_rank, args.resume) == (RECIPE, "x", 1, "auto")
