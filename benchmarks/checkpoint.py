@@ -70,7 +70,7 @@ def saves(pipe: Connection, model: dict[str, Any], micro: int, rounds: int, fold
     found["full"] = one_phase(engine, saver, rounds, 0, copy_speed)
     warmup, lora = plans(engine.layout)
     for plan in (warmup, lora):
-        engine, _ = transition(engine, plan, keep_frozen=saver.keep_frozen)
+        engine, _ = transition(engine, plan, keep_frozen=saver.save_frozen)
         switch_ranks.one_step(engine)
     found["lora"] = one_phase(engine, saver, rounds, 1000, copy_speed)
     saver.close()

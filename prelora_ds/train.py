@@ -25,7 +25,7 @@ from prelora_ds.model.vit import build_model
 from prelora_ds.reporting.progress import TrainProgress
 from prelora_ds.run.autosize import workers_of
 from prelora_ds.run.begin import begin, roll_back
-from prelora_ds.run.checkpoints.resume import Checkpoint, load_newest, prepare
+from prelora_ds.run.checkpoints.resume import Checkpoint, load_newest, rewind_output
 from prelora_ds.run.checkpoints.saver import Saver
 from prelora_ds.run.context import Run
 from prelora_ds.run.decide import decide, follow_plan
@@ -61,7 +61,7 @@ def train(config: Config, train_data: TrainData, val_data: Manifest, hosts: Sequ
     controller = PhaseController(layout=layout, timeline=timeline, phases=config.specs(), seed=config.run.seed)
 
     found = load_newest(sources, folder, layout, partial(print, flush=True) if rank_0 else lambda text: None)
-    done = prepare(folder, found, origin)
+    done = rewind_output(folder, found, origin)
 
     with ExitStack() as opened:
         progress = TrainProgress(timeline.total_steps, shown=rank_0, done=done)

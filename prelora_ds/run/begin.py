@@ -14,7 +14,7 @@ from prelora_ds.engine.state import EngineState, initial_state
 from prelora_ds.engine.transition import release_checked
 from prelora_ds.model.losses import begin_sigmoid_head
 from prelora_ds.model.vit import build_model
-from prelora_ds.run.checkpoints.resume import Checkpoint, prepare
+from prelora_ds.run.checkpoints.resume import Checkpoint, rewind_output
 from prelora_ds.run.checkpoints.saver import Saver
 from prelora_ds.run.context import Run
 from prelora_ds.run.records import Records
@@ -38,7 +38,7 @@ def begin(run: Run, records: Records, saver: Saver, found: Checkpoint | None) ->
     check_ranks_agree(engine)
     records.lend_monitor(engine)
 
-    if found is None or not found.of_run(run.folder):
+    if found is None or not found.belongs_to(run.folder):
         records.plan(engine, state.phase, switch=None)
     return engine, state
 
@@ -48,7 +48,7 @@ def roll_back(run: Run, records: Records, saver: Saver, engine: Engine,
     """Engine and state as the checkpoint ``found`` of this run has them; ``engine`` is dead afterwards. Collective."""
     release_checked(engine)
     records.close_logs()
-    prepare(run.folder, found)
+    rewind_output(run.folder, found)
     records.open_logs(found.run.step)
     return begin(run, records, saver, found)
 

@@ -25,7 +25,7 @@ from prelora_ds.run.checkpoints.checkpoint_folder import (
     read_run_state,
     root_of,
 )
-from prelora_ds.run.checkpoints.resume import candidates, origin_of
+from prelora_ds.run.checkpoints.resume import origin_of, resumable_checkpoints
 from prelora_ds.run.folder import RunFolder
 from prelora_ds.run.log import EventKind, check_logs, read_lines
 
@@ -67,7 +67,7 @@ def claim_output(folder: RunFolder, config: Config, resume: str, data: Mapping[s
         refused.callback(lock.release)
         begun = _check_folder(folder, config, resume)
         check_logs(folder)
-        sources = candidates(folder, resume)
+        sources = resumable_checkpoints(folder, resume)
         new_run = bool(sources) and root_of(sources[0]).resolve() != folder.checkpoints.resolve()
         origin = None if resume in ("auto", "never") else str(Path(resume).resolve())
         if begun and new_run and origin not in (None, origin_of(folder)):

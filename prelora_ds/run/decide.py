@@ -46,7 +46,7 @@ def follow_plan(run: Run, records: Records, saver: Saver, engine: Engine, loader
         return engine
 
     later = thawed_later(run.config.specs(), run.layout, phase.index)
-    engine, switch = transition(engine, plan, keep_frozen=saver.keep_frozen, parked=later)
+    engine, switch = transition(engine, plan, keep_frozen=saver.save_frozen, parked=later)
     loader.rebatch(engine.config.train.micro_batch_size)
     records.plan(engine, phase, switch)
     return engine

@@ -152,7 +152,7 @@ def _step_of(row: Mapping[str, Any]) -> Any:
 
 
 def check_logs(folder: RunFolder) -> None:
-    """Raise ConfigError where `cut_back` would, for a run that has not started its ranks' group yet."""
+    """Raise ConfigError where `truncate_logs` would, for a run that has not started its ranks' group yet."""
     for path in _logs_in(folder):
         rows_until(path, 0)
 
@@ -162,7 +162,7 @@ def _logs_in(folder: RunFolder) -> list[Path]:
     return [path for path in found if path.is_file()]
 
 
-def cut_back(folder: RunFolder, step: int) -> None:
+def truncate_logs(folder: RunFolder, step: int) -> None:
     """Take rows after ``step`` out of a run's logs: it continues from there, and writes them again.
 
     The events of a run of version 0.1.0 get the name of today first.

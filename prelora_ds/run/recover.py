@@ -13,7 +13,7 @@ from prelora_ds.data.batch import MicroBatch
 from prelora_ds.data.corrupt import CorruptBudget
 from prelora_ds.engine.build import Engine, StepStats
 from prelora_ds.errors import TrainingDivergedError
-from prelora_ds.run.checkpoints.resume import Checkpoint, candidates, load_newest
+from prelora_ds.run.checkpoints.resume import Checkpoint, load_newest, resumable_checkpoints
 from prelora_ds.run.checkpoints.saver import Saver
 from prelora_ds.run.context import Run
 from prelora_ds.run.records import Records
@@ -50,7 +50,7 @@ def recover(run: Run, records: Records, saver: Saver, engine: Engine, state: Run
         return None
     if config.action == "rollback" and state.watch.rollbacks < config.tries:
         saver.finish_pending()
-        found = load_newest(candidates(run.folder, "auto"), run.folder, run.layout, records.say)
+        found = load_newest(resumable_checkpoints(run.folder, "auto"), run.folder, run.layout, records.say)
         if found is not None:
             found.run.watch = found.run.watch.rolled_back(step, state.watch)
             records.say(f"step {step}: {problem}; back to step {found.run.step}, to leave this update out")

@@ -56,7 +56,7 @@ def make_checkpoint(folder: str) -> None:
     )
     for plan in (t.warmup, t.lora):
         t.train(2)
-        t.engine, _ = transition(t.engine, plan, keep_frozen=saver.keep_frozen)
+        t.engine, _ = transition(t.engine, plan, keep_frozen=saver.save_frozen)
     t.train(2)
     state = RunState(6, PhaseState(t.engine.plan), DivergenceWatch())
     assert saver.save(t.engine, state, wait=True)

@@ -179,7 +179,7 @@ def damaged_checkpoints(source, folder):
     from prelora_ds.errors import ConfigError
     from prelora_ds.model.families import find_layout
     from prelora_ds.model.vit import build_model
-    from prelora_ds.run.checkpoints.resume import candidates, load_newest
+    from prelora_ds.run.checkpoints.resume import load_newest, resumable_checkpoints
 
     config = load_config(Path(source) / "config.yaml")
     layout = find_layout(build_model(config.model, 10), config.lora.families)
@@ -202,23 +202,23 @@ def damaged_checkpoints(source, folder):
             if dist.get_rank() == 0:
                 path.unlink() if damaged is None else path.write_bytes(damaged)
             dist.barrier()
-            found = load_newest(candidates(RunFolder(out), "auto"), RunFolder(out), layout, said.append)
+            found = load_newest(resumable_checkpoints(RunFolder(out), "auto"), RunFolder(out), layout, said.append)
             assert found.folder == expected, (path, said)
-            assert f"{newest.name} is passed over" in said[0] and path.parent.name in said[0], said
+            assert f"skipping {newest.name}: " in said[0] and path.parent.name in said[0], said
             said.clear()
             dist.barrier()
             if dist.get_rank() == 0:
                 path.write_bytes(whole)
     dist.barrier()
-    found = load_newest(candidates(RunFolder(out), "auto"), RunFolder(out), layout, said.append)
+    found = load_newest(resumable_checkpoints(RunFolder(out), "auto"), RunFolder(out), layout, said.append)
     assert found.folder == newest and not said
     dist.barrier()
     if dist.get_rank() == 0:
         for checkpoint in list_checkpoints(root):
             (checkpoint / "state.json").write_text("{}")
     dist.barrier()
-    with pytest.raises(ConfigError, match=r"no checkpoint is whole: .*state\.json.*\n  remedy"):
-        load_newest(candidates(RunFolder(out), "auto"), RunFolder(out), layout, said.append)
+    with pytest.raises(ConfigError, match=r"no intact checkpoint found: .*state\.json.*\n  remedy"):
+        load_newest(resumable_checkpoints(RunFolder(out), "auto"), RunFolder(out), layout, said.append)
 
 
 def test_the_rank_that_finds_it_broken_speaks_for_all(stopped, job, tmp_path):
@@ -227,8 +227,8 @@ def test_the_rank_that_finds_it_broken_speaks_for_all(stopped, job, tmp_path):
         file.truncate(100)
     last = job(out)
     assert last.end() == [0, 0], last.said()[-3000:]
-    assert "step-00000015 is passed over" in last.said() and "resumes after step 12" in last.said()
-    assert "rank-00001-of-00002.safetensors: holds 100 bytes" in last.said()
+    assert "skipping step-00000015: " in last.said() and "resumes after step 12" in last.said()
+    assert "rank-00001-of-00002.safetensors: is 100 bytes" in last.said()
     assert (out / "checkpoints/aside/step-00000015").is_dir()
 
 
@@ -256,8 +256,8 @@ def test_a_full_disk_costs_checkpoints_and_neither_the_run_nor_those_before(stop
     ended = job(out, faults={0: {"place": "step", "call": 3, "delay": 0, "signal": int(signal.SIGTERM)}})
     assert ended.end()[0] == 75, ended.said()[-3000:]
     said = ended.said()
-    assert "warning: the checkpoint of step 18 could not be written; that of step 15 is kept: rank" in said
-    assert "asked to stop (SIGTERM) after step 19, and its checkpoint could not be written" in said
+    assert "warning: the checkpoint of step 18 could not be written; keeping the one of step 15: rank" in said
+    assert "stop requested (SIGTERM) after step 19, but the checkpoint could not be written" in said
     assert "No space left" in said and "Traceback" not in said
     assert before == {path: path.read_bytes() for path in before}
     (small_disk / "filler").unlink()
@@ -484,7 +484,7 @@ def test_the_list_of_checkpoints_verifies_each(stopped, tmp_path):
     assert [line.split()[0] for line in lines] == [f"step-{step:08d}" for step in (15, 12, 10, 9, 6, 3)]
     assert "acc1 " in lines[2] and not any("acc1 " in line for line in (*lines[:2], *lines[3:]))  # evaluated there
     assert "lora" in lines[0] and "2 ranks, ZeRO 2" in lines[0] and "+ base-" in lines[0] and "verified" in lines[0]
-    assert "BROKEN: " in lines[1] and "state.json: holds 2 bytes" in lines[1] and "full" in lines[-1]
+    assert "BROKEN: " in lines[1] and "state.json: is 2 bytes" in lines[1] and "full" in lines[-1]
 
 
 # ---- read at another world size, and at another stage
@@ -562,7 +562,7 @@ def save_in_lora_phase(zero, folder):
     saver = Saver(RunFolder(Path(folder)), t.cfg, Timeline(1000, 8, t.cfg.train.duration), print)
     for plan in (t.warmup, t.lora):
         t.train(2)
-        t.engine, _ = transition(t.engine, plan, keep_frozen=saver.keep_frozen)
+        t.engine, _ = transition(t.engine, plan, keep_frozen=saver.save_frozen)
     t.train(2)
     assert saver.base is not None and saver.save(t.engine, run_state(t.engine.plan, 6), wait=True)
     state, digest = t.whole_state(), weights_digest(t.engine)
@@ -594,12 +594,13 @@ def load_elsewhere(zero, folder):
 
     from prelora_ds.engine.build import build_engine
     from prelora_ds.engine.release import release
-    from prelora_ds.run.checkpoints.resume import candidates, load_newest
+    from prelora_ds.run.checkpoints.resume import load_newest, resumable_checkpoints
 
     world = dist.get_world_size()
     t = Trainer(config(zero, micro=8 // world))
     release(t.engine)
-    found = load_newest(candidates(RunFolder(Path(folder)), "auto"), RunFolder(Path(folder)), t.layout, print)
+    run = RunFolder(Path(folder))
+    found = load_newest(resumable_checkpoints(run, "auto"), run, t.layout, print)
     held = found.engine.host_bytes()
     t.engine = build_engine(t.cfg, found.run.phase.plan, t.layout, LABELS, found.engine, found.counters)
     assert t.engine.counters().global_steps == 6 == found.run.step

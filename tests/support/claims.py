@@ -10,7 +10,7 @@ from typing import Any
 from prelora_ds.config.load import load_config
 from prelora_ds.config.tree import Config
 from prelora_ds.run.checkpoints.checkpoint_folder import (
-    STATE,
+    RUN_STATE,
     CheckpointManifest,
     FileRecord,
     commit,
@@ -43,9 +43,9 @@ def checkpoint(run: Path, step: int, *overrides: str, change: Callable[[Any], No
     state = {"config": config(run, *overrides).model_dump(mode="json"), "data": DATA,
              "run": {"step": step, "phase": {"index": 0, "plan": {"phase": "full"}}}}
     change(state)
-    (partial / STATE).write_text(json.dumps(state))
+    (partial / RUN_STATE).write_text(json.dumps(state))
     commit(partial, step_folder(root, step),
-           CheckpointManifest(1, 0, "full", {STATE: FileRecord.of(partial / STATE)}, step))
+           CheckpointManifest(1, 0, "full", {RUN_STATE: FileRecord.of(partial / RUN_STATE)}, step))
     return step_folder(root, step)
 
 

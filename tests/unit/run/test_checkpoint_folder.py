@@ -75,7 +75,7 @@ def test_every_flipped_byte_of_a_file_is_noticed(tmp_path: Path, byte: int) -> N
     data = bytearray((folder / "rank").read_bytes())
     data[byte] ^= 1
     (folder / "rank").write_bytes(data)
-    with pytest.raises(BrokenCheckpointError, match="rank: its checksum is not that of what was written"):
+    with pytest.raises(BrokenCheckpointError, match="rank: checksum mismatch"):
         CheckpointManifest.load(folder).verify(folder)
 
 
@@ -99,7 +99,7 @@ def test_a_short_file_is_told_by_both_sizes(tmp_path: Path, length: int) -> None
     folder = make(tmp_path, 1)
     with (folder / "rank").open("r+b") as file:
         file.truncate(length)
-    with pytest.raises(BrokenCheckpointError, match=f"holds {length} bytes, and 200 were written"):
+    with pytest.raises(BrokenCheckpointError, match=f"is {length} bytes, expected 200"):
         CheckpointManifest.load(folder).verify(folder)
 
 
@@ -116,7 +116,7 @@ def test_a_missing_file_and_a_missing_manifest_are_told(tmp_path: Path) -> None:
 def test_another_format_is_refused_with_both_numbers_and_a_remedy(tmp_path: Path) -> None:
     folder = make(tmp_path, 1)
     CheckpointManifest(2, 1, "full", {}, 1, format=0).write(folder)
-    with pytest.raises(ConfigError, match=r"is of format 0, and this version reads 1\n  remedy: resume with"):
+    with pytest.raises(ConfigError, match=r"has format 0, this version reads format 1\n  remedy: resume with"):
         CheckpointManifest.load(folder)
 
 
@@ -142,7 +142,7 @@ def test_a_base_is_kept_as_long_as_a_checkpoint_names_it_or_the_run_uses_it(tmp_
 
 def test_a_checkpoint_that_was_copied_without_its_base_says_what_to_copy(tmp_path: Path) -> None:
     folder = make(tmp_path, 2, base="base-0123456789ab")
-    missing = f"{tmp_path}/base-0123456789ab: is missing; it holds the frozen weights"
+    missing = f"{tmp_path}/base-0123456789ab: is missing; it contains the frozen weights"
     assert missing in describe(folder)
 
 
@@ -188,7 +188,7 @@ def test_the_base_of_another_run_under_the_name_of_this_one_is_noticed(tmp_path:
     for path in (tmp_path / "b" / other).iterdir():
         shutil.copy(path, tmp_path / "a" / name)
     said = describe(folder)
-    assert "BROKEN" in said and "holds the weights of another run" in said and other in said
+    assert "BROKEN" in said and "contains the weights of another run" in said and other in said
 
 
 def test_the_best_are_those_that_were_evaluated_and_of_equal_ones_the_earlier(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_the_best_are_those_that_were_evaluated_and_of_equal_ones_the_earlier(tm
 def test_a_checkpoint_under_the_name_of_another_step_is_noticed(tmp_path: Path) -> None:
     make(tmp_path, 10).rename(step_folder(tmp_path, 25))
     said = describe(step_folder(tmp_path, 25))
-    assert "BROKEN" in said and "holds step 10" in said
+    assert "BROKEN" in said and "contains step 10" in said
 
 
 def test_a_checkpoint_of_0_1_0_has_no_accuracy_where_its_state_does_not_say_that_it_was_evaluated() -> None:

@@ -11,7 +11,7 @@ import pytest
 from support.claims import DATA, begin, checkpoint, claim, config
 
 from prelora_ds.errors import ConfigError, DiskError, LaunchError
-from prelora_ds.run.checkpoints.checkpoint_folder import STATE, set_aside
+from prelora_ds.run.checkpoints.checkpoint_folder import RUN_STATE, set_aside
 from prelora_ds.run.checkpoints.resume import checkpoints_at
 from prelora_ds.run.claim import claim_output
 from prelora_ds.run.folder import RunFolder
@@ -224,8 +224,8 @@ def test_data_of_other_classes_are_refused_in_a_new_run_too(
     tmp_path: Path, known: dict[str, object], problem: str | None, new: bool
 ) -> None:
     source = checkpoint(tmp_path / "old", 15)
-    state = json.loads((source / STATE).read_text())
-    (source / STATE).write_text(json.dumps(state | known))
+    state = json.loads((source / RUN_STATE).read_text())
+    (source / RUN_STATE).write_text(json.dumps(state | known))
     out, resume = (tmp_path / "new", str(source)) if new else (tmp_path / "old", "auto")
 
     def claim_it() -> None:

@@ -22,7 +22,7 @@ from prelora_ds.core.layout import Layout
 from prelora_ds.errors import ConfigError
 from prelora_ds.run.checkpoints.checkpoint_folder import (
     MANIFEST,
-    STATE,
+    RUN_STATE,
     BrokenCheckpointError,
     CheckpointManifest,
     FileRecord,
@@ -53,14 +53,14 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     counters = {"global_steps": 3, "global_samples": 24, "micro_steps": 3, "skipped_steps": 0}
     document = {"run": to_json(run), "adam_steps": {"a.weight": 3}, "counters": counters,
                 "num_labels": 8, "data": {}, "config": {}}
-    (folder / STATE).write_text(json.dumps(document))
+    (folder / RUN_STATE).write_text(json.dumps(document))
     rewrite_manifest(folder)
     return folder
 
 
 def rewrite_manifest(folder: Path) -> None:
     """So that the checksums are those of the files that are there."""
-    files = {name: FileRecord.of(folder / name) for name in (PART, STATE)}
+    files = {name: FileRecord.of(folder / name) for name in (PART, RUN_STATE)}
     CheckpointManifest(1, 0, "full", files, 3).write(folder)
 
 
@@ -154,8 +154,8 @@ def test_a_manifest_of_other_values_under_its_checksum_is_read_or_refused(
 @FEW
 def test_a_state_of_other_values_is_read_or_refused(original: Path, tmp_path: Path, seed: int) -> None:
     def change(folder: Path) -> None:
-        document = restructured(json.loads((folder / STATE).read_text()), seed)
-        (folder / STATE).write_text(json.dumps(document))
+        document = restructured(json.loads((folder / RUN_STATE).read_text()), seed)
+        (folder / RUN_STATE).write_text(json.dumps(document))
         rewrite_manifest(folder)
 
     read_or_refused(original, tmp_path, change)

@@ -19,7 +19,7 @@ from prelora_ds.core.codec import from_json
 from prelora_ds.core.switch_tests.prelora import Observation
 from prelora_ds.errors import ConfigError
 from prelora_ds.run.folder import RunFolder
-from prelora_ds.run.log import EventKind, RunLog, check_logs, cut_back, json_text, read_lines, sync_logs
+from prelora_ds.run.log import EventKind, RunLog, check_logs, json_text, read_lines, sync_logs, truncate_logs
 
 
 class Monitor:
@@ -175,7 +175,7 @@ def test_an_observation_is_read_back_bit_for_bit_also_after_a_cut(
     for observation in seen:
         log.observation(observation)
     log.close()
-    cut_back(folder, 4)
+    truncate_logs(folder, 4)
     rows = [json.loads(line, parse_constant=pytest.fail) for line in folder.observations.read_text().splitlines()]
     folder.observations.unlink()
     assert same([from_json(Observation, row) for row in rows], seen[:2])
@@ -196,7 +196,7 @@ def test_an_unfinished_last_line_is_left_out(tail: bytes, tmp_path: Path) -> Non
     path = tmp_path / "metrics.jsonl"
     path.write_bytes((json_text(step(1)) + "\n" + json_text(step(2)) + "\n").encode() + tail)
     assert read_lines(path) == [step(1), step(2)]
-    cut_back(RunFolder(tmp_path), 2)
+    truncate_logs(RunFolder(tmp_path), 2)
     assert path.read_text() == json_text(step(1)) + "\n" + json_text(step(2)) + "\n"
 
 
@@ -238,7 +238,7 @@ def test_a_cut_log_keeps_the_rows_until_the_step(tmp_path: Path) -> None:
     }
     for name, content in rows.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json_text(row) + "\n" for row in content))
-    cut_back(RunFolder(tmp_path), 5)
+    truncate_logs(RunFolder(tmp_path), 5)
     assert read_lines(tmp_path / "metrics.jsonl") == rows["metrics"][:5]
     assert read_lines(tmp_path / "events.jsonl") == rows["events"][:2]
     assert read_lines(tmp_path / "windows.jsonl") == rows["windows"][:1]
@@ -255,12 +255,12 @@ def test_the_events_of_version_0_1_0_are_read_and_get_their_name_of_today_when_a
     assert folder.events_to_read == folder.former_events
     check_logs(folder)
     assert folder.former_events.is_file()  # until the run really resumes
-    cut_back(folder, 2)
+    truncate_logs(folder, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["events.jsonl"]
     assert read_lines(folder.events_to_read) == rows[:3]
     folder.former_events.write_text("left by version 0.1.0, which was started once more\n")
     check_logs(folder)
-    cut_back(folder, 1)
+    truncate_logs(folder, 1)
     assert read_lines(folder.events_to_read) == rows[:2] and folder.former_events.is_file()
 
 
@@ -275,9 +275,9 @@ def test_a_log_of_which_nothing_is_cut_takes_no_room_on_a_full_disk(small_disk: 
     path = small_disk / "metrics.jsonl"
     path.write_text("".join(json_text(step(n)) + "\n" for n in range(1, 9)))
     fill(small_disk)
-    cut_back(RunFolder(small_disk), 8)
+    truncate_logs(RunFolder(small_disk), 8)
     with pytest.raises(OSError, match="No space left"):
-        cut_back(RunFolder(small_disk), 7)
+        truncate_logs(RunFolder(small_disk), 7)
     assert len(read_lines(path)) == 8
 
 
@@ -326,9 +326,9 @@ def test_a_damaged_log_is_cut_rightly_or_refused(
     except ConfigError as error:
         assert error.key == "log"
         with pytest.raises(ConfigError):
-            cut_back(RunFolder(tmp_path), until)
+            truncate_logs(RunFolder(tmp_path), until)
         assert path.read_bytes() == data
         return
-    cut_back(RunFolder(tmp_path), until)
+    truncate_logs(RunFolder(tmp_path), until)
     wanted = [row for row in rows if row.get("step", row.get("last_step")) <= until]
     assert json_text(read_lines(path)) == json_text(wanted)
