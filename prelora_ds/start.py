@@ -70,8 +70,8 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
     ranks = complete(ranks, config.launch.interface)
     assert ranks.master_addr is not None, "complete finds it, or raises"
     claim: Claim | None = None
-    sources: Sequence[Path] = ()
-    origin: str | None = None
+    resume_candidates: Sequence[Path] = ()
+    resumed_from: str | None = None
     with declining(ranks, os.environ):
         choose_interface(config.launch.interface, ranks.master_addr, os.environ)
         ranks.export(os.environ)
@@ -81,7 +81,8 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
             claim = claim_output(folder, config, resume,
                                  identity(train_data, val_data), train_data.classes,
                                  steps=timeline.total_steps)
-            sources, origin = claim.sources, claim.origin
+            resume_candidates = claim.resume_candidates
+            resumed_from = claim.resumed_from
     try:
         if claim is not None:
             guard.watch(claim.lock.check)
@@ -96,7 +97,8 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
         from prelora_ds.train import train
 
         try:
-            train(config, train_data, val_data, hosts, sources=sources, origin=origin, stop=stop, guard=guard)
+            train(config, train_data, val_data, hosts, resume_candidates=resume_candidates,
+                  resumed_from=resumed_from, stop=stop, guard=guard)
             if ranks.rank == 0:
                 report_if_possible(folder)
             watch.mark("DONE")

@@ -59,7 +59,7 @@ def resolve_auto(config: Config, layout: Layout, ranks: Ranks) -> Config:
     return config
 
 
-def workers_of(config: Config, data: TrainData, layout: Layout, say: Callable[[str], None]) -> int:
+def resolve_workers(config: Config, data: TrainData, layout: Layout, say: Callable[[str], None]) -> int:
     """`data.workers`, by rank 0's measurement where it is ``auto``. Collective."""
     if config.data.workers != "auto":
         return config.data.workers

@@ -72,5 +72,5 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(job, tmp_
     assert again.end() == [0, 0], again.said()[-3000:]
     shorter = job(tmp_path / "new", "train.duration=6 steps", resume=str(out))
     assert shorter.end()[0] == 2
-    assert "ends the run after step 6, and the checkpoint" in shorter.said()
-    assert "is of step 8 already" in shorter.said()
+    assert "ends the run after step 6, but the checkpoint" in shorter.said()
+    assert "is already at step 8" in shorter.said()

@@ -31,8 +31,8 @@ def test_a_checkpoint_has_the_accuracy_of_its_own_weights_and_the_best_is_kept(f
 
 
 @pytest.mark.parametrize(("action", "reason"), [
-    ("rollback", "and there is not yet a checkpoint to go back to"),
-    ("skip", "and 1 updates in a row (train.divergence.tries) were skipped already"),
+    ("rollback", "but there is no checkpoint to roll back to yet"),
+    ("skip", "but the limit of 1 consecutive skipped updates (train.divergence.tries) is reached"),
 ])
 def test_a_run_that_diverges_says_why_its_action_was_not_taken(forge, shards, tmp_path, action, reason):
     run = Job(forge, tmp_path / "out", shards, *SPIKE, "checkpoint.every=20 steps",

@@ -74,7 +74,7 @@ def test_a_run_that_was_killed_in_any_phase_equals_the_one_that_was_not(whole, f
     assert killed.end()[1] == -signal.SIGKILL, killed.said()[-3000:]
     again = Job(forge, out, shards, *settings)
     assert again.end() == [0, 0], again.said()[-3000:]
-    assert "resumes after step" in again.said()
+    assert "resuming after step" in again.said()
     assert differences(traces(whole), traces(out)) == []
 
 

@@ -89,7 +89,7 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint_and_99(stopped, job, r
     assert (out / "checkpoints/latest").read_text() == "step-00000015\n"
     out = copied(stopped, tmp_path)
     last = job(out)
-    assert last.end() == [0, 0] and "resumes after step 15" in last.said()
+    assert last.end() == [0, 0] and "resuming after step 15" in last.said()
     assert differences(traces(reference(2)), traces(out)) == []
     again = job(out)
     assert again.end()[0] == 2 and "holds a finished run" in again.said()
@@ -227,7 +227,7 @@ def test_the_rank_that_finds_it_broken_speaks_for_all(stopped, job, tmp_path):
         file.truncate(100)
     last = job(out)
     assert last.end() == [0, 0], last.said()[-3000:]
-    assert "skipping step-00000015: " in last.said() and "resumes after step 12" in last.said()
+    assert "skipping step-00000015: " in last.said() and "resuming after step 12" in last.said()
     assert "rank-00001-of-00002.safetensors: is 100 bytes" in last.said()
     assert (out / "checkpoints/aside/step-00000015").is_dir()
 
@@ -350,8 +350,8 @@ def test_skip_and_rollback_get_a_run_over_a_spike(job, tmp_path):
         assert [row["step"] for row in rows] == list(range(1, 21))
         left_out = [row["step"] for row in rows if "left_out" in row]
         assert left_out and all("train/loss" not in row for row in rows if "left_out" in row)
-    assert "the update is left out" in jobs["skip"].said()
-    assert "; back to step" in jobs["rollback"].said() and "resumes after step" in jobs["rollback"].said()
+    assert "; update skipped" in jobs["skip"].said()
+    assert "; rolling back to step" in jobs["rollback"].said() and "resuming after step" in jobs["rollback"].said()
 
 
 def test_a_new_run_that_diverges_before_its_first_checkpoint_gives_up_after_its_tries(stopped, job, tmp_path):
@@ -360,7 +360,7 @@ def test_a_new_run_that_diverges_before_its_first_checkpoint_gives_up_after_its_
     run = job(tmp_path / "new", "optimizer.lr=1e30", "train.divergence.action=rollback", "train.divergence.tries=2",
               "checkpoint.every=9 steps", "train.duration=24 steps", resume=str(source))
     assert run.end()[0] == 1, run.said()[-3000:]
-    assert run.said().count("back to step 15") == 2
+    assert run.said().count("rolling back to step 15") == 2
     assert "all 2 tries (train.divergence.tries) are used up" in run.said()
 
 

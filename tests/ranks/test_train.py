@@ -70,7 +70,7 @@ def test_predicted_and_measured_bytes_are_logged_side_by_side(finished):
     measured = [e for e in read_lines(out / "events.jsonl") if e["event"] == "bytes"]
     assert [e["phase"] for e in measured] == ["full", "warmup", "lora"]
     assert all(e["worst_deviation"] < 0.02 for e in measured)
-    assert "warning: bytes" not in printed
+    assert "warning: memory" not in printed
 
 
 def test_windows_are_disjoint_and_of_m_measurements(finished):
@@ -231,7 +231,8 @@ def test_the_exported_folder_gives_the_engine_s_logits(ranks, zero, tmp_path):
 def test_bytes_that_differ_by_more_than_5_percent_are_warned_of(ranks, tmp_path):
     as_predicted, with_more = ranks.run(log_bytes, folder=str(tmp_path))[0]
     assert as_predicted == ""
-    assert "warning: bytes of phase full differ by" in with_more and "predicted {'weights'" in with_more
+    assert "warning: memory in phase full differs from the prediction by" in with_more
+    assert "predicted {'weights'" in with_more
 
 
 def log_bytes(folder):

@@ -32,7 +32,7 @@ def claim(out: Path, resume: str = "auto", *overrides: str, data: dict[str, str]
     """The checkpoints that a run in ``out`` may go on from; it ends at once."""
     found = claim_output(RunFolder(out), config(out, *overrides), resume, data or DATA, steps=steps)
     found.lock.release()
-    return list(found.sources)
+    return list(found.resume_candidates)
 
 
 def checkpoint(run: Path, step: int, *overrides: str, change: Callable[[Any], None] = id) -> Path:

@@ -45,7 +45,7 @@ def test_a_path_is_gone_to_once_and_the_same_command_goes_on(tmp_path: Path) -> 
     begin(out)
     assert claim(out, str(source)) == [source]  # ended before its first checkpoint
     assert [path.resolve() for path in claim(out)] == [source]  # and with --resume left out it is no other run
-    with pytest.raises(ConfigError, match="is of another run"):
+    with pytest.raises(ConfigError, match="belongs to another run"):
         claim(out, str(other))
     own = checkpoint(out, 18)
     assert claim(out, str(source)) == claim(out) == [own]
@@ -73,7 +73,7 @@ def test_a_new_run_may_have_other_rates_and_data_and_a_resumed_one_may_not(tmp_p
     assert not (tmp_path / "newer/config.yaml").exists()
     (out / "config.yaml").write_text((tmp_path / "new/config.yaml").read_text().replace("0.5", "0.001"))
     begin(out)
-    with pytest.raises(ConfigError, match=r"data.train = 't': has 100 samples, index 00000000, and the run in"):
+    with pytest.raises(ConfigError, match=r"data.train = 't': is 100 samples, index 00000000, but the run in"):
         claim(out, data=others)
 
 
@@ -130,7 +130,7 @@ def test_a_new_run_has_to_last_longer_than_to_its_checkpoint(
     tmp_path: Path, duration: str, steps: int
 ) -> None:
     source = checkpoint(tmp_path / "old", 20)
-    both = rf"ends the run after step {steps}, and the checkpoint .* is of step 20 already"
+    both = rf"ends the run after step {steps}, but the checkpoint .* is already at step 20"
     with pytest.raises(ConfigError, match=both) as caught:
         claim(tmp_path / "new", str(source), f"train.duration={duration}", steps=steps)
     assert (caught.value.key, caught.value.value) == ("train.duration", duration)
@@ -310,6 +310,6 @@ def test_a_file_in_the_place_of_the_model_is_told_before_the_run_and_not_after(t
     claim(tmp_path)
     begin(tmp_path)
     (tmp_path / "model").symlink_to(tmp_path) if kind == "link" else (tmp_path / "model").write_text("notes")
-    with pytest.raises(ConfigError, match="has a file or link model, where the run will write the folder") as refused:
+    with pytest.raises(ConfigError, match="contains a file or link named model, where the run") as refused:
         claim(tmp_path)
     assert refused.value.key == "run.output_dir"

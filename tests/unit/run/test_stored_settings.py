@@ -30,7 +30,7 @@ def test_a_run_without_a_checkpoint_is_not_told_to_begin_another_from_it(tmp_pat
     with pytest.raises(ConfigError) as caught:
         claim(out, "auto", "optimizer.lr=0.5")
     assert caught.value.remedy == ("set optimizer.lr=0.001, or choose another run.output_dir and "
-                                   f"begin it with --resume {out}")
+                                   f"start a new run with --resume {out}")
     with pytest.raises(ConfigError) as caught:  # which a new run may not have either
         claim(out, "auto", "model.hidden_size=48")
     assert caught.value.remedy == "set model.hidden_size=32, or choose another run.output_dir"
@@ -115,7 +115,7 @@ def test_settings_of_a_later_version_are_refused_with_their_key(tmp_path: Path) 
     def change(state: Any) -> None:
         state["config"]["lora"]["kind"] = "dora"
     saved = checkpoint(tmp_path / "old", 10, change=change)
-    with pytest.raises(ConfigError, match=r"does not take: lora.kind = 'dora' unknown key"):
+    with pytest.raises(ConfigError, match=r"does not accept: lora.kind = 'dora': unknown key"):
         claim(tmp_path / "new", str(saved))
 
 
