@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
         guard = Guard(rank=ranks.rank, stop=stop)
         guard.watch(ancestors.check, every_s=1.0)
         guard.watch(watch.check)
-        guard.last_words = watch.ended
+        guard.before_exit = watch.ended
         guard.start()
         args = parse_arguments(argv, __doc__)
         from prelora_ds.start import start  # heavy imports only once the launch itself is sound

@@ -103,7 +103,7 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
                 report_if_possible(folder)
             watch.mark("DONE")
         except Stopped as why:
-            guard.look()  # another rank may have seen it first
+            guard.check_now()  # another rank may have seen it first
             if guard.orphaned:  # nobody asked the run to end: a supervisor starts it again
                 watch.ended(ORPHAN_EXIT_CODE, guard.orphaned)
             watch.mark("STOPPED")

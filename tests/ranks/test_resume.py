@@ -129,7 +129,7 @@ def test_a_rank_that_stands_still_ends_the_other_with_85_and_its_stacks(job, tmp
     hung = job(tmp_path / "out", "guard.hang_limit=6",
                faults={1: {"place": "step", "call": 5, "delay": 0, "signal": int(signal.SIGSTOP)}})
     assert hung.end()[0] == 85
-    assert "error (rank 0): no step for" in hung.said() and "all_reduce" in hung.said()
+    assert "error (rank 0): no progress for" in hung.said() and "all_reduce" in hung.said()
 
 
 # ---- on other ranks and stages

@@ -248,7 +248,7 @@ def test_a_damaged_log_is_told_before_the_run_resumes(tmp_path: Path) -> None:
     claim(tmp_path)
     begin(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\ngarbage\n{"step": 3}\n')
-    with pytest.raises(ConfigError, match=r"metrics\.jsonl': line 2 is not JSON"):
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl': line 2 is not valid JSON"):
         claim(tmp_path)
 
 

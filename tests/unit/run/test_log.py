@@ -111,7 +111,7 @@ def test_a_log_that_is_taken_away_is_begun_again_with_one_warning(
         log.metrics(step(number), samples=number)
     assert [row["step"] for row in read_lines(path)] == [4]
     assert said == [
-        f"warning: {path} was removed or replaced; the rows before are lost; training continues"
+        f"warning: {path} was removed or replaced; its earlier rows are lost; training continues"
     ]
 
 

@@ -34,7 +34,7 @@ def test_a_signal_is_a_wish_and_ends_nothing(number, kept_handlers) -> None:
 
 
 def test_a_second_sigterm_leaves_at_once_and_a_warning_between_does_not() -> None:
-    code = ("import os, signal, time\nfrom prelora_ds.run import stop\nstop.ONE_WISH_S = 0.2\n"
+    code = ("import os, signal, time\nfrom prelora_ds.run import stop\nstop.DEBOUNCE_S = 0.2\n"
             "s = stop.StopRequest().install()\ns.begin_steps()\nos.kill(os.getpid(), 15)\nassert s.asked()\n"
             "time.sleep(0.3)\nos.kill(os.getpid(), 10)\nprint('alive', flush=True)\n"  # as the supervisor's lease does
             "os.kill(os.getpid(), 15)\ntime.sleep(60)")
@@ -75,7 +75,7 @@ def guarded(body: str) -> subprocess.CompletedProcess[str]:
 def test_a_process_that_goes_nowhere_ends_with_85_and_all_stacks() -> None:
     done = guarded("def lost_in_here(): time.sleep(60)\nlost_in_here()")
     assert done.returncode == 85
-    assert "error (rank 3): no step for" in done.stderr and "lost_in_here" in done.stderr
+    assert "error (rank 3): no progress for" in done.stderr and "lost_in_here" in done.stderr
     assert "guard.py" in done.stderr  # of all threads
 
 
@@ -107,7 +107,7 @@ def test_a_check_that_raises_is_reported_once_and_the_guard_goes_on_guarding() -
 
 
 def test_what_fails_in_the_last_words_ends_the_process_all_the_same() -> None:
-    done = guarded("guard.last_words = lambda code, why: 1 / 0\nguard.watch(lambda: (88, 'fenced'))\ntime.sleep(60)")
+    done = guarded("guard.before_exit = lambda code, why: 1 / 0\nguard.watch(lambda: (88, 'fenced'))\ntime.sleep(60)")
     assert (done.returncode, done.stderr.strip()) == (88, "error (rank 3): fenced")
 
 
@@ -138,7 +138,7 @@ def test_an_orphan_ends_with_87_before_the_first_step_and_where_it_takes_no_more
     done = orphan("guard.start(); time.sleep(60)")
     assert (done.returncode, done.stderr) == (87, "error (rank 3): the launcher is gone\n")
     done = orphan("stop.begin_steps(); guard.start()\ndef lost_in_here(): time.sleep(60)\nlost_in_here()")
-    assert done.returncode == 87 and "took no step for" in done.stderr and "lost_in_here" in done.stderr
+    assert done.returncode == 87 and "no progress for" in done.stderr and "lost_in_here" in done.stderr
 
 
 @pytest.mark.parametrize(("before", "ended"), [("", "asked"), ("signal.signal(signal.SIGHUP, signal.SIG_IGN)\n", "")])
