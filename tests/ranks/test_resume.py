@@ -464,9 +464,9 @@ def test_an_export_that_cannot_be_is_told(stopped, tmp_path, capsys):
     from prelora_ds.exporting.convert import export_checkpoint
 
     full = stopped[0] / "checkpoints/step-00000003"
-    with pytest.raises(ConfigError, match="is of phase full, which has no adapters\n  remedy: choose hf"):
+    with pytest.raises(ConfigError, match="is in phase full and has no adapters\n  remedy: choose hf"):
         export_checkpoint(full, tmp_path / "out", "peft")
-    with pytest.raises(ConfigError, match="is not a format"):
+    with pytest.raises(ConfigError, match="is not a known format"):
         export_checkpoint(full, tmp_path / "out", "onnx")
     with pytest.raises(ConfigError, match=r"OUT = .* exists"):
         export_checkpoint(full, tmp_path, "hf")

@@ -19,7 +19,7 @@ from torch import Tensor
 from prelora_ds.core.classes import unnamed
 from prelora_ds.data.manifest import Manifest
 from prelora_ds.errors import ConfigError
-from prelora_ds.exporting.hf import whole_folder, write_model
+from prelora_ds.exporting.hf import export_folder, write_model
 from prelora_ds.model.vit import build_model
 from prelora_ds.run.evaluate import Accuracy, evaluate, evaluate_folder
 
@@ -135,7 +135,7 @@ def export(folder: Path, classes: Sequence[str]) -> Path:
     """A model of random weights, as a run exports it."""
     cfg = config(model=TINY, data={"crop": "none"})
     torch.manual_seed(0)
-    with whole_folder(folder, replace=True) as partial:
+    with export_folder(folder, replace=True) as partial:
         write_model(build_model(cfg.model, len(classes)).state_dict(), cfg, classes, partial)
     return folder
 
