@@ -25,8 +25,8 @@ def begin(run: Run, records: Records, saver: Saver, checkpoint: Checkpoint | Non
     """Build the first engine and run state, or restore them from ``checkpoint``. Collective."""
     if checkpoint is None:
         state = RunState(0, run.controller.initial(), DivergenceWatch())
-        weights = _first_weights(run)
-        engine = build_engine(run.config, state.phase.plan, run.layout, run.labels, weights)
+        plan = state.phase.plan
+        engine = build_engine(run.config, plan, run.layout, run.labels, _first_weights(run))
         seed_rng(run.config.run.seed, dist.get_rank())  # Dropout differs between ranks.
     else:
         state = checkpoint.run
