@@ -11,12 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
-PARTIAL = ".partial"  # the suffix of the name of unfinished files and folders; a dot is their prefix
+# The suffix of the names of unfinished files and folders, which begin with a dot.
+PARTIAL = ".partial"
 
 
 def replace_file(path: Path, data: str | bytes | memoryview, *, durable: bool = True,
                  executable: bool = False) -> None:
-    """Replace ``path`` atomically: write ``data`` to a temporary file next to it, and rename that file.
+    """Replace ``path`` atomically: write ``data`` to a temporary file and rename that file.
 
     A reader, on this host or another, finds the old content or the new one and never a part of it.
 
@@ -26,7 +27,8 @@ def replace_file(path: Path, data: str | bytes | memoryview, *, durable: bool = 
     Raises OSError; ``path`` is then unchanged, and the temporary file is removed.
     """
     content = data.encode() if isinstance(data, str) else data
-    partial = path.with_name(f".{path.name.lstrip('.')}.{socket.gethostname()}.{uuid4().hex}{PARTIAL}")
+    name = path.name.lstrip(".")
+    partial = path.with_name(f".{name}.{socket.gethostname()}.{uuid4().hex}{PARTIAL}")
     try:
         with partial.open("xb") as file:
             file.write(content)
@@ -44,10 +46,10 @@ def replace_file(path: Path, data: str | bytes | memoryview, *, durable: bool = 
 
 @contextmanager
 def new_folder(path: Path, *, replace: bool) -> Iterator[Path]:
-    """Yield a temporary folder to write into; at the end, sync it to disk and rename it to ``path``.
+    """Yield a temporary folder to write into; at the end, sync it and rename it to ``path``.
 
-    replace: replace an existing folder ``path``, and remove the leftovers of an earlier attempt that
-        was killed. Only for a caller that is the only one to write it. If replace is false, an
+    replace: replace an existing folder ``path``, and remove the leftovers of an earlier attempt
+        that was killed. Only for a caller that is the only one to write it. If replace is false, an
         existing folder is an OSError.
 
     After an exception ``path`` is unchanged, and the temporary folder is removed. Raises OSError.

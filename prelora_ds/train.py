@@ -1,6 +1,7 @@
 """The training loop, to be read from top to bottom.
 
-A step is the same in every phase. An observation may change the plan, and a changed plan the engine.
+A step is the same in every phase. An observation may change the plan, and a changed plan the
+engine.
 """
 
 from __future__ import annotations
@@ -45,14 +46,15 @@ from prelora_ds.run.stop import StopRequest
 def train(config: Config, train_data: TrainData, val_data: Manifest, hosts: Sequence[str], *,
           resume_candidates: Sequence[Path] = (), resumed_from: str | None = None,
           stop: StopRequest | None = None, guard: Guard | None = None) -> Accuracy:
-    """Train to the end, from scratch or a checkpoint, and export the model to ``run.output_dir/model``.
+    """Train to the end, from scratch or a checkpoint, and export the model.
 
     hosts: the host name of each rank.
     resume_candidates, resumed_from: as in `Claim`; only rank 0's values are used.
 
-    Collective. Returns the accuracy of the weights after the last step. Raises TrainingDivergedError if
-    training diverges, CorruptBudgetError if too many samples cannot be read, Stopped if ``stop``
-    requested it and a checkpoint was written, and NotSavedError if it could not be written.
+    The model is exported to ``run.output_dir/model``. Collective. Returns the accuracy of the
+    weights after the last step. Raises TrainingDivergedError if training diverges,
+    CorruptBudgetError if too many samples cannot be read, Stopped if ``stop`` requested it and a
+    checkpoint was written, and NotSavedError if it could not be written.
     """
     freeze_imports()
     folder = RunFolder(Path(config.run.output_dir))
@@ -62,7 +64,8 @@ def train(config: Config, train_data: TrainData, val_data: Manifest, hosts: Sequ
     with torch.device("meta"):
         module = build_model(config.model, len(train_data.classes))
     layout = find_layout(module, config.families(), config.model.families)
-    controller = PhaseController(layout=layout, timeline=timeline, phases=config.specs(), seed=config.run.seed)
+    controller = PhaseController(layout=layout, timeline=timeline, phases=config.specs(),
+                                 seed=config.run.seed)
 
     say = partial(print, flush=True) if rank_0 else lambda text: None
     checkpoint = load_newest(resume_candidates, folder, layout, say)
@@ -72,17 +75,20 @@ def train(config: Config, train_data: TrainData, val_data: Manifest, hosts: Sequ
         progress = TrainProgress(timeline.total_steps, shown=rank_0, done=done)
         cleanup.callback(progress.close)
         workers = resolve_workers(config, train_data, layout, progress.say)
-        run = Run(config, layout, timeline, controller, train_data, val_data, workers, folder, hosts, cleanup)
+        run = Run(config, layout, timeline, controller, train_data, val_data, workers, folder, hosts,
+                  cleanup)
         records = Records(run, progress, done)
         cleanup.callback(records.close_logs)
-        saver = Saver(folder, config, timeline, progress.say, identity(train_data, val_data), train_data.classes)
+        saver = Saver(folder, config, timeline, progress.say, identity(train_data, val_data),
+                      train_data.classes)
         cleanup.callback(saver.close)
-        return loop(run, records, saver, stop or StopRequest(), guard or Guard(math.inf), checkpoint)
+        return loop(run, records, saver, stop or StopRequest(), guard or Guard(math.inf),
+                    checkpoint)
 
 
 def loop(run: Run, records: Records, saver: Saver, stop: StopRequest, guard: Guard,
          resume_from: Checkpoint | None) -> Accuracy:
-    """Train from scratch or from ``resume_from`` to the last step, and export the model. Collective."""
+    """Train from scratch or ``resume_from`` to the last step, and export the model. Collective."""
     config = run.config
     total = run.timeline.total_steps
     engine, state = begin(run, records, saver, resume_from)
@@ -118,7 +124,8 @@ def loop(run: Run, records: Records, saver: Saver, stop: StopRequest, guard: Gua
         # Measure, and let the controller decide the next phase.
         improved = False
         if due.evaluation(step):
-            accuracy = evaluate_engine(engine, run.val_batches(), len(run.val_data), beat=guard.beat)
+            accuracy = evaluate_engine(engine, run.val_batches(), len(run.val_data),
+                                       beat=guard.beat)
             improved = state.evaluated(step, accuracy)
             measured |= {"val/acc1": accuracy.acc1, "val/loss": accuracy.loss}
         if due.norms(step):
@@ -134,7 +141,8 @@ def loop(run: Run, records: Records, saver: Saver, stop: StopRequest, guard: Gua
         engine = follow_plan(run, records, saver, engine, loader, state.phase)
 
         # Save, and report progress to the guard.
-        saver.after_step(engine, state, *stats.flags, due=due.checkpoint(step, improved=improved), why=stop.reason)
+        save = due.checkpoint(step, improved=improved)
+        saver.after_step(engine, state, *stats.flags, due=save, why=stop.reason)
         guard.beat()
 
     loader.close()

@@ -60,8 +60,8 @@ def export_checkpoint(source: Path, out: Path, export_format: str) -> Path:
     All values are fp32; a frozen weight has the BF16 value that training saw. The class names are
     included if the checkpoint has them.
 
-    Returns the folder of the checkpoint. Raises ConfigError, and NotSavedError if the disk fails while
-    ``out`` is written; ``out`` does not exist then.
+    Returns the folder of the checkpoint. Raises ConfigError, and NotSavedError if the disk fails
+    while ``out`` is written; ``out`` does not exist then.
     """
     if export_format not in FORMATS:
         raise ConfigError(
@@ -135,9 +135,9 @@ def _export_config(
 ) -> Config:
     """Return a config with the ``stored`` settings that the export needs, otherwise with defaults.
 
-    An older version may have accepted values that this one refuses; folders, seeds and ZeRO keys, for
-    example, do not matter for an export. Raises ConfigError, and KeyError or TypeError if ``stored``
-    is not a config.
+    An older version may have accepted values that this one refuses; folders, seeds and ZeRO keys,
+    for example, do not matter for an export. Raises ConfigError, and KeyError or TypeError if
+    ``stored`` is not a config.
     """
     if not isinstance(stored, dict):
         raise TypeError("its config is not a mapping")
@@ -190,7 +190,7 @@ def _only(section: Mapping[str, Any], *keys: str) -> dict[str, Any]:
 
 
 def _check_out(out: Path, checkpoint: Path) -> None:
-    """Raise ConfigError unless ``out`` can be created as a new folder outside of the checkpoint's run."""
+    """Raise ConfigError unless ``out`` can be created outside of the checkpoint's run."""
     if out.exists() or out.is_symlink():
         raise ConfigError("OUT", str(out), "already exists", "choose a new folder")
     root = root_of(checkpoint.resolve())
@@ -258,14 +258,16 @@ def _write_peft(
     write_model({name: values[name] for name in layout.parameters}, config, classes, out / "base")
     base = ViTForImageClassification.from_pretrained(out / "base")
     base.name_or_path = base.config.name_or_path = str(base_path)  # peft copies both
-    model = get_peft_model(base, peft_config(plan.adapters, config.for_phase(plan.phase).adapters.dropout))
+    dropout = config.for_phase(plan.phase).adapters.dropout
+    model = get_peft_model(base, peft_config(plan.adapters, dropout))
     adapters = {f"base_model.model.{name}": value
                 for name, value in values.items() if name not in layout.parameters}
-    loaded: Any = set_peft_model_state_dict(model, adapters)  # a namedtuple that peft defines inside the function
+    # The result is a namedtuple that peft defines inside the function.
+    loaded: Any = set_peft_model_state_dict(model, adapters)
     if loaded.unexpected_keys:
         raise RuntimeError(f"peft has no parameter {loaded.unexpected_keys[0]}")
-    # With save_embedding_layers peft would look for a vocabulary in the base, whose folder is not yet
-    # renamed.
+    # With save_embedding_layers peft would look for a vocabulary in the base, whose folder is not
+    # yet renamed.
     model.save_pretrained(str(out), save_embedding_layers=False)
 
 
@@ -280,7 +282,8 @@ def _write_timm(
             renamed[_TIMM[path] + dot + leaf] = value
         elif block[2] == "attention.q_proj":
             stem = name.replace("q_proj", "{}_proj")
-            renamed[f"blocks.{block[1]}.attn.qkv.{block[3]}"] = torch.cat([weights[stem.format(x)] for x in "qkv"])
+            qkv = torch.cat([weights[stem.format(x)] for x in "qkv"])
+            renamed[f"blocks.{block[1]}.attn.qkv.{block[3]}"] = qkv
         elif block[2] not in ("attention.k_proj", "attention.v_proj"):
             renamed[f"blocks.{block[1]}.{_TIMM[block[2]]}.{block[3]}"] = value
     m = config.model
@@ -346,8 +349,8 @@ def _write_deepspeed(
         os.environ.setdefault(key, value)
     init_process_group()
     # Use stage 2: DeepSpeed 0.19's stage 1 optimizer for BF16 writes neither its stage nor what is
-    # frozen, and zero_to_fp32.py needs both. Use the kernel "branch": a merged weight would include the
-    # adapters that are stored next to it.
+    # frozen, and zero_to_fp32.py needs both. Use the kernel "branch": a merged weight would include
+    # the adapters that are stored next to it.
     phase = checkpoint.run.phase.plan.phase
     settings = PhaseSettings(micro_batch_size=config.train.global_batch_size, zero_stage=2)
     export_config = config.with_settings(phase, settings).with_kernel("branch")

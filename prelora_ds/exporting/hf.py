@@ -32,10 +32,11 @@ from prelora_ds.run.folder import RunFolder
 def export_model(engine: Engine, folder: Path, classes: Sequence[str] | None = None) -> None:
     """Write the engine's model to ``folder`` and release the engine. Collective; rank 0 writes.
 
-    A ViT becomes a folder for ``ViTForImageClassification.from_pretrained``. Any other module becomes
-    model.safetensors (with the module's own names) and factory.json. Trained parameters are written
-    from the fp32 masters. A frozen weight is written as the BF16 value that the adapters were trained
-    on; the adapters are merged into it in fp32. The folder appears complete or not at all.
+    A ViT becomes a folder for ``ViTForImageClassification.from_pretrained``. Any other module
+    becomes model.safetensors (with the module's own names) and factory.json. Trained parameters are
+    written from the fp32 masters. A frozen weight is written as the BF16 value that the adapters
+    were trained on; the adapters are merged into it in fp32. The folder appears complete or not at
+    all.
 
     classes: the names of the labels, which are stored in the folder; None if they are not known.
 
@@ -69,7 +70,7 @@ def export_model(engine: Engine, folder: Path, classes: Sequence[str] | None = N
 def merge(
     values: Mapping[str, torch.Tensor], plan: Plan, layout: Layout
 ) -> dict[str, torch.Tensor]:
-    """Return the fp32 parameters of the model without adapters; each adapter is merged into its weight."""
+    """Merge each adapter into its weight; return the fp32 parameters of the model without adapters."""
     merged = {name: values[name].float() for name in layout.parameters}
     leaves_by_path: dict[str, dict[str, torch.Tensor]] = {}
     for name, (path, leaf) in plan.leaves(layout).items():
@@ -84,7 +85,7 @@ def merge(
 def export_folder(
     folder: Path, *, replace: bool, fallback: str = "the checkpoint is unchanged"
 ) -> Iterator[Path]:
-    """Yield a temporary folder to write into, which is finally renamed to ``folder`` (see `new_folder`).
+    """Yield a temporary folder to write into; at the end it is renamed to ``folder`` (`new_folder`).
 
     fallback: states what is available if the folder cannot be written; part of the error message.
 

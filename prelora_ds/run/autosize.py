@@ -1,4 +1,4 @@
-"""Resolve `auto` in a recipe: settings of single phases before a run starts, and the number of data workers.
+"""Resolve `auto` in a recipe: the settings of phases, and the number of data workers.
 
 A LoRA phase leaves memory free and may no longer need its ZeRO stage: at stage 1, for example, the
 frozen base is not gathered in every step.
@@ -29,7 +29,7 @@ from prelora_ds.hosts.discovery import Ranks
 
 
 def resolve_auto(config: Config, layout: Layout, ranks: Ranks) -> Config:
-    """Return ``config`` with every `auto` of a phase resolved; rank 0 prints each choice and its reason.
+    """Return ``config`` with every `auto` of a phase resolved; rank 0 prints each choice.
 
     Adapters are assumed to have the largest rank that their rule can give. Raises ConfigError if
     nothing fits, if the calibration cannot be read, or if the model is not a ViT, because only the

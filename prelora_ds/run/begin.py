@@ -21,7 +21,8 @@ from prelora_ds.run.records import Records
 from prelora_ds.run.run_state import RunState
 
 
-def begin(run: Run, records: Records, saver: Saver, checkpoint: Checkpoint | None) -> tuple[Engine, RunState]:
+def begin(run: Run, records: Records, saver: Saver,
+          checkpoint: Checkpoint | None) -> tuple[Engine, RunState]:
     """Build the first engine and run state, or restore them from ``checkpoint``. Collective."""
     if checkpoint is None:
         state = RunState(0, run.controller.initial(), DivergenceWatch())

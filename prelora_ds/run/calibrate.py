@@ -1,4 +1,4 @@
-"""Calibrate this machine: time real steps of a few blocks, and fit the rates of `cost.timing` to them.
+"""Calibrate this machine: time steps of a few blocks, and fit the rates of `cost.timing`.
 
 The engine, the blocks and the phases are those of training, but the model has fewer blocks.
 """
@@ -139,10 +139,11 @@ def fit_rates(
 
 
 def fit(samples: Sequence[tuple[Work, float]]) -> dict[str, float]:
-    """Fit the seconds per unit of each kind of work: least squares of the relative error, no cost below 0.
+    """Fit the seconds per unit of each kind of work.
 
-    In the optimum some costs are zero and the others solve plain least squares, so all subsets of kinds
-    are tried.
+    The costs minimise the squared relative error, and none is negative.
+    In the optimum some costs are zero and the others solve plain least squares, so all subsets of
+    kinds are tried.
     """
     rows = np.array([[getattr(work, kind) / seconds for kind in KINDS] for work, seconds in samples])
     used = [i for i in range(len(KINDS)) if rows[:, i].any()]

@@ -123,8 +123,8 @@ def _check_paths(folder: RunFolder) -> None:
         raise ConfigError(
             "run.output_dir",
             str(folder.path),
-            f"contains a file or link named {folder.model.name}, where the run will write the folder "
-            "of its model",
+            f"contains a file or link named {folder.model.name}, where the run will write the "
+            "folder of its model",
             "remove or rename it, or choose another run.output_dir",
         )
 
@@ -132,7 +132,8 @@ def _check_paths(folder: RunFolder) -> None:
 def _check_folder(folder: RunFolder, config: Config, resume: str) -> bool:
     """Check that the folder belongs to this run; return whether a run has started in it.
 
-    A run that was refused before its start leaves files, too, but has not started. Raises ConfigError.
+    A run that was refused before its start leaves files, too, but has not started. Raises
+    ConfigError.
     """
     before_start = (folder.lock.name, f".{folder.config.name}", f".{folder.origin.name}")
     names = {
@@ -191,9 +192,9 @@ def _check_candidates(
 ) -> None:
     """Compare settings, classes and data with those of the newest checkpoint that can be read.
 
-    Problems of the other checkpoints are reported when they are loaded. A new run may use other data,
-    but the classes must be the same, because the head of the checkpoint has one row per class; and it
-    must last longer than the step of its checkpoint. Raises ConfigError.
+    Problems of the other checkpoints are reported when they are loaded. A new run may use other
+    data, but the classes must be the same, because the head of the checkpoint has one row per
+    class; and it must last longer than the step of its checkpoint. Raises ConfigError.
     """
     for candidate in candidates:
         try:
@@ -227,8 +228,8 @@ def _check_candidates(
             raise ConfigError(
                 "train.duration",
                 str(config.train.duration),
-                f"ends the run after step {steps}, but the checkpoint {candidate} is already at step "
-                f"{step}",
+                f"ends the run after step {steps}, but the checkpoint {candidate} is already at "
+                f"step {step}",
                 "choose a longer train.duration, or an earlier checkpoint with --resume",
             )
         return
@@ -237,7 +238,7 @@ def _check_candidates(
 def _check_same_data(
     data: Mapping[str, str], trained_on: Mapping[str, str], config: Config, checkpoint: Path
 ) -> None:
-    """Compare the fingerprints of the data sets with those of the checkpoint. Raises ConfigError."""
+    """Raise ConfigError if the fingerprint of a data set differs from the checkpoint's."""
     for key in sorted(data.keys() & trained_on.keys()):
         if data[key] != trained_on[key]:
             raise ConfigError(
@@ -267,7 +268,8 @@ def _check_fork(state: Mapping[str, Any], config: Config, source: Path) -> None:
             f"phases.{changed.phase}.{changed.key}",
             changed.after,
             f"was {changed.before} in the run of {source}, which is in phase {phase}",
-            "keep all phases up to the end of that one unchanged, or start from an earlier checkpoint",
+            "keep all phases up to the end of that one unchanged, or start from an earlier "
+            "checkpoint",
         )
 
 
@@ -282,9 +284,9 @@ def is_finished(folder: RunFolder) -> bool:
 def _stored_settings(
     values: Mapping[str, Any], config: Config, where: Path, *, new_run: bool
 ) -> dict[str, Any]:
-    """Return the config of a stored run in the form of this version; another version may have written it.
+    """Return the config of a stored run in the form of this version.
 
-    Missing keys get their defaults. Raises ConfigError.
+    Another version may have written it. Missing keys get their defaults. Raises ConfigError.
     """
     bound = what_binds(values, config.model_dump(mode="json"), new_run=new_run)
     return _read_stored(bound, config, where).model_dump(mode="json")

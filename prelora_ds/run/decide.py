@@ -20,19 +20,23 @@ from prelora_ds.run.run_state import RunState
 
 def decide(run: Run, records: Records, state: RunState, step: int,
            norms: Mapping[str, Mapping[int, float]]) -> PhaseState:
-    """Return the phase state after an observation, which ends the current window of losses. Collective.
+    """Return the phase state after an observation, which ends the current window of losses.
 
-    Rank 0 decides and broadcasts. A decision after the last step is logged but not followed.
+    Collective. Rank 0 decides and broadcasts. A decision after the last step is logged but not
+    followed.
     """
     observation = state.window.observation(step, norms)
     before = state.phase
     records.observation(observation)
     state.window.reset()
 
-    after = from_json(PhaseState, on_rank_0(lambda: to_json(run.controller.next(before, observation))))
+    decision = on_rank_0(lambda: to_json(run.controller.next(before, observation)))
+    after = from_json(PhaseState, decision)
     records.decision(before, after)
     if step == run.timeline.total_steps:
-        return replace(after, plan=before.plan, index=before.index, first_window=before.first_window)
+        return replace(
+            after, plan=before.plan, index=before.index, first_window=before.first_window
+        )
     return after
 
 

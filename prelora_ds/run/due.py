@@ -7,8 +7,8 @@ from prelora_ds.core.duration import Duration
 from prelora_ds.core.plan import Plan
 from prelora_ds.core.schedule import Timeline
 
-# Steps after the start of a plan. During the first ones ZeRO-3 is still recording its trace and frees
-# parameters differently.
+# Steps after the start of a plan. During the first ones ZeRO-3 is still recording its trace and
+# frees parameters differently.
 BYTES_MEASURED_AT = 3
 
 
@@ -30,7 +30,8 @@ class Due:
     def bytes(self, step: int, plan: Plan) -> bool:
         """Whether to measure the bytes of ``plan``.
 
-        They are measured once per job, because each job may use another ZeRO stage or number of ranks.
+        They are measured once per job, because each job may use another ZeRO stage or number of
+        ranks.
         """
         return step == max(plan.since_step, self.begun_at) + BYTES_MEASURED_AT
 
@@ -49,8 +50,8 @@ class Due:
     def checkpoint(self, step: int, *, improved: bool) -> bool:
         """Whether a checkpoint is due.
 
-        improved: the evaluation at this step beat all earlier ones. A checkpoint is then due, too, if
-            the best ones are kept.
+        improved: the evaluation at this step beat all earlier ones. A checkpoint is then due, too,
+            if the best ones are kept.
         """
         if step in self._checkpoint_steps:
             return True

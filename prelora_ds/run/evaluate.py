@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """The top-1 accuracy, ``correct`` of ``samples``, and the mean cross-entropy without label smoothing."""
+    """The top-1 accuracy, ``correct`` of ``samples``, and the mean loss.
+
+    loss: the cross-entropy without label smoothing.
+    """
 
     correct: int
     samples: int
@@ -35,9 +38,14 @@ class Accuracy:
 
 
 @torch.no_grad()
-def evaluate(logits_of: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor, Tensor]], *,
-             samples: int, reduce: Callable[[Tensor], object] | None = None,
-             device: torch.device | str = "cpu") -> Accuracy:
+def evaluate(
+    logits_of: Callable[[Tensor], Tensor],
+    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
+    *,
+    samples: int,
+    reduce: Callable[[Tensor], object] | None = None,
+    device: torch.device | str = "cpu",
+) -> Accuracy:
     """Evaluate top-1 over ``batches`` of (images, labels, mask).
 
     A sample whose logits are not all finite counts as wrong, because argmax would choose NaN.
@@ -64,8 +72,13 @@ def evaluate(logits_of: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tens
     return Accuracy(correct, counted, float(loss) / counted)
 
 
-def evaluate_engine(engine: Engine, batches: Iterable[tuple[Tensor, Tensor, Tensor]], samples: int, *,
-                    beat: Callable[[], None]) -> Accuracy:
+def evaluate_engine(
+    engine: Engine,
+    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
+    samples: int,
+    *,
+    beat: Callable[[], None],
+) -> Accuracy:
     """`evaluate` a training engine over this rank's ``batches``. Collective.
 
     samples: the number of samples of all ranks.
@@ -98,7 +111,7 @@ class Result(Accuracy):
 
 
 def evaluate_folder(model: Path, data: Path, *, batch_size: int = 64, workers: int = 0) -> Result:
-    """Evaluate an exported folder, loaded through transformers as any user would, in fp32 on one device.
+    """Evaluate an exported folder, loaded through transformers, in fp32 on one device.
 
     Raises ConfigError if a folder is not valid, or if the classes of data and model differ.
     """

@@ -25,7 +25,7 @@ class RunFolder:
 
     @classmethod
     def of_checkpoints(cls, root: Path) -> RunFolder | None:
-        """Return the run whose checkpoints are in ``root``, or None if they are not in a run's folder."""
+        """Return the run whose checkpoints are in ``root``, or None if there is no run."""
         return cls(root.parent) if root.name == CHECKPOINTS else None
 
     # ---- what identifies the run
@@ -47,12 +47,12 @@ class RunFolder:
 
     @property
     def lock(self) -> Path:
-        """The lock, which names the job that holds the folder; version 0.1.0 looks for the same name."""
+        """The lock, which names the job that holds the folder; 0.1.0 uses the same name."""
         return self.path / ".lease"
 
     @property
     def supervise(self) -> Path:
-        """The folder of the records of `prelora supervise` and its ranks, next to the run's folder."""
+        """The records of `prelora supervise` and its ranks, next to the run's folder."""
         return self.path.with_name(f"{self.path.name}.supervise")
 
     # ---- logs
@@ -64,7 +64,7 @@ class RunFolder:
 
     @property
     def events(self) -> Path:
-        """One row per event: a plan, measured bytes, a resume, a straggler or the end of the run."""
+        """One row per event: a plan, measured bytes, a resume, a straggler or the end."""
         return self.path / "events.jsonl"
 
     @property
@@ -74,7 +74,7 @@ class RunFolder:
 
     @property
     def events_to_read(self) -> Path:
-        """The file of events that exists: version 0.1.0's, if this version has not resumed the run yet."""
+        """The events: those of version 0.1.0 until this version has resumed the run."""
         if self.former_events.is_file() and not self.events.exists():
             return self.former_events
         return self.events

@@ -1,7 +1,8 @@
 """A watchdog thread in every rank, so that one lost rank does not hang the others.
 
-It ends a process that makes no progress, also while the main thread is blocked in a collective. Other
-reasons to end a process (a lock that is no longer held, a launcher that is gone) are added as checks.
+It ends a process that makes no progress, also while the main thread is blocked in a collective.
+Other reasons to end a process (a lock that is no longer held, a launcher that is gone) are added as
+checks.
 """
 
 from __future__ import annotations
@@ -37,9 +38,10 @@ class _Watched:
 
 
 class Guard:
-    """Ends the process with exit code 85 and the stacks of all threads after ``limit_s`` s without a `beat`.
+    """Ends the process with exit code 85 and all stacks after ``limit_s`` seconds without a `beat`.
 
-    stop: where an orphaned rank requests a checkpoint before it ends; without it the rank ends at once.
+    stop: where an orphaned rank requests a checkpoint before it ends; without it the rank ends at
+    once.
     before_exit: called with the exit code and the reason before the guard ends the process.
     orphaned: why this rank is orphaned; empty if it is not.
     """
@@ -84,15 +86,15 @@ class Guard:
             if self.orphaned and idle_s > ORPHAN_LIMIT_S:
                 self.end(
                     ORPHAN_EXIT_CODE,
-                    f"error (rank {self.rank}): {self.orphaned}; the run was asked to stop, but there "
-                    f"was no progress for {idle_s:.0f} s; stacks of all threads:",
+                    f"error (rank {self.rank}): {self.orphaned}; the run was asked to stop, but "
+                    f"there was no progress for {idle_s:.0f} s; stacks of all threads:",
                     stacks=True,
                 )
             if idle_s > self.limit_s:
                 self.end(
                     HANG_EXIT_CODE,
-                    f"error (rank {self.rank}): no progress for {idle_s:.0f} s (guard.hang_limit is "
-                    f"{self.limit_s:.0f} s); stacks of all threads:",
+                    f"error (rank {self.rank}): no progress for {idle_s:.0f} s "
+                    f"(guard.hang_limit is {self.limit_s:.0f} s); stacks of all threads:",
                     stacks=True,
                 )
 

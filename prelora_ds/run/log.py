@@ -45,10 +45,10 @@ def _finite(value: Any) -> Any:
 
 
 class JsonLines:
-    """A file with one JSON object per line; each is passed to the operating system before `write` returns.
+    """A file with one JSON object per line.
 
-    It is a side channel: what cannot be written is lost, and training continues. `sync_logs` brings
-    the rows to the disk.
+    Each line is passed to the operating system before `write` returns. It is a side channel: what
+    cannot be written is lost, and training continues. `sync_logs` brings the rows to the disk.
     """
 
     def __init__(self, path: Path) -> None:
@@ -105,8 +105,8 @@ class JsonLines:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read the rows of a JSON-lines file.
 
-    An unfinished last line, left by a kill or a power cut, is skipped. Raises ConfigError if the file
-    cannot be read, or if a line is not a JSON object; the error then names the line.
+    An unfinished last line, left by a kill or a power cut, is skipped. Raises ConfigError if the
+    file cannot be read, or if a line is not a JSON object; the error then names the line.
     """
     try:
         # After a power cut, a file may end in zeros for blocks that had not reached the disk.
@@ -198,10 +198,11 @@ def sync_logs(folder: RunFolder) -> None:
 
 
 class RunLog:
-    """The logs of a run in its output folder. Only rank 0 writes; ``monitor`` is None on other ranks.
+    """The logs of a run in its output folder, which only rank 0 writes.
 
-    monitor: the result of `make_monitor`. It is created once per run and attached to each engine, so
-        that TensorBoard shows one run with an unbroken axis (samples, as in DeepSpeed's own events).
+    monitor: the result of `make_monitor`, or None on ranks other than 0. It is created once per run
+        and attached to each engine, so that TensorBoard shows one run with an unbroken axis
+        (samples, as in DeepSpeed's own events).
     say: prints one warning per file that cannot be written; training continues.
     """
 

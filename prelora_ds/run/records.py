@@ -1,4 +1,4 @@
-"""Record a run: rows of steps, events, observations and windows in its logs, and lines on the terminal."""
+"""Record a run: steps, events, observations and windows in its logs, and lines on the terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Handle unreadable samples and diverged steps: stop, skip the update, or roll back to a checkpoint."""
+"""Handle unreadable samples and diverged steps: stop, skip the update, or roll back."""
 
 from __future__ import annotations
 
@@ -20,9 +20,16 @@ from prelora_ds.run.records import Records
 from prelora_ds.run.run_state import RunState
 
 
-def check_samples(run: Run, records: Records, engine: Engine, state: RunState, step: int, stats: StepStats,
-                  micro_batches: Sequence[MicroBatch]) -> None:
-    """Count the step's unreadable samples; raise CorruptBudgetError if the epoch exceeds its budget.
+def check_samples(
+    run: Run,
+    records: Records,
+    engine: Engine,
+    state: RunState,
+    step: int,
+    stats: StepStats,
+    micro_batches: Sequence[MicroBatch],
+) -> None:
+    """Count the step's unreadable samples; raise CorruptBudgetError if there are too many.
 
     All ranks raise at the same step, because the counts are global. Collective if it raises.
     """
@@ -39,10 +46,10 @@ def check_samples(run: Run, records: Records, engine: Engine, state: RunState, s
 
 def recover(run: Run, records: Records, saver: Saver, engine: Engine, state: RunState, step: int,
             stats: StepStats) -> Checkpoint | None:
-    """Handle a step that diverged, as `train.divergence` specifies; return the checkpoint to roll back to.
+    """Handle a step that diverged, as `train.divergence` specifies.
 
-    Returns None if the step did not diverge or its update was skipped. Raises TrainingDivergedError.
-    Collective if the step diverged.
+    Returns the checkpoint to roll back to. Returns None if the step did not diverge or its update
+    was skipped. Raises TrainingDivergedError. Collective if the step diverged.
     """
     config = run.config.train.divergence
     problem = divergence_problem(state.watch, step, stats, config)

@@ -1,4 +1,4 @@
-"""The state of a run apart from its weights: everything that the loop changes and a checkpoint saves."""
+"""The state of a run apart from its weights: what the loop changes and a checkpoint saves."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from prelora_ds.run.log import Meter
 class RunState:
     """The state after ``step`` optimizer steps.
 
-    window, logged: what has been measured since the last observation, and since the last logged row.
+    window, logged: what has been measured since the last observation, and since the last logged
+    row.
     accuracy: the result of the last evaluation, which took place after ``evaluated_at`` steps.
     best_acc1: the highest top-1 accuracy so far.
     corrupt: the current epoch and the number of its samples that could not be read so far.

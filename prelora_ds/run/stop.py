@@ -1,4 +1,4 @@
-"""Requests to stop: a signal, or a time limit that is near. The loop acts on them at the end of a step."""
+"""Requests to stop, by a signal or a time limit. The loop acts on them at the end of a step."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ class StopRequest:
 
     walltime_s: the time limit (`checkpoint.walltime`), in seconds since this object was created.
 
-    Once steps have begun, SIGTERM and SIGHUP request a stop. Before, there is nothing to save, so they
-    keep their default action and end the process even inside a call that no handler interrupts.
-    Otherwise a launcher with a refused rank would have to wait half a minute for the others.
+    Once steps have begun, SIGTERM and SIGHUP request a stop. Before, there is nothing to save, so
+    they keep their default action and end the process even inside a call that no handler
+    interrupts. Otherwise a launcher with a refused rank would have to wait half a minute for the
+    others.
     """
 
     def __init__(self, walltime_s: float | None = None) -> None:
@@ -72,8 +73,8 @@ class StopRequest:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        # One request arrives by several paths (scheduler, supervisor, terminal). Only a repeated SIGTERM
-        # forces an exit.
+        # One request arrives by several paths (scheduler, supervisor, terminal). Only a repeated
+        # SIGTERM forces an exit.
         repeated = self._signalled_at is not None and now - self._signalled_at > DEBOUNCE_S
         if repeated and number == signal.SIGTERM:
             os._exit(128 + number)

@@ -45,7 +45,8 @@ class FileRecord:
     @classmethod
     def of(cls, path: Path) -> FileRecord:
         with open(path, "rb") as file:
-            return cls(os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
+            size = os.fstat(file.fileno()).st_size
+            return cls(size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,9 @@ class CheckpointManifest:
             try:
                 size = path.stat().st_size
                 if size != expected.bytes:
-                    raise BrokenCheckpointError(f"{path}: is {size} bytes, expected {expected.bytes}")
+                    raise BrokenCheckpointError(
+                        f"{path}: is {size} bytes, expected {expected.bytes}"
+                    )
                 if FileRecord.of(path) != expected:
                     raise BrokenCheckpointError(f"{path}: checksum mismatch")
             except OSError as exc:
@@ -184,7 +187,7 @@ def step_folder(root: Path, step: int) -> Path:
 
 
 def step_of(folder: Path) -> int:
-    """Return the step in the name of a checkpoint folder, or -1 if it is not a checkpoint folder."""
+    """Return the step in the name of a checkpoint folder, or -1 for any other folder."""
     match = _STEP.fullmatch(folder.name)
     return int(match[1]) if match else -1
 
@@ -203,7 +206,7 @@ def root_of(folder: Path) -> Path:
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """List the checkpoint folders in ``root``, newest first, without checking that they are intact."""
+    """List the checkpoint folders in ``root``, newest first, without verifying them."""
     if not root.is_dir():
         return []
     checkpoints = [path for path in root.iterdir() if step_of(path) >= 0]
@@ -213,7 +216,8 @@ def list_checkpoints(root: Path) -> list[Path]:
 def commit(partial: Path, final: Path, manifest: CheckpointManifest) -> None:
     """Write the manifest into ``partial`` and rename it to ``final``.
 
-    On OSError ``final`` does not exist. Call ``sync_folder(final.parent)`` to make the rename durable.
+    On OSError ``final`` does not exist. Call ``sync_folder(final.parent)`` to make the rename
+    durable.
     """
     manifest.write(partial)
     partial.rename(final)
@@ -295,8 +299,8 @@ def _manifest_or_none(folder: Path) -> CheckpointManifest | None:
 def describe(folder: Path) -> str:
     """Describe and verify a checkpoint in one line.
 
-    The line has the step, the phase, the number of ranks, the ZeRO stage, the bytes without the base,
-    and whether everything verifies.
+    The line has the step, the phase, the number of ranks, the ZeRO stage, the bytes without the
+    base, and whether everything verifies.
     """
     try:
         manifest = CheckpointManifest.load(folder)

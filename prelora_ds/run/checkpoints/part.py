@@ -1,8 +1,8 @@
 """Write one rank's part of a state to a safetensors file, and read back any part of such files.
 
-The keys are ``value/NAME``, ``exp_avg/NAME``, ``exp_avg_sq/NAME`` and ``buffer/NAME``; values and moments are
-flat tensors. ``starts`` in the metadata maps each name to the offset at which its slice begins in the
-parameter.
+The keys are ``value/NAME``, ``exp_avg/NAME``, ``exp_avg_sq/NAME`` and ``buffer/NAME``; values and
+moments are flat tensors. ``starts`` in the metadata maps each name to the offset at which its slice
+begins in the parameter.
 """
 
 from __future__ import annotations
@@ -70,14 +70,15 @@ def read_state(
     """Read this rank's part of the state in ``folders``.
 
     If a folder was written by a world of the same size, the rank reads the file of the same rank.
-    Otherwise it reads an even share of each parameter, cut from all files, so that no rank reads more
-    than its part.
+    Otherwise it reads an even share of each parameter, cut from all files, so that no rank reads
+    more than its part.
 
     worlds: the number of ranks that wrote each folder.
     shapes: parameter name -> number of elements.
 
-    Returns the state, with the buffers of the first folder, and the metadata of the rank file in that
-    folder from which the buffers come. Raises OSError if a file is broken or elements are missing.
+    Returns the state, with the buffers of the first folder, and the metadata of the rank file in
+    that folder from which the buffers come. Raises OSError if a file is broken or elements are
+    missing.
     """
     state = EngineState({})
     metadata: dict[str, str] = {}
@@ -122,8 +123,8 @@ def _read_share(
 ) -> dict[str, Slice]:
     """Read this rank's even share of each parameter from the files of all ranks.
 
-    elements: parameter name -> number of elements. Raises ValueError if a name or a number of elements
-    does not match, or if elements are missing.
+    elements: parameter name -> number of elements. Raises ValueError if a name or a number of
+    elements does not match, or if elements are missing.
     """
     parts_by_name: dict[str, list[tuple[int, dict[str, torch.Tensor]]]] = {}
     written: Counter[str] = Counter()

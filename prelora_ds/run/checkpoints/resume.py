@@ -53,11 +53,14 @@ class Checkpoint:
     rng: str
 
     def belongs_to(self, folder: RunFolder) -> bool:
-        """Whether the run in ``folder`` wrote this checkpoint, so that it is not a new run's start."""
+        """Whether this is a checkpoint of the run in ``folder``, and not of another run."""
         return root_of(self.folder).resolve() == folder.checkpoints.resolve()
 
     def restore_rng(self, seed: int) -> None:
-        """Restore this rank's RNG state; if the world size changed, reseed from seed, rank and step."""
+        """Restore this rank's RNG state.
+
+        If the world size changed, reseed from ``seed``, rank and step.
+        """
         if self.manifest.world_size == dist.get_world_size():
             restore_rng(self.rng)
         else:
@@ -67,8 +70,8 @@ class Checkpoint:
 def resumable_checkpoints(folder: RunFolder, resume: str) -> list[Path]:
     """List the checkpoints that ``--resume`` allows for the run in ``folder``, newest first.
 
-    resume: ``auto``, ``never`` or a path. A path names a checkpoint, or a run (its newest checkpoint).
-        It is used once: repeating the command resumes the new run instead.
+    resume: ``auto``, ``never`` or a path. A path names a checkpoint, or a run (its newest
+        checkpoint). It is used once: repeating the command resumes the new run instead.
 
     Raises ConfigError if the path is neither a checkpoint nor a run with checkpoints.
     """
@@ -116,12 +119,12 @@ def load_newest(
 ) -> Checkpoint | None:
     """Load the first of ``folders`` (as listed by rank 0) that verifies on every rank. Collective.
 
-    Every rank verifies its share of the files and reads its part. All ranks skip a checkpoint that is
-    broken on any rank, with a message. A checkpoint of another run than ``run`` provides its weights,
-    but not what was measured under the settings of that run.
+    Every rank verifies its share of the files and reads its part. All ranks skip a checkpoint that
+    is broken on any rank, with a message. A checkpoint of another run than ``run`` provides its
+    weights, but not what was measured under the settings of that run.
 
-    Returns None if there are no ``folders``. Raises ConfigError if none of them is intact, or one has
-    another format.
+    Returns None if there are no ``folders``. Raises ConfigError if none of them is intact, or one
+    has another format.
     """
     listed: list[Any] = [list(folders)]
     dist.broadcast_object_list(listed, src=0)
@@ -144,8 +147,8 @@ def load_newest(
             "--resume",
             str(listed[0][0]),
             f"no intact checkpoint found: {'; '.join(problems)}",
-            "restore the files, choose another checkpoint with --resume PATH, or start over in a new "
-            "run.output_dir",
+            "restore the files, choose another checkpoint with --resume PATH, or start over in a "
+            "new run.output_dir",
         )
     return None
 
@@ -249,7 +252,7 @@ def _rewind(folder: RunFolder, checkpoint: Checkpoint | None, step: int) -> None
 
 
 def _first_error(error: OSError) -> OSError:
-    """Return the first error behind ``error``: copytree collects the errors of all files as texts."""
+    """Return the first error in ``error``; copytree collects the errors of all files as texts."""
     if isinstance(error, shutil.Error):
         first = error.args[0][0][2]
         number = next((number for number in DISK_FAULTS if os.strerror(number) in first), None)

@@ -1,4 +1,4 @@
-"""Write checkpoints: a copy on the host, a thread that writes it, a vote of all ranks, and the rename."""
+"""Write checkpoints: a copy on the host, a thread that writes it, a vote, and the rename."""
 
 from __future__ import annotations
 
@@ -127,16 +127,16 @@ class Saver:
         if not saved:
             raise NotSavedError(
                 f"stop requested ({why}) after step {state.step}, but the checkpoint could not be "
-                "written\n  remedy: free space in run.output_dir; the same command resumes from the "
-                "previous checkpoint"
+                "written\n  remedy: free space in run.output_dir; the same command resumes from "
+                "the previous checkpoint"
             )
         raise Stopped(f"stopped after step {state.step} ({why}); run the same command to resume")
 
     def save(self, engine: Engine, state: RunState, *, wait: bool = False) -> bool:
         """Start to write a checkpoint; with ``wait``, or without `checkpoint.async`, finish it too.
 
-        Only one checkpoint is written at a time: the previous one is finished first. Returns False if
-        a checkpoint that this call waited for could not be written.
+        Only one checkpoint is written at a time: the previous one is finished first. Returns False
+        if a checkpoint that this call waited for could not be written.
         """
         saved = self.finish_pending()
         started_at = time.perf_counter()
@@ -176,9 +176,9 @@ class Saver:
         return saved
 
     def finish_pending(self) -> bool:
-        """Wait for the checkpoint that is being written, if any, and commit it if all ranks wrote it.
+        """Wait for the checkpoint that is being written, if any.
 
-        Returns False if it could not be written.
+        It is committed if all ranks wrote it. Returns False if it could not be written.
         """
         if self._pending is None:
             return True
@@ -278,7 +278,8 @@ class Saver:
         except OSError as exc:
             vote = {}, f"rank {self._rank}: {exc}"
         except Exception as exc:
-            # Any error of the writing thread: raised here, it would leave the other ranks in the vote.
+            # Any error of the writing thread: raised here, it would leave the other ranks in the
+            # vote.
             vote = {}, f"rank {self._rank}: {type(exc).__name__}: {exc}"
         votes: list[Any] = [None] * self._world
         dist.all_gather_object(votes, vote)
