@@ -69,32 +69,32 @@ def claim_output(
         folder.path.mkdir(parents=True, exist_ok=True)
         lock = Lock(folder.lock).take()
         on_refusal.callback(lock.release)
-        begun = _check_folder(folder, config, resume)
+        started = _check_folder(folder, config, resume)
         check_logs(folder)
         candidates = resumable_checkpoints(folder, resume)
         new_run = False
         if candidates:
             new_run = root_of(candidates[0]).resolve() != folder.checkpoints.resolve()
         origin = None if resume in ("auto", "never") else str(Path(resume).resolve())
-        if begun and new_run and origin not in (None, origin_of(folder)):
+        if started and new_run and origin not in (None, origin_of(folder)):
             raise ConfigError(
                 "--resume",
                 resume,
                 f"belongs to another run, and {folder.path} already holds a run",
                 "choose another run.output_dir",
             )
-        if begun and (new_run or not candidates):
+        if started and (new_run or not candidates):
             _check_checkpoints_not_lost(folder)
         _check_candidates(candidates, config, data, classes, new_run=new_run, steps=steps)
 
         discard_partial(folder.checkpoints)
         if list_checkpoints(folder.checkpoints):
             folder.saved.touch()  # version 0.1.0 did not write it
-        elif not begun:
+        elif not started:
             folder.saved.unlink(missing_ok=True)
         if new_run and origin is not None:
             replace_file(folder.origin, origin + "\n")
-        elif not begun and resume == "never":
+        elif not started and resume == "never":
             folder.origin.unlink(missing_ok=True)
         replace_file(folder.config, dump_yaml(config))
         on_refusal.pop_all()
@@ -139,9 +139,9 @@ def _check_folder(folder: RunFolder, config: Config, resume: str) -> bool:
     names = {
         path.name for path in folder.path.iterdir() if not path.name.startswith(before_start)
     }
-    begun = bool(names - {folder.config.name, folder.origin.name, folder.saved.name})
+    started = bool(names - {folder.config.name, folder.origin.name, folder.saved.name})
     has_config = folder.config.is_file()
-    if begun and (resume == "never" or not has_config):
+    if started and (resume == "never" or not has_config):
         raise ConfigError(
             "run.output_dir",
             str(folder.path),
@@ -159,10 +159,10 @@ def _check_folder(folder: RunFolder, config: Config, resume: str) -> bool:
         # Read it even if no run has started: the file may be somebody else's.
         stored = read_settings(folder.config)
         before = _stored_settings(stored, config, folder.config, new_run=False)
-        if begun:
+        if started:
             checkpoint = folder.path if list_checkpoints(folder.checkpoints) else None
             _check_same_settings(before, config, folder.path, new_run=False, checkpoint=checkpoint)
-    return begun
+    return started
 
 
 def _check_checkpoints_not_lost(folder: RunFolder) -> None:

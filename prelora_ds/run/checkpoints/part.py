@@ -76,9 +76,8 @@ def read_state(
     worlds: the number of ranks that wrote each folder.
     shapes: parameter name -> number of elements.
 
-    Returns the state, with the buffers of the first folder, and the metadata of the rank file in
-    that folder from which the buffers come. Raises OSError if a file is broken or elements are
-    missing.
+    Returns the state, and the metadata of the rank file in the first folder from which the buffers
+    are read. Raises OSError if a file is broken or elements are missing.
     """
     state = EngineState({})
     metadata: dict[str, str] = {}
