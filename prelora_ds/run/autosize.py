@@ -104,7 +104,7 @@ def _machine(config: Config, world_size: int, ranks_per_host: int) -> tuple[floa
 def _setting_candidates(
     config: Config, phase: PhaseConfig, plan: Plan, layout: Layout, world_size: int
 ) -> Iterator[Setting]:
-    """Yield all settings that ``phase`` allows; `auto` allows every value that divides evenly."""
+    """Yield all settings that ``phase`` allows; `auto` allows all stages or micro-batches."""
     for zero in _stages(config, plan) if phase.zero_stage == "auto" else [config.zero]:
         micro_batch_size = config.train.micro_batch_size
         if phase.micro_batch_size == "auto":
