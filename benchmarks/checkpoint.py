@@ -95,7 +95,7 @@ def saves(
     costs = {"full": one_phase(engine, saver, rounds, 0, copy_speed)}
     warmup, lora = plans(engine.layout)
     for plan in (warmup, lora):
-        engine, _ = transition(engine, plan, keep_frozen=saver.keep_frozen)
+        engine, _ = transition(engine, plan, keep_frozen=saver.save_frozen)
         switch_ranks.one_step(engine)
     costs["lora"] = one_phase(engine, saver, rounds, 1000, copy_speed)
     saver.close()

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
         guard = Guard(rank=ranks.rank, stop=stop)
         guard.watch(ancestors.check, every_s=1.0)
         guard.watch(record.check)
-        guard.last_words = record.record_exit
+        guard.before_exit = record.record_exit
         guard.start()
         args = parse_arguments(argv, __doc__)
         from prelora_ds.start import start  # heavy imports only after the launch was validated

@@ -1,4 +1,4 @@
-"""Files and folders that are written whole, or not at all."""
+"""Write files and folders atomically: completely, or not at all."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
-PARTIAL = ".partial"  # how the name of what is being written ends; it begins with a dot
+# The suffix of the names of unfinished files and folders, which begin with a dot.
+PARTIAL = ".partial"
 
 
 def replace_file(path: Path, data: str | bytes | memoryview, *, durable: bool = True,
                  executable: bool = False) -> None:
-    """Write ``data`` under another name beside ``path``, and then give it that name.
+    """Replace ``path`` atomically: write ``data`` to a temporary file and rename that file.
 
-    A reader, on this host or another, finds the old content or the new one and never a part.
+    A reader, on this host or another, finds the old content or the new one and never a part of it.
 
-    durable: content and name are on disk when this returns, so that they survive a power cut. It
-    takes milliseconds on a local disk, and more on a shared one.
+    durable: content and name are on disk when this returns, so they survive a power cut. This takes
+        milliseconds on a local disk, and longer on a shared one.
 
-    Raises OSError; then ``path`` is as it was, and nothing else is left.
+    Raises OSError; ``path`` is then unchanged, and the temporary file is removed.
     """
     content = data.encode() if isinstance(data, str) else data
-    partial = path.with_name(f".{path.name.lstrip('.')}.{socket.gethostname()}.{uuid4().hex}{PARTIAL}")
+    name = path.name.lstrip(".")
+    partial = path.with_name(f".{name}.{socket.gethostname()}.{uuid4().hex}{PARTIAL}")
     try:
         with partial.open("xb") as file:
             file.write(content)
@@ -44,16 +46,17 @@ def replace_file(path: Path, data: str | bytes | memoryview, *, durable: bool = 
 
 @contextmanager
 def new_folder(path: Path, *, replace: bool) -> Iterator[Path]:
-    """A folder to write into, which gets the name ``path`` at the end, whole and on disk.
+    """Yield a temporary folder to write into; at the end, sync it and rename it to ``path``.
 
-    replace: whether a folder of that name is replaced, for a caller that is the only one to write it;
-    what an earlier try left after a kill is removed then, too. Without, such a folder is an OSError.
+    replace: replace an existing folder ``path``, and remove the leftovers of an earlier attempt
+        that was killed. Only for a caller that is the only one to write it. If replace is false, an
+        existing folder is an OSError.
 
-    After an exception ``path`` is as it was, and nothing else is left. Raises OSError.
+    After an exception ``path`` is unchanged, and the temporary folder is removed. Raises OSError.
     """
     if replace:
-        for left in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
-            shutil.rmtree(left, ignore_errors=True)
+        for leftover in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
+            shutil.rmtree(leftover, ignore_errors=True)
     partial = path.with_name(f".{path.name}.{uuid4().hex}{PARTIAL}")
     try:
         partial.mkdir(parents=True)
@@ -71,7 +74,7 @@ def new_folder(path: Path, *, replace: bool) -> Iterator[Path]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in ``folder`` to disk. Raises OSError."""
+    """Sync ``folder`` to disk, so that renames in it are durable. Raises OSError."""
     _sync(folder)
 
 

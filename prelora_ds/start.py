@@ -76,8 +76,8 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
     ranks = with_master_addr(ranks, config.launch.interface)
     assert ranks.master_addr is not None, "with_master_addr finds the address or raises"
     claim: Claim | None = None
-    sources: Sequence[Path] = ()
-    origin: str | None = None
+    resume_candidates: Sequence[Path] = ()
+    resumed_from: str | None = None
     with announcing_failure(ranks, os.environ):
         choose_interface(config.launch.interface, ranks.master_addr, os.environ)
         ranks.export(os.environ)
@@ -87,8 +87,8 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
             claim = claim_output(folder, config, resume,
                                  identity(train_data, val_data), train_data.classes,
                                  steps=timeline.total_steps)
-            sources = claim.sources
-            origin = claim.origin
+            resume_candidates = claim.resume_candidates
+            resumed_from = claim.resumed_from
     try:
         if claim is not None:
             guard.watch(claim.lock.check)
@@ -105,14 +105,14 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
         from prelora_ds.train import train
 
         try:
-            train(config, train_data, val_data, hosts, sources=sources, origin=origin, stop=stop,
-                  guard=guard)
+            train(config, train_data, val_data, hosts, resume_candidates=resume_candidates,
+                  resumed_from=resumed_from, stop=stop, guard=guard)
             if ranks.rank == 0:
                 report_if_possible(folder)
             record.mark_done()
         except Stopped as why:
-            guard.look()  # another rank may have noticed it first
-            if guard.orphaned:  # nobody asked the run to end, so a supervisor restarts it
+            guard.check_now()  # another rank may have seen it first
+            if guard.orphaned:  # nobody asked the run to end: a supervisor starts it again
                 record.record_exit(ORPHAN_EXIT_CODE, guard.orphaned)
             record.mark_stopped()
             close_process_group()

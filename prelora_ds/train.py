@@ -1,4 +1,8 @@
-"""The loop, read top to bottom. A step knows no phase: an observation may change the plan, and a plan the engine."""
+"""The training loop, to be read from top to bottom.
+
+A step is the same in every phase. An observation may change the plan, and a changed plan the
+engine.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +27,9 @@ from prelora_ds.exporting.hf import export_model
 from prelora_ds.model.families import find_layout
 from prelora_ds.model.vit import build_model
 from prelora_ds.reporting.progress import TrainProgress
-from prelora_ds.run.autosize import workers_of
+from prelora_ds.run.autosize import resolve_workers
 from prelora_ds.run.begin import begin, roll_back
-from prelora_ds.run.checkpoints.resume import Checkpoint, load_newest, prepare
+from prelora_ds.run.checkpoints.resume import Checkpoint, load_newest, rewind_output
 from prelora_ds.run.checkpoints.saver import Saver
 from prelora_ds.run.context import Run
 from prelora_ds.run.decide import decide, follow_plan
@@ -40,47 +44,56 @@ from prelora_ds.run.stop import StopRequest
 
 
 def train(config: Config, train_data: TrainData, val_data: Manifest, hosts: Sequence[str], *,
-          sources: Sequence[Path] = (), origin: str | None = None, stop: StopRequest | None = None,
-          guard: Guard | None = None) -> Accuracy:
-    """Train to the end, from scratch or a checkpoint, and export the model to ``run.output_dir/model``. Collective.
+          resume_candidates: Sequence[Path] = (), resumed_from: str | None = None,
+          stop: StopRequest | None = None, guard: Guard | None = None) -> Accuracy:
+    """Train to the end, from scratch or a checkpoint, and export the model.
 
-    hosts: that of each rank. sources: the checkpoints to continue from, newest first, as `claim_output` found them;
-    rank 0's count, and its origin.
+    hosts: the host name of each rank.
+    resume_candidates, resumed_from: as in `Claim`; only rank 0's values are used.
 
-    Returns the accuracy of the last step's weights. Raises TrainingDivergedError when the loss or the gradient norm is
-    not as it should be, CorruptBudgetError when too many samples cannot be read, Stopped when ``stop`` asked for it
-    and a checkpoint was written, and NotSavedError when it was not.
+    The model is exported to ``run.output_dir/model``. Collective. Returns the accuracy of the
+    weights after the last step. Raises TrainingDivergedError if training diverges,
+    CorruptBudgetError if too many samples cannot be read, Stopped if ``stop`` requested it and a
+    checkpoint was written, and NotSavedError if it could not be written.
     """
     freeze_imports()
-    folder, rank_0 = RunFolder(Path(config.run.output_dir)), dist.get_rank() == 0
+    folder = RunFolder(Path(config.run.output_dir))
+    rank_0 = dist.get_rank() == 0
     timeline = Timeline(samples_per_epoch(config, len(train_data)), config.train.global_batch_size,
                         config.train.duration)
     with torch.device("meta"):
         module = build_model(config.model, len(train_data.classes))
     layout = find_layout(module, config.families(), config.model.families)
-    controller = PhaseController(layout=layout, timeline=timeline, phases=config.specs(), seed=config.run.seed)
+    controller = PhaseController(layout=layout, timeline=timeline, phases=config.specs(),
+                                 seed=config.run.seed)
 
-    found = load_newest(sources, folder, layout, partial(print, flush=True) if rank_0 else lambda text: None)
-    done = prepare(folder, found, origin)
+    say = partial(print, flush=True) if rank_0 else lambda text: None
+    checkpoint = load_newest(resume_candidates, folder, layout, say)
+    done = rewind_output(folder, checkpoint, resumed_from)
 
-    with ExitStack() as opened:
+    with ExitStack() as cleanup:
         progress = TrainProgress(timeline.total_steps, shown=rank_0, done=done)
-        opened.callback(progress.close)
-        workers = workers_of(config, train_data, layout, progress.say)
-        run = Run(config, layout, timeline, controller, train_data, val_data, workers, folder, hosts, opened)
+        cleanup.callback(progress.close)
+        workers = resolve_workers(config, train_data, layout, progress.say)
+        run = Run(config, layout, timeline, controller, train_data, val_data, workers, folder, hosts,
+                  cleanup)
         records = Records(run, progress, done)
-        opened.callback(records.close_logs)
-        saver = Saver(folder, config, timeline, progress.say, identity(train_data, val_data), train_data.classes)
-        opened.callback(saver.close)
-        return loop(run, records, saver, stop or StopRequest(), guard or Guard(math.inf), found)
+        cleanup.callback(records.close_logs)
+        saver = Saver(folder, config, timeline, progress.say, identity(train_data, val_data),
+                      train_data.classes)
+        cleanup.callback(saver.close)
+        return loop(run, records, saver, stop or StopRequest(), guard or Guard(math.inf),
+                    checkpoint)
 
 
 def loop(run: Run, records: Records, saver: Saver, stop: StopRequest, guard: Guard,
-         found: Checkpoint | None) -> Accuracy:
-    """Train from scratch or from the checkpoint ``found`` to the last step, and export the model. Collective."""
-    config, total = run.config, run.timeline.total_steps
-    engine, state = begin(run, records, saver, found)
-    loader, due = run.loader(engine, state.step), Due(config, run.timeline, state.step)
+         resume_from: Checkpoint | None) -> Accuracy:
+    """Train from scratch or ``resume_from`` to the last step, and export the model. Collective."""
+    config = run.config
+    total = run.timeline.total_steps
+    engine, state = begin(run, records, saver, resume_from)
+    loader = run.loader(engine, state.step)
+    due = Due(config, run.timeline, state.step)
     stop.begin_steps()
 
     while state.step < total:
@@ -97,20 +110,22 @@ def loop(run: Run, records: Records, saver: Saver, stop: StopRequest, guard: Gua
         stats = engine.finish_step(lr=lr, flags=flags, data_s=loader.waited_s, accept=accept)
         records.stragglers(step, stats)
 
-        # What ends the run or sends it back: too many unreadable samples, or a step that diverged.
+        # Stop, skip the update or roll back: too many unreadable samples, or a step that diverged.
         check_samples(run, records, engine, state, step, stats, micro_batches)
         checkpoint = recover(run, records, saver, engine, state, step, stats)
         if checkpoint is not None:
             loader.close()
             engine, state = roll_back(run, records, saver, engine, checkpoint)
-            loader, due = run.loader(engine, state.step), Due(config, run.timeline, state.step)
+            loader = run.loader(engine, state.step)
+            due = Due(config, run.timeline, state.step)
             continue
         measured: dict[str, Any] = state.count(stats, config.train, data_s=loader.waited_s)
 
-        # Measure, and decide by what was measured.
+        # Measure, and let the controller decide the next phase.
         improved = False
         if due.evaluation(step):
-            accuracy = evaluate_engine(engine, run.val_batches(), len(run.val_data), beat=guard.beat)
+            accuracy = evaluate_engine(engine, run.val_batches(), len(run.val_data),
+                                       beat=guard.beat)
             improved = state.evaluated(step, accuracy)
             measured |= {"val/acc1": accuracy.acc1, "val/loss": accuracy.loss}
         if due.norms(step):
@@ -122,11 +137,12 @@ def loop(run: Run, records: Records, saver: Saver, stop: StopRequest, guard: Gua
             records.step(state, engine, step, stats, lr, measured)
         state.step = step
 
-        # A new plan is a new engine, or another choice of what trains on this one.
+        # Follow a new plan: rebuild the engine, or change what trains on this one.
         engine = follow_plan(run, records, saver, engine, loader, state.phase)
 
-        # Save, and tell the guard that this rank is alive.
-        saver.after_step(engine, state, *stats.flags, due=due.checkpoint(step, improved=improved), why=stop.reason)
+        # Save, and report progress to the guard.
+        save = due.checkpoint(step, improved=improved)
+        saver.after_step(engine, state, *stats.flags, due=save, why=stop.reason)
         guard.beat()
 
     loader.close()

@@ -1,1 +1,1 @@
-"""A checkpoint as others open it."""
+"""Export models and checkpoints to formats of other libraries."""

@@ -1,4 +1,7 @@
-"""A checkpoint as others open it: a Hugging Face folder, a peft adapter, a timm state dict, DeepSpeed's own folder."""
+"""Convert a checkpoint to a format of another library.
+
+The formats are a Hugging Face folder, a peft adapter, a timm state dict and DeepSpeed's own folder.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from prelora_ds.core.classes import classes_of
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.plan import Plan
 from prelora_ds.errors import ConfigError, cannot_write
-from prelora_ds.exporting.hf import merge, whole_folder, write_model
+from prelora_ds.exporting.hf import export_folder, merge, write_model
 from prelora_ds.model.adapters import initial_adapter_value
 from prelora_ds.model.adapters.lora import peft_config
 from prelora_ds.model.families import find_layout
@@ -37,75 +40,113 @@ from prelora_ds.run.checkpoints.resume import Checkpoint, checkpoints_at, read_c
 from prelora_ds.run.folder import RunFolder
 
 FORMATS = ("hf", "peft", "timm", "deepspeed")
-# Path in transformers' ViT -> path in timm's; q, k and v are one linear there.
+# Path in transformers' ViT -> path in timm's ViT, where q, k and v are one linear.
 _TIMM = {"vit.embeddings.cls_token": "cls_token", "vit.embeddings.position_embeddings": "pos_embed",
          "vit.embeddings.patch_embeddings.projection": "patch_embed.proj", "vit.layernorm": "norm",
          "classifier": "head", "layernorm_before": "norm1", "layernorm_after": "norm2", "attention.o_proj": "attn.proj",
          "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
 
 
-def export_checkpoint(source: Path, out: Path, form: str) -> Path:
-    """Write the newest checkpoint of the run ``source``, or the one it names, to the new folder ``out``, in fp32.
+def export_checkpoint(source: Path, out: Path, export_format: str) -> Path:
+    """Convert a checkpoint to ``export_format`` and write it to the new folder ``out``.
 
-    hf: LoRA merged, for ``ViTForImageClassification.from_pretrained``. peft: the adapter, and in ``out/base`` the model
-    that it belongs to. timm: ``model.safetensors`` for the timm model that ``timm.json`` describes, LoRA merged.
-    deepspeed: DeepSpeed's folder for one rank at stage 2, moments included. A weight that was frozen
-    has the BF16 value that training saw. Each has the class names, where the checkpoint knows them.
+    source: a checkpoint, or a run (its newest checkpoint).
+    export_format: one of `FORMATS`.
+        hf: for ``ViTForImageClassification.from_pretrained``, LoRA merged.
+        peft: the adapter, and in ``out/base`` the model that it belongs to.
+        timm: ``model.safetensors`` for the timm model that ``timm.json`` describes, LoRA merged.
+        deepspeed: DeepSpeed's folder for one rank at stage 2, including the moments.
 
-    Returns the checkpoint. Raises ConfigError, and NotSavedError when the disk fails while ``out`` is
-    written; then nothing of it is left.
+    All values are fp32; a frozen weight has the BF16 value that training saw. The class names are
+    included if the checkpoint has them.
+
+    Returns the folder of the checkpoint. Raises ConfigError, and NotSavedError if the disk fails
+    while ``out`` is written; ``out`` does not exist then.
     """
-    if form not in FORMATS:
-        raise ConfigError("--format", form, "is not a format", f"choose among {', '.join(FORMATS)}")
+    if export_format not in FORMATS:
+        raise ConfigError(
+            "--format", export_format, "is not a known format", f"choose among {', '.join(FORMATS)}"
+        )
     folder = checkpoints_at(str(source), "RUN")[0]
     _check_out(out, folder)
     try:
         document = read_run_state(folder)
-        config = _config(document["config"], CheckpointManifest.load(folder), folder, form)
+        stored = document["config"]
+        manifest = CheckpointManifest.load(folder)
+        config = _export_config(stored, manifest, folder, export_format)
         classes = classes_of(document)
         if classes is None:
-            raise BrokenCheckpointError(f"{folder}: its state does not tell the number of classes")
+            raise BrokenCheckpointError(f"{folder}: its state lacks the number of classes")
         with torch.device("meta"):
-            layout = find_layout(
-                build_model(config.model, len(classes)), config.families(), config.model.families
-            )
-        found = read_checkpoint(folder, layout, 0, 1)
+            model = build_model(config.model, len(classes))
+            layout = find_layout(model, config.families(), config.model.families)
+        checkpoint = read_checkpoint(folder, layout, 0, 1)
     except (BrokenCheckpointError, KeyError, TypeError, OSError) as exc:
-        older = [f.name for f in list_checkpoints(folder.parent) if f != folder]
-        raise ConfigError("RUN_OR_CHECKPOINT", str(folder), f"cannot be read: {exc}",
-                          f"name another checkpoint: {', '.join(older) or 'there is none'}") from exc
-    plan = found.run.phase.plan
-    if form in ("peft", "timm") and config.model.factory is not None:
-        raise ConfigError("--format", form, f"is for a ViT, and this is a {config.model.factory}", "choose hf")
-    if form == "peft" and not plan.adapters:
-        raise ConfigError("--format", form, f"the checkpoint of step {found.run.step} is of phase {plan.phase}, which "
-                          "has no adapters", "choose hf, or a later checkpoint")
-    with whole_folder(out, replace=False) as partial:
-        if form == "deepspeed":
-            _write_deepspeed(config, classes, layout, found, partial)
+        others = [f.name for f in list_checkpoints(folder.parent) if f != folder]
+        raise ConfigError(
+            "RUN_OR_CHECKPOINT",
+            str(folder),
+            f"cannot be read: {exc}",
+            f"choose another checkpoint: {', '.join(others) or 'there is none'}",
+        ) from exc
+    plan = checkpoint.run.phase.plan
+    _check_format_fits(export_format, config, checkpoint)
+
+    with export_folder(out, replace=False) as partial:
+        if export_format == "deepspeed":
+            _write_deepspeed(config, classes, layout, checkpoint, partial)
             return folder
-        values = _values(found, plan, layout, config)
-        merged = merge(values, plan, layout) | {name: b for name, b in found.engine.buffers.items()
-                                                if name in _persistent(config, len(classes))}
-        if form == "hf":
+        values = _full_values(checkpoint, plan, layout, config)
+        persistent = _persistent_names(config, len(classes))
+        buffers = {n: b for n, b in checkpoint.engine.buffers.items() if n in persistent}
+        merged = merge(values, plan, layout) | buffers
+        if export_format == "hf":
             write_model(merged, config, classes, partial)
-        elif form == "timm":
+        elif export_format == "timm":
             _write_timm(merged, config, classes, partial)
         else:
-            _write_peft(values, plan, layout, config, classes, partial, base_named=out.resolve() / "base")
+            base = out.resolve() / "base"
+            _write_peft(values, plan, layout, config, classes, partial, base_path=base)
     return folder
 
 
-def _config(stored: Mapping[str, Any], manifest: CheckpointManifest, folder: Path, form: str) -> Config:
-    """What an export as ``form`` needs of the ``stored`` config; all else is as by default.
+def _check_format_fits(export_format: str, config: Config, checkpoint: Checkpoint) -> None:
+    """Raise ConfigError if the checkpoint cannot be converted to this format."""
+    plan = checkpoint.run.phase.plan
+    if export_format in ("peft", "timm") and config.model.factory is not None:
+        raise ConfigError(
+            "--format",
+            export_format,
+            f"is only for a ViT, but this model is a {config.model.factory}",
+            "choose hf",
+        )
+    if export_format == "peft" and not plan.adapters:
+        raise ConfigError(
+            "--format",
+            export_format,
+            f"the checkpoint at step {checkpoint.run.step} is in phase {plan.phase} and has no "
+            "adapters",
+            "choose hf, or a later checkpoint",
+        )
 
-    An older version may have allowed what this one refuses, and a folder, a seed or a ZeRO key is of no weight here.
-    Raises ConfigError, and KeyError or TypeError for what is no config.
+
+def _export_config(
+    stored: Mapping[str, Any], manifest: CheckpointManifest, folder: Path, export_format: str
+) -> Config:
+    """Return a config with the ``stored`` settings that the export needs, otherwise with defaults.
+
+    An older version may have accepted values that this one refuses; folders, seeds and ZeRO keys,
+    for example, do not matter for an export. Raises ConfigError, and KeyError or TypeError if
+    ``stored`` is not a config.
     """
     if not isinstance(stored, dict):
         raise TypeError("its config is not a mapping")
     named = with_new_names(stored)
-    trains = form == "deepspeed"  # with an optimizer, whose groups and batch are those of the run
+    # DeepSpeed's format includes the optimizer, whose groups and batch must be those of the run.
+    trains = export_format == "deepspeed"
+    optimizer = {}
+    if trains:
+        optimizer = _only(named.get("optimizer", {}), "lr", "betas", "eps", "weight_decay")
     return validate(
         {
             "run": {"name": "export", "output_dir": "-"},
@@ -116,24 +157,30 @@ def _config(stored: Mapping[str, Any], manifest: CheckpointManifest, folder: Pat
                 "global_batch_size": named["train"]["global_batch_size"] if trains else 1,
                 "micro_batch_size": 1,
             },
-            "optimizer": _only(named.get("optimizer", {}), "lr", "betas", "eps", "weight_decay") if trains else {},
+            "optimizer": optimizer,
             "convergence": None if named.get("convergence") is None else {"tau": 1.0, "zeta": 1.0},
             "lora": {key: value for key, value in named.get("lora", {}).items() if key != "warmup"},
-            "phases": _at_stage(named.get("phases", {}), manifest),
+            "phases": _phases_at_stage(named.get("phases", {}), manifest),
         },
         str(folder),
     )
 
 
-def _at_stage(phases: Any, manifest: CheckpointManifest) -> Any:
-    """``phases`` of a stored config without their settings, but for the ZeRO stage of the checkpoint's own."""
+def _phases_at_stage(phases: Any, manifest: CheckpointManifest) -> Any:
+    """Return the ``phases`` of a stored config without their settings.
+
+    Only the ZeRO stage is set: the checkpoint's stage for the checkpoint's phase, 0 for the others.
+    """
 
     def stage(name: str) -> int:
         return manifest.zero_stage if name == manifest.phase else 0
 
     if isinstance(phases, list):
-        method = [{key: value for key, value in own.items() if key not in PhaseSettings.model_fields} for own in phases]
-        return [{**own, "zero_stage": stage(own["name"])} for own in method]
+        without_settings = [
+            {key: value for key, value in phase.items() if key not in PhaseSettings.model_fields}
+            for phase in phases
+        ]
+        return [{**phase, "zero_stage": stage(phase["name"])} for phase in without_settings]
     stages = {name: {"zero_stage": stage(name)} for name in ("full", "warmup", "lora")}
     return {"preset": phases.get("preset"), **stages}
 
@@ -143,9 +190,9 @@ def _only(section: Mapping[str, Any], *keys: str) -> dict[str, Any]:
 
 
 def _check_out(out: Path, checkpoint: Path) -> None:
-    """Raise ConfigError unless ``out`` can be made: a new folder outside of the run of ``checkpoint``."""
+    """Raise ConfigError unless ``out`` can be created outside of the checkpoint's run."""
     if out.exists() or out.is_symlink():
-        raise ConfigError("OUT", str(out), "exists", "name a new folder")
+        raise ConfigError("OUT", str(out), "already exists", "choose a new folder")
     root = root_of(checkpoint.resolve())
     run = RunFolder.of_checkpoints(root)
     owner = checkpoint.resolve() if run is None else run.path
@@ -153,8 +200,8 @@ def _check_out(out: Path, checkpoint: Path) -> None:
         raise ConfigError(
             "OUT",
             str(out),
-            f"lies inside {owner}, and a run owns all that is in its folder",
-            "name a folder outside of the run",
+            f"is inside {owner}, which belongs to the run",
+            "choose a folder outside of the run",
         )
     try:
         out.mkdir(parents=True)
@@ -163,20 +210,29 @@ def _check_out(out: Path, checkpoint: Path) -> None:
         raise cannot_write("OUT", str(out), exc) from exc
 
 
-def _values(found: Checkpoint, plan: Plan, layout: Layout, config: Config) -> dict[str, torch.Tensor]:
-    """Whole parameters in fp32, as the model computes with them (but for the rounding of what trains)."""
+def _full_values(
+    checkpoint: Checkpoint, plan: Plan, layout: Layout, config: Config
+) -> dict[str, torch.Tensor]:
+    """Return full parameters in fp32, with the values that the model computes with.
+
+    Parameters that train are not rounded to BF16.
+    """
     merged = config.for_phase(plan.phase).kernel() == "merged"
     kept_in_fp32 = {f"{path}.weight" for path in plan.frozen_bases()} if merged else set()
-    values, leaves = {}, plan.leaves(layout)
+    values = {}
+    leaves = plan.leaves(layout)
     for name, shape in plan.parameters(layout).items():
-        held = found.engine.slices.get(name)
-        value = initial_adapter_value(name, shape, plan, leaves) if held is None else held.value.view(shape)
-        rounded = name not in plan.trainable and name not in kept_in_fp32
-        values[name] = value.bfloat16().float() if rounded else value.float()
+        part = checkpoint.engine.slices.get(name)
+        value = initial_adapter_value(name, shape, plan, leaves) if part is None else part.value.view(shape)
+        if name in plan.trainable or name in kept_in_fp32:
+            values[name] = value.float()
+        else:
+            values[name] = value.bfloat16().float()
     return values
 
 
-def _persistent(config: Config, labels: int) -> set[str]:
+def _persistent_names(config: Config, labels: int) -> set[str]:
+    """Return the names in the model's state dict, which lacks non-persistent buffers."""
     with torch.device("meta"):
         return set(build_model(config.model, labels).state_dict())
 
@@ -189,23 +245,29 @@ def _write_peft(
     classes: Sequence[str],
     out: Path,
     *,
-    base_named: Path,
+    base_path: Path,
 ) -> None:
-    """``base_named``: where the adapter's config and card say that its base is."""
+    """Write the adapter to ``out`` and its base model to ``out/base``.
+
+    base_path: the final path of the base, which goes into the adapter's config and card.
+    """
     from peft import get_peft_model, set_peft_model_state_dict
     from transformers import ViTForImageClassification
 
     (out / "base").mkdir()
     write_model({name: values[name] for name in layout.parameters}, config, classes, out / "base")
     base = ViTForImageClassification.from_pretrained(out / "base")
-    base.name_or_path = base.config.name_or_path = str(base_named)  # peft copies both
-    model = get_peft_model(base, peft_config(plan.adapters, config.for_phase(plan.phase).adapters.dropout))
+    base.name_or_path = base.config.name_or_path = str(base_path)  # peft copies both
+    dropout = config.for_phase(plan.phase).adapters.dropout
+    model = get_peft_model(base, peft_config(plan.adapters, dropout))
     adapters = {f"base_model.model.{name}": value
                 for name, value in values.items() if name not in layout.parameters}
-    loaded: Any = set_peft_model_state_dict(model, adapters)  # a namedtuple, which peft makes in the function
+    # The result is a namedtuple that peft defines inside the function.
+    loaded: Any = set_peft_model_state_dict(model, adapters)
     if loaded.unexpected_keys:
         raise RuntimeError(f"peft has no parameter {loaded.unexpected_keys[0]}")
-    # Otherwise peft looks for a vocabulary in the base, which has not got its name yet.
+    # With save_embedding_layers peft would look for a vocabulary in the base, whose folder is not
+    # yet renamed.
     model.save_pretrained(str(out), save_embedding_layers=False)
 
 
@@ -220,7 +282,8 @@ def _write_timm(
             renamed[_TIMM[path] + dot + leaf] = value
         elif block[2] == "attention.q_proj":
             stem = name.replace("q_proj", "{}_proj")
-            renamed[f"blocks.{block[1]}.attn.qkv.{block[3]}"] = torch.cat([weights[stem.format(x)] for x in "qkv"])
+            qkv = torch.cat([weights[stem.format(x)] for x in "qkv"])
+            renamed[f"blocks.{block[1]}.attn.qkv.{block[3]}"] = qkv
         elif block[2] not in ("attention.k_proj", "attention.v_proj"):
             renamed[f"blocks.{block[1]}.{_TIMM[block[2]]}.{block[3]}"] = value
     m = config.model
@@ -251,9 +314,9 @@ def _write_timm(
 
 
 def mlp_ratio(width: int, hidden: int) -> float:
-    """The ratio that timm makes ``hidden`` of again: it truncates ``width * ratio`` to an integer.
+    """Return the ratio from which timm computes ``hidden`` again: timm truncates ``width * ratio``.
 
-    Raises ConfigError for sizes beyond what a float can tell apart.
+    Raises ConfigError if the sizes are too large for the precision of a float.
     """
     ratio = hidden / width
     if int(width * ratio) < hidden:
@@ -262,35 +325,43 @@ def mlp_ratio(width: int, hidden: int) -> float:
         raise ConfigError(
             "model.intermediate_size",
             hidden,
-            f"timm has no ratio of it to hidden_size {width}",
+            f"cannot be expressed as a ratio of hidden_size {width}, as timm requires",
             "choose another --format",
         )
     return ratio
 
 
 def _write_deepspeed(
-    config: Config, classes: Sequence[str], layout: Layout, found: Checkpoint, out: Path
+    config: Config, classes: Sequence[str], layout: Layout, checkpoint: Checkpoint, out: Path
 ) -> None:
     from prelora_ds.engine.build import build_engine
     from prelora_ds.engine.release import release
     from prelora_ds.engine.runtime import init_process_group
 
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    for key, value in alone.items():
+    one_rank = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }
+    for key, value in one_rank.items():
         os.environ.setdefault(key, value)
     init_process_group()
-    # Stage 2: DeepSpeed 0.19's optimizer of stage 1 in BF16 writes neither its stage nor what is frozen, and
-    # zero_to_fp32.py asks for both. Branch: a folded weight would hold the adapters that stand beside it.
-    phase = found.run.phase.plan.phase
-    own = config.with_settings(phase, PhaseSettings(micro_batch_size=config.train.global_batch_size, zero_stage=2))
+    # Use stage 2: DeepSpeed 0.19's stage 1 optimizer for BF16 writes neither its stage nor what is
+    # frozen, and zero_to_fp32.py needs both. Use the kernel "branch": a merged weight would include
+    # the adapters that are stored next to it.
+    phase = checkpoint.run.phase.plan.phase
+    settings = PhaseSettings(micro_batch_size=config.train.global_batch_size, zero_stage=2)
+    export_config = config.with_settings(phase, settings).with_kernel("branch")
     engine = build_engine(
-        own.with_kernel("branch"),
-        found.run.phase.plan,
+        export_config,
+        checkpoint.run.phase.plan,
         layout,
         len(classes),
-        found.engine,
-        found.counters,
+        checkpoint.engine,
+        checkpoint.counters,
     )
     state = {"classes": list(classes)}
-    engine.ds.save_checkpoint(str(out), tag=found.folder.name, client_state=state)
+    engine.ds.save_checkpoint(str(out), tag=checkpoint.folder.name, client_state=state)
     release(engine)

@@ -1,4 +1,4 @@
-"""The final model as a folder that others open, LoRA merged in fp32."""
+"""Export the final model to a folder for other libraries, with LoRA merged in fp32."""
 
 from __future__ import annotations
 
@@ -30,17 +30,21 @@ from prelora_ds.run.folder import RunFolder
 
 
 def export_model(engine: Engine, folder: Path, classes: Sequence[str] | None = None) -> None:
-    """Write ``engine``'s model to ``folder`` and end the engine. Collective; rank 0 writes.
+    """Write the engine's model to ``folder`` and release the engine. Collective; rank 0 writes.
 
-    A ViT becomes a folder for ``ViTForImageClassification.from_pretrained``; any other module model.safetensors (its
-    own names) and factory.json. What trained is written from the fp32 masters; a frozen weight as the BF16 value that
-    the adapters were trained on, into which they are folded in fp32. Appears whole or not at all.
+    A ViT becomes a folder for ``ViTForImageClassification.from_pretrained``. Any other module
+    becomes model.safetensors (with the module's own names) and factory.json. Trained parameters are
+    written from the fp32 masters. A frozen weight is written as the BF16 value that the adapters
+    were trained on; the adapters are merged into it in fp32. The folder appears complete or not at
+    all.
 
-    classes: the names of the labels, which go into the folder; None where they are not known.
-    Raises NotSavedError, on all ranks, when the folder cannot be written.
+    classes: the names of the labels, which are stored in the folder; None if they are not known.
+
+    Raises NotSavedError on all ranks if the folder cannot be written.
     """
-    kept = set(engine.module.state_dict())  # a buffer may be no part of a module's state
-    device, state = engine.ds.device, export_state(engine.ds)
+    persistent = set(engine.module.state_dict())  # Not every buffer is part of a module's state.
+    device = engine.ds.device
+    state = export_state(engine.ds)
     release(engine)
     values = {}
     for name, shape in engine.plan.parameters(engine.layout).items():
@@ -49,11 +53,13 @@ def export_model(engine: Engine, folder: Path, classes: Sequence[str] | None = N
             values[name] = full.cpu()
     failure: list[NotSavedError | None] = [None]
     if dist.get_rank() == 0:
-        buffers = {name: buffer for name, buffer in state.buffers.items() if name in kept}
+        buffers = {name: buffer for name, buffer in state.buffers.items() if name in persistent}
         try:
-            with whole_folder(folder, replace=True, kept=left_by_run(folder.parent)) as partial:
-                write_model(merge(values, engine.plan, engine.layout) | buffers, engine.config,
-                            classes or unnamed(engine.num_labels), partial)
+            fallback = resume_hint(folder.parent)
+            with export_folder(folder, replace=True, fallback=fallback) as partial:
+                weights = merge(values, engine.plan, engine.layout) | buffers
+                names = classes or unnamed(engine.num_labels)
+                write_model(weights, engine.config, names, partial)
         except NotSavedError as error:
             failure = [error]
     dist.broadcast_object_list(failure, src=0)
@@ -61,61 +67,74 @@ def export_model(engine: Engine, folder: Path, classes: Sequence[str] | None = N
         raise failure[0]
 
 
-def merge(values: Mapping[str, torch.Tensor], plan: Plan, layout: Layout) -> dict[str, torch.Tensor]:
-    """The parameters of the model without adapters, fp32, each adapter of ``plan`` folded into its weight."""
+def merge(
+    values: Mapping[str, torch.Tensor], plan: Plan, layout: Layout
+) -> dict[str, torch.Tensor]:
+    """Merge each adapter into its weight; return the fp32 parameters of the model without adapters."""
     merged = {name: values[name].float() for name in layout.parameters}
-    held: dict[str, dict[str, torch.Tensor]] = {}
+    leaves_by_path: dict[str, dict[str, torch.Tensor]] = {}
     for name, (path, leaf) in plan.leaves(layout).items():
-        held.setdefault(path, {})[leaf] = values[name]
+        leaves_by_path.setdefault(path, {})[leaf] = values[name]
     for path, spec in plan.adapters.items():
-        merged[f"{path}.weight"] = effective_weight(values[f"{path}.weight"], held[path], spec)
+        weight = f"{path}.weight"
+        merged[weight] = effective_weight(values[weight], leaves_by_path[path], spec)
     return merged
 
 
 @contextmanager
-def whole_folder(folder: Path, *, replace: bool, kept: str = "the checkpoint is as it was") -> Iterator[Path]:
-    """A folder to write into, which becomes ``folder`` at the end, whole and on disk (`new_folder`).
+def export_folder(
+    folder: Path, *, replace: bool, fallback: str = "the checkpoint is unchanged"
+) -> Iterator[Path]:
+    """Yield a temporary folder to write into; at the end it is renamed to ``folder`` (`new_folder`).
 
-    kept: what there is still, in words, when it cannot be written.
+    fallback: states what is available if the folder cannot be written; part of the error message.
 
-    Raises NotSavedError when the file system refuses it; then
-    nothing of it is left, and ``folder`` is as it was.
+    Raises NotSavedError if the file system fails; ``folder`` is then unchanged, and the temporary
+    folder is removed.
     """
     if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
-        raise NotSavedError(f"the model could not be written to {folder}: there is a "
-                            f"{'link' if folder.is_symlink() else 'file'} of that name, and it is to be a folder\n"
-                            f"  remedy: remove or rename it and give the same command again; {kept}")
+        kind = "link" if folder.is_symlink() else "file"
+        raise NotSavedError(
+            f"the model could not be written to {folder}: there is a {kind} with this name, but it "
+            "must be a folder\n"
+            f"  remedy: remove or rename it and run the same command again; {fallback}"
+        )
     try:
         with new_folder(folder, replace=replace) as partial:
             yield partial
     except (OSError, SafetensorError, RuntimeError) as exc:
         if isinstance(exc, RuntimeError) and not is_disk_fault(exc):
             raise
-        full = is_disk_fault(exc) or not isinstance(exc, OSError)
+        disk_full = is_disk_fault(exc) or not isinstance(exc, OSError)
+        remedy = "free space there" if disk_full else "make it writable"
         raise NotSavedError(
             f"the model could not be written to {folder}: {exc}\n"
-            f"  remedy: {'make room there' if full else 'make it a place that you may write to'} and give the same "
-            f"command again; {kept}"
+            f"  remedy: {remedy} and run the same command again; {fallback}"
         ) from exc
 
 
-def left_by_run(out: Path) -> str:
-    """What the run of ``out`` goes on from when it is started again, in words."""
+def resume_hint(output_dir: Path) -> str:
+    """State what the run in ``output_dir`` continues from when its command is run again."""
     try:
-        found = list_checkpoints(RunFolder(out).checkpoints)
+        checkpoints = list_checkpoints(RunFolder(output_dir).checkpoints)
     except OSError:
-        found = []
-    return f"it goes on from {found[0].name}" if found else "no checkpoint was written, so it trains from the beginning"
+        checkpoints = []
+    if not checkpoints:
+        return "no checkpoint was written, so the run starts from the beginning"
+    return f"the run resumes from {checkpoints[0].name}"
 
 
 def write_model(
     weights: Mapping[str, torch.Tensor], config: Config, classes: Sequence[str], folder: Path
 ) -> None:
-    """Write the model of ``weights``, fp32, into the existing ``folder``. Raises OSError or SafetensorError."""
+    """Write the model with the fp32 ``weights`` into the existing ``folder``.
+
+    Raises OSError or SafetensorError.
+    """
     if config.model.factory is None:
         from transformers.utils import logging
 
-        logging.disable_progress_bar()  # its lines would be no part of a run's output, or of a command's
+        logging.disable_progress_bar()  # It would clutter the output.
         with torch.device("meta"):
             model: Any = build_model(config.model, len(classes))  # a ViTForImageClassification
         model.config.eval_crop = config.data.crop  # how `prelora evaluate` prepares images

@@ -1,1 +1,1 @@
-"""One run and its folder: what it records, saves, decides and recovers from."""
+"""One run and its folder: how it records, saves, decides and recovers."""

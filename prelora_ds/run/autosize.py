@@ -1,7 +1,7 @@
-"""`auto` in a recipe: settings of single phases, resolved before a run begins, and the number of data workers.
+"""Resolve `auto` in a recipe: the settings of phases, and the number of data workers.
 
-A LoRA phase leaves memory free, and where a stage no longer pays, it can be a cheaper one: a ZeRO-3 run need not gather
-its frozen base in every step.
+A LoRA phase leaves memory free and may no longer need its ZeRO stage: at stage 1, for example, the
+frozen base is not gathered in every step.
 """
 
 from __future__ import annotations
@@ -29,46 +29,61 @@ from prelora_ds.hosts.discovery import Ranks
 
 
 def resolve_auto(config: Config, layout: Layout, ranks: Ranks) -> Config:
-    """``config`` with every `auto` replaced; rank 0 prints by what and why.
+    """Return ``config`` with every `auto` of a phase resolved; rank 0 prints each choice.
 
-    Adapters are taken to have the largest rank that their rule gives. Raises ConfigError when nothing fits,
-    when the calibration cannot be read, and for a model that is not a ViT, whose costs are not known.
+    Adapters are assumed to have the largest rank that their rule can give. Raises ConfigError if
+    nothing fits, if the calibration cannot be read, or if the model is not a ViT, because only the
+    costs of a ViT are known.
     """
-    world_size, ranks_per_host = ranks.world_size, ranks.local_size or 1
+    world_size = ranks.world_size
+    ranks_per_host = ranks.local_size or 1
     if not any(phase.is_auto for phase in config.phase_list):
         return config
     if config.model.factory is not None:
-        raise ConfigError("phases", "auto", "only the costs of the ViT are known",
-                          "give micro_batch_size and zero_stage as numbers")
+        raise ConfigError(
+            "phases",
+            "auto",
+            "only the costs of the ViT are known",
+            "set micro_batch_size and zero_stage to numbers",
+        )
     memory_gib, rates = _machine(config, world_size, ranks_per_host)
     for plan in plans_at_rank(config.specs(), layout):
-        own = config.phase(plan.phase)
-        if own.is_auto:
-            candidates = list(_candidates(config.for_phase(plan.phase), own, plan, layout, world_size))
-            fitting = [s for s in candidates if s.fits(memory_gib)]
-            if not fitting:
-                least = min(candidates, key=lambda s: s.peak_bytes)
-                raise ConfigError(f"phases.{plan.phase}", "auto", f"no setting fits {memory_gib:.1f} GiB a rank; the "
-                                  f"smallest, ZeRO {least.zero.stage} with a micro-batch of {least.micro_batch_size}, "
-                                  f"takes {least.peak_bytes / 2**30:.1f} GiB", "use more ranks, or a higher "
-                                  "machine.memory_gib if there is more memory than that")
-            chosen = fastest(_largest_of_each_stage(fitting), rates, ranks_per_host)
-            config = _with(config, plan.phase, chosen)
-            if ranks.rank == 0:
-                print(_line(plan.phase, chosen, memory_gib, rates, ranks_per_host), flush=True)
+        phase = config.phase(plan.phase)
+        if not phase.is_auto:
+            continue
+        base = config.for_phase(plan.phase)
+        candidates = list(_setting_candidates(base, phase, plan, layout, world_size))
+        fitting = [candidate for candidate in candidates if candidate.fits(memory_gib)]
+        if not fitting:
+            smallest = min(candidates, key=lambda candidate: candidate.peak_bytes)
+            raise ConfigError(
+                f"phases.{plan.phase}",
+                "auto",
+                f"no setting fits in {memory_gib:.1f} GiB per rank; the smallest "
+                f"(ZeRO {smallest.zero.stage}, micro-batch {smallest.micro_batch_size}) needs "
+                f"{smallest.peak_bytes / 2**30:.1f} GiB",
+                "use more ranks, or set a higher machine.memory_gib if there is more memory",
+            )
+        chosen = fastest(_largest_of_each_stage(fitting), rates, ranks_per_host)
+        config = _with_setting(config, plan.phase, chosen)
+        if ranks.rank == 0:
+            print(_message(plan.phase, chosen, memory_gib, rates, ranks_per_host), flush=True)
     return config
 
 
-def workers_of(config: Config, data: TrainData, layout: Layout, say: Callable[[str], None]) -> int:
-    """`data.workers`, by rank 0's measurement where it is ``auto``. Collective."""
+def resolve_workers(
+    config: Config, data: TrainData, layout: Layout, say: Callable[[str], None]
+) -> int:
+    """Resolve `data.workers`; "auto" is measured on rank 0. Collective."""
     if config.data.workers != "auto":
         return config.data.workers
 
     def measure() -> tuple[int, str]:
-        here = local_world_size()
-        gpu = gpu_named(accelerator_name(), rank_memory_gib(here))
-        fastest = fastest_images_per_s(config, layout, here, torch.distributed.get_world_size(), gpu)
-        return count_workers(config, data, ranks_here=here, images_per_s=fastest)
+        ranks_here = local_world_size()
+        world_size = torch.distributed.get_world_size()
+        gpu = gpu_named(accelerator_name(), rank_memory_gib(ranks_here))
+        images_per_s = fastest_images_per_s(config, layout, ranks_here, world_size, gpu)
+        return count_workers(config, data, ranks_here=ranks_here, images_per_s=images_per_s)
 
     workers, why = on_rank_0(measure)
     say(why)
@@ -76,49 +91,75 @@ def workers_of(config: Config, data: TrainData, layout: Layout, say: Callable[[s
 
 
 def _machine(config: Config, world_size: int, ranks_per_host: int) -> tuple[float, Rates | None]:
-    """GiB of this rank, and the rates of its device where they are known."""
+    """Return the memory of this rank in GiB, and the rates of its device if they are known."""
     memory_gib = rank_memory_gib(ranks_per_host)
     gpu = gpu_named(accelerator_name(), memory_gib)
-    rates = data_sheet_rates(gpu, hosts=max(1, world_size // ranks_per_host)) if gpu else None
+    hosts = max(1, world_size // ranks_per_host)
+    rates = data_sheet_rates(gpu, hosts=hosts) if gpu else None
     if config.machine.calibration is not None:
         rates, _ = read_calibration(Path(config.machine.calibration), "machine.calibration")
     return config.machine.memory_gib or memory_gib, rates
 
 
-def _candidates(config: Config, own: PhaseConfig, plan: Plan, layout: Layout, world_size: int) -> Iterator[Setting]:
-    for zero in _stages(config, plan) if own.zero_stage == "auto" else [config.zero]:
-        if own.micro_batch_size == "auto":
+def _setting_candidates(
+    config: Config, phase: PhaseConfig, plan: Plan, layout: Layout, world_size: int
+) -> Iterator[Setting]:
+    """Yield all settings that ``phase`` allows; `auto` allows all stages or micro-batches."""
+    for zero in _stages(config, plan) if phase.zero_stage == "auto" else [config.zero]:
+        micro_batch_size = config.train.micro_batch_size
+        if phase.micro_batch_size == "auto":
             yield from settings(config, plan, layout, zero, world_size)
-        elif zero.stage or world_size * config.train.micro_batch_size == config.train.global_batch_size:
-            yield setting(config, plan, layout, zero, world_size, config.train.micro_batch_size)
+        elif zero.stage or world_size * micro_batch_size == config.train.global_batch_size:
+            # Stage 0 does not accumulate gradients.
+            yield setting(config, plan, layout, zero, world_size, micro_batch_size)
 
 
 def _stages(config: Config, plan: Plan) -> Iterator[ZeroSettings]:
-    """All stages, with offload too where the run has it."""
+    """Yield all ZeRO stages, with and without offload if the run uses it.
+
+    Stage 3 is skipped for merged weights, which cannot be partitioned.
+    """
     for stage in range(4):
-        if not (stage == 3 and config.adapters.mode == "merged" and plan.frozen_bases()):
-            for offload in {False, config.zero.offload_optimizer and stage >= 2}:
-                yield replace(config.zero, stage=stage, offload_optimizer=offload)
+        if stage == 3 and config.adapters.mode == "merged" and plan.frozen_bases():
+            continue
+        for offload in {False, config.zero.offload_optimizer and stage >= 2}:
+            yield replace(config.zero, stage=stage, offload_optimizer=offload)
 
 
 def _largest_of_each_stage(fitting: list[Setting]) -> list[Setting]:
+    """Return the setting with the largest micro-batch of each stage."""
     largest: dict[ZeroSettings, Setting] = {}
-    for s in fitting:  # smaller micro-batches of a stage come first
-        largest[s.zero] = s
+    for candidate in fitting:  # Smaller micro-batches of a stage come first.
+        largest[candidate.zero] = candidate
     return list(largest.values())
 
 
-def _with(config: Config, phase: str, chosen: Setting) -> Config:
-    zero: dict[str, Any] = {**chosen.config.deepspeed.get("zero_optimization", {}), "stage": chosen.zero.stage}
+def _with_setting(config: Config, phase: str, chosen: Setting) -> Config:
+    """Return ``config`` with the chosen setting for ``phase``."""
+    zero: dict[str, Any] = {
+        **chosen.config.deepspeed.get("zero_optimization", {}),
+        "stage": chosen.zero.stage,
+    }
     if not chosen.zero.offload_optimizer:
         zero.pop("offload_optimizer", None)
-    own = PhaseSettings(micro_batch_size=chosen.micro_batch_size,
-                        deepspeed={**chosen.config.deepspeed, "zero_optimization": zero})
-    return config.with_settings(phase, own)
+    phase_settings = PhaseSettings(
+        micro_batch_size=chosen.micro_batch_size,
+        deepspeed={**chosen.config.deepspeed, "zero_optimization": zero},
+    )
+    return config.with_settings(phase, phase_settings)
 
 
-def _line(phase: str, s: Setting, memory_gib: float, rates: Rates | None, ranks_per_host: int) -> str:
-    why = ("least bytes moved; no rates are known of this machine" if rates is None else
-           f"{rates.step_seconds(s.work, ranks_per_host):.3g} s a step predicted, {rates.source}")
-    return (f"auto: {phase}: ZeRO {s.zero.stage}{' offload' if s.zero.offload_optimizer else ''}, micro-batch "
-            f"{s.micro_batch_size}: {s.peak_bytes / 2**30:.2f} of {memory_gib:.1f} GiB predicted ({why})")
+def _message(
+    phase: str, chosen: Setting, memory_gib: float, rates: Rates | None, ranks_per_host: int
+) -> str:
+    """Describe the choice for ``phase`` and its reason in one line."""
+    if rates is None:
+        why = "fewest bytes moved; no calibration for this machine"
+    else:
+        seconds = rates.step_seconds(chosen.work, ranks_per_host)
+        why = f"{seconds:.3g} s per step predicted, {rates.source}"
+    offload = " offload" if chosen.zero.offload_optimizer else ""
+    return (
+        f"auto: {phase}: ZeRO {chosen.zero.stage}{offload}, micro-batch {chosen.micro_batch_size}: "
+        f"{chosen.peak_bytes / 2**30:.2f} of {memory_gib:.1f} GiB predicted ({why})"
+    )

@@ -1,4 +1,4 @@
-"""The engine and the state at the first step of a job: from scratch, or as a checkpoint has them."""
+"""Build the engine and the state at the first step of a job, from scratch or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,46 +14,56 @@ from prelora_ds.engine.state import EngineState, initial_state
 from prelora_ds.engine.transition import release_checked
 from prelora_ds.model.losses import init_sigmoid_head
 from prelora_ds.model.vit import build_model
-from prelora_ds.run.checkpoints.resume import Checkpoint, prepare
+from prelora_ds.run.checkpoints.resume import Checkpoint, rewind_output
 from prelora_ds.run.checkpoints.saver import Saver
 from prelora_ds.run.context import Run
 from prelora_ds.run.records import Records
 from prelora_ds.run.run_state import RunState
 
 
-def begin(run: Run, records: Records, saver: Saver, found: Checkpoint | None) -> tuple[Engine, RunState]:
-    """Engine and state at the first step of all, or as ``found`` has them. Collective."""
-    if found is None:
+def begin(run: Run, records: Records, saver: Saver,
+          checkpoint: Checkpoint | None) -> tuple[Engine, RunState]:
+    """Build the first engine and run state, or restore them from ``checkpoint``. Collective."""
+    if checkpoint is None:
         state = RunState(0, run.controller.initial(), DivergenceWatch())
-        engine = build_engine(run.config, state.phase.plan, run.layout, run.labels, _first_weights(run))
-        seed_rng(run.config.run.seed, dist.get_rank())  # dropout differs from rank to rank
+        plan = state.phase.plan
+        engine = build_engine(run.config, plan, run.layout, run.labels, _first_weights(run))
+        seed_rng(run.config.run.seed, dist.get_rank())  # Dropout differs between ranks.
     else:
-        state = found.run
+        state = checkpoint.run
         parked = thawed_later(run.config.specs(), run.layout, state.phase.index)
-        engine = build_engine(run.config, state.phase.plan, run.layout, run.labels, found.engine, found.counters,
-                              parked=parked)
-        found.restore_rng(run.config.run.seed)
-        saver.continue_from(found)
-        records.resumed(engine, found)
+        engine = build_engine(
+            run.config,
+            state.phase.plan,
+            run.layout,
+            run.labels,
+            checkpoint.engine,
+            checkpoint.counters,
+            parked=parked,
+        )
+        checkpoint.restore_rng(run.config.run.seed)
+        saver.continue_from(checkpoint)
+        records.resumed(engine, checkpoint)
     check_ranks_agree(engine)
-    records.lend_monitor(engine)
+    records.attach_monitor(engine)
 
-    if found is None or not found.of_run(run.folder):
+    if checkpoint is None or not checkpoint.belongs_to(run.folder):
         records.plan(engine, state.phase, switch=None)
     return engine, state
 
 
 def roll_back(run: Run, records: Records, saver: Saver, engine: Engine,
-              found: Checkpoint) -> tuple[Engine, RunState]:
-    """Engine and state as the checkpoint ``found`` of this run has them; ``engine`` is dead afterwards. Collective."""
+              checkpoint: Checkpoint) -> tuple[Engine, RunState]:
+    """Release ``engine``, and restore engine and state from ``checkpoint``. Collective."""
     release_checked(engine)
     records.close_logs()
-    prepare(run.folder, found)
-    records.open_logs(found.run.step)
-    return begin(run, records, saver, found)
+    rewind_output(run.folder, checkpoint)
+    records.open_logs(checkpoint.run.step)
+    return begin(run, records, saver, checkpoint)
 
 
 def _first_weights(run: Run) -> EngineState:
+    """Return this rank's part of the initial weights, which depend on the seed only."""
     torch.manual_seed(run.config.run.seed)
     module = build_model(run.config.model, run.labels)
     if run.config.train.loss == "sigmoid":

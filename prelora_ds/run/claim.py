@@ -1,4 +1,4 @@
-"""Whether a run may have its output folder: a new one, or its own from before."""
+"""Claim the output folder for a job: a new folder, or the one of the run that the job resumes."""
 
 from __future__ import annotations
 
@@ -25,205 +25,310 @@ from prelora_ds.run.checkpoints.checkpoint_folder import (
     read_run_state,
     root_of,
 )
-from prelora_ds.run.checkpoints.resume import candidates, origin_of
+from prelora_ds.run.checkpoints.resume import origin_of, resumable_checkpoints
 from prelora_ds.run.folder import RunFolder
 from prelora_ds.run.log import EventKind, check_logs, read_lines
 
 
 @dataclass
 class Claim:
-    """An output folder that is this job's.
+    """An output folder that this job holds.
 
-    sources: the checkpoints that it may go on from, newest first. origin: the path that named them, if one did.
+    resume_candidates: the checkpoints that the run may resume from, newest first.
+    resumed_from: the ``--resume`` path that named them, or None.
     """
 
     lock: Lock
-    sources: Sequence[Path]
-    origin: str | None
+    resume_candidates: Sequence[Path]
+    resumed_from: str | None
 
 
-def claim_output(folder: RunFolder, config: Config, resume: str, data: Mapping[str, str],
-                 classes: Sequence[str] = (), *, steps: int) -> Claim:
-    """Take the output folder for this job and write config.yaml into it; by rank 0, before anything expensive.
+def claim_output(
+    folder: RunFolder,
+    config: Config,
+    resume: str,
+    data: Mapping[str, str],
+    classes: Sequence[str] = (),
+    *,
+    steps: int,
+) -> Claim:
+    """Claim the output folder for this job and write config.yaml into it.
 
-    data: what tells the data sets from others, by key.
-    classes: theirs; none where they are not known.
-    steps: those of the whole run.
+    Rank 0 calls it before anything expensive.
 
-    Raises LaunchError when a living job has the folder, an error of exit code 75 when its disk is
-    full, and ConfigError when it holds something else than this run, unfinished, or cannot be
-    written; then nothing in it has changed.
+    data: the fingerprints of the data sets, by config key.
+    classes: the class names of the data; empty if they are not known.
+    steps: the number of steps of the whole run.
+
+    Raises LaunchError if a running job holds the folder, an error with exit code 75 if its disk is
+    full, and ConfigError if the folder cannot be written or contains anything else than this run,
+    unfinished. After an error nothing in the folder has changed.
     """
-    with _writing(folder.path), ExitStack() as refused:
-        if folder.path.exists() and not folder.path.is_dir():
-            raise ConfigError("run.output_dir", str(folder.path), "is not a folder",
-                              "choose another run.output_dir")
-        if folder.model.is_symlink() or (folder.model.exists() and not folder.model.is_dir()):
-            raise ConfigError("run.output_dir", str(folder.path), f"has a file or link {folder.model.name}, where the "
-                              "run will write the folder of its model",
-                              "remove or rename it, or choose another run.output_dir")
+    with _report_write_errors(folder.path), ExitStack() as on_refusal:
+        _check_paths(folder)
         folder.path.mkdir(parents=True, exist_ok=True)
         lock = Lock(folder.lock).take()
-        refused.callback(lock.release)
-        begun = _check_folder(folder, config, resume)
+        on_refusal.callback(lock.release)
+        started = _check_folder(folder, config, resume)
         check_logs(folder)
-        sources = candidates(folder, resume)
-        new_run = bool(sources) and root_of(sources[0]).resolve() != folder.checkpoints.resolve()
+        candidates = resumable_checkpoints(folder, resume)
+        new_run = False
+        if candidates:
+            new_run = root_of(candidates[0]).resolve() != folder.checkpoints.resolve()
         origin = None if resume in ("auto", "never") else str(Path(resume).resolve())
-        if begun and new_run and origin not in (None, origin_of(folder)):
-            raise ConfigError("--resume", resume, f"is of another run, and {folder.path} holds one already",
-                              "choose another run.output_dir")
-        if begun and (new_run or not sources):
-            _check_not_lost(folder)
-        _check_sources(sources, config, data, classes, new_run=new_run, steps=steps)
+        if started and new_run and origin not in (None, origin_of(folder)):
+            raise ConfigError(
+                "--resume",
+                resume,
+                f"belongs to another run, and {folder.path} already holds a run",
+                "choose another run.output_dir",
+            )
+        if started and (new_run or not candidates):
+            _check_checkpoints_not_lost(folder)
+        _check_candidates(candidates, config, data, classes, new_run=new_run, steps=steps)
+
         discard_partial(folder.checkpoints)
         if list_checkpoints(folder.checkpoints):
             folder.saved.touch()  # version 0.1.0 did not write it
-        elif not begun:
+        elif not started:
             folder.saved.unlink(missing_ok=True)
         if new_run and origin is not None:
             replace_file(folder.origin, origin + "\n")
-        elif not begun and resume == "never":
+        elif not started and resume == "never":
             folder.origin.unlink(missing_ok=True)
         replace_file(folder.config, dump_yaml(config))
-        refused.pop_all()
-        return Claim(lock, sources, origin)
+        on_refusal.pop_all()
+        return Claim(lock, candidates, origin)
 
 
 @contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def _report_write_errors(folder: Path) -> Iterator[None]:
+    """Raise an OSError of the body as an error about ``run.output_dir``."""
     try:
         yield
     except OSError as exc:
         raise cannot_write("run.output_dir", str(folder), exc) from exc
 
 
+def _check_paths(folder: RunFolder) -> None:
+    """Raise ConfigError if a file is where the run needs its output folder or its model folder."""
+    if folder.path.exists() and not folder.path.is_dir():
+        raise ConfigError(
+            "run.output_dir",
+            str(folder.path),
+            "is not a folder",
+            "choose another run.output_dir",
+        )
+    if folder.model.is_symlink() or (folder.model.exists() and not folder.model.is_dir()):
+        raise ConfigError(
+            "run.output_dir",
+            str(folder.path),
+            f"contains a file or link named {folder.model.name}, where the run will write the "
+            "folder of its model",
+            "remove or rename it, or choose another run.output_dir",
+        )
+
+
 def _check_folder(folder: RunFolder, config: Config, resume: str) -> bool:
-    """Hold what is in the folder against this run; whether a run has begun in it, and not only been refused."""
-    before_it_begins = (folder.lock.name, f".{folder.config.name}", f".{folder.origin.name}")
-    held = {path.name for path in folder.path.iterdir() if not path.name.startswith(before_it_begins)}
-    begun = bool(held - {folder.config.name, folder.origin.name, folder.saved.name})
-    own = folder.config.is_file()
-    if begun and (resume == "never" or not own):
-        what = "holds another run" if own else "exists and is not empty"
-        raise ConfigError("run.output_dir", str(folder.path), what,
-                          "choose another run.output_dir, or move this one away")
+    """Check that the folder belongs to this run; return whether a run has started in it.
+
+    A run that was refused before its start leaves files, too, but has not started. Raises
+    ConfigError.
+    """
+    before_start = (folder.lock.name, f".{folder.config.name}", f".{folder.origin.name}")
+    names = {
+        path.name for path in folder.path.iterdir() if not path.name.startswith(before_start)
+    }
+    started = bool(names - {folder.config.name, folder.origin.name, folder.saved.name})
+    has_config = folder.config.is_file()
+    if started and (resume == "never" or not has_config):
+        raise ConfigError(
+            "run.output_dir",
+            str(folder.path),
+            "holds another run" if has_config else "exists and is not empty",
+            "choose another run.output_dir, or move this one away",
+        )
     if is_finished(folder):
-        raise ConfigError("run.output_dir", str(folder.path), "holds a finished run",
-                          "choose another run.output_dir; `prelora report` prints what came of this one")
-    if own:
-        # Also where no run has begun: the file may be somebody else's.
-        before = _stored(read_settings(folder.config), config, folder.config, new_run=False)
-        if begun:
-            whole = bool(list_checkpoints(folder.checkpoints))
-            _same(before, config, folder.path, new_run=False, checkpoint=folder.path if whole else None)
-    return begun
+        raise ConfigError(
+            "run.output_dir",
+            str(folder.path),
+            "holds a finished run",
+            "choose another run.output_dir; see `prelora report` for its results",
+        )
+    if has_config:
+        # Read it even if no run has started: the file may be somebody else's.
+        stored = read_settings(folder.config)
+        before = _stored_settings(stored, config, folder.config, new_run=False)
+        if started:
+            checkpoint = folder.path if list_checkpoints(folder.checkpoints) else None
+            _check_same_settings(before, config, folder.path, new_run=False, checkpoint=checkpoint)
+    return started
 
 
-def _check_not_lost(folder: RunFolder) -> None:
-    """Refuse to begin anew where checkpoints were written and are gone.
+def _check_checkpoints_not_lost(folder: RunFolder) -> None:
+    """Refuse to start over where checkpoints were written and are gone.
 
-    To begin would delete the rows of the logs. Raises ConfigError.
+    Starting over would delete the rows of the logs. Raises ConfigError.
     """
     if folder.saved.exists() and not list_checkpoints(folder.checkpoints):
-        raise ConfigError("run.output_dir", str(folder.path),
-                          "holds the logs of a run whose checkpoints were removed from "
-                          f"{folder.checkpoints.name}/",
-                          f"put the checkpoints back; or, to begin anew, move {folder.path} away or "
-                          "choose another run.output_dir")
+        raise ConfigError(
+            "run.output_dir",
+            str(folder.path),
+            "holds the logs of a run whose checkpoints were removed from "
+            f"{folder.checkpoints.name}/",
+            f"put the checkpoints back; to start over, move {folder.path} away or choose another "
+            "run.output_dir",
+        )
 
 
-def _check_sources(sources: Sequence[Path], config: Config, data: Mapping[str, str],
-                   classes: Sequence[str], *, new_run: bool, steps: int) -> None:
-    """Hold settings, classes and data against those of the newest checkpoint that can be read.
+def _check_candidates(
+    candidates: Sequence[Path],
+    config: Config,
+    data: Mapping[str, str],
+    classes: Sequence[str],
+    *,
+    new_run: bool,
+    steps: int,
+) -> None:
+    """Compare settings, classes and data with those of the newest checkpoint that can be read.
 
-    The others are told when they are loaded. A new run may have other data, but of the same classes:
-    the head of the checkpoint has a row for each. It has to last longer than to its checkpoint.
+    Problems of the other checkpoints are reported when they are loaded. A new run may use other
+    data, but the classes must be the same, because the head of the checkpoint has one row per
+    class; and it must last longer than the step of its checkpoint. Raises ConfigError.
     """
-    for source in sources:
+    for candidate in candidates:
         try:
-            state = read_run_state(source)
-            before, trained_on, known = state["config"], dict(state["data"]), classes_of(state)
+            state = read_run_state(candidate)
+            before = state["config"]
+            trained_on = dict(state["data"])
+            known_classes = classes_of(state)
             step = int(state["run"]["step"])
         except (BrokenCheckpointError, KeyError, TypeError, ValueError):
             continue
         if not isinstance(before, dict):
             continue
-        _same(_stored(before, config, source, new_run=new_run), config, source, new_run=new_run,
-              checkpoint=source)
-        whose = f"the checkpoint {source}"
-        if classes and known and (problem := difference(classes, known, whose)):
-            raise ConfigError("data.train", config.data.train, problem,
-                              "name data of the classes that the checkpoint was trained on, or begin "
-                              "without it in another run.output_dir")
-        if new_run:
-            _check_fork(state, config, source)
-        if new_run and step >= steps:
-            raise ConfigError("train.duration", str(config.train.duration),
-                              f"ends the run after step {steps}, and the checkpoint {source} is of "
-                              f"step {step} already", "choose a longer train.duration, or name an "
-                              "earlier checkpoint with --resume")
-        for key in () if new_run else sorted(data.keys() & trained_on.keys()):
-            if data[key] != trained_on[key]:
-                raise ConfigError(key, config.data.train if key == "data.train" else config.data.val,
-                                  f"has {data[key]}, and the run in {source} {trained_on[key]}",
-                                  "name the data that the run began with, wherever it lies, or choose another "
-                                  f"run.output_dir and begin it with --resume {source}")
+        stored = _stored_settings(before, config, candidate, new_run=new_run)
+        _check_same_settings(stored, config, candidate, new_run=new_run, checkpoint=candidate)
+
+        if classes and known_classes:
+            problem = difference(classes, known_classes, f"the checkpoint {candidate}")
+            if problem:
+                raise ConfigError(
+                    "data.train",
+                    config.data.train,
+                    problem,
+                    "use data with the classes of the checkpoint, or start a run without it in "
+                    "another run.output_dir",
+                )
+        if not new_run:
+            _check_same_data(data, trained_on, config, candidate)
+            return
+        _check_fork(state, config, candidate)
+        if step >= steps:
+            raise ConfigError(
+                "train.duration",
+                str(config.train.duration),
+                f"ends the run after step {steps}, but the checkpoint {candidate} is already at "
+                f"step {step}",
+                "choose a longer train.duration, or an earlier checkpoint with --resume",
+            )
         return
 
 
+def _check_same_data(
+    data: Mapping[str, str], trained_on: Mapping[str, str], config: Config, checkpoint: Path
+) -> None:
+    """Raise ConfigError if the fingerprint of a data set differs from the checkpoint's."""
+    for key in sorted(data.keys() & trained_on.keys()):
+        if data[key] != trained_on[key]:
+            raise ConfigError(
+                key,
+                config.data.train if key == "data.train" else config.data.val,
+                f"is {data[key]}, but the run in {checkpoint} used {trained_on[key]}",
+                "use the run's original data, or start a new run in another run.output_dir with "
+                f"--resume {checkpoint}",
+            )
+
+
 def _check_fork(state: Mapping[str, Any], config: Config, source: Path) -> None:
-    """Compare the phases that the checkpoint has behind it with those of a new run. Raises ConfigError."""
+    """Compare the phases that the checkpoint has started with those of a new run.
+
+    Raises ConfigError.
+    """
     bound = what_binds(state["config"], config.model_dump(mode="json"))
-    before = _read(bound, config, source).specs()
+    before = _read_stored(bound, config, source).specs()
     try:
         index = index_of(state["run"]["phase"])
-        begun = before[index].name
+        phase = before[index].name
     except (KeyError, TypeError, ValueError, IndexError):
-        return  # told when it is loaded
-    found = phases_differ(before, config.specs(), index)
-    if found is not None:
-        raise ConfigError(f"phases.{found.phase}.{found.key}", found.after,
-                          f"was {found.before} in the run of {source}, which is in phase {begun}",
-                          "keep the phases as they are there up to the end of that one, or begin from an earlier "
-                          "checkpoint")
+        return  # Reported when the checkpoint is loaded.
+    changed = phases_differ(before, config.specs(), index)
+    if changed is not None:
+        raise ConfigError(
+            f"phases.{changed.phase}.{changed.key}",
+            changed.after,
+            f"was {changed.before} in the run of {source}, which is in phase {phase}",
+            "keep all phases up to the end of that one unchanged, or start from an earlier "
+            "checkpoint",
+        )
 
 
 def is_finished(folder: RunFolder) -> bool:
-    """Whether the run in ``folder`` came to its end. Raises ConfigError when its log is damaged."""
+    """Whether the run in ``folder`` has finished. Raises ConfigError if its log is damaged."""
     events = folder.events_to_read
-    return events.is_file() and any(row.get("event") == EventKind.END for row in read_lines(events))
+    return events.is_file() and any(
+        row.get("event") == EventKind.END for row in read_lines(events)
+    )
 
 
-def _stored(values: Mapping[str, Any], config: Config, where: Path, *,
-            new_run: bool) -> dict[str, Any]:
-    """The config of a stored run as this version has it, perhaps a later one than wrote it.
+def _stored_settings(
+    values: Mapping[str, Any], config: Config, where: Path, *, new_run: bool
+) -> dict[str, Any]:
+    """Return the config of a stored run in the form of this version.
 
-    Keys that are missing have their defaults. Raises ConfigError.
+    Another version may have written it. Missing keys get their defaults. Raises ConfigError.
     """
     bound = what_binds(values, config.model_dump(mode="json"), new_run=new_run)
-    return _read(bound, config, where).model_dump(mode="json")
+    return _read_stored(bound, config, where).model_dump(mode="json")
 
 
-def _read(values: Mapping[str, Any], config: Config, where: Path) -> Config:
-    """The stored ``values`` as a config of this version. Raises ConfigError for what it does not take."""
+def _read_stored(values: Mapping[str, Any], config: Config, where: Path) -> Config:
+    """Validate the stored ``values`` as a config of this version.
+
+    Raises ConfigError about ``run.output_dir`` if this version does not accept them.
+    """
     try:
         return validate(values, str(where))
     except ConfigError as exc:
-        raise ConfigError("run.output_dir", config.run.output_dir,
-                          f"{where} holds settings that this version of prelora_ds does not take: "
-                          f"{exc.key} = {exc.value!r} {exc.problem}",
-                          "continue with the version that wrote them, or choose another "
-                          "run.output_dir") from exc
+        raise ConfigError(
+            "run.output_dir",
+            config.run.output_dir,
+            f"{where} contains settings that this version of prelora_ds does not accept: "
+            f"{exc.key} = {exc.value!r}: {exc.problem}",
+            "continue with the version that wrote them, or choose another run.output_dir",
+        ) from exc
 
 
-def _same(before: Mapping[str, Any], config: Config, where: Path, *, new_run: bool,
-          checkpoint: Path | None) -> None:
-    """checkpoint: what a new run with other settings may begin from, if there is one."""
+def _check_same_settings(
+    before: Mapping[str, Any],
+    config: Config,
+    where: Path,
+    *,
+    new_run: bool,
+    checkpoint: Path | None,
+) -> None:
+    """Compare the settings with those ``before``, stored ``where``. Raises ConfigError.
+
+    checkpoint: what a new run with other settings may start from, if anything.
+    """
     after = config.model_dump(mode="json")
     for key, old, new in differences(before, after, new_run=new_run):
-        other = "choose another run.output_dir"
+        alternative = "choose another run.output_dir"
         if checkpoint is not None and not new_run and may_differ(key, new_run=True):
-            other += f" and begin it with --resume {checkpoint}"
-        raise ConfigError(key, new, f"was {old!r} in {where}, and a resumed run keeps it",
-                          f"set {as_override(key, old)}, or {other}")
+            alternative += f" and start a new run with --resume {checkpoint}"
+        raise ConfigError(
+            key,
+            new,
+            f"was {old!r} in {where} and cannot change when resuming",
+            f"set {as_override(key, old)}, or {alternative}",
+        )

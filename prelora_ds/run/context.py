@@ -1,4 +1,4 @@
-"""What stays the same in a run from its first step to its last."""
+"""The parts of a run that do not change between its first step and its last."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ from prelora_ds.run.folder import RunFolder
 
 @dataclass(frozen=True)
 class Run:
-    """A run's settings, data and places.
+    """The settings, the data and the folder of a run.
 
-    workers: processes that make batches. hosts: the host of each rank. opened: what ends with the run.
+    workers: the number of processes that prepare batches.
+    hosts: the host name of each rank.
+    cleanup: closes what has to be closed at the end of the run.
     """
 
     config: Config
@@ -37,26 +39,41 @@ class Run:
     workers: int
     folder: RunFolder
     hosts: Sequence[str]
-    opened: ExitStack = field(default_factory=ExitStack)
+    cleanup: ExitStack = field(default_factory=ExitStack)
 
     @property
     def labels(self) -> int:
         return len(self.train_data.classes)
 
     def samples(self, step: int) -> int:
-        """How many samples ``step`` optimizer steps have seen: the axis of TensorBoard."""
+        """Return the number of samples in ``step`` optimizer steps: the axis of TensorBoard."""
         return step * self.config.train.global_batch_size
 
     def loader(self, engine: Engine, start_step: int) -> Loader:
-        """The training batches after ``start_step``, in the micro-batches of ``engine``'s phase, until the run ends."""
-        loader = make_loader(engine.config, self.train_data, rank=dist.get_rank(), world_size=dist.get_world_size(),
-                             workers=self.workers, start_step=start_step)
-        self.opened.callback(loader.close)
+        """Load the training batches after ``start_step``, in micro-batches of the engine's phase.
+
+        The loader is closed at the end of the run at the latest.
+        """
+        loader = make_loader(
+            engine.config,
+            self.train_data,
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            workers=self.workers,
+            start_step=start_step,
+        )
+        self.cleanup.callback(loader.close)
         return loader
 
     def val_batches(self) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
-        """This rank's share of the validation data."""
+        """Load this rank's share of the validation data."""
         config = self.config
-        return eval_batches(self.val_data, Look.of(config.model, config.data), rank=dist.get_rank(),
-                            world_size=dist.get_world_size(), batch_size=config.train.micro_batch_size,
-                            workers=self.workers, worker_start=config.data.worker_start)
+        return eval_batches(
+            self.val_data,
+            Look.of(config.model, config.data),
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            batch_size=config.train.micro_batch_size,
+            workers=self.workers,
+            worker_start=config.data.worker_start,
+        )

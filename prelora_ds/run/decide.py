@@ -1,4 +1,4 @@
-"""From an observation to the next plan, and from a plan to the engine that trains by it."""
+"""Decide the next plan from an observation, and make the engine follow a plan."""
 
 from __future__ import annotations
 
@@ -20,23 +20,32 @@ from prelora_ds.run.run_state import RunState
 
 def decide(run: Run, records: Records, state: RunState, step: int,
            norms: Mapping[str, Mapping[int, float]]) -> PhaseState:
-    """The state of the phases after an observation, which ends the current window of losses. Collective.
+    """Return the phase state after an observation, which ends the current window of losses.
 
-    Rank 0 decides, and all ranks take its decision. What is decided after the last step is logged and not followed.
+    Collective. Rank 0 decides and broadcasts. A decision after the last step is logged but not
+    followed.
     """
-    observation, before = state.window.observation(step, norms), state.phase
+    observation = state.window.observation(step, norms)
+    before = state.phase
     records.observation(observation)
     state.window.reset()
 
-    after = from_json(PhaseState, on_rank_0(lambda: to_json(run.controller.next(before, observation))))
+    decision = on_rank_0(lambda: to_json(run.controller.next(before, observation)))
+    after = from_json(PhaseState, decision)
     records.decision(before, after)
     if step == run.timeline.total_steps:
-        return replace(after, plan=before.plan, index=before.index, first_window=before.first_window)
+        return replace(
+            after, plan=before.plan, index=before.index, first_window=before.first_window
+        )
     return after
 
 
-def follow_plan(run: Run, records: Records, saver: Saver, engine: Engine, loader: Loader, phase: PhaseState) -> Engine:
-    """The engine for the plan of ``phase``: this one, if it can train by it as it is, or a rebuilt one. Collective."""
+def follow_plan(run: Run, records: Records, saver: Saver, engine: Engine, loader: Loader,
+                phase: PhaseState) -> Engine:
+    """Return the engine for the plan of ``phase``. Collective.
+
+    It is ``engine`` itself if the plan has the same structure, otherwise a rebuilt one.
+    """
     plan = phase.plan
     if plan == engine.plan:
         return engine
@@ -46,7 +55,7 @@ def follow_plan(run: Run, records: Records, saver: Saver, engine: Engine, loader
         return engine
 
     later = thawed_later(run.config.specs(), run.layout, phase.index)
-    engine, switch = transition(engine, plan, keep_frozen=saver.keep_frozen, parked=later)
+    engine, switch = transition(engine, plan, keep_frozen=saver.save_frozen, parked=later)
     loader.rebatch(engine.config.train.micro_batch_size)
     records.plan(engine, phase, switch)
     return engine

@@ -1,4 +1,4 @@
-"""Exact evaluation: every sample once, counts as integers."""
+"""Exact evaluation: every sample is counted once, in integers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """``correct`` of ``samples`` by top-1, and the mean cross-entropy (no label smoothing)."""
+    """The top-1 accuracy, ``correct`` of ``samples``, and the mean loss.
+
+    loss: the cross-entropy without label smoothing.
+    """
 
     correct: int
     samples: int
@@ -35,12 +38,20 @@ class Accuracy:
 
 
 @torch.no_grad()
-def evaluate(logits_of: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor, Tensor]], *,
-             samples: int, reduce: Callable[[Tensor], object] | None = None,
-             device: torch.device | str = "cpu") -> Accuracy:
-    """Top-1 over ``batches`` of (images, labels, mask); ``reduce`` sums a tensor over ranks in place.
+def evaluate(
+    logits_of: Callable[[Tensor], Tensor],
+    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
+    *,
+    samples: int,
+    reduce: Callable[[Tensor], object] | None = None,
+    device: torch.device | str = "cpu",
+) -> Accuracy:
+    """Evaluate top-1 over ``batches`` of (images, labels, mask).
 
-    A sample whose logits are not all finite counts as wrong: argmax would take NaN for the answer.
+    A sample whose logits are not all finite counts as wrong, because argmax would choose NaN.
+
+    reduce: sums a tensor over the ranks in place; None for one rank.
+
     Raises RuntimeError unless exactly ``samples`` samples were counted.
     """
     counts = torch.zeros(2, dtype=torch.int64, device=device)
@@ -48,8 +59,8 @@ def evaluate(logits_of: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tens
     for images, labels, mask in batches:
         logits = logits_of(images)
         labels, mask = labels.to(logits.device), mask.to(logits.device)
-        right = (logits.argmax(-1) == labels) & logits.isfinite().all(-1)
-        counts += torch.stack([(right & mask).sum(), mask.sum()])
+        is_correct = (logits.argmax(-1) == labels) & logits.isfinite().all(-1)
+        counts += torch.stack([(is_correct & mask).sum(), mask.sum()])
         losses = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
         loss += losses[mask].double().sum()
     if reduce is not None:
@@ -61,34 +72,48 @@ def evaluate(logits_of: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tens
     return Accuracy(correct, counted, float(loss) / counted)
 
 
-def evaluate_engine(engine: Engine, batches: Iterable[tuple[Tensor, Tensor, Tensor]], samples: int, *,
-                    beat: Callable[[], None]) -> Accuracy:
-    """`evaluate` of a training engine over this rank's ``batches`` of ``samples`` in all. Collective.
+def evaluate_engine(
+    engine: Engine,
+    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
+    samples: int,
+    *,
+    beat: Callable[[], None],
+) -> Accuracy:
+    """`evaluate` a training engine over this rank's ``batches``. Collective.
 
-    beat: called before each batch, since an evaluation may take longer than a step.
+    samples: the number of samples of all ranks.
+    beat: called before each batch, because an evaluation may take longer than a step.
     """
     with engine.evaluating() as logits_of:
 
-        def answer(images: Tensor) -> Tensor:
+        def beat_and_infer(images: Tensor) -> Tensor:
             beat()
             return logits_of(images)
 
-        return evaluate(answer, batches, samples=samples, reduce=torch.distributed.all_reduce,
-                        device=engine.ds.device)
+        return evaluate(
+            beat_and_infer,
+            batches,
+            samples=samples,
+            reduce=torch.distributed.all_reduce,
+            device=engine.ds.device,
+        )
 
 
 @dataclass(frozen=True)
 class Result(Accuracy):
-    """The accuracy of an exported model, and of what: ``identity`` tells the data from others, wherever they lie."""
+    """The accuracy of an exported model, and the data on which it was measured.
+
+    identity: the fingerprint of the data, which does not depend on where they are stored.
+    """
 
     data: str
     identity: str
 
 
 def evaluate_folder(model: Path, data: Path, *, batch_size: int = 64, workers: int = 0) -> Result:
-    """Accuracy of an exported folder, opened by transformers as any user would, in fp32 on one device.
+    """Evaluate an exported folder, loaded through transformers, in fp32 on one device.
 
-    Raises ConfigError when either folder is not what it should be, or the data are of other classes than the model.
+    Raises ConfigError if a folder is not valid, or if the classes of data and model differ.
     """
     from prelora_ds.data.datasets import Look
     from prelora_ds.data.loader import eval_batches
@@ -97,16 +122,16 @@ def evaluate_folder(model: Path, data: Path, *, batch_size: int = 64, workers: i
 
     manifest = Manifest.load(data, key="--data")
     vit = open_vit(model)
-    config: Any = vit.config  # open_vit has looked at it; transformers allows a config more than we do
+    config: Any = vit.config  # checked by open_vit; transformers allows more than we do
     names = [str(config.id2label[label]) for label in range(config.num_labels)]
-    if problem := difference(manifest.classes, names, f"the model in {model}"):
+    problem = difference(manifest.classes, names, f"the model in {model}")
+    if problem:
         raise ConfigError(
             "--data",
             str(data),
             problem,
-            "name data of the classes that the model was trained on; "
-            "`prelora shards build` and `prelora shards index` take them from its training data by "
-            "--like",
+            "use data with the classes that the model was trained on; `prelora shards build` and "
+            "`prelora shards index` copy the class list of its training data with --like",
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vit.eval().to(device)
@@ -128,53 +153,55 @@ def evaluate_folder(model: Path, data: Path, *, batch_size: int = 64, workers: i
 
 
 def open_vit(folder: Path) -> ViTForImageClassification:
-    """The model in an exported ``folder``, on the CPU.
+    """Load the model in an exported ``folder`` to the CPU.
 
-    Raises ConfigError unless it is a ViT, whole, and as we export it.
+    Raises ConfigError unless it is an intact ViT in the form in which we export it.
     """
     from transformers import ViTForImageClassification
     from transformers.utils import logging
 
-
-    remedy = "name the model/ folder of a finished run, or what `prelora export --format hf` wrote"
+    remedy = (
+        "pass the model/ folder of a finished run, or a folder written by "
+        "`prelora export --format hf`"
+    )
     if (folder / "factory.json").is_file():
         raise ConfigError(
             "MODEL",
             str(folder),
-            "is the export of a model.factory, and only a ViT can be evaluated",
-            "open it by the code of its factory",
+            "is the export of a model.factory, but only a ViT can be evaluated",
+            "load it with the code of its factory",
         )
     _check_config(folder, remedy)
-    logging.set_verbosity_error()  # what it would say of missing weights is refused below
+    logging.set_verbosity_error()  # Missing weights are an error below.
     logging.disable_progress_bar()
     try:
         opened = ViTForImageClassification.from_pretrained(
             folder, output_loading_info=True, local_files_only=True
         )
-    except Exception as exc:  # transformers, safetensors and torch raise each their own
+    except Exception as exc:  # transformers, safetensors and torch each raise their own
         raise ConfigError(
             "MODEL",
             str(folder),
             f"cannot be opened ({type(exc).__name__}: {_first_line(exc)})",
             remedy,
         ) from exc
-    # With output_loading_info it is a pair, which transformers' annotation does not say.
+    # With output_loading_info the result is a pair, which transformers' annotation does not state.
     vit, info = cast("tuple[ViTForImageClassification, dict[str, Any]]", opened)
-    odd = sorted(
+    mismatched = sorted(
         map(str, [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]])
     )
-    if odd:
+    if mismatched:
         raise ConfigError(
             "MODEL",
             str(folder),
-            f"its weights are not those of its config.json, first at {odd[0]}",
+            f"its weights do not match its config.json (first mismatch: {mismatched[0]})",
             remedy,
         )
     return vit
 
 
 def _check_config(folder: Path, remedy: str) -> None:
-    """Raise ConfigError for a config.json that transformers would take for another model, or we could not feed."""
+    """Raise ConfigError if config.json describes another model, or one that we cannot evaluate."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_bytes())
@@ -184,10 +211,10 @@ def _check_config(folder: Path, remedy: str) -> None:
         ) from exc
     except (ValueError, RecursionError) as exc:
         raise ConfigError(
-            "MODEL", str(folder), f"its config.json is not JSON ({exc})", remedy
+            "MODEL", str(folder), f"its config.json is not valid JSON ({exc})", remedy
         ) from exc
     if not isinstance(config, dict) or config.get("model_type") != "vit":
-        raise ConfigError("MODEL", str(folder), "its config.json is not that of a ViT", remedy)
+        raise ConfigError("MODEL", str(folder), "its config.json does not describe a ViT", remedy)
     for key, allowed in (("num_channels", (1, 3)), ("eval_crop", (None, *get_args(Crop)))):
         if config.get(key) not in allowed:
             raise ConfigError(
@@ -197,7 +224,7 @@ def _check_config(folder: Path, remedy: str) -> None:
         raise ConfigError(
             "MODEL",
             str(folder),
-            "its config.json has no image_size that is a positive integer",
+            "its config.json does not set image_size to a positive integer",
             remedy,
         )
     labels = config.get("id2label", {"0": "", "1": ""})  # transformers' default
@@ -206,7 +233,7 @@ def _check_config(folder: Path, remedy: str) -> None:
         raise ConfigError(
             "MODEL",
             str(folder),
-            "its config.json does not name the labels 0, 1, ... by id2label",
+            "id2label in its config.json does not number the labels 0, 1, ...",
             remedy,
         )
 

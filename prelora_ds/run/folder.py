@@ -1,4 +1,7 @@
-"""Every name below ``run.output_dir``, in one place. What lower rooms write there, they get as a path."""
+"""Every name below ``run.output_dir``, in one place.
+
+Lower packages that write there receive a path.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CHECKPOINTS = "checkpoints"
-ASIDE = "aside"  # in checkpoints/, or in another folder of checkpoints
+ASIDE = "aside"  # in checkpoints/, or in any other folder of checkpoints
 ACCURACY = "accuracy.json"  # in an exported model
 
 
@@ -14,86 +17,86 @@ ACCURACY = "accuracy.json"  # in an exported model
 class RunFolder:
     """The folder of one run.
 
-    The names inside a checkpoint are those of `run.checkpoints`, and the names inside the
-    supervisor's folder those of `hosts.heartbeat`, because such folders also lie elsewhere.
+    `run.checkpoints` defines the names inside a checkpoint, and `hosts.heartbeat` those inside the
+    supervisor's folder, because such folders also exist elsewhere.
     """
 
     path: Path
 
     @classmethod
     def of_checkpoints(cls, root: Path) -> RunFolder | None:
-        """The run whose checkpoints are in ``root``; None for a folder of checkpoints without a run."""
+        """Return the run whose checkpoints are in ``root``, or None if there is no run."""
         return cls(root.parent) if root.name == CHECKPOINTS else None
 
-    # ---- what makes it a run's
+    # ---- what identifies the run
 
     @property
     def config(self) -> Path:
-        """The resolved config, which a resumed run is held against."""
+        """The resolved config, with which the config of a resumed run is compared."""
         return self.path / "config.yaml"
 
     @property
     def origin(self) -> Path:
-        """The ``--resume PATH`` that the run has gone to."""
+        """The ``--resume PATH`` that the run started from."""
         return self.path / "origin"
 
     @property
     def saved(self) -> Path:
-        """An empty file that is there once a checkpoint has been written."""
+        """An empty file that exists once a checkpoint has been written."""
         return self.path / ".saved"
 
     @property
     def lock(self) -> Path:
-        """Names the job that has the folder, under the name that version 0.1.0 looks for."""
+        """The lock, which names the job that holds the folder; 0.1.0 uses the same name."""
         return self.path / ".lease"
 
     @property
     def supervise(self) -> Path:
-        """What `prelora supervise` and its ranks leave, beside the folder."""
+        """The records of `prelora supervise` and its ranks, next to the run's folder."""
         return self.path.with_name(f"{self.path.name}.supervise")
 
     # ---- logs
 
     @property
     def metrics(self) -> Path:
-        """A row for each logged step."""
+        """One row per logged step."""
         return self.path / "metrics.jsonl"
 
     @property
     def events(self) -> Path:
-        """Plans, bytes, resumes, stragglers and the end: a row for each, which names its kind."""
+        """One row per event: a plan, measured bytes, a resume, a straggler or the end."""
         return self.path / "events.jsonl"
 
     @property
     def former_events(self) -> Path:
-        """Where version 0.1.0 wrote the events. A resumed run renames it."""
+        """The file of events of version 0.1.0. A resumed run renames it."""
         return self.path / "plans.jsonl"
 
     @property
     def events_to_read(self) -> Path:
-        """The events, also those of a run of version 0.1.0 that has not been resumed since."""
+        """The events: those of version 0.1.0 until this version has resumed the run."""
         if self.former_events.is_file() and not self.events.exists():
             return self.former_events
         return self.events
 
     @property
     def windows(self) -> Path:
-        """A row for each closed window."""
+        """One row per closed window."""
         return self.path / "windows.jsonl"
 
     @property
     def observations(self) -> Path:
-        """A row for each observation, exactly as the phase controller saw it."""
+        """One row per observation, exactly as the phase controller saw it."""
         return self.path / "observations.jsonl"
 
     @property
     def logs(self) -> tuple[Path, ...]:
-        """All that is written row by row."""
+        """All files that are written row by row."""
         return self.metrics, self.events, self.windows, self.observations
 
     @property
     def tensorboard(self) -> Path:
-        """A folder of TensorBoard's events."""
+        """The folder of TensorBoard's events."""
         return self.path / "tensorboard"
 
     # ---- checkpoints
@@ -104,17 +107,17 @@ class RunFolder:
 
     @property
     def latest(self) -> Path:
-        """The name of the newest checkpoint."""
+        """A file with the name of the newest checkpoint."""
         return self.checkpoints / "latest"
 
     # ---- the result
 
     @property
     def model(self) -> Path:
-        """The exported model."""
+        """The folder of the exported model."""
         return self.path / "model"
 
     @property
     def accuracy(self) -> Path:
-        """What `prelora evaluate` found for it."""
+        """The result of `prelora evaluate` for the exported model."""
         return self.model / ACCURACY

@@ -1,7 +1,8 @@
-"""A thread in every rank that ends a process that makes no progress, so that one lost rank hangs no others.
+"""A watchdog thread in every rank, so that one lost rank does not hang the others.
 
-It runs while the main thread sits in a collective. Other reasons to end a process (a lock that is
-no longer held, a launcher that is gone) are given to it as checks.
+It ends a process that makes no progress, also while the main thread is blocked in a collective.
+Other reasons to end a process (a lock that is no longer held, a launcher that is gone) are added as
+checks.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from typing import NoReturn
 from prelora_ds.errors import HANG_EXIT_CODE, ORPHAN_EXIT_CODE
 from prelora_ds.run.stop import StopRequest
 
-Check = Callable[[], tuple[int, str] | None]  # None, or the exit code to end with and why
+# Returns None, or the exit code to end with and the reason.
+Check = Callable[[], tuple[int, str] | None]
 
 TICK_S = 1.0
-SHARED_DISK_S = 5.0  # between two looks at a file that all ranks look at
-ORPHAN_LIMIT_S = 120.0  # without a step: a switch or a checkpoint that is under way may still end
+SHARED_DISK_S = 5.0  # between two reads of a file that all ranks read
+ORPHAN_LIMIT_S = 120.0  # without a step, so that a running switch or checkpoint can finish
 
 
 @dataclass
@@ -36,35 +38,40 @@ class _Watched:
 
 
 class Guard:
-    """Ends the process with exit code 85 and the stacks of all threads when no `beat` came for ``limit_s`` seconds.
+    """Ends the process with exit code 85 and all stacks after ``limit_s`` seconds without a `beat`.
 
-    stop: where an orphan asks for a checkpoint before it ends; without one it ends at once.
+    stop: where an orphaned rank requests a checkpoint before it ends; without it the rank ends at
+    once.
+    before_exit: called with the exit code and the reason before the guard ends the process.
+    orphaned: why this rank is orphaned; empty if it is not.
     """
 
-    def __init__(self, limit_s: float = math.inf, rank: int = 0,
-                 stop: StopRequest | None = None) -> None:
-        self.limit_s, self.rank, self.stop_request = limit_s, rank, stop
-        self.last_words: Callable[[int, str], None] = lambda code, why: None  # before it ends the process
+    def __init__(
+        self, limit_s: float = math.inf, rank: int = 0, stop: StopRequest | None = None
+    ) -> None:
+        self.limit_s = limit_s
+        self.rank = rank
+        self.stop_request = stop
+        self.before_exit: Callable[[int, str], None] = lambda code, why: None
+        self.orphaned = ""
         self._watched: list[_Watched] = []
-        self._beat, self._ended = time.monotonic(), threading.Event()
-        self.orphaned = ""  # why, once it is one
+        self._beat = time.monotonic()
+        self._ended = threading.Event()
 
     def start(self) -> Guard:
         threading.Thread(target=self._run, name="guard", daemon=True).start()
         return self
 
     def watch(self, check: Check, every_s: float = SHARED_DISK_S) -> None:
-        """Call ``check`` every ``every_s`` seconds; the first that answers ends the process.
+        """Call ``check`` every ``every_s`` seconds, and end the process if it returns an exit code.
 
-        The process ends with the code of the answer. Where steps have begun, code 87 (an orphan)
-        first asks the run to stop with a checkpoint.
-
-        A check that raises is reported once and called again.
+        If steps have begun, code 87 (an orphaned rank) first requests a stop with a checkpoint. A
+        check that raises is reported once and called again.
         """
         self._watched.append(_Watched(check, every_s))
 
     def beat(self, longer_s: float = 0.0) -> None:
-        """The process has got on; what comes next may take ``longer_s`` more than the limit."""
+        """Report progress; allow ``longer_s`` extra seconds until the next call."""
         self._beat = time.monotonic() + longer_s
 
     def stop(self) -> None:
@@ -74,29 +81,39 @@ class Guard:
         while not self._ended.wait(min(TICK_S, self.limit_s / 10)):
             for watched in self._watched:
                 if time.monotonic() >= watched.due:
-                    self._look(watched)
-            still = time.monotonic() - self._beat
-            if self.orphaned and still > ORPHAN_LIMIT_S:
-                self.end(ORPHAN_EXIT_CODE, f"error (rank {self.rank}): {self.orphaned}; the run was "
-                         f"asked to stop, and took no step for {still:.0f} s; where this process stands:",
-                         stacks=True)
-            if still > self.limit_s:
-                self.end(HANG_EXIT_CODE, f"error (rank {self.rank}): no step for {still:.0f} s (guard.hang_limit is "
-                         f"{self.limit_s:.0f} s); where this process stands:", stacks=True)
+                    self._run_check(watched)
+            idle_s = time.monotonic() - self._beat
+            if self.orphaned and idle_s > ORPHAN_LIMIT_S:
+                self.end(
+                    ORPHAN_EXIT_CODE,
+                    f"error (rank {self.rank}): {self.orphaned}; the run was asked to stop, but "
+                    f"there was no progress for {idle_s:.0f} s; stacks of all threads:",
+                    stacks=True,
+                )
+            if idle_s > self.limit_s:
+                self.end(
+                    HANG_EXIT_CODE,
+                    f"error (rank {self.rank}): no progress for {idle_s:.0f} s "
+                    f"(guard.hang_limit is {self.limit_s:.0f} s); stacks of all threads:",
+                    stacks=True,
+                )
 
-    def look(self) -> None:
+    def check_now(self) -> None:
         """Call all checks now."""
         for watched in self._watched:
-            self._look(watched)
+            self._run_check(watched)
 
-    def _look(self, watched: _Watched) -> None:
+    def _run_check(self, watched: _Watched) -> None:
         watched.due = time.monotonic() + watched.every_s
         try:
             verdict = watched.check()
-        except Exception as error:  # without this thread a hang would hold the job for ever
+        except Exception as error:
+            # Keep this thread alive: without it a hang would block the job forever.
             if not watched.failed:
-                say(f"warning (rank {self.rank}): a check of the guard failed, and is tried again "
-                    f"every {watched.every_s:g} s: {type(error).__name__}: {error}")
+                say(
+                    f"warning (rank {self.rank}): a check of the guard failed and is retried every "
+                    f"{watched.every_s:g} s: {type(error).__name__}: {error}"
+                )
             watched.failed = True
             return
         if verdict is None:
@@ -111,19 +128,19 @@ class Guard:
     def end(self, code: int, why: str, *, stacks: bool = False) -> NoReturn:
         """End the process, from any thread."""
         try:
-            self.last_words(code, why)
+            self.before_exit(code, why)
         finally:
             end_now(code, why, stacks=stacks)
 
 
 def say(message: str) -> None:
-    """Print on standard error from any thread; one that nobody reads any more stops nothing."""
+    """Print to standard error from any thread; works even if standard error is closed."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         print(message, file=sys.__stderr__, flush=True)
 
 
 def end_now(code: int, message: str, *, stacks: bool = False) -> NoReturn:
-    """Leave from any thread, whatever the others do."""
+    """End the process at once, from any thread and whatever the other threads do."""
     say(message)
     if stacks:
         with contextlib.suppress(OSError, ValueError, AttributeError, RuntimeError):

@@ -1,4 +1,4 @@
-"""What a run measures and writes while it goes: its logs, a JSON object per line, and TensorBoard."""
+"""The logs of a run, with one JSON object per line, its TensorBoard events, and its meters."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from prelora_ds.run.folder import RunFolder
 
 
 class EventKind(StrEnum):
-    """What a row of the events tells: the value of its key ``event``."""
+    """The kind of an event: the value of the key ``event`` in its row."""
 
-    PLAN = "plan"  # a plan that begins after ``step``, its reason, and what the switch to it cost
-    BYTES = "bytes"  # predicted and measured, under the plan
-    RESUME = "resume"  # from a checkpoint
-    STRAGGLER = "straggler"  # a rank that holds up the others
-    END = "end"  # the run has come to its end
+    PLAN = "plan"  # a plan that begins after ``step``, its reason, and the cost of the switch to it
+    BYTES = "bytes"  # predicted and measured bytes under a plan
+    RESUME = "resume"  # the run continues from a checkpoint
+    STRAGGLER = "straggler"  # a rank that slows down the others
+    END = "end"  # the run has finished
 
 
 def json_text(value: Any, *, indent: int | None = None) -> str:
-    """``value`` as strict JSON: NaN and infinities, which JSON does not have, become null."""
+    """Encode ``value`` as strict JSON; NaN and infinities, which JSON lacks, become null."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 
@@ -45,27 +45,29 @@ def _finite(value: Any) -> Any:
 
 
 class JsonLines:
-    """A file of one JSON object per line, each with the operating system before `write` returns.
+    """A file with one JSON object per line.
 
-    It is a side channel: what cannot be written is lost, and training continues. `sync_logs` brings
-    rows to the disk.
+    Each line is passed to the operating system before `write` returns. It is a side channel: what
+    cannot be written is lost, and training continues. `sync_logs` brings the rows to the disk.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path, self._descriptor = path, -1
-        with contextlib.suppress(OSError):  # the first row meets it again, and its writer is told
+        self._path = path
+        self._descriptor = -1
+        # The first `write` tries again and reports the error.
+        with contextlib.suppress(OSError):
             self._open()
 
     def write(self, row: Mapping[str, Any]) -> str | None:
-        """Append ``row``, or nothing of it.
+        """Append ``row`` completely or not at all.
 
-        Returns what was lost of the file and why, in words; None if nothing was.
+        Returns a description of what was lost and why, or None if nothing was lost.
         """
         lost = None
         try:
             if self._descriptor >= 0 and not self._in_place():
                 self.close()
-                lost = "was removed or replaced; the rows before are lost"
+                lost = "was removed or replaced; its earlier rows are lost"
             self._open()
             self._append((json_text(row) + "\n").encode())
         except OSError as exc:
@@ -79,7 +81,7 @@ class JsonLines:
 
     def _open(self) -> None:
         if self._descriptor < 0:
-            # Without waiting: somebody may have put a pipe there that nobody reads.
+            # Do not block: the path may be a pipe that nobody reads.
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
             self._descriptor = os.open(self._path, flags, 0o644)
 
@@ -95,19 +97,19 @@ class JsonLines:
             while data:
                 data = data[os.write(self._descriptor, data):]
         except OSError:
-            with contextlib.suppress(OSError):  # a pipe or a device has no size
+            with contextlib.suppress(OSError):  # A pipe or a device has no size.
                 os.ftruncate(self._descriptor, size)
             raise
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file.
+    """Read the rows of a JSON-lines file.
 
-    A last line that a kill or a power cut left unfinished is left out. Raises ConfigError, which names
-    the line, for one that is not a JSON object, and for a file that cannot be read.
+    An unfinished last line, left by a kill or a power cut, is skipped. Raises ConfigError if the
+    file cannot be read, or if a line is not a JSON object; the error then names the line.
     """
     try:
-        # After a power cut a file may end in zeros where its last blocks were not yet on disk.
+        # After a power cut, a file may end in zeros for blocks that had not reached the disk.
         *lines, _ = path.read_bytes().rstrip(b"\0").split(b"\n")
     except OSError as exc:
         raise ConfigError(
@@ -118,7 +120,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as exc:
-            raise _damaged(path, number, f"is not JSON ({exc})") from exc
+            raise _damaged(path, number, f"is not valid JSON ({exc})") from exc
         if not isinstance(row, dict):
             raise _damaged(path, number, "is not a JSON object")
         rows.append(row)
@@ -135,9 +137,9 @@ def _damaged(path: Path, number: int, what: str) -> ConfigError:
 
 
 def rows_until(path: Path, step: int) -> list[dict[str, Any]]:
-    """The rows of a log of steps up to ``step``.
+    """Read the rows of a log up to ``step``.
 
-    Raises ConfigError as `read_lines` does, and for a row without a step.
+    Raises ConfigError as `read_lines` does, and if a row has no step.
     """
     rows = read_lines(path)
     for number, row in enumerate(rows, start=1):
@@ -147,42 +149,47 @@ def rows_until(path: Path, step: int) -> list[dict[str, Any]]:
 
 
 def _step_of(row: Mapping[str, Any]) -> Any:
-    """The step of a row, which for a window is its last one; whatever a damaged log has in its place."""
+    """Return the step of a row, or the last step of a window's row.
+
+    In a damaged log it can be any JSON value.
+    """
     return row.get("step", row.get("last_step"))
 
 
 def check_logs(folder: RunFolder) -> None:
-    """Raise ConfigError where `cut_back` would, for a run that has not started its ranks' group yet."""
+    """Raise ConfigError if `truncate_logs` would; this runs before the process group exists."""
     for path in _logs_in(folder):
         rows_until(path, 0)
 
 
 def _logs_in(folder: RunFolder) -> list[Path]:
-    found = (folder.events_to_read if path == folder.events else path for path in folder.logs)
-    return [path for path in found if path.is_file()]
+    paths = (folder.events_to_read if path == folder.events else path for path in folder.logs)
+    return [path for path in paths if path.is_file()]
 
 
-def cut_back(folder: RunFolder, step: int) -> None:
-    """Take rows after ``step`` out of a run's logs: it continues from there, and writes them again.
+def truncate_logs(folder: RunFolder, step: int) -> None:
+    """Truncate the logs after ``step``, so that a resumed run has each step once.
 
-    The events of a run of version 0.1.0 get the name of today first.
+    The events file of version 0.1.0 is first renamed to its current name.
 
-    Raises ConfigError for a log that cannot be understood, and OSError for one that cannot be written.
+    Raises ConfigError if a log cannot be parsed, and OSError if it cannot be written.
     """
-    if (found := folder.events_to_read) != folder.events:
-        found.rename(folder.events)
+    events = folder.events_to_read
+    if events != folder.events:
+        events.rename(folder.events)
         sync_folder(folder.path)
     for path in _logs_in(folder):
         kept = "".join(json_text(row) + "\n" for row in rows_until(path, step)).encode()
         if kept == path.read_bytes():
-            continue  # a full disk need not hold it twice
+            continue  # Do not rewrite it: a full disk may not hold it twice.
         replace_file(path, kept)
 
 
 def sync_logs(folder: RunFolder) -> None:
-    """Bring the rows of a run's logs to the disk, before a checkpoint of their steps has its name."""
+    """Sync a run's logs to disk, before the checkpoint of their steps is committed."""
     for path in _logs_in(folder):
-        with contextlib.suppress(OSError):  # it has been warned of, and costs no checkpoint
+        # An error must not cost the checkpoint; the writer of the log has already warned of it.
+        with contextlib.suppress(OSError):
             descriptor = os.open(path, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
@@ -191,18 +198,20 @@ def sync_logs(folder: RunFolder) -> None:
 
 
 class RunLog:
-    """The record of a run in its output folder, written only by rank 0 (``monitor`` is None elsewhere).
+    """The logs of a run in its output folder, which only rank 0 writes.
 
-    monitor: what `make_monitor` returns, made once for the run and lent to each engine, so that
-    TensorBoard sees one run with an unbroken axis (samples, as in DeepSpeed's own events).
-
-    say: prints the one warning of each file that cannot be written; training continues.
+    monitor: the result of `make_monitor`, or None on ranks other than 0. It is created once per run
+        and attached to each engine, so that TensorBoard shows one run with an unbroken axis
+        (samples, as in DeepSpeed's own events).
+    say: prints one warning per file that cannot be written; training continues.
     """
 
     def __init__(
         self, folder: RunFolder, monitor: Any | None, say: Callable[[str], None] = print
     ) -> None:
-        self._folder, self._say, self._warned = folder, say, set[Path]()
+        self._folder = folder
+        self._say = say
+        self._warned = set[Path]()
         self._open(monitor)
 
     def _open(self, monitor: Any | None) -> None:
@@ -219,26 +228,30 @@ class RunLog:
             self._say(f"warning: {path} {lost}; training continues")
 
     def metrics(self, row: Mapping[str, Any], samples: int) -> None:
-        """One logged step; its numbers also go to TensorBoard, at ``samples``."""
+        """Write the row of a logged step; its numbers also go to TensorBoard, at ``samples``."""
         self._write(self._folder.metrics, row)
         if self.monitor is not None:
-            self.monitor.write_events([(key, float(value), samples) for key, value in row.items()
-                                       if isinstance(value, int | float) and key != "step"])
+            events = [
+                (key, float(value), samples)
+                for key, value in row.items()
+                if isinstance(value, int | float) and key != "step"
+            ]
+            self.monitor.write_events(events)
 
     def event(self, kind: EventKind, step: int, **values: Any) -> None:
-        """What happened after ``step`` steps."""
+        """Write an event that happened after ``step`` steps."""
         self._write(self._folder.events, {"event": kind, "step": step, **values})
 
     def observation(self, observation: Observation) -> None:
-        """What the phase controller decides by, so that its decisions can be made again."""
+        """Write an observation of the phase controller, so that its decisions can be replayed."""
         self._write(self._folder.observations, to_json(observation))
 
     def windows(self, row: Mapping[str, Any]) -> None:
-        """A closed window, and what Algorithm 1 said."""
+        """Write the row of a closed window, with the verdict of Algorithm 1."""
         self._write(self._folder.windows, row)
 
     def rewind(self, cut: Callable[[], Any | None]) -> None:
-        """Go on with the monitor that ``cut`` returns, in the files as it leaves them."""
+        """Close the files, call ``cut``, and reopen them with the monitor that it returns."""
         self.close()
         self._open(cut())
 
@@ -253,8 +266,9 @@ class RunLog:
 class Meter:
     """What has been measured since the last reset.
 
-    losses: of each step, times its samples. step_s, data_s: seconds of all steps, and of waiting for
-    data. corrupt: samples that could not be read.
+    losses: for each step, its loss times its number of samples.
+    step_s, data_s: seconds spent in all steps, and in waiting for data.
+    corrupt: the number of samples that could not be read.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -266,32 +280,51 @@ class Meter:
 
     def reset(self) -> None:
         self.losses = []
-        self.samples = self.steps = self.corrupt = 0
-        self.step_s = self.data_s = 0.0
+        self.samples = 0
+        self.steps = 0
+        self.step_s = 0.0
+        self.data_s = 0.0
+        self.corrupt = 0
 
-    def add(self, loss: float, samples: int, *, step_s: float, data_s: float, corrupt: int = 0) -> None:
+    def add(
+        self, loss: float, samples: int, *, step_s: float, data_s: float, corrupt: int = 0
+    ) -> None:
         self.losses.append(loss * samples)
-        self.samples, self.steps, self.corrupt = self.samples + samples, self.steps + 1, self.corrupt + corrupt
-        self.step_s, self.data_s = self.step_s + step_s, self.data_s + data_s
+        self.samples += samples
+        self.steps += 1
+        self.step_s += step_s
+        self.data_s += data_s
+        self.corrupt += corrupt
 
     @property
     def loss(self) -> float:
-        """Mean loss of a sample."""
+        """The mean loss per sample."""
         return math.fsum(self.losses) / self.samples
 
     def observation(self, step: int, norms: Mapping[str, Mapping[int, float]]) -> Observation:
-        """What the phase controller sees of the samples since the last reset."""
+        """Return the phase controller's observation of the samples since the last reset."""
         return Observation(step=step, samples=self.samples, loss=self.loss, norms=norms)
 
     def row(self) -> dict[str, float]:
-        """Means of a step since the last reset, if there was one, and the sum of corrupt samples; ``img_s`` over all
-        ranks, waiting for data included."""
+        """Return the means per step since the last reset, and the number of corrupt samples.
+
+        ``img_s`` is over all ranks and includes waiting for data. Returns {} if there was no step.
+        """
         if not self.steps:
             return {}
-        return {"train/loss": self.loss, "step_s": self.step_s / self.steps, "data_s": self.data_s / self.steps,
-                "img_s": self.samples / (self.step_s + self.data_s), "data/corrupt": self.corrupt}
+        return {
+            "train/loss": self.loss,
+            "step_s": self.step_s / self.steps,
+            "data_s": self.data_s / self.steps,
+            "img_s": self.samples / (self.step_s + self.data_s),
+            "data/corrupt": self.corrupt,
+        }
 
 
 def norm_columns(norms: Mapping[str, Mapping[int, float]]) -> dict[str, float]:
-    """Norms, family -> layer -> norm, as columns of a row: ``norm/q.03``."""
-    return {f"norm/{family}.{layer:02d}": norm for family, layers in norms.items() for layer, norm in layers.items()}
+    """Convert norms (family -> layer -> norm) to the columns of a row: ``norm/q.03``."""
+    return {
+        f"norm/{family}.{layer:02d}": norm
+        for family, layers in norms.items()
+        for layer, norm in layers.items()
+    }

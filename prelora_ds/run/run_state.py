@@ -1,4 +1,4 @@
-"""The state of a run beside its weights: all that the loop changes, saved and read back whole."""
+"""The state of a run apart from its weights: what the loop changes and a checkpoint saves."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from prelora_ds.run.log import Meter
 
 @dataclass
 class RunState:
-    """After ``step`` optimizer steps.
+    """The state after ``step`` optimizer steps.
 
-    window, logged: what has been measured since the last measurement and the last logged row.
-    accuracy: of the last evaluation, which was after ``evaluated_at`` steps. best_acc1: the highest so far.
-    corrupt: (epoch, samples in it that could not be read so far).
+    window, logged: what has been measured since the last observation, and since the last logged
+    row.
+    accuracy: the result of the last evaluation, which took place after ``evaluated_at`` steps.
+    best_acc1: the highest top-1 accuracy so far.
+    corrupt: the current epoch and the number of its samples that could not be read so far.
     """
 
     step: int
@@ -33,25 +35,31 @@ class RunState:
 
     @property
     def acc1(self) -> float | None:
-        """The top-1 accuracy of these very weights; None if they were not evaluated."""
-        return self.accuracy.acc1 if self.accuracy is not None and self.evaluated_at == self.step else None
+        """The top-1 accuracy of exactly these weights; None if they were not evaluated."""
+        if self.accuracy is None or self.evaluated_at != self.step:
+            return None
+        return self.accuracy.acc1
 
     def evaluated(self, step: int, accuracy: Accuracy) -> bool:
-        """Record an evaluation; whether no earlier one was as good."""
-        self.accuracy, self.evaluated_at = accuracy, step
+        """Record an evaluation; return whether it is better than all earlier ones."""
+        self.accuracy = accuracy
+        self.evaluated_at = step
         improved = self.best_acc1 is None or accuracy.acc1 > self.best_acc1
         if improved:
             self.best_acc1 = accuracy.acc1
         return improved
 
     def forget_measurements(self) -> None:
-        """Keep what the weights are, and drop what was measured by the settings of the run that they come from."""
+        """Drop what was measured under the settings of the run that the weights come from."""
         self.phase = self.phase.without_open_window()
-        self.window, self.logged = Meter(), Meter()
-        self.watch, self.corrupt, self.best_acc1 = DivergenceWatch(), (0, 0), None
+        self.window = Meter()
+        self.logged = Meter()
+        self.watch = DivergenceWatch()
+        self.corrupt = (0, 0)
+        self.best_acc1 = None
 
     def count(self, stats: StepStats, config: TrainConfig, *, data_s: float) -> dict[str, float]:
-        """Count a step that may stand; columns for the log where its update was left out.
+        """Count a step that the run keeps; return columns for the log if its update was skipped.
 
         data_s: seconds that this rank waited for its data.
         """
@@ -60,5 +68,11 @@ class RunState:
             return {"left_out": self.watch.left_out, "left_out_loss": stats.loss}
         self.watch = self.watch.sound(stats.loss, config.divergence)
         for meter in (self.window, self.logged):
-            meter.add(stats.loss, config.global_batch_size, corrupt=stats.corrupt, step_s=stats.step_s, data_s=data_s)
+            meter.add(
+                stats.loss,
+                config.global_batch_size,
+                corrupt=stats.corrupt,
+                step_s=stats.step_s,
+                data_s=data_s,
+            )
         return {}

@@ -8,6 +8,6 @@ from support.launches import Zygote, zygote
 
 @pytest.fixture(scope="session")
 def forge() -> Iterator[Zygote]:
-    """Where launches of ranks are forked."""
+    """The process that forks the ranks of launches."""
     with zygote() as z:
         yield z

@@ -1,4 +1,4 @@
-"""Parameters that sit steps out on the live engine, at every ZeRO stage: what stands still, and what the others see."""
+"""Inactive parameters on a live engine at every ZeRO stage: they do not change, the others train."""
 
 from __future__ import annotations
 
@@ -23,20 +23,22 @@ TORCH_ADAM = {"zero_force_ds_cpu_optimizer": False}
 
 
 def trainer(zero, **sections):
-    """In the LoRA phase from step 0 on, of two layers, with two micro-batches a step where the stage accumulates, and
-    a clip that binds."""
+    """Return a trainer of two layers that starts in the LoRA phase, with a clip that takes effect.
+
+    A step has two micro-batches if the stage accumulates.
+    """
     sections = {"optimizer": {"clip_grad_norm": CLIP}, "micro": 4 if zero == "zero0" else 2,
                 "model": MODEL, **sections}
     return Trainer(config(zero, **sections), begin="lora")
 
 
 def without(plan, modules, *others):
-    """What trains but for the adapters of ``modules``, and but for ``others``."""
+    """Return what trains, without the adapters of ``modules`` and without ``others``."""
     return plan.trainable - {name for name in plan.trainable if name.partition(".lora_")[0] in modules} - set(others)
 
 
 def selections(plan):
-    """Two selections: the first leaves out every second adapter, the other every third and some of the rest."""
+    """Return two selections: without every second adapter, and without every third and others."""
     modules = sorted(plan.adapters)
     rest = [name for name in plan.trainable if "layers.0.layernorm" in name or name.endswith("cls_token")]
     assert len(rest) == 5
@@ -44,7 +46,7 @@ def selections(plan):
 
 
 def everything(t):
-    """`snapshot`, and this rank's BF16 weights."""
+    """Return `snapshot` and this rank's BF16 weights."""
     weights = {(name, "weight"): getattr(p, "ds_tensor", p).detach().float().clone()
                for name, p in named_parameters(t.engine.module).items()}
     return t.snapshot() | weights
@@ -67,7 +69,7 @@ def against_stock(zero):
         t = trainer(zero)
         inner = inner_optimizer(t.engine.ds)
         if stock:
-            inner.__class__ = type(inner).__bases__[1]  # torch's or DeepSpeed's own; the state has its form
+            inner.__class__ = type(inner).__bases__[1]  # torch's or DeepSpeed's own class; the state has the same form
             assert inner.__class__.__module__.startswith(("torch.optim", "deepspeed.ops"))
         losses, state = t.train(3), everything(t)
         steps = [int(s["step"]) for s in inner.state.values()] if stock else list(steps_of(t).values())
@@ -80,7 +82,7 @@ def against_stock(zero):
 # ---- some of them not
 
 @ALL
-def test_what_is_not_active_stands_still_bitwise_and_each_name_has_its_own_step(ranks, zero):
+def test_inactive_parameters_stay_bitwise_and_each_name_has_its_own_step(ranks, zero):
     ranks.run(two_selections, zero=zero)
 
 
@@ -98,7 +100,7 @@ def two_selections(zero):
             assert stats.grad_norm > 2 * CLIP or stats.skipped
             t.step += 1
         expected = {name: step + 2 * (name in names) for name, step in expected.items()}
-        assert steps_of(t) == expected  # on every rank, whichever holds the parameter
+        assert steps_of(t) == expected  # on every rank, no matter which one holds the parameter
         after = everything(t)
         moved = {name for name, what in same(before, after) if what != "step"}
         assert moved <= names, sorted(moved - names)[:3]
@@ -110,7 +112,7 @@ def two_selections(zero):
     for f in fragments(t.engine.ds):
         by_flat.setdefault(id(f.flat), set()).add(expected[f.name])
     assert set(expected.values()) == {2, 4, 6}
-    # Side by side in one flat tensor, but for stage 0, where each parameter has its own.
+    # They share one flat tensor, except at stage 0, where each parameter has its own.
     assert max(map(len, by_flat.values())) == (1 if zero == "zero0" else 3)
     del f
     a_rebuild_carries_it(t, expected)
@@ -139,8 +141,11 @@ def test_the_active_ones_train_as_if_the_others_were_frozen(ranks, zero, deepspe
 
 
 def against_frozen(zero, deepspeed):
-    """Against an engine whose optimizer does not know the others. DeepSpeedCPUAdam multiplies the powers of its betas
-    up and begins them anew in a rebuild, so with it the others never had a gradient."""
+    """Compare with an engine whose optimizer does not have the others.
+
+    DeepSpeedCPUAdam accumulates the powers of its betas and restarts them in a rebuild, so with it
+    the others never had a gradient.
+    """
     warm = 0 if "offload" in zero and not deepspeed else 2
     runs = []
     for frozen in (False, True):
@@ -171,7 +176,7 @@ def against_frozen(zero, deepspeed):
 
 
 @ALL
-def test_a_gradient_that_is_not_finite_goes_with_the_adapter_that_had_it(ranks, zero):
+def test_a_gradient_that_is_not_finite_vanishes_with_its_adapter(ranks, zero):
     ranks.run(nan_in_one_adapter, zero=zero)
 
 
@@ -199,7 +204,7 @@ def nan_in_one_adapter(zero):
 # ---- in other settings
 
 @pytest.mark.parametrize("zero", ["zero1", "zero2", "zero3"])
-def test_a_selection_trains_alike_with_checkpointed_activations(ranks, zero):
+def test_a_selection_trains_the_same_with_checkpointed_activations(ranks, zero):
     ranks.run(selection_with_checkpointed_activations, zero=zero)
 
 
@@ -217,7 +222,7 @@ def selection_with_checkpointed_activations(zero):
 
 
 @pytest.mark.parametrize("zero", ["zero1", "zero2"])
-def test_merged_linears_of_inactive_adapters_are_left_alone_and_built_anew_whole(ranks, zero):
+def test_merged_linears_of_inactive_adapters_are_not_touched_until_a_rebuild(ranks, zero):
     ranks.run(merged_selection, zero=zero)
 
 
@@ -229,7 +234,7 @@ def merged_selection(zero):
     idle = [linear for linear in lora_linears(t.engine.module) if not linear.active]
     assert 0 < len(idle) < len(t.lora.adapters)
     before = {id(linear): linear.get_base_layer().weight.detach().clone() for linear in idle}
-    for linear in idle:  # a merge would write something else
+    for linear in idle:  # a merge would now write other values
         linear.fp32_weight.add_(1)
     t.train(2)
     assert all(torch.equal(linear.get_base_layer().weight, before[id(linear)]) for linear in idle)
@@ -238,13 +243,13 @@ def merged_selection(zero):
     outputs = t.outputs()
     del idle, linear
     t.switch(t.engine.plan)
-    assert torch.allclose(outputs, t.outputs(), atol=2e-2)  # the bases were added to, and rounded
+    assert torch.allclose(outputs, t.outputs(), atol=2e-2)  # adding to the bases rounded them
     t.close()
 
 
 # ---- refused
 
-def test_what_cannot_be_active_is_refused_on_every_rank_alike_and_changes_nothing(ranks):
+def test_an_invalid_selection_is_refused_on_every_rank_and_changes_nothing(ranks):
     said = ranks.run(refused_selections)
     assert said[0] == said[1]
     foreign, frozen, empty, other = said[0]
@@ -271,7 +276,7 @@ def refused_selections():
 
 
 @pytest.mark.parametrize("lora", [{"dropout": 0.1}, {"mode": "peft"}])
-def test_peft_s_forward_pass_knows_of_no_inactive_adapter_and_leaves_it_alone(ranks, lora):
+def test_peft_s_forward_pass_does_not_change_inactive_adapters(ranks, lora):
     ranks.run(selection_by_peft, lora=lora)
 
 

@@ -1,4 +1,4 @@
-"""Runs that are started again with another seed, duration or folder than fits what is there."""
+"""Runs that are restarted with a seed, duration or folder that does not fit what exists."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_large_seed_trains_on_two_ranks_and_continues_on_one(job, tmp_path, se
     assert [row["step"] for row in read_lines(out / "metrics.jsonl")] == list(range(1, 9))
 
 
-def test_a_run_without_a_test_is_observed_too_and_a_kill_loses_nothing_of_it(job, tmp_path):
+def test_a_run_without_a_switch_test_is_observed_too_and_a_kill_loses_nothing(job, tmp_path):
     whole, out = job(tmp_path / "whole", "observe.every=3 steps"), tmp_path / "out"
     assert whole.end() == [0, 0], whole.said()[-3000:]
     killed = job(out, "observe.every=3 steps", faults={0: {"place": "step", "call": 7, "delay": 0}})
@@ -61,7 +61,7 @@ def test_logs_without_their_checkpoints_are_refused_before_anything_starts(job, 
     assert (out / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(job, tmp_path):
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_over(job, tmp_path):
     out = tmp_path / "out"
     killed = job(out, faults={0: {"place": "step", "call": 3, "delay": 0}})
     assert killed.end()[0] != 0
@@ -72,5 +72,5 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(job, tmp_
     assert again.end() == [0, 0], again.said()[-3000:]
     shorter = job(tmp_path / "new", "train.duration=6 steps", resume=str(out))
     assert shorter.end()[0] == 2
-    assert "ends the run after step 6, and the checkpoint" in shorter.said()
-    assert "is of step 8 already" in shorter.said()
+    assert "ends the run after step 6, but the checkpoint" in shorter.said()
+    assert "is already at step 8" in shorter.said()

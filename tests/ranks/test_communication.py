@@ -1,4 +1,4 @@
-"""The payloads that `core.costs.communication` predicts, against what DeepSpeed hands to its backend."""
+"""The payloads predicted by `cost.flops.communication`, and what DeepSpeed passes to its backend."""
 
 from __future__ import annotations
 

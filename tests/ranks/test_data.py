@@ -1,4 +1,4 @@
-"""Data in the step: pairs mixed on the device, unreadable samples counted over ranks, one message above the budget."""
+"""Data in the step: pairs mixed on the device, unreadable samples counted over all ranks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_step_trains_on_mixed_pixels_and_targets(ranks, loss):
 
 
 def mixed_step(loss):
-    """The loss of a step with mixing, and the same with pixels and targets mixed by hand, row by row."""
+    """Return the loss of a step with mixing, and that with pixels and targets mixed by hand."""
     from deepspeed import comm
 
     from prelora_ds.model.vit import logits_of
@@ -46,9 +46,9 @@ def mixed_step(loss):
             images = batch.images.float() / 127.5 - 1
             mixed, shares = images.clone(), torch.zeros(4, LABELS)
             for row in range(4):
-                share, own, top, left, bottom, right = batch.mix[row // 2].tolist()
+                share, weight, top, left, bottom, right = batch.mix[row // 2].tolist()
                 partner = images[row ^ 1]
-                mixed[row] = own * images[row] + (1 - own) * partner
+                mixed[row] = weight * images[row] + (1 - weight) * partner
                 box = (slice(None), slice(int(top), int(bottom)), slice(int(left), int(right)))
                 mixed[row][box] = partner[box]
                 shares[row, batch.labels[row]] += share
@@ -86,7 +86,7 @@ def test_above_the_budget_all_ranks_stop_with_one_message(forge, tmp_path):
     assert sum(row["data/corrupt"] for row in rows) >= 2
 
 
-def test_a_run_bears_what_the_budget_allows_and_goes_on_with_mixup_and_sigmoid(forge, tmp_path):
+def test_a_run_tolerates_what_the_budget_allows_with_mixup_and_sigmoid(forge, tmp_path):
     write_digits(tmp_path)
     manifest = Manifest.load(tmp_path / "train")
     row = manifest.rows[600]
@@ -104,8 +104,8 @@ def test_a_run_bears_what_the_budget_allows_and_goes_on_with_mixup_and_sigmoid(f
     assert len(list((tmp_path / "cache").glob("*shard-*.tar"))) == 2  # the damaged one is not kept
 
 
-def test_an_index_that_is_cut_under_a_run_ends_it_with_75_and_one_message(forge, tmp_path):
-    """A mapped one would end it with SIGBUS."""
+def test_an_index_truncated_during_a_run_ends_it_with_75_and_one_message(forge, tmp_path):
+    """A memory-mapped index would end it with SIGBUS."""
     write_digits(tmp_path)
     out = tmp_path / "out"
     job = Job(forge, out, tmp_path, "train.duration=100000 steps", "train.eval_every=100000 steps",
@@ -159,7 +159,7 @@ def test_a_worker_that_is_killed_is_named_by_its_rank_and_ends_the_run(shards, t
 
 
 def worker_of_rank_1(launcher):
-    """The data worker: the fork server of rank 1 has one child."""
+    """Return the data worker: the only child of the fork server of rank 1."""
     [rank] = [p for p in launcher.children(recursive=True) if "--local_rank=1" in p.cmdline()
               and "launch/pretrain.py" in p.cmdline() and "deepspeed.launcher.launch" not in p.cmdline()]
     return next(child for process in rank.children() for child in process.children())

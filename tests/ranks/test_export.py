@@ -1,4 +1,4 @@
-"""What `prelora export` writes of a checkpoint: with the class names, exact, whole, and opened by others."""
+"""The exports of a checkpoint: exact, complete, with class names, and readable by other libraries."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def make_checkpoint(folder: str) -> None:
     )
     for plan in (t.warmup, t.lora):
         t.train(2)
-        t.engine, _ = transition(t.engine, plan, keep_frozen=saver.keep_frozen)
+        t.engine, _ = transition(t.engine, plan, keep_frozen=saver.save_frozen)
     t.train(2)
     state = RunState(6, PhaseState(t.engine.plan), DivergenceWatch())
     assert saver.save(t.engine, state, wait=True)
@@ -88,7 +88,7 @@ def test_hf_and_the_base_of_peft_name_the_classes(run, hf, tmp_path, monkeypatch
 
     monkeypatch.chdir(tmp_path)
     assert named(json.loads((hf / "config.json").read_text())) == CLASSES
-    export_checkpoint(run, Path("peft"), "peft")  # the base is found from any other folder too
+    export_checkpoint(run, Path("peft"), "peft")  # the base is found from any other folder, too
     assert named(json.loads((tmp_path / "peft/base/config.json").read_text())) == CLASSES
     adapter = json.loads((tmp_path / "peft/adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == str(tmp_path / "peft/base")
@@ -116,7 +116,7 @@ def test_timm_opens_sizes_that_do_not_divide(run, hf, tmp_path):
     )
 
 
-def test_a_ratio_gives_every_size_back():
+def test_a_ratio_reproduces_every_size():
     assert int(56 * (488 / 56)) == 487
     for width in (*range(1, 300), 768, 1024, 1408):
         for hidden in (*range(1, 300), 488, 3072, 6144, 4 * width + 1):
@@ -126,7 +126,7 @@ def test_a_ratio_gives_every_size_back():
 
 
 def test_deepspeed_s_own_script_opens_its_folder(run, own_pools, tmp_path):
-    """Run as its documentation says: `python zero_to_fp32.py . OUT`."""
+    """Run the script as documented: `python zero_to_fp32.py . OUT`."""
     from safetensors import safe_open
 
     out = tmp_path / "deepspeed"
@@ -146,7 +146,7 @@ def test_deepspeed_s_own_script_opens_its_folder(run, own_pools, tmp_path):
         list_checkpoints(run / "checkpoints"),
         list((run / "checkpoints").glob("base-*")),
     )
-    for folder in (base, checkpoint):  # what trained, and is there last, counts
+    for folder in (base, checkpoint):  # the checkpoint comes last: the weights that train override the base
         for path in folder.glob("*.safetensors"):
             with safe_open(path, "pt") as file:
                 for name, start in json.loads(file.metadata()["starts"]).items():
@@ -190,7 +190,7 @@ def test_a_checkpoint_of_an_earlier_version_has_numbered_classes(run, tmp_path):
         "{here}/file",
     ],
 )
-def test_an_out_that_cannot_be_is_refused_and_nothing_is_touched(run, out, tmp_path):
+def test_an_invalid_out_is_refused_and_nothing_is_changed(run, out, tmp_path):
     (tmp_path / "link").symlink_to(run)
     (tmp_path / "dangling").symlink_to(tmp_path / "none")
     (tmp_path / "file").write_text("mine")

@@ -1,4 +1,4 @@
-"""A figure belongs to the step at which it was measured, and an error on one rank is one on all."""
+"""A measurement belongs to its step, and an error on one rank is raised on all ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SPIKE = ("optimizer.lr=0.3", "optimizer.warmup=0 steps", "train.divergence.spike
 
 
 def test_a_checkpoint_has_the_accuracy_of_its_own_weights_and_the_best_is_kept(forge, shards, tmp_path):
-    """Evaluations each 3 steps and checkpoints each 5 fall together at steps 15 and 20 only."""
+    """Evaluations every 3 steps and checkpoints every 5 steps coincide only at steps 15 and 20."""
     out = tmp_path / "out"
     run = Job(forge, out, shards, "train.eval_every=3 steps", "checkpoint.every=5 steps",
               "checkpoint.keep_last=1", "checkpoint.keep_best=1", "checkpoint.keep_every=5 steps")
@@ -31,8 +31,8 @@ def test_a_checkpoint_has_the_accuracy_of_its_own_weights_and_the_best_is_kept(f
 
 
 @pytest.mark.parametrize(("action", "reason"), [
-    ("rollback", "and there is not yet a checkpoint to go back to"),
-    ("skip", "and 1 updates in a row (train.divergence.tries) were skipped already"),
+    ("rollback", "but there is no checkpoint to roll back to yet"),
+    ("skip", "but the limit of 1 consecutive skipped updates (train.divergence.tries) is reached"),
 ])
 def test_a_run_that_diverges_says_why_its_action_was_not_taken(forge, shards, tmp_path, action, reason):
     run = Job(forge, tmp_path / "out", shards, *SPIKE, "checkpoint.every=20 steps",
@@ -42,7 +42,7 @@ def test_a_run_that_diverges_says_why_its_action_was_not_taken(forge, shards, tm
     assert "train.divergence.action=skip or rollback" not in run.said()
 
 
-def test_an_error_in_what_rank_0_decides_is_raised_on_every_rank(ranks):
+def test_an_error_in_a_decision_of_rank_0_is_raised_on_every_rank(ranks):
     assert ranks.run(refused_by_rank_0) == ["lora.rank", "lora.rank"]
 
 

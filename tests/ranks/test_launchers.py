@@ -1,4 +1,4 @@
-"""Launchers that are ended while their ranks train: no rank and no worker process is left, and a checkpoint is."""
+"""Launchers that end while their ranks train: a checkpoint is left, but no rank or worker process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from support.pool import free_port
 from prelora_ds.run.checkpoints.checkpoint_folder import CheckpointManifest, list_checkpoints
 
 LONG = ("train.duration=9000 steps", "checkpoint.every=null")
-ENDED_S = 10.0  # measured; as many seconds more are for a busy machine
+ENDED_S = 10.0  # measured; the tests allow twice as long for a busy machine
 
 
 def torchrun(*arguments):
@@ -52,7 +52,7 @@ def mpirun(*arguments):
 
 
 def shell(*arguments):
-    """A script between the launcher and each rank."""
+    """Return a command with a script between the launcher and each rank."""
     return [
         sys.executable,
         "-m",
@@ -110,7 +110,7 @@ class Launch:
             )
 
     def pids(self, *words: str) -> list[int]:
-        """Living processes of this launch whose command line has all ``words``."""
+        """Return the running processes of this launch whose command line contains all ``words``."""
         found = []
         for entry in Path("/proc").iterdir():
             try:
@@ -127,7 +127,7 @@ class Launch:
         return found
 
     def wait_for(self, what, seconds: float = 120.0) -> float:
-        """Seconds until ``what()``."""
+        """Wait until ``what()`` is true; return the seconds that it took."""
         begun = time.monotonic()
         while not what():
             assert time.monotonic() - begun < seconds, self.log.read_text(errors="replace")[-3000:]
@@ -195,7 +195,7 @@ def test_ranks_whose_launcher_is_ended_stop_with_a_checkpoint(
     launch.wait_for(launch.is_over, 2 * ENDED_S)
     newest = list_checkpoints(launch.out / "checkpoints")[0]
     CheckpointManifest.load(newest).verify(newest)
-    if start is not mpirun:  # through which goes what ranks say
+    if start is not mpirun:  # which forwards the output of the ranks
         own_log = Path(f"{launch.out}.supervise/attempt-1/launcher.log")
         said = (own_log if own_log.exists() else launch.log).read_text(errors="replace")
         assert "the launcher is gone" in said, said[-3000:]
@@ -204,15 +204,15 @@ def test_ranks_whose_launcher_is_ended_stop_with_a_checkpoint(
 def test_before_the_first_step_ranks_whose_launcher_is_ended_end_at_once(launched):
     launch = launched(deepspeed)
     launch.wait_for(lambda: len(launch.pids("pretrain.py", "--local_rank")) == 2)
-    time.sleep(0.3)  # Python has begun
+    time.sleep(0.3)  # until Python has started
     os.kill(launch.process.pid, signal.SIGHUP)
     launch.wait_for(launch.is_over, 2 * ENDED_S)
     assert "the launcher is gone" in launch.log.read_text(errors="replace")
     assert not (launch.out / "metrics.jsonl").exists()
 
 
-def test_nothing_is_left_of_ranks_that_are_killed(launched):
-    """Their loader's workers, and what serves those, end by themselves."""
+def test_no_process_is_left_of_ranks_that_are_killed(launched):
+    """The workers of their loaders, and the fork servers of these, end on their own."""
     launch = launched(deepspeed, "data.workers=2")
     launch.trains()
     for pid in launch.pids("pretrain.py"):
@@ -220,8 +220,8 @@ def test_nothing_is_left_of_ranks_that_are_killed(launched):
     launch.wait_for(launch.is_over, 2 * ENDED_S)
 
 
-def test_ranks_that_no_launcher_ends_hear_in_seconds_that_rank_0_was_refused(forge, shards, tmp_path):
-    """As under srun without --kill-on-bad-exit."""
+def test_ranks_learn_within_seconds_that_rank_0_was_refused(forge, shards, tmp_path):
+    """No launcher ends them, as under srun without --kill-on-bad-exit."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "of-somebody-else").touch()
     job = Job(forge, tmp_path / "out", shards)
@@ -235,7 +235,7 @@ def test_an_output_folder_that_is_removed_ends_the_run_with_75_and_one_message(
 ):
     job = Job(forge, tmp_path / "out", shards, *LONG, "checkpoint.every=50 steps")
     job.wait_for(tmp_path / "out" / "metrics.jsonl")
-    while (tmp_path / "out").exists():  # the run may write a file between
+    while (tmp_path / "out").exists():  # the run may write a file in between
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
     assert forge.wait(job.pids[:1], 30), job.said()[-3000:]
     assert forge.ended[job.pids[0]] == 75, job.said()[-3000:]

@@ -1,4 +1,4 @@
-"""Methods that are lists of phases, from the recipe to the exported model: trained, killed and resumed, forked."""
+"""Methods that are lists of phases, from the recipe to the exported model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TEST = "{test: prelora, tau: 90.0, zeta: 90.0, k: 2, m: 1}"
 LOW = f"{{name: low, adapters: {{rank: 4, families: [q, fc1]}}, train: [adapters, head], until: {TEST}}}"
 FULL, THAW = "{name: full, until: 4 steps}", "{name: thaw, train: all, until: 4 steps, rewarm: 2 steps, zero_stage: 1}"
 LAST = "{name: last, train: [adapters, norms], lr_scale: {b: 4.0}, freeze_below: 1}"
-# The sections of the preset, back to what they are where nobody sets them.
+# Reset the sections of the preset to their defaults.
 NONE = ("convergence=null", "lora.r_min=8", "lora.r_max=64", "lora.warmup=10 epochs")
 SETTINGS = (*NONE, "observe.every=2 steps", "train.duration=18 steps", "checkpoint.every=1 steps",
             "checkpoint.keep_last=30", "train.eval_every=6 steps")
@@ -30,7 +30,7 @@ def phases(*entries: str) -> str:
 
 @pytest.fixture(scope="module")
 def whole(forge, shards, tmp_path_factory):
-    """A run of four phases that nobody disturbed."""
+    """An uninterrupted run of four phases."""
     out = tmp_path_factory.mktemp("methods") / "whole"
     job = Job(forge, out, shards, *SETTINGS, phases(FULL, LOW, THAW, LAST))
     assert job.end() == [0, 0], job.said()[-3000:]
@@ -55,7 +55,7 @@ def test_every_phase_begins_when_the_one_before_is_over(whole):
     assert [row["phase"] for row in phase_rows(RunFolder(whole))] == ["full", "low", "thaw", "last"]
 
 
-def test_the_rate_rises_again_where_a_phase_says_so(whole):
+def test_the_learning_rate_rises_again_if_a_phase_sets_rewarm(whole):
     rates = {row["step"]: row["lr"] for row in read_lines(whole / "metrics.jsonl")}
     assert rates[9] < 0.5 * rates[8] and rates[10] > 1.6 * rates[9]
 
@@ -68,17 +68,17 @@ def test_a_window_belongs_to_the_phase_in_which_it_began(whole):
 
 @pytest.mark.parametrize("step", [7, 11, 15])
 def test_a_run_that_was_killed_in_any_phase_equals_the_one_that_was_not(whole, forge, shards, tmp_path, step):
-    """In the frozen phase, whose fp32 values the thaw needs, in the thaw itself, and after it."""
+    """Kill it in the frozen phase, whose fp32 values the thaw needs, in the thaw, and after it."""
     out, settings = tmp_path / "out", (*SETTINGS, phases(FULL, LOW, THAW, LAST))
     killed = Job(forge, out, shards, *settings, faults={1: {"place": "step", "call": step, "delay": 0}})
     assert killed.end()[1] == -signal.SIGKILL, killed.said()[-3000:]
     again = Job(forge, out, shards, *settings)
     assert again.end() == [0, 0], again.said()[-3000:]
-    assert "resumes after step" in again.said()
+    assert "resuming after step" in again.said()
     assert differences(traces(whole), traces(out)) == []
 
 
-def test_a_fork_shares_the_phases_that_are_past_and_goes_its_own_way(whole, forge, shards, tmp_path):
+def test_a_fork_keeps_past_phases_and_may_change_later_ones(whole, forge, shards, tmp_path):
     source = whole / "checkpoints/step-00000006"
     assert step_of(source) == 6
     fork = Job(forge, tmp_path / "fork", shards, *SETTINGS, phases(FULL, LOW.replace("k: 2", "k: 3"), "{name: rest}"),

@@ -1,4 +1,4 @@
-"""A run folder that version 0.1.0 wrote is continued by this version, as if nothing had been."""
+"""A run of version 0.1.0 is resumed by this version and ends like an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ SETTINGS = ("checkpoint.every=5 steps", "checkpoint.keep_last=9", "model.hidden_
 
 
 def holds(found, expected, exact):
-    """Whether ``found`` is ``expected``, keys of later versions aside; numbers within BF16 rounding
-    on a processor that adds in another order than the one of the fixture."""
+    """Whether ``found`` equals ``expected``, apart from keys of later versions.
+
+    If not ``exact`` (a processor that adds in another order than the fixture's), numbers may differ
+    by BF16 rounding.
+    """
     if isinstance(expected, dict):
         return all(holds(found[key], expected[key], exact) for key in expected if key not in TIMES)
     if isinstance(expected, list):
@@ -28,8 +31,8 @@ def holds(found, expected, exact):
 
 
 @pytest.mark.parametrize("start", ["step-00000016", "step-00000010"])
-def test_it_ends_as_the_run_that_was_not_interrupted(forge, shards, tmp_path, start):
-    """From the LoRA phase, with its frozen base, and from the warm-up, before the switch."""
+def test_it_ends_like_an_uninterrupted_run(forge, shards, tmp_path, start):
+    """Resume in the LoRA phase, with its frozen base, and in the warm-up, before the switch."""
     import torch
 
     out = tmp_path / "out"
@@ -39,15 +42,15 @@ def test_it_ends_as_the_run_that_was_not_interrupted(forge, shards, tmp_path, st
     assert job.end() == [0, 0], job.said()[-3000:]
     assert start in job.said()
 
-    exact = torch.backends.cpu.get_cpu_capability() == "AVX2"  # as where the fixture was made
+    exact = torch.backends.cpu.get_cpu_capability() == "AVX2"  # the fixture was made with AVX2
     found, expected = traces(out), traces(FIXTURE / "reference")
     for part in ("metrics", "windows"):
         assert holds(found[part], expected[part], exact), part
     for plan, old in zip(found["plans"], expected["plans"], strict=True):
-        assert Plan.from_json(plan["plan"]) == Plan.from_json(old["plan"])  # each version has its own way to write it
+        assert Plan.from_json(plan["plan"]) == Plan.from_json(old["plan"])  # each version encodes it differently
         for key in ("step", "phase", "trainable_parameters", "all_parameters"):
             assert plan[key] == old[key], key
     assert found["model"] == expected["model"] or not exact
-    first = 18 if start == "step-00000016" else 12  # it had not observed anything by then
+    first = 18 if start == "step-00000016" else 12  # version 0.1.0 wrote no observations
     assert [row["step"] for row in found["observations"]] == list(range(first, 21, 2))
-    assert not (out / "plans.jsonl").exists(), "its events have the name of today"
+    assert not (out / "plans.jsonl").exists(), "its events file has its current name"

@@ -1,4 +1,4 @@
-"""What phases may do beyond PreLoRA's three, on real engines: thaw, change the state on its way, use another kind."""
+"""Phases beyond PreLoRA's three on real engines: thawing, edits of the state, other adapters."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LONG = ("zero1", "zero2_offload", "zero3_offload")  # run by `make test-long`
 
 @pytest.mark.parametrize("zero", [
     pytest.param(zero, marks=pytest.mark.long) if zero in LONG else zero for zero in ZEROS])
-def test_what_is_thawed_continues_from_its_fp32_values_bitwise(ranks, zero):
+def test_thawed_parameters_continue_from_their_fp32_values_bitwise(ranks, zero):
     ranks.run(thaw, zero=zero)
 
 
@@ -55,7 +55,7 @@ def thaw(zero):
 
 
 @pytest.mark.parametrize("zero", ["zero1", "zero2", "zero3"])
-def test_parked_values_are_as_large_as_predicted_and_are_nobody_elses(ranks, zero):
+def test_parked_values_have_the_predicted_size_and_one_owner(ranks, zero):
     ranks.run(parked_bytes, zero=zero)
 
 
@@ -86,7 +86,7 @@ def nothing_is_parked():
     t.close()
 
 
-# ---- an edit of the state on its way
+# ---- an edit of the state during a transition
 
 @pytest.mark.parametrize("zero", ["zero0", "zero2", "zero3"])
 def test_an_edit_changes_the_state_between_two_engines(ranks, zero):
@@ -148,7 +148,7 @@ def toy_run(zero):
     t.close()
 
 
-def test_a_module_that_is_not_the_plan_s_by_name_is_refused(ranks):
+def test_a_module_whose_names_do_not_match_the_plan_is_refused(ranks):
     ranks.run(other_names)
 
 

@@ -1,4 +1,4 @@
-"""A rebuild that changes nothing changes nothing, however often, and leaves nothing behind."""
+"""Repeated rebuilds with the same plan change nothing and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ LONG = ("zero1", "zero2_offload", "zero3")  # run by `make test-long`
 
 @pytest.mark.parametrize("zero", [
     pytest.param(zero, marks=pytest.mark.long) if zero in LONG else zero for zero in ZEROS])
-def test_a_null_transition_after_each_of_20_steps_is_the_straight_run_bitwise_and_leaves_nothing(own_ranks, zero):
-    """With torch's AdamW under offload too (zero_force_ds_cpu_optimizer false)."""
+def test_a_null_transition_after_each_of_20_steps_changes_nothing_and_leaves_nothing(own_ranks, zero):
+    """Offload uses torch's AdamW, too (zero_force_ds_cpu_optimizer false)."""
     own_ranks.run(null_transitions, zero=zero)
 
 
@@ -38,18 +38,19 @@ def null_transitions(zero):
     t = Trainer(cfg)
     rebuilt, left, rss, collected = [], [], [], gc.get_threshold()
     for step in range(STEPS):
-        gc.set_threshold((50, 200, 700)[step % 3], 2 + 8 * (step % 2), 2)  # it changes what one collection leaves
+        gc.set_threshold((50, 200, 700)[step % 3], 2 + 8 * (step % 2), 2)  # this changes what one collection leaves
         rebuilt += t.train(1)
         t.switch(t.full)
         left.append(what_lives())
         trim_memory()
         rss.append(rss_bytes())
     assert rebuilt == losses
-    # Which Python objects torch keeps for its tensors varies by a few; one kept a rebuild would show as fifteen.
+    # The number of Python objects that torch keeps for its tensors varies by a few; one per rebuild would
+    # show up as fifteen.
     for what in left[0]:
         counts = [here[what] for here in left]
         assert min(counts[-5:]) <= max(counts[:5]), (what, counts)
-    # An engine that stayed would add ten times its bytes between the two medians.
+    # A leaked engine per rebuild would add ten times its bytes between the two medians.
     assert median(rss[-5:]) - median(rss[5:10]) < 0.5 * sum(census(t.engine).values()), rss
     assert same(t.whole_state(), state) == []
     assert len(state) == 4 * len(t.layout.parameters)
@@ -75,8 +76,9 @@ def cpu_adam(zero):
             before = t.whole_state()
             t.switch(t.full)
             assert same(before, t.whole_state()) == []
-    # Adam turns the last bit of a gradient that is nothing but noise (a key's bias) into a whole step, so single
-    # weights may part; the run as a whole may not: losses within 0.5 %, weights within 5 % of the way they went.
+    # Adam turns the last bit of a gradient that is only noise (a key's bias) into a full step, so single
+    # weights may diverge, but not the run as a whole: losses agree within 0.5 %, and weights within 5 % of
+    # the distance that they moved.
     assert rebuilt == pytest.approx(losses, rel=5e-3)
     after, masters = t.whole_state(), [key for key in reference if key[1] == "master"]
     parted = sum(float((after[k] - reference[k]).square().sum()) for k in masters) ** 0.5
@@ -87,7 +89,7 @@ def cpu_adam(zero):
 
 
 def what_lives():
-    """Everything a rebuild could leave behind, but resident memory."""
+    """Count everything that a rebuild could leave behind, except resident memory."""
     gc.collect()
     return {"tensors": sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()),
             "bytes": sum(census().values()), "python threads": threading.active_count(),
@@ -101,8 +103,10 @@ def test_gradients_are_accumulated_and_reduced_in_fp32(ranks, zero):
 
 
 def gradient_sums(zero):
-    """The accumulated gradient of two ranks with two micro-batches each, against the fp32 sum of the BF16 gradients
-    that one backward pass each gives."""
+    """Compare the accumulated gradient of two ranks, with two micro-batches each, with an fp32 sum.
+
+    The sum is over the BF16 gradients of one backward pass per micro-batch.
+    """
     from deepspeed import comm
     from deepspeed.utils import safe_get_full_grad
 
@@ -146,8 +150,8 @@ def alone_batches(t):
 
 
 @pytest.mark.parametrize("zero", ["zero1", "zero2", "zero3"])
-def test_one_batch_of_16_and_two_of_8_give_the_same_run(ranks, zero):
-    """Up to the rounding of each micro-batch's own BF16 gradient, which no accumulator can undo."""
+def test_one_micro_batch_of_16_and_two_of_8_give_the_same_run(ranks, zero):
+    """They agree up to the BF16 rounding of each micro-batch's gradient, which precedes accumulation."""
     ranks.run(same_run, zero=zero)
 
 

@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped, moved to other ranks and other stages, and damaged: nothing is lost."""
+"""Runs that are killed, stopped, damaged, or resumed on other ranks and stages: nothing is lost."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from prelora_ds.run.checkpoints.checkpoint_folder import CheckpointManifest, lis
 from prelora_ds.run.folder import RunFolder
 from prelora_ds.run.log import read_lines
 
-# Dropout, so that a generator which does not go on where it stopped shows.
+# Dropout reveals a generator that does not continue where it stopped.
 SETTINGS = ("checkpoint.every=3 steps", "checkpoint.keep_last=9", "model.hidden_dropout_prob=0.1")
 
 
 @pytest.fixture(scope="module")
 def job(forge, shards):
-    """A launch with this module's settings."""
+    """Start a launch with this module's settings."""
     return lambda out, *arguments, **options: Job(forge, out, shards, *SETTINGS, *arguments, **options)
 
 
 @pytest.fixture(scope="module")
 def reference(job, tmp_path_factory):
-    """Uninterrupted runs by ZeRO stage, made when first asked for."""
+    """Return the folder of an uninterrupted run at a ZeRO stage, made at the first request."""
     folder, made = tmp_path_factory.mktemp("reference"), {}
 
     def of(zero):
@@ -46,7 +46,7 @@ def reference(job, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stopped(job, tmp_path_factory):
-    """A run that one rank was told to end in the LoRA phase, with checkpoints of all phases."""
+    """A run that a signal to one rank stopped in the LoRA phase, with checkpoints of all phases."""
     out = tmp_path_factory.mktemp("stopped") / "out"
     ended = job(out, faults={1: {"place": "step", "call": 14, "delay": 0, "signal": int(signal.SIGUSR1)}})
     assert ended.end() == [99, 99], ended.said()[-3000:]
@@ -60,14 +60,14 @@ def copied(stopped, tmp_path):
 
 # ---- killed
 
-KILLS = {  # where, in which rank, at which call, how many seconds later; one after another in one run
+KILLS = {  # place, rank, call, seconds after the call; one after another in the same run
     2: [("write", 1, 2, 0.0), ("switch", 0, 1, 0.2), ("evaluate", 1, 1, 0.01)],
     3: [("step", 0, 5, 0.01), ("commit", 0, 2, 0.0)],
 }
 
 
 @pytest.mark.parametrize("zero", KILLS)
-def test_a_killed_run_ends_bit_for_bit_as_if_it_had_never_been(job, reference, tmp_path, zero):
+def test_a_killed_run_ends_bitwise_like_an_uninterrupted_one(job, reference, tmp_path, zero):
     out = tmp_path / "out"
     for place, rank, call, delay in KILLS[zero]:
         killed = job(out, zero=zero, faults={rank: {"place": place, "call": call, "delay": delay}})
@@ -89,7 +89,7 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint_and_99(stopped, job, r
     assert (out / "checkpoints/latest").read_text() == "step-00000015\n"
     out = copied(stopped, tmp_path)
     last = job(out)
-    assert last.end() == [0, 0] and "resumes after step 15" in last.said()
+    assert last.end() == [0, 0] and "resuming after step 15" in last.said()
     assert differences(traces(reference(2)), traces(out)) == []
     again = job(out)
     assert again.end()[0] == 2 and "holds a finished run" in again.said()
@@ -104,7 +104,7 @@ def test_a_dead_pipe_costs_no_checkpoint(job, tmp_path):
 
 
 def test_a_run_stops_before_its_walltime_is_over(job, tmp_path):
-    """And with DeepSpeed's own folder in its checkpoint, which DeepSpeed opens."""
+    """Its checkpoint contains DeepSpeed's own folder, too, which DeepSpeed opens."""
     import torch
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
     from safetensors import safe_open
@@ -125,17 +125,17 @@ def test_a_run_stops_before_its_walltime_is_over(job, tmp_path):
     assert seen == sum(w.numel() for w in weights.values()) > 0
 
 
-def test_a_rank_that_stands_still_ends_the_other_with_85_and_its_stacks(job, tmp_path):
+def test_a_hung_rank_ends_the_other_one_with_85_and_its_stacks(job, tmp_path):
     hung = job(tmp_path / "out", "guard.hang_limit=6",
                faults={1: {"place": "step", "call": 5, "delay": 0, "signal": int(signal.SIGSTOP)}})
     assert hung.end()[0] == 85
-    assert "error (rank 0): no step for" in hung.said() and "all_reduce" in hung.said()
+    assert "error (rank 0): no progress for" in hung.said() and "all_reduce" in hung.said()
 
 
 # ---- on other ranks and stages
 
 @pytest.mark.parametrize(("world", "zero"), [(1, 3), (4, 1)])
-def test_a_run_goes_on_at_another_world_size_and_stage(stopped, job, reference, tmp_path, world, zero):
+def test_a_run_resumes_at_another_world_size_and_stage(stopped, job, reference, tmp_path, world, zero):
     out = copied(stopped, tmp_path)
     before = read_lines(out / "metrics.jsonl")
     moved = job(out, world=world, zero=zero)
@@ -144,7 +144,7 @@ def test_a_run_goes_on_at_another_world_size_and_stage(stopped, job, reference, 
     assert rows[:15] == before and [r["step"] for r in rows] == [r["step"] for r in expected]
     for row, other in zip(rows, expected, strict=True):
         assert (row["lr"], row["phase"], row["epoch"]) == (other["lr"], other["phase"], other["epoch"])
-        assert row["train/loss"] == pytest.approx(other["train/loss"], abs=2e-2)  # dropout is drawn anew
+        assert row["train/loss"] == pytest.approx(other["train/loss"], abs=2e-2)  # dropout masks differ
 
 
 def test_a_new_run_may_begin_from_a_checkpoint_of_another(stopped, job, tmp_path):
@@ -152,7 +152,7 @@ def test_a_new_run_may_begin_from_a_checkpoint_of_another(stopped, job, tmp_path
     settings = ("train.duration=18 steps", "optimizer.lr=0.0001")
     killed = job(tmp_path / "new", *settings, resume=str(source), faults={0: {"place": "step", "call": 2, "delay": 0}})
     assert killed.end()[0] == -signal.SIGKILL, killed.said()[-3000:]
-    new = job(tmp_path / "new", *settings, resume=str(source))  # the same command, and no checkpoint of its own yet
+    new = job(tmp_path / "new", *settings, resume=str(source))  # the same command; the run has no own checkpoint yet
     assert new.end() == [0, 0], new.said()[-3000:]
     events = read_lines(tmp_path / "new/events.jsonl")
     assert [(row["event"], row["step"]) for row in events] == [
@@ -167,19 +167,19 @@ def test_a_new_run_may_begin_from_a_checkpoint_of_another(stopped, job, tmp_path
 
 # ---- damaged
 
-def test_what_is_broken_is_named_and_passed_over_by_all_ranks(stopped, ranks, tmp_path):
+def test_a_broken_checkpoint_is_named_and_skipped_by_all_ranks(stopped, ranks, tmp_path):
     ranks.run(damaged_checkpoints, source=str(stopped[0]), folder=str(tmp_path))
 
 
 def damaged_checkpoints(source, folder):
-    """Each file of the newest checkpoint cut, flipped and removed in turn, and of the base that it refers to."""
+    """Truncate, flip and remove each file of the newest checkpoint and of its base in turn."""
     import torch.distributed as dist
 
     from prelora_ds.config.load import load_config
     from prelora_ds.errors import ConfigError
     from prelora_ds.model.families import find_layout
     from prelora_ds.model.vit import build_model
-    from prelora_ds.run.checkpoints.resume import candidates, load_newest
+    from prelora_ds.run.checkpoints.resume import load_newest, resumable_checkpoints
 
     config = load_config(Path(source) / "config.yaml")
     layout = find_layout(build_model(config.model, 10), config.lora.families)
@@ -202,33 +202,33 @@ def damaged_checkpoints(source, folder):
             if dist.get_rank() == 0:
                 path.unlink() if damaged is None else path.write_bytes(damaged)
             dist.barrier()
-            found = load_newest(candidates(RunFolder(out), "auto"), RunFolder(out), layout, said.append)
+            found = load_newest(resumable_checkpoints(RunFolder(out), "auto"), RunFolder(out), layout, said.append)
             assert found.folder == expected, (path, said)
-            assert f"{newest.name} is passed over" in said[0] and path.parent.name in said[0], said
+            assert f"skipping {newest.name}: " in said[0] and path.parent.name in said[0], said
             said.clear()
             dist.barrier()
             if dist.get_rank() == 0:
                 path.write_bytes(whole)
     dist.barrier()
-    found = load_newest(candidates(RunFolder(out), "auto"), RunFolder(out), layout, said.append)
+    found = load_newest(resumable_checkpoints(RunFolder(out), "auto"), RunFolder(out), layout, said.append)
     assert found.folder == newest and not said
     dist.barrier()
     if dist.get_rank() == 0:
         for checkpoint in list_checkpoints(root):
             (checkpoint / "state.json").write_text("{}")
     dist.barrier()
-    with pytest.raises(ConfigError, match=r"no checkpoint is whole: .*state\.json.*\n  remedy"):
-        load_newest(candidates(RunFolder(out), "auto"), RunFolder(out), layout, said.append)
+    with pytest.raises(ConfigError, match=r"no intact checkpoint found: .*state\.json.*\n  remedy"):
+        load_newest(resumable_checkpoints(RunFolder(out), "auto"), RunFolder(out), layout, said.append)
 
 
-def test_the_rank_that_finds_it_broken_speaks_for_all(stopped, job, tmp_path):
+def test_the_rank_that_finds_a_broken_file_reports_it_for_all(stopped, job, tmp_path):
     out = copied(stopped, tmp_path)
     with (out / "checkpoints/step-00000015/rank-00001-of-00002.safetensors").open("r+b") as file:
         file.truncate(100)
     last = job(out)
     assert last.end() == [0, 0], last.said()[-3000:]
-    assert "step-00000015 is passed over" in last.said() and "resumes after step 12" in last.said()
-    assert "rank-00001-of-00002.safetensors: holds 100 bytes" in last.said()
+    assert "skipping step-00000015: " in last.said() and "resuming after step 12" in last.said()
+    assert "rank-00001-of-00002.safetensors: is 100 bytes" in last.said()
     assert (out / "checkpoints/aside/step-00000015").is_dir()
 
 
@@ -244,7 +244,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", folder], check=True)
 
 
-def test_a_full_disk_costs_checkpoints_and_neither_the_run_nor_those_before(stopped, job, small_disk, tmp_path):
+def test_a_full_disk_costs_new_checkpoints_but_neither_the_run_nor_earlier_ones(stopped, job, small_disk, tmp_path):
     out = copied(stopped, tmp_path)
     shutil.copytree(out / "checkpoints", small_disk / "checkpoints")
     shutil.rmtree(out / "checkpoints")
@@ -256,8 +256,8 @@ def test_a_full_disk_costs_checkpoints_and_neither_the_run_nor_those_before(stop
     ended = job(out, faults={0: {"place": "step", "call": 3, "delay": 0, "signal": int(signal.SIGTERM)}})
     assert ended.end()[0] == 75, ended.said()[-3000:]
     said = ended.said()
-    assert "warning: the checkpoint of step 18 could not be written; that of step 15 is kept: rank" in said
-    assert "asked to stop (SIGTERM) after step 19, and its checkpoint could not be written" in said
+    assert "warning: the checkpoint of step 18 could not be written; keeping the one of step 15: rank" in said
+    assert "stop requested (SIGTERM) after step 19, but the checkpoint could not be written" in said
     assert "No space left" in said and "Traceback" not in said
     assert before == {path: path.read_bytes() for path in before}
     (small_disk / "filler").unlink()
@@ -265,7 +265,7 @@ def test_a_full_disk_costs_checkpoints_and_neither_the_run_nor_those_before(stop
 
 
 def test_a_new_run_whose_disk_has_no_room_for_the_base_ends_with_75(stopped, job, small_disk):
-    """The base comes from the run it begins from, over a border of file systems, before any step."""
+    """The base is copied from the other run, across file systems, before the first step."""
     out = small_disk / "out"
     with (small_disk / "filler").open("wb") as filler:
         filler.write(bytes(3 * 2**20 - 40 * 1024))  # room for the config and not for the base
@@ -274,12 +274,12 @@ def test_a_new_run_whose_disk_has_no_room_for_the_base_ends_with_75(stopped, job
     said = refused.said()
     assert said.count("error") == 1 and "Traceback" not in said, said
     assert "run.output_dir" in said and "No space left" in said
-    assert not list((out / "checkpoints").glob("*")), "what was copied so far holds the room"
+    assert not list((out / "checkpoints").glob("*")), "the partial copy still takes space"
     (small_disk / "filler").unlink()
     assert job(out, resume=str(stopped[0])).end() == [0, 0]
 
 
-def test_a_folder_that_may_only_be_read_is_told_before_anything_starts(job, small_disk):
+def test_a_read_only_folder_is_reported_before_anything_starts(job, small_disk):
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     refused = job(small_disk / "out", log=str(small_disk.with_name("log")))
     assert refused.end()[0] == 2 and "cannot be written (Read-only file system)" in refused.said()
@@ -311,12 +311,12 @@ def test_a_run_with_other_settings_is_refused_with_key_and_both_values(stopped, 
 # ---- diverged
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_an_update_left_out_moves_nothing(ranks, zero):
-    ranks.run(leave_one_out, zero=f"zero{zero}")
+def test_a_skipped_update_changes_nothing(ranks, zero):
+    ranks.run(skip_one_update, zero=f"zero{zero}")
 
 
-def leave_one_out(zero):
-    """Masters, moments and Adam steps stay; then the run goes on as if the step had not been."""
+def skip_one_update(zero):
+    """Masters, moments and Adam steps stay; then training continues as without that step."""
     import torch
     from support.runs import Trainer, config, same
 
@@ -336,8 +336,8 @@ def leave_one_out(zero):
     t.close()
 
 
-def test_skip_and_rollback_get_a_run_over_a_spike(job, tmp_path):
-    """A loss three times as large, made by nothing in the data: the first steps of a rate that is far too high."""
+def test_a_run_survives_a_spike_with_skip_and_rollback(job, tmp_path):
+    """The spike comes from the first steps at a much too high learning rate, not from the data."""
     spike = ("optimizer.lr=0.3", "optimizer.warmup=0 steps", "train.divergence.spike=1.5", "train.divergence.over=1",
              "checkpoint.every=1 step", "convergence=null")
     jobs = {action: job(tmp_path / action, *spike, f"train.divergence.action={action}", "train.divergence.tries=50")
@@ -350,17 +350,17 @@ def test_skip_and_rollback_get_a_run_over_a_spike(job, tmp_path):
         assert [row["step"] for row in rows] == list(range(1, 21))
         left_out = [row["step"] for row in rows if "left_out" in row]
         assert left_out and all("train/loss" not in row for row in rows if "left_out" in row)
-    assert "the update is left out" in jobs["skip"].said()
-    assert "; back to step" in jobs["rollback"].said() and "resumes after step" in jobs["rollback"].said()
+    assert "; update skipped" in jobs["skip"].said()
+    assert "; rolling back to step" in jobs["rollback"].said() and "resuming after step" in jobs["rollback"].said()
 
 
 def test_a_new_run_that_diverges_before_its_first_checkpoint_gives_up_after_its_tries(stopped, job, tmp_path):
-    """It goes back to the checkpoint of the other run each time, and counts how often."""
+    """It rolls back to the checkpoint of the other run each time and counts the tries."""
     source = stopped[0] / "checkpoints/step-00000015"
     run = job(tmp_path / "new", "optimizer.lr=1e30", "train.divergence.action=rollback", "train.divergence.tries=2",
               "checkpoint.every=9 steps", "train.duration=24 steps", resume=str(source))
     assert run.end()[0] == 1, run.said()[-3000:]
-    assert run.said().count("back to step 15") == 2
+    assert run.said().count("rolling back to step 15") == 2
     assert "all 2 tries (train.divergence.tries) are used up" in run.said()
 
 
@@ -368,7 +368,7 @@ def test_a_new_run_that_diverges_before_its_first_checkpoint_gives_up_after_its_
 
 @pytest.fixture(scope="module")
 def logits_of_the_run(reference):
-    """Images, and what the model that the run itself has exported makes of them."""
+    """Images, and the logits of the model that the run itself exported."""
     import torch
     from transformers import ViTForImageClassification
 
@@ -398,7 +398,7 @@ def test_peft_opens_adapter_and_base_with_the_same_logits(reference, tmp_path, l
     out, (images, expected) = exported(reference(2), tmp_path / "peft", "peft"), logits_of_the_run
     base = ViTForImageClassification.from_pretrained(out / "base").eval()
     with torch.no_grad():
-        assert (base(images).logits - expected).abs().max() > 1e-4  # the adapter says something
+        assert (base(images).logits - expected).abs().max() > 1e-4  # the adapter has an effect
         got = PeftModel.from_pretrained(base, out).eval()(images).logits
     assert torch.allclose(got, expected, atol=1e-5)
 
@@ -423,7 +423,7 @@ def test_deepspeed_opens_its_folder_with_weights_and_moments(reference, pools, t
 
 
 def open_with_deepspeed(run, out):
-    """Loaded by an engine with other weights, masters and moments are those of the checkpoint."""
+    """An engine with other weights loads the folder, with the masters and moments of the checkpoint."""
     import torch
 
     from prelora_ds.config.load import load_config
@@ -459,14 +459,14 @@ def open_with_deepspeed(run, out):
     release(engine)
 
 
-def test_an_export_that_cannot_be_is_told(stopped, tmp_path, capsys):
+def test_an_impossible_export_is_refused(stopped, tmp_path, capsys):
     from prelora_ds.errors import ConfigError
     from prelora_ds.exporting.convert import export_checkpoint
 
     full = stopped[0] / "checkpoints/step-00000003"
-    with pytest.raises(ConfigError, match="is of phase full, which has no adapters\n  remedy: choose hf"):
+    with pytest.raises(ConfigError, match="is in phase full and has no adapters\n  remedy: choose hf"):
         export_checkpoint(full, tmp_path / "out", "peft")
-    with pytest.raises(ConfigError, match="is not a format"):
+    with pytest.raises(ConfigError, match="is not a known format"):
         export_checkpoint(full, tmp_path / "out", "onnx")
     with pytest.raises(ConfigError, match=r"OUT = .* exists"):
         export_checkpoint(full, tmp_path, "hf")
@@ -484,7 +484,7 @@ def test_the_list_of_checkpoints_verifies_each(stopped, tmp_path):
     assert [line.split()[0] for line in lines] == [f"step-{step:08d}" for step in (15, 12, 10, 9, 6, 3)]
     assert "acc1 " in lines[2] and not any("acc1 " in line for line in (*lines[:2], *lines[3:]))  # evaluated there
     assert "lora" in lines[0] and "2 ranks, ZeRO 2" in lines[0] and "+ base-" in lines[0] and "verified" in lines[0]
-    assert "BROKEN: " in lines[1] and "state.json: holds 2 bytes" in lines[1] and "full" in lines[-1]
+    assert "BROKEN: " in lines[1] and "state.json: is 2 bytes" in lines[1] and "full" in lines[-1]
 
 
 # ---- read at another world size, and at another stage
@@ -492,7 +492,7 @@ def test_the_list_of_checkpoints_verifies_each(stopped, tmp_path):
 @pytest.mark.parametrize(("before", "after"), [((2, "zero2"), (1, "zero3")), ((1, "zero1"), (2, "zero2_offload")),
                                                ((2, "zero3"), (2, "zero0"))])
 def test_state_is_read_bitwise_at_another_world_size_and_stage(pools, tmp_path, before, after):
-    """Masters, moments and steps of the LoRA phase, and what is frozen: from slices, base and all."""
+    """Compare masters, moments and steps of the LoRA phase, and the frozen weights in the base."""
     whole = pools(before[0]).run(save_in_lora_phase, zero=before[1], folder=str(tmp_path))[0]
     for state, digest, held in pools(after[0]).run(load_elsewhere, zero=after[1], folder=str(tmp_path)):
         assert same_state(whole[0], state) == []
@@ -500,8 +500,8 @@ def test_state_is_read_bitwise_at_another_world_size_and_stage(pools, tmp_path, 
         assert held <= whole[2] / after[0] + 64 * len(whole[0])  # no rank reads more than its part
 
 
-def test_what_four_ranks_wrote_fewer_read_bit_for_bit(job, reference, tmp_path):
-    """All of a LoRA-phase checkpoint, put together from the files of 4 ranks and from the shares of 1, 2 and 3."""
+def test_fewer_ranks_read_bitwise_what_four_ranks_wrote(job, reference, tmp_path):
+    """Join a LoRA-phase checkpoint from the files of 4 ranks, and from the shares of 1, 2 and 3 ranks."""
     import torch
 
     from prelora_ds.config.load import load_config
@@ -562,7 +562,7 @@ def save_in_lora_phase(zero, folder):
     saver = Saver(RunFolder(Path(folder)), t.cfg, Timeline(1000, 8, t.cfg.train.duration), print)
     for plan in (t.warmup, t.lora):
         t.train(2)
-        t.engine, _ = transition(t.engine, plan, keep_frozen=saver.keep_frozen)
+        t.engine, _ = transition(t.engine, plan, keep_frozen=saver.save_frozen)
     t.train(2)
     assert saver.base is not None and saver.save(t.engine, run_state(t.engine.plan, 6), wait=True)
     state, digest = t.whole_state(), weights_digest(t.engine)
@@ -573,7 +573,7 @@ def save_in_lora_phase(zero, folder):
 
 
 def weights_digest(engine):
-    """Of all BF16 weights, the frozen ones included."""
+    """Return a digest of all BF16 weights, including the frozen ones."""
     import hashlib
 
     import torch
@@ -594,12 +594,13 @@ def load_elsewhere(zero, folder):
 
     from prelora_ds.engine.build import build_engine
     from prelora_ds.engine.release import release
-    from prelora_ds.run.checkpoints.resume import candidates, load_newest
+    from prelora_ds.run.checkpoints.resume import load_newest, resumable_checkpoints
 
     world = dist.get_world_size()
     t = Trainer(config(zero, micro=8 // world))
     release(t.engine)
-    found = load_newest(candidates(RunFolder(Path(folder)), "auto"), RunFolder(Path(folder)), t.layout, print)
+    run = RunFolder(Path(folder))
+    found = load_newest(resumable_checkpoints(run, "auto"), run, t.layout, print)
     held = found.engine.host_bytes()
     t.engine = build_engine(t.cfg, found.run.phase.plan, t.layout, LABELS, found.engine, found.counters)
     assert t.engine.counters().global_steps == 6 == found.run.step

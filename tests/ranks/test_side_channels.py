@@ -1,5 +1,7 @@
-"""What a run shows of itself may fail, and the run ends as it would have; what it must write ends it
-with 75 and one message."""
+"""Logs and standard streams may fail without ending a run.
+
+A checkpoint or an export that cannot be written ends it with 75 and one message.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,7 @@ def small_disk(tmp_path):
 
 @pytest.fixture(scope="module")
 def finished(forge, shards, tmp_path_factory):
-    """A run of all phases on 2 ranks, and what it said."""
+    """A run of all phases on 2 ranks, and its output."""
     out = tmp_path_factory.mktemp("finished") / "out"
     job = Job(forge, out, shards)
     assert job.end() == [0, 0], job.said()[-3000:]
@@ -58,7 +60,7 @@ def fill(folder: Path) -> Path:
 
 
 def wait_until_stopped(job: Job, timeout: float = 200.0) -> None:
-    """Until rank 0 has got the SIGSTOP of its fault."""
+    """Wait until rank 0 has received the SIGSTOP of its fault."""
     deadline = time.monotonic() + timeout
     while Path(f"/proc/{job.pids[0]}/stat").read_text().rpartition(")")[2].split()[0] != "T":
         assert not job.zygote.wait(job.pids, 0.05, every=False), job.said()[-3000:]
@@ -78,7 +80,7 @@ def test_standard_streams_on_a_full_disk_end_no_run(job, finished, small_disk, t
 
 
 def test_standard_streams_that_are_closed_end_no_run(shards, tmp_path):
-    """A program without them writes its next file into their place."""
+    """Without them, the next file that a program opens gets their descriptor."""
     command, environ = launch_command(
         "--recipe",
         DEBUG,
@@ -120,7 +122,7 @@ def test_logs_and_tensorboard_that_cannot_be_written_cost_one_warning_each(
     assert said.count("warning: no summary can be printed: ") == 1
 
 
-def test_logs_that_are_removed_while_it_trains_are_begun_again(job, tmp_path):
+def test_logs_that_are_removed_during_training_are_started_again(job, tmp_path):
     out = tmp_path / "out"
     running = job(
         out, faults={0: {"place": "step", "call": 5, "delay": 0, "signal": int(signal.SIGSTOP)}}
@@ -134,7 +136,7 @@ def test_logs_that_are_removed_while_it_trains_are_begun_again(job, tmp_path):
     assert "Traceback" not in running.said()
 
 
-# ---- what must not
+# ---- what must not fail
 
 
 def test_a_full_disk_at_the_export_is_75_and_the_same_command_finishes_it(
@@ -169,7 +171,7 @@ def test_a_full_disk_at_the_export_is_75_and_the_same_command_finishes_it(
 
 
 def classes(folder: Path, names: list[str]) -> Path:
-    """Train and val of ``names``, one image of each class over and over."""
+    """Write train and val sets with the classes ``names``; all images are the same."""
     image = next(digits("val"))[1]
     for split in ("train", "val"):
         samples = [(f"{i}", image, "png", i % len(names)) for i in range(128)]

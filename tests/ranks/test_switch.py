@@ -1,4 +1,4 @@
-"""Both switches at every ZeRO stage: what is given back, what is carried, what must not move."""
+"""Both switches at every ZeRO stage: what is released, what is carried over, what must not change."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def carry_over_both_switches(zero):
         carried = {key: value for key, value in state.items() if key[0] in plan.trainable}
         after = t.whole_state()
         fresh = {key for key in after if key not in carried}
-        if plan is t.warmup:  # the new adapters: a first value, no moments yet
+        if plan is t.warmup:  # the new adapters have an initial value but no moments yet
             assert {what for _, what in fresh} == {"master"} and all(".lora_" in name for name, _ in fresh)
             assert {name for name, _ in fresh} == plan.trainable - set(t.layout.parameters)
         else:
@@ -52,7 +52,7 @@ def carry_over_both_switches(zero):
         t.train(3)
     steps = {name: value for (name, what), value in t.whole_state().items() if what == "step"}
     assert steps.keys() == t.lora.trainable
-    # Adapters began at step 3, what trained before goes on from there.
+    # The adapters began at step 3; the other parameters have trained from step 0.
     assert {value for name, value in steps.items() if ".lora_" in name} == {6}
     assert {value for name, value in steps.items() if ".lora_" not in name} == {9}
     t.close()
@@ -107,11 +107,11 @@ def checkpointed_run(zero):
 
 @pytest.mark.parametrize("zero", ["zero2", "zero3"])
 def test_compiled_blocks_survive_switches_with_no_break_in_a_graph(own_ranks, zero):
-    own_ranks.run(compiled_run, zero=zero)  # what the compiler keeps would be counted as nobody's in later tests
+    own_ranks.run(compiled_run, zero=zero)  # tensors that the compiler keeps would disturb the census of later tests
 
 
 def compiled_run(zero):
-    """Graphs are captured, differentiated and run as they are; what inductor makes of them is tested without ranks."""
+    """Capture, differentiate and run graphs as they are; inductor is tested without ranks."""
     runs, graphs, compile = [], [], torch.compile
     torch.compile = partial(compile, backend="aot_eager")
     for compiled in (False, True):
@@ -127,7 +127,7 @@ def compiled_run(zero):
         runs.append(losses)
         t.close()
     torch.compile = compile
-    assert graphs[0] == 0 and graphs[1] >= 3, graphs  # at least one a phase
+    assert graphs[0] == 0 and graphs[1] >= 3, graphs  # at least one per phase
     torch.testing.assert_close(torch.tensor(runs[1]), torch.tensor(runs[0]), rtol=0.01, atol=0)  # bf16, decomposed
 
 
@@ -137,7 +137,7 @@ def test_a_phase_may_have_its_own_stage_and_micro_batch(ranks, before, after):
 
 
 def own_settings(before, after):
-    """State is carried bitwise from stage to stage, and the bytes are those of the new one."""
+    """The state is carried bitwise between stages, and the bytes are those of the new stage."""
     own = {"deepspeed": {"zero_optimization": ZEROS[after]}, "micro_batch_size": 8}
     t = Trainer(config(before, model=MEDIUM, batch=16, deepspeed={"zero_force_ds_cpu_optimizer": False},
                        phases={"lora": own}))
@@ -150,7 +150,7 @@ def own_settings(before, after):
     carried = {key: value for key, value in state.items() if key[0] in t.lora.trainable}
     assert same(carried, t.whole_state()) == []
     assert t.engine.config.zero.stage == ZEROS[after]["stage"] and t.engine.ds.gradient_accumulation_steps() == 1
-    t.cfg = t.engine.config  # micro-batches as the loader would cut them
+    t.cfg = t.engine.config  # micro-batches as the loader would split them
     t.train(3)
     t.engine.backward(t.batches())
     measured = wait_until(lambda: census(t.engine), only_owned)
@@ -173,12 +173,12 @@ def only_owned(measured):
 
 
 @ALL
-def test_the_old_engine_is_gone_and_its_pages_are_given_back(own_ranks, zero):
+def test_the_old_engine_is_gone_and_its_pages_are_released(own_ranks, zero):
     own_ranks.run(old_engine_is_gone, zero=zero)
 
 
 def old_engine_is_gone(zero):
-    """The engines that the two switches leave: of the full phase, and of the warm-up."""
+    """Test the engines that the two switches release: of the full phase and of the warm-up."""
     cfg = config(zero, model={**MEDIUM, "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 8})
     for warm in (False, True):
         t = Trainer(cfg)
@@ -189,7 +189,7 @@ def old_engine_is_gone(zero):
         trim_memory()
         rss = rss_bytes()
         release(t.engine)
-        freed, given_back = sum(held.values()), rss - rss_bytes()  # before a look at all live objects takes memory
+        freed, given_back = sum(held.values()), rss - rss_bytes()  # before the scan of all objects takes memory
         assert dead() is None
         assert not held.keys() & live_storages().keys()
         assert freed > 100e6 and given_back >= 0.98 * freed, (warm, freed, given_back)
@@ -206,7 +206,7 @@ def memory_during_a_switch(zero):
     peak = peak_of_a_step(t)
     for plan in (t.warmup, t.lora):
         shapes = t.engine.plan.parameters(t.layout)
-        # A rank's share of 12 bytes a trained parameter, and one whole parameter.
+        # A rank's share of 12 bytes per trained parameter, and one full parameter.
         share = 12 * sum(torch.Size(shapes[name]).numel() for name in t.engine.plan.trainable) / t.world
         largest = 4 * max(torch.Size(shape).numel() for shape in shapes.values())
         samples = []
@@ -214,14 +214,14 @@ def memory_during_a_switch(zero):
 
         def sampled(state, name, *args, samples=samples, original=original):
             full = original(state, name, *args)
-            if name.endswith("weight") and ".layers.1." not in name:  # often enough; a census takes its time
+            if name.endswith("weight") and ".layers.1." not in name:  # often enough; a census is slow
                 samples.append(census(None, state) | {"staging": full.nbytes})
             return full
 
         restore = build_module.restore_state
 
         def sampled_first(ds, plan, layout, state, *, parked, samples=samples, restore=restore):
-            samples.append(census(None, state) | {"staging": 0})  # the new engine as DeepSpeed has made it
+            samples.append(census(None, state) | {"staging": 0})  # the new engine as built by DeepSpeed
             return restore(ds, plan, layout, state, parked=parked)
 
         state_module.gather_full, build_module.restore_state = sampled, sampled_first
@@ -239,7 +239,10 @@ def memory_during_a_switch(zero):
 
 
 def peak_of_a_step(t):
-    """Live bytes between forward and backward, activations included (which Python's collector cannot see)."""
+    """Return the live bytes between forward and backward, including activations.
+
+    Python's garbage collector cannot see activations.
+    """
     weights = {p.untyped_storage()._cdata for p in t.engine.module.parameters()}
     saved = {}
 
@@ -257,12 +260,12 @@ def peak_of_a_step(t):
 
 
 @pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2", "zero2_offload"])
-def test_merged_trains_on_the_fp32_base_and_loses_nothing_of_it(ranks, zero):
+def test_merged_trains_on_the_exact_fp32_base(ranks, zero):
     ranks.run(train_merged, zero=zero)
 
 
 def train_merged(zero):
-    """Against the same run in mode branch, which trains on bf16(W)."""
+    """Compare with the same run in mode branch, which trains on bf16(W)."""
     runs = {}
     for mode in ("branch", "merged"):
         t = Trainer(config(zero, lora={"mode": mode}))
@@ -278,7 +281,7 @@ def train_merged(zero):
         for name, base in kept.items():
             assert torch.equal(base.view(-1), masters[name, "master"]), name
         norms = weight_norms(t.engine)
-        if mode == "merged":  # a rebuild keeps the fp32 base, bit for bit, and what is trained on it
+        if mode == "merged":  # a rebuild keeps the fp32 base and the adapters bitwise
             state, after = t.whole_state(), t.outputs()
             t.switch(t.lora)
             assert torch.equal(after, t.outputs()) and same(state, t.whole_state()) == []
@@ -309,7 +312,7 @@ def train_fa(zero):
         with gathered(t.engine, [named_parameters(t.engine.module)[name] for name in names]) as values:
             for name, value in zip(names, values, strict=True):
                 assert torch.equal(value, initial_adapter_value(name, value.shape, plan, leaves).bfloat16()), name
-        del values, value  # or they outlive the engine, and the next switch says so
+        del values, value  # otherwise they outlive the engine, and the next switch fails
         assert not {name for name, _ in t.snapshot()} & set(names)
         t.train(3)
     t.close()
@@ -332,7 +335,7 @@ def export_bytes(zero):
     return exported.host_bytes(), total
 
 
-def test_ranks_that_differ_are_told_apart(ranks):
+def test_ranks_that_differ_are_named(ranks):
     messages = ranks.run(one_rank_differs)
     assert all("parameters of ranks [1] differ from rank 0" in message for message in messages)
 
@@ -360,7 +363,7 @@ def optimizer_groups():
             t.switch(replace(plan, lr_scale=spec.lr_scale))
         t.train(1)
         settings.append(sorted((g["weight_decay"], g["lr"]) for g in t.engine.ds.optimizer.param_groups))
-    # decayed matrices, the rest, and adapters with a rate of their own; in the LoRA phase all at that rate
+    # Matrices with decay, the rest, and adapters with their own rate; in the LoRA phase all use that rate.
     assert settings[0] == [(0.0, 1e-3), (0.3, 1e-3)]
     assert settings[1] == [(0.0, 1e-3), (0.01, 4e-3), (0.3, 1e-3)]
     assert settings[2] == [(0.0, 4e-3), (0.01, 4e-3), (0.3, 4e-3)]
@@ -380,12 +383,12 @@ def test_on_a_gpu(pools, check, zero):
     pools(1).run(globals()[check], zero=zero)
 
 
-def test_a_step_after_a_rebuild_has_all_its_micro_batches_whatever_was_accumulated_before(ranks):
+def test_a_step_after_a_rebuild_has_all_its_micro_batches_after_any_accumulation(ranks):
     ranks.run(accumulated_otherwise)
 
 
 def accumulated_otherwise():
-    """Three steps of one micro-batch, then steps of four: 3 is no multiple of 4."""
+    """Run three steps of one micro-batch, then steps of four: 3 is not a multiple of 4."""
     norms = []
     for own in ({}, {"micro_batch_size": 2}):
         t = Trainer(config("zero2", micro=8, batch=16, phases={"warmup": own}))

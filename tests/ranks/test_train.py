@@ -1,5 +1,7 @@
-"""The main job through the real launcher: three phases, the output folder, the exported model, and every kind of
-mistake a user can make."""
+"""Test the main job with the real launcher.
+
+Covered are three phases, the output folder, the exported model, and every kind of user error.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,7 @@ def test_predicted_and_measured_bytes_are_logged_side_by_side(finished):
     measured = [e for e in read_lines(out / "events.jsonl") if e["event"] == "bytes"]
     assert [e["phase"] for e in measured] == ["full", "warmup", "lora"]
     assert all(e["worst_deviation"] < 0.02 for e in measured)
-    assert "warning: bytes" not in printed
+    assert "warning: memory" not in printed
 
 
 def test_windows_are_disjoint_and_of_m_measurements(finished):
@@ -109,7 +111,8 @@ def test_the_resolved_config_is_printed_once_and_kept(finished):
     assert printed.count("micro_batch_size: 16") == 1
     kept = load_config(out / "config.yaml")
     assert kept.deepspeed["zero_optimization"] == {"stage": 2} and kept.run.output_dir == str(out)
-    # `auto`, settled before the first step: the whole share of a rank at once, at the stage that moves the fewest bytes
+    # `auto` is resolved before the first step: a rank's full share in one micro-batch, at the stage that
+    # moves the fewest bytes.
     assert printed.count("auto: lora: ZeRO 0, micro-batch 32") == 1
     assert (kept.for_phase("lora").zero.stage, kept.for_phase("lora").train.micro_batch_size) == (0, 32)
 
@@ -127,7 +130,7 @@ def test_the_fp32_base_of_what_froze_is_kept_whole(finished):
         with safe_open(path, "pt") as file:
             for name, start in json.loads(file.metadata()["starts"]).items():
                 parts.setdefault(name, {})[start] = file.get_tensor(f"value/{name}")
-            assert len(file.keys()) == len(json.loads(file.metadata()["starts"]))  # and no moments
+            assert len(file.keys()) == len(json.loads(file.metadata()["starts"]))  # no moments
     plan = [e for e in read_lines(out / "events.jsonl") if e["event"] == "plan"]
     assert parts.keys() == set(plan[1]["plan"]["trainable"]) - set(plan[2]["plan"]["trainable"]) != set()
     vit = ViTForImageClassification.from_pretrained(out / "model")
@@ -135,7 +138,7 @@ def test_the_fp32_base_of_what_froze_is_kept_whole(finished):
         whole = torch.cat([slices[start] for start in sorted(slices)])
         assert whole.dtype is torch.float32 and whole.numel() == vit.get_parameter(name).numel()
         starts[name] = sorted(slices)[0]
-        if name.endswith(".bias"):  # an adapted linear's bias is frozen and unmerged: the export has it as BF16 has it
+        if name.endswith(".bias"):  # a frozen, unmerged bias: exported in BF16 precision
             assert torch.equal(whole.bfloat16().float(), vit.get_parameter(name).data)
     assert set(starts.values()) == {0}
 
@@ -177,7 +180,7 @@ MISTAKES = {
 
 @pytest.fixture(scope="module")
 def mistaken(forge, shards, tmp_path_factory):
-    """mistake -> (exit codes, what was said, the output folder)."""
+    """Return mistake -> (exit codes, output, output folder)."""
     folder = tmp_path_factory.mktemp("mistakes")
     owned = folder / "owned.json"
     owned.write_text(json.dumps({"gradient_clipping": 1.0, "zero_optimization": {"stage": 2}}))
@@ -212,7 +215,7 @@ def test_a_run_that_diverges_stops_with_step_and_phase_named(forge, shards, tmp_
 
 
 def test_twenty_times_one_message_and_exit_code_2(forge, shards, tmp_path):
-    """Whichever rank is first; and by the launcher, whole and without its first stage."""
+    """Test whichever rank is first, and the launcher with and without its first stage."""
     arguments = ("--recipe", DEBUG, f"run.output_dir={tmp_path / 'out'}", "data.train=/nowhere")
     for done in (launch(*arguments), launch(*arguments, runner="deepspeed.launcher.launch")):
         assert (done.returncode, (done.stderr + done.stdout).count("error: ")) == (2, 1)
@@ -228,14 +231,15 @@ def test_the_exported_folder_gives_the_engine_s_logits(ranks, zero, tmp_path):
     assert difference <= 2 ** -6 * scale  # BF16 has 8 bits, and the engine rounds after each of a dozen layers
 
 
-def test_bytes_that_differ_by_more_than_5_percent_are_warned_of(ranks, tmp_path):
+def test_a_deviation_of_more_than_5_percent_is_warned_of(ranks, tmp_path):
     as_predicted, with_more = ranks.run(log_bytes, folder=str(tmp_path))[0]
     assert as_predicted == ""
-    assert "warning: bytes of phase full differ by" in with_more and "predicted {'weights'" in with_more
+    assert "warning: memory in phase full differs from the prediction by" in with_more
+    assert "predicted {'weights'" in with_more
 
 
 def log_bytes(folder):
-    """What rank 0 says of an engine as it is, and of one with a gradient too many."""
+    """Return what rank 0 prints for an engine as it is, and for one with an extra gradient."""
     t, said = Trainer(config("zero2")), []
     manifest, own = Manifest(Path(folder), ("a",), (), 0, np.empty(0), Path(folder)), RunFolder(Path(folder))
     timeline = Timeline(64, 8, t.cfg.train.duration)

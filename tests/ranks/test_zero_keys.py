@@ -1,4 +1,4 @@
-"""Every key of DeepSpeed's ZeRO section that we accept, at another value than its default: the same training."""
+"""Every accepted key of DeepSpeed's ZeRO section, set to another value, leaves training unchanged."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OTHER = {
     "stage3_allgather_sequential": True,
 }
 OTHER_OF_OFFLOAD = {"pin_memory": True, "buffer_count": 2, "cpuadam_cores_perc": 0.5}
-OTHER_OF_STAGE = {"overlap_comm": {3: False}}  # where the default differs between stages
+OTHER_OF_STAGE = {"overlap_comm": {3: False}}  # the default differs between stages
 
 
 def test_every_accepted_key_has_another_value_here():
@@ -58,7 +58,7 @@ def losses_with_every_offload_key(zero):
 
 
 def three_steps(zero, keys):
-    """Losses of three steps of two micro-batches each, with a gradient norm that is clipped."""
+    """Return the losses of three steps of two micro-batches each, with a clipped gradient norm."""
     t = Trainer(config(zero, model={**SMALL, "num_hidden_layers": 1}, micro=2,
                        deepspeed={"zero_optimization": {**ZEROS[zero], **keys}}, optimizer={"clip_grad_norm": 0.5}))
     losses = t.train(3)
@@ -72,7 +72,7 @@ def test_masters_survive_switches_where_deepspeed_reorders_parameters(ranks, zer
 
 
 def switches_in_another_order(zero):
-    """The order in memory is round robin, the order of the module is not; state carries by name."""
+    """The order in memory is round robin, unlike that of the module; state is carried by name."""
     runs = []
     for keys in ({}, {"round_robin_gradients": True}, {"parameter_alignment": True}):
         t = Trainer(config(zero, deepspeed={"zero_optimization": {**ZEROS[zero], **keys}}))
@@ -87,7 +87,7 @@ def switches_in_another_order(zero):
 
 
 @pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"])
-def test_a_master_at_a_wrong_place_is_seen_on_every_rank(ranks, zero):
+def test_a_displaced_master_is_detected_on_every_rank(ranks, zero):
     ranks.run(displaced_master, zero=zero)
 
 
@@ -121,7 +121,7 @@ def test_a_state_that_does_not_fit_is_refused_on_every_rank_alike(ranks, zero, m
 
 
 def refused_state(zero, misfit):
-    """What is said; only rank 1's part of the state is changed, where one part is enough."""
+    """Return the error; only rank 1's part of the state is changed if one part is enough."""
     from dataclasses import replace
 
     import torch
@@ -162,7 +162,7 @@ def test_moments_of_step_zero_are_carried(ranks, zero):
 
 
 def carry_moments_of_step_zero(zero):
-    """Such a state follows a restart that sets steps back, and DynaLoRA adapters that never trained."""
+    """Such a state follows a restart that resets the steps, or DynaLoRA adapters that never trained."""
     t = Trainer(config(zero))
     t.train(2)
 

@@ -10,7 +10,7 @@ from typing import Any
 from prelora_ds.config.load import load_config
 from prelora_ds.config.tree import Config
 from prelora_ds.run.checkpoints.checkpoint_folder import (
-    STATE,
+    RUN_STATE,
     CheckpointManifest,
     FileRecord,
     commit,
@@ -40,7 +40,7 @@ def claim(
     """Claim ``out`` for a run that ends at once; return the checkpoints that it may resume from."""
     found = claim_output(RunFolder(out), config(out, *overrides), resume, data or DATA, steps=steps)
     found.lock.release()
-    return list(found.sources)
+    return list(found.resume_candidates)
 
 
 def checkpoint(run: Path, step: int, *overrides: str, change: Callable[[Any], None] = id) -> Path:
@@ -54,12 +54,9 @@ def checkpoint(run: Path, step: int, *overrides: str, change: Callable[[Any], No
         "run": {"step": step, "phase": {"index": 0, "plan": {"phase": "full"}}},
     }
     change(state)
-    (partial / STATE).write_text(json.dumps(state))
-    commit(
-        partial,
-        step_folder(root, step),
-        CheckpointManifest(1, 0, "full", {STATE: FileRecord.of(partial / STATE)}, step),
-    )
+    (partial / RUN_STATE).write_text(json.dumps(state))
+    commit(partial, step_folder(root, step),
+           CheckpointManifest(1, 0, "full", {RUN_STATE: FileRecord.of(partial / RUN_STATE)}, step))
     return step_folder(root, step)
 
 

@@ -1,1 +1,1 @@
-"""Checkpoints: what is in one, how it is written, voted on, kept and found again."""
+"""Checkpoints: their content, and how they are written, voted on, retained and found."""

@@ -1,9 +1,11 @@
-"""A folder of checkpoints: manifests with sizes and checksums, atomic commits, retention. No rank, no tensor.
+"""A folder of checkpoints: manifests with sizes and checksums, atomic commits, retention.
 
     checkpoints/
-      step-00001234/    manifest.json, state.json, a safetensors file of each rank
-      base-0123456789ab/  what is frozen, written once; manifests of checkpoints name it
-      latest            the name of the newest
+      step-00001234/      manifest.json, state.json, one safetensors file per rank
+      base-0123456789ab/  the frozen weights, written once; the manifests of checkpoints name it
+      latest              the name of the newest checkpoint
+
+This module handles neither ranks nor tensors.
 """
 
 from __future__ import annotations
@@ -24,17 +26,18 @@ from prelora_ds.files import replace_file
 from prelora_ds.run.folder import ASIDE
 
 FORMAT = 1
-MANIFEST, STATE = "manifest.json", "state.json"
+MANIFEST = "manifest.json"
+RUN_STATE = "state.json"
 _STEP = re.compile(r"step-(\d{8,})")
 
 
 class BrokenCheckpointError(Exception):
-    """A checkpoint that is not what its manifest says; the text names file and difference."""
+    """A checkpoint that does not match its manifest; the text names the file and the difference."""
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """Size and SHA-256 of a file."""
+    """The size and the SHA-256 of a file."""
 
     bytes: int
     sha256: str
@@ -42,15 +45,19 @@ class FileRecord:
     @classmethod
     def of(cls, path: Path) -> FileRecord:
         with open(path, "rb") as file:
-            return cls(os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
+            size = os.fstat(file.fileno()).st_size
+            return cls(size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 @dataclass(frozen=True)
 class CheckpointManifest:
-    """What a checkpoint, or a base (``step`` None), holds; written last, so a folder with one is whole.
+    """The content of a checkpoint, or of a base (``step`` None).
 
-    base: the folder beside this one that holds what was frozen. acc1: the top-1 accuracy of these very weights, None
-    where they were not evaluated; of a checkpoint of 0.1.0 it may be that of an earlier step (`own_acc1`).
+    It is written last, so a folder that contains a manifest is complete.
+
+    base: the name of the neighbouring folder with the frozen weights.
+    acc1: the top-1 accuracy of exactly these weights, or None if they were not evaluated. Version
+        0.1.0 may have stored the accuracy of an earlier step here (see `evaluated_acc1`).
     """
 
     world_size: int
@@ -64,59 +71,80 @@ class CheckpointManifest:
 
     def write(self, folder: Path) -> None:
         data = to_json(self)
-        replace_file(folder / MANIFEST, json.dumps({**data, "sha256": _digest(data)}, indent=1))
+        text = json.dumps({**data, "sha256": _digest(data)}, indent=1)
+        replace_file(folder / MANIFEST, text)
 
     @classmethod
     def load(cls, folder: Path) -> CheckpointManifest:
-        """Raises BrokenCheckpointError, and ConfigError when it is of another format."""
+        """Read and check the manifest in ``folder``.
+
+        Raises BrokenCheckpointError, and ConfigError if the manifest has another format.
+        """
         try:
             data = json.loads((folder / MANIFEST).read_text())
-            found, digest = data["format"], data.pop("sha256", None)
+            version = data["format"]
+            digest = data.pop("sha256", None)
         except FileNotFoundError as exc:
             raise BrokenCheckpointError(f"{folder}: has no {MANIFEST}") from exc
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
             raise BrokenCheckpointError(f"{folder / MANIFEST}: cannot be read ({exc})") from exc
         if digest != _digest(data):
-            raise BrokenCheckpointError(f"{folder / MANIFEST}: its checksum is not that of what was written")
-        if found != FORMAT:
-            raise ConfigError("checkpoint", str(folder), f"is of format {found}, and this version reads {FORMAT}",
-                              "resume with the version of prelora_ds that wrote it, or start in another run.output_dir")
+            raise BrokenCheckpointError(f"{folder / MANIFEST}: checksum mismatch")
+        if version != FORMAT:
+            raise ConfigError(
+                "checkpoint",
+                str(folder),
+                f"has format {version}, this version reads format {FORMAT}",
+                "resume with the version of prelora_ds that wrote it, or start over in another "
+                "run.output_dir",
+            )
         try:
             manifest = from_json(cls, data)
         except CodecError as exc:
-            raise BrokenCheckpointError(f"{folder / MANIFEST}: cannot be understood ({exc})") from exc
+            raise BrokenCheckpointError(f"{folder / MANIFEST}: cannot be parsed ({exc})") from exc
         if problem := manifest._problem():
             raise BrokenCheckpointError(f"{folder / MANIFEST}: {problem}")
         return manifest
 
     def _problem(self) -> str | None:
-        """Which value is out of its range, in words. A name of a file or base must not lead out of the folder."""
-        numbers = {"world_size": self.world_size, "zero_stage": self.zero_stage, "step": self.step or 0}
-        numbers |= {f"files.{name}.bytes": record.bytes for name, record in self.files.items()}
-        if bad := [key for key, number in numbers.items() if number < 0]:
-            return f"{bad[0]} is not a count"
+        """Describe the first value that is out of its range, or return None.
+
+        A name of a file or a base must not point outside of its folder.
+        """
+        counts = {"zero_stage": self.zero_stage, "step": self.step or 0}
+        counts |= {f"files.{name}.bytes": record.bytes for name, record in self.files.items()}
+        negative = [key for key, count in counts.items() if count < 0]
+        if negative:
+            return f"{negative[0]} is negative"
         if self.world_size < 1:
-            return "world_size is not a count of ranks"
-        names = [*self.files, *([] if self.base is None else [self.base])]
-        if bad := [name for name in names if not name or name in (".", "..") or "/" in name or "\0" in name]:
-            return f"{bad[0]!r} is not a name of a file in this folder"
+            return "world_size is less than 1"
+
+        names = [*self.files]
+        if self.base is not None:
+            names.append(self.base)
+        for name in names:
+            if not name or name in (".", "..") or "/" in name or "\0" in name:
+                return f"{name!r} is not a plain file name"
         if self.acc1 is not None and not 0 <= self.acc1 <= 1:
-            return "acc1 is not a share"
+            return "acc1 is not between 0 and 1"
         return None
 
     def verify(self, folder: Path, share: slice = slice(None)) -> None:
-        """Hold the files of ``share`` (of their sorted names) against sizes and checksums.
+        """Check the files of ``share`` (a slice of their sorted names) against sizes and checksums.
 
         Raises BrokenCheckpointError.
         """
         for name in sorted(self.files)[share]:
-            path, expected = folder / name, self.files[name]
+            path = folder / name
+            expected = self.files[name]
             try:
-                found = path.stat().st_size
-                if found != expected.bytes:
-                    raise BrokenCheckpointError(f"{path}: holds {found} bytes, and {expected.bytes} were written")
+                size = path.stat().st_size
+                if size != expected.bytes:
+                    raise BrokenCheckpointError(
+                        f"{path}: is {size} bytes, expected {expected.bytes}"
+                    )
                 if FileRecord.of(path) != expected:
-                    raise BrokenCheckpointError(f"{path}: its checksum is not that of what was written")
+                    raise BrokenCheckpointError(f"{path}: checksum mismatch")
             except OSError as exc:
                 raise BrokenCheckpointError(f"{path}: cannot be read ({exc.strerror})") from exc
 
@@ -126,23 +154,31 @@ def _digest(data: Mapping[str, Any]) -> str:
 
 
 def base_name(files: Mapping[str, FileRecord]) -> str:
-    """The folder of a base that holds ``files``: its name says its content, so a checkpoint names that content too."""
+    """Return the folder name of a base that contains ``files``.
+
+    The name is a hash of the content, so a checkpoint that names a base also names its content.
+    """
     records = json.dumps({name: to_json(files[name]) for name in sorted(files)})
     return f"base-{hashlib.sha256(records.encode()).hexdigest()[:12]}"
 
 
 def load_base(root: Path, name: str) -> CheckpointManifest:
-    """The manifest of the base that a checkpoint in ``root`` names.
+    """Return the manifest of the base that a checkpoint in ``root`` names.
 
-    Raises BrokenCheckpointError, also for a whole base of another run that lies under this one's name.
+    Raises BrokenCheckpointError, also for an intact base of another run that has this name.
     """
     if not (root / name).is_dir():
-        raise BrokenCheckpointError(f"{root / name}: is missing; it holds the frozen weights of the checkpoint, so "
-                                    "copy it beside it")
+        raise BrokenCheckpointError(
+            f"{root / name}: is missing; it contains the frozen weights of the checkpoint, so copy "
+            "it next to the checkpoint"
+        )
     manifest = CheckpointManifest.load(root / name)
-    if base_name(manifest.files) != name:
-        raise BrokenCheckpointError(f"{root / name}: holds the weights of another run: by its content its name would "
-                                    f"be {base_name(manifest.files)}")
+    expected_name = base_name(manifest.files)
+    if expected_name != name:
+        raise BrokenCheckpointError(
+            f"{root / name}: contains the weights of another run (the base with this content is "
+            f"named {expected_name})"
+        )
     return manifest
 
 
@@ -151,71 +187,102 @@ def step_folder(root: Path, step: int) -> Path:
 
 
 def step_of(folder: Path) -> int:
-    """The step in a checkpoint's name; -1 for any other."""
+    """Return the step in the name of a checkpoint folder, or -1 for any other folder."""
     match = _STEP.fullmatch(folder.name)
     return int(match[1]) if match else -1
 
 
 def check_name(folder: Path, manifest: CheckpointManifest) -> None:
-    """Raise BrokenCheckpointError where a checkpoint has the name of another step."""
+    """Raise BrokenCheckpointError if the folder name states another step than the manifest."""
     if step_of(folder) not in (-1, manifest.step):
-        raise BrokenCheckpointError(f"{folder}: holds step {manifest.step}; give it back its own name")
+        raise BrokenCheckpointError(
+            f"{folder}: contains step {manifest.step}; restore its original name"
+        )
 
 
 def root_of(folder: Path) -> Path:
-    """The folder of checkpoints that one is of, also when it was set aside."""
+    """Return the checkpoints folder that contains this checkpoint, also if it was set aside."""
     return folder.parent.parent if folder.parent.name == ASIDE else folder.parent
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """The checkpoint folders in ``root``, newest first; whether they are whole is not looked at."""
-    found = [path for path in root.iterdir() if step_of(path) >= 0] if root.is_dir() else []
-    return sorted(found, key=step_of, reverse=True)
+    """List the checkpoint folders in ``root``, newest first, without verifying them."""
+    if not root.is_dir():
+        return []
+    checkpoints = [path for path in root.iterdir() if step_of(path) >= 0]
+    return sorted(checkpoints, key=step_of, reverse=True)
 
 
 def commit(partial: Path, final: Path, manifest: CheckpointManifest) -> None:
-    """Give the files in ``partial`` their manifest and their name. Raises OSError, with ``final`` not there.
+    """Write the manifest into ``partial`` and rename it to ``final``.
 
-    Whether the name itself is on disk is for `sync_folder` of the folder around it.
+    On OSError ``final`` does not exist. Call ``sync_folder(final.parent)`` to make the rename
+    durable.
     """
     manifest.write(partial)
     partial.rename(final)
 
 
 def discard_partial(root: Path) -> None:
-    """Remove what writing left that did not come to its end."""
-    for path in root.glob(".*.partial") if root.is_dir() else ():
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    """Remove the leftovers of interrupted writes."""
+    if not root.is_dir():
+        return
+    for path in root.glob(".*.partial"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def set_aside(root: Path, folders: Iterable[Path]) -> None:
-    """Move checkpoints that the run will not go on from out of the way of those it will write."""
+    """Move checkpoints that this run will not resume from to ``root/aside``."""
     for folder in folders:
-        target, number = root / ASIDE / folder.name, 1
+        target = root / ASIDE / folder.name
+        number = 1
         while target.exists():
-            target, number = root / ASIDE / f"{folder.name}.{number}", number + 1
+            target = root / ASIDE / f"{folder.name}.{number}"
+            number += 1
         target.parent.mkdir(exist_ok=True)
         folder.rename(target)
 
 
 def retain(root: Path, *, last: int, best: int, ticks: Container[int], in_use: str | None) -> None:
-    """Remove all checkpoints but the ``last`` newest, the ``best`` most accurate (of equal ones the earlier) and those
-    at ``ticks``; then the bases that none of the kept, nor any set aside, refers to, ``in_use`` apart."""
+    """Remove the checkpoints and bases that are no longer needed.
+
+    Kept are the ``last`` newest checkpoints, the ``best`` most accurate ones (the earlier one of
+    equals) and those at the steps ``ticks``. A base is removed if it is not ``in_use`` and no
+    checkpoint that is kept or set aside names it.
+    """
     folders = list_checkpoints(root)
-    accuracies = {folder: own_acc1(folder, manifest) for folder in folders if (manifest := _manifest_or_none(folder))}
-    ranked = sorted((-acc1, step_of(folder), folder) for folder, acc1 in accuracies.items() if acc1 is not None)
-    kept = {*folders[:last], *(f for *_, f in ranked[:best]), *(f for f in folders if step_of(f) in ticks)}
+    manifests = {folder: _manifest_or_none(folder) for folder in folders}
+    accuracies = {
+        folder: evaluated_acc1(folder, manifest)
+        for folder, manifest in manifests.items()
+        if manifest is not None
+    }
+    ranked = sorted(
+        (-acc1, step_of(folder), folder)
+        for folder, acc1 in accuracies.items()
+        if acc1 is not None
+    )
+    newest = folders[:last]
+    most_accurate = [folder for *_, folder in ranked[:best]]
+    at_ticks = [folder for folder in folders if step_of(folder) in ticks]
+    kept = {*newest, *most_accurate, *at_ticks}
+
     for folder in folders:
         if folder not in kept:
-            (folder / MANIFEST).unlink(missing_ok=True)  # half removed, it must not look whole
+            # Remove the manifest first: a half-deleted checkpoint must not look complete.
+            (folder / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
     _remove_bases(root, kept, in_use)
 
 
 def _remove_bases(root: Path, kept: Iterable[Path], in_use: str | None) -> None:
+    """Remove the bases that neither ``in_use`` nor a checkpoint kept or set aside names."""
     manifests = [_manifest_or_none(folder) for folder in (*kept, *(root / ASIDE).glob("step-*"))]
     if any(manifest is None for manifest in manifests):
-        return  # what a broken one refers to is not known
+        return  # A broken manifest may name any base: remove none.
     named = {in_use, *(manifest.base for manifest in manifests if manifest is not None)}
     for base in root.glob("base-*"):
         if base.name not in named:
@@ -230,28 +297,37 @@ def _manifest_or_none(folder: Path) -> CheckpointManifest | None:
 
 
 def describe(folder: Path) -> str:
-    """A line: step, phase, ranks and stage, bytes without the base, and whether all of it verifies."""
+    """Describe and verify a checkpoint in one line.
+
+    The line has the step, the phase, the number of ranks, the ZeRO stage, the bytes without the
+    base, and whether everything verifies.
+    """
     try:
         manifest = CheckpointManifest.load(folder)
         check_name(folder, manifest)
         manifest.verify(folder)
         if manifest.base is not None:
-            load_base(root_of(folder), manifest.base).verify(root_of(folder) / manifest.base)
-        verdict = "verified"
+            root = root_of(folder)
+            load_base(root, manifest.base).verify(root / manifest.base)
     except (BrokenCheckpointError, ConfigError) as exc:
         return f"{folder.name}  BROKEN: {exc}"
+
     mib = sum(record.bytes for record in manifest.files.values()) / 2**20
-    acc1 = own_acc1(folder, manifest)
+    acc1 = evaluated_acc1(folder, manifest)
     accuracy = "" if acc1 is None else f"  acc1 {acc1:.2%}"
     base = f" + {manifest.base}" if manifest.base else ""
-    return (f"{folder.name}  {manifest.phase:<6}  {manifest.world_size} ranks, ZeRO {manifest.zero_stage}  "
-            f"{mib:,.1f} MiB{base}{accuracy}  {verdict}")
+    return (
+        f"{folder.name}  {manifest.phase:<6}  "
+        f"{manifest.world_size} ranks, ZeRO {manifest.zero_stage}  "
+        f"{mib:,.1f} MiB{base}{accuracy}  verified"
+    )
 
 
-def own_acc1(folder: Path, manifest: CheckpointManifest) -> float | None:
-    """The accuracy in the manifest, where the state says that these very weights were evaluated.
+def evaluated_acc1(folder: Path, manifest: CheckpointManifest) -> float | None:
+    """Return the accuracy in the manifest if the state confirms that these weights were evaluated.
 
-    Version 0.1.0 wrote that of the last evaluation into each manifest, and no ``evaluated_at`` into the state.
+    Version 0.1.0 wrote the accuracy of the last evaluation into every manifest, and no
+    ``evaluated_at`` into the state.
     """
     if manifest.acc1 is None:
         return None
@@ -259,16 +335,18 @@ def own_acc1(folder: Path, manifest: CheckpointManifest) -> float | None:
         run = read_run_state(folder).get("run")
     except BrokenCheckpointError:
         return None
-    evaluated_at = run.get("evaluated_at") if isinstance(run, dict) else None
+    if not isinstance(run, dict):
+        return None
+    evaluated_at = run.get("evaluated_at")
     return manifest.acc1 if evaluated_at is not None and evaluated_at == manifest.step else None
 
 
 def read_run_state(folder: Path) -> dict[str, Any]:
-    """The JSON of a checkpoint's state.json. Raises BrokenCheckpointError."""
+    """Read the state.json of a checkpoint. Raises BrokenCheckpointError."""
     try:
-        document = json.loads((folder / STATE).read_text())
+        document = json.loads((folder / RUN_STATE).read_text())
     except (OSError, ValueError, RecursionError) as exc:
-        raise BrokenCheckpointError(f"{folder / STATE}: cannot be read ({exc})") from exc
+        raise BrokenCheckpointError(f"{folder / RUN_STATE}: cannot be read ({exc})") from exc
     if not isinstance(document, dict):
-        raise BrokenCheckpointError(f"{folder / STATE}: is not a JSON object")
+        raise BrokenCheckpointError(f"{folder / RUN_STATE}: is not a JSON object")
     return document

@@ -1,4 +1,4 @@
-"""Finding the checkpoint that a run goes on from, and reading each rank's part of it."""
+"""Find the checkpoint that a run resumes from, and read each rank's part of it."""
 
 from __future__ import annotations
 
@@ -34,13 +34,16 @@ from prelora_ds.run.checkpoints.checkpoint_folder import (
 )
 from prelora_ds.run.checkpoints.part import part_name, read_state
 from prelora_ds.run.folder import RunFolder
-from prelora_ds.run.log import cut_back
+from prelora_ds.run.log import truncate_logs
 from prelora_ds.run.run_state import RunState
 
 
 @dataclass
 class Checkpoint:
-    """One that verified on all ranks: the run's state, and this rank's part of the engine's."""
+    """A checkpoint that was verified on all ranks.
+
+    run: the state of the run. engine: this rank's part of the state of the engine.
+    """
 
     folder: Path
     manifest: CheckpointManifest
@@ -49,86 +52,108 @@ class Checkpoint:
     counters: Counters
     rng: str
 
-    def of_run(self, folder: RunFolder) -> bool:
-        """Whether it is of the run in ``folder``, and not one that a new run begins from."""
+    def belongs_to(self, folder: RunFolder) -> bool:
+        """Whether this is a checkpoint of the run in ``folder``, and not of another run."""
         return root_of(self.folder).resolve() == folder.checkpoints.resolve()
 
     def restore_rng(self, seed: int) -> None:
-        """Set this rank's generators: as they were, or in a world of another size anew, from seed, rank and step."""
+        """Restore this rank's RNG state.
+
+        If the world size changed, reseed from ``seed``, rank and step.
+        """
         if self.manifest.world_size == dist.get_world_size():
             restore_rng(self.rng)
         else:
             seed_rng(seed, dist.get_rank(), self.run.step)
 
 
-def candidates(folder: RunFolder, resume: str) -> list[Path]:
-    """The checkpoints that ``--resume`` (auto, never or a path) allows in the run of ``folder``, newest first.
+def resumable_checkpoints(folder: RunFolder, resume: str) -> list[Path]:
+    """List the checkpoints that ``--resume`` allows for the run in ``folder``, newest first.
 
-    A path names one checkpoint, or a run whose newest is meant, and is gone to once: the same command again goes on
-    from what has come of it. Raises ConfigError when it names neither.
+    resume: ``auto``, ``never`` or a path. A path names a checkpoint, or a run (its newest
+        checkpoint). It is used once: repeating the command resumes the new run instead.
+
+    Raises ConfigError if the path is neither a checkpoint nor a run with checkpoints.
     """
     if resume == "never":
         return []
-    own, origin = list_checkpoints(folder.checkpoints), origin_of(folder)
+    checkpoints = list_checkpoints(folder.checkpoints)
+    origin = origin_of(folder)
     if resume == "auto":
-        return own or ([] if origin is None else checkpoints_at(origin))
-    return own if own and origin == str(Path(resume).resolve()) else checkpoints_at(resume)
+        return checkpoints or ([] if origin is None else checkpoints_at(origin))
+    if checkpoints and origin == str(Path(resume).resolve()):
+        return checkpoints
+    return checkpoints_at(resume)
 
 
 def origin_of(folder: RunFolder) -> str | None:
-    """The path that the run of ``folder`` was told to go on from, if it was."""
+    """Return the ``--resume`` path that the run in ``folder`` started from, or None."""
     if not folder.origin.is_file():
         return None
     return folder.origin.read_text(encoding="utf-8", errors="replace").strip() or None
 
 
-def checkpoints_at(place: str, key: str = "--resume") -> list[Path]:
-    """The checkpoint at a path, or those of the run there. Raises ConfigError about ``key``."""
-    path, remedy = Path(place), "name a run's folder, or one of its checkpoints/step-..."
+def checkpoints_at(location: str, key: str = "--resume") -> list[Path]:
+    """Return the checkpoint at a path, or the checkpoints of the run there, newest first.
+
+    Raises ConfigError about ``key``.
+    """
+    path = Path(location)
+    remedy = "name a run's folder, or one of its checkpoints/step-..."
     try:
         if (path / MANIFEST).is_file() and step_of(path) >= 0:
             return [path]
-        found = list_checkpoints(RunFolder(path).checkpoints) or list_checkpoints(path)
+        checkpoints = list_checkpoints(RunFolder(path).checkpoints) or list_checkpoints(path)
     except OSError as exc:
-        raise ConfigError(key, place, f"cannot be read ({exc.strerror})", remedy) from exc
-    if not place or not found:  # an empty text, of a variable that is not set, is not this folder
-        raise ConfigError(key, place, "is neither a checkpoint nor a run that has one", remedy)
-    return found
+        raise ConfigError(key, location, f"cannot be read ({exc.strerror})", remedy) from exc
+    # An empty text (of a variable that is not set, say) must not mean the current folder.
+    if not location or not checkpoints:
+        raise ConfigError(
+            key, location, "is neither a checkpoint nor a run with checkpoints", remedy
+        )
+    return checkpoints
 
 
-def load_newest(folders: Sequence[Path], run: RunFolder, layout: Layout,
-                say: Callable[[str], None]) -> Checkpoint | None:
-    """The first of ``folders`` (rank 0's count) that every rank finds whole; None if there are none. Collective.
+def load_newest(
+    folders: Sequence[Path], run: RunFolder, layout: Layout, say: Callable[[str], None]
+) -> Checkpoint | None:
+    """Load the first of ``folders`` (as listed by rank 0) that verifies on every rank. Collective.
 
-    One that is not of ``run`` itself brings its weights, and nothing that was measured by the other run's settings.
+    Every rank verifies its share of the files and reads its part. All ranks skip a checkpoint that
+    is broken on any rank, with a message. A checkpoint of another run than ``run`` provides its
+    weights, but not what was measured under the settings of that run.
 
-    Every rank verifies its share of the files and reads its part; one that is broken on any rank is passed over by all,
-    with a message. Raises ConfigError when none is whole, or one is of another format.
+    Returns None if there are no ``folders``. Raises ConfigError if none of them is intact, or one
+    has another format.
     """
     listed: list[Any] = [list(folders)]
     dist.broadcast_object_list(listed, src=0)
     problems: list[str] = []
     for folder in listed[0]:
-        found, problem = _attempt(folder, layout)
+        checkpoint, problem = _try_to_read(folder, layout)
         votes: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(votes, problem)
         refused = next((vote for vote in votes if isinstance(vote, ConfigError)), None)
         if refused is not None:
             raise refused
         problems += [str(vote) for vote in votes if vote is not None][:1]
-        if found is not None and all(vote is None for vote in votes):
-            if not found.of_run(run):
-                found.run.forget_measurements()
-            return found
-        say(f"warning: {folder.name} is passed over: {problems[-1]}")
+        if checkpoint is not None and all(vote is None for vote in votes):
+            if not checkpoint.belongs_to(run):
+                checkpoint.run.forget_measurements()
+            return checkpoint
+        say(f"warning: skipping {folder.name}: {problems[-1]}")
     if listed[0]:
-        raise ConfigError("--resume", str(listed[0][0]), f"no checkpoint is whole: {'; '.join(problems)}",
-                          "mend or restore the files, name another with --resume PATH, or begin anew in another "
-                          "run.output_dir")
+        raise ConfigError(
+            "--resume",
+            str(listed[0][0]),
+            f"no intact checkpoint found: {'; '.join(problems)}",
+            "restore the files, choose another checkpoint with --resume PATH, or start over in a "
+            "new run.output_dir",
+        )
     return None
 
 
-def _attempt(folder: Path, layout: Layout) -> tuple[Checkpoint | None, Exception | None]:
+def _try_to_read(folder: Path, layout: Layout) -> tuple[Checkpoint | None, Exception | None]:
     try:
         return read_checkpoint(folder, layout, dist.get_rank(), dist.get_world_size()), None
     except (BrokenCheckpointError, ConfigError, OSError) as exc:
@@ -136,11 +161,12 @@ def _attempt(folder: Path, layout: Layout) -> tuple[Checkpoint | None, Exception
 
 
 def read_checkpoint(folder: Path, layout: Layout, rank: int, world_size: int) -> Checkpoint:
-    """This rank's part of the checkpoint, its share of the files verified.
+    """Verify this rank's share of the checkpoint's files, and read its part of the state.
 
-    Raises BrokenCheckpointError or OSError; ConfigError for another format.
+    Raises BrokenCheckpointError or OSError, and ConfigError if the checkpoint has another format.
     """
-    manifest, share = CheckpointManifest.load(folder), slice(rank, None, world_size)
+    manifest = CheckpointManifest.load(folder)
+    share = slice(rank, None, world_size)
     check_name(folder, manifest)
     manifest.verify(folder, share)
     parts = [(folder, manifest.world_size)]
@@ -150,74 +176,92 @@ def read_checkpoint(folder: Path, layout: Layout, rank: int, world_size: int) ->
         base.verify(path, share)
         parts.append((path, base.world_size))
     for path, world in parts:
-        if not (path / part_name(world - 1, world)).is_file():
-            raise BrokenCheckpointError(f"{path}: is not the work of {world} ranks, as its {MANIFEST} says")
+        last_part = part_name(world - 1, world)
+        if not (path / last_part).is_file():
+            raise BrokenCheckpointError(
+                f"{path}: {last_part} is missing, but {MANIFEST} states {world} ranks"
+            )
+
     document = read_run_state(folder)
     try:
-        run, counters = from_json(RunState, document["run"]), from_json(Counters, document["counters"])
+        run = from_json(RunState, document["run"])
+        counters = from_json(Counters, document["counters"])
         adam_steps = dict(document["adam_steps"])
         plan = run.phase.plan
         shapes = plan.parameters(layout)
-        if unknown := [*(plan.trainable - shapes.keys()), *((plan.active or frozenset()) - plan.trainable)]:
+        unknown = [*(plan.trainable - shapes.keys())]
+        unknown += (plan.active or frozenset()) - plan.trainable
+        if unknown:
             raise ValueError(f"{unknown[0]!r} is not a part of this model")
     except CodecError as exc:
-        raise BrokenCheckpointError(f"{folder}: its state cannot be understood: {exc}") from exc
+        raise BrokenCheckpointError(f"{folder}: its state cannot be parsed: {exc}") from exc
     except (KeyError, TypeError, ValueError, AttributeError) as exc:
-        raise BrokenCheckpointError(f"{folder}: its state cannot be understood ({exc!r})") from exc
+        raise BrokenCheckpointError(f"{folder}: its state cannot be parsed ({exc!r})") from exc
     elements = {name: math.prod(shape) for name, shape in shapes.items()}
-    state, metadata = read_state([path for path, _ in parts], [world for _, world in parts], elements, rank, world_size)
+    state, metadata = read_state(
+        [path for path, _ in parts], [world for _, world in parts], elements, rank, world_size
+    )
     if "rng" not in metadata:
-        raise BrokenCheckpointError(f"{folder}: has no state of the random generators")
+        raise BrokenCheckpointError(
+            f"{folder}: the state of the random number generators is missing"
+        )
     state.adam_steps = adam_steps
     return Checkpoint(folder, manifest, run, state, counters, metadata["rng"])
 
 
-def prepare(folder: RunFolder, checkpoint: Checkpoint | None, origin: str | None = None) -> int:
-    """Make the run's folder fit to continue from ``checkpoint``, or to begin; returns the steps done.
+def rewind_output(
+    folder: RunFolder, checkpoint: Checkpoint | None, origin: str | None = None
+) -> int:
+    """Rewind the output folder to ``checkpoint``, or to the start; return its step. Collective.
 
-    Rank 0 acts: rows of later steps leave the logs, and later checkpoints are set aside. A checkpoint
-    of another run lends its base (by links, where these can be made). origin: the path that named the
-    checkpoint, where one did.
+    Rank 0 truncates the logs, sets later checkpoints aside and copies the base of another run's
+    checkpoint (by links where possible).
 
-    Collective. Raises ConfigError or DiskError on all ranks when the folder cannot be written.
+    origin: the ``--resume`` path that named the checkpoint, or None.
+
+    Raises ConfigError or DiskError on all ranks if the folder cannot be written.
     """
-    done = 0 if checkpoint is None else checkpoint.run.step
+    step = 0 if checkpoint is None else checkpoint.run.step
 
     def act() -> None:
         try:
-            _rewind(folder, checkpoint, done)
-            if origin is not None:  # only now: what lies beyond the checkpoint is out of the way
+            _rewind(folder, checkpoint, step)
+            # Record the origin only now, when the later rows and checkpoints are out of the way.
+            if origin is not None:
                 replace_file(folder.origin, origin + "\n")
         except OSError as exc:
             raise cannot_write("run.output_dir", folder.path, _first_error(exc)) from exc
 
     on_rank_0(act)
-    return done
+    return step
 
 
-def _rewind(folder: RunFolder, checkpoint: Checkpoint | None, done: int) -> None:
+def _rewind(folder: RunFolder, checkpoint: Checkpoint | None, step: int) -> None:
     root = folder.checkpoints
-    cut_back(folder, done if checkpoint is not None and checkpoint.of_run(folder) else -1)
-    set_aside(root, [path for path in list_checkpoints(root) if checkpoint is None or step_of(path) > done])
+    same_run = checkpoint is not None and checkpoint.belongs_to(folder)
+    truncate_logs(folder, step if same_run else -1)
+    later = [path for path in list_checkpoints(root) if checkpoint is None or step_of(path) > step]
+    set_aside(root, later)
     if checkpoint is None or checkpoint.manifest.base is None:
         return
-    source, target = root_of(checkpoint.folder) / checkpoint.manifest.base, root / checkpoint.manifest.base
+    source = root_of(checkpoint.folder) / checkpoint.manifest.base
+    target = root / checkpoint.manifest.base
     if not target.exists():
         with new_folder(target, replace=True) as partial:
             shutil.copytree(source, partial, copy_function=_link_or_copy, dirs_exist_ok=True)
 
 
 def _first_error(error: OSError) -> OSError:
-    """What copytree, which collects the errors of all files as texts, says of the first."""
+    """Return the first error in ``error``; copytree collects the errors of all files as texts."""
     if isinstance(error, shutil.Error):
         first = error.args[0][0][2]
-        full = next((number for number in DISK_FAULTS if os.strerror(number) in first), None)
-        return OSError(full, first)
+        number = next((number for number in DISK_FAULTS if os.strerror(number) in first), None)
+        return OSError(number, first)
     return error
 
 
 def _link_or_copy(source: str, target: str) -> None:
     try:
         os.link(source, target)
-    except OSError:  # another file system
+    except OSError:  # The target is on another file system.
         shutil.copy2(source, target)

@@ -21,7 +21,7 @@ from prelora_ds.errors import ConfigError
 from prelora_ds.hosts.discovery import Ranks
 from prelora_ds.model.families import find_layout
 from prelora_ds.model.vit import build_model
-from prelora_ds.run.autosize import workers_of
+from prelora_ds.run.autosize import resolve_workers
 from prelora_ds.start import check_run
 
 
@@ -127,4 +127,4 @@ def test_the_rate_of_the_fastest_phase_is_that_of_its_own_offloading(shards):
 
 def test_no_rate_is_predicted_for_workers_that_the_recipe_counts(shards):
     """Neither a layout nor a process group is asked for it."""
-    assert workers_of(config(shards, workers=3), Manifest.load(shards / "train"), None, None) == 3
+    assert resolve_workers(config(shards, workers=3), Manifest.load(shards / "train"), None, None) == 3

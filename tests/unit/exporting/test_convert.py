@@ -1,4 +1,4 @@
-"""What an export asks of the settings that a checkpoint was written with."""
+"""The settings of a checkpoint that an export uses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FIXTURE = Path(__file__).parents[2] / "fixtures" / "run_of_0.1.0" / "run"
 
 @pytest.fixture
 def stored(tmp_path: Path) -> Callable[[str, Any], Path]:
-    """A run whose newest checkpoint has another value of a key of its config."""
+    """Return a function that makes a run whose newest checkpoint has another value of a config key."""
     run = tmp_path / "run"
     shutil.copytree(FIXTURE, run)
 
@@ -45,7 +45,7 @@ def stored(tmp_path: Path) -> Callable[[str, Any], Path]:
     ("lora.warmup", "soon"), ("phases", {"lora": {"zero_stage": 9}}), ("guard", None),
     ("a_later_section", {}),
 ])
-def test_settings_that_an_export_does_not_use_are_not_looked_at(
+def test_settings_that_an_export_does_not_use_are_not_read(
     stored: Callable[[str, Any], Path], tmp_path: Path, key: str, value: Any
 ) -> None:
     export_checkpoint(FIXTURE, tmp_path / "plain", "timm")
@@ -55,14 +55,14 @@ def test_settings_that_an_export_does_not_use_are_not_looked_at(
 
 
 @pytest.mark.parametrize("key", ["model.hidden_size", "lora.mode"])
-def test_settings_that_an_export_uses_are(stored: Callable[[str, Any], Path], tmp_path: Path, key: str) -> None:
+def test_settings_that_an_export_uses_are_checked(stored: Callable[[str, Any], Path], tmp_path: Path, key: str) -> None:
     with pytest.raises(ConfigError) as refused:
         export_checkpoint(stored(key, "odd"), tmp_path / "out", "hf")
     assert refused.value.key == key and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("form", [form for form in FORMATS if form != "deepspeed"])
-def test_every_format_is_written_of_such_a_checkpoint(
+def test_every_format_ignores_settings_that_it_does_not_use(
     stored: Callable[[str, Any], Path], tmp_path: Path, form: str
 ) -> None:
     export_checkpoint(stored("run.output_dir", "~/x"), tmp_path / "out", form)

@@ -1,4 +1,4 @@
-"""`auto` in phases: what fits is taken to the full, the cheapest stage wins, and what cannot be settled is said."""
+"""`auto` in phases: the largest micro-batch that fits, the fastest stage, and errors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def layout() -> Layout:
 
 def config(phases: dict[str, Any], zero: dict[str, Any] | None = None, **sections: Any) -> Config:
     machine = {key: phases[key] for key in ("memory_gib", "calibration") if key in phases}
-    phases = {name: own for name, own in phases.items() if name not in machine}
+    phases = {name: phase for name, phase in phases.items() if name not in machine}
     return validate({
         "machine": machine, "run": {"name": "auto", "output_dir": "-"}, "model": MODEL,
         "data": {"train": "-", "val": "-"},
@@ -57,7 +57,7 @@ def test_without_auto_the_config_stays(layout: Layout) -> None:
     assert resolve_auto(cfg, layout, FIRST) is cfg
 
 
-def test_with_room_for_all_a_rank_takes_its_share_at_once_and_gathers_no_frozen_base(layout: Layout) -> None:
+def test_with_enough_memory_a_rank_uses_one_micro_batch_at_stage_0(layout: Layout) -> None:
     cfg = config({"lora": {"zero_stage": "auto", "micro_batch_size": "auto"}, "memory_gib": 64})
     lora = resolve_auto(cfg, layout, FIRST).for_phase("lora")
     assert (lora.zero.stage, lora.train.micro_batch_size, lora.grad_accum_steps(4)) == (0, 16, 1)
@@ -76,25 +76,25 @@ def test_a_micro_batch_is_the_largest_that_fits(layout: Layout, stage: int) -> N
     for micro, peak in peaks.items():
         phases = {"lora": {"zero_stage": stage, "micro_batch_size": "auto"}}
         room = peak / 2**30 / USABLE
-        settled = resolve_auto(config(phases | {"memory_gib": room * (1 + 1e-9)}), layout, FIRST).for_phase("lora")
-        largest = max(other for other in peaks if peaks[other] <= peak)  # buckets may outweigh one more image
-        assert (settled.train.micro_batch_size, settled.zero.stage) == (largest, stage)
+        resolved = resolve_auto(config(phases | {"memory_gib": room * (1 + 1e-9)}), layout, FIRST).for_phase("lora")
+        largest = max(other for other in peaks if peaks[other] <= peak)  # buckets may need more than one more image
+        assert (resolved.train.micro_batch_size, resolved.zero.stage) == (largest, stage)
         if micro == 1:
             with pytest.raises(ConfigError, match="no setting fits"):
                 resolve_auto(config(phases | {"memory_gib": room * (1 - 1e-6)}), layout, FIRST)
 
 
-def test_the_stage_of_least_predicted_time_is_taken(layout: Layout, tmp_path: Path,
+def test_the_stage_with_the_lowest_predicted_time_is_chosen(layout: Layout, tmp_path: Path,
                                                     capsys: pytest.CaptureFixture[str]) -> None:
     phases = {"lora": {"zero_stage": "auto"}, "warmup": {"zero_stage": "auto"}, "memory_gib": 64}
     rates = calibration(tmp_path, wire_gb=1.0, state_gb=1e-3)
     slow_wire = resolve_auto(config(phases | {"calibration": rates}), layout, FIRST)
-    assert slow_wire.for_phase("lora").zero.stage == 1  # stage 0 would accumulate, which it refuses
+    assert slow_wire.for_phase("lora").zero.stage == 1  # stage 0 would have to accumulate
     assert slow_wire.for_phase("warmup").zero.stage == 1
     said = capsys.readouterr().out
     assert "auto: warmup: ZeRO 1, micro-batch 2" in said and "auto: lora: ZeRO 1" in said and "a test" in said
     resolve_auto(config(phases), layout, Ranks(1, 1, 4))
-    assert capsys.readouterr().out == ""  # one message, not one a rank
+    assert capsys.readouterr().out == ""  # one message, not one per rank
 
 
 def test_a_phase_that_needs_no_offload_has_none_and_one_that_does_keeps_it(layout: Layout, tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_a_phase_that_needs_no_offload_has_none_and_one_that_does_keeps_it(layou
     assert offloaded.for_phase("lora").zero.offload_optimizer
 
 
-def test_micro_batches_are_even_where_pairs_are_mixed(layout: Layout) -> None:
+def test_micro_batches_are_even_if_pairs_are_mixed(layout: Layout) -> None:
     cfg = config({"lora": {"micro_batch_size": "auto"}, "memory_gib": 64},
                  train={"duration": "9 steps", "global_batch_size": 24, "micro_batch_size": 2},
                  data={"train": "-", "val": "-", "mixup": 0.2})
@@ -129,7 +129,7 @@ def test_merged_weights_are_never_split(layout: Layout) -> None:
     ({"lora": {"micro_batch_size": "auto"}},
      {"model": {"factory": "a:b", "families": {"q": r"(?P<layer>\d+)"}}, "lora": {"families": ["q"]}}, "phases"),
 ])
-def test_what_cannot_be_settled_names_its_key(layout: Layout, phases: dict[str, Any], sections: dict[str, Any],
+def test_an_unresolvable_auto_names_its_key(layout: Layout, phases: dict[str, Any], sections: dict[str, Any],
                                               key: str) -> None:
     with pytest.raises(ConfigError) as refused:
         resolve_auto(config(phases, **sections), layout, FIRST)
@@ -143,6 +143,6 @@ def test_other_words_than_auto_are_refused(own: dict[str, Any]) -> None:
         config({"lora": own})
 
 
-def test_a_stage_that_cannot_offload_is_refused_where_the_run_offloads() -> None:
+def test_a_stage_that_cannot_offload_is_refused_if_the_run_offloads() -> None:
     with pytest.raises(ConfigError, match=r"phases.lora.*offload_optimizer"):
         config({"lora": {"zero_stage": 1}}, {"stage": 2, "offload_optimizer": {"device": "cpu"}})

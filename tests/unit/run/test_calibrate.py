@@ -27,8 +27,8 @@ def test_no_cost_is_negative_where_plain_least_squares_would_have_one() -> None:
     assert costs["gemm_tflop"] == pytest.approx(1.1, rel=0.1)
 
 
-def test_the_cases_tell_the_kinds_of_work_apart() -> None:
-    """Times made by the model itself are given back for a case that was not among them."""
+def test_the_cases_separate_the_kinds_of_work() -> None:
+    """Rates fitted to times of the cost model predict the times of other cases."""
     cfg = config("zero2", micro=8)
     made = Rates({"gemm_tflop": 3.0, "adapter_tflop": 1.0, "traffic_gb": 0.2, "state_gb": 0.4, "calls": 0.05,
                   "host_gb": 0.0, "wire_gb": 0.0, "hops": 0.0}, "made up", measured=True)

@@ -1,4 +1,4 @@
-"""Folders of checkpoints without ranks: what a manifest notices, what is kept, what a crash leaves."""
+"""Folders of checkpoints without ranks: what a manifest detects, what is kept, what a crash leaves."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def make_base(root: Path, name: str) -> None:
 
 
 def make_named_base(root: Path, content: bytes) -> str:
-    """A base that is called by its content, as a run writes it."""
+    """Write a base that is named by its content, as a run does."""
     (root / "new").mkdir(parents=True)
     (root / "new" / "rank").write_bytes(content)
     files = {"rank": FileRecord.of(root / "new" / "rank")}
@@ -70,16 +70,16 @@ def test_a_manifest_comes_back_as_it_was_written_and_its_files_verify(tmp_path: 
 
 
 @pytest.mark.parametrize("byte", range(0, 200, 37))
-def test_every_flipped_byte_of_a_file_is_noticed(tmp_path: Path, byte: int) -> None:
+def test_every_flipped_byte_of_a_file_is_detected(tmp_path: Path, byte: int) -> None:
     folder = make(tmp_path, 1)
     data = bytearray((folder / "rank").read_bytes())
     data[byte] ^= 1
     (folder / "rank").write_bytes(data)
-    with pytest.raises(BrokenCheckpointError, match="rank: its checksum is not that of what was written"):
+    with pytest.raises(BrokenCheckpointError, match="rank: checksum mismatch"):
         CheckpointManifest.load(folder).verify(folder)
 
 
-def test_every_flipped_byte_of_a_manifest_is_noticed(tmp_path: Path) -> None:
+def test_every_flipped_byte_of_a_manifest_is_detected(tmp_path: Path) -> None:
     folder = make(tmp_path, 1)
     path = folder / "manifest.json"
     whole = path.read_bytes()
@@ -91,19 +91,19 @@ def test_every_flipped_byte_of_a_manifest_is_noticed(tmp_path: Path) -> None:
             found = CheckpointManifest.load(folder)
         except BrokenCheckpointError:
             continue
-        assert json.loads(data) == json.loads(whole) and found.step == 1, i  # white space, and nothing else
+        assert json.loads(data) == json.loads(whole) and found.step == 1, i  # only white space differs
 
 
 @pytest.mark.parametrize("length", [0, 199])
-def test_a_short_file_is_told_by_both_sizes(tmp_path: Path, length: int) -> None:
+def test_a_short_file_is_reported_with_both_sizes(tmp_path: Path, length: int) -> None:
     folder = make(tmp_path, 1)
     with (folder / "rank").open("r+b") as file:
         file.truncate(length)
-    with pytest.raises(BrokenCheckpointError, match=f"holds {length} bytes, and 200 were written"):
+    with pytest.raises(BrokenCheckpointError, match=f"is {length} bytes, expected 200"):
         CheckpointManifest.load(folder).verify(folder)
 
 
-def test_a_missing_file_and_a_missing_manifest_are_told(tmp_path: Path) -> None:
+def test_a_missing_file_and_a_missing_manifest_are_reported(tmp_path: Path) -> None:
     folder = make(tmp_path, 1)
     (folder / "rank").unlink()
     with pytest.raises(BrokenCheckpointError, match="rank: cannot be read"):
@@ -116,7 +116,7 @@ def test_a_missing_file_and_a_missing_manifest_are_told(tmp_path: Path) -> None:
 def test_another_format_is_refused_with_both_numbers_and_a_remedy(tmp_path: Path) -> None:
     folder = make(tmp_path, 1)
     CheckpointManifest(2, 1, "full", {}, 1, format=0).write(folder)
-    with pytest.raises(ConfigError, match=r"is of format 0, and this version reads 1\n  remedy: resume with"):
+    with pytest.raises(ConfigError, match=r"has format 0, this version reads format 1\n  remedy: resume with"):
         CheckpointManifest.load(folder)
 
 
@@ -137,16 +137,16 @@ def test_a_base_is_kept_as_long_as_a_checkpoint_names_it_or_the_run_uses_it(tmp_
     set_aside(tmp_path, [step_folder(tmp_path, 2)])
     make(tmp_path, 3)
     retain(tmp_path, last=1, best=0, ticks=(), in_use=None)
-    assert {p.name for p in tmp_path.glob("base-*")} == {"base-named"}  # what was set aside is still whole
+    assert {p.name for p in tmp_path.glob("base-*")} == {"base-named"}  # the base of the one that was set aside
 
 
 def test_a_checkpoint_that_was_copied_without_its_base_says_what_to_copy(tmp_path: Path) -> None:
     folder = make(tmp_path, 2, base="base-0123456789ab")
-    missing = f"{tmp_path}/base-0123456789ab: is missing; it holds the frozen weights"
+    missing = f"{tmp_path}/base-0123456789ab: is missing; it contains the frozen weights"
     assert missing in describe(folder)
 
 
-def test_no_base_is_removed_while_it_is_not_known_who_needs_it(tmp_path: Path) -> None:
+def test_no_base_is_removed_while_a_manifest_is_broken(tmp_path: Path) -> None:
     make_base(tmp_path, "base-x")
     (make(tmp_path, 1, base="base-x") / "manifest.json").write_text("{")
     retain(tmp_path, last=5, best=0, ticks=(), in_use=None)
@@ -159,7 +159,7 @@ def test_set_aside_twice_keeps_both(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / ASIDE).iterdir()) == ["step-00000007", "step-00000007.1"]
 
 
-def test_what_a_kill_leaves_is_removed_and_nothing_else(tmp_path: Path) -> None:
+def test_only_what_a_kill_left_is_removed(tmp_path: Path) -> None:
     make(tmp_path, 3)
     (tmp_path / ".step-00000004.partial").mkdir()
     (tmp_path / ".step-00000004.partial" / "rank").write_text("half")
@@ -169,7 +169,7 @@ def test_what_a_kill_leaves_is_removed_and_nothing_else(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000003"]
 
 
-def test_a_commit_over_an_existing_checkpoint_leaves_that_as_it_was(tmp_path: Path) -> None:
+def test_a_commit_over_an_existing_checkpoint_does_not_change_it(tmp_path: Path) -> None:
     folder = make(tmp_path, 5, acc1=0.25)
     (tmp_path / ".new.partial").mkdir()
     with pytest.raises(OSError, match="not empty"):
@@ -177,40 +177,40 @@ def test_a_commit_over_an_existing_checkpoint_leaves_that_as_it_was(tmp_path: Pa
     assert CheckpointManifest.load(folder).acc1 == 0.25
 
 
-def test_one_that_was_set_aside_still_has_its_base(tmp_path: Path) -> None:
+def test_a_checkpoint_that_was_set_aside_still_has_its_base(tmp_path: Path) -> None:
     set_aside(tmp_path, [make(tmp_path, 3, base=make_named_base(tmp_path, b"frozen"))])
     assert describe(tmp_path / ASIDE / "step-00000003").endswith("verified")
 
 
-def test_the_base_of_another_run_under_the_name_of_this_one_is_noticed(tmp_path: Path) -> None:
+def test_a_base_of_another_run_under_this_run_s_name_is_detected(tmp_path: Path) -> None:
     name, other = make_named_base(tmp_path / "a", b"frozen"), make_named_base(tmp_path / "b", b"FROZEN")
     folder = make(tmp_path / "a", 3, base=name)
     for path in (tmp_path / "b" / other).iterdir():
         shutil.copy(path, tmp_path / "a" / name)
     said = describe(folder)
-    assert "BROKEN" in said and "holds the weights of another run" in said and other in said
+    assert "BROKEN" in said and "contains the weights of another run" in said and other in said
 
 
-def test_the_best_are_those_that_were_evaluated_and_of_equal_ones_the_earlier(tmp_path: Path) -> None:
+def test_the_best_are_evaluated_ones_and_the_earlier_of_equals(tmp_path: Path) -> None:
     for step, acc1 in ((1, 0.25), (2, 0.5), (3, 0.5), (4, None), (5, None)):
         make(tmp_path, step, acc1=acc1)
     retain(tmp_path, last=1, best=1, ticks=(), in_use=None)
     assert steps(tmp_path) == [5, 2]
 
 
-def test_a_checkpoint_under_the_name_of_another_step_is_noticed(tmp_path: Path) -> None:
+def test_a_checkpoint_under_the_name_of_another_step_is_detected(tmp_path: Path) -> None:
     make(tmp_path, 10).rename(step_folder(tmp_path, 25))
     said = describe(step_folder(tmp_path, 25))
-    assert "BROKEN" in said and "holds step 10" in said
+    assert "BROKEN" in said and "contains step 10" in said
 
 
-def test_a_checkpoint_of_0_1_0_has_no_accuracy_where_its_state_does_not_say_that_it_was_evaluated() -> None:
+def test_a_checkpoint_of_0_1_0_has_no_accuracy_unless_its_state_confirms_an_evaluation() -> None:
     folder = step_folder(FIXTURE / "checkpoints", 16)
     assert CheckpointManifest.load(folder).acc1 == 0.1  # of the evaluation at step 10
     assert "acc1" not in describe(folder) and describe(folder).endswith("verified")
 
 
-def test_an_accuracy_counts_where_the_state_has_it_of_this_step(tmp_path: Path) -> None:
+def test_an_accuracy_counts_if_the_state_was_evaluated_at_this_step(tmp_path: Path) -> None:
     assert "acc1 50.00%" in describe(make(tmp_path, 7, acc1=0.5))
     assert "acc1 0.00%" in describe(make(tmp_path, 8, acc1=0.0))
     for step, evaluated_at in ((9, 8), (10, None), (11, "11"), (12, [])):
@@ -220,7 +220,7 @@ def test_an_accuracy_counts_where_the_state_has_it_of_this_step(tmp_path: Path) 
 def test_an_accuracy_of_other_weights_keeps_no_checkpoint(tmp_path: Path) -> None:
     for step, evaluated_at in ((10, None), (20, 20), (30, 20), (40, 40)):
         make(tmp_path, step, acc1=0.9 if step != 40 else 0.8, evaluated_at=evaluated_at)
-    (step_folder(tmp_path, 40) / "state.json").unlink()  # broken, and of no known accuracy
+    (step_folder(tmp_path, 40) / "state.json").unlink()  # broken, so its accuracy is unknown
     make(tmp_path, 50)
     retain(tmp_path, last=1, best=3, ticks=(), in_use=None)
     assert steps(tmp_path) == [50, 20]

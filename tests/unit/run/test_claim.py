@@ -1,4 +1,4 @@
-"""The output folder: whose it is, and which checkpoints a run goes on from."""
+"""Claims of the output folder, and the checkpoints that a run may resume from."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from support.claims import DATA, begin, checkpoint, claim, config
 
 from prelora_ds.errors import ConfigError, DiskError, LaunchError
-from prelora_ds.run.checkpoints.checkpoint_folder import STATE, set_aside
+from prelora_ds.run.checkpoints.checkpoint_folder import RUN_STATE, set_aside
 from prelora_ds.run.checkpoints.resume import checkpoints_at
 from prelora_ds.run.claim import claim_output
 from prelora_ds.run.folder import RunFolder
@@ -21,8 +21,8 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_a_run_that_never_began_binds_nobody_to_its_settings(tmp_path: Path) -> None:
-    """Its roll call was refused, say: what it left is config.yaml."""
+def test_a_run_that_never_started_does_not_fix_its_settings(tmp_path: Path) -> None:
+    """It was refused at check-in, for example, and left only config.yaml."""
     out = tmp_path / "out"
     assert claim(out) == [] and (out / "config.yaml").is_file()
     assert claim(out, "never", "optimizer.lr=0.5") == []
@@ -38,14 +38,14 @@ def test_somebody_elses_folder_is_refused_and_left_as_it_is(tmp_path: Path) -> N
     assert contents(tmp_path) == {tmp_path / "config.yaml": b"theirs: 1\n"}
 
 
-def test_a_path_is_gone_to_once_and_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_a_path_is_used_once_and_the_same_command_resumes_the_new_run(tmp_path: Path) -> None:
     source, other, out = checkpoint(tmp_path / "old", 15), checkpoint(tmp_path / "older", 3), tmp_path / "new"
     assert claim(out, str(source)) == [source]
-    assert claim(out, str(source)) == [source]  # ended before it began
+    assert claim(out, str(source)) == [source]  # ended before its start
     begin(out)
     assert claim(out, str(source)) == [source]  # ended before its first checkpoint
-    assert [path.resolve() for path in claim(out)] == [source]  # and with --resume left out it is no other run
-    with pytest.raises(ConfigError, match="is of another run"):
+    assert [path.resolve() for path in claim(out)] == [source]  # without --resume it is the same run
+    with pytest.raises(ConfigError, match="belongs to another run"):
         claim(out, str(other))
     own = checkpoint(out, 18)
     assert claim(out, str(source)) == claim(out) == [own]
@@ -64,7 +64,7 @@ def test_a_path_in_the_run_itself_goes_back_to_it(tmp_path: Path) -> None:
     assert claim(out, str(root / "aside" / late.name)) == [root / "aside" / late.name]
 
 
-def test_a_new_run_may_have_other_rates_and_data_and_a_resumed_one_may_not(tmp_path: Path) -> None:
+def test_a_new_run_may_change_the_learning_rate_and_the_data_but_a_resumed_one_may_not(tmp_path: Path) -> None:
     source, out = checkpoint(tmp_path / "old", 15), tmp_path / "old"
     others = DATA | {"data.train": "100 samples, index 00000000"}
     assert claim(tmp_path / "new", str(source), "optimizer.lr=0.5", data=others) == [source]
@@ -73,14 +73,14 @@ def test_a_new_run_may_have_other_rates_and_data_and_a_resumed_one_may_not(tmp_p
     assert not (tmp_path / "newer/config.yaml").exists()
     (out / "config.yaml").write_text((tmp_path / "new/config.yaml").read_text().replace("0.5", "0.001"))
     begin(out)
-    with pytest.raises(ConfigError, match=r"data.train = 't': has 100 samples, index 00000000, and the run in"):
+    with pytest.raises(ConfigError, match=r"data.train = 't': is 100 samples, index 00000000, but the run in"):
         claim(out, data=others)
 
 
 # ---- logs without checkpoints
 
 def test_logs_whose_checkpoints_were_removed_are_refused_and_kept(tmp_path: Path) -> None:
-    """Whether the folder is gone, or only what was in it."""
+    """Test a removed folder, and one that is only empty."""
     out = tmp_path / "out"
     assert claim(out) == []
     begin(out)
@@ -119,18 +119,18 @@ def test_a_folder_that_was_emptied_by_hand_takes_a_new_run(tmp_path: Path) -> No
     (out / "config.yaml").unlink()
     assert claim(out) == []
     begin(out)
-    assert claim(out) == []  # what the former run had saved is forgotten
+    assert claim(out) == []  # the record of the former run's checkpoints is gone
 
 
 # ---- a duration that ends before the checkpoint
 
 @pytest.mark.parametrize(("duration", "steps"), [
     ("10 steps", 10), ("20 steps", 20), ("0.5 epochs", 12)])
-def test_a_new_run_has_to_last_longer_than_to_its_checkpoint(
+def test_a_new_run_must_last_longer_than_its_checkpoint(
     tmp_path: Path, duration: str, steps: int
 ) -> None:
     source = checkpoint(tmp_path / "old", 20)
-    both = rf"ends the run after step {steps}, and the checkpoint .* is of step 20 already"
+    both = rf"ends the run after step {steps}, but the checkpoint .* is already at step 20"
     with pytest.raises(ConfigError, match=both) as caught:
         claim(tmp_path / "new", str(source), f"train.duration={duration}", steps=steps)
     assert (caught.value.key, caught.value.value) == ("train.duration", duration)
@@ -138,8 +138,8 @@ def test_a_new_run_has_to_last_longer_than_to_its_checkpoint(
     assert claim(tmp_path / "new", str(source), "train.duration=21 steps", steps=21) == [source]
 
 
-def test_the_runs_own_checkpoint_of_its_last_step_is_taken(tmp_path: Path) -> None:
-    """It was ended while it wrote its export."""
+def test_a_run_resumes_from_the_checkpoint_of_its_last_step(tmp_path: Path) -> None:
+    """It was killed while it wrote its export."""
     out = tmp_path / "out"
     claim(out)
     begin(out)
@@ -153,12 +153,12 @@ def test_the_runs_own_checkpoint_of_its_last_step_is_taken(tmp_path: Path) -> No
     lambda state: state.pop("run"), lambda state: state.update(run=[]),
     lambda state: state.pop("config"), lambda state: state.update(config=3),
     lambda state: state.update(data=None), lambda state: state.clear()])
-def test_a_state_that_is_not_one_is_left_to_the_loader(tmp_path: Path, change: Any) -> None:
+def test_an_invalid_state_is_left_to_the_loader(tmp_path: Path, change: Any) -> None:
     saved = checkpoint(tmp_path / "old", 10, change=change)
     assert claim(tmp_path / "new", str(saved)) == [saved]
 
 
-def test_a_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
+def test_an_impossible_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     too_long = tmp_path.joinpath(*["z" * 250] * 20)
     for out in (tmp_path / "file", tmp_path / "file/below", Path("/proc/x"), too_long):
@@ -174,7 +174,7 @@ def test_what_is_not_a_run_is_refused_by_its_name(tmp_path: Path, resume: str) -
     assert (caught.value.key, caught.value.value) == ("--resume", resume)
 
 
-def test_an_empty_name_is_not_the_folder_one_is_in(
+def test_an_empty_path_does_not_mean_the_current_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved = checkpoint(tmp_path, 10)
@@ -224,8 +224,8 @@ def test_data_of_other_classes_are_refused_in_a_new_run_too(
     tmp_path: Path, known: dict[str, object], problem: str | None, new: bool
 ) -> None:
     source = checkpoint(tmp_path / "old", 15)
-    state = json.loads((source / STATE).read_text())
-    (source / STATE).write_text(json.dumps(state | known))
+    state = json.loads((source / RUN_STATE).read_text())
+    (source / RUN_STATE).write_text(json.dumps(state | known))
     out, resume = (tmp_path / "new", str(source)) if new else (tmp_path / "old", "auto")
 
     def claim_it() -> None:
@@ -244,15 +244,15 @@ def test_data_of_other_classes_are_refused_in_a_new_run_too(
     assert not (tmp_path / "new/config.yaml").exists()
 
 
-def test_a_damaged_log_is_told_before_the_run_resumes(tmp_path: Path) -> None:
+def test_a_damaged_log_is_reported_before_the_run_resumes(tmp_path: Path) -> None:
     claim(tmp_path)
     begin(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\ngarbage\n{"step": 3}\n')
-    with pytest.raises(ConfigError, match=r"metrics\.jsonl': line 2 is not JSON"):
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl': line 2 is not valid JSON"):
         claim(tmp_path)
 
 
-def test_a_full_disk_is_worth_another_try(tmp_path: Path) -> None:
+def test_a_full_disk_is_an_error_that_may_be_retried(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(disk)]
@@ -269,7 +269,7 @@ def test_a_full_disk_is_worth_another_try(tmp_path: Path) -> None:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-# ---- moved, and begun anew
+# ---- moved, and forked
 
 def test_a_checkpoint_that_was_moved_and_linked_back_is_still_the_run_s_own(tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -282,12 +282,12 @@ def test_a_checkpoint_that_was_moved_and_linked_back_is_still_the_run_s_own(tmp_
     assert claim(out) == [saved]
     assert {path: data for path, data in contents(out).items() if path.suffix == ".jsonl"} == {
         path: data for path, data in before.items() if path.suffix == ".jsonl"}
-    with pytest.raises(ConfigError, match=r"was 0\.001"):  # as its own run it may not take another rate
+    with pytest.raises(ConfigError, match=r"was 0\.001"):  # as the same run it may not change the learning rate
         claim(out, "auto", "optimizer.lr=1")
 
 
-def test_a_fork_keeps_the_phases_that_its_checkpoint_has_begun(tmp_path: Path) -> None:
-    """Later ones may change, and so may the end of the one that it is in. The phase of 0.1.0 has no index."""
+def test_a_fork_keeps_the_phases_that_its_checkpoint_has_started(tmp_path: Path) -> None:
+    """Later phases and the end of the current one may change. The phase state of 0.1.0 has no index."""
     def in_warmup(state: dict[str, Any]) -> None:
         state["run"]["phase"] = {"plan": {"phase": "warmup"}}
 
@@ -306,10 +306,10 @@ def test_a_fork_keeps_the_phases_that_its_checkpoint_has_begun(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("kind", ["file", "link"])
-def test_a_file_in_the_place_of_the_model_is_told_before_the_run_and_not_after(tmp_path: Path, kind: str) -> None:
+def test_a_file_in_the_place_of_the_model_is_reported_before_the_run(tmp_path: Path, kind: str) -> None:
     claim(tmp_path)
     begin(tmp_path)
     (tmp_path / "model").symlink_to(tmp_path) if kind == "link" else (tmp_path / "model").write_text("notes")
-    with pytest.raises(ConfigError, match="has a file or link model, where the run will write the folder") as refused:
+    with pytest.raises(ConfigError, match="contains a file or link named model, where the run") as refused:
         claim(tmp_path)
     assert refused.value.key == "run.output_dir"

@@ -1,4 +1,4 @@
-"""Mutations of a whole checkpoint: it is read as it was written, or refused; no other exception."""
+"""Mutations of an intact checkpoint: it is read as written or refused; there is no other exception."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from prelora_ds.core.layout import Layout
 from prelora_ds.errors import ConfigError
 from prelora_ds.run.checkpoints.checkpoint_folder import (
     MANIFEST,
-    STATE,
+    RUN_STATE,
     BrokenCheckpointError,
     CheckpointManifest,
     FileRecord,
@@ -38,7 +38,7 @@ FEW = settings(max_examples=200, deadline=None, suppress_health_check=[HealthChe
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of one rank, as `Saver` writes it."""
+    """A checkpoint of one rank, in the form that `Saver` writes."""
     from prelora_ds.core.controller import PhaseState
     from prelora_ds.engine.state import EngineState, Slice
     from prelora_ds.run.checkpoints.part import write_part
@@ -53,19 +53,19 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     counters = {"global_steps": 3, "global_samples": 24, "micro_steps": 3, "skipped_steps": 0}
     document = {"run": to_json(run), "adam_steps": {"a.weight": 3}, "counters": counters,
                 "num_labels": 8, "data": {}, "config": {}}
-    (folder / STATE).write_text(json.dumps(document))
+    (folder / RUN_STATE).write_text(json.dumps(document))
     rewrite_manifest(folder)
     return folder
 
 
 def rewrite_manifest(folder: Path) -> None:
-    """So that the checksums are those of the files that are there."""
-    files = {name: FileRecord.of(folder / name) for name in (PART, STATE)}
+    """Update the checksums to those of the current files."""
+    files = {name: FileRecord.of(folder / name) for name in (PART, RUN_STATE)}
     CheckpointManifest(1, 0, "full", files, 3).write(folder)
 
 
 def read(folder: Path) -> Any:
-    """What a run would take from the checkpoint, comparable."""
+    """Return what a run would read from the checkpoint, in a comparable form."""
     from prelora_ds.run.checkpoints.resume import read_checkpoint
 
     found = read_checkpoint(folder, LAYOUT, 0, 1)
@@ -88,7 +88,7 @@ def read_or_refused(original: Path, tmp_path: Path, change: Callable[[Path], Non
 
 
 def mutated(data: bytes, seed: int) -> bytes:
-    """A few bytes changed, left out, put in twice, or the end cut off."""
+    """Change, remove, repeat or insert a few bytes, or cut off the end."""
     rng, changed = random.Random(seed), bytearray(data)
     for _ in range(rng.randint(1, 4)):
         i = rng.randrange(len(changed) + 1)
@@ -107,7 +107,7 @@ def mutated(data: bytes, seed: int) -> bytes:
 
 
 def places(tree: Any) -> Iterator[tuple[Any, Any]]:
-    """(container, key) of every value in a JSON tree."""
+    """Yield (container, key) of every value in a JSON tree."""
     for key, value in list(tree.items() if isinstance(tree, dict) else enumerate(tree)):
         yield tree, key
         if isinstance(value, dict | list):
@@ -115,7 +115,7 @@ def places(tree: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def restructured(tree: Any, seed: int) -> Any:
-    """A value replaced by one of another type or range, or left out."""
+    """Replace a value by one of another type or range, or remove it."""
     rng, changed = random.Random(seed), copy.deepcopy(tree)
     container, key = rng.choice(list(places(changed)))
     if rng.random() < 0.2 and isinstance(container, dict):
@@ -127,7 +127,7 @@ def restructured(tree: Any, seed: int) -> Any:
 
 @given(SEEDS)
 @FEW
-def test_a_manifest_with_other_bytes_is_refused_or_says_the_same(original: Path, tmp_path: Path, seed: int) -> None:
+def test_a_manifest_with_changed_bytes_is_refused_or_reads_the_same(original: Path, tmp_path: Path, seed: int) -> None:
     def change(folder: Path) -> None:
         (folder / MANIFEST).write_bytes(mutated((folder / MANIFEST).read_bytes(), seed))
 
@@ -136,7 +136,7 @@ def test_a_manifest_with_other_bytes_is_refused_or_says_the_same(original: Path,
 
 @given(SEEDS)
 @FEW
-def test_a_manifest_of_other_values_under_its_checksum_is_read_or_refused(
+def test_a_manifest_with_other_values_and_a_valid_checksum_is_read_or_refused(
         original: Path, tmp_path: Path, seed: int) -> None:
     def change(folder: Path) -> None:
         from prelora_ds.run.checkpoints import checkpoint_folder as module
@@ -152,10 +152,10 @@ def test_a_manifest_of_other_values_under_its_checksum_is_read_or_refused(
 
 @given(SEEDS)
 @FEW
-def test_a_state_of_other_values_is_read_or_refused(original: Path, tmp_path: Path, seed: int) -> None:
+def test_a_state_with_other_values_is_read_or_refused(original: Path, tmp_path: Path, seed: int) -> None:
     def change(folder: Path) -> None:
-        document = restructured(json.loads((folder / STATE).read_text()), seed)
-        (folder / STATE).write_text(json.dumps(document))
+        document = restructured(json.loads((folder / RUN_STATE).read_text()), seed)
+        (folder / RUN_STATE).write_text(json.dumps(document))
         rewrite_manifest(folder)
 
     read_or_refused(original, tmp_path, change)
@@ -163,8 +163,8 @@ def test_a_state_of_other_values_is_read_or_refused(original: Path, tmp_path: Pa
 
 @given(SEEDS)
 @FEW
-def test_tensors_of_other_bytes_are_read_or_refused(original: Path, tmp_path: Path, seed: int) -> None:
-    """Under a manifest that agrees with them, which a checksum would otherwise refuse first."""
+def test_tensor_files_with_changed_bytes_are_read_or_refused(original: Path, tmp_path: Path, seed: int) -> None:
+    """The manifest matches the files; otherwise their checksums would be refused first."""
     def change(folder: Path) -> None:
         (folder / PART).write_bytes(mutated((folder / PART).read_bytes(), seed))
         rewrite_manifest(folder)

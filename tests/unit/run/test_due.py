@@ -1,4 +1,4 @@
-"""What is due at which step."""
+"""The steps at which something is due."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_norms_are_measured_at_observations_and_at_the_end_of_each_epoch() -> No
     assert steps(due("observe.every=8 steps").norms) == [7, 8, 13, 16, 19, 20]
 
 
-def test_checkpoints_are_due_on_both_ticks_and_where_an_evaluation_beat_all_before() -> None:
+def test_checkpoints_are_due_at_both_intervals_and_after_the_best_evaluation() -> None:
     some = due("checkpoint.every=8 steps", "checkpoint.keep_every=5 steps")
     assert steps(lambda step: some.checkpoint(step, improved=False)) == [5, 8, 10, 15, 16, 20]
     assert some.checkpoint(7, improved=True)
@@ -41,7 +41,7 @@ def test_checkpoints_are_due_on_both_ticks_and_where_an_evaluation_beat_all_befo
     assert steps(lambda step: due("checkpoint.every=null").checkpoint(step, improved=True)) == []
 
 
-def test_bytes_are_measured_three_steps_into_each_plan_of_each_job() -> None:
+def test_bytes_are_measured_three_steps_after_the_start_of_each_plan_in_each_job() -> None:
     plan = Plan("full", frozenset(), since_step=6)
     assert steps(lambda step: due().bytes(step, plan)) == [9]
     assert steps(lambda step: due(begun_at=12).bytes(step, plan)) == [15]

@@ -19,7 +19,7 @@ from torch import Tensor
 from prelora_ds.core.classes import unnamed
 from prelora_ds.data.manifest import Manifest
 from prelora_ds.errors import ConfigError
-from prelora_ds.exporting.hf import whole_folder, write_model
+from prelora_ds.exporting.hf import export_folder, write_model
 from prelora_ds.model.vit import build_model
 from prelora_ds.run.evaluate import Accuracy, evaluate, evaluate_folder
 
@@ -27,7 +27,7 @@ LABELS = 3
 
 
 def one_hot_of(images: Tensor) -> Tensor:
-    """Logits of a model that says class ``images[i, 0]``, with a margin of 4."""
+    """Return the logits of a model that predicts class ``images[i, 0]``, with a margin of 4."""
     return 4.0 * torch.nn.functional.one_hot(images[:, 0], LABELS).float()
 
 
@@ -46,8 +46,8 @@ def test_counts_and_loss_by_hand() -> None:
     assert found.loss == pytest.approx((3 * RIGHT + 2 * WRONG) / 5, rel=1e-5)
 
 
-def test_logits_that_are_not_finite_are_no_answer() -> None:
-    """argmax takes NaN for the largest, which would make class 0 of a diverged model right one time in ten."""
+def test_a_sample_whose_logits_are_not_finite_counts_as_wrong() -> None:
+    """argmax would choose NaN, so a diverged model would be correct for one of ten classes."""
     def logits_of(images: Tensor) -> Tensor:
         logits = one_hot_of(images)
         logits[0, 1] = torch.nan
@@ -57,9 +57,7 @@ def test_logits_that_are_not_finite_are_no_answer() -> None:
     assert found.correct == 1 and math.isnan(found.loss)
 
 
-
-
-def test_rows_out_of_the_mask_count_nowhere() -> None:
+def test_rows_outside_the_mask_do_not_count() -> None:
     batches = [batch([0, 1, 0], [0, 2, 0], [True, True, False]), batch([1, 0], [0, 0], [False, False])]
     assert evaluate(one_hot_of, batches, samples=2) == Accuracy(1, 2, pytest.approx((RIGHT + WRONG) / 2, rel=1e-5))
 
@@ -68,9 +66,9 @@ rows = st.lists(st.tuples(st.integers(0, LABELS - 1), st.integers(0, LABELS - 1)
                 max_size=30)
 
 
-@settings(deadline=None)  # the machine's other work counts in it
+@settings(deadline=None)  # other work on the machine would count
 @given(rows, st.integers(1, 7))
-def test_counts_are_exact_whatever_the_batches_and_the_mask(rows: list[tuple[int, int, bool]], size: int) -> None:
+def test_counts_are_exact_for_any_batches_and_mask(rows: list[tuple[int, int, bool]], size: int) -> None:
     batches = [batch(*map(list, zip(*rows[i:i + size], strict=True))) for i in range(0, len(rows), size)]
     counted = [(said, label) for said, label, mask in rows if mask]
     assume(counted)
@@ -80,12 +78,12 @@ def test_counts_are_exact_whatever_the_batches_and_the_mask(rows: list[tuple[int
 
 
 @pytest.mark.parametrize("samples", [0, 2, 4, 100])
-def test_another_count_than_the_data_sets_is_an_error(samples: int) -> None:
+def test_another_count_than_that_of_the_data_set_is_an_error(samples: int) -> None:
     with pytest.raises(RuntimeError, match=f"the evaluation counted 3 samples of {samples}"):
         evaluate(one_hot_of, [batch([0, 1, 2, 0], [0, 1, 0, 0], [True, True, True, False])], samples=samples)
 
 
-def test_the_count_is_held_against_the_data_set_after_the_sum_over_ranks() -> None:
+def test_the_count_is_checked_after_the_sum_over_ranks() -> None:
     seen = []
 
     def double(tensor: Tensor) -> None:  # a second rank with the same rows
@@ -112,7 +110,7 @@ def test_no_gradients_are_recorded() -> None:
     assert evaluate(model, [batch([0], [0])], samples=1).correct == 1
 
 
-def test_a_folder_that_is_no_data_set_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_data_set_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         evaluate_folder(tmp_path, tmp_path / "none")
     assert caught.value.key == "--data"
@@ -132,10 +130,10 @@ TINY = {
 
 
 def export(folder: Path, classes: Sequence[str]) -> Path:
-    """A model of random weights, as a run exports it."""
+    """Export a model with random weights, as a run does."""
     cfg = config(model=TINY, data={"crop": "none"})
     torch.manual_seed(0)
-    with whole_folder(folder, replace=True) as partial:
+    with export_folder(folder, replace=True) as partial:
         write_model(build_model(cfg.model, len(classes)).state_dict(), cfg, classes, partial)
     return folder
 
@@ -150,7 +148,7 @@ def copied(model: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(model, tmp_path / "model"))
 
 
-def test_the_result_names_the_data_and_what_tells_them_from_others(
+def test_the_result_names_the_data_and_their_fingerprint(
     model: Path, shards: Path
 ) -> None:
     result = evaluate_folder(model, shards / "val")
@@ -163,7 +161,7 @@ def test_the_result_names_the_data_and_what_tells_them_from_others(
     ([f"c{i}" for i in range(5)], "has 10 classes, and the model in .* has 5"),
     ([*map(str, range(8)), "9", "8"], "has '8' as its class 8, and the model in .* has '9'"),
 ])
-def test_data_of_other_classes_than_the_model_s_are_refused(
+def test_data_with_other_classes_than_the_model_are_refused(
     classes: list[str], problem: str, shards: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=problem) as caught:
@@ -171,7 +169,7 @@ def test_data_of_other_classes_than_the_model_s_are_refused(
     assert caught.value.key == "--data"
 
 
-def test_a_model_of_an_earlier_version_whose_classes_have_no_names_is_held_by_their_number(
+def test_only_the_number_of_classes_is_compared_for_a_model_without_class_names(
     shards: Path, tmp_path: Path
 ) -> None:
     assert (
@@ -226,7 +224,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_model_folder_that_is_not_whole_is_refused_in_one_message(
+def test_a_damaged_model_folder_is_refused_with_one_message(
     damage: str, copied: Path, shards: Path
 ) -> None:
     DAMAGES[damage](copied)

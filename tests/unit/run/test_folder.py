@@ -7,7 +7,7 @@ from pathlib import Path
 from prelora_ds.run.folder import RunFolder
 
 
-def test_every_name_is_there_once_and_below_the_folder_but_for_the_supervisors() -> None:
+def test_every_name_is_unique_and_only_the_supervisor_s_is_outside_the_folder() -> None:
     folder = RunFolder(Path("out/run"))
     names = [name for name, value in vars(RunFolder).items()
              if isinstance(value, property) and name not in ("logs", "events_to_read")]

@@ -1,4 +1,4 @@
-"""The logs of a run as side channels: what they lose is told once, and what is read is right or refused."""
+"""The logs of a run: losses are reported once, and what is read is correct or refused."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from prelora_ds.core.codec import from_json
 from prelora_ds.core.switch_tests.prelora import Observation
 from prelora_ds.errors import ConfigError
 from prelora_ds.run.folder import RunFolder
-from prelora_ds.run.log import EventKind, RunLog, check_logs, cut_back, json_text, read_lines, sync_logs
+from prelora_ds.run.log import EventKind, RunLog, check_logs, json_text, read_lines, sync_logs, truncate_logs
 
 
 class Monitor:
-    """In the place of TensorBoard; rank 0 has one."""
+    """A replacement for TensorBoard, which only rank 0 has."""
 
     def __init__(self) -> None:
         self.events: list[Any] = []
@@ -64,7 +64,7 @@ def step(number: int, **more: Any) -> dict[str, Any]:
 
 
 def fill(folder: Path) -> Path:
-    """A file that takes all the room that is left."""
+    """Write a file that takes all remaining space."""
     with (
         (folder / "filler").open("wb", buffering=0) as filler,
         pytest.raises(OSError, match="No sp"),
@@ -85,7 +85,7 @@ def test_a_full_disk_loses_whole_rows_with_one_warning_and_later_rows_are_kept(
     log = RunLog(RunFolder(small_disk), Monitor(), said.append)
     log.metrics(step(1), samples=64)
     filler = fill(small_disk)
-    for number in range(2, 200):  # more than what is left of the file's last page
+    for number in range(2, 200):  # more than fits into the file's last page
         log.metrics(step(number), samples=64 * number)
     filler.unlink()
     log.metrics(step(200), samples=64 * 200)
@@ -99,7 +99,7 @@ def test_a_full_disk_loses_whole_rows_with_one_warning_and_later_rows_are_kept(
 
 
 @pytest.mark.parametrize("how", ["removed", "replaced"])
-def test_a_log_that_is_taken_away_is_begun_again_with_one_warning(
+def test_a_log_that_is_removed_is_started_again_with_one_warning(
     how: str, log: RunLog, said: list[str], tmp_path: Path
 ) -> None:
     path = tmp_path / "metrics.jsonl"
@@ -111,11 +111,11 @@ def test_a_log_that_is_taken_away_is_begun_again_with_one_warning(
         log.metrics(step(number), samples=number)
     assert [row["step"] for row in read_lines(path)] == [4]
     assert said == [
-        f"warning: {path} was removed or replaced; the rows before are lost; training continues"
+        f"warning: {path} was removed or replaced; its earlier rows are lost; training continues"
     ]
 
 
-def test_a_folder_that_is_taken_away_costs_one_warning_for_each_log(
+def test_a_missing_folder_causes_one_warning_per_log(
     said: list[str], tmp_path: Path
 ) -> None:
     log = RunLog(RunFolder(tmp_path / "none"), Monitor(), said.append)
@@ -126,7 +126,7 @@ def test_a_folder_that_is_taken_away_costs_one_warning_for_each_log(
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "full"])
-def test_a_log_that_is_no_file_costs_one_warning_and_nobody_waits(
+def test_a_log_that_is_not_a_file_causes_one_warning_and_does_not_block(
     kind: str, said: list[str], tmp_path: Path
 ) -> None:
     path = tmp_path / "metrics.jsonl"
@@ -149,7 +149,7 @@ def test_other_ranks_write_nothing(tmp_path: Path, said: list[str]) -> None:
     assert list(tmp_path.iterdir()) == [] and said == []
 
 
-def test_numbers_that_json_does_not_have_become_null(log: RunLog, tmp_path: Path) -> None:
+def test_numbers_that_json_lacks_become_null(log: RunLog, tmp_path: Path) -> None:
     log.metrics(step(1, **{"train/loss": math.nan, "grad_norm": math.inf}), samples=1)
     log.event(EventKind.BYTES, 3, measured={"weights": -math.inf, "ranks": (1.5, math.nan)})
 
@@ -167,7 +167,7 @@ def test_numbers_that_json_does_not_have_become_null(log: RunLog, tmp_path: Path
 
 @given(loss=st.floats(), norms=NORMS)
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_an_observation_is_read_back_bit_for_bit_also_after_a_cut(
+def test_an_observation_is_read_back_bitwise_also_after_a_truncation(
     loss: float, norms: dict[str, dict[int, float]], tmp_path: Path
 ) -> None:
     folder, seen = RunFolder(tmp_path), [Observation(step, 64, loss, norms) for step in (2, 4, 6)]
@@ -175,7 +175,7 @@ def test_an_observation_is_read_back_bit_for_bit_also_after_a_cut(
     for observation in seen:
         log.observation(observation)
     log.close()
-    cut_back(folder, 4)
+    truncate_logs(folder, 4)
     rows = [json.loads(line, parse_constant=pytest.fail) for line in folder.observations.read_text().splitlines()]
     folder.observations.unlink()
     assert same([from_json(Observation, row) for row in rows], seen[:2])
@@ -191,12 +191,12 @@ def test_rows_of_earlier_versions_with_nan_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "tail", [b"", b'{"step": 3, "epo', b'{"step": 3, "ep\0\0\0\0', b"\0" * 4096]
 )
-def test_an_unfinished_last_line_is_left_out(tail: bytes, tmp_path: Path) -> None:
-    """Of a kill, or of a power cut, after which blocks that were not written are zeros."""
+def test_an_unfinished_last_line_is_skipped(tail: bytes, tmp_path: Path) -> None:
+    """A kill leaves it, or a power cut, after which unwritten blocks are zeros."""
     path = tmp_path / "metrics.jsonl"
     path.write_bytes((json_text(step(1)) + "\n" + json_text(step(2)) + "\n").encode() + tail)
     assert read_lines(path) == [step(1), step(2)]
-    cut_back(RunFolder(tmp_path), 2)
+    truncate_logs(RunFolder(tmp_path), 2)
     assert path.read_text() == json_text(step(1)) + "\n" + json_text(step(2)) + "\n"
 
 
@@ -217,7 +217,7 @@ def test_an_unfinished_last_line_is_left_out(tail: bytes, tmp_path: Path) -> Non
         "{}",
     ],
 )
-def test_a_damaged_line_is_told_before_a_run_resumes(line: str, tmp_path: Path) -> None:
+def test_a_damaged_line_is_reported_before_a_run_resumes(line: str, tmp_path: Path) -> None:
     path = tmp_path / "windows.jsonl"
     path.write_text(f'{{"last_step": 1}}\n{line}\n{{"last_step": 3}}\n')
     with pytest.raises(ConfigError, match="line 2 ") as caught:
@@ -225,7 +225,7 @@ def test_a_damaged_line_is_told_before_a_run_resumes(line: str, tmp_path: Path) 
     assert (caught.value.key, caught.value.value) == ("log", str(path))
 
 
-def test_a_cut_log_keeps_the_rows_until_the_step(tmp_path: Path) -> None:
+def test_a_truncated_log_keeps_the_rows_up_to_the_step(tmp_path: Path) -> None:
     rows = {
         "metrics": [step(n) for n in range(1, 9)],
         "events": [
@@ -238,7 +238,7 @@ def test_a_cut_log_keeps_the_rows_until_the_step(tmp_path: Path) -> None:
     }
     for name, content in rows.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json_text(row) + "\n" for row in content))
-    cut_back(RunFolder(tmp_path), 5)
+    truncate_logs(RunFolder(tmp_path), 5)
     assert read_lines(tmp_path / "metrics.jsonl") == rows["metrics"][:5]
     assert read_lines(tmp_path / "events.jsonl") == rows["events"][:2]
     assert read_lines(tmp_path / "windows.jsonl") == rows["windows"][:1]
@@ -246,7 +246,7 @@ def test_a_cut_log_keeps_the_rows_until_the_step(tmp_path: Path) -> None:
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".jsonl"] * 4
 
 
-def test_the_events_of_version_0_1_0_are_read_and_get_their_name_of_today_when_a_run_resumes(
+def test_the_events_of_version_0_1_0_are_read_and_renamed_when_a_run_resumes(
     tmp_path: Path,
 ) -> None:
     folder, rows = RunFolder(tmp_path), LOGS_OF_5_STEPS["events"]
@@ -254,13 +254,13 @@ def test_the_events_of_version_0_1_0_are_read_and_get_their_name_of_today_when_a
     folder.former_events.write_text("".join(json_text(row) + "\n" for row in rows) + '{"event"')
     assert folder.events_to_read == folder.former_events
     check_logs(folder)
-    assert folder.former_events.is_file()  # until the run really resumes
-    cut_back(folder, 2)
+    assert folder.former_events.is_file()  # until the run resumes
+    truncate_logs(folder, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["events.jsonl"]
     assert read_lines(folder.events_to_read) == rows[:3]
     folder.former_events.write_text("left by version 0.1.0, which was started once more\n")
     check_logs(folder)
-    cut_back(folder, 1)
+    truncate_logs(folder, 1)
     assert read_lines(folder.events_to_read) == rows[:2] and folder.former_events.is_file()
 
 
@@ -271,17 +271,17 @@ def test_a_damaged_log_of_version_0_1_0_is_named(tmp_path: Path) -> None:
         check_logs(folder)
 
 
-def test_a_log_of_which_nothing_is_cut_takes_no_room_on_a_full_disk(small_disk: Path) -> None:
+def test_a_log_that_stays_complete_needs_no_space_on_a_full_disk(small_disk: Path) -> None:
     path = small_disk / "metrics.jsonl"
     path.write_text("".join(json_text(step(n)) + "\n" for n in range(1, 9)))
     fill(small_disk)
-    cut_back(RunFolder(small_disk), 8)
+    truncate_logs(RunFolder(small_disk), 8)
     with pytest.raises(OSError, match="No space left"):
-        cut_back(RunFolder(small_disk), 7)
+        truncate_logs(RunFolder(small_disk), 7)
     assert len(read_lines(path)) == 8
 
 
-def test_logs_that_are_not_there_need_no_sync(tmp_path: Path) -> None:
+def test_missing_logs_need_no_sync(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").mkdir()
     (tmp_path / "windows.jsonl").write_text("")
     sync_logs(RunFolder(tmp_path))
@@ -299,7 +299,7 @@ WORDS = [b"null", b"NaN", b"1e999", b"-1", b'"', b"{}", b"[]", b"\n", b"\0", b"9
 
 @st.composite
 def mutations(draw: st.DrawFn) -> tuple[str, bytes]:
-    """The name of a log, and its content with a few bytes replaced, taken out or put in."""
+    """Draw the name of a log, and its content with a few bytes replaced, removed or inserted."""
     name = draw(st.sampled_from(sorted(LOGS_OF_5_STEPS)))
     data = bytearray("".join(json_text(row) + "\n" for row in LOGS_OF_5_STEPS[name]).encode())
     for _ in range(draw(st.integers(1, 3))):
@@ -312,7 +312,7 @@ def mutations(draw: st.DrawFn) -> tuple[str, bytes]:
     deadline=None, max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(log=mutations(), until=st.integers(-1, 6))
-def test_a_damaged_log_is_cut_rightly_or_refused(
+def test_a_damaged_log_is_truncated_correctly_or_refused(
     log: tuple[str, bytes], until: int, tmp_path: Path
 ) -> None:
     for other in tmp_path.iterdir():
@@ -326,9 +326,9 @@ def test_a_damaged_log_is_cut_rightly_or_refused(
     except ConfigError as error:
         assert error.key == "log"
         with pytest.raises(ConfigError):
-            cut_back(RunFolder(tmp_path), until)
+            truncate_logs(RunFolder(tmp_path), until)
         assert path.read_bytes() == data
         return
-    cut_back(RunFolder(tmp_path), until)
+    truncate_logs(RunFolder(tmp_path), until)
     wanted = [row for row in rows if row.get("step", row.get("last_step")) <= until]
     assert json_text(read_lines(path)) == json_text(wanted)

@@ -1,4 +1,4 @@
-"""What a checkpoint, the logs and other ranks hold of a run comes back bit for bit."""
+"""The state of a run in a checkpoint, in its logs and on other ranks is read back bitwise."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ MANIFESTS = st.builds(CheckpointManifest, acc1=st.none() | FINITE)
 
 
 @given(STATES | MANIFESTS | METERS | st.builds(Result) | st.builds(Counters) | st.builds(Bytes) | st.builds(Switch))
-def test_it_comes_back_bit_for_bit(value: Any) -> None:
+def test_a_value_is_read_back_bitwise(value: Any) -> None:
     text = json.dumps(to_json(value), allow_nan=False)
     assert same(from_json(type(value), json.loads(text)), value)
 
 
-def test_a_state_of_version_0_1_0_has_the_fields_of_then() -> None:
+def test_a_state_of_version_0_1_0_may_lack_later_fields() -> None:
     state = RunState(3, PhaseState(PLANS[0]), DivergenceWatch(), accuracy=Accuracy(1, 2, 0.5))
     data = to_json(state)
     del data["evaluated_at"], data["best_acc1"]
@@ -54,7 +54,7 @@ def test_a_state_of_version_0_1_0_has_the_fields_of_then() -> None:
 @pytest.mark.parametrize(("path", "value"), [
     ("step", "3"), ("window.losses", None), ("accuracy.correct", 0.5), ("corrupt", [1]), ("watch.avoided", [1.5]),
     ("phase.plan.trainable", None)])
-def test_what_cannot_be_a_state_is_refused(path: str, value: Any) -> None:
+def test_an_invalid_state_is_refused(path: str, value: Any) -> None:
     data = to_json(RunState(3, PhaseState(PLANS[0]), DivergenceWatch(), accuracy=Accuracy(1, 2, 0.5)))
     *above, last = path.split(".")
     place = data
@@ -68,7 +68,7 @@ def test_what_cannot_be_a_state_is_refused(path: str, value: Any) -> None:
         from_json(RunState, data)
 
 
-def test_a_step_is_counted_in_both_meters_and_one_that_was_left_out_in_none() -> None:
+def test_a_step_is_counted_in_both_meters_and_a_skipped_one_in_none() -> None:
     state, config = RunState(3, PhaseState(PLANS[0]), DivergenceWatch()), TrainConfig(
         duration="9 steps", global_batch_size=8, micro_batch_size=8)
     assert state.count(StepStats(2.0, 1.0, skipped=False, corrupt=1, step_s=0.5), config, data_s=0.25) == {}
@@ -78,7 +78,7 @@ def test_a_step_is_counted_in_both_meters_and_one_that_was_left_out_in_none() ->
     assert state.window.steps == 1 and state.watch.in_a_row == 1
 
 
-def test_a_meter_that_was_reset_is_a_new_one() -> None:
+def test_a_meter_that_was_reset_equals_a_new_one() -> None:
     meter = Meter()
     meter.add(2.0, 8, step_s=1.0, data_s=0.5, corrupt=1)
     assert meter == Meter([16.0], 8, 1, 1.0, 0.5, 1)
@@ -86,7 +86,7 @@ def test_a_meter_that_was_reset_is_a_new_one() -> None:
     assert meter == Meter()
 
 
-def test_a_new_run_takes_the_weights_and_the_windows_of_another_and_nothing_that_was_open() -> None:
+def test_a_new_run_keeps_the_closed_windows_of_another_run_but_nothing_that_is_open() -> None:
     seen = Observation(14, 8, 2.0, {"q": {0: 1.0}})
     phase = PhaseState(PLANS[1], 1, (WindowStats(3, 12, 1.0, {"q": {0: 1.0}}),), (seen,), first_window=5)
     state = RunState(15, phase, DivergenceWatch((1.0,), 2, 1, 1, frozenset({9})), corrupt=(1, 2), best_acc1=0.5)
@@ -94,4 +94,5 @@ def test_a_new_run_takes_the_weights_and_the_windows_of_another_and_nothing_that
     state.forget_measurements()
     assert (state.watch, state.window, state.logged) == (DivergenceWatch(), Meter(), Meter())
     assert (state.corrupt, state.best_acc1, state.phase.open) == ((0, 0), None, ())
-    assert state.phase.windows == phase.windows and state.phase.first_window == 4  # the next one is all of this phase
+    assert state.phase.windows == phase.windows
+    assert state.phase.first_window == 4  # the next window is entirely in this phase

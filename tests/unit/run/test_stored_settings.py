@@ -1,4 +1,4 @@
-"""Settings of a stored run against those of now: other versions, and what a remedy says."""
+"""Stored settings compared with current ones: other versions, and the remedies in errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from prelora_ds.config.overrides import as_override, override
 from prelora_ds.errors import ConfigError
 
 
-def test_a_run_without_a_checkpoint_is_not_told_to_begin_another_from_it(tmp_path: Path) -> None:
+def test_a_remedy_names_no_checkpoint_if_the_run_has_none(tmp_path: Path) -> None:
     out = tmp_path / "out"
     claim(out)
     begin(out)
@@ -30,8 +30,8 @@ def test_a_run_without_a_checkpoint_is_not_told_to_begin_another_from_it(tmp_pat
     with pytest.raises(ConfigError) as caught:
         claim(out, "auto", "optimizer.lr=0.5")
     assert caught.value.remedy == ("set optimizer.lr=0.001, or choose another run.output_dir and "
-                                   f"begin it with --resume {out}")
-    with pytest.raises(ConfigError) as caught:  # which a new run may not have either
+                                   f"start a new run with --resume {out}")
+    with pytest.raises(ConfigError) as caught:  # a new run may not change it either
         claim(out, "auto", "model.hidden_size=48")
     assert caught.value.remedy == "set model.hidden_size=32, or choose another run.output_dir"
 
@@ -45,13 +45,13 @@ VALUES = st.recursive(
 
 @given(setting=st.tuples(st.just("run.name"), st.text()) | st.tuples(st.sampled_from(
     ["train.duration", "convergence", "lora.dropout", "model.factory_args"]), VALUES))
-def test_the_value_of_a_remedy_is_read_back_as_what_it_was(setting: tuple[str, Any]) -> None:
+def test_the_override_in_a_remedy_is_read_back_exactly(setting: tuple[str, Any]) -> None:
     key, value = setting
     section, name = (*key.split("."), None)[:2]
     try:
         [word], tree = shlex.split(as_override(key, value)), {}
         override(tree, word)
-    except ConfigError:  # a text that no file can hold
+    except ConfigError:  # a text that a file cannot contain
         return
     assert (tree[section][name] if name else tree[section]) == value
 
@@ -59,7 +59,7 @@ def test_the_value_of_a_remedy_is_read_back_as_what_it_was(setting: tuple[str, A
 # ---- other versions
 
 def without(*keys: str) -> Callable[[Any], None]:
-    """Remove keys of the config as if its version had not had them yet."""
+    """Return a function that removes keys of the config, as if its version lacked them."""
     def change(state: Any) -> None:
         for key in keys:
             *sections, last = key.split(".")
@@ -88,7 +88,7 @@ def test_a_run_of_a_version_without_some_keys_continues(
     assert claim(tmp_path / "new", str(saved)) == [saved]
 
 
-def test_a_key_that_the_old_version_lacked_counts_as_its_default(tmp_path: Path) -> None:
+def test_a_key_that_the_old_version_lacked_has_its_default(tmp_path: Path) -> None:
     out = tmp_path / "out"
     claim(out)
     begin(out)
@@ -99,7 +99,7 @@ def test_a_key_that_the_old_version_lacked_counts_as_its_default(tmp_path: Path)
         claim(out, "auto", "lora.dropout=0.1")
 
 
-def test_what_may_differ_is_not_held_to_the_rules_of_this_version(tmp_path: Path) -> None:
+def test_settings_that_may_change_need_not_be_valid_in_this_version(tmp_path: Path) -> None:
     """The stored run had a DeepSpeed key and an output folder that are refused today."""
     def change(state: Any) -> None:
         state["config"]["deepspeed"]["zero_optimization"]["cpu_offload"] = True
@@ -115,12 +115,12 @@ def test_settings_of_a_later_version_are_refused_with_their_key(tmp_path: Path) 
     def change(state: Any) -> None:
         state["config"]["lora"]["kind"] = "dora"
     saved = checkpoint(tmp_path / "old", 10, change=change)
-    with pytest.raises(ConfigError, match=r"does not take: lora.kind = 'dora' unknown key"):
+    with pytest.raises(ConfigError, match=r"does not accept: lora.kind = 'dora': unknown key"):
         claim(tmp_path / "new", str(saved))
 
 
 def test_a_run_of_0_1_0_keeps_the_interval_of_its_measurements(tmp_path: Path) -> None:
-    """It was called convergence.every, and then observe.every, because every run observes."""
+    """Version 0.1.0 called it convergence.every; it became observe.every because every run observes."""
     def rename(config: Any) -> None:
         config["convergence"]["every"] = config.pop("observe")["every"]
 
@@ -139,7 +139,7 @@ def test_a_run_of_0_1_0_keeps_the_interval_of_its_measurements(tmp_path: Path) -
     assert "every: 2 steps" in (out / "config.yaml").read_text()
 
 
-def test_a_renamed_key_is_read_by_the_one_table(
+def test_a_renamed_key_is_read_through_the_table_of_renames(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(resuming.RENAMED, "lora.highest", "lora.r_max")
