@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, PlainValidator, model_validator
 
-from prelora_ds.config.fields import FieldError, LocalPlace, Place, Positive, Share, Strict
+from prelora_ds.config.fields import FieldError, InWords, LocalPlace, Place, Positive, Share, Strict
 
 
 class AugmentLevel(NamedTuple):
@@ -36,36 +36,98 @@ def _as_workers(value: Any) -> int | Literal["auto"]:
 
 
 # Not a union that pydantic checks part by part: it would report both parts.
-Workers = Annotated[int | Literal["auto"], PlainValidator(_as_workers)]
+Workers = Annotated[
+    int | Literal["auto"], PlainValidator(_as_workers), InWords("`auto` or an integer >= 0")
+]
 
 
 class DataConfig(Strict):
-    """``train`` and ``val`` are folders or URLs of WebDataset shards with a manifest (`prelora shards`).
-
-    With ``reader: webdataset``, ``train`` is a pattern of shards without one (docs/data.md says what is lost) and
-    ``samples_per_epoch`` their number of samples. ``tail``: the last samples of an epoch, too few for a batch, go on
-    into the next one or are dropped. ``augment`` is a level of Steiner et al.; ``mixup`` null takes the level's.
-    ``cutmix`` and ``mixup`` are Beta parameters, ``random_erasing`` a probability. ``corrupt_budget`` is the share of
-    an epoch's samples that may be unreadable before the run stops. ``cache_dir`` is a node-local folder that keeps
-    whole shards, ``cache_gib`` of them. ``workers: auto`` counts them by the cores of a rank and the LoRA phase's rate.
-    """
+    """Where the images come from, and how they are preprocessed and augmented (docs/data.md)."""
 
     train: Place
+    """
+    The training data: a folder or URL of WebDataset shards with a manifest (`prelora shards`), or
+    with `data.reader: webdataset` a pattern of shards. A resumed run may find the same data at
+    another place.
+    """
+
     val: Place
+    """
+    The validation data: a folder or URL of WebDataset shards with a manifest, of the same classes.
+    """
+
     reader: Literal["manifest", "webdataset"] = "manifest"
+    """
+    How `data.train` is read: `manifest` by an index of all samples, `webdataset` by the webdataset
+    package, from shards that have no index. `webdataset` gives up exact epochs, bitwise resuming
+    and checksums ([data.md](data.md)).
+    """
+
     samples_per_epoch: Positive | None = None
+    """
+    The number of samples that count as one epoch; required with `data.reader: webdataset`, not
+    allowed otherwise.
+    """
+
     tail: Literal["continue", "drop"] = "continue"
+    """
+    What happens to the last samples of an epoch if they are fewer than a batch: `continue` fills
+    the batch from the next epoch, `drop` omits them.
+    """
+
     crop: Crop = "inception"
+    """
+    The crop of training images: `inception` takes 5 to 100 % of the area at a ratio of 3/4 to 4/3
+    and resizes it, `pad` adds a black margin of 1/8 of the size and crops the size out of that,
+    `none` only resizes.
+    """
+
     flip: bool = True
+    """Whether to mirror training images left to right with probability 1/2."""
+
     augment: Augment = "none"
+    """
+    The augmentation level of Steiner et al. (2022), which sets RandAugment and Mixup, or `trivial`
+    for TrivialAugment (Mueller and Hutter 2021). [data.md](data.md) has the table of levels.
+    """
+
     mixup: Annotated[float, Field(ge=0)] | None = None
+    """
+    The Beta parameter of Mixup; `null` takes that of the level `data.augment`, 0 disables Mixup.
+    """
+
     cutmix: Annotated[float, Field(ge=0)] = 0.0
+    """
+    The Beta parameter of CutMix; 0 disables it. If Mixup and CutMix are both enabled, each pair of
+    images uses one of them with probability 1/2.
+    """
+
     random_erasing: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The probability of replacing a rectangle of a training image by noise."""
+
     corrupt_budget: Share = 0.001
+    """
+    The share of an epoch's samples that may be unreadable (and are replaced) before the run stops.
+    """
+
     cache_dir: LocalPlace | None = None
+    """
+    A folder on a disk of each node to which whole shards are copied during training; `null` for no
+    cache.
+    """
+
     cache_gib: Annotated[float, Field(gt=0)] = 200.0
+    """The largest size of `data.cache_dir`, in GiB."""
+
     workers: Workers = 2
+    """
+    The number of decoding processes per rank; 0 decodes in the training process. `auto` starts
+    enough for the predicted image rate of the LoRA phase plus 25 %, and at most one fewer than the
+    cores per rank.
+    """
+
     worker_start: Literal["forkserver", "spawn", "fork"] = "forkserver"
+    """How Python starts the decoding processes; all methods yield the same batches."""
 
     @model_validator(mode="after")
     def _webdataset_has_a_length(self) -> DataConfig:

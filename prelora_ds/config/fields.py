@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import types
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import (
@@ -86,16 +87,34 @@ def parse_walltime(text: str) -> float:
         raise ConfigError("--walltime", text, "is not a walltime", "write 6h, 90m or 06:00:00") from exc
 
 
-Seconds = Annotated[float, BeforeValidator(parse_seconds)]
-DurationField = Annotated[Duration, BeforeValidator(_as_duration), PlainSerializer(str)]
-Interval = Annotated[DurationField, AfterValidator(_recurs)]
-IntervalOrNull = Annotated[DurationField, AfterValidator(_recurs_or_null)] | None
+@dataclass(frozen=True)
+class InWords:
+    """How the configuration reference names a type. pydantic ignores it."""
+
+    text: str
+
+
+Seconds = Annotated[
+    float,
+    BeforeValidator(parse_seconds),
+    InWords("a time"),
+]
+DurationField = Annotated[
+    Duration,
+    BeforeValidator(_as_duration),
+    PlainSerializer(str),
+    InWords("a duration"),
+]
+Interval = Annotated[DurationField, AfterValidator(_recurs), InWords("a duration > 0")]
+IntervalOrNull = Annotated[
+    DurationField, AfterValidator(_recurs_or_null), InWords("a duration > 0")
+] | None
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Text = Annotated[str, AfterValidator(_as_text)]
-Place = Annotated[Text, AfterValidator(_as_place)]  # a path or a URL
-LocalPlace = Annotated[Place, AfterValidator(_as_local)]
-Seed = Annotated[int, Field(ge=0, lt=2**64)]  # what torch.manual_seed takes
+Place = Annotated[Text, AfterValidator(_as_place), InWords("a path or URL")]
+LocalPlace = Annotated[Place, AfterValidator(_as_local), InWords("a path")]
+Seed = Annotated[int, Field(ge=0, lt=2**64)]  # the range that torch.manual_seed accepts
 
 
 class FieldError(ValueError):
@@ -114,10 +133,18 @@ class Strict(BaseModel):
 
     True is not 1, and "5" is not 5. Only a float without a fraction stands for an integer, and a
     list for a tuple.
+
+    The string below a field is its description, from which `prelora_ds.config.reference` makes docs/config.md.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False,
-                              arbitrary_types_allowed=True, serialize_by_alias=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        arbitrary_types_allowed=True,
+        serialize_by_alias=True,
+    )
 
     @field_validator("*", mode="before")
     @classmethod

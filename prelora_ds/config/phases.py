@@ -22,16 +22,28 @@ Mode = Literal["auto", "peft", "branch", "merged"]
 
 
 class PhaseSettings(Strict):
-    """How a phase is run: what may differ between two jobs of one run. The global batch never does.
+    """How a phase is run; these settings may differ between two jobs of one run.
 
-    ``zero_stage`` is short for a ``deepspeed`` section with another stage; ``deepspeed`` replaces the whole section.
-    ``auto`` is resolved at the start of a run (`prelora_ds.run.autosize`): the largest micro-batch that fits, and
-    the stage with the least predicted step time.
+    `prelora_ds.run.autosize` resolves ``auto`` at the start of a run.
     """
 
     micro_batch_size: Positive | Literal["auto"] | None = None
+    """
+    The number of images per rank and forward pass in this phase; `null` takes
+    `train.micro_batch_size`, and `auto` the largest that fits into the memory of a rank.
+    """
+
     zero_stage: Literal[0, 1, 2, 3, "auto"] | None = None
+    """
+    The ZeRO stage of this phase; `null` takes that of the phase's DeepSpeed config, and `auto` the
+    one with the lowest predicted step time among those that fit.
+    """
+
     deepspeed: dict[str, Any] | None = None
+    """
+    A DeepSpeed config for this phase, which replaces the whole section `deepspeed`; `null` takes
+    that section.
+    """
 
     @property
     def is_auto(self) -> bool:
@@ -39,11 +51,19 @@ class PhaseSettings(Strict):
 
 
 class PreloraRule(Strict):
-    """PreLoRA Algorithm 2: powers of two from ``r_min`` to ``r_max``, by how much each layer still moves."""
+    """Ranks by PreLoRA's Algorithm 2: powers of two, the larger the more a layer still changes."""
 
     rule: Literal["prelora"]
+    """
+    The rule: `prelora` is Algorithm 2, which gives the layers that still change most the largest
+    ranks.
+    """
+
     r_min: Positive = 8
+    """The smallest rank; a power of two."""
+
     r_max: Positive = 64
+    """The largest rank; a power of two, and at least the smallest."""
 
     @model_validator(mode="after")
     def _ranks_are_powers_of_two(self) -> PreloraRule:
@@ -52,47 +72,90 @@ class PreloraRule(Strict):
 
 
 class Algorithm1(Strict):
-    """PreLoRA Algorithm 1: k windows of m observations, ``tau`` and ``zeta`` in per cent."""
+    """The parameters of PreLoRA's Algorithm 1."""
 
     tau: Annotated[float, Field(gt=0)]
+    """The largest change of a weight norm between two successive windows, in per cent."""
+
     zeta: Annotated[float, Field(gt=0)]
+    """The largest change of the mean loss between two successive windows, in per cent."""
+
     k: Annotated[int, Field(ge=2)] = 3
+    """How many of the last windows are compared; all k - 1 changes must be small enough."""
+
     m: Positive = 3
+    """How many observations (`observe.every`) make a window."""
+
     statistic: Literal["mean", "last"] = "mean"
+    """
+    The norm of a window: the `mean` of its observations, or the `last` of them. The paper leaves
+    this open.
+    """
+
     aggregate: Literal["norm_of_mean", "mean_of_layers"] = "norm_of_mean"
+    """
+    The change of a family: that of the norm averaged over its layers (`norm_of_mean`, as in the
+    paper), or the mean of the absolute changes of its layers (`mean_of_layers`).
+    """
 
 
 class PreloraUntil(Algorithm1):
-    """A phase that ends when Algorithm 1 passes."""
+    """The end of a phase by Algorithm 1."""
 
     test: Literal["prelora"]
+    """The test: `prelora` is Algorithm 1, which passes when weight norms and loss have settled."""
 
 
 class AdapterTraining(Strict):
     """How adapters train, whatever their ranks."""
 
     alpha_over_r: Annotated[float, Field(gt=0)] = 1.0
+    """
+    LoRA's scaling alpha / r: the factor of what an adapter adds to its linear, the same for every
+    rank.
+    """
+
     dropout: Share = 0.0
+    """The probability of dropout on the input of each adapter."""
+
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's weight decay of the adapters."""
+
     mode: Mode = "auto"
+    """
+    How a linear with an adapter is computed: `branch` adds the adapter's two products, `merged`
+    uses one product with the merged weight (and keeps the frozen weight in fp32), `peft` is peft's
+    own code. `auto` takes the one that was measured to be fastest: `merged` for ViTs of at most 384
+    features below ZeRO stage 3, otherwise `branch`. With dropout, `merged` is computed as `branch`.
+    """
 
 
 class AdaptersConfig(AdapterTraining):
-    """The adapters of a phase.
-
-    ``from``: ``fresh`` attaches new ones where there are none; ``keep`` takes over those of the phase before, and may
-    change how they train (``dropout``, ``weight_decay``, ``mode``). ``rank`` gives all of them one rank, ``ranks``
-    names a rule. ``alpha_over_r`` is LoRA's scaling, the same for every rank. ``mode`` is how a linear with an adapter
-    computes (`prelora_ds.model.adapters.lora`); ``auto`` is the one that was measured to be fastest
-    (`Config.kernel`). ``options`` are those of the kind (`prelora_ds.core.adapters`).
-    """
+    """The adapters of a phase."""
 
     kind: Text = "lora"
+    """The kind of adapter; `lora` is the only one."""
+
     rank: Positive | None = None
+    """One rank for all adapters. New adapters need either this or `phases.*.adapters.ranks`."""
+
     ranks: PreloraRule | None = None
+    """
+    A rule that gives each adapter its rank, from the windows of an earlier phase that ends by a
+    test.
+    """
+
     families: tuple[str, ...] | None = None
+    """The families of linears that get adapters; `null` for all families of the model."""
+
     options: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """Options of the kind: `train_a: false` of `lora` leaves A at its first value (LoRA-FA)."""
+
     from_: Literal["fresh", "keep"] = Field(default="fresh", alias="from")
+    """
+    Where the adapters come from: `fresh` attaches new ones where there are none; `keep` takes over
+    those of the phase before, and may change only `dropout`, `weight_decay` and `mode`.
+    """
 
     @model_validator(mode="after")
     def _kind_can(self) -> AdaptersConfig:
@@ -142,23 +205,49 @@ LrScale = Annotated[Annotated[Factor, Tag("as a number")] | Annotated[dict[str, 
 
 
 class PhaseConfig(PhaseSettings):
-    """A phase of the method.
-
-    ``adapters``: left out, those that are there stay; ``none``: there are none. ``train``: ``all``, or a list of
-    adapters, head, norms, biases, embeddings, rest, or a regular expression over names of parameters
-    (`prelora_ds.core.trainable`). ``until``: a duration or a test; the last phase has none, because it lasts as long
-    as the run. ``lr_scale``: a factor of the learning rate, or one for each of base, adapters, or a role of the kind.
-    ``rewarm``: how long the learning rate rises again when the phase begins. ``freeze_below``: all that the model
-    defines before this layer is frozen.
-    """
+    """A phase of the method."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]
+    """The name of the phase in logs and overrides: a letter, then letters, digits, _ or -."""
+
     adapters: AdaptersConfig | Literal["none"] | None = None
+    """
+    The adapters of this phase; `null` keeps those of the phase before, and `none` states that there
+    are none.
+    """
+
     train: str | tuple[str, ...] = "all"
+    """
+    What trains: `all`, or a list of `adapters`, `head`, `norms`, `biases`, `embeddings`, `rest`
+    (everything that is not an adapted linear) and regular expressions that match whole names of
+    parameters.
+    """
+
     until: Until | None = None
+    """
+    When the phase ends: after a duration, or when a test passes. A test uses only windows that
+    began in its own phase. The last phase must not have this key, because it lasts until the end of
+    the run; all others need it.
+    """
+
     lr_scale: LrScale = 1.0
+    """
+    A factor of the learning rate, or a mapping with one factor per role: `base` (the model's own
+    parameters), `adapters`, or a role of the kind of adapter (`a` and `b` for the two matrices of
+    `lora`).
+    """
+
     rewarm: DurationField | None = None
+    """
+    How long the learning rate rises linearly to its schedule when the phase begins; `null` for no
+    such rise.
+    """
+
     freeze_below: Annotated[int, Field(ge=1)] | None = None
+    """
+    The number of a layer (block): everything that the model defines before it is frozen, so that
+    the backward pass ends there. `null` freezes nothing.
+    """
 
     @model_validator(mode="after")
     def _words_are_known(self) -> PhaseConfig:
@@ -200,16 +289,26 @@ class PhaseConfig(PhaseSettings):
 
 
 class PresetConfig(Strict):
-    """A method by its name, and settings of its phases.
-
-    ``full``: all parameters train to the end. ``prelora``: phases full, warmup and lora, with the parameters in
-    `convergence` and `lora`. By default it is prelora where `convergence` is given, and full where it is not.
-    """
+    """A method by its name, and settings of its phases."""
 
     preset: Literal["full", "prelora"] | None = None
+    """
+    The method: with `full` all parameters train to the end, `prelora` has the phases full, warmup
+    and lora with the parameters in `convergence` and `lora`. `null` takes `prelora` if
+    `convergence` is set, otherwise `full`.
+    """
+
     full: PhaseSettings = PhaseSettings()
+    """Settings of the phase in which all parameters train."""
+
     warmup: PhaseSettings = PhaseSettings()
+    """Settings of the phase in which all parameters and the adapters train."""
+
     lora: PhaseSettings = PhaseSettings()
+    """
+    Settings of the phase in which only the adapters train (and, with `lora.train_rest`, head, norms
+    and embeddings).
+    """
 
 
 def _kind_of_phases(value: Any) -> str:

@@ -39,9 +39,21 @@ MERGED_UP_TO = 384  # hidden size
 
 
 class RunConfig(Strict):
+    """Name, folder and seed of a run."""
+
     name: Text
+    """The name of the run, which is also the name of its batch job."""
+
     output_dir: LocalPlace
+    """
+    The folder for logs, checkpoints and the exported model, on a file system that all hosts see.
+    One run has one folder.
+    """
+
     seed: Seed = 0
+    """
+    The seed of the model's first values, the order of samples, the augmentation and the dropout.
+    """
 
 
 @dataclass(frozen=True)
@@ -55,24 +67,72 @@ class ZeroSettings:
 
 
 class Config(Strict):
-    """One run. ``convergence: null`` trains all parameters to the end (the baseline)."""
+    """The config of one run."""
 
     run: RunConfig
-    model: ModelConfig = ModelConfig()
-    data: DataConfig
-    optimizer: OptimizerConfig = OptimizerConfig()
-    train: TrainConfig
-    observe: ObserveConfig = ObserveConfig()
-    convergence: ConvergenceConfig | None = None
-    lora: LoraConfig = LoraConfig()
-    deepspeed: dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 0}})
-    phases: PhasesField = PresetConfig()
-    machine: MachineConfig = MachineConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    guard: GuardConfig = GuardConfig()
-    launch: LaunchConfig = LaunchConfig()
+    """The name, the output folder and the seed of the run."""
 
-    _phase: PhaseConfig | None = PrivateAttr(default=None)  # of a config that `for_phase` made
+    model: ModelConfig = ModelConfig()
+    """
+    The Vision Transformer to train. The sizes have the names of transformers' ViTConfig, and the
+    defaults are those of ViT-B/16.
+    """
+
+    data: DataConfig
+    """
+    Where the images come from, and how they are preprocessed and augmented; [data.md](data.md) has
+    the details.
+    """
+
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """
+    AdamW and its learning rate: a linear warm-up to `optimizer.lr`, then one cosine to
+    `optimizer.min_lr_ratio` of it at the end of the run, whatever the phases.
+    """
+
+    train: TrainConfig
+    """The length of the run, the batch and the loss."""
+
+    observe: ObserveConfig = ObserveConfig()
+    """How often the weight norms and the loss are measured."""
+
+    convergence: ConvergenceConfig | None = None
+    """
+    The parameters of Algorithm 1, which ends the full phase of the preset `prelora`. With `null`
+    and no list of phases, all parameters train to the end (the baseline).
+    """
+
+    lora: LoraConfig = LoraConfig()
+    """The adapters of the preset `prelora`: their ranks by Algorithm 2, and how they train."""
+
+    deepspeed: dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 0}})
+    """
+    A DeepSpeed config for all phases that have none of their own, the same as a file given by
+    `--deepspeed_config`.
+    """
+
+    phases: PhasesField = PresetConfig()
+    """
+    The method: a list of phases, or a preset with settings for single phases.
+    [methods.md](methods.md) explains both.
+    """
+
+    machine: MachineConfig = MachineConfig()
+    """What `auto` in `phases` knows about the machine."""
+
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """
+    Which checkpoints are written to `checkpoints` in `run.output_dir`, and which are kept;
+    [checkpoints.md](checkpoints.md) has the details.
+    """
+
+    guard: GuardConfig = GuardConfig()
+    """The watchdog thread of each rank."""
+
+    launch: LaunchConfig = LaunchConfig()
+    """How the ranks find each other."""
+
+    _phase: PhaseConfig | None = PrivateAttr(default=None)  # set in a config that `for_phase` returned
 
     @property
     def phase_list(self) -> tuple[PhaseConfig, ...]:
