@@ -10,7 +10,7 @@ from prelora_ds.config.fields import FieldError, InWords, LocalPlace, Place, Pos
 
 
 class AugmentLevel(NamedTuple):
-    """RandAugment's number of operations and magnitude (of 10), and the Beta parameter of Mixup."""
+    """RandAugment's number of operations and magnitude (10 is the full range), and Mixup's Beta parameter."""
 
     layers: int
     magnitude: int
@@ -19,7 +19,7 @@ class AugmentLevel(NamedTuple):
 
 Crop = Literal["inception", "pad", "none"]
 Augment = Literal["none", "light1", "light2", "medium1", "medium2", "strong1", "strong2", "trivial"]
-# Steiner et al. (2022); `trivial` is TrivialAugment (Mueller and Hutter 2021), which has no level.
+# The levels of Steiner et al. (2022). `trivial` is TrivialAugment (Mueller and Hutter 2021), which has no levels.
 AUGMENT_LEVELS: dict[str, AugmentLevel] = {
     "none": AugmentLevel(0, 0, 0.0), "trivial": AugmentLevel(0, 0, 0.0), "light1": AugmentLevel(2, 0, 0.0),
     "light2": AugmentLevel(2, 10, 0.2), "medium1": AugmentLevel(2, 15, 0.2), "medium2": AugmentLevel(2, 15, 0.5),
@@ -31,11 +31,10 @@ def _as_workers(value: Any) -> int | Literal["auto"]:
     if value == "auto" or (type(value) is int and value >= 0):
         workers: int | Literal["auto"] = value
         return workers
-    raise ValueError(f'{value!r} is not a number of workers: give "auto", or an integer greater than '
-                     "or equal to 0")
+    raise ValueError('must be "auto" or an integer >= 0')
 
 
-# Not a union that pydantic checks part by part: it would report both parts.
+# A plain validator, because pydantic would report an error for each part of the union.
 Workers = Annotated[
     int | Literal["auto"], PlainValidator(_as_workers), InWords("`auto` or an integer >= 0")
 ]
@@ -133,8 +132,7 @@ class DataConfig(Strict):
     def _webdataset_has_a_length(self) -> DataConfig:
         if (self.reader == "webdataset") != (self.samples_per_epoch is not None):
             raise FieldError("samples_per_epoch", self.samples_per_epoch,
-                             "samples_per_epoch is what data.reader webdataset, and only that, cannot know: "
-                             "set both or none")
+                             "is required with data.reader=webdataset, and not allowed otherwise")
         return self
 
     @property
@@ -143,5 +141,5 @@ class DataConfig(Strict):
 
     @property
     def mixes(self) -> bool:
-        """Whether rows are mixed in pairs."""
+        """Whether images are mixed in pairs."""
         return self.mixup_alpha > 0 or self.cutmix > 0

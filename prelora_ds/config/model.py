@@ -89,13 +89,13 @@ class ModelConfig(Strict):
             raise FieldError("factory", self.factory,
                              f'factory {self.factory!r} is not of the form "package.module:function"')
         if self.factory is not None and self.families is None:
-            raise FieldError("families", None, "a model.factory needs model.families: family -> regular expression "
-                             "over module paths")
+            raise FieldError("families", None, "is required with model.factory: it maps each family to a regular "
+                             "expression over module paths")
         for family, pattern in (self.families or {}).items():
             try:
                 groups = re.compile(pattern).groupindex
             except re.error as exc:
-                raise FieldError(f"families.{family}", pattern, f"{pattern!r} is not a regular expression: "
+                raise FieldError(f"families.{family}", pattern, f"{pattern!r} is not a valid regular expression: "
                                  f"{exc}") from exc
             if "layer" not in groups:
                 raise FieldError(f"families.{family}", pattern, f"{pattern!r} has no group (?P<layer>...)")

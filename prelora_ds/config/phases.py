@@ -1,4 +1,4 @@
-"""`phases:` of a recipe: a list of phases, or a preset with settings for single phases."""
+"""`phases:` of a recipe: either a list of phases, or a preset with settings for single phases."""
 
 from __future__ import annotations
 
@@ -163,21 +163,25 @@ class AdaptersConfig(AdapterTraining):
             raise FieldError("kind", self.kind, f"is not a kind of adapter; known are {', '.join(KINDS)}")
         can = KINDS[self.kind].can
         if self.mode not in ("auto", *can.kernels):
-            raise FieldError("mode", self.mode, f"is not how the kind {self.kind} computes; choose auto, "
+            raise FieldError("mode", self.mode, f"is not a kernel of the kind {self.kind}; choose auto, "
                              f"{', '.join(can.kernels)}")
         if self.ranks is not None and not can.rank_per_module:
-            raise FieldError("ranks", self.ranks.rule, f"gives each linear its own rank, and the kind {self.kind} has "
-                             "one for all; give rank")
+            raise FieldError("ranks", self.ranks.rule, f"gives each linear its own rank, but the kind {self.kind} "
+                             "supports only one rank for all; set rank instead")
         check_families(self.families)
         given = [key for key in ("rank", "ranks") if getattr(self, key) is not None]
         if self.from_ == "keep":
-            own = [key for key in ("kind", "rank", "ranks", "families", "alpha_over_r", "options")
-                   if getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True)]
-            if own:
-                raise FieldError(own[0], getattr(self, own[0]), "is of adapters that begin, and from: keep takes over "
-                                 "those that are there; leave it out")
+            fields = type(self).model_fields
+            changed = [
+                key for key in ("kind", "rank", "ranks", "families", "alpha_over_r", "options")
+                if getattr(self, key) != fields[key].get_default(call_default_factory=True)
+            ]
+            if changed:
+                raise FieldError(
+                    changed[0], getattr(self, changed[0]),
+                    "applies to new adapters only, but from: keep takes over the existing ones; remove it")
         elif len(given) != 1:
-            raise FieldError("rank", self.rank, "give either rank, one for all, or ranks, a rule")
+            raise FieldError("rank", self.rank, "set either rank (one rank for all) or ranks (a rule), not both")
         return self
 
     @property
@@ -256,10 +260,12 @@ class PhaseConfig(PhaseSettings):
                 try:
                     re.compile(word)
                 except re.error as exc:
-                    raise FieldError("train", word, "is neither one of all, "
-                                     f"{', '.join(SETS)} nor a regular expression: {exc}") from exc
+                    raise FieldError(
+                        "train", word,
+                        f"is neither one of all, {', '.join(SETS)} nor a valid regular expression: {exc}"
+                    ) from exc
         if not self.trained:
-            raise FieldError("train", [], "a phase that trains nothing does nothing")
+            raise FieldError("train", [], "must name at least one set of parameters")
         roles = {role for kind in KINDS.values() for role in kind.roles()}
         for role, factor in self.lr_scale.items() if isinstance(self.lr_scale, dict) else ():
             if role not in (BASE, ADAPTERS, *roles):
@@ -273,19 +279,27 @@ class PhaseConfig(PhaseSettings):
 
     @property
     def begins(self) -> AdaptersConfig | None:
-        """The adapters that begin with this phase."""
-        own = self.adapters
-        return own if isinstance(own, AdaptersConfig) and own.from_ == "fresh" else None
+        """The adapters that are attached at the start of this phase."""
+        if isinstance(self.adapters, AdaptersConfig) and self.adapters.from_ == "fresh":
+            return self.adapters
+        return None
 
     def spec(self, families: Sequence[str]) -> PhaseSpec:
-        """The phase as the controller takes it. families: of adapters that name none."""
-        own = self.begins
-        adapters = None if own is None else Adapters(own.kind, tuple(own.families or families), own.rank_rule,
-                                                     own.alpha_over_r, own.options)
+        """The phase in the form that the controller needs.
+
+        families: the default for adapters that do not name their families.
+        """
+        adapters = None
+        if (fresh := self.begins) is not None:
+            adapters = Adapters(fresh.kind, tuple(fresh.families or families), fresh.rank_rule,
+                                fresh.alpha_over_r, fresh.options)
+
         scale: Mapping[str, float] = self.lr_scale if isinstance(self.lr_scale, dict) else {
             BASE: self.lr_scale, ADAPTERS: self.lr_scale}
         scale = {role: factor for role, factor in scale.items() if factor != 1.0}
-        return PhaseSpec(self.name, adapters, self.trained, _until(self.until), scale, self.rewarm, self.freeze_below)
+
+        return PhaseSpec(self.name, adapters, self.trained, _until(self.until), scale, self.rewarm,
+                         self.freeze_below)
 
 
 class PresetConfig(Strict):
@@ -320,69 +334,76 @@ PhasesField = Annotated[Annotated[PresetConfig, Tag("as a preset")] |
 
 
 def check_method(phases: Sequence[PhaseConfig]) -> None:
-    """Raise FieldError, by a key below `phases`, for a list of phases that cannot be run one after the other."""
+    """Raise FieldError, with a key below `phases`, if the phases cannot run one after the other."""
     if not phases:
-        raise FieldError("", [], "a method has at least one phase")
+        raise FieldError("", [], "must contain at least one phase")
     names = [phase.name for phase in phases]
     for name in names:
         if names.count(name) > 1:
-            raise FieldError(f"{name}.name", name, "two phases have this name")
+            raise FieldError(f"{name}.name", name, "is the name of two phases")
     tests = any(isinstance(phase.until, PreloraUntil) for phase in phases)
-    there: AdaptersConfig | None = None
+    adapters: AdaptersConfig | None = None
     for i, phase in enumerate(phases):
         _check_until(phase, last=i + 1 == len(phases))
-        there = _check_adapters(phase, there, first=i == 0, tests=tests)
+        adapters = _check_adapters(phase, adapters, first=i == 0, tests=tests)
 
 
 def _check_until(phase: PhaseConfig, *, last: bool) -> None:
     if last and phase.until is not None:
         raise FieldError(f"{phase.name}.until", _written(phase.until),
-                         "is of the last phase, which lasts as long as the run; leave it out")
+                         "must not be set in the last phase, which lasts until the end of the run; remove it")
     if not last and phase.until is None:
         raise FieldError(f"{phase.name}.until", None,
-                         'is required, because another phase follows; give a duration ("20 epochs") or a test')
+                         'is required, because another phase follows; set a duration ("20 epochs") or a test')
 
 
-def _check_adapters(phase: PhaseConfig, there: AdaptersConfig | None, *, first: bool,
+def _check_adapters(phase: PhaseConfig, before: AdaptersConfig | None, *, first: bool,
                     tests: bool) -> AdaptersConfig | None:
-    """The adapters that are there during ``phase``, where ``there`` were before."""
-    own, key = phase.adapters, f"{phase.name}.adapters"
-    if own == "none" and there is not None:
-        raise FieldError(key, "none", "would lose what the adapters of the phase before have learned; leave the key "
-                         "out, which keeps them")
-    if isinstance(own, AdaptersConfig):
-        if own.from_ == "keep" and there is None:
+    """The adapters that exist during ``phase``; ``before`` are those of the phase before it.
+
+    tests: whether any phase ends by a test. Raises FieldError.
+    """
+    key = f"{phase.name}.adapters"
+    adapters = before
+    if phase.adapters == "none" and before is not None:
+        raise FieldError(key, "none", "would discard what the adapters of the phase before have learned; "
+                         "remove the key, which keeps them")
+
+    if isinstance(phase.adapters, AdaptersConfig):
+        adapters = phase.adapters
+        if adapters.from_ == "keep" and before is None:
             raise FieldError(f"{key}.from", "keep", "there are no adapters before this phase; choose fresh")
-        if own.from_ == "fresh" and there is not None:
-            raise FieldError(f"{key}.from", "fresh", "would lose what the adapters of the phase before have learned; "
-                             "choose keep")
-        if own.ranks is not None and (first or not tests):
-            raise FieldError(f"{key}.ranks.rule", "prelora", "rests on the windows of a test, and no phase before this "
-                             "one closes any; give a rank, or let an earlier phase end by a test")
-        there = own
-    words = phase.trained
-    if there is None and "adapters" in words:
-        raise FieldError(f"{phase.name}.train", list(words), "names adapters, and there are none in this phase")
-    if there is not None and phase.zero_stage not in (None, "auto"):
-        stages = KINDS[there.kind].can.zero_stages
+        if adapters.from_ == "fresh" and before is not None:
+            raise FieldError(f"{key}.from", "fresh", "would discard what the adapters of the phase before "
+                             "have learned; choose keep")
+        if adapters.ranks is not None and (first or not tests):
+            raise FieldError(f"{key}.ranks.rule", "prelora", "needs the windows of a test, but no phase before "
+                             "this one closes any; set a rank, or let an earlier phase end by a test")
+
+    if adapters is None and "adapters" in phase.trained:
+        raise FieldError(f"{phase.name}.train", list(phase.trained),
+                         "contains adapters, but there are none in this phase")
+    if adapters is not None and phase.zero_stage not in (None, "auto"):
+        stages = KINDS[adapters.kind].can.zero_stages
         if phase.zero_stage not in stages:
-            raise FieldError(f"{phase.name}.zero_stage", phase.zero_stage, f"adapters of the kind {there.kind} train "
-                             f"at ZeRO stages {', '.join(map(str, sorted(stages)))}")
-    return there
+            raise FieldError(f"{phase.name}.zero_stage", phase.zero_stage,
+                             f"adapters of the kind {adapters.kind} train only at ZeRO stages "
+                             f"{', '.join(map(str, sorted(stages)))}")
+    return adapters
 
 
 def check_families(families: Sequence[str] | None) -> None:
-    """Raise FieldError unless ``families`` are names, each given once."""
+    """Raise FieldError if ``families`` is empty or lists a family twice."""
     if families is not None and (not families or len(set(families)) != len(families)):
-        raise FieldError("families", list(families), "families must name each family once")
+        raise FieldError("families", list(families), "must name at least one family, and each only once")
 
 
 def check_powers_of_two(r_min: int, r_max: int) -> None:
-    """Raise FieldError for bounds that Algorithm 2 cannot choose between."""
+    """Raise FieldError for bounds that Algorithm 2 cannot use."""
     for name, rank in (("r_min", r_min), ("r_max", r_max)):
         if rank & (rank - 1):
-            raise FieldError(name, rank, f"{name} {rank} is not a power of two; Algorithm 2 chooses among powers of "
-                             f"two, for example {1 << rank.bit_length() - 1} or {1 << rank.bit_length()}")
+            raise FieldError(name, rank, f"{name} {rank} is not a power of two, and Algorithm 2 picks powers of "
+                             f"two; use for example {1 << rank.bit_length() - 1} or {1 << rank.bit_length()}")
     if r_min > r_max:
         raise FieldError("r_min", r_min, f"r_min {r_min} is larger than r_max {r_max}")
 

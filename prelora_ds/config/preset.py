@@ -1,4 +1,4 @@
-"""The preset `prelora`: its parameters in `convergence:` and `lora:`, and the phases that come of them."""
+"""The preset `prelora`: its parameters in `convergence:` and `lora:`, and the phases that it expands to."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from prelora_ds.core.duration import Duration
 
 
 class ConvergenceConfig(Algorithm1):
-    """When the full phase of the preset ends: Algorithm 1 with its parameters."""
+    """The parameters of Algorithm 1, which ends the full phase of the preset."""
 
 
 class LoraConfig(AdapterTraining):
@@ -68,7 +68,7 @@ class LoraConfig(AdapterTraining):
 
 def expanded(phases: PresetConfig, convergence: ConvergenceConfig | None,
              lora: LoraConfig) -> tuple[PhaseConfig, ...]:
-    """The phases of a preset, written out."""
+    """Expand a preset into its list of phases."""
 
     def phase(name: str, **keys: Any) -> PhaseConfig:
         settings: PhaseSettings = getattr(phases, name)

@@ -104,9 +104,9 @@ class TrainConfig(Strict):
     def _duration_is_absolute(self) -> TrainConfig:
         if self.duration.unit == "%":
             raise FieldError("duration", str(self.duration),
-                             "a run cannot last a share of itself; give steps or epochs")
+                             "must be given in steps or epochs, not in per cent")
         if self.duration.value == 0:
-            raise FieldError("duration", str(self.duration), "a run of no steps trains nothing")
+            raise FieldError("duration", str(self.duration), "must be longer than zero")
         return self
 
 
