@@ -278,7 +278,7 @@ class PhaseConfig(PhaseSettings):
         return (self.train,) if isinstance(self.train, str) else self.train
 
     @property
-    def begins(self) -> AdaptersConfig | None:
+    def new_adapters(self) -> AdaptersConfig | None:
         """The adapters that are attached at the start of this phase."""
         if isinstance(self.adapters, AdaptersConfig) and self.adapters.from_ == "fresh":
             return self.adapters
@@ -290,7 +290,7 @@ class PhaseConfig(PhaseSettings):
         families: the default for adapters that do not name their families.
         """
         adapters = None
-        if (fresh := self.begins) is not None:
+        if (fresh := self.new_adapters) is not None:
             adapters = Adapters(fresh.kind, tuple(fresh.families or families), fresh.rank_rule,
                                 fresh.alpha_over_r, fresh.options)
 

@@ -166,7 +166,7 @@ def _check_out(out: Path, checkpoint: Path) -> None:
 def _values(found: Checkpoint, plan: Plan, layout: Layout, config: Config) -> dict[str, torch.Tensor]:
     """Whole parameters in fp32, as the model computes with them (but for the rounding of what trains)."""
     merged = config.for_phase(plan.phase).kernel() == "merged"
-    kept_in_fp32 = {f"{path}.weight" for path in plan.frozen_bases()} if merged else set()
+    kept_in_fp32 = {f"{path}.weight" for path in plan.frozen_targets()} if merged else set()
     values, leaves = {}, plan.leaves(layout)
     for name, shape in plan.parameters(layout).items():
         held = found.engine.slices.get(name)

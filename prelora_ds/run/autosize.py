@@ -18,7 +18,7 @@ from prelora_ds.config.tree import Config, ZeroSettings
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.phases import plans_at_rank
 from prelora_ds.core.plan import Plan
-from prelora_ds.cost.candidates import Setting, fastest, setting, settings
+from prelora_ds.cost.candidates import Candidate, fastest, predict_candidate, predict_candidates
 from prelora_ds.cost.forecast import fastest_images_per_s
 from prelora_ds.cost.machines import read_calibration
 from prelora_ds.cost.timing import Rates, data_sheet_rates, gpu_named
@@ -85,30 +85,30 @@ def _machine(config: Config, world_size: int, ranks_per_host: int) -> tuple[floa
     return config.machine.memory_gib or memory_gib, rates
 
 
-def _candidates(config: Config, own: PhaseConfig, plan: Plan, layout: Layout, world_size: int) -> Iterator[Setting]:
+def _candidates(config: Config, own: PhaseConfig, plan: Plan, layout: Layout, world_size: int) -> Iterator[Candidate]:
     for zero in _stages(config, plan) if own.zero_stage == "auto" else [config.zero]:
         if own.micro_batch_size == "auto":
-            yield from settings(config, plan, layout, zero, world_size)
+            yield from predict_candidates(config, plan, layout, zero, world_size)
         elif zero.stage or world_size * config.train.micro_batch_size == config.train.global_batch_size:
-            yield setting(config, plan, layout, zero, world_size, config.train.micro_batch_size)
+            yield predict_candidate(config, plan, layout, zero, world_size, config.train.micro_batch_size)
 
 
 def _stages(config: Config, plan: Plan) -> Iterator[ZeroSettings]:
     """All stages, with offload too where the run has it."""
     for stage in range(4):
-        if not (stage == 3 and config.adapters.mode == "merged" and plan.frozen_bases()):
+        if not (stage == 3 and config.adapters.mode == "merged" and plan.frozen_targets()):
             for offload in {False, config.zero.offload_optimizer and stage >= 2}:
                 yield replace(config.zero, stage=stage, offload_optimizer=offload)
 
 
-def _largest_of_each_stage(fitting: list[Setting]) -> list[Setting]:
-    largest: dict[ZeroSettings, Setting] = {}
+def _largest_of_each_stage(fitting: list[Candidate]) -> list[Candidate]:
+    largest: dict[ZeroSettings, Candidate] = {}
     for s in fitting:  # smaller micro-batches of a stage come first
         largest[s.zero] = s
     return list(largest.values())
 
 
-def _with(config: Config, phase: str, chosen: Setting) -> Config:
+def _with(config: Config, phase: str, chosen: Candidate) -> Config:
     zero: dict[str, Any] = {**chosen.config.deepspeed.get("zero_optimization", {}), "stage": chosen.zero.stage}
     if not chosen.zero.offload_optimizer:
         zero.pop("offload_optimizer", None)
@@ -117,7 +117,7 @@ def _with(config: Config, phase: str, chosen: Setting) -> Config:
     return config.with_settings(phase, own)
 
 
-def _line(phase: str, s: Setting, memory_gib: float, rates: Rates | None, ranks_per_host: int) -> str:
+def _line(phase: str, s: Candidate, memory_gib: float, rates: Rates | None, ranks_per_host: int) -> str:
     why = ("least bytes moved; no rates are known of this machine" if rates is None else
            f"{rates.step_seconds(s.work, ranks_per_host):.3g} s a step predicted, {rates.source}")
     return (f"auto: {phase}: ZeRO {s.zero.stage}{' offload' if s.zero.offload_optimizer else ''}, micro-batch "

@@ -53,9 +53,9 @@ def test_a_duration_is_text(value: Any) -> None:
 
 
 def test_steps_are_whole_and_a_share_is_at_most_all() -> None:
-    with pytest.raises(ValueError, match=r"'2\.5 steps': a number of steps is whole"):
+    with pytest.raises(ValueError, match=r"'2\.5 steps': the number of steps must be an integer"):
         Duration("2.5 steps")
-    with pytest.raises(ValueError, match=r"'100\.5 %': a share is at most 100 %"):
+    with pytest.raises(ValueError, match=r"'100\.5 %': must be at most 100 %"):
         Duration("100.5 %")
 
 

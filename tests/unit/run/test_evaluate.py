@@ -159,9 +159,9 @@ def test_the_result_names_the_data_and_what_tells_them_from_others(
 
 
 @pytest.mark.parametrize(("classes", "problem"), [
-    ([f"c{i}" for i in range(12)], "has 10 classes, and the model in .* has 12"),
-    ([f"c{i}" for i in range(5)], "has 10 classes, and the model in .* has 5"),
-    ([*map(str, range(8)), "9", "8"], "has '8' as its class 8, and the model in .* has '9'"),
+    ([f"c{i}" for i in range(12)], "has 10 classes, but the model in .* has 12"),
+    ([f"c{i}" for i in range(5)], "has 10 classes, but the model in .* has 5"),
+    ([*map(str, range(8)), "9", "8"], "has '8' as class 8, but the model in .* has '9'"),
 ])
 def test_data_of_other_classes_than_the_model_s_are_refused(
     classes: list[str], problem: str, shards: Path, tmp_path: Path
@@ -178,7 +178,7 @@ def test_a_model_of_an_earlier_version_whose_classes_have_no_names_is_held_by_th
         evaluate_folder(export(tmp_path / "ten", unnamed(10)), shards / "val").samples
         == 360
     )
-    with pytest.raises(ConfigError, match=r"has 10 classes, and the model in .* has 9"):
+    with pytest.raises(ConfigError, match=r"has 10 classes, but the model in .* has 9"):
         evaluate_folder(export(tmp_path / "nine", unnamed(9)), shards / "val")
 
 
