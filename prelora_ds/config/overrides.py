@@ -54,7 +54,7 @@ def override(tree: dict[str, Any], text: str) -> None:
 def _section(tree: dict[str, Any], place: tuple[str, ...], given: str) -> dict[str, Any]:
     """The mapping that contains the last key of ``place``; it is created if it does not exist."""
     key = ".".join(place)
-    for i in range (1, len(place)):
+    for i in range(1, len(place)):
         section = ".".join(place[:i])
         inner = tree.get(place[i - 1])
         if section == "phases" and (phases := _by_name(inner)):

@@ -255,7 +255,8 @@ def _deepspeed_keys() -> str:
     """What a DeepSpeed config may contain, here, in a phase or in a file."""
     refused = {key: f"{why}; only `{json.dumps(off)}` is accepted" for key, (off, why) in REFUSED_ZERO_KEYS.items()}
     paragraphs = (
-        f'The accepted keys are {_listed(KNOWN_KEYS)}. A key with the value "auto" is ignored.',
+        f'The accepted keys are {_listed(KNOWN_KEYS)}. A key with the value "auto" is '
+        "ignored, but the ZeRO stage and `offload_optimizer` must have values.",
         f"The accepted keys of `zero_optimization` are {_listed(ZERO_KEYS)}.",
         f"The accepted keys of `zero_optimization.offload_optimizer` are {_listed(OFFLOAD_KEYS)}.",
         "These keys of `zero_optimization` are refused:",

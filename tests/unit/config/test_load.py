@@ -266,7 +266,7 @@ def test_what_is_not_a_json_object_is_refused(
     assert error.problem.startswith(problem)
 
 
-# ---- one owner a key
+# ---- one owner per key
 REFUSED = [("offload_param", {"device": "cpu"}), ("zenflow", {"topk_ratio": .1}), ("zero_hpz_partition_size", 8),
            ("zero_quantized_weights", True), ("zero_quantized_gradients", True),
            ("zero_quantized_nontrainable_weights", True), ("cpu_offload", True), ("mics_shard_size", 2),
@@ -285,7 +285,7 @@ def test_every_key_that_deepspeed_knows_is_either_tried_or_refused(monkeypatch: 
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     known = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
-    # mics_shard_size is read beside the schema, in DeepSpeed's MiCS_Init
+    # mics_shard_size is read outside of the schema, in DeepSpeed's MiCS_Init
     assert known | {"mics_shard_size"} == set(ZERO_KEYS) | set(REFUSED_ZERO_KEYS)
 
 
@@ -507,7 +507,7 @@ def test_check_world_refuses_accumulation_at_stage_0() -> None:
 ])
 def test_a_bad_value_of_any_deepspeed_key_is_refused_for_the_run_and_for_each_phase(
         values: dict[str, Any], key: str) -> None:
-    """In a phase it would end the run at the switch, days into it."""
+    """In a later phase the error would end the run only at the switch, perhaps after days."""
     zero = {"zero_optimization": {"stage": 2}}
     for changes in ({"deepspeed": {**zero, **values}}, {"phases": {"lora": {"deepspeed": {**zero, **values}}}}):
         with pytest.raises(ConfigError) as refused:

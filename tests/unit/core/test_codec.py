@@ -28,7 +28,7 @@ class Stage(StrEnum):
 
 @dataclass(frozen=True)
 class Spec:
-    """As an adapter of a plan."""
+    """Stands for an adapter of a plan."""
 
     kind: str
     rank: int | None
@@ -164,7 +164,7 @@ def test_any_json_is_read_or_refused_as_a_codec_error(data: Any) -> None:
 
 @dataclass(frozen=True)
 class Celsius:
-    """Was written in Fahrenheit before it had a version."""
+    """A class that was written in Fahrenheit before it had a version."""
 
     degrees: float
 
@@ -224,7 +224,7 @@ def test_what_a_class_checks_when_it_is_made_has_its_path() -> None:
         from_json(Holder, {"checked": {"share": 2}})
 
 
-# ---- mistakes of ours
+# ---- programming errors
 
 @dataclass(frozen=True)
 class Unclear:
