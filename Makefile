@@ -12,7 +12,7 @@ DEEPSPEED := deepspeed --num_accelerators 2 launch/pretrain.py
 DEMO := out/digits_demo
 SMOKE := out/smoke_vitl
 
-.PHONY: help setup demo test test-long test-faults test-hosts lint smoke-vitl freeze clean data/digits data/photographs
+.PHONY: help setup demo test test-long test-faults test-hosts lint docs smoke-vitl freeze clean data/digits data/photographs
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +68,10 @@ lint: setup  ## run ruff, mypy and the import contracts
 	ruff check .
 	mypy prelora_ds
 	lint-imports --no-logo
+
+docs: setup  ## write docs/config.md, the reference of all config keys
+	python -c 'from prelora_ds.config.reference import reference; print(end=reference())' > docs/config.tmp
+	mv docs/config.tmp docs/config.md
 
 freeze:  ## write the package versions of .venv into constraints.txt
 	@{ head -1 constraints.txt; pip freeze --exclude-editable | grep -v -i -E '^(nvidia|cuda|triton|pip)[-=]' | sort -f; } \

@@ -189,14 +189,14 @@ def check_phases(config: Config, num_labels: int) -> Layout:
             shown = phase.model_dump(mode="json", exclude_defaults=True)
             raise ConfigError(f"phases.{phase.name}", shown, str(exc),
                               "name parameters and layers of this model") from exc
-        if phase.begins is None:
+        if phase.new_adapters is None:
             continue
         with torch.device("meta"):
             module = build_model(config.model, num_labels)
         try:
-            attach_adapters(module, plan, layout, dropout=phase.begins.dropout)
+            attach_adapters(module, plan, layout, dropout=phase.new_adapters.dropout)
         except (RuntimeError, ValueError) as exc:
-            families = list(phase.begins.families or config.families())
+            families = list(phase.new_adapters.families or config.families())
             raise ConfigError("lora.families", families,
                               f"adapters cannot be attached in phase {phase.name}: {exc}",
                               "choose other families, or narrow model.families") from exc

@@ -1,4 +1,4 @@
-"""Which settings may differ when a run is resumed: those that change nothing of what is trained but its rounding."""
+"""Which settings may differ when a run is resumed: those that affect training at most by rounding."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 
 from prelora_ds.errors import ConfigError
 
-# Where, how fast and on how many ranks; what is watched and kept.
+# These set where, how fast and on how many ranks a run executes, and what is watched and kept.
 MAY_DIFFER = (
     "run.name", "run.output_dir", "data.train", "data.val", "data.workers", "data.worker_start", "data.cache_dir",
     "data.cache_gib", "data.corrupt_budget", "train.micro_batch_size", "train.log_every", "train.eval_every",
     "train.divergence", "model.activation_checkpointing", "model.compile", "deepspeed", "phases.*.micro_batch_size",
     "phases.*.zero_stage", "phases.*.deepspeed", "machine", "checkpoint", "guard", "launch")
-# What may differ too when a new run begins from another's checkpoint (a fork). Its phases that are past have to agree,
-# which `prelora_ds.core.phases.difference` tells.
+# These may differ as well in a fork, a new run that begins from the checkpoint of another. Its past phases must be the
+# same, which `prelora_ds.core.phases.difference` checks.
 MAY_DIFFER_IN_A_NEW_RUN = (
     "optimizer", "train.duration", "train.label_smoothing", "observe", "convergence", "lora", "phases")
 
-# Keys that a later version has renamed: old name -> new name. This is the only place for it: stored
-# runs, recipes and overrides of older versions are read by it.
+# Keys that a later version has renamed: old name -> new name. Stored runs, recipes and overrides of
+# older versions are all read by this table.
 RENAMED: dict[str, str] = {
     "convergence.every": "observe.every",
     "phases.memory_gib": "machine.memory_gib",
@@ -30,20 +30,21 @@ _NOTHING = object()
 
 
 def may_differ(key: str, *, new_run: bool = False) -> bool:
-    """Whether a resumed run, or a new one from its checkpoint, may have another ``key``."""
+    """Whether ``key`` may have another value in a resumed run, or with ``new_run`` in a fork."""
     free = MAY_DIFFER + (MAY_DIFFER_IN_A_NEW_RUN if new_run else ())
     return any(_is_at_or_below(key.split("."), name.split(".")) for name in free)
 
 
 def _is_at_or_below(key: list[str], name: list[str]) -> bool:
-    return len(key) >= len(name) and all(part in ("*", own) for part, own in zip(name, key, strict=False))
+    return len(key) >= len(name) and all(part in ("*", actual) for part, actual in zip(name, key, strict=False))
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], *, new_run: bool = False,
                 prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(key, old value, new value) wherever two whole configs, as JSON, differ in what may not.
+    """Yield (key, old value, new value) wherever two complete configs, as JSON, differ and must not.
 
-    Sections with other keys (one is null, or holds what the user names) differ as a whole.
+    Sections that do not have the same keys (one is null, or its keys are chosen by the user) differ
+    as a whole.
     """
     old, new = _by_name(old), _by_name(new)
     for key in sorted(old.keys() | new.keys()):
@@ -59,52 +60,55 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], *, new_run: bool
 
 def what_binds(stored: Mapping[str, Any], config: Mapping[str, Any], *,
                new_run: bool = False) -> dict[str, Any]:
-    """The ``stored`` config of a run, with the values of ``config`` for all that may differ.
+    """The ``stored`` config of a run, with the values of ``config`` for all keys that may differ.
 
-    What an older version allowed there is thus no reason to refuse a run that does without it.
+    So a value that only an older version allowed does not prevent a run that replaces it.
     """
-    bound, own = _by_name(with_new_names(stored)), _by_name(config)
+    bound = _by_name(with_new_names(stored))
+    current = _by_name(config)
     for pattern in MAY_DIFFER + (MAY_DIFFER_IN_A_NEW_RUN if new_run else ()):
-        for name in _matching(pattern, bound, own):
+        for name in _matching(pattern, bound):
             _take(bound, name)
-            value = _take(deepcopy(own), name)
+            value = _take(deepcopy(current), name)
             if value is not _NOTHING:
                 _put(bound, name, value)
     return _as_written(bound)
 
 
-def _matching(pattern: str, *trees: Mapping[str, Any]) -> list[str]:
-    """The dotted names that ``pattern`` stands for; ``*`` is every phase that the first of ``trees`` has."""
+def _matching(pattern: str, tree: Mapping[str, Any]) -> list[str]:
+    """The dotted names that ``pattern`` stands for; ``*`` stands for every phase of ``tree``."""
     if ".*." not in pattern:
         return [pattern]
     section, _, key = pattern.partition(".*.")
-    held = trees[0].get(section)
-    return [f"{section}.{name}.{key}" for name, own in held.items() if isinstance(own, dict)] \
-        if isinstance(held, dict) else []
+    phases = tree.get(section)
+    if not isinstance(phases, dict):
+        return []
+    return [f"{section}.{name}.{key}" for name, phase in phases.items() if isinstance(phase, dict)]
 
 
 def _by_name(values: Mapping[str, Any]) -> dict[str, Any]:
-    """``values`` with a list of phases as a mapping from their names."""
+    """``values`` with the list of phases, if it is one, as a mapping from their names."""
     phases = values.get("phases")
-    if not isinstance(phases, list) or not all(isinstance(own, Mapping) and "name" in own for own in phases):
+    if not isinstance(phases, list) \
+            or not all(isinstance(phase, Mapping) and "name" in phase for phase in phases):
         return dict(values)
-    return {**values, "phases": {str(own["name"]): dict(own) for own in phases}}
+    return {**values, "phases": {str(phase["name"]): dict(phase) for phase in phases}}
 
 
 def _as_written(values: dict[str, Any]) -> dict[str, Any]:
     """The reverse of `_by_name`."""
     phases = values.get("phases")
     if not isinstance(phases, dict) or not phases or not all(
-            isinstance(own, Mapping) and own.get("name") == name for name, own in phases.items()):
+            isinstance(phase, Mapping) and phase.get("name") == name for name, phase in phases.items()):
         return values
     return {**values, "phases": list(phases.values())}
 
 
 def with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a config's ``values`` with what an older version wrote as this one has it: keys under their new names,
-    and ``lora.mode: fa``, which is ``train_a: false`` now.
+    """A copy of a config's ``values``, converted from what an older version wrote.
 
-    Raises ConfigError where a key is set under both of its names.
+    Renamed keys get their new names, and ``lora.mode: fa`` becomes ``train_a: false``. Raises
+    ConfigError if a key is set under both of its names.
     """
     copied = renamed(values)
     lora = copied.get("lora")
@@ -116,7 +120,7 @@ def with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
 def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a config's ``values`` with the keys of older versions under their new names.
 
-    Raises ConfigError where a key is set under both of its names.
+    Raises ConfigError if a key is set under both of its names.
     """
     copied = deepcopy(dict(values))
     for old, new in RENAMED.items():
@@ -125,13 +129,13 @@ def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if _take(deepcopy(copied), new) is not _NOTHING:
             raise ConfigError(old, value, f"is the former name of {new}, which is set as well",
-                              f"leave {old} out")
+                              f"remove {old}")
         _put(copied, new, value)
     return copied
 
 
 def new_name(key: str) -> str:
-    """A dotted ``key`` as this version names it."""
+    """The name of a dotted ``key`` in this version."""
     for old, new in RENAMED.items():
         if key == old or key.startswith(f"{old}."):
             return new + key.removeprefix(old)
@@ -139,7 +143,7 @@ def new_name(key: str) -> str:
 
 
 def _take(tree: Any, name: str) -> Any:
-    """Remove the value of a dotted name and return it."""
+    """Remove the value of a dotted name and return it, or `_NOTHING` if it has none."""
     *sections, key = name.split(".")
     for section in sections:
         tree = tree.get(section) if isinstance(tree, dict) else None
@@ -147,7 +151,7 @@ def _take(tree: Any, name: str) -> Any:
 
 
 def _put(tree: Any, name: str, value: Any) -> None:
-    """Set a dotted name that has no value yet."""
+    """Set a dotted name, unless it has a value already."""
     *sections, key = name.split(".")
     for section in sections:
         tree = tree.setdefault(section, {})

@@ -6,11 +6,11 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, PlainValidator, model_validator
 
-from prelora_ds.config.fields import FieldError, LocalPlace, Place, Positive, Share, Strict
+from prelora_ds.config.fields import FieldError, InWords, LocalPlace, Place, Positive, Share, Strict
 
 
 class AugmentLevel(NamedTuple):
-    """RandAugment's number of operations and magnitude (of 10), and the Beta parameter of Mixup."""
+    """RandAugment's number of operations and magnitude (10 is the full range), and Mixup's Beta parameter."""
 
     layers: int
     magnitude: int
@@ -19,7 +19,7 @@ class AugmentLevel(NamedTuple):
 
 Crop = Literal["inception", "pad", "none"]
 Augment = Literal["none", "light1", "light2", "medium1", "medium2", "strong1", "strong2", "trivial"]
-# Steiner et al. (2022); `trivial` is TrivialAugment (Mueller and Hutter 2021), which has no level.
+# The levels of Steiner et al. (2022). `trivial` is TrivialAugment (Mueller and Hutter 2021), which has no levels.
 AUGMENT_LEVELS: dict[str, AugmentLevel] = {
     "none": AugmentLevel(0, 0, 0.0), "trivial": AugmentLevel(0, 0, 0.0), "light1": AugmentLevel(2, 0, 0.0),
     "light2": AugmentLevel(2, 10, 0.2), "medium1": AugmentLevel(2, 15, 0.2), "medium2": AugmentLevel(2, 15, 0.5),
@@ -31,48 +31,108 @@ def _as_workers(value: Any) -> int | Literal["auto"]:
     if value == "auto" or (type(value) is int and value >= 0):
         workers: int | Literal["auto"] = value
         return workers
-    raise ValueError(f'{value!r} is not a number of workers: give "auto", or an integer greater than '
-                     "or equal to 0")
+    raise ValueError('must be "auto" or an integer >= 0')
 
 
-# Not a union that pydantic checks part by part: it would report both parts.
-Workers = Annotated[int | Literal["auto"], PlainValidator(_as_workers)]
+# A plain validator, because pydantic would report an error for each part of the union.
+Workers = Annotated[
+    int | Literal["auto"], PlainValidator(_as_workers), InWords("`auto` or an integer >= 0")
+]
 
 
 class DataConfig(Strict):
-    """``train`` and ``val`` are folders or URLs of WebDataset shards with a manifest (`prelora shards`).
-
-    With ``reader: webdataset``, ``train`` is a pattern of shards without one (docs/data.md says what is lost) and
-    ``samples_per_epoch`` their number of samples. ``tail``: the last samples of an epoch, too few for a batch, go on
-    into the next one or are dropped. ``augment`` is a level of Steiner et al.; ``mixup`` null takes the level's.
-    ``cutmix`` and ``mixup`` are Beta parameters, ``random_erasing`` a probability. ``corrupt_budget`` is the share of
-    an epoch's samples that may be unreadable before the run stops. ``cache_dir`` is a node-local folder that keeps
-    whole shards, ``cache_gib`` of them. ``workers: auto`` counts them by the cores of a rank and the LoRA phase's rate.
-    """
+    """Where the images come from, and how they are preprocessed and augmented (docs/data.md)."""
 
     train: Place
+    """
+    The training data: a folder or URL of WebDataset shards with a manifest (`prelora shards`), or
+    with `data.reader: webdataset` a pattern of shards. A resumed run may find the same data at
+    another place.
+    """
+
     val: Place
+    """
+    The validation data: a folder or URL of WebDataset shards with a manifest, of the same classes.
+    """
+
     reader: Literal["manifest", "webdataset"] = "manifest"
+    """
+    How `data.train` is read: `manifest` by an index of all samples, `webdataset` by the webdataset
+    package, from shards that have no index. `webdataset` gives up exact epochs, bitwise resuming
+    and checksums ([data.md](data.md)).
+    """
+
     samples_per_epoch: Positive | None = None
+    """
+    The number of samples that count as one epoch; required with `data.reader: webdataset`, not
+    allowed otherwise.
+    """
+
     tail: Literal["continue", "drop"] = "continue"
+    """
+    What happens to the last samples of an epoch if they are fewer than a batch: `continue` fills
+    the batch from the next epoch, `drop` omits them.
+    """
+
     crop: Crop = "inception"
+    """
+    The crop of training images: `inception` takes 5 to 100 % of the area at a ratio of 3/4 to 4/3
+    and resizes it, `pad` adds a black margin of 1/8 of the size and crops the size out of that,
+    `none` only resizes.
+    """
+
     flip: bool = True
+    """Whether to mirror training images left to right with probability 1/2."""
+
     augment: Augment = "none"
+    """
+    The augmentation level of Steiner et al. (2022), which sets RandAugment and Mixup, or `trivial`
+    for TrivialAugment (Mueller and Hutter 2021). [data.md](data.md) has the table of levels.
+    """
+
     mixup: Annotated[float, Field(ge=0)] | None = None
+    """
+    The Beta parameter of Mixup; `null` takes that of the level `data.augment`, 0 disables Mixup.
+    """
+
     cutmix: Annotated[float, Field(ge=0)] = 0.0
+    """
+    The Beta parameter of CutMix; 0 disables it. If Mixup and CutMix are both enabled, each pair of
+    images uses one of them with probability 1/2.
+    """
+
     random_erasing: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The probability of replacing a rectangle of a training image by noise."""
+
     corrupt_budget: Share = 0.001
+    """
+    The share of an epoch's samples that may be unreadable (and are replaced) before the run stops.
+    """
+
     cache_dir: LocalPlace | None = None
+    """
+    A folder on a disk of each node to which whole shards are copied during training; `null` for no
+    cache.
+    """
+
     cache_gib: Annotated[float, Field(gt=0)] = 200.0
+    """The largest size of `data.cache_dir`, in GiB."""
+
     workers: Workers = 2
+    """
+    The number of decoding processes per rank; 0 decodes in the training process. `auto` starts
+    enough for the predicted image rate of the LoRA phase plus 25 %, and at most one fewer than the
+    cores per rank.
+    """
+
     worker_start: Literal["forkserver", "spawn", "fork"] = "forkserver"
+    """How Python starts the decoding processes; all methods yield the same batches."""
 
     @model_validator(mode="after")
     def _webdataset_has_a_length(self) -> DataConfig:
         if (self.reader == "webdataset") != (self.samples_per_epoch is not None):
             raise FieldError("samples_per_epoch", self.samples_per_epoch,
-                             "samples_per_epoch is what data.reader webdataset, and only that, cannot know: "
-                             "set both or none")
+                             "is required with data.reader=webdataset, and not allowed otherwise")
         return self
 
     @property
@@ -81,5 +141,5 @@ class DataConfig(Strict):
 
     @property
     def mixes(self) -> bool:
-        """Whether rows are mixed in pairs."""
+        """Whether images are mixed in pairs."""
         return self.mixup_alpha > 0 or self.cutmix > 0

@@ -1,8 +1,7 @@
-"""Texts of YAML and JSON, read as they are written: a value is what its text says, or is refused.
+"""Strict reading of YAML and JSON: a value is what its text says, otherwise it is refused.
 
-YAML is read by the core schema of its version 1.2. PyYAML follows version 1.1, in which `on` is
-true, `0100` is 64, `1:30` is 90 and `2024-11-25` is a date. It also lets the last of two equal keys
-win.
+YAML is read by the core schema of version 1.2. PyYAML itself follows version 1.1, in which `on` is
+true, `0100` is 64, `1:30` is 90 and `2024-11-25` is a date; of two equal keys it keeps the last.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from typing import Any, NoReturn
 import yaml
 
 Place = tuple[str | int, ...]  # the keys, and the indices of lists, that lead to a value
-DEEPEST = 32  # levels of a document
-LONGEST = 100_000  # values of a document, with those that an alias repeats
+DEEPEST = 32  # the largest number of nested levels in a document
+LONGEST = 100_000  # the largest number of values in a document; each repetition by an alias counts
 
 _NULL = frozenset(("", "~", "null", "Null", "NULL"))
 _BOOLEAN = {
@@ -30,7 +29,7 @@ _BOOLEAN = {
 }
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
-# Numbers of YAML that readers take differently, or that JSON cannot hold.
+# Numbers that YAML readers interpret differently, or that JSON does not have.
 _DOUBTFUL = re.compile(
     r"[-+]?(0[0-9_]+(\.[0-9_]*)?([eE][-+]?[0-9]+)?|0[xXoObB][0-9a-fA-F_]+|\.(inf|nan))", re.I
 )
@@ -39,7 +38,7 @@ _UNWRITABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 
 
 class UnreadableError(ValueError):
-    """A text that cannot be read. The message is one line that says where and why."""
+    """A text that cannot be read. The message says where and why, in one line."""
 
 
 def nothing_is_text(place: Place) -> bool:
@@ -47,15 +46,18 @@ def nothing_is_text(place: Place) -> bool:
 
 
 def read_yaml(text: str, is_text: Callable[[Place], bool] = nothing_is_text, at: Place = ()) -> Any:
-    """The value of a YAML 1.2 document, without tags; keys stay as they are written.
+    """The value of a YAML 1.2 document; tags are refused, and keys stay as they are written.
 
     is_text: whether the value at a place is a text; an unquoted scalar there stays as it is
-    written, unless it is null. at: the place of the whole. Raises UnreadableError.
+    written, unless it is null.
+    at: the place of the whole document.
+
+    Raises UnreadableError.
     """
     try:
         for token in yaml.scan(text, Loader=_Loader):
             if isinstance(token, yaml.TagToken):
-                _refuse(token.start_mark, "tags (!...) are not read")
+                _refuse(token.start_mark, "tags (!...) are not supported")
         root = yaml.compose(text, Loader=_Loader)
         value = None if root is None else _Builder(is_text).value(root, at, 0)
     except yaml.MarkedYAMLError as exc:
@@ -75,10 +77,10 @@ def read_yaml(text: str, is_text: Callable[[Place], bool] = nothing_is_text, at:
 
 
 def read_scalar(text: str) -> Any:
-    """None, a boolean, a number or the text itself, by YAML's core schema.
+    """Convert a scalar by YAML's core schema: to None, a boolean, a number or the text itself.
 
-    Raises UnreadableError for a number that is not decimal, has leading zeros or is not finite:
-    readers of YAML disagree about those.
+    Raises UnreadableError for a number that is not decimal, has leading zeros or is not finite,
+    because YAML readers disagree about those.
     """
     if text in _NULL:
         return None
@@ -86,8 +88,8 @@ def read_scalar(text: str) -> Any:
         return _BOOLEAN[text]
     if _DOUBTFUL.fullmatch(text):
         raise UnreadableError(
-            f"{text} is not a number that all readers of YAML take alike; write a finite decimal "
-            "number without leading zeros, or quotes around a text"
+            f"{text} is a number that YAML readers interpret differently; write a finite decimal "
+            "number without leading zeros, or put quotes around a text"
         )
     if _INTEGER.fullmatch(text):
         return _integer(text)
@@ -95,14 +97,13 @@ def read_scalar(text: str) -> Any:
 
 
 def read_value(text: str, is_text: Callable[[Place], bool], at: Place) -> Any:
-    """The value that a command line gives to the key at ``at``.
+    """The value of an override for the key at ``at``.
 
-    It is a scalar, with or without quotes, or a list or mapping in brackets.
-
-    Raises UnreadableError.
+    The text is a scalar, with or without quotes, or a list or mapping in brackets. Raises
+    UnreadableError.
     """
     if not text:
-        raise UnreadableError("has no value; write null for none, and '\"\"' for an empty text")
+        raise UnreadableError("has no value; write null for none, or '\"\"' for an empty text")
     if text[0] in "'\"" or (text[0] in "[{" and not is_text(at)):
         return read_yaml(text, is_text, at)
     if is_text(at):
@@ -116,8 +117,8 @@ def read_value(text: str, is_text: Callable[[Place], bool], at: Place) -> Any:
 def read_json(text: str) -> Any:
     """The value of a JSON text.
 
-    Raises UnreadableError, also for a key that is there twice, and for what Python would read
-    although JSON does not have it: NaN, Infinity, and numbers beyond the floats.
+    Raises UnreadableError, also for a key that occurs twice, and for values that Python accepts
+    although JSON does not have them: NaN, Infinity, and numbers that overflow a float.
     """
     try:
         value = json.loads(
@@ -136,17 +137,17 @@ def read_json(text: str) -> Any:
 
 
 def write_yaml(values: Mapping[str, Any]) -> str:
-    """YAML that `read_yaml` reads back to equal values, and readers of YAML 1.1 as well."""
+    """Write YAML from which `read_yaml`, and readers of YAML 1.1, get equal values."""
     return yaml.dump(dict(values), Dumper=_Dumper, allow_unicode=True, sort_keys=False)
 
 
 def check_plain(value: Any, depth: int = 0) -> None:
-    """Raise UnreadableError for a text that no file can hold, and for values nested too deeply."""
+    """Raise UnreadableError for a text that a file cannot contain, and for values nested too deeply."""
     if depth > DEEPEST:
         raise UnreadableError(f"is nested more than {DEEPEST} levels deep")
-    if isinstance(value, str) and (found := _UNWRITABLE.search(value)):
+    if isinstance(value, str) and (match := _UNWRITABLE.search(value)):
         raise UnreadableError(
-            f"the text {value!r} holds the character {found[0]!r}, which no file can hold"
+            f"the text {value!r} contains the character {match[0]!r}, which a file cannot contain"
         )
     if isinstance(value, Mapping):
         for key in value:
@@ -158,29 +159,30 @@ def check_plain(value: Any, depth: int = 0) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """Composes nodes; an unquoted scalar is a text until `_Builder` reads it."""
+    """Composes nodes. An unquoted scalar stays a text until `_Builder` converts it."""
 
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (as PyYAML has it)
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML declares it so)
 
 
 class _Builder:
-    """Values of the nodes of one document."""
+    """Builds the values of one document from its nodes."""
 
     def __init__(self, is_text: Callable[[Place], bool]) -> None:
-        self._is_text, self._count = is_text, 0
+        self._is_text = is_text
+        self._count = 0
 
     def value(self, node: yaml.Node, at: Place, depth: int) -> Any:
         self._count += 1
         if depth > DEEPEST:
             _refuse(node.start_mark, f"is nested more than {DEEPEST} levels deep")
         if self._count > LONGEST:
-            raise UnreadableError(f"the document holds more than {LONGEST:,} values")
+            raise UnreadableError(f"the document contains more than {LONGEST:,} values")
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, at, depth)
         if isinstance(node, yaml.SequenceNode):
             return [self.value(item, (*at, i), depth + 1) for i, item in enumerate(node.value)]
         assert isinstance(node, yaml.ScalarNode), "YAML has no other kind of node"
-        if node.style is not None:  # in quotes, or a block
+        if node.style is not None:  # quoted, or a block scalar
             return node.value
         if self._is_text(at):
             return None if node.value in _NULL else node.value
@@ -190,20 +192,21 @@ class _Builder:
             _refuse(node.start_mark, str(exc))
 
     def _mapping(self, node: yaml.MappingNode, at: Place, depth: int) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         lines: dict[str, int] = {}
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                _refuse(key.start_mark, "a key is a text, and this one is a list or a mapping")
-            if key.value in found:
+                _refuse(key.start_mark, "a key must be a text, but this one is a list or a mapping")
+            if key.value in values:
                 _refuse(
-                    key.start_mark, f"the key {key.value!r} is in line {lines[key.value]} already"
+                    key.start_mark,
+                    f"the key {key.value!r} occurs twice (first in line {lines[key.value]})",
                 )
             if key.value == "<<" and key.style is None:
                 _refuse(key.start_mark, "`<<` is not part of YAML 1.2; write the keys themselves")
             lines[key.value] = key.start_mark.line + 1
-            found[key.value] = self.value(value, (*at, key.value), depth + 1)
-        return found
+            values[key.value] = self.value(value, (*at, key.value), depth + 1)
+        return values
 
 
 class _Dumper(yaml.SafeDumper):
@@ -212,10 +215,10 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _write_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
-    """In quotes where `read_scalar` would take it for something else.
+    """Write a text, in quotes where `read_scalar` would not read it as a text.
 
-    PyYAML itself puts quotes where YAML 1.1 would. It reads some characters as the end of a line,
-    which only double quotes escape.
+    PyYAML itself adds the quotes that YAML 1.1 needs. It takes some characters for the end of a
+    line, and only double quotes escape those.
     """
     if _LINE_END.search(text):
         return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"')
@@ -230,19 +233,19 @@ _Dumper.add_representer(str, _write_text)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
-            raise UnreadableError(f"the key {key!r} is there twice")
-        found[key] = value
-    return found
+        if key in values:
+            raise UnreadableError(f"the key {key!r} occurs twice")
+        values[key] = value
+    return values
 
 
 def _integer(text: str) -> int:
     try:
         return int(text)
     except ValueError as exc:
-        raise UnreadableError("holds a number of more digits than Python reads") from exc
+        raise UnreadableError("contains a number with more digits than Python reads") from exc
 
 
 def _finite(text: str) -> float:

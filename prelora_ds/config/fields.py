@@ -1,10 +1,11 @@
-"""What the config's models are made of."""
+"""The types of values in the config, and the base class of its sections."""
 
 from __future__ import annotations
 
 import re
 import types
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import (
@@ -28,20 +29,20 @@ def _as_duration(value: Any) -> Duration:
 
 def _recurs(duration: Duration) -> Duration:
     if duration.value == 0:
-        raise ValueError(f'{duration} is no interval; write "1 step" for each step')
+        raise ValueError(f'{duration} is not an interval; write "1 step" for every step')
     return duration
 
 
 def _recurs_or_null(duration: Duration) -> Duration:
     if duration.value == 0:
-        raise ValueError(f'{duration} is no interval; write "1 step" for each step, and null for none')
+        raise ValueError(f'{duration} is not an interval; write "1 step" for every step, or null for none')
     return duration
 
 
 def parse_seconds(text: object) -> float:
-    """Seconds of ``"6 h"``, ``"90 min"``, ``"30 s"`` or ``"06:00:00"`` (a number is seconds already); above 0.
+    """Parse ``"6 h"``, ``"90 min"``, ``"30 s"`` or ``"06:00:00"`` (a number is in seconds already).
 
-    Raises ValueError.
+    Raises ValueError for any other text, and for a time that is not above 0.
     """
     seconds = float(text) if isinstance(text, int | float) else 0.0
     if isinstance(text, str):
@@ -56,52 +57,69 @@ def parse_seconds(text: object) -> float:
 
 def _as_text(text: str) -> str:
     if not text or any(ord(character) < 32 for character in text):
-        raise ValueError(f"{text!r} is empty or holds a control character")
+        raise ValueError(f"{text!r} is empty or contains a control character")
     return text
 
 
 def _as_place(text: str) -> str:
     if text.startswith("~"):
-        raise ValueError(f'{text!r} begins with "~", which only a shell expands; write the whole '
-                         "path, with ${oc.env:HOME} in place of the ~, or ./~ for a folder of that "
-                         "name")
+        raise ValueError(f'{text!r} begins with "~", which only a shell expands; write the full '
+                         "path, with ${oc.env:HOME} in place of ~, or ./~ for a folder with that name")
     longest = max(len(part.encode()) for part in text.split("/"))
     if "://" not in text and (longest > 255 or len(text.encode()) > 4000):
-        raise ValueError("is longer than a path may be: 255 bytes between two slashes, 4000 in all")
+        raise ValueError("is too long for a path: at most 255 bytes between two slashes, and 4000 in total")
     return text
 
 
 def _as_local(text: str) -> str:
     if "://" in text:
-        raise ValueError("is a URL, and this is written and read as a path of the file system; name a folder or file "
-                         "there, for example where the store is mounted")
+        raise ValueError("is a URL, but must be a path of the file system; name a folder or file, "
+                         "for example where the remote store is mounted")
     return text
 
 
 def parse_walltime(text: str) -> float:
-    """Seconds of the ``--walltime`` of a command: ``6h``, ``90m`` or ``06:00:00``. Raises ConfigError."""
+    """Parse the option ``--walltime`` (``6h``, ``90m``, ``06:00:00``) into seconds. Raises ConfigError."""
     try:
         return parse_seconds(text)
     except ValueError as exc:
         raise ConfigError("--walltime", text, "is not a walltime", "write 6h, 90m or 06:00:00") from exc
 
 
-Seconds = Annotated[float, BeforeValidator(parse_seconds)]
-DurationField = Annotated[Duration, BeforeValidator(_as_duration), PlainSerializer(str)]
-Interval = Annotated[DurationField, AfterValidator(_recurs)]
-IntervalOrNull = Annotated[DurationField, AfterValidator(_recurs_or_null)] | None
+@dataclass(frozen=True)
+class InWords:
+    """How the configuration reference names a type. pydantic ignores it."""
+
+    text: str
+
+
+Seconds = Annotated[
+    float,
+    BeforeValidator(parse_seconds),
+    InWords("a time"),
+]
+DurationField = Annotated[
+    Duration,
+    BeforeValidator(_as_duration),
+    PlainSerializer(str),
+    InWords("a duration"),
+]
+Interval = Annotated[DurationField, AfterValidator(_recurs), InWords("a duration > 0")]
+IntervalOrNull = Annotated[
+    DurationField, AfterValidator(_recurs_or_null), InWords("a duration > 0")
+] | None
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Text = Annotated[str, AfterValidator(_as_text)]
-Place = Annotated[Text, AfterValidator(_as_place)]  # a path or a URL
-LocalPlace = Annotated[Place, AfterValidator(_as_local)]
-Seed = Annotated[int, Field(ge=0, lt=2**64)]  # what torch.manual_seed takes
+Place = Annotated[Text, AfterValidator(_as_place), InWords("a path or URL")]
+LocalPlace = Annotated[Place, AfterValidator(_as_local), InWords("a path")]
+Seed = Annotated[int, Field(ge=0, lt=2**64)]  # the range that torch.manual_seed accepts
 
 
 class FieldError(ValueError):
-    """What a validator of a whole section raises about one of its fields, which the message to the user names.
+    """An error about one field, raised by a validator of its whole section.
 
-    field: its key within the section. value: what it holds.
+    field: the key within the section, which the message to the user names. value: its value.
     """
 
     def __init__(self, field: str, value: Any, problem: str) -> None:
@@ -110,14 +128,23 @@ class FieldError(ValueError):
 
 
 class Strict(BaseModel):
-    """Frozen; an unknown key, NaN and infinity are errors, and so is a value of another type.
+    """The base class of all sections.
 
-    True is not 1, and "5" is not 5. Only a float without a fraction stands for an integer, and a
-    list for a tuple.
+    It is frozen. An unknown key, NaN, infinity and a value of another type are errors: True is not
+    1, and "5" is not 5. Two conversions are made: a float without a fraction may stand for an
+    integer, and a list for a tuple.
+
+    The string below a field is its description, from which `prelora_ds.config.reference` makes docs/config.md.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False,
-                              arbitrary_types_allowed=True, serialize_by_alias=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        arbitrary_types_allowed=True,
+        serialize_by_alias=True,
+    )
 
     @field_validator("*", mode="before")
     @classmethod
@@ -125,7 +152,7 @@ class Strict(BaseModel):
         assert info.field_name is not None
         kinds = alternatives(cls.model_fields[info.field_name].annotation)
         if isinstance(value, bool) and bool not in kinds:
-            raise ValueError(f"{str(value).lower()} is not a value of this key")
+            raise ValueError(f"{str(value).lower()} is not allowed for this key")
         if isinstance(value, float) and value.is_integer() and int in kinds and float not in kinds:
             return int(value)
         return tuple(value) if isinstance(value, list) and tuple in kinds else value
@@ -134,8 +161,8 @@ class Strict(BaseModel):
 def alternatives(annotation: Any) -> set[Any]:
     """The types that an annotation allows.
 
-    These are the parts of a union, the types of a Literal's values, and ``tuple`` or ``dict``
-    without what they hold.
+    A union allows its parts, and a Literal the types of its values; ``tuple`` and ``dict`` are
+    returned without the types of their items.
     """
     origin = get_origin(annotation)
     if origin is Annotated:
@@ -148,7 +175,7 @@ def alternatives(annotation: Any) -> set[Any]:
 
 
 def annotation_at(model: type[BaseModel], place: Sequence[str | int]) -> Any:
-    """The annotation of the value at ``place`` of ``model``; None where no such key is known."""
+    """The annotation of the value at ``place`` in ``model``; None if there is no such key."""
     annotation: Any = model
     for key in place:
         annotation = _inside(annotation, key)
@@ -156,7 +183,7 @@ def annotation_at(model: type[BaseModel], place: Sequence[str | int]) -> Any:
 
 
 def keys_of(model: type[BaseModel], place: Sequence[str | int]) -> list[str]:
-    """The keys of the section at ``place`` of ``model``."""
+    """The keys of the section at ``place`` in ``model``."""
     sections = [kind for kind in alternatives(annotation_at(model, place)) if _is_model(kind)]
     return [field.alias or name for section in sections
             for name, field in section.model_fields.items()]
@@ -167,8 +194,8 @@ def _inside(annotation: Any, key: str | int) -> Any:
     if origin is Annotated:
         return _inside(arguments[0], key)
     if origin in (Union, types.UnionType):
-        found = (_inside(part, key) for part in arguments)
-        return next((inner for inner in found if inner is not None), None)
+        inner_annotations = (_inside(part, key) for part in arguments)
+        return next((inner for inner in inner_annotations if inner is not None), None)
     if origin is dict:
         return arguments[1]
     if origin is tuple:

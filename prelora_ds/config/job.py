@@ -1,4 +1,4 @@
-"""How a run is kept and watched: `checkpoint:`, `guard:`, `launch:` and `machine:` of a recipe."""
+"""How a run is saved and watched: `checkpoint:`, `guard:`, `launch:` and `machine:` of a recipe."""
 
 from __future__ import annotations
 
@@ -11,45 +11,79 @@ from prelora_ds.core.duration import Duration
 
 
 class MachineConfig(Strict):
-    """What ``auto`` in `phases` goes by.
-
-    ``memory_gib`` of a rank (by default its device's, or its share of the host's), and the rates in the file
-    ``calibration`` of `prelora calibrate` (by default the GPU's data sheet).
-    """
+    """What ``auto`` in `phases` knows about the machine."""
 
     memory_gib: Annotated[float, Field(gt=0)] | None = None
+    """
+    The memory per rank that `auto` may plan for, in GiB; `null` takes the memory of the rank's
+    device, or on a CPU the rank's share of the host's memory.
+    """
+
     calibration: LocalPlace | None = None
+    """
+    The file of measured rates that `prelora calibrate` wrote; `null` takes the data sheet of the
+    GPU.
+    """
 
 
 class CheckpointConfig(Strict):
-    """Checkpoints in ``run.output_dir/checkpoints``, each ``every`` and at the end (null: only when asked to stop).
-
-    keep_last, keep_best: so many of the newest and of the most accurate; keep_every: those that lie on its ticks, too.
-    With keep_best, an evaluation that beats all before it makes a checkpoint, whether or not one is due.
-    walltime: the job's time limit, counted from the start of the rank; the run stops with a checkpoint before it.
-    async: write while training goes on. deepspeed_format: write DeepSpeed's own folder into each checkpoint as well.
-    """
+    """Checkpoints in ``run.output_dir/checkpoints`` (docs/checkpoints.md)."""
 
     every: IntervalOrNull = Duration("1 epoch")
+    """
+    How often a checkpoint is written, besides at the end; `null` writes one only when the run is
+    asked to stop.
+    """
+
     keep_last: Positive = 2
+    """How many of the newest checkpoints to keep."""
+
     keep_best: Annotated[int, Field(ge=0)] = 1
+    """
+    How many of the checkpoints with the highest validation accuracy to keep. Unless this is 0 or
+    `checkpoint.every` is `null`, each evaluation that beats all earlier ones writes a checkpoint.
+    """
+
     keep_every: IntervalOrNull = None
+    """An interval at which checkpoints are written and kept permanently; `null` for none."""
+
     walltime: Seconds | None = None
+    """
+    The job's time limit, counted from the start of the rank: the run stops with a checkpoint before
+    it. `null` for no limit.
+    """
+
     async_: bool = Field(default=True, alias="async")
+    """Whether a thread writes checkpoints while training continues."""
+
     deepspeed_format: bool = False
+    """
+    Whether each checkpoint also contains a folder in DeepSpeed's own format, which holds pickles
+    and is written while training waits.
+    """
 
 
 class GuardConfig(Strict):
-    """hang_limit: a rank that takes no step for so long ends itself with all stacks and exit code 85."""
+    """The watchdog of each rank."""
 
     hang_limit: Seconds = 1800.0
+    """
+    The longest time without a step, in seconds: after it a rank prints the stacks of all its
+    threads and exits with code 85.
+    """
 
 
 class LaunchConfig(Strict):
-    """``interface``: the network interface of gloo, NCCL and MPI (null: gloo takes the one towards the master).
-
-    ``timeout_s``: seconds within which all ranks have to come before the process group is made.
-    """
+    """How the ranks find each other."""
 
     interface: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,15}$")] | None = None
+    """
+    The network interface of gloo, NCCL and MPI, for example `eth0`; with `null` gloo uses the
+    interface that leads to the master, and the others choose their own.
+    """
+
     timeout_s: Annotated[float, Field(gt=0)] = 300.0
+    """
+    The seconds within which all ranks must check in with rank 0 before the process group is
+    created.
+    """

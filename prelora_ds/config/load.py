@@ -1,4 +1,7 @@
-"""Recipe YAML + ``a.b=c`` overrides + DeepSpeed JSON -> a validated Config. The only reader of files for it."""
+"""Load a validated Config from a recipe (YAML), overrides ``a.b=c`` and a DeepSpeed JSON.
+
+This is the only module that reads configuration files.
+"""
 
 from __future__ import annotations
 
@@ -24,20 +27,20 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = (),
                 deepspeed_config: str | Path | None = None) -> Config:
     """The validated config of a run.
 
-    Raises ConfigError with key, value and remedy: a missing or unreadable file, an unknown key, a bad value, or a
-    DeepSpeed JSON that sets what the recipe owns.
+    Raises ConfigError, with key, value and remedy, for a missing or unreadable file, an unknown key,
+    an invalid value, or a DeepSpeed JSON that sets a key of the recipe.
     """
     return validate(read_settings(recipe, overrides, deepspeed_config), str(recipe))
 
 
 def read_settings(recipe: str | Path, overrides: Sequence[str] = (),
                   deepspeed_config: str | Path | None = None) -> dict[str, Any]:
-    """What `load_config` validates. Raises ConfigError."""
+    """The values that `load_config` validates. Raises ConfigError."""
     tree = renamed(_read_recipe(Path(recipe)))
     if deepspeed_config is not None:
         given = read_deepspeed_json(Path(deepspeed_config))
         _refuse_another(tree.get("deepspeed"), str(recipe), given, str(deepspeed_config))
-        tree["deepspeed"] = given  # the overrides have the last word
+        tree["deepspeed"] = given  # the overrides below have precedence
     for text in overrides:
         override(tree, text)
     try:
@@ -45,15 +48,15 @@ def read_settings(recipe: str | Path, overrides: Sequence[str] = (),
         check_plain(values)
     except UnreadableError as exc:
         raise ConfigError("recipe and overrides", " ".join([str(recipe), *overrides]), str(exc),
-                          "correct the override or the ${...} of the recipe") from exc
+                          "fix the override or the ${...} reference in the recipe") from exc
     return values
 
 
 def validate(values: Mapping[str, Any], source: str) -> Config:
-    """A Config of a plain mapping.
+    """Make a Config from a plain mapping.
 
-    Keys of an older version are read under their new names. Raises ConfigError that names the first
-    offending key of ``source``.
+    Keys of an older version are read under their new names. Raises ConfigError for the first
+    invalid key; ``source`` is the recipe that the message names.
     """
     values = with_new_names(values)
     if isinstance(values.get("deepspeed"), dict):
@@ -65,37 +68,42 @@ def validate(values: Mapping[str, Any], source: str) -> Config:
         config = Config.model_validate(values)
     except ValidationError as exc:
         raise _config_error(exc, source, values) from exc
-    for phase in config.phase_list:  # a zero_stage of its own goes with the offloading of the run's section
-        own, where = config.for_phase(phase.name).deepspeed, f"the DeepSpeed config with phases.{phase.name}"
-        check_deepspeed(own, where)
-        if phase.zero_stage == "auto":  # may become 1 or 2
-            check_alignment(own.get("zero_optimization", {}), where)
+
+    # A phase's zero_stage is combined with the offloading of the run's section: check that as well.
+    for phase in config.phase_list:
+        deepspeed = config.for_phase(phase.name).deepspeed
+        where = f"the DeepSpeed config with phases.{phase.name}"
+        check_deepspeed(deepspeed, where)
+        if phase.zero_stage == "auto":  # which may become 1 or 2
+            check_alignment(deepspeed.get("zero_optimization", {}), where)
     return config
 
 
 def _with_deepspeed_checked(phases: Any) -> Any:
-    """``phases`` of a recipe, each `deepspeed` section of its own without "auto". Raises ConfigError."""
+    """``phases`` of a recipe with "auto" removed from each phase's `deepspeed` section. Raises ConfigError."""
     if isinstance(phases, list):
-        names = [own.get("name", i) if isinstance(own, dict) else i for i, own in enumerate(phases)]
-        return [_phase_with_deepspeed_checked(own, name) for own, name in zip(phases, names, strict=True)]
+        names = [phase.get("name", i) if isinstance(phase, dict) else i for i, phase in enumerate(phases)]
+        return [_phase_with_deepspeed_checked(phase, name)
+                for phase, name in zip(phases, names, strict=True)]
     if isinstance(phases, dict):
-        return {name: _phase_with_deepspeed_checked(own, name) for name, own in phases.items()}
+        return {name: _phase_with_deepspeed_checked(phase, name) for name, phase in phases.items()}
     return phases
 
 
 def _phase_with_deepspeed_checked(phase: Any, name: Any) -> Any:
     if not isinstance(phase, dict) or not isinstance(phase.get("deepspeed"), dict):
         return phase
-    own = without_auto(phase["deepspeed"], f"phases.{name}.deepspeed")
-    check_deepspeed(own, f"phases.{name}.deepspeed")
-    return {**phase, "deepspeed": own}
+    deepspeed = without_auto(phase["deepspeed"], f"phases.{name}.deepspeed")
+    check_deepspeed(deepspeed, f"phases.{name}.deepspeed")
+    return {**phase, "deepspeed": deepspeed}
 
 
 def check_world(config: Config, world_size: int) -> None:
-    """Raise ConfigError when the batch does not divide over ``world_size`` ranks, in any phase."""
+    """Raise ConfigError if in any phase the global batch cannot be divided among ``world_size`` ranks."""
     for phase in config.phase_list:
-        own = phase.micro_batch_size not in (None, "auto")
-        key = f"phases.{phase.name}.micro_batch_size" if own else "train.micro_batch_size"
+        key = "train.micro_batch_size"
+        if phase.micro_batch_size not in (None, "auto"):
+            key = f"phases.{phase.name}.micro_batch_size"
         _check_batch(config.for_phase(phase.name), world_size, key)
 
 
@@ -104,57 +112,60 @@ def _check_batch(config: Config, world_size: int, key: str) -> None:
         config.grad_accum_steps(world_size)
     except ValueError as exc:
         raise ConfigError(key, config.train.micro_batch_size, str(exc),
-                          "choose a micro-batch so that global_batch_size = micro_batch_size x ranks x a whole number "
-                          "(1 at ZeRO stage 0), or another ZeRO stage") from exc
+                          "choose a micro-batch size such that global_batch_size = micro_batch_size x ranks x an "
+                          "integer (1 at ZeRO stage 0), or choose another ZeRO stage") from exc
 
 
 def read_deepspeed_json(path: Path) -> dict[str, Any]:
-    """A checked DeepSpeed JSON, "auto" left out.
+    """Read and check a DeepSpeed JSON file; its keys with the value "auto" are left out.
 
-    Raises ConfigError when it is missing, is not an object, or is refused.
+    Raises ConfigError if the file is missing, is not a JSON object, or contains a refused key.
     """
     try:
         values = read_json(_read_text(path, "--deepspeed_config", "see ds_configs/"))
     except UnreadableError as exc:
-        raise ConfigError("--deepspeed_config", str(path), f"is not JSON: {exc}",
-                          "correct the file") from exc
+        raise ConfigError("--deepspeed_config", str(path), f"is not valid JSON: {exc}",
+                          "fix the file") from exc
     if not isinstance(values, dict):
-        raise ConfigError("--deepspeed_config", str(path), "is not a JSON object",
+        raise ConfigError("--deepspeed_config", str(path), "must be a JSON object",
                           "see ds_configs/")
     values = without_auto(values, str(path))
     check_deepspeed(values, str(path))
     return values
 
 
-def _refuse_another(own: Any, recipe: str, given: Mapping[str, Any], path: str) -> None:
-    """Raise ConfigError where a recipe has a section of its own that is not the one ``given`` by a file.
+def _refuse_another(section: Any, recipe: str, given: Mapping[str, Any], path: str) -> None:
+    """Raise ConfigError if the recipe's deepspeed ``section`` differs from the one ``given`` by a file.
 
-    None counts as no section.
+    None means that the recipe has no such section.
     """
-    if own is None:
+    if section is None:
         return
-    if isinstance(own, dict):
-        own = without_auto(own, f"{recipe}: deepspeed")
-    if own == given:
+    if isinstance(section, dict):
+        section = without_auto(section, f"{recipe}: deepspeed")
+    if section == given:
         return
-    key, mine, theirs = _first_difference(own, given)
+
+    key, in_recipe, in_file = _first_difference(section, given)
     raise ConfigError(
-        "--deepspeed_config", path, f"{recipe} has a deepspeed section of its own, and the two differ: "
-        f"{key} is {theirs} in this file and {mine} in the recipe",
-        "leave --deepspeed_config out, or remove the section deepspeed from the recipe; an override such as "
+        "--deepspeed_config", path,
+        f"{recipe} has a deepspeed section of its own, and the two differ: "
+        f"{key} is {in_file} in this file and {in_recipe} in the recipe",
+        "omit --deepspeed_config, or remove the section deepspeed from the recipe; an override such as "
         "deepspeed.zero_optimization.stage=2 changes a key of either")
 
 
-def _first_difference(own: Any, given: Any, at: str = "deepspeed") -> tuple[str, str, str]:
-    if not (isinstance(own, dict) and isinstance(given, dict)):
-        return at, repr(own), repr(given)
-    for key in (*given, *own):
-        mine, theirs = own.get(key, _NOTHING), given.get(key, _NOTHING)
-        if mine is _NOTHING or theirs is _NOTHING:
-            shown = ["not there" if value is _NOTHING else repr(value) for value in (mine, theirs)]
+def _first_difference(section: Any, given: Any, at: str = "deepspeed") -> tuple[str, str, str]:
+    """The first key at which two unequal sections differ, with both values as texts."""
+    if not (isinstance(section, dict) and isinstance(given, dict)):
+        return at, repr(section), repr(given)
+    for key in (*given, *section):
+        values = (section.get(key, _NOTHING), given.get(key, _NOTHING))
+        if _NOTHING in values:
+            shown = ["not set" if value is _NOTHING else repr(value) for value in values]
             return f"{at}.{key}", shown[0], shown[1]
-        if mine != theirs:
-            return _first_difference(mine, theirs, f"{at}.{key}")
+        if values[0] != values[1]:
+            return _first_difference(*values, f"{at}.{key}")
     raise AssertionError("they differ")
 
 
@@ -169,9 +180,9 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     try:
         tree = read_yaml(_read_text(path, "--recipe", hint), is_text)
     except UnreadableError as exc:
-        raise ConfigError("--recipe", str(path), f"is not YAML: {exc}", "correct the file") from exc
+        raise ConfigError("--recipe", str(path), f"is not valid YAML: {exc}", "fix the file") from exc
     if not isinstance(tree, dict):
-        raise ConfigError("--recipe", str(path), "is not a mapping of keys", "see launch/recipes/")
+        raise ConfigError("--recipe", str(path), "must be a mapping", "see launch/recipes/")
     return tree
 
 
@@ -186,17 +197,17 @@ def _read_text(path: Path, key: str, hint: str) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as exc:
-        raise ConfigError(key, str(path), "there is no such file", hint) from exc
+        raise ConfigError(key, str(path), "does not exist", hint) from exc
     except OSError as exc:
         raise ConfigError(key, str(path), f"cannot be read ({exc.strerror})",
-                          "name another file") from exc
+                          "choose another file") from exc
     except UnicodeDecodeError as exc:
-        raise ConfigError(key, str(path), f"is not a text in UTF-8: {exc}",
+        raise ConfigError(key, str(path), f"is not a UTF-8 text: {exc}",
                           "save it as UTF-8") from exc
 
 
 def _config_error(exc: ValidationError, source: str, values: Mapping[str, Any]) -> ConfigError:
-    # A misspelt key that is required is missing as well; the unknown key says more.
+    # Report unknown keys before missing ones: a typo in a required key causes both.
     error = min(exc.errors(), key=lambda e: e["type"] != "extra_forbidden")
     unknown = error["type"] == "extra_forbidden"
     place = _place(error["loc"][:-1] if unknown else error["loc"])
@@ -207,29 +218,33 @@ def _config_error(exc: ValidationError, source: str, values: Mapping[str, Any]) 
         known = keys_of(Config, place[:-1])
         near = difflib.get_close_matches(str(place[-1]), known, n=1)
         return ConfigError(key, error["input"], f"unknown key (in {source})",
-                           f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}")
+                           f"did you mean {near[0]}?" if near else f"valid keys: {', '.join(known)}")
     if error["type"] == "missing":
         *section, last = place
         remedy = f"set {key}" if isinstance(last, str) else \
-            f"give {_dotted(section, values)} as a whole, for example [0.9, 0.95]"
+            f"set all entries of {_dotted(section, values)}, for example [0.9, 0.95]"
         return ConfigError(key, None, f"is required (in {source})", remedy)
     if error["type"] == "model_type":
         first = keys_of(Config, place)[0]
-        return ConfigError(key, error["input"], f"is not a mapping of keys (in {source})",
-                           f"set single keys of it, for example {key}.{first}")
+        return ConfigError(key, error["input"], f"must be a mapping (in {source})",
+                           f"set one of its keys, for example {key}.{first}")
     message = error["msg"].removeprefix("Value error, ")
     value = error["input"] if not isinstance(error["input"], dict) else "..."
     cause = error.get("ctx", {}).get("error")
     if isinstance(cause, FieldError):
         key, value = ".".join(filter(None, (_dotted(place, values), cause.field))), cause.value
-    wanted = {"bool_type": "write true or false", "int_type": "write a whole number",
-              "float_type": "write a number", "string_type": "write a text"}
+    remedies = {
+        "bool_type": "set it to true or false",
+        "int_type": "set it to an integer",
+        "float_type": "set it to a number",
+        "string_type": "set it to a text",
+    }
     return ConfigError(key, value, f"{message[0].lower()}{message[1:]} (in {source})",
-                       wanted.get(error["type"], f"set another {key}"))
+                       remedies.get(error["type"], f"choose a different value for {key}"))
 
 
 def _place(loc: Sequence[str | int]) -> tuple[str | int, ...]:
-    """Where an error of pydantic's lies in a recipe: without the part of a union that it tried."""
+    """The place of a pydantic error in a recipe, without the alternatives of unions that pydantic tried."""
     place: tuple[str | int, ...] = ()
     for part in loc:
         tried = isinstance(part, str) and part.startswith("as a ")  # the tags of `prelora_ds.config.phases`
@@ -239,7 +254,7 @@ def _place(loc: Sequence[str | int]) -> tuple[str | int, ...]:
 
 
 def _dotted(place: Sequence[str | int], values: Mapping[str, Any]) -> str:
-    """The key of ``place``, with an entry of `phases` by its name."""
+    """The dotted key of ``place``, in which an entry of `phases` has its name instead of its index."""
     parts = list(place)
     if len(parts) > 1 and parts[0] == "phases" and isinstance(parts[1], int):
         entry = values["phases"][parts[1]]

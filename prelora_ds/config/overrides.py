@@ -1,4 +1,4 @@
-"""The overrides ``a.b=c`` of a recipe, and the ``${...}`` in both."""
+"""Overrides ``a.b=c`` of a recipe, and the ``${...}`` references in both."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from prelora_ds.config.fields import alternatives, annotation_at
 from prelora_ds.config.tree import Config
 from prelora_ds.errors import ConfigError
 
-# The default of ${oc.env:NAME,DEFAULT} and ${oc.select:KEY,DEFAULT}, where it is written without quotes and ${...}.
+# An unquoted default, without ${...}, of ${oc.env:NAME,DEFAULT} or ${oc.select:KEY,DEFAULT}.
 _DEFAULT = re.compile(
     r"""(?<!\\)((?:\\\\)*\$\{\s*oc\.(?:env|select)\s*:(?:[^{},'"\\$]|\$\{[^{}]*\})+,\s*)"""
     r"""([^\[\]{},'"\\$]*?|\[[^\[\]{}'"\\$]*\])(\s*\})"""
@@ -25,62 +25,65 @@ _DEFAULT = re.compile(
 
 
 def is_text(place: Place) -> bool:
-    """Whether the config takes only a text at ``place``, where 007 or true is one as well."""
+    """Whether the config accepts only a text at ``place``: there 007 and true are texts as well."""
     return alternatives(annotation_at(Config, place)) - {NoneType} == {str}
 
 
 def override(tree: dict[str, Any], text: str) -> None:
-    """Put ``a.b=c`` into ``tree``; a mapping is merged with the one that is there.
+    """Set ``a.b=c`` in ``tree``; a mapping is merged into an existing one.
 
-    A key of an older version is put under its name of today. Raises ConfigError.
+    A key of an older version is set under its new name. Raises ConfigError.
     """
     key, separator, given = text.partition("=")
     key = new_name(key)
     place = tuple(key.split("."))
     if not separator or not all(place):
         raise ConfigError("override", text, "is not of the form a.b=c",
-                          "write for example train.log_every=10")
+                          "write, for example, train.log_every=10")
     if len(place) > DEEPEST:
         raise ConfigError("override", text, f"names a key of more than {DEEPEST} levels",
-                          "name a shorter one")
+                          "use a shorter key")
     try:
         value = read_value(given, is_text, place)
     except UnreadableError as exc:
         raise ConfigError(key, given, f"cannot be read: {exc}",
-                          f"give {key} another value") from exc
+                          f"choose a different value for {key}") from exc
     _merge(_section(tree, place, given), place[-1], value)
 
 
 def _section(tree: dict[str, Any], place: tuple[str, ...], given: str) -> dict[str, Any]:
-    """The mapping that holds the last key of ``place``; made where there is none."""
+    """The mapping that contains the last key of ``place``; it is created if it does not exist."""
     key = ".".join(place)
     for i in range(1, len(place)):
-        held, below = ".".join(place[:i]), tree.get(place[i - 1])
-        if held == "phases" and (phases := _by_name(below)):
+        section = ".".join(place[:i])
+        inner = tree.get(place[i - 1])
+        if section == "phases" and (phases := _by_name(inner)):
             if place[i] not in phases or len(place) == i + 1:
                 raise ConfigError(key, given, f"the phases of this recipe are {', '.join(phases)}",
-                                  "name one of them, and a key of it")
+                                  "name one of them, and one of its keys")
             tree = phases
             continue
-        if held == "phases" and below is None:
-            below = tree["phases"] = {}
-        elif isinstance(below, list) or (held != "phases" and tuple in alternatives(
+
+        if section == "phases" and inner is None:
+            inner = tree["phases"] = {}
+        elif isinstance(inner, list) or (section != "phases" and tuple in alternatives(
                 annotation_at(Config, place[:i]))):
-            raise ConfigError(key, given, f"{held} is a list, which an override gives as a whole",
-                              f"write for example {held}=[first,second]")
-        if below is None:
-            below = tree[place[i - 1]] = {}
-        if not isinstance(below, dict):
-            raise ConfigError(key, given, f"{held} is {below!r}, which holds no keys",
-                              f"leave {held} out")
-        tree = below
+            raise ConfigError(key, given, f"{section} is a list, which an override must set as a whole",
+                              f"write, for example, {section}=[first,second]")
+        if inner is None:
+            inner = tree[place[i - 1]] = {}
+        if not isinstance(inner, dict):
+            raise ConfigError(key, given, f"{section} is {inner!r}, which has no keys",
+                              f"remove {section}")
+        tree = inner
     return tree
 
 
 def _by_name(phases: Any) -> dict[str, Any]:
-    """The entries of a list of phases by their names."""
+    """The entries of a list of phases by their names; empty for anything else."""
     entries = phases if isinstance(phases, list) else []
-    return {str(entry["name"]): entry for entry in entries if isinstance(entry, dict) and "name" in entry}
+    named = [entry for entry in entries if isinstance(entry, dict) and "name" in entry]
+    return {str(entry["name"]): entry for entry in named}
 
 
 def _merge(tree: dict[str, Any], key: str, value: Any) -> None:
@@ -92,7 +95,7 @@ def _merge(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def as_override(key: str, value: Any) -> str:
-    """What a shell takes as the override that gives ``value`` to ``key``."""
+    """The override that sets ``key`` to ``value``, quoted for a shell."""
     place = tuple(key.split("."))
     try:
         plain = isinstance(value, str) and read_value(value, is_text, place) == value
@@ -103,16 +106,15 @@ def as_override(key: str, value: Any) -> str:
 
 
 def _quoted(value: Any) -> str:
-    """``value`` as JSON that YAML reads alike: it folds three line breaks that JSON leaves as they are."""
+    """``value`` as JSON that YAML reads as well: YAML would fold three line breaks that JSON does not escape."""
     text = json.dumps(value, ensure_ascii=False)
-    return re.sub("[\x85\u2028\u2029]", lambda found: f"\\u{ord(found[0]):04x}", text)
+    return re.sub("[\x85\u2028\u2029]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def interpolate(tree: dict[str, Any]) -> dict[str, Any]:
-    """``tree`` with its ``${...}`` filled in by OmegaConf; what they give is read as if it stood
-    there.
+    """``tree`` with its ``${...}`` references resolved by OmegaConf.
 
-    Raises UnreadableError.
+    A resolved value is read as if it were written in their place. Raises UnreadableError.
     """
     if not any("${" in text for text in _texts(tree)):
         return tree
@@ -121,15 +123,15 @@ def interpolate(tree: dict[str, Any]) -> dict[str, Any]:
     except (OmegaConfBaseException, ValueError) as exc:
         raise UnreadableError(str(exc).splitlines()[0]) from exc
     except RecursionError as exc:
-        raise UnreadableError("a ${...} leads back to itself") from exc
+        raise UnreadableError("a ${...} reference refers to itself") from exc
     read: dict[str, Any] = _read_filled(tree, filled, ())
     return read
 
 
 def _with_defaults_quoted(value: Any) -> Any:
-    """``value`` with quotes around the defaults in its ``${...}``.
+    """``value`` with quotes around the defaults in its ``${...}`` references.
 
-    OmegaConf would read a bare one as a value and write that: 1.1 for 1.10, and 202411 for 2024_11.
+    OmegaConf would convert an unquoted default: 1.10 to 1.1, and 2024_11 to 202411.
     """
     if isinstance(value, dict):
         return {key: _with_defaults_quoted(inner) for key, inner in value.items()}
@@ -144,7 +146,7 @@ def _default_quoted(match: re.Match[str]) -> str:
 
 
 def without_interpolation(value: Any) -> Any:
-    r"""``value`` with ``\${`` for ``${`` in its texts, so that `interpolate` gives them back."""
+    r"""``value`` with every ``${`` escaped as ``\${``, so that `interpolate` returns the original."""
     if isinstance(value, dict):
         return {key: without_interpolation(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -165,6 +167,7 @@ def _read_filled(before: Any, after: Any, at: Place) -> Any:
 
 
 def _texts(value: Any) -> list[str]:
+    """All texts in ``value``, however deeply nested."""
     if isinstance(value, dict | list):
         inside = value.values() if isinstance(value, dict) else value
         return [text for inner in inside for text in _texts(inner)]

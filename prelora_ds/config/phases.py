@@ -1,4 +1,4 @@
-"""`phases:` of a recipe: a list of phases, or a preset with settings for single phases."""
+"""`phases:` of a recipe: either a list of phases, or a preset with settings for single phases."""
 
 from __future__ import annotations
 
@@ -22,16 +22,28 @@ Mode = Literal["auto", "peft", "branch", "merged"]
 
 
 class PhaseSettings(Strict):
-    """How a phase is run: what may differ between two jobs of one run. The global batch never does.
+    """How a phase is run; these settings may differ between two jobs of one run.
 
-    ``zero_stage`` is short for a ``deepspeed`` section with another stage; ``deepspeed`` replaces the whole section.
-    ``auto`` is resolved at the start of a run (`prelora_ds.run.autosize`): the largest micro-batch that fits, and
-    the stage with the least predicted step time.
+    `prelora_ds.run.autosize` resolves ``auto`` at the start of a run.
     """
 
     micro_batch_size: Positive | Literal["auto"] | None = None
+    """
+    The number of images per rank and forward pass in this phase; `null` takes
+    `train.micro_batch_size`, and `auto` the largest that fits into the memory of a rank.
+    """
+
     zero_stage: Literal[0, 1, 2, 3, "auto"] | None = None
+    """
+    The ZeRO stage of this phase; `null` takes that of the phase's DeepSpeed config, and `auto` the
+    one with the lowest predicted step time among those that fit.
+    """
+
     deepspeed: dict[str, Any] | None = None
+    """
+    A DeepSpeed config for this phase, which replaces the whole section `deepspeed`; `null` takes
+    that section.
+    """
 
     @property
     def is_auto(self) -> bool:
@@ -39,11 +51,19 @@ class PhaseSettings(Strict):
 
 
 class PreloraRule(Strict):
-    """PreLoRA Algorithm 2: powers of two from ``r_min`` to ``r_max``, by how much each layer still moves."""
+    """Ranks by PreLoRA's Algorithm 2: powers of two, the larger the more a layer still changes."""
 
     rule: Literal["prelora"]
+    """
+    The rule: `prelora` is Algorithm 2, which gives the layers that still change most the largest
+    ranks.
+    """
+
     r_min: Positive = 8
+    """The smallest rank; a power of two."""
+
     r_max: Positive = 64
+    """The largest rank; a power of two, and at least the smallest."""
 
     @model_validator(mode="after")
     def _ranks_are_powers_of_two(self) -> PreloraRule:
@@ -52,47 +72,90 @@ class PreloraRule(Strict):
 
 
 class Algorithm1(Strict):
-    """PreLoRA Algorithm 1: k windows of m observations, ``tau`` and ``zeta`` in per cent."""
+    """The parameters of PreLoRA's Algorithm 1."""
 
     tau: Annotated[float, Field(gt=0)]
+    """The largest change of a weight norm between two successive windows, in per cent."""
+
     zeta: Annotated[float, Field(gt=0)]
+    """The largest change of the mean loss between two successive windows, in per cent."""
+
     k: Annotated[int, Field(ge=2)] = 3
+    """How many of the last windows are compared; all k - 1 changes must be small enough."""
+
     m: Positive = 3
+    """How many observations (`observe.every`) make a window."""
+
     statistic: Literal["mean", "last"] = "mean"
+    """
+    The norm of a window: the `mean` of its observations, or the `last` of them. The paper leaves
+    this open.
+    """
+
     aggregate: Literal["norm_of_mean", "mean_of_layers"] = "norm_of_mean"
+    """
+    The change of a family: that of the norm averaged over its layers (`norm_of_mean`, as in the
+    paper), or the mean of the absolute changes of its layers (`mean_of_layers`).
+    """
 
 
 class PreloraUntil(Algorithm1):
-    """A phase that ends when Algorithm 1 passes."""
+    """The end of a phase by Algorithm 1."""
 
     test: Literal["prelora"]
+    """The test: `prelora` is Algorithm 1, which passes when weight norms and loss have settled."""
 
 
 class AdapterTraining(Strict):
     """How adapters train, whatever their ranks."""
 
     alpha_over_r: Annotated[float, Field(gt=0)] = 1.0
+    """
+    LoRA's scaling alpha / r: the factor of what an adapter adds to its linear, the same for every
+    rank.
+    """
+
     dropout: Share = 0.0
+    """The probability of dropout on the input of each adapter."""
+
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's weight decay of the adapters."""
+
     mode: Mode = "auto"
+    """
+    How a linear with an adapter is computed: `branch` adds the adapter's two products, `merged`
+    uses one product with the merged weight (and keeps the frozen weight in fp32), `peft` is peft's
+    own code. `auto` takes the one that was measured to be fastest: `merged` for ViTs of at most 384
+    features below ZeRO stage 3, otherwise `branch`. With dropout, `merged` is computed as `branch`.
+    """
 
 
 class AdaptersConfig(AdapterTraining):
-    """The adapters of a phase.
-
-    ``from``: ``fresh`` attaches new ones where there are none; ``keep`` takes over those of the phase before, and may
-    change how they train (``dropout``, ``weight_decay``, ``mode``). ``rank`` gives all of them one rank, ``ranks``
-    names a rule. ``alpha_over_r`` is LoRA's scaling, the same for every rank. ``mode`` is how a linear with an adapter
-    computes (`prelora_ds.model.adapters.lora`); ``auto`` is the one that was measured to be fastest
-    (`Config.kernel`). ``options`` are those of the kind (`prelora_ds.core.adapters`).
-    """
+    """The adapters of a phase."""
 
     kind: Text = "lora"
+    """The kind of adapter; `lora` is the only one."""
+
     rank: Positive | None = None
+    """One rank for all adapters. New adapters need either this or `phases.*.adapters.ranks`."""
+
     ranks: PreloraRule | None = None
+    """
+    A rule that gives each adapter its rank, from the windows of an earlier phase that ends by a
+    test.
+    """
+
     families: tuple[str, ...] | None = None
+    """The families of linears that get adapters; `null` for all families of the model."""
+
     options: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """Options of the kind: `train_a: false` of `lora` leaves A at its first value (LoRA-FA)."""
+
     from_: Literal["fresh", "keep"] = Field(default="fresh", alias="from")
+    """
+    Where the adapters come from: `fresh` attaches new ones where there are none; `keep` takes over
+    those of the phase before, and may change only `dropout`, `weight_decay` and `mode`.
+    """
 
     @model_validator(mode="after")
     def _kind_can(self) -> AdaptersConfig:
@@ -100,21 +163,25 @@ class AdaptersConfig(AdapterTraining):
             raise FieldError("kind", self.kind, f"is not a kind of adapter; known are {', '.join(KINDS)}")
         can = KINDS[self.kind].can
         if self.mode not in ("auto", *can.kernels):
-            raise FieldError("mode", self.mode, f"is not how the kind {self.kind} computes; choose auto, "
+            raise FieldError("mode", self.mode, f"is not a kernel of the kind {self.kind}; choose auto, "
                              f"{', '.join(can.kernels)}")
         if self.ranks is not None and not can.rank_per_module:
-            raise FieldError("ranks", self.ranks.rule, f"gives each linear its own rank, and the kind {self.kind} has "
-                             "one for all; give rank")
+            raise FieldError("ranks", self.ranks.rule, f"gives each linear its own rank, but the kind {self.kind} "
+                             "supports only one rank for all; set rank instead")
         check_families(self.families)
         given = [key for key in ("rank", "ranks") if getattr(self, key) is not None]
         if self.from_ == "keep":
-            own = [key for key in ("kind", "rank", "ranks", "families", "alpha_over_r", "options")
-                   if getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True)]
-            if own:
-                raise FieldError(own[0], getattr(self, own[0]), "is of adapters that begin, and from: keep takes over "
-                                 "those that are there; leave it out")
+            fields = type(self).model_fields
+            changed = [
+                key for key in ("kind", "rank", "ranks", "families", "alpha_over_r", "options")
+                if getattr(self, key) != fields[key].get_default(call_default_factory=True)
+            ]
+            if changed:
+                raise FieldError(
+                    changed[0], getattr(self, changed[0]),
+                    "applies to new adapters only, but from: keep takes over the existing ones; remove it")
         elif len(given) != 1:
-            raise FieldError("rank", self.rank, "give either rank, one for all, or ranks, a rule")
+            raise FieldError("rank", self.rank, "set either rank (one rank for all) or ranks (a rule), not both")
         return self
 
     @property
@@ -142,23 +209,49 @@ LrScale = Annotated[Annotated[Factor, Tag("as a number")] | Annotated[dict[str, 
 
 
 class PhaseConfig(PhaseSettings):
-    """A phase of the method.
-
-    ``adapters``: left out, those that are there stay; ``none``: there are none. ``train``: ``all``, or a list of
-    adapters, head, norms, biases, embeddings, rest, or a regular expression over names of parameters
-    (`prelora_ds.core.trainable`). ``until``: a duration or a test; the last phase has none, because it lasts as long
-    as the run. ``lr_scale``: a factor of the learning rate, or one for each of base, adapters, or a role of the kind.
-    ``rewarm``: how long the learning rate rises again when the phase begins. ``freeze_below``: all that the model
-    defines before this layer is frozen.
-    """
+    """A phase of the method."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]
+    """The name of the phase in logs and overrides: a letter, then letters, digits, _ or -."""
+
     adapters: AdaptersConfig | Literal["none"] | None = None
+    """
+    The adapters of this phase; `null` keeps those of the phase before, and `none` states that there
+    are none.
+    """
+
     train: str | tuple[str, ...] = "all"
+    """
+    What trains: `all`, or a list of `adapters`, `head`, `norms`, `biases`, `embeddings`, `rest`
+    (everything that is not an adapted linear) and regular expressions that match whole names of
+    parameters.
+    """
+
     until: Until | None = None
+    """
+    When the phase ends: after a duration, or when a test passes. A test uses only windows that
+    began in its own phase. The last phase must not have this key, because it lasts until the end of
+    the run; all others need it.
+    """
+
     lr_scale: LrScale = 1.0
+    """
+    A factor of the learning rate, or a mapping with one factor per role: `base` (the model's own
+    parameters), `adapters`, or a role of the kind of adapter (`a` and `b` for the two matrices of
+    `lora`).
+    """
+
     rewarm: DurationField | None = None
+    """
+    How long the learning rate rises linearly to its schedule when the phase begins; `null` for no
+    such rise.
+    """
+
     freeze_below: Annotated[int, Field(ge=1)] | None = None
+    """
+    The number of a layer (block): everything that the model defines before it is frozen, so that
+    the backward pass ends there. `null` freezes nothing.
+    """
 
     @model_validator(mode="after")
     def _words_are_known(self) -> PhaseConfig:
@@ -167,10 +260,12 @@ class PhaseConfig(PhaseSettings):
                 try:
                     re.compile(word)
                 except re.error as exc:
-                    raise FieldError("train", word, "is neither one of all, "
-                                     f"{', '.join(SETS)} nor a regular expression: {exc}") from exc
+                    raise FieldError(
+                        "train", word,
+                        f"is neither one of all, {', '.join(SETS)} nor a valid regular expression: {exc}"
+                    ) from exc
         if not self.trained:
-            raise FieldError("train", [], "a phase that trains nothing does nothing")
+            raise FieldError("train", [], "must name at least one set of parameters")
         roles = {role for kind in KINDS.values() for role in kind.roles()}
         for role, factor in self.lr_scale.items() if isinstance(self.lr_scale, dict) else ():
             if role not in (BASE, ADAPTERS, *roles):
@@ -183,33 +278,51 @@ class PhaseConfig(PhaseSettings):
         return (self.train,) if isinstance(self.train, str) else self.train
 
     @property
-    def begins(self) -> AdaptersConfig | None:
-        """The adapters that begin with this phase."""
-        own = self.adapters
-        return own if isinstance(own, AdaptersConfig) and own.from_ == "fresh" else None
+    def new_adapters(self) -> AdaptersConfig | None:
+        """The adapters that are attached at the start of this phase."""
+        if isinstance(self.adapters, AdaptersConfig) and self.adapters.from_ == "fresh":
+            return self.adapters
+        return None
 
     def spec(self, families: Sequence[str]) -> PhaseSpec:
-        """The phase as the controller takes it. families: of adapters that name none."""
-        own = self.begins
-        adapters = None if own is None else Adapters(own.kind, tuple(own.families or families), own.rank_rule,
-                                                     own.alpha_over_r, own.options)
+        """The phase in the form that the controller needs.
+
+        families: the default for adapters that do not name their families.
+        """
+        adapters = None
+        if (fresh := self.new_adapters) is not None:
+            adapters = Adapters(fresh.kind, tuple(fresh.families or families), fresh.rank_rule,
+                                fresh.alpha_over_r, fresh.options)
+
         scale: Mapping[str, float] = self.lr_scale if isinstance(self.lr_scale, dict) else {
             BASE: self.lr_scale, ADAPTERS: self.lr_scale}
         scale = {role: factor for role, factor in scale.items() if factor != 1.0}
-        return PhaseSpec(self.name, adapters, self.trained, _until(self.until), scale, self.rewarm, self.freeze_below)
+
+        return PhaseSpec(self.name, adapters, self.trained, _until(self.until), scale, self.rewarm,
+                         self.freeze_below)
 
 
 class PresetConfig(Strict):
-    """A method by its name, and settings of its phases.
-
-    ``full``: all parameters train to the end. ``prelora``: phases full, warmup and lora, with the parameters in
-    `convergence` and `lora`. By default it is prelora where `convergence` is given, and full where it is not.
-    """
+    """A method by its name, and settings of its phases."""
 
     preset: Literal["full", "prelora"] | None = None
+    """
+    The method: with `full` all parameters train to the end, `prelora` has the phases full, warmup
+    and lora with the parameters in `convergence` and `lora`. `null` takes `prelora` if
+    `convergence` is set, otherwise `full`.
+    """
+
     full: PhaseSettings = PhaseSettings()
+    """Settings of the phase in which all parameters train."""
+
     warmup: PhaseSettings = PhaseSettings()
+    """Settings of the phase in which all parameters and the adapters train."""
+
     lora: PhaseSettings = PhaseSettings()
+    """
+    Settings of the phase in which only the adapters train (and, with `lora.train_rest`, head, norms
+    and embeddings).
+    """
 
 
 def _kind_of_phases(value: Any) -> str:
@@ -221,69 +334,76 @@ PhasesField = Annotated[Annotated[PresetConfig, Tag("as a preset")] |
 
 
 def check_method(phases: Sequence[PhaseConfig]) -> None:
-    """Raise FieldError, by a key below `phases`, for a list of phases that cannot be run one after the other."""
+    """Raise FieldError, with a key below `phases`, if the phases cannot run one after the other."""
     if not phases:
-        raise FieldError("", [], "a method has at least one phase")
+        raise FieldError("", [], "must contain at least one phase")
     names = [phase.name for phase in phases]
     for name in names:
         if names.count(name) > 1:
-            raise FieldError(f"{name}.name", name, "two phases have this name")
+            raise FieldError(f"{name}.name", name, "is the name of two phases")
     tests = any(isinstance(phase.until, PreloraUntil) for phase in phases)
-    there: AdaptersConfig | None = None
+    adapters: AdaptersConfig | None = None
     for i, phase in enumerate(phases):
         _check_until(phase, last=i + 1 == len(phases))
-        there = _check_adapters(phase, there, first=i == 0, tests=tests)
+        adapters = _check_adapters(phase, adapters, first=i == 0, tests=tests)
 
 
 def _check_until(phase: PhaseConfig, *, last: bool) -> None:
     if last and phase.until is not None:
         raise FieldError(f"{phase.name}.until", _written(phase.until),
-                         "is of the last phase, which lasts as long as the run; leave it out")
+                         "must not be set in the last phase, which lasts until the end of the run; remove it")
     if not last and phase.until is None:
         raise FieldError(f"{phase.name}.until", None,
-                         'is required, because another phase follows; give a duration ("20 epochs") or a test')
+                         'is required, because another phase follows; set a duration ("20 epochs") or a test')
 
 
-def _check_adapters(phase: PhaseConfig, there: AdaptersConfig | None, *, first: bool,
+def _check_adapters(phase: PhaseConfig, before: AdaptersConfig | None, *, first: bool,
                     tests: bool) -> AdaptersConfig | None:
-    """The adapters that are there during ``phase``, where ``there`` were before."""
-    own, key = phase.adapters, f"{phase.name}.adapters"
-    if own == "none" and there is not None:
-        raise FieldError(key, "none", "would lose what the adapters of the phase before have learned; leave the key "
-                         "out, which keeps them")
-    if isinstance(own, AdaptersConfig):
-        if own.from_ == "keep" and there is None:
+    """The adapters that exist during ``phase``; ``before`` are those of the phase before it.
+
+    tests: whether any phase ends by a test. Raises FieldError.
+    """
+    key = f"{phase.name}.adapters"
+    adapters = before
+    if phase.adapters == "none" and before is not None:
+        raise FieldError(key, "none", "would discard what the adapters of the phase before have learned; "
+                         "remove the key, which keeps them")
+
+    if isinstance(phase.adapters, AdaptersConfig):
+        adapters = phase.adapters
+        if adapters.from_ == "keep" and before is None:
             raise FieldError(f"{key}.from", "keep", "there are no adapters before this phase; choose fresh")
-        if own.from_ == "fresh" and there is not None:
-            raise FieldError(f"{key}.from", "fresh", "would lose what the adapters of the phase before have learned; "
-                             "choose keep")
-        if own.ranks is not None and (first or not tests):
-            raise FieldError(f"{key}.ranks.rule", "prelora", "rests on the windows of a test, and no phase before this "
-                             "one closes any; give a rank, or let an earlier phase end by a test")
-        there = own
-    words = phase.trained
-    if there is None and "adapters" in words:
-        raise FieldError(f"{phase.name}.train", list(words), "names adapters, and there are none in this phase")
-    if there is not None and phase.zero_stage not in (None, "auto"):
-        stages = KINDS[there.kind].can.zero_stages
+        if adapters.from_ == "fresh" and before is not None:
+            raise FieldError(f"{key}.from", "fresh", "would discard what the adapters of the phase before "
+                             "have learned; choose keep")
+        if adapters.ranks is not None and (first or not tests):
+            raise FieldError(f"{key}.ranks.rule", "prelora", "needs the windows of a test, but no phase before "
+                             "this one closes any; set a rank, or let an earlier phase end by a test")
+
+    if adapters is None and "adapters" in phase.trained:
+        raise FieldError(f"{phase.name}.train", list(phase.trained),
+                         "contains adapters, but there are none in this phase")
+    if adapters is not None and phase.zero_stage not in (None, "auto"):
+        stages = KINDS[adapters.kind].can.zero_stages
         if phase.zero_stage not in stages:
-            raise FieldError(f"{phase.name}.zero_stage", phase.zero_stage, f"adapters of the kind {there.kind} train "
-                             f"at ZeRO stages {', '.join(map(str, sorted(stages)))}")
-    return there
+            raise FieldError(f"{phase.name}.zero_stage", phase.zero_stage,
+                             f"adapters of the kind {adapters.kind} train only at ZeRO stages "
+                             f"{', '.join(map(str, sorted(stages)))}")
+    return adapters
 
 
 def check_families(families: Sequence[str] | None) -> None:
-    """Raise FieldError unless ``families`` are names, each given once."""
+    """Raise FieldError if ``families`` is empty or lists a family twice."""
     if families is not None and (not families or len(set(families)) != len(families)):
-        raise FieldError("families", list(families), "families must name each family once")
+        raise FieldError("families", list(families), "must name at least one family, and each only once")
 
 
 def check_powers_of_two(r_min: int, r_max: int) -> None:
-    """Raise FieldError for bounds that Algorithm 2 cannot choose between."""
+    """Raise FieldError for bounds that Algorithm 2 cannot use."""
     for name, rank in (("r_min", r_min), ("r_max", r_max)):
         if rank & (rank - 1):
-            raise FieldError(name, rank, f"{name} {rank} is not a power of two; Algorithm 2 chooses among powers of "
-                             f"two, for example {1 << rank.bit_length() - 1} or {1 << rank.bit_length()}")
+            raise FieldError(name, rank, f"{name} {rank} is not a power of two, and Algorithm 2 picks powers of "
+                             f"two; use for example {1 << rank.bit_length() - 1} or {1 << rank.bit_length()}")
     if r_min > r_max:
         raise FieldError("r_min", r_min, f"r_min {r_min} is larger than r_max {r_max}")
 

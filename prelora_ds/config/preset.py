@@ -1,4 +1,4 @@
-"""The preset `prelora`: its parameters in `convergence:` and `lora:`, and the phases that come of them."""
+"""The preset `prelora`: its parameters in `convergence:` and `lora:`, and the phases that it expands to."""
 
 from __future__ import annotations
 
@@ -25,25 +25,39 @@ from prelora_ds.core.duration import Duration
 
 
 class ConvergenceConfig(Algorithm1):
-    """When the full phase of the preset ends: Algorithm 1 with its parameters."""
+    """The parameters of Algorithm 1, which ends the full phase of the preset."""
 
 
 class LoraConfig(AdapterTraining):
-    """Parameters of the preset `prelora`: the adapters, their ranks by Algorithm 2, and how they train.
-
-    ``warmup`` is how long everything trains beside the adapters. ``train_rest`` keeps head, LayerNorms and embeddings
-    (whatever is not an adapted linear) trainable in the LoRA phase. ``lr_scale`` is a factor of the learning rate of
-    the adapters, and in the LoRA phase of all that trains. ``train_a: false`` leaves the A of each adapter at its
-    first value (LoRA-FA). The other keys are those of `phases.*.adapters`.
-    """
+    """Parameters of the preset `prelora`: the adapters, their ranks by Algorithm 2, and how they train."""
 
     families: tuple[str, ...] = FAMILIES
+    """The families of linears that get adapters."""
+
     r_min: Positive = 8
+    """The smallest rank of Algorithm 2; a power of two."""
+
     r_max: Positive = 64
+    """The largest rank of Algorithm 2; a power of two, and at least `lora.r_min`."""
+
     warmup: DurationField = Duration("10 epochs")
+    """How long all parameters train together with the adapters, before the LoRA phase begins."""
+
     lr_scale: Factor = 1.0
+    """
+    A factor of the learning rate of the adapters, and in the LoRA phase of everything that trains.
+    """
+
     train_a: bool = True
+    """
+    Whether the matrix A of each adapter trains; `false` leaves it at its first value (LoRA-FA).
+    """
+
     train_rest: bool = True
+    """
+    Whether head, norms and embeddings (everything that is not an adapted linear) also train in the
+    LoRA phase.
+    """
 
     @model_validator(mode="after")
     def _values_fit(self) -> LoraConfig:
@@ -54,7 +68,7 @@ class LoraConfig(AdapterTraining):
 
 def expanded(phases: PresetConfig, convergence: ConvergenceConfig | None,
              lora: LoraConfig) -> tuple[PhaseConfig, ...]:
-    """The phases of a preset, written out."""
+    """Expand a preset into its list of phases."""
 
     def phase(name: str, **keys: Any) -> PhaseConfig:
         settings: PhaseSettings = getattr(phases, name)

@@ -1,7 +1,7 @@
 """The strict config tree: every value of a run, validated before anything expensive starts.
 
-Frozen pydantic models; an unknown key is an error. This module reads nothing: `prelora_ds.config.load` makes the
-tree from a recipe, overrides and a DeepSpeed JSON.
+It consists of frozen pydantic models, and an unknown key is an error. This module reads no files:
+`prelora_ds.config.load` makes the tree from a recipe, overrides and a DeepSpeed JSON.
 """
 
 from __future__ import annotations
@@ -35,18 +35,30 @@ from prelora_ds.config.preset import ConvergenceConfig, LoraConfig, expanded
 from prelora_ds.config.training import ObserveConfig, OptimizerConfig, TrainConfig
 from prelora_ds.core.phases import PhaseSpec
 
-MERGED_UP_TO = 384  # hidden size
+MERGED_MAX_WIDTH = 384  # of model.hidden_size, for the kernel `auto`
 
 
 class RunConfig(Strict):
+    """Name, folder and seed of a run."""
+
     name: Text
+    """The name of the run, which is also the name of its batch job."""
+
     output_dir: LocalPlace
+    """
+    The folder for logs, checkpoints and the exported model, on a file system that all hosts see.
+    One run has one folder.
+    """
+
     seed: Seed = 0
+    """
+    The seed of the model's first values, the order of samples, the augmentation and the dropout.
+    """
 
 
 @dataclass(frozen=True)
 class ZeroSettings:
-    """The keys of a DeepSpeed config's ``zero_optimization`` that decide bytes; DeepSpeed's defaults, in elements."""
+    """The ``zero_optimization`` settings that affect memory, with DeepSpeed's defaults (in elements)."""
 
     stage: int
     offload_optimizer: bool = False
@@ -55,38 +67,91 @@ class ZeroSettings:
 
 
 class Config(Strict):
-    """One run. ``convergence: null`` trains all parameters to the end (the baseline)."""
+    """The config of one run."""
 
     run: RunConfig
-    model: ModelConfig = ModelConfig()
-    data: DataConfig
-    optimizer: OptimizerConfig = OptimizerConfig()
-    train: TrainConfig
-    observe: ObserveConfig = ObserveConfig()
-    convergence: ConvergenceConfig | None = None
-    lora: LoraConfig = LoraConfig()
-    deepspeed: dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 0}})
-    phases: PhasesField = PresetConfig()
-    machine: MachineConfig = MachineConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    guard: GuardConfig = GuardConfig()
-    launch: LaunchConfig = LaunchConfig()
+    """The name, the output folder and the seed of the run."""
 
-    _phase: PhaseConfig | None = PrivateAttr(default=None)  # of a config that `for_phase` made
+    model: ModelConfig = ModelConfig()
+    """
+    The Vision Transformer to train. The sizes have the names of transformers' ViTConfig, and the
+    defaults are those of ViT-B/16.
+    """
+
+    data: DataConfig
+    """
+    Where the images come from, and how they are preprocessed and augmented; [data.md](data.md) has
+    the details.
+    """
+
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """
+    AdamW and its learning rate: a linear warm-up to `optimizer.lr`, then one cosine to
+    `optimizer.min_lr_ratio` of it at the end of the run, whatever the phases.
+    """
+
+    train: TrainConfig
+    """The length of the run, the batch and the loss."""
+
+    observe: ObserveConfig = ObserveConfig()
+    """How often the weight norms and the loss are measured."""
+
+    convergence: ConvergenceConfig | None = None
+    """
+    The parameters of Algorithm 1, which ends the full phase of the preset `prelora`. With `null`
+    and no list of phases, all parameters train to the end (the baseline).
+    """
+
+    lora: LoraConfig = LoraConfig()
+    """The adapters of the preset `prelora`: their ranks by Algorithm 2, and how they train."""
+
+    deepspeed: dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 0}})
+    """
+    A DeepSpeed config for all phases that have none of their own, the same as a file given by
+    `--deepspeed_config`.
+    """
+
+    phases: PhasesField = PresetConfig()
+    """
+    The method: a list of phases, or a preset with settings for single phases.
+    [methods.md](methods.md) explains both.
+    """
+
+    machine: MachineConfig = MachineConfig()
+    """What `auto` in `phases` knows about the machine."""
+
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """
+    Which checkpoints are written to `checkpoints` in `run.output_dir`, and which are kept;
+    [checkpoints.md](checkpoints.md) has the details.
+    """
+
+    guard: GuardConfig = GuardConfig()
+    """The watchdog thread of each rank."""
+
+    launch: LaunchConfig = LaunchConfig()
+    """How the ranks find each other."""
+
+    _phase: PhaseConfig | None = PrivateAttr(default=None)  # set in a config that `for_phase` returned
 
     @property
     def phase_list(self) -> tuple[PhaseConfig, ...]:
-        """The phases of the method, a preset written out."""
-        return expanded(self.phases, self.convergence, self.lora) if isinstance(self.phases, PresetConfig) \
-            else self.phases
+        """The phases of the method; a preset is expanded into its phases."""
+        if isinstance(self.phases, PresetConfig):
+            return expanded(self.phases, self.convergence, self.lora)
+        return self.phases
 
     def specs(self) -> tuple[PhaseSpec, ...]:
-        """The phases as the controller takes them."""
+        """The phases in the form that the controller needs."""
         return tuple(phase.spec(self._default_families()) for phase in self.phase_list)
 
     def families(self) -> tuple[str, ...]:
-        """The families whose norms are measured: those that any phase adapts, or all that may be."""
-        adapted = [family for spec in self.specs() if spec.adapters is not None for family in spec.adapters.families]
+        """The families whose norms are measured: those that any phase adapts, otherwise all that it could adapt."""
+        adapted = [
+            family
+            for spec in self.specs() if spec.adapters is not None
+            for family in spec.adapters.families
+        ]
         return tuple(dict.fromkeys(adapted)) or self._default_families()
 
     def _default_families(self) -> tuple[str, ...]:
@@ -95,24 +160,29 @@ class Config(Strict):
         return FAMILIES if self.model.families is None else tuple(self.model.families)
 
     def for_phase(self, name: str) -> Config:
-        """The config that holds in phase ``name``: its micro-batch, DeepSpeed section and adapters.
+        """The config in effect in phase ``name``: its micro-batch size, DeepSpeed section and adapters.
 
-        Where the first two are ``auto`` and not resolved yet, those of the run. Raises ValueError for a phase that the
-        method does not have.
+        An unresolved ``auto`` of the first two falls back to the run's value. Raises ValueError for a
+        phase that the method does not have.
         """
-        own = self.phase(name)
-        deepspeed = self.deepspeed if own.deepspeed is None else own.deepspeed
-        if own.zero_stage not in (None, "auto"):
-            zero = {**deepspeed.get("zero_optimization", {}), "stage": own.zero_stage}
+        phase = self.phase(name)
+
+        deepspeed = self.deepspeed if phase.deepspeed is None else phase.deepspeed
+        if phase.zero_stage not in (None, "auto"):
+            zero = {**deepspeed.get("zero_optimization", {}), "stage": phase.zero_stage}
             deepspeed = {**deepspeed, "zero_optimization": zero}
-        micro = self.train.micro_batch_size if own.micro_batch_size in (None, "auto") else own.micro_batch_size
+
+        micro = phase.micro_batch_size
+        if micro in (None, "auto"):
+            micro = self.train.micro_batch_size
         train = self.train.model_copy(update={"micro_batch_size": micro})
+
         config = self.model_copy(update={"train": train, "deepspeed": deepspeed})
-        config._phase = own
+        config._phase = phase
         return config
 
     def phase(self, name: str) -> PhaseConfig:
-        """The phase ``name``. Raises ValueError for one that the method does not have."""
+        """The phase ``name``. Raises ValueError for a phase that the method does not have."""
         for phase in self.phase_list:
             if phase.name == name:
                 return phase
@@ -120,49 +190,63 @@ class Config(Strict):
                          f"{', '.join(phase.name for phase in self.phase_list)}")
 
     def with_settings(self, name: str, settings: PhaseSettings) -> Config:
-        """A copy with other settings of phase ``name``."""
+        """A copy in which phase ``name`` has these settings."""
         if isinstance(self.phases, PresetConfig):
             phases: Any = self.phases.model_copy(update={name: settings})
         else:
             changed = {key: getattr(settings, key) for key in PhaseSettings.model_fields}
-            phases = tuple(phase.model_copy(update=changed) if phase.name == name else phase for phase in self.phases)
+            phases = tuple(
+                phase.model_copy(update=changed) if phase.name == name else phase
+                for phase in self.phases
+            )
         return self.model_copy(update={"phases": phases})
 
     def with_kernel(self, mode: Mode) -> Config:
-        """A copy in which the adapters of every phase compute by ``mode``."""
+        """A copy in which the adapters of every phase use the kernel ``mode``."""
         if isinstance(self.phases, PresetConfig):
             return self.model_copy(update={"lora": self.lora.model_copy(update={"mode": mode})})
-        phases = tuple(phase if not isinstance(phase.adapters, AdaptersConfig) else phase.model_copy(update={
-            "adapters": phase.adapters.model_copy(update={"mode": mode})}) for phase in self.phases)
-        return self.model_copy(update={"phases": phases})
+
+        def changed(phase: PhaseConfig) -> PhaseConfig:
+            if not isinstance(phase.adapters, AdaptersConfig):
+                return phase
+            adapters = phase.adapters.model_copy(update={"mode": mode})
+            return phase.model_copy(update={"adapters": adapters})
+
+        return self.model_copy(update={"phases": tuple(map(changed, self.phases))})
 
     @property
     def adapters(self) -> AdaptersConfig:
-        """How the adapters of this phase train, in a config that `for_phase` made."""
+        """How the adapters of this phase train. Only a config that `for_phase` returned has it."""
         assert self._phase is not None, "adapters belong to a phase"
         names = [phase.name for phase in self.phase_list]
-        found = None
+        adapters = AdaptersConfig(rank=1)  # for a phase without any, where nothing reads the rank
         for phase in self.phase_list[: names.index(self._phase.name) + 1]:
             if isinstance(phase.adapters, AdaptersConfig):
-                found = phase.adapters
-        return found or AdaptersConfig(rank=1)
+                adapters = phase.adapters
+        return adapters
 
     def kernel(self, stage: int | None = None) -> str:
-        """How a linear with an adapter computes in this phase at ZeRO ``stage`` (by default the phase's own).
+        """The kernel of a linear with an adapter in this phase at ZeRO ``stage`` (default: the phase's stage).
 
-        ``auto`` goes by what was measured (benchmarks/lora_step.py): narrow blocks spend their time in calls, of which
-        ``merged`` has fewer; from a width of 768 on the two are equal, and ``branch`` needs no fp32 base. Only
-        ``branch`` and ``peft`` have dropout.
+        ``auto`` follows a measurement (benchmarks/lora_step.py): narrow blocks are dominated by kernel
+        calls, of which ``merged`` has fewer; from a width of 768 on both take the same time, and
+        ``branch`` needs no fp32 copy of the weight. Only ``branch`` and ``peft`` support dropout.
         """
         mode: str = self.adapters.mode
+        if stage is None:
+            stage = self.zero.stage
+
         if mode == "auto":
-            narrow = self.model.factory is None and self.model.hidden_size <= MERGED_UP_TO
-            mode = "merged" if narrow and (self.zero.stage if stage is None else stage) != 3 else "branch"
-        return "branch" if mode == "merged" and self.adapters.dropout else mode
+            narrow = self.model.factory is None and self.model.hidden_size <= MERGED_MAX_WIDTH
+            mode = "merged" if narrow and stage != 3 else "branch"
+
+        if mode == "merged" and self.adapters.dropout:
+            return "branch"
+        return mode
 
     @property
     def zero(self) -> ZeroSettings:
-        """What of the DeepSpeed config the rest of the code reads."""
+        """The parts of the DeepSpeed config that other modules use."""
         zero = self.deepspeed.get("zero_optimization", {})
         defaults = ZeroSettings(stage=int(zero.get("stage", 0)))
         return ZeroSettings(
@@ -179,8 +263,10 @@ class Config(Strict):
         else:
             for section, default in (("convergence", None), ("lora", LoraConfig())):
                 if getattr(self, section) != default:
-                    raise FieldError(section, "...", "holds parameters of the preset prelora, and this recipe lists "
-                                     "its phases; put them there")
+                    raise FieldError(
+                        section, "...",
+                        "contains parameters of the preset prelora, but this recipe lists its phases; "
+                        "move them there")
         try:
             check_method(self.phase_list)
         except FieldError as exc:
@@ -201,29 +287,33 @@ class Config(Strict):
         if phase.freeze_below is not None and self.model.factory is None \
                 and phase.freeze_below >= self.model.num_hidden_layers:
             raise FieldError(f"phases.{phase.name}.freeze_below", phase.freeze_below,
-                             f"the model has the layers 0 to {self.model.num_hidden_layers - 1}")
-        own = self.for_phase(phase.name)
-        if phase.zero_stage != "auto" and "all" not in phase.trained and own.adapters.mode == "merged" \
-                and own.zero.stage == 3:
-            key = "lora.mode" if isinstance(self.phases, PresetConfig) else f"phases.{phase.name}.adapters.mode"
-            raise FieldError(key, "merged", f"{key} merged needs each weight whole on every rank, and ZeRO stage 3 "
-                             f"splits them; choose branch, or stage 0, 1 or 2 for phase {phase.name}")
+                             f"is not a layer: the model has layers 0 to {self.model.num_hidden_layers - 1}")
+        config = self.for_phase(phase.name)
+        if phase.zero_stage != "auto" and "all" not in phase.trained \
+                and config.adapters.mode == "merged" and config.zero.stage == 3:
+            is_preset = isinstance(self.phases, PresetConfig)
+            key = "lora.mode" if is_preset else f"phases.{phase.name}.adapters.mode"
+            raise FieldError(
+                key, "merged",
+                f"{key} merged needs every weight complete on every rank, but ZeRO stage 3 partitions "
+                f"them; choose branch, or stage 0, 1 or 2 for phase {phase.name}")
 
     def grad_accum_steps(self, world_size: int) -> int:
         """Micro-batches per rank and optimizer step.
 
-        Raises ValueError when the global batch is no multiple of ``micro_batch_size * world_size``, when pairs are
-        mixed and a micro-batch is odd, or when ZeRO stage 0, which accumulates in BF16, would have to accumulate.
+        Raises ValueError when the global batch size is not a multiple of
+        ``micro_batch_size * world_size``, when Mixup or CutMix is on and the micro-batch size is odd,
+        or when ZeRO stage 0, which accumulates only in BF16, would have to accumulate.
         """
         per_pass = self.train.micro_batch_size * world_size
         if self.train.global_batch_size % per_pass:
             raise ValueError(f"train.global_batch_size {self.train.global_batch_size} is not divisible by "
                              f"train.micro_batch_size {self.train.micro_batch_size} x {world_size} ranks = {per_pass}")
         if self.data.mixes and self.train.micro_batch_size % 2:
-            raise ValueError(f"train.micro_batch_size {self.train.micro_batch_size} is odd, and Mixup and CutMix need "
-                             "whole pairs; data.mixup=0 data.cutmix=0 leaves them out")
+            raise ValueError(f"train.micro_batch_size {self.train.micro_batch_size} is odd, but Mixup and CutMix "
+                             "mix pairs; data.mixup=0 data.cutmix=0 disables them")
         accum = self.train.global_batch_size // per_pass
         if accum > 1 and self.zero.stage == 0:
-            raise ValueError(f"ZeRO stage 0 accumulates gradients in BF16, and {accum} micro-batches a step would lose "
-                             "bits; DeepSpeed has no fp32 accumulator there")
+            raise ValueError(f"ZeRO stage 0 accumulates gradients in BF16, and {accum} micro-batches per step would "
+                             "lose precision; DeepSpeed has no fp32 accumulator there")
         return accum

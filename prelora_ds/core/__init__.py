@@ -1,1 +1,1 @@
-"""The algorithms of the papers. Pure: no torch, no DeepSpeed, no files, no environment, no clock."""
+"""The algorithms of the papers, as pure code: it uses no torch, DeepSpeed, files, environment or clock."""

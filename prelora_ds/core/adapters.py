@@ -1,7 +1,7 @@
-"""What an adapter is, without torch: its leaves and their shapes, which of them train, and what its kind can do.
+"""Adapters without torch: their leaves (parameters) and shapes, which of them train, and what each kind can do.
 
-A kind has two halves of one name. This is the pure half, from which bytes, costs, refusals and the support matrix of
-docs/methods.md come; `prelora_ds.model.adapters` holds the half that computes.
+A kind has two halves of the same name. This module contains the pure half, from which bytes, costs,
+refusals and the table of docs/methods.md come; `prelora_ds.model.adapters` contains the half that computes.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ Option = bool | int | float | str
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """One adapter of one linear.
+    """The adapter of one linear.
 
     kind: a key of `KINDS`.
-    rank: None for a kind that has no rank.
-    scaling: the factor of what the adapter adds, resolved (``alpha / rank`` in LoRA).
-    seed: the first values are a function of it and of the parameter's name; each restart has its own.
-    options: what else the kind can be told.
+    rank: the rank, or None for a kind without ranks.
+    scaling: the factor of what the adapter adds (``alpha / rank`` in LoRA).
+    seed: the first values are a function of it and of the parameter's name; each restart has another.
+    options: further options of the kind.
     """
 
     kind: str
@@ -34,15 +34,15 @@ class AdapterSpec:
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a kind can do. Recipes that ask for more are refused when they are read.
+    """What a kind supports. A recipe that needs more is refused when it is read.
 
-    merges: the adapter can be folded into the weight, for norms, export and ReLoRA.
-    restarts: it can begin anew from first values without moving the outputs.
-    rank_per_module: each linear may have its own rank.
-    kernels: the ways to compute it; the first is the one that can always be taken.
-    needs_weight: its first values are a function of the weight.
-    zero_stages: the ZeRO stages at which it was trained in a test.
-    at_attach: whether attaching it leaves the outputs bitwise as they were, or within rounding.
+    merges: whether the adapter can be merged into the weight, for norms, export and ReLoRA.
+    restarts: whether it can start again from first values without changing the outputs.
+    rank_per_module: whether each linear may have its own rank.
+    kernels: the ways to compute it; the first one works always.
+    needs_weight: whether its first values are a function of the weight.
+    zero_stages: the ZeRO stages at which a test trains it.
+    at_attach: whether attaching it keeps the outputs bitwise (exact) or changes them by rounding.
     """
 
     merges: bool
@@ -56,10 +56,11 @@ class Capabilities:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a linear with an adapter has to compute in a step.
+    """What a linear with an adapter must compute in a step.
 
-    x: the gradient of its input. leaves: the leaves whose gradients are wanted. folded: the adapter is folded into
-    the weight, which costs no product in the forward pass.
+    x: whether the gradient of its input is needed.
+    leaves: the leaves whose gradients are needed.
+    folded: whether the adapter is merged into the weight, so that the forward pass has no extra product.
     """
 
     x: bool
@@ -69,9 +70,13 @@ class Needs:
 
 @dataclass(frozen=True)
 class AdapterCost:
-    """One adapter's part of a step: FLOPs, elements read and written, modules run, and what is kept for backward.
+    """The cost of one adapter in a step.
 
-    keeps_input: whether backward needs the linear's input. saved: elements kept beside it.
+    forward_flops, backward_flops: FLOPs of the two passes.
+    traffic: elements read and written.
+    calls: modules run.
+    keeps_input: whether the backward pass needs the input of the linear.
+    saved: elements kept for the backward pass in addition to the input.
     """
 
     forward_flops: int
@@ -89,15 +94,15 @@ class AdapterKind(Protocol):
     def can(self) -> Capabilities: ...
 
     def parameters(self, weight: Shape, spec: AdapterSpec) -> Mapping[str, Shape]:
-        """Leaf name -> shape, for a linear whose weight is [out, in], in the module's order."""
+        """Leaf name -> shape, in the module's order, for a linear whose weight is [out, in]."""
         ...
 
     def trains(self, spec: AdapterSpec) -> frozenset[str]:
-        """The leaves that an optimizer may step."""
+        """The leaves that train."""
         ...
 
     def role(self, leaf: str) -> str:
-        """The optimizer's name for a leaf: a learning rate can be scaled per role (`roles`)."""
+        """The role of a leaf. The learning rate can be scaled per role."""
         ...
 
     def roles(self) -> tuple[str, ...]:
@@ -112,7 +117,7 @@ class AdapterKind(Protocol):
 class Lora:
     """LoRA (Hu et al. 2021): W + s B A, with A [rank, in] and B [out, rank].
 
-    Option ``train_a`` (default true): false leaves A at its first value, which is LoRA-FA (Zhang et al. 2023).
+    With the option ``train_a`` set to false (default: true) A stays at its first value: LoRA-FA (Zhang et al. 2023).
     """
 
     A, B = "lora_A.weight", "lora_B.weight"
@@ -134,14 +139,19 @@ class Lora:
         return ("a", "b")
 
     def cost(self, spec: AdapterSpec, rows: int, inputs: int, outputs: int, needs: Needs) -> AdapterCost:
-        """Source: the products of `prelora_ds.model.adapters.lora.LoraLinear`."""
+        """Count the products of `prelora_ds.model.adapters.lora.LoraLinear`."""
         assert spec.rank is not None
-        x, y = rows * inputs, rows * outputs
-        down, up = 2 * spec.rank * x, 2 * spec.rank * y  # FLOPs of a product with A, and with B
-        needs_a, needs_b = self.A in needs.leaves, self.B in needs.leaves
+        x = rows * inputs
+        y = rows * outputs
+        down = 2 * spec.rank * x  # FLOPs of a product with A
+        up = 2 * spec.rank * y  # FLOPs of a product with B
+        needs_a = self.A in needs.leaves
+        needs_b = self.B in needs.leaves
         into_x = needs.x and not needs.folded
 
-        forward, backward, traffic = 0, 0, 0
+        forward = 0
+        backward = 0
+        traffic = 0
         if not needs.folded:
             forward += down + up
             traffic += x + 2 * y
@@ -170,7 +180,7 @@ KINDS: dict[str, AdapterKind] = {"lora": Lora()}
 
 
 def kind_of(spec: AdapterSpec) -> AdapterKind:
-    """The pure half of the spec's kind. Raises ValueError for one that is not known."""
+    """The pure half of the spec's kind. Raises ValueError for an unknown kind."""
     if spec.kind not in KINDS:
         raise ValueError(f"{spec.kind!r} is not a kind of adapter; known are {', '.join(KINDS)}")
     return KINDS[spec.kind]

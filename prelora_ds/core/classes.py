@@ -1,4 +1,4 @@
-"""Class names: what the labels 0, 1, ... stand for, and whether two sets of them are the same."""
+"""Class names: what the labels 0, 1, ... stand for, and how two lists of classes differ."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from typing import Any
 
 
 def unnamed(count: int) -> tuple[str, ...]:
-    """Names for ``count`` classes whose names are not known, as transformers makes them."""
+    """Default names for ``count`` classes without known names, the same as those of transformers."""
     return tuple(f"LABEL_{label}" for label in range(count))
 
 
 def classes_of(document: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """The classes in a checkpoint's state.json; None where it tells nothing of them.
+    """The classes in a checkpoint's state.json, or None if it does not contain any.
 
-    Checkpoints of earlier versions tell only how many there are.
+    A checkpoint of an earlier version contains only the number of classes.
     """
     if "classes" in document:
         return tuple(map(str, document["classes"]))
     return unnamed(document["num_labels"]) if "num_labels" in document else None
 
 
-def difference(own: Sequence[str], other: Sequence[str], whose: str) -> str | None:
-    """In words, how ``own`` differs from ``other``, the classes of ``whose``; None where they are the same.
+def difference(classes: Sequence[str], other: Sequence[str], whose: str) -> str | None:
+    """Describe how ``classes`` differ from ``other``, the classes of ``whose``; None if they are the same.
 
-    Names are compared only where both are known.
+    Names are compared only if both lists have known names.
     """
-    if len(own) != len(other):
-        return f"has {len(own)} classes, and {whose} has {len(other)}"
-    if unnamed(len(own)) in (tuple(own), tuple(other)):
+    if len(classes) != len(other):
+        return f"has {len(classes)} classes, but {whose} has {len(other)}"
+    if unnamed(len(classes)) in (tuple(classes), tuple(other)):
         return None
-    for label, (mine, theirs) in enumerate(zip(own, other, strict=True)):
-        if mine != theirs:
-            return f"has {mine!r} as its class {label}, and {whose} has {theirs!r}"
+    for label, (name, other_name) in enumerate(zip(classes, other, strict=True)):
+        if name != other_name:
+            return f"has {name!r} as class {label}, but {whose} has {other_name!r}"
     return None

@@ -1,12 +1,12 @@
-"""Dataclasses as JSON and back, by their type annotations.
+"""Convert dataclasses to JSON and back, by their type annotations.
 
-JSON knows neither NaN nor infinities, and all its keys are strings. So NaN is null, an infinity is
-the string "Infinity" or "-Infinity", and an integer key is its decimal digits. Every other float
-comes back bit for bit.
+JSON has neither NaN nor infinities, and all its keys are strings. So NaN is written as null, an
+infinity as the string "Infinity" or "-Infinity", and an integer key as its decimal digits. Every
+other float is restored bit for bit.
 
-A class that changes its form may define ``to_json(self)`` and ``from_json(cls, data)`` itself; the
-codec calls them wherever such a value stands. They build on `fields_to_json` and
-`fields_from_json`, which pass over the methods of the class they are given.
+A class whose stored form has changed may define ``to_json(self)`` and ``from_json(cls, data)``
+itself; the codec calls them wherever such a value occurs. They use `fields_to_json` and
+`fields_from_json`, which ignore these two methods of the class they are given.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class CodecError(ValueError):
     """
 
     def __init__(self, path: str, problem: str) -> None:
-        super().__init__(path, problem)  # with both, so that it can travel to other ranks
+        super().__init__(path, problem)  # both, so that the error can be pickled for other ranks
         self.path, self.problem = path, problem
 
     def __str__(self) -> str:
@@ -40,14 +40,14 @@ class CodecError(ValueError):
 
 
 def to_json(value: object) -> Any:
-    """``value`` in plain JSON types.
+    """Convert ``value`` to plain JSON types.
 
-    A dataclass becomes the mapping of its fields, a tuple a list, and a set a sorted list. Raises
-    TypeError for a value of any other class.
+    A dataclass becomes a mapping of its fields, a tuple becomes a list, and a set a sorted list.
+    Raises TypeError for a value of any other class.
     """
-    own = getattr(value, "to_json", None)
-    if own is not None:
-        return own()
+    custom = getattr(value, "to_json", None)
+    if custom is not None:
+        return custom()
     if is_dataclass(value):
         return fields_to_json(value)
     if value is None or isinstance(value, bool | int):
@@ -55,37 +55,37 @@ def to_json(value: object) -> Any:
     if isinstance(value, float):
         return _float_to_json(value)
     if isinstance(value, str):
-        return str(value)  # the text of a StrEnum
+        return str(value)  # converts a StrEnum to its text
     if isinstance(value, Mapping):
         return {_key_to_json(key): to_json(item) for key, item in value.items()}
     if isinstance(value, Set):
         return sorted(map(to_json, value))
     if isinstance(value, list | tuple):
         return list(map(to_json, value))
-    raise TypeError(f"a {type(value).__name__} has no form in JSON: {value!r}")
+    raise TypeError(f"a {type(value).__name__} cannot be written as JSON: {value!r}")
 
 
 def from_json(cls: type[T], data: object) -> T:
-    """The ``cls`` that `to_json` made ``data`` of.
+    """Restore the ``cls`` from which `to_json` made ``data``.
 
-    A field that is missing takes its default: an older version, which did not have it, wrote the
-    data. A key that is not a field is refused: a later version wrote it, and a run that continued
-    without it could train otherwise than that version would, without a word.
+    A missing field gets its default: the data was written by an older version that did not have the
+    field. A key that is not a field is refused: a later version wrote it, and a run that ignored it
+    could silently train differently.
 
-    Two values do not come back: a NaN in a ``float | None``, which is None then, and an infinity in
-    a ``float | str``, which is a text. Raises CodecError, a ValueError, for data that does not fit.
+    Two values are not restored: NaN in a ``float | None`` becomes None, and an infinity in a
+    ``float | str`` becomes a text. Raises CodecError, a ValueError, for data that does not fit.
     """
     value: T = _read(cls, data, "")
     return value
 
 
 def fields_to_json(value: Any) -> dict[str, Any]:
-    """The fields of a dataclass, each by `to_json`."""
+    """Convert the fields of a dataclass, each by `to_json`."""
     return {field.name: to_json(getattr(value, field.name)) for field in fields(value)}
 
 
 def fields_from_json(cls: type[T], data: object) -> T:
-    """A dataclass of the fields in ``data``, each as `from_json` reads it. Raises CodecError."""
+    """Make a dataclass from the fields in ``data``, each read by `from_json`. Raises CodecError."""
     value: T = _read_fields(cls, data, "")
     return value
 
@@ -103,27 +103,28 @@ def _key_to_json(key: object) -> str:
         return str(key)
     if isinstance(key, int) and not isinstance(key, bool):
         return str(int(key))
-    raise TypeError(f"{key!r} is not a key that JSON can hold")
+    raise TypeError(f"{key!r} cannot be a key in JSON")
 
 
 @cache
 def _annotations(cls: Any) -> dict[str, Any]:
-    """The annotation of each field; cached, because it evaluates their texts."""
+    """The annotation of each field. Cached, because evaluating the annotations is slow."""
     return get_type_hints(cls)
 
 
 def _read(annotation: Any, data: object, path: str) -> Any:
-    """``data`` as a value of ``annotation``, which stands at ``path``."""
-    own = getattr(annotation, "from_json", None) if isinstance(annotation, type) else None
-    if own is not None:
-        return _read_by_its_class(own, data, path)
+    """Read ``data`` as a value of ``annotation``, which is at ``path``."""
+    custom = getattr(annotation, "from_json", None) if isinstance(annotation, type) else None
+    if custom is not None:
+        return _read_by_its_class(custom, data, path)
     if is_dataclass(annotation):
         return _read_fields(annotation, data, path)
     if isinstance(annotation, type) and issubclass(annotation, StrEnum):
         return _read_enum(annotation, data, path)
     if annotation in _SCALARS:
         return _SCALARS[annotation](data, path)
-    origin, arguments = get_origin(annotation), get_args(annotation)
+    origin = get_origin(annotation)
+    arguments = get_args(annotation)
     if origin in (Union, types.UnionType):
         return _read_union(arguments, data, path)
     if isinstance(origin, type) and issubclass(origin, Mapping):
@@ -132,16 +133,16 @@ def _read(annotation: Any, data: object, path: str) -> Any:
         return _read_tuple(arguments, data, path)
     if origin in (list, frozenset):
         return origin(_read_items(arguments[0], data, path))
-    raise TypeError(f"the annotation {annotation!r} at {path!r} has no form in JSON")
+    raise TypeError(f"the annotation {annotation!r} at {path!r} cannot be written as JSON")
 
 
-def _read_by_its_class(own: Callable[[object], Any], data: object, path: str) -> Any:
+def _read_by_its_class(from_json: Callable[[object], Any], data: object, path: str) -> Any:
     try:
-        return own(data)
+        return from_json(data)
     except CodecError as error:
         raise CodecError(_join(path, error.path), error.problem) from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CodecError(path, f"cannot be understood ({error!r})") from error
+        raise CodecError(path, f"cannot be parsed ({error!r})") from error
 
 
 def _read_fields(cls: Any, data: object, path: str) -> Any:
@@ -152,7 +153,8 @@ def _read_fields(cls: Any, data: object, path: str) -> Any:
         if key not in known:
             raise CodecError(_join(path, str(key)), f"is not a field of {cls.__name__}; "
                              "did a later version of prelora_ds write it?")
-    annotations, values = _annotations(cls), {}
+    annotations = _annotations(cls)
+    values = {}
     for name, field in known.items():
         if name in data:
             values[name] = _read(annotations[name], data[name], _join(path, name))
@@ -172,7 +174,7 @@ def _read_enum(enum: type[StrEnum], data: object, path: str) -> StrEnum:
 
 
 def _read_union(parts: Sequence[Any], data: object, path: str) -> Any:
-    """The first part that takes ``data``: None, then the scalars, then the one that is neither."""
+    """Read ``data`` as the first part that fits: None, then the scalars, then the one that is neither."""
     if data is None and types.NoneType in parts:
         return None
     for scalar, read in _SCALARS.items():
@@ -183,7 +185,7 @@ def _read_union(parts: Sequence[Any], data: object, path: str) -> Any:
     if len(others) == 1:
         return _read(others[0], data, path)
     if others:
-        raise TypeError(f"{' and '.join(map(str, others))} at {path!r} look alike in JSON")
+        raise TypeError(f"{' and '.join(map(str, others))} at {path!r} cannot be told apart in JSON")
     raise _unfit(path, data, " or ".join(part.__name__ for part in parts))
 
 
@@ -201,7 +203,7 @@ def _read_key(key_type: Any, key: object, path: str) -> Any:
     with suppress(ValueError):
         if str(number := int(str(key))) == key:
             return number
-    raise _unfit(path, key, "a whole number as its key")
+    raise _unfit(path, key, "an integer as its key")
 
 
 def _read_tuple(arguments: Sequence[Any], data: object, path: str) -> tuple[Any, ...]:
@@ -233,7 +235,7 @@ def _read_float(data: object, path: str) -> float:
 def _read_int(data: object, path: str) -> int:
     if isinstance(data, int) and not isinstance(data, bool):
         return data
-    raise _unfit(path, data, "a whole number")
+    raise _unfit(path, data, "an integer")
 
 
 def _read_bool(data: object, path: str) -> bool:
@@ -248,14 +250,16 @@ def _read_str(data: object, path: str) -> str:
     raise _unfit(path, data, "a text")
 
 
-# In the order in which a union tries them: a float takes integers, null and two texts as well.
+# In the order in which a union tries them: a float also accepts integers, null and two texts.
 _SCALARS: Mapping[Any, Callable[[object, str], Any]] = {
     bool: _read_bool, int: _read_int, str: _read_str, float: _read_float}
 
 
-def _unfit(path: str, data: object, wanted: str) -> CodecError:
+def _unfit(path: str, data: object, expected: str) -> CodecError:
     shown = repr(data)
-    return CodecError(path, f"holds {shown if len(shown) <= 80 else shown[:77] + '...'}, and not {wanted}")
+    if len(shown) > 80:
+        shown = f"{shown[:77]}..."
+    return CodecError(path, f"is {shown}, and not {expected}")
 
 
 def _join(path: str, key: str) -> str:

@@ -1,4 +1,4 @@
-"""The phase controller: a pure function from measurements to the next plan."""
+"""The phase controller: it decides from the measurements, without side effects, which plan comes next."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from prelora_ds.core.schedule import Timeline
 from prelora_ds.core.switch_tests import SwitchTest
 from prelora_ds.core.switch_tests.prelora import Observation, WindowStats
 
-# Closed windows that travel with the state, at least. A run that begins from this one's checkpoint may compare more of
-# them than this one does; all of them would make the state grow without bound.
+# The smallest number of closed windows that the state keeps. A fork of this run may compare more windows than this run
+# does; keeping all of them would let the state grow without bound.
 KEPT_WINDOWS = 32
 _PHASES_OF_0_1_0 = ("full", "warmup", "lora")
 
 
 @dataclass(frozen=True)
 class PhaseState:
-    """Where the run stands.
+    """The position of a run in its method.
 
-    plan: what the engine is to be built from.
-    index: the number of the phase in the method's list.
-    windows: the last closed ones.
+    plan: the plan that the engine must be built from.
+    index: the number of the current phase in the method's list.
+    windows: the last closed windows, oldest first.
     open: the measurements of the window that has not closed yet.
     first_window: the index of the first window that began in this phase.
     reason: the last decision in words.
-    tests: how often a test was evaluated.
+    tests: how often a test was evaluated so far.
     """
 
     plan: Plan
@@ -48,30 +48,33 @@ class PhaseState:
         return self.windows[-1].index + 1 if self.windows else 0
 
     def without_open_window(self) -> PhaseState:
-        """The same without the measurements of the open window; the next one begins in this phase."""
+        """The same state without the measurements of the open window; the next window begins in this phase."""
         return replace(self, open=(), first_window=min(self.first_window, self.next_window))
 
     @classmethod
     def from_json(cls, data: Any) -> PhaseState:
-        """Raises CodecError, or KeyError or ValueError, for what is not a state; reads those of 0.1.0 too."""
+        """Read the JSON of a state, also of version 0.1.0. Raises CodecError, KeyError or ValueError for other data."""
         return fields_from_json(cls, {**data, "index": index_of(data)})
 
 
 def index_of(state: Mapping[str, Any]) -> int:
-    """The number of the phase in the JSON of a `PhaseState`, also of 0.1.0. Raises KeyError or ValueError."""
+    """The number of the phase in the JSON of a `PhaseState`, also of version 0.1.0. Raises KeyError or ValueError."""
     return int(state["index"]) if "index" in state else _PHASES_OF_0_1_0.index(state["plan"]["phase"])
 
 
 class PhaseController:
-    """Takes a run through the phases of its method; a transition is a new plan.
+    """Takes a run through the phases of its method. A transition is a new plan.
 
-    A phase ends at the first observation at or after its duration, or at the one that closes a window with which its
-    test passes. Windows of m observations are disjoint and go on through all phases (`windows_of`), but a test sees
-    only those that began in its own.
+    A phase with a duration ends at the first observation after the duration has passed; a phase with a test ends at
+    the observation that closes a window with which the test passes. Windows of m observations are disjoint and
+    continue through all phases (`windows_of`), but a test sees only the windows that began in its own phase.
     """
 
     def __init__(self, *, layout: Layout, timeline: Timeline, phases: Sequence[PhaseSpec], seed: int) -> None:
-        self.layout, self.timeline, self.phases, self.seed = layout, timeline, phases, seed
+        self.layout = layout
+        self.timeline = timeline
+        self.phases = phases
+        self.seed = seed
 
     def initial(self) -> PhaseState:
         """The state before the first step."""
@@ -80,13 +83,14 @@ class PhaseController:
         return PhaseState(plan, reason=f"training begins in phase {first.name}")
 
     def next(self, state: PhaseState, observation: Observation) -> PhaseState:
-        """The state after one more measurement; a transition happened exactly if the plan differs."""
+        """The state after one more measurement. A transition has happened if and only if the plan differs."""
         windows = windows_of(self.phases, state.index)
         closed = windows is not None and len(state.open) + 1 >= windows.m
         if windows is not None:
             state = _observed(state, observation, windows)
 
-        until, step = self.phases[state.index].until, observation.step
+        until = self.phases[state.index].until
+        step = observation.step
         if until is None:
             return state
         if isinstance(until, Duration):
@@ -94,10 +98,10 @@ class PhaseController:
         return self._test(state, until, step) if closed else state
 
     def _test(self, state: PhaseState, test: SwitchTest, step: int) -> PhaseState:
-        own = [window for window in state.windows if window.index >= state.first_window]
-        if len(own) < test.k:
+        windows = [window for window in state.windows if window.index >= state.first_window]
+        if len(windows) < test.k:
             return state
-        verdict = test(own)
+        verdict = test(windows)
         state = replace(state, reason=verdict.reason, tests=state.tests + 1)
         if not verdict.passed:
             return state
@@ -109,12 +113,15 @@ class PhaseController:
         return self._follow(state, step, f"phase {state.plan.phase} has lasted {until}")
 
     def _follow(self, state: PhaseState, step: int, reason: str) -> PhaseState:
-        """The next phase, begun after ``step``; the same one where its ranks need more windows than have closed."""
+        """The state in the next phase, which begins after ``step``.
+
+        The phase stays the same if the ranks of the next one need more windows than have closed.
+        """
         index = state.index + 1
         adapters = self.phases[index].adapters
         if adapters is not None and len(state.windows) < adapters.ranks.windows:
             waits = (f"{reason}; phase {self.phases[index].name} waits until {adapters.ranks.windows} windows have "
-                     "closed, which its ranks rest on")
+                     "closed, because its ranks depend on them")
             return replace(state, reason=waits)
         return replace(state, plan=self._plan(index, state.plan, step, state.windows), index=index, reason=reason,
                        first_window=state.next_window + bool(state.open))
@@ -129,7 +136,7 @@ class PhaseController:
 
 
 def _observed(state: PhaseState, observation: Observation, test: SwitchTest) -> PhaseState:
-    """``state`` with the observation in its open window, which closes when it has ``test.m`` of them."""
+    """``state`` with the observation in its open window, which closes when it has ``test.m`` observations."""
     state = replace(state, open=(*state.open, observation))
     if len(state.open) < test.m:
         return state

@@ -1,4 +1,4 @@
-"""Stretches of training, in the words of a recipe."""
+"""Lengths of training as a recipe writes them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Literal, cast
 
 
 class Duration:
-    """A stretch of training: ``"500 steps"``, ``"10 epochs"``, or ``"5 %"`` of the whole run.
+    """A length of training: ``"500 steps"``, ``"10 epochs"``, or ``"5 %"`` of the whole run.
 
-    A string and not a mapping, so that an override replaces the unit together with the number.
+    It is written as a string and not as a mapping, so that an override replaces number and unit together.
     """
 
-    # So few digits that `__str__` writes them all.
+    # At most as many digits as `__str__` writes.
     _PATTERN = re.compile(r"\s*((?:0|[1-9][0-9]{0,15})(?:\.[0-9]{1,12})?)\s*(steps?|epochs?|%)\s*")
 
     def __init__(self, text: str) -> None:
@@ -25,14 +25,17 @@ class Duration:
         self.value = Fraction(number)
         self.unit = cast(Literal["step", "epoch", "%"], unit.rstrip("s"))
         if self.unit == "step" and self.value.denominator != 1:
-            raise ValueError(f"{text!r}: a number of steps is whole")
+            raise ValueError(f"{text!r}: the number of steps must be an integer")
         if self.unit == "%" and self.value > 100:
-            raise ValueError(f"{text!r}: a share is at most 100 %")
+            raise ValueError(f"{text!r}: must be at most 100 %")
 
     def __str__(self) -> str:
-        # Not float's "g", which rounds to six digits and writes 1000000 as 1e+06.
+        # The format "g" of a float would round to six digits and write 1000000 as 1e+06.
         number = f"{Decimal(self.value.numerator) / self.value.denominator:f}"
-        return f"{number} %" if self.unit == "%" else f"{number} {self.unit}{'' if number == '1' else 's'}"
+        if self.unit == "%":
+            return f"{number} %"
+        plural = "" if number == "1" else "s"
+        return f"{number} {self.unit}{plural}"
 
     def __repr__(self) -> str:
         return f"Duration({str(self)!r})"

@@ -1,4 +1,4 @@
-"""A method is a list of phases. Every plan is made here, from one of them."""
+"""The phases of a method, and the plan that each of them leads to. Every plan is made in this module."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from prelora_ds.core.trainable import trainable_names
 
 @dataclass(frozen=True)
 class Adapters:
-    """The adapters that a phase begins with, where none were before.
+    """New adapters, which a phase attaches when it begins.
 
-    scaling: what multiplies each adapter's part, the same for every rank (``alpha / rank`` in LoRA).
+    scaling: the factor of what each adapter adds, the same for every rank (``alpha / rank`` in LoRA).
     """
 
     kind: str
@@ -34,12 +34,12 @@ class Adapters:
 class PhaseSpec:
     """One phase of a method.
 
-    adapters: None keeps those that are there.
-    train: what trains, in the words of `prelora_ds.core.trainable`.
-    until: when the phase ends: after a duration, when a test passes, or, with None, with the run.
+    adapters: the new adapters; None keeps the existing ones.
+    train: what trains, named as in `prelora_ds.core.trainable`.
+    until: when the phase ends: after a duration, or when a test passes; None means at the end of the run.
     lr_scale: role -> factor of the learning rate (`Plan.lr_scale`).
-    rewarm: how long the learning rate rises to its schedule again when the phase begins.
-    freeze_below: everything that the module defines before this block is frozen.
+    rewarm: how long the learning rate rises to its schedule when the phase begins.
+    freeze_below: a block; everything that the module defines before it is frozen.
     """
 
     name: str
@@ -55,37 +55,43 @@ def plan_of(spec: PhaseSpec, layout: Layout, *, seed: int, since_step: int = 0, 
             before: Plan | None = None, ranks: Mapping[str, Mapping[int, int]] | None = None) -> Plan:
     """The plan of a phase that begins after ``since_step`` and follows the plan ``before``.
 
-    seed: of the adapters' first values. rewarm: steps. ranks: family -> layer -> rank, for the families of the
-    phase's own adapters.
+    seed: the seed of the first values of adapters.
+    rewarm: the number of steps over which the learning rate rises.
+    ranks: family -> layer -> rank, for the families of the phase's new adapters.
 
-    Raises ValueError for a set of parameters that matches nothing, a layer or a kind that does not exist.
+    Raises ValueError for a set of parameters that matches nothing, and for a layer or kind that does not exist.
     """
     if spec.adapters is None:
         adapters = {} if before is None else dict(before.adapters)
     else:
-        assert ranks is not None, "a phase with adapters of its own has their ranks"
-        own = spec.adapters
+        assert ranks is not None, "a phase with new adapters needs their ranks"
+        new = spec.adapters
         adapters = {
-            layout.targets[family][layer]: AdapterSpec(own.kind, rank, own.scaling, seed, own.options)
-            for family, layers in ranks.items() for layer, rank in layers.items()
+            layout.targets[family][layer]: AdapterSpec(new.kind, rank, new.scaling, seed, new.options)
+            for family, layers in ranks.items()
+            for layer, rank in layers.items()
         }
+
     plan = Plan(spec.name, trainable_names(spec.train, layout, adapters), adapters, lr_scale=dict(spec.lr_scale),
                 since_step=since_step, rewarm=rewarm, cycle=0 if before is None else before.cycle)
     return plan if spec.freeze_below is None else _frozen_below(plan, layout, spec.freeze_below)
 
 
 def _frozen_below(plan: Plan, layout: Layout, layer: int) -> Plan:
-    """``plan`` with everything frozen that the module defines before block ``layer``, adapters of these blocks too,
-    so that the backward pass ends there."""
+    """``plan`` with everything frozen that the module defines before block ``layer``, including adapters there.
+
+    The backward pass then ends at that block.
+    """
     below = set(layout.before(layer))
     below |= {name for name, (path, _) in plan.leaves(layout).items() if f"{path}.weight" in below}
     return replace(plan, trainable=plan.trainable - below)
 
 
 def plans_at_rank(phases: Sequence[PhaseSpec], layout: Layout, lora_rank: int | None = None) -> list[Plan]:
-    """The plan of each phase with one rank for all adapters that a rule would give a rank to.
+    """The plan of each phase, with the same rank for all adapters whose rank a rule would choose.
 
-    For what is predicted, timed or checked before any rank is known. lora_rank: by default each rule's highest.
+    These plans serve predictions, timings and checks before the ranks are known.
+    lora_rank: that rank; the default is the highest rank of each rule.
     """
     plans: list[Plan] = []
     for spec in phases:
@@ -100,7 +106,7 @@ def plans_at_rank(phases: Sequence[PhaseSpec], layout: Layout, lora_rank: int | 
 
 @dataclass(frozen=True)
 class Difference:
-    """What differs in a phase: its dotted key below the phase, and both values."""
+    """A difference in a phase: the dotted key below the phase, and both values."""
 
     phase: str
     key: str
@@ -109,9 +115,9 @@ class Difference:
 
 
 def difference(before: Sequence[PhaseSpec], after: Sequence[PhaseSpec], index: int) -> Difference | None:
-    """What keeps a run in phase ``index`` of ``before`` from continuing in ``after``; None where nothing does.
+    """What prevents a run in phase ``index`` of ``before`` from continuing with the phases ``after``, or None.
 
-    Phases that are past agree as a whole; of the one that has begun, its end may differ.
+    Past phases must be equal. Of the phase that has begun, the end (``until``) may differ.
     """
     for i, old in enumerate(before[: index + 1]):
         if i >= len(after):
@@ -132,26 +138,33 @@ def _first_difference(before: object, after: object, key: str) -> tuple[str, obj
 
 
 def thawed_later(phases: Sequence[PhaseSpec], layout: Layout, index: int) -> frozenset[str]:
-    """The model's own parameters that a phase after ``index`` trains: frozen before, their fp32 values are kept."""
+    """The model's own parameters that a phase after ``index`` trains.
+
+    While they are frozen before it, their fp32 values are kept.
+    """
     later = plans_at_rank(phases, layout)[index + 1:]
     return frozenset().union(*(plan.trainable for plan in later)) & layout.parameters.keys()
 
 
 def layers_of(adapters: Adapters, layout: Layout) -> dict[str, list[int]]:
-    """Family -> layers of the linears that ``adapters`` wrap."""
+    """Family -> the layers whose linears ``adapters`` wrap."""
     return {family: list(layout.targets[family]) for family in adapters.families}
 
 
 def rewarm_steps(spec: PhaseSpec, timeline: Timeline, since_step: int) -> int:
-    """The steps over which the learning rate rises again in a phase that begins after ``since_step``."""
-    return 0 if spec.rewarm is None else timeline.step_after(since_step, spec.rewarm) - since_step
+    """The number of steps over which the learning rate rises in a phase that begins after ``since_step``."""
+    if spec.rewarm is None:
+        return 0
+    return timeline.step_after(since_step, spec.rewarm) - since_step
 
 
 def windows_of(phases: Sequence[PhaseSpec], index: int) -> SwitchTest | None:
-    """The test whose windows are closed during phase ``index``: its own, else the nearest earlier, else the next.
+    """The test whose windows close during phase ``index``.
 
-    Windows go on through phases that test nothing, because they are the run's history, and ranks may rest on them.
+    It is the test of that phase, otherwise of the nearest earlier phase that has one, otherwise of the nearest later
+    phase. Windows continue through phases without a test, because they are the run's history and ranks may depend on
+    them.
     """
-    own = [spec.until for spec in phases]
     order = [index, *range(index - 1, -1, -1), *range(index + 1, len(phases))]
-    return next((until for i in order if (until := own[i]) is not None and not isinstance(until, Duration)), None)
+    tests = (until for i in order if (until := phases[i].until) is not None and not isinstance(until, Duration))
+    return next(tests, None)

@@ -1,4 +1,4 @@
-"""What an engine is built from: which adapters exist, what trains, and what of it trains now."""
+"""The plan from which an engine is built: which adapters exist, what can train, and what trains now."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from prelora_ds.core.adapters import AdapterSpec, Lora, Shape, kind_of
 from prelora_ds.core.codec import fields_from_json
 from prelora_ds.core.layout import Layout
 
-BASE = "base"  # the role of every parameter that is not an adapter's
-ADAPTERS = "adapters"  # what a scale for all roles of adapters is called
+BASE = "base"  # the role of every parameter of the model itself
+ADAPTERS = "adapters"  # stands for all roles of adapters
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that fixes the parameters of an engine and how they train.
+    """Everything that determines the parameters of an engine and how they train.
 
-    Names are those of the model without adapters (``x.weight``), with an adapter's leaves beside it
-    (``x.<leaf>``, `prelora_ds.core.adapters`).
+    Parameters have their names in the model without adapters (``x.weight``); the leaves of an adapter of the linear
+    ``x`` are named ``x.<leaf>`` (`prelora_ds.core.adapters`).
 
-    phase: a label for logs and for the settings per phase. Nothing else may read it.
+    phase: a label for logs and for the settings per phase. Nothing else may depend on it.
     trainable: the parameters that the optimizer holds.
     adapters: path of a linear -> its adapter.
-    lr_scale: role -> factor of the learning rate; ``adapters`` stands for each role of an adapter that has no factor
-        of its own, and a role without any factor has 1.
+    lr_scale: role -> factor of the learning rate (default: 1). ``adapters`` stands for each role of an adapter that
+        is not listed itself.
     active: the parameters of ``trainable`` that train now; None means all of them.
     since_step: the optimizer step after which this plan began.
-    rewarm: over so many steps from there the learning rate rises to its schedule again.
-    cycle: how often the adapters were merged and began anew.
+    rewarm: the number of steps after ``since_step`` over which the learning rate rises to its schedule.
+    cycle: how often the adapters were merged and restarted.
     """
 
     phase: str
@@ -42,9 +42,10 @@ class Plan:
     cycle: int = 0
 
     def structure(self) -> tuple[Any, ...]:
-        """What an engine must be rebuilt for; plans of equal structure differ in what a live engine can take over."""
-        adapters = tuple(sorted((path, spec.kind, spec.rank, spec.scaling, tuple(sorted(spec.options.items())))
-                                for path, spec in self.adapters.items()))
+        """The part of the plan that requires a new engine when it changes; a live engine can adopt the rest."""
+        adapters = tuple(sorted(
+            (path, spec.kind, spec.rank, spec.scaling, tuple(sorted(spec.options.items())))
+            for path, spec in self.adapters.items()))
         return self.phase, self.trainable, adapters, tuple(sorted(self.lr_scale.items()))
 
     def training(self) -> frozenset[str]:
@@ -57,11 +58,11 @@ class Plan:
                 for leaf in kind_of(spec).parameters(layout.parameters[f"{path}.weight"], spec)}
 
     def parameters(self, layout: Layout) -> dict[str, Shape]:
-        """Name -> shape of every parameter that exists under this plan, base first."""
+        """Name -> shape of every parameter that exists under this plan; the model's own come first."""
         shapes = dict(layout.parameters)
         for path, spec in self.adapters.items():
-            own = kind_of(spec).parameters(layout.parameters[f"{path}.weight"], spec)
-            shapes |= {f"{path}.{leaf}": shape for leaf, shape in own.items()}
+            leaves = kind_of(spec).parameters(layout.parameters[f"{path}.weight"], spec)
+            shapes |= {f"{path}.{leaf}": shape for leaf, shape in leaves.items()}
         return shapes
 
     def buffers(self, layout: Layout) -> dict[str, Shape]:
@@ -69,15 +70,15 @@ class Plan:
         return dict(layout.buffers)
 
     def rate_scales(self, layout: Layout) -> dict[str, float]:
-        """Name of every parameter -> the factor of its learning rate."""
+        """Name -> factor of the learning rate, for every parameter."""
         scales = dict.fromkeys(layout.parameters, self.lr_scale.get(BASE, 1.0))
         for name, (path, leaf) in self.leaves(layout).items():
             role = kind_of(self.adapters[path]).role(leaf)
             scales[name] = self.lr_scale.get(role, self.lr_scale.get(ADAPTERS, 1.0))
         return scales
 
-    def frozen_bases(self) -> frozenset[str]:
-        """The adapted linears whose own weight does not train."""
+    def frozen_targets(self) -> frozenset[str]:
+        """The paths of the linears with an adapter whose own weight does not train."""
         return frozenset(path for path in self.adapters if f"{path}.weight" not in self.trainable)
 
     def __post_init__(self) -> None:
@@ -86,14 +87,22 @@ class Plan:
 
     @classmethod
     def from_json(cls, data: Any) -> Plan:
-        """Raises CodecError, or KeyError or ValueError, for what is not a plan; reads those of 0.1.0 too."""
+        """Read the JSON of a plan, also of version 0.1.0. Raises CodecError, KeyError or ValueError for other data."""
         return fields_from_json(cls, _of_0_1_0(data) if "init_seed" in data else data)
 
 
 def _of_0_1_0(data: Mapping[str, Any]) -> dict[str, Any]:
-    """A plan as version 0.1.0 wrote it, in today's form: one kind, one seed, and every adapter active."""
-    adapters = {path: {"kind": "lora", "rank": spec["rank"], "scaling": spec["alpha"] / spec["rank"],
-                       "seed": data["init_seed"], "options": {}} for path, spec in data["adapters"].items()}
+    """Convert a plan of version 0.1.0, which has one kind, one seed, and only active adapters."""
+    adapters = {
+        path: {
+            "kind": "lora",
+            "rank": spec["rank"],
+            "scaling": spec["alpha"] / spec["rank"],
+            "seed": data["init_seed"],
+            "options": {},
+        }
+        for path, spec in data["adapters"].items()
+    }
     without_a = adapters and not any(name.endswith(f".{Lora.A}") for name in data["trainable"])
     for spec in adapters.values() if without_a else ():
         spec["options"] = {"train_a": False}

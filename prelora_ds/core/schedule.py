@@ -1,4 +1,4 @@
-"""Where a step lies in a run, and the learning rate there."""
+"""Steps and epochs of a run, and the learning rate at each step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prelora_ds.core.plan import Plan
 
 
 class Schedule(Protocol):
-    """A linear warm-up to ``lr``, then one cosine to ``min_lr_ratio`` of it at the end of the run."""
+    """A linear warm-up to ``lr``, then one cosine to ``min_lr_ratio * lr`` at the end of the run."""
 
     @property
     def lr(self) -> float: ...
@@ -39,11 +39,11 @@ class Timeline:
     @property
     def total_steps(self) -> int:
         if self.duration.unit == "%":
-            raise ValueError("the run's own duration is given in steps or epochs")
+            raise ValueError("the duration of the run must be given in steps or epochs")
         return self._steps(self.duration)
 
     def step_after(self, start: int, duration: Duration) -> int:
-        """The step at which ``duration``, begun at step ``start``, has passed.
+        """The step at which ``duration`` has passed since step ``start``.
 
         Epochs are counted from the last epoch that ended at or before ``start``.
         """
@@ -52,21 +52,28 @@ class Timeline:
         return start + self._steps(duration)
 
     def epochs_done(self, step: int) -> int:
-        """Whole epochs whose every sample has been trained on after ``step`` optimizer steps."""
+        """The number of epochs whose samples have all been trained on after ``step`` optimizer steps."""
         return step * self.global_batch // self.samples
 
     def epoch_at(self, step: int) -> float:
-        """Epochs, with fraction, after ``step`` optimizer steps."""
+        """The number of epochs after ``step`` optimizer steps, as a fraction."""
         return step * self.global_batch / self.samples
 
     def ticks(self, every: Duration) -> frozenset[int]:
-        """The steps at which a measurement that recurs each ``every`` is due, the last step of the run among them."""
-        total, steps, i = self.total_steps, set(), 1
-        while (step := max(i, self._epochs_to_steps(i * every.value)) if every.unit == "epoch"
-               else i * max(1, self._steps(every))) < total:
+        """The steps at which something that recurs every ``every`` is due, including the last step of the run."""
+        total = self.total_steps
+        steps: set[int] = set()
+        i = 1
+        while (step := self._tick(i, every)) < total:
             steps.add(step)
             i += 1
         return frozenset(steps | {total})
+
+    def _tick(self, i: int, every: Duration) -> int:
+        """The step of the ``i``-th repetition; there is at least one step between two of them."""
+        if every.unit == "epoch":
+            return max(i, self._epochs_to_steps(i * every.value))
+        return i * max(1, self._steps(every))
 
     def _epochs_to_steps(self, epochs: Fraction) -> int:
         return math.ceil(epochs * self.samples / self.global_batch)
@@ -82,17 +89,18 @@ class Timeline:
 def lr_at(step: int, plan: Plan, *, timeline: Timeline, schedule: Schedule) -> float:
     """The learning rate of the ``step``-th optimizer step (the first is 1), before any scale per role.
 
-    The last step of the warm-up has ``schedule.lr``, the last step of the run ``min_lr_ratio`` of it. A plan with
-    ``rewarm`` takes a growing share of that in its first steps: the last of them has all of it (ReLoRA, Lialin et al.
-    2023, section 3).
+    The last step of the warm-up has ``schedule.lr``, and the last step of the run ``min_lr_ratio`` times that. In the
+    first ``rewarm`` steps of a plan the learning rate rises linearly to this schedule (ReLoRA, Lialin et al. 2023,
+    section 3).
     """
     lr = _scheduled(step, timeline, schedule)
-    begun = step - plan.since_step
-    return lr * begun / plan.rewarm if begun < plan.rewarm else lr
+    steps_in_plan = step - plan.since_step
+    return lr * steps_in_plan / plan.rewarm if steps_in_plan < plan.rewarm else lr
 
 
 def _scheduled(step: int, timeline: Timeline, schedule: Schedule) -> float:
-    total, warmup = timeline.total_steps, timeline.step_after(0, schedule.warmup)
+    total = timeline.total_steps
+    warmup = timeline.step_after(0, schedule.warmup)
     if step <= warmup:
         return schedule.lr * step / warmup
     progress = min(1.0, (step - warmup) / max(1, total - warmup))

@@ -1,4 +1,4 @@
-"""Which rank holds up the others: told by what it does before they meet, since in a collective all take as long."""
+"""Detect slow ranks by the time they spend before a collective: inside it, all ranks take equally long."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-FACTOR = 1.5  # times the median of all ranks
-SHARE = 0.05  # of the step: less than that holds up nobody
+FACTOR = 1.5  # a slow rank takes more than this times the median of all ranks,
+SHARE = 0.05  # and is slower than the median by more than this share of a step
 
 
 @dataclass(frozen=True)
 class Straggler:
-    """A rank and what it is slow at; seconds per step, medians over the window.
+    """A rank and the activity at which it is slow.
 
+    seconds, usual: seconds per step of this rank and of the median rank, as medians over the window.
     windows: the number of windows in which it was slow so far.
     """
 
@@ -33,39 +34,45 @@ class Straggler:
 
 
 class StragglerWatch:
-    """Of a run. hosts: of each rank; over: steps of a window.
+    """Looks for stragglers in one run.
+
+    hosts: the host of each rank.
+    over: the number of steps per window.
 
     A rank that stays slow is reported in its 1st, 2nd, 4th, 8th, ... slow window, so that the log
-    of a run of weeks stays short.
+    of a run of several weeks stays short.
     """
 
     def __init__(self, hosts: Sequence[str], over: int = 20) -> None:
-        self.hosts, self.over = hosts, over
+        self.hosts = hosts
+        self.over = over
         self._steps: list[float] = []
         self._seconds: dict[str, list[tuple[float, ...]]] = {}
         self._slow_windows: Counter[tuple[int, str]] = Counter()
 
     def add(self, step_s: float, **seconds: Sequence[float]) -> list[Straggler]:
-        """One step of this rank, and by what was done the seconds of every rank.
+        """Add one step: its duration on this rank, and for each activity the seconds of every rank.
 
-        Returns the stragglers to report; there are none within a window.
+        Returns the stragglers to report, which are found only at the end of a window.
         """
         self._steps.append(step_s)
         for what, of_ranks in seconds.items():
             self._seconds.setdefault(what, []).append(tuple(of_ranks))
         if len(self._steps) < self.over:
             return []
-        found = [straggler for what in self._seconds for straggler in self._slow(what)]
-        self._steps, self._seconds = [], {}
-        return found
+        stragglers = [straggler for what in self._seconds for straggler in self._slow(what)]
+        self._steps = []
+        self._seconds = {}
+        return stragglers
 
     def _slow(self, what: str) -> list[Straggler]:
         of_ranks = [median(values) for values in zip(*self._seconds[what], strict=True)]
-        usual, least = median(of_ranks), SHARE * median(self._steps)
-        found = []
+        usual = median(of_ranks)
+        least = SHARE * median(self._steps)
+        stragglers = []
         for rank, seconds in enumerate(of_ranks):
             if seconds > FACTOR * usual and seconds - usual > least:
                 self._slow_windows[rank, what] += 1
-                found.append(Straggler(rank, self.hosts[rank], what, seconds, usual,
-                                       self._slow_windows[rank, what]))
-        return [straggler for straggler in found if straggler.windows.bit_count() == 1]
+                stragglers.append(Straggler(rank, self.hosts[rank], what, seconds, usual,
+                                            self._slow_windows[rank, what]))
+        return [straggler for straggler in stragglers if straggler.windows.bit_count() == 1]

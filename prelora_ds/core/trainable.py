@@ -1,4 +1,4 @@
-"""The parameters that a phase trains, named by sets."""
+"""The parameters that a phase trains, named by sets or regular expressions."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ SETS = ("adapters", "head", "norms", "biases", "embeddings", "rest")
 
 
 def trainable_names(train: Sequence[str], layout: Layout, adapters: Mapping[str, AdapterSpec]) -> frozenset[str]:
-    """The parameters of all ``train``, each a name of `SETS`, ``all``, or a regular expression over whole names.
+    """The parameters named by ``train``: each entry is ``all``, one of `SETS`, or a regular expression.
 
-    all: every parameter, and every leaf of an adapter that its kind lets train.
-    adapters: these leaves alone.
-    head: what the module defines after its last block, without its norms.
-    embeddings: what it defines before its first block.
-    norms: weight and bias of every LayerNorm (a weight of one dimension).
+    all: every parameter of the model, and every leaf of an adapter that its kind trains.
+    adapters: only these leaves.
+    head: what the module defines after its last block, except norms.
+    embeddings: what the module defines before its first block.
+    norms: weight and bias of every LayerNorm (its weight has one dimension).
     biases: every parameter called ``bias``.
-    rest: all that belongs to no linear with an adapter.
+    rest: everything that does not belong to a linear with an adapter.
 
-    Raises ValueError for an expression that is not one, and where an expression, or a set other than ``rest``, matches
-    no parameter.
+    A regular expression must match the whole name of a parameter. Raises ValueError for an invalid expression, and if
+    an expression, or a set other than ``rest``, matches no parameter.
     """
     leaves = {f"{path}.{leaf}" for path, spec in adapters.items() for leaf in kind_of(spec).trains(spec)}
     names: set[str] = set()
     for name in train:
-        found = _names_of(name, layout, adapters, leaves)
-        if not found and name != "rest":  # every parameter may belong to an adapted linear
+        matches = _names_of(name, layout, adapters, leaves)
+        if not matches and name != "rest":  # which is empty if every linear has an adapter
             raise ValueError(f"{name!r} matches no parameter of this model")
-        names |= found
+        names |= matches
     return frozenset(names)
 
 
@@ -55,7 +55,8 @@ def _names_of(name: str, layout: Layout, adapters: Mapping[str, AdapterSpec], le
     try:
         pattern = re.compile(name)
     except re.error as exc:
-        raise ValueError(f"{name!r} is neither one of all, {', '.join(SETS)} nor a regular expression: {exc}") from exc
+        raise ValueError(f"{name!r} is neither one of all, {', '.join(SETS)} nor a valid regular expression: "
+                         f"{exc}") from exc
     return {key for key in base | leaves if pattern.fullmatch(key)}
 
 

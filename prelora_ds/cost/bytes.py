@@ -1,8 +1,11 @@
-"""Predicted bytes per rank and owner, from a table of shapes. Shares no code with engine/census.py.
+"""Predict the bytes per rank and owner from the shapes of all parameters.
 
-n: elements of all parameters, t: of those that train, w: ranks. BF16 weights (2 bytes), fp32 gradients, masters and
-Adam moments (4 bytes each). Stage 3 pads each parameter to a multiple of w, so that a bias of 1,408 is one of 2,048 on
-1,024 ranks; what stages 1 and 2 pad (at most 2w elements a group) is left out.
+This module shares no code with engine/census.py, which measures them.
+
+n is the number of elements of all parameters, t of those that train, and w the number of ranks. Weights are BF16 (2
+bytes); gradients, masters and Adam moments are fp32 (4 bytes each). Stage 3 pads each parameter to a multiple of w, so
+a bias of 1,408 elements occupies 2,048 on 1,024 ranks. The padding of stages 1 and 2 (at most 2w elements per group)
+is not counted.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ from prelora_ds.config.tree import ZeroSettings
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.plan import Plan
 
-BF16, FP32 = 2, 4
+BF16 = 2  # bytes
+FP32 = 4  # bytes
 
 
 @dataclass(frozen=True)
@@ -36,34 +40,47 @@ class Bytes:
 
 def predict_bytes(plan: Plan, layout: Layout, zero: ZeroSettings, world_size: int, *, after_backward: bool,
                   kernel: str = "auto", parked: frozenset[str] = frozenset()) -> Bytes:
-    """Live bytes of one rank from the third step of a plan on.
+    """Live bytes of one rank, from the third step of a plan onwards.
 
-    Source of each term: ZeRO (Rajbhandari et al. 2020, section 3), and where DeepSpeed 0.19 keeps more, what its
-    wrappers hold: at stage 1 with fp32 accumulation a whole fp32 gradient beside the bf16 one; at stage 3 small
-    parameters whole, the reduction bucket allocated once; with offload a host copy of gradients and staging buffers.
-    ``parked`` are the parameters whose fp32 values stay on the host while they are frozen. The kernel "merged" keeps
-    an fp32 base of each frozen weight.
+    The terms are those of ZeRO (Rajbhandari et al. 2020, section 3), plus what the wrappers of DeepSpeed 0.19 keep in
+    addition: at stage 1 with fp32 accumulation a complete fp32 gradient besides the BF16 one; at stage 3 complete small
+    parameters, and the reduction bucket, which is allocated once; with offload a host copy of the gradients, and
+    staging buffers.
+
+    kernel: "merged" keeps an fp32 copy of each frozen weight with an adapter.
+    parked: the parameters whose fp32 values stay on the host while they are frozen.
     """
     sizes = {name: math.prod(shape) for name, shape in plan.parameters(layout).items()}
     small = [name for name, size in sizes.items() if size <= zero.persistence_threshold]
     if zero.stage == 3:
         sizes = {name: -(-size // world_size) * world_size for name, size in sizes.items()}
     trained = [sizes[name] for name in plan.trainable]
-    n, t, w, stage = sum(sizes.values()), sum(trained), world_size, zero.stage
+    n = sum(sizes.values())
+    t = sum(trained)
+    w = world_size
+    stage = zero.stage
     sharded = w if stage else 1
-    weights, buffers = BF16 * n, 0
+
+    weights = BF16 * n
+    buffers = 0
     if kernel == "merged":
-        weights += FP32 * sum(sizes[f"{module}.weight"] for module in plan.frozen_bases())
+        weights += FP32 * sum(sizes[f"{module}.weight"] for module in plan.frozen_targets())
     if stage == 3:
-        # A world of one gathers nothing: its partition of a parameter is the parameter.
+        # A single rank gathers nothing, because its partition of a parameter is the parameter.
         gathered = sum(sizes[name] for name in small) if w > 1 else 0
         weights = BF16 * n // w + BF16 * gathered
         buffers = FP32 * min(zero.reduce_bucket_size, t)
     if zero.offload_optimizer and stage == 2:
         buffers = BF16 * t // w + 2 * BF16 * max(trained)
-    return Bytes(weights=weights, gradients=_gradients(t, w, zero, after_backward), masters=FP32 * t // sharded,
-                 moments=2 * FP32 * t // sharded, buffers=buffers,
-                 host=FP32 * sum(sizes[name] for name in parked - plan.trainable) // w)
+
+    return Bytes(
+        weights=weights,
+        gradients=_gradients(t, w, zero, after_backward),
+        masters=FP32 * t // sharded,
+        moments=2 * FP32 * t // sharded,
+        buffers=buffers,
+        host=FP32 * sum(sizes[name] for name in parked - plan.trainable) // w,
+    )
 
 
 def _gradients(t: int, w: int, zero: ZeroSettings, after_backward: bool) -> int:
@@ -79,6 +96,6 @@ def _gradients(t: int, w: int, zero: ZeroSettings, after_backward: bool) -> int:
 
 
 def worst_deviation(predicted: Bytes, measured: Mapping[str, int]) -> float:
-    """The largest relative difference of an owner that either side says holds bytes."""
+    """The largest relative difference over the owners that have bytes on either side."""
     pairs = [(p, measured.get(owner, 0)) for owner, p in vars(predicted).items()]
     return max((abs(m - p) / max(p, m) for p, m in pairs if p or m), default=0.0)

@@ -1,7 +1,7 @@
-"""What a training step costs: FLOPs, activation bytes, bytes moved and communicated, of transformers' ViT.
+"""The cost of a training step of transformers' ViT: FLOPs, bytes of activations, memory traffic and communication.
 
-Every term is counted from shapes by one walk over the modules in the order of the forward pass; none is fitted. Here a
-"row" is one token of one image, and bf16 has 2 bytes.
+All terms are counted from shapes, in one walk over the modules in the order of the forward pass; none is fitted. A
+"row" is one token of one image.
 """
 
 from __future__ import annotations
@@ -17,19 +17,22 @@ from prelora_ds.core.layout import Layout
 from prelora_ds.core.plan import Plan
 from prelora_ds.cost.bytes import BF16, FP32, Bytes, predict_bytes
 
-REUSE_DISTANCE = 1_000_000_000  # DeepSpeed's stage3_max_reuse_distance
-PREFETCH_BUCKET = 50_000_000  # and stage3_prefetch_bucket_size, both in elements
+REUSE_DISTANCE = 1_000_000_000  # DeepSpeed's default of stage3_max_reuse_distance, in elements
+PREFETCH_BUCKET = 50_000_000  # DeepSpeed's default of stage3_prefetch_bucket_size, in elements
 ENGINE_BUCKET = 500_000_000  # elements of one all-reduce at stages 0 and 1 (DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE)
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Forward and backward of one micro-batch on one rank.
+    """The cost of the forward and backward pass of one micro-batch on one rank.
 
-    forward_flops: the forward pass alone. gemm_flops: all products of the step with weights, and attention's.
-    adapter_flops: those of adapters. traffic_bytes: memory traffic of what is no large product (norms, GELU,
-    residuals, softmax, adapters). calls: modules run and parameter hooks. saved_bytes: activations alive when backward
-    begins; recomputed_bytes: those of one block that come back under activation checkpointing.
+    forward_flops: FLOPs of the forward pass only.
+    gemm_flops: FLOPs of all products with weights and in attention.
+    adapter_flops: FLOPs of the adapters.
+    traffic_bytes: memory traffic of everything else (norms, GELU, residuals, softmax, adapters).
+    calls: modules run, and parameter hooks.
+    saved_bytes: activations that exist when the backward pass begins.
+    recomputed_bytes: activations of one block that activation checkpointing computes again.
     """
 
     forward_flops: int
@@ -47,89 +50,118 @@ class MicroBatch:
 
 def micro_batch(model: ModelConfig, plan: Plan, layout: Layout, size: int, *,
                 kernel: str = "auto") -> MicroBatch:
-    """Costs of a micro-batch of ``size`` images in bf16, where adapters compute by ``kernel`` (`Config.kernel`).
+    """The costs of a micro-batch of ``size`` images in BF16, with adapters that use ``kernel`` (`Config.kernel`).
 
-    A module keeps its input for backward exactly if a gradient that needs it is computed: a frozen linear keeps
-    nothing, and below the lowest parameter that trains nothing is kept at all. Products are counted as 2 FLOPs a
-    multiply-add; backward of one is twice its forward, less what needs no gradient. With ``activation_checkpointing`` a
-    block keeps its input and runs forward twice. Mean and deviation of norms, and torch's random states, are left out.
+    A module keeps its input for the backward pass only if a gradient that needs it is computed: a frozen linear keeps
+    nothing, and nothing is kept below the lowest parameter that trains. A product counts 2 FLOPs per multiply-add; its
+    backward pass costs twice the forward pass, minus the gradients that are not needed. With
+    ``activation_checkpointing`` a block keeps only its input and runs its forward pass twice. The mean and deviation of
+    norms, and torch's random states, are not counted.
 
     Source: PyTorch's autograd formulas of the operators that `transformers.ViTForImageClassification` (5.23) runs.
     """
-    w, d = _Walk(plan, layout, kernel), model.hidden_size
+    w = _Walk(plan, layout, kernel)
+    d = model.hidden_size
     rows = size * ((model.image_size // model.patch_size) ** 2 + 1)
-    hidden, dropped = BF16 * rows * d, rows * d if model.hidden_dropout_prob else 0  # a mask has a byte an element
+    hidden = BF16 * rows * d
+    dropped = rows * d if model.hidden_dropout_prob else 0  # a mask has one byte per element
+
     embed = "vit.embeddings.patch_embeddings.projection"
     if w.linear(embed, rows - size):
         w.saved += BF16 * size * model.num_channels * model.image_size ** 2
-    w.flows = any(name.startswith("vit.embeddings.") for name in plan.training())
-    w.saved += dropped * w.flows
-    inner = 0
+    w.input_needs_grad = any(name.startswith("vit.embeddings.") for name in plan.training())
+    w.saved += dropped * w.input_needs_grad
+
+    recomputed = 0
     for i in range(model.num_hidden_layers):
-        before, forward, begun = w.saved, w.forward, w.flows
+        saved_before = w.saved
+        forward_before = w.forward
+        keeps_input = w.input_needs_grad
         _block(w, model, f"vit.layers.{i}", size, rows, dropped)
         if model.activation_checkpointing:
-            inner = max(inner, w.saved - before - (hidden if begun else 0))
-            w.saved, w.gemm = before + hidden, w.gemm + w.forward - forward
+            recomputed = max(recomputed, w.saved - saved_before - (hidden if keeps_input else 0))
+            w.saved = saved_before + hidden
+            w.gemm += w.forward - forward_before
+
     normed = w.norm("vit.layernorm", rows * d)
     if w.linear("classifier", size):
         w.saved += normed
     labels = layout.parameters["classifier.weight"][0]
     w.saved += size * (FP32 * labels + 8)  # the loss keeps fp32 log-probabilities and int64 labels
-    return MicroBatch(w.forward, w.gemm, w.adapters, w.traffic, w.calls + len(plan.trainable), w.saved, inner)
+    return MicroBatch(w.forward, w.gemm, w.adapters, w.traffic, w.calls + len(plan.trainable), w.saved,
+                      recomputed)
 
 
 def _block(w: _Walk, model: ModelConfig, path: str, size: int, rows: int, dropped: int) -> None:
-    d, f = model.hidden_size, model.intermediate_size
-    heads, tokens = model.num_attention_heads, rows // size
-    residual = w.flows
-    normed, into_block = w.norm(f"{path}.layernorm_before", rows * d), w.flows
+    d = model.hidden_size
+    f = model.intermediate_size
+    heads = model.num_attention_heads
+    tokens = rows // size
+
+    residual = w.input_needs_grad
+    normed = w.norm(f"{path}.layernorm_before", rows * d)
+    into_block = w.input_needs_grad
     keeps = []
     for name in ("q_proj", "k_proj", "v_proj"):
-        w.flows = into_block
+        w.input_needs_grad = into_block
         keeps.append(w.linear(f"{path}.attention.{name}", rows))
-        residual |= w.flows
-    w.saved += normed if any(keeps) else 0  # one storage for the three
-    w.flows = residual
+        residual |= w.input_needs_grad
+    w.saved += normed if any(keeps) else 0  # the three share one storage
+    w.input_needs_grad = residual
+
     _attention(w, rows * d, size * heads * tokens, tokens, model.attn_implementation == "eager")
-    # sdpa's output, kept for its own backward, is the storage that the projection reads; eager makes a copy.
+    # sdpa keeps its output for its own backward pass, and the projection reads the same storage; eager makes a copy.
     if w.linear(f"{path}.attention.o_proj", rows) and (model.attn_implementation == "eager" or not residual):
         w.saved += BF16 * rows * d
     _residual(w, rows * d, dropped)
+
     normed = w.norm(f"{path}.layernorm_after", rows * d)
     if w.linear(f"{path}.mlp.fc1", rows):
         w.saved += normed
     w.elementwise(2 * rows * f, 3 * rows * f)
-    w.saved += BF16 * rows * f if w.flows else 0  # GELU's input; its output is fc2's
+    w.saved += BF16 * rows * f if w.input_needs_grad else 0  # the input of GELU; its output is the input of fc2
     if w.linear(f"{path}.mlp.fc2", rows):
         w.saved += BF16 * rows * f
     _residual(w, rows * d, dropped)
 
 
 def _attention(w: _Walk, hidden: int, queries: int, tokens: int, eager: bool) -> None:
-    """``hidden``: elements of q; ``queries``: of all heads."""
-    w.product(4 * hidden * tokens, 8 * hidden * tokens if w.flows else 0)
+    """Add the attention itself. hidden: elements of q. queries: the number of queries over all heads."""
+    w.product(4 * hidden * tokens, 8 * hidden * tokens if w.input_needs_grad else 0)
     w.elementwise(4 * hidden, 8 * hidden)
     if eager:
-        w.elementwise(10 * queries * tokens, 10 * queries * tokens)  # scores, scaled, softmax in fp32, and back
-    if w.flows:
-        # eager: q, k, v, the fp32 softmax and its bf16 copy; sdpa: q, k, v, the output, an fp32 log-sum a query.
-        w.saved += 3 * BF16 * hidden + (queries * tokens * (FP32 + BF16) if eager else BF16 * hidden + FP32 * queries)
+        w.elementwise(10 * queries * tokens, 10 * queries * tokens)  # scores, scaling, softmax in fp32, and back
+    if w.input_needs_grad:
+        w.saved += 3 * BF16 * hidden  # q, k and v
+        if eager:
+            w.saved += queries * tokens * (FP32 + BF16)  # the fp32 softmax and its BF16 copy
+        else:
+            w.saved += BF16 * hidden + FP32 * queries  # the output, and an fp32 log-sum per query
 
 
 def _residual(w: _Walk, hidden: int, dropped: int) -> None:
     w.elementwise(3 * hidden, 3 * hidden)
-    w.saved += dropped if w.flows else 0
+    w.saved += dropped if w.input_needs_grad else 0
 
 
 class _Walk:
-    """Sums over the modules run so far. ``flows``: whether the input of the next one needs a gradient."""
+    """The sums over the modules visited so far.
+
+    input_needs_grad: whether the input of the next module needs a gradient.
+    """
 
     def __init__(self, plan: Plan, layout: Layout, kernel: str) -> None:
-        self.plan, self.layout, self.kernel = plan, layout, kernel
+        self.plan = plan
+        self.layout = layout
+        self.kernel = kernel
         self.training = plan.training()
-        self.flows = False
-        self.forward = self.gemm = self.adapters = self.traffic = self.calls = self.saved = 0
+        self.input_needs_grad = False
+        self.forward = 0
+        self.gemm = 0
+        self.adapters = 0
+        self.traffic = 0
+        self.calls = 0
+        self.saved = 0
 
     def trains(self, path: str) -> bool:
         return not {f"{path}.weight", f"{path}.bias"}.isdisjoint(self.training)
@@ -140,46 +172,47 @@ class _Walk:
         self.calls += 1
 
     def elementwise(self, forward: int, backward: int) -> None:
-        """``forward`` and ``backward``: bf16 elements read and written."""
-        self.traffic += BF16 * (forward + (backward if self.flows else 0))
+        """Add an elementwise operation. forward, backward: the BF16 elements that it reads and writes."""
+        self.traffic += BF16 * (forward + (backward if self.input_needs_grad else 0))
 
     def norm(self, path: str, hidden: int) -> int:
-        """A LayerNorm of ``hidden`` elements; returns the bytes of its output."""
-        self.flows |= self.trains(path)
+        """Add a LayerNorm of ``hidden`` elements; returns the bytes of its output."""
+        self.input_needs_grad |= self.trains(path)
         self.elementwise(2 * hidden, 3 * hidden)
         self.calls += 1
-        self.saved += BF16 * hidden if self.flows else 0
+        self.saved += BF16 * hidden if self.input_needs_grad else 0
         return BF16 * hidden
 
     def linear(self, path: str, rows: int) -> bool:
-        """A linear (or the patch projection) on ``rows``, and its adapter; returns whether it keeps its input."""
+        """Add a linear (or the patch projection) on ``rows``, with its adapter; returns whether it keeps its input."""
         out, *rest = self.layout.parameters[f"{path}.weight"]
-        size, weight_trains = rows * math.prod(rest), f"{path}.weight" in self.training
-        flops = 2 * size * out
-        self.product(flops, flops * (self.flows + weight_trains))
+        flops = 2 * rows * math.prod(rest) * out
+        weight_trains = f"{path}.weight" in self.training
+        self.product(flops, flops * (self.input_needs_grad + weight_trains))
         keeps = self._adapter(path, rows) if path in self.plan.adapters else False
-        self.flows |= self.trains(path)
+        self.input_needs_grad |= self.trains(path)
         return keeps or weight_trains
 
     def _adapter(self, path: str, rows: int) -> bool:
-        spec, (outputs, inputs) = self.plan.adapters[path], self.layout.parameters[f"{path}.weight"]
+        spec = self.plan.adapters[path]
+        outputs, inputs = self.layout.parameters[f"{path}.weight"]
         kind = kind_of(spec)
         leaves = frozenset(leaf for leaf in kind.parameters((outputs, inputs), spec)
                            if f"{path}.{leaf}" in self.training)
         folded = self.kernel == "merged" and f"{path}.weight" not in self.plan.trainable
-        cost = kind.cost(spec, rows, inputs, outputs, Needs(self.flows, leaves, folded))
+        cost = kind.cost(spec, rows, inputs, outputs, Needs(self.input_needs_grad, leaves, folded))
         self.forward += cost.forward_flops
         self.adapters += cost.forward_flops + cost.backward_flops
         self.traffic += BF16 * cost.traffic
         self.calls += cost.calls
         self.saved += BF16 * cost.saved
-        self.flows |= bool(leaves)
+        self.input_needs_grad |= bool(leaves)
         return cost.keeps_input
 
 
 @dataclass(frozen=True)
 class Communication:
-    """Payload of the collectives of one rank and optimizer step, in bytes, and how many there are."""
+    """The payload in bytes of the collectives of one rank in an optimizer step, and their number."""
 
     all_reduce: int
     all_gather: int
@@ -187,20 +220,21 @@ class Communication:
     collectives: int
 
     def wire_bytes(self, world_size: int) -> float:
-        """Bytes that each rank sends when the collectives go around a ring."""
+        """The bytes that each rank sends if the collectives use a ring."""
         return (2 * self.all_reduce + self.all_gather + self.reduce_scatter) * (world_size - 1) / world_size
 
 
 def communication(plan: Plan, layout: Layout, zero: ZeroSettings, accum: int, *,
                   reuse_distance: int = REUSE_DISTANCE) -> Communication:
-    """The collectives of an optimizer step of ``accum`` micro-batches; gradients travel in fp32, weights in bf16.
+    """The collectives of an optimizer step of ``accum`` micro-batches. Gradients are sent in fp32, weights in BF16.
 
     Source: ZeRO (Rajbhandari et al. 2020, section 7), and DeepSpeed 0.19 where it differs: stage 2 all-reduces its
-    buckets in each micro-batch where the paper has one reduce-scatter, and stage 3 keeps what it gathered in forward
-    for backward as long as ``reuse_distance`` elements are not passed in between.
+    buckets in every micro-batch, where the paper has one reduce-scatter; and stage 3 keeps the weights gathered in the
+    forward pass for the backward pass, unless more than ``reuse_distance`` elements are used in between.
     """
     sizes = _sizes(plan, layout)
-    n, t = sum(sizes.values()), sum(sizes[name] for name in plan.trainable)
+    n = sum(sizes.values())
+    t = sum(sizes[name] for name in plan.trainable)
     if zero.stage < 2:
         return Communication(FP32 * t, BF16 * t * zero.stage, 0, math.ceil(t / ENGINE_BUCKET) * (1 + zero.stage))
     buckets = accum * math.ceil(t / min(t, zero.reduce_bucket_size))
@@ -215,26 +249,32 @@ def communication(plan: Plan, layout: Layout, zero: ZeroSettings, accum: int, *,
 
 
 def state_traffic_bytes(plan: Plan, layout: Layout, zero: ZeroSettings, world_size: int, accum: int) -> int:
-    """Bytes a rank reads and writes for gradients and optimizer in one step.
+    """The bytes that a rank reads and writes for gradients and optimizer in one step.
 
-    Gradients: each micro-batch's bf16 ones are added into fp32 (10 bytes an element). AdamW on the rank's share: reads
-    gradient, master and moments, writes the last three (28), the norm (4), clipping (8), the bf16 weight (6); with
-    offload that is the host's.
+    Adding the BF16 gradients of each micro-batch to the fp32 gradients takes 10 bytes per element. The optimizer works
+    on the rank's share: AdamW reads gradient, master and moments and writes the last three (28 bytes per element), the
+    norm takes 4, clipping 8, and the BF16 weight 6. With offload the host does the optimizer's part.
     """
     t = _trained(plan, layout)
-    return 10 * t * accum + (0 if zero.offload_optimizer else 46 * t // (world_size if zero.stage else 1))
+    gradients = 10 * t * accum
+    if zero.offload_optimizer:
+        return gradients
+    return gradients + 46 * t // (world_size if zero.stage else 1)
 
 
 def host_traffic_bytes(plan: Plan, layout: Layout, zero: ZeroSettings, world_size: int) -> int:
-    """Bytes a rank moves on the host and to it with optimizer offload: gradients down, weights up, AdamW there."""
-    return (FP32 + BF16 + 28) * _trained(plan, layout) // world_size if zero.offload_optimizer else 0
+    """The bytes that a rank moves on and to the host with optimizer offload: gradients, weights, and AdamW."""
+    if not zero.offload_optimizer:
+        return 0
+    return (FP32 + BF16 + 28) * _trained(plan, layout) // world_size
 
 
 def buckets_bytes(plan: Plan, layout: Layout, zero: ZeroSettings) -> int:
-    """Bytes beside `budget.predict_bytes` when gradients are reduced: staging copies of a bucket, gathered weights.
+    """The bytes of staging copies of a bucket while gradients are reduced, in addition to `predict_bytes`.
 
-    A bucket is flattened and turned into fp32 at stage 0 (6 bytes an element), flattened in fp32 at stage 1, staged in
-    bf16, flattened and turned into fp32 at stage 2 (8), put in the order of the ranks in fp32 at stage 3.
+    At stage 0 a bucket is flattened and converted to fp32 (6 bytes per element); at stage 1 it is flattened in fp32
+    (4); at stage 2 it is staged in BF16, flattened and converted to fp32 (8); at stage 3 it is ordered by ranks in fp32
+    (4).
     """
     t = _trained(plan, layout)
     bucket = min(t, zero.reduce_bucket_size if zero.stage > 1 else ENGINE_BUCKET)
@@ -242,7 +282,7 @@ def buckets_bytes(plan: Plan, layout: Layout, zero: ZeroSettings) -> int:
 
 
 def gathered_bytes(plan: Plan, layout: Layout, zero: ZeroSettings, *, reuse_distance: int = REUSE_DISTANCE) -> int:
-    """Bytes of gathered weights that stage 3 keeps between forward and backward."""
+    """The bytes of gathered weights that stage 3 keeps between the forward and the backward pass."""
     sizes = _sizes(plan, layout).values()
     large = sum(size for size in sizes if size > zero.persistence_threshold)
     return BF16 * min(large, reuse_distance // 2) if zero.stage == 3 else 0
@@ -250,20 +290,22 @@ def gathered_bytes(plan: Plan, layout: Layout, zero: ZeroSettings, *, reuse_dist
 
 def peak_bytes(plan: Plan, layout: Layout, zero: ZeroSettings, world_size: int, accum: int, saved_bytes: int, *,
                kernel: str = "auto", reuse_distance: int = REUSE_DISTANCE) -> tuple[Bytes, int]:
-    """States at the end of backward, and the largest sum of a step on the device, in bytes of one rank.
+    """The bytes of all states at the end of the backward pass, and the device peak of a step, for one rank.
 
-    Offloaded states are on the host. The sum is largest where backward begins (activations, and with accumulation the
-    gradients so far) or where it ends (gradients, buckets): in between one shrinks as the other grows.
+    Offloaded states are on the host. The peak is where the backward pass begins (activations, and with accumulation
+    the gradients so far) or where it ends (gradients, buckets): in between, activations shrink as gradients grow.
     """
-    rest, end = (predict_bytes(plan, layout, zero, world_size, after_backward=after, kernel=kernel)
-                 for after in (False, True))
+    rest = predict_bytes(plan, layout, zero, world_size, after_backward=False, kernel=kernel)
+    end = predict_bytes(plan, layout, zero, world_size, after_backward=True, kernel=kernel)
     gathered = gathered_bytes(plan, layout, zero, reuse_distance=reuse_distance)
 
     def on_device(states: Bytes) -> int:
-        return states.weights + (states.buffers if zero.stage == 3 else 0) if zero.offload_optimizer else states.total
+        if not zero.offload_optimizer:
+            return states.total
+        return states.weights + (states.buffers if zero.stage == 3 else 0)
 
-    begins = on_device(end if accum > 1 else rest) + saved_bytes + gathered
-    return end, max(begins, on_device(end) + buckets_bytes(plan, layout, zero))
+    at_start = on_device(end if accum > 1 else rest) + saved_bytes + gathered
+    return end, max(at_start, on_device(end) + buckets_bytes(plan, layout, zero))
 
 
 def _sizes(plan: Plan, layout: Layout) -> Mapping[str, int]:

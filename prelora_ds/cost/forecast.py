@@ -1,4 +1,4 @@
-"""What a recipe would need and take on a machine that need not be there. Every figure is predicted."""
+"""Predict the memory and time of a recipe on a machine that need not be available."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from prelora_ds.core.schedule import Timeline
 from prelora_ds.core.switch_tests.prelora import Observation, Verdict, WindowStats
 from prelora_ds.cost import flops as costs
 from prelora_ds.cost.bytes import predict_bytes
-from prelora_ds.cost.candidates import USABLE, reuse_distance, setting, settings
+from prelora_ds.cost.candidates import USABLE, predict_candidate, predict_candidates, reuse_distance
 from prelora_ds.cost.machines import Cluster, rates_and_memory
 from prelora_ds.cost.timing import Rates
 from prelora_ds.errors import ConfigError
@@ -37,13 +37,16 @@ NOTES = (
 
 def predict_run(config: Config, cluster: Cluster, layout: Layout, images: int, *, walltime_s: float | None = None,
                 mean_rank: int = 30, calibration: Path | None = None) -> dict[str, Any]:
-    """Bytes, step and epoch seconds per ZeRO stage and phase, and hours and jobs of the run, as JSON.
+    """Bytes and seconds per ZeRO stage and phase, and hours and jobs of the run, as JSON.
 
-    layout: of the recipe's ViT. images: of an epoch. Every adapter has ``mean_rank``. Seconds and what
-    fits are None where nothing is known of the machine.
+    layout: the layout of the recipe's ViT.
+    images: the number of images per epoch.
+    mean_rank: the rank of every adapter.
 
-    Raises ConfigError for a batch that does not divide, an unknown GPU, a bad calibration, or a model
-    that is not a ViT.
+    Seconds, and whether a phase fits, are None if nothing is known about the machine.
+
+    Raises ConfigError for a batch that cannot be divided, an unknown GPU, an invalid calibration, or a model that is
+    not a ViT.
     """
     check_costs_are_known(config)
     world = cluster.world_size
@@ -51,45 +54,63 @@ def predict_run(config: Config, cluster: Cluster, layout: Layout, images: int, *
     rates, memory_gib = rates_and_memory(cluster, calibration)
     accum = config.grad_accum_steps(world)
     timeline = Timeline(images, config.train.global_batch_size, config.train.duration)
-    rows, runs = [], []
+    rows = []
+    runs = []
     phases = config.specs()
     parked = [thawed_later(phases, layout, index) for index in range(len(phases))]
     for zero in _settings(config, accum):
-        own = [_row(config, plan, layout, zero, cluster, rates, memory_gib, images, kept)
-               for plan, kept in zip(plans_at_rank(phases, layout, mean_rank), parked, strict=True)]
-        rows += own
+        plans = plans_at_rank(phases, layout, mean_rank)
+        rows_of_stage = [
+            _row(config, plan, layout, zero, cluster, rates, memory_gib, images, kept)
+            for plan, kept in zip(plans, parked, strict=True)
+        ]
+        rows += rows_of_stage
         if rates is not None:
-            runs.append(_run(config, layout, zero, own, timeline, walltime_s))
-    return {"predicted": True, "recipe": config.run.name, **asdict(cluster), "world_size": world, "images": images,
-            "mean_rank": mean_rank, "micro_batch_size": config.train.micro_batch_size, "grad_accum_steps": accum,
-            "walltime_s": walltime_s, "memory_gib": memory_gib,
-            "rates": rates and asdict(rates), "rows": rows, "runs": runs, "notes": list(NOTES)}
+            runs.append(_run(config, layout, zero, rows_of_stage, timeline, walltime_s))
+
+    return {
+        "predicted": True,
+        "recipe": config.run.name,
+        **asdict(cluster),
+        "world_size": world,
+        "images": images,
+        "mean_rank": mean_rank,
+        "micro_batch_size": config.train.micro_batch_size,
+        "grad_accum_steps": accum,
+        "walltime_s": walltime_s,
+        "memory_gib": memory_gib,
+        "rates": rates and asdict(rates),
+        "rows": rows,
+        "runs": runs,
+        "notes": list(NOTES),
+    }
 
 
 def check_costs_are_known(config: Config) -> None:
-    """Raise ConfigError for a model whose costs are not known."""
+    """Raise ConfigError for a model whose costs cannot be predicted."""
     if config.model.factory is not None:
-        raise ConfigError("model.factory", config.model.factory, "only the costs of the ViT are known",
-                          "plan a recipe without model.factory")
+        raise ConfigError("model.factory", config.model.factory, "costs can only be predicted for the built-in ViT",
+                          "use a recipe without model.factory")
 
 
 def fastest_images_per_s(config: Config, layout: Layout, ranks_per_host: int, world_size: int,
                          gpu: str | None) -> float | None:
-    """Images per second that one rank takes in its fastest phase, as predicted for ``gpu``, a key of `GPUS`.
+    """The images per second that one rank needs in its fastest phase, as predicted for ``gpu``, a key of `GPUS`.
 
-    None without one, for a model that is not a ViT, and for hosts that differ in ranks.
+    The result is None without a GPU, for a model that is not a ViT, and if the hosts have different numbers of ranks.
     """
     if gpu is None or config.model.factory is not None or world_size % ranks_per_host:
         return None
     cluster = Cluster(world_size // ranks_per_host, ranks_per_host, gpu)
-    rows = predict_run(config, cluster, layout, images=1)["rows"]  # the time of a step knows no epoch
+    # The step time does not depend on the number of images per epoch.
+    rows = predict_run(config, cluster, layout, images=1)["rows"]
     step_s = min(row["step_s"] for row in rows if (zero := config.for_phase(row["phase"]).zero)
                  and (row["stage"], row["offload_optimizer"]) == (zero.stage, zero.offload_optimizer))
     return config.train.global_batch_size / world_size / float(step_s)
 
 
 def _settings(config: Config, accum: int) -> Iterator[ZeroSettings]:
-    """All stages that can train this recipe, and the configured one with offload if it has that."""
+    """All stages that can train this recipe; also the configured one with offload, if it has offload."""
     merged = any(config.for_phase(phase.name).adapters.mode == "merged" for phase in config.phase_list)
     for stage in range(4):
         if not (stage == 0 and accum > 1) and not (stage == 3 and merged):
@@ -101,23 +122,41 @@ def _settings(config: Config, accum: int) -> Iterator[ZeroSettings]:
 def _row(config: Config, plan: Plan, layout: Layout, zero: ZeroSettings, cluster: Cluster, rates: Rates | None,
          memory_gib: float | None, images: int, parked: frozenset[str]) -> dict[str, Any]:
     config = config.for_phase(plan.phase)
-    world, batch, micro = cluster.world_size, config.train.global_batch_size, config.train.micro_batch_size
+    world = cluster.world_size
+    batch = config.train.global_batch_size
+    micro = config.train.micro_batch_size
     image = costs.micro_batch(config.model, plan, layout, 1, kernel=config.kernel(zero.stage))
-    own, every = setting(config, plan, layout, zero, world, micro), settings(config, plan, layout, zero, world)
-    step_s = rates and rates.step_seconds(own.work, cluster.gpus_per_host)
-    extra = costs.buckets_bytes(plan, layout, zero) + costs.gathered_bytes(plan, layout, zero,
-                                                                           reuse_distance=reuse_distance(config))
+    configured = predict_candidate(config, plan, layout, zero, world, micro)
+    step_s = rates and rates.step_seconds(configured.work, cluster.gpus_per_host)
+
+    gathered = costs.gathered_bytes(plan, layout, zero, reuse_distance=reuse_distance(config))
+    extra = costs.buckets_bytes(plan, layout, zero) + gathered
     host = predict_bytes(plan, layout, zero, world, after_backward=False, parked=parked).host
-    return {"stage": zero.stage, "offload_optimizer": zero.offload_optimizer, "phase": plan.phase,
-            **{f"{owner}_bytes": getattr(own.states, owner)
-               for owner in ("weights", "gradients", "masters", "moments")},
-            "buckets_bytes": own.states.buffers + extra, "activations_bytes": micro * image.saved_bytes,
-            "peak_bytes": own.peak_bytes, "host_bytes": host,
-            "fits": None if memory_gib is None else own.fits(memory_gib),
-            "largest_micro_batch": memory_gib and max((s.micro_batch_size for s in every if s.fits(memory_gib)),
-                                                      default=0),
-            "step_s": step_s, "epoch_s": step_s and step_s * images / batch,
-            "wire_bytes": int(own.work.wire_gb * 1e9), "gflop_per_image": image.flops / 1e9}
+
+    largest = memory_gib
+    if memory_gib:
+        candidates = predict_candidates(config, plan, layout, zero, world)
+        largest = max((each.micro_batch_size for each in candidates if each.fits(memory_gib)), default=0)
+
+    return {
+        "stage": zero.stage,
+        "offload_optimizer": zero.offload_optimizer,
+        "phase": plan.phase,
+        "weights_bytes": configured.states.weights,
+        "gradients_bytes": configured.states.gradients,
+        "masters_bytes": configured.states.masters,
+        "moments_bytes": configured.states.moments,
+        "buckets_bytes": configured.states.buffers + extra,
+        "activations_bytes": micro * image.saved_bytes,
+        "peak_bytes": configured.peak_bytes,
+        "host_bytes": host,
+        "fits": None if memory_gib is None else configured.fits(memory_gib),
+        "largest_micro_batch": largest,
+        "step_s": step_s,
+        "epoch_s": step_s and step_s * images / batch,
+        "wire_bytes": int(configured.work.wire_gb * 1e9),
+        "gflop_per_image": image.flops / 1e9,
+    }
 
 
 def _run(config: Config, layout: Layout, zero: ZeroSettings, rows: list[dict[str, Any]], timeline: Timeline,
@@ -129,14 +168,17 @@ def _run(config: Config, layout: Layout, zero: ZeroSettings, rows: list[dict[str
         return {"steps": steps, "hours": seconds / 3600, "jobs": walltime_s and math.ceil(seconds / walltime_s)}
 
     tests = any(spec.until is not None and not isinstance(spec.until, Duration) for spec in config.specs())
-    return {"stage": zero.stage, "offload_optimizer": zero.offload_optimizer,
-            "earliest": entry(steps_of_phases(config, layout, timeline, passes=True)) if tests else None,
-            "never": entry(steps_of_phases(config, layout, timeline, passes=False))}
+    return {
+        "stage": zero.stage,
+        "offload_optimizer": zero.offload_optimizer,
+        "earliest": entry(steps_of_phases(config, layout, timeline, passes=True)) if tests else None,
+        "never": entry(steps_of_phases(config, layout, timeline, passes=False)),
+    }
 
 
 @dataclass(frozen=True)
 class _Foreseen:
-    """A test of which only its outcome is known: it passes as soon as it is asked, or never."""
+    """A test with a fixed outcome: it passes as soon as it is evaluated, or never."""
 
     k: int
     m: int
@@ -151,11 +193,13 @@ class _Foreseen:
 
 
 def steps_of_phases(config: Config, layout: Layout, timeline: Timeline, *, passes: bool) -> dict[str, int]:
-    """Steps of each phase when every test passes as early as it can, or when none ever does."""
+    """The number of steps of each phase if every test passes as early as it can, or if none ever passes."""
     phases = [_foreseen(spec, passes) for spec in config.specs()]
     controller = PhaseController(layout=layout, timeline=timeline, phases=phases, seed=0)
-    state, begun, steps = controller.initial(), 0, {}
-    for tick in sorted(timeline.ticks(config.observe.every))[:-1]:  # what is decided after the last step begins nothing
+    state = controller.initial()
+    begun = 0
+    steps = {}
+    for tick in sorted(timeline.ticks(config.observe.every))[:-1]:  # no phase begins after the last step
         after = controller.next(state, Observation(tick, 1, 0.0, {}))
         if after.index != state.index:
             steps[phases[state.index].name] = tick - begun
@@ -165,7 +209,7 @@ def steps_of_phases(config: Config, layout: Layout, timeline: Timeline, *, passe
 
 
 def _foreseen(spec: PhaseSpec, passes: bool) -> PhaseSpec:
-    """``spec`` without what only a run can tell: its test's windows, and the ranks that rest on them."""
+    """``spec`` without what only a run can determine: the result of its test, and ranks that depend on windows."""
     if spec.until is not None and not isinstance(spec.until, Duration):
         spec = replace(spec, until=_Foreseen(spec.until.k, spec.until.m, passes))
     if spec.adapters is None:

@@ -1,7 +1,7 @@
-"""A step-time model: what a step does, in a few kinds of work, times what a unit of each costs on a machine.
+"""A step-time model: the amount of each kind of work in a step, times the cost per unit on a machine.
 
-Computing, the optimizer and communication are added up, as if none ran beside another: an upper bound where DeepSpeed
-overlaps them (`overlap_comm`, stage 3's prefetching).
+The times of computing, the optimizer and communication are added up. Where DeepSpeed overlaps them (`overlap_comm`,
+stage 3's prefetching), the sum is an upper bound.
 """
 
 from __future__ import annotations
@@ -20,12 +20,16 @@ from prelora_ds.cost import flops as costs
 
 @dataclass(frozen=True)
 class Work:
-    """What one rank does in an optimizer step. All but wire_gb and hops are its own.
+    """The work of one rank in an optimizer step. Except wire_gb and hops, it is local to the rank.
 
-    gemm_tflop, adapter_tflop: 1e12 FLOPs of large products, and of those with A and B. traffic_gb: 1e9 bytes of
-    elementwise work. state_gb: of gradients and optimizer. calls: thousands of modules run. host_gb: of optimizer
-    offload. wire_gb: sent to other ranks. hops: thousands of messages that wait for the one before (log2 of the ranks a
-    collective).
+    gemm_tflop: large matrix products, in 1e12 FLOPs.
+    adapter_tflop: products with A and B, in 1e12 FLOPs.
+    traffic_gb: memory traffic of elementwise operations, in 1e9 bytes.
+    state_gb: memory traffic of gradients and optimizer, in 1e9 bytes.
+    calls: modules run, in thousands.
+    host_gb: traffic of optimizer offload, in 1e9 bytes.
+    wire_gb: data sent to other ranks, in 1e9 bytes.
+    hops: messages that wait for the one before, in thousands (log2 of the number of ranks per collective).
     """
 
     gemm_tflop: float = 0.0
@@ -39,15 +43,16 @@ class Work:
 
 
 KINDS = tuple(f.name for f in fields(Work))
-SHARED = ("wire_gb", "hops")  # kinds of work that a rank does together with others
+SHARED = ("wire_gb", "hops")  # kinds of work that are not local to a rank
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds for a unit of each kind of `Work`.
+    """Seconds per unit of each kind of `Work`.
 
-    sharing: how much longer a rank's own work takes while the other ranks of its host work too (1 on GPUs).
-    source: in words, where the figures come from; measured: whether they were fitted to measurements.
+    sharing: the slowdown of local work when all ranks of the host are busy (1 on GPUs).
+    source: where the figures come from, in words.
+    measured: whether they were fitted to measurements.
     """
 
     seconds: Mapping[str, float]
@@ -56,15 +61,22 @@ class Rates:
     sharing: float = 1.0
 
     def step_seconds(self, work: Work, ranks_per_host: int = 1) -> float:
-        """Predicted seconds of an optimizer step."""
+        """Predict the seconds of an optimizer step."""
         seconds = {kind: self.seconds[kind] * amount for kind, amount in asdict(work).items()}
         shared = math.fsum(seconds.pop(kind) for kind in SHARED)
-        return math.fsum(seconds.values()) * (self.sharing if ranks_per_host > 1 else 1.0) + shared
+        slowdown = self.sharing if ranks_per_host > 1 else 1.0
+        return math.fsum(seconds.values()) * slowdown + shared
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Figures of a data sheet, of what one rank drives; memory as the driver reports it, in GiB."""
+    """Data-sheet figures of the device that one rank uses.
+
+    bf16_tflops: dense BF16, in 1e12 FLOP/s.
+    memory_gb_s: memory bandwidth.
+    memory_gib: memory as the driver reports it.
+    link_gb_s: bandwidth to the other GPUs of the host, in one direction.
+    """
 
     bf16_tflops: float
     memory_gb_s: float
@@ -72,8 +84,8 @@ class Gpu:
     link_gb_s: float
 
 
-# Dense BF16, HBM bandwidth, and the links to the other GPUs of the host in one direction. A rank drives one of the two
-# dies of an MI250X. Sources: NVIDIA A100, H100 and H200 (SXM) data sheets, AMD Instinct MI250X data sheet.
+# A rank uses one of the two dies of an MI250X. Sources: the data sheets of NVIDIA A100, H100 and H200 (SXM), and of AMD
+# Instinct MI250X.
 GPUS = {
     "A100-40": Gpu(312.0, 1555.0, 39.5, 300.0),
     "A100-80": Gpu(312.0, 2039.0, 79.2, 300.0),
@@ -81,32 +93,46 @@ GPUS = {
     "H200": Gpu(989.0, 4800.0, 139.0, 450.0),
     "MI250X": Gpu(191.5, 1638.0, 64.0, 50.0),
 }
-INTER_GB_S = 25.0  # of a host: one 200 Gbit/s adapter
+INTER_GB_S = 25.0  # per host: one adapter of 200 Gbit/s
 LATENCY_S = 10e-6
-HOST_GB_S = 25.0  # PCIe 4 x16 and a rank's share of the host's memory
-# Shares of the data sheet that training is taken to reach: assumptions, not measurements.
-PRODUCT_EFFICIENCY, MEMORY_EFFICIENCY, LINK_EFFICIENCY = 0.45, 0.7, 0.8
+HOST_GB_S = 25.0  # PCIe 4 x16, and the rank's share of the bandwidth of host memory
+# The shares of the data-sheet figures that training is assumed to reach. They are not measured.
+PRODUCT_EFFICIENCY = 0.45
+MEMORY_EFFICIENCY = 0.7
+LINK_EFFICIENCY = 0.8
 
 
 def gpu_named(device_name: str | None, memory_gib: float) -> str | None:
-    """The key of `GPUS` for a device as its driver names it ("NVIDIA A100-SXM4-40GB"), or None."""
-    known = [key for key in GPUS if device_name and re.search(rf"\b{key.partition('-')[0]}\b", device_name)]
-    return min(known, key=lambda key: abs(GPUS[key].memory_gib - memory_gib), default=None)
+    """The key of `GPUS` for a device name of the driver ("NVIDIA A100-SXM4-40GB"), or None."""
+    matches = [key for key in GPUS if device_name and re.search(rf"\b{key.partition('-')[0]}\b", device_name)]
+    return min(matches, key=lambda key: abs(GPUS[key].memory_gib - memory_gib), default=None)
 
 
 def data_sheet_rates(name: str, *, hosts: int, intra_gb_s: float | None = None,
                      inter_gb_s: float | None = None) -> Rates:
-    """Rates of the GPU ``name`` of `GPUS` from its data sheet: not measured, and labelled so.
+    """The rates of the GPU ``name`` of `GPUS` from its data sheet, labelled as not measured.
 
-    A ring over hosts passes every link, so the slowest one decides: ``intra_gb_s`` is that of a GPU to the others of
-    its host, ``inter_gb_s`` that of a host with all its adapters. Raises KeyError for a name that is not there.
+    intra_gb_s: GB/s between one GPU and the others of its host.
+    inter_gb_s: GB/s between one host, with all its adapters, and the others.
+
+    A ring over several hosts uses every link, so the slowest link determines the rate. Raises KeyError for an unknown
+    name.
     """
     gpu = GPUS[name]
     intra = intra_gb_s or gpu.link_gb_s
     link = intra if hosts == 1 else min(intra, inter_gb_s or INTER_GB_S)
-    product, memory = 1 / (gpu.bf16_tflops * PRODUCT_EFFICIENCY), 1 / (gpu.memory_gb_s * MEMORY_EFFICIENCY)
-    seconds = {"gemm_tflop": product, "adapter_tflop": product, "traffic_gb": memory, "state_gb": memory, "calls": 0.0,
-               "host_gb": 1 / HOST_GB_S, "wire_gb": 1 / (link * LINK_EFFICIENCY), "hops": 1e3 * LATENCY_S}
+    product = 1 / (gpu.bf16_tflops * PRODUCT_EFFICIENCY)
+    memory = 1 / (gpu.memory_gb_s * MEMORY_EFFICIENCY)
+    seconds = {
+        "gemm_tflop": product,
+        "adapter_tflop": product,
+        "traffic_gb": memory,
+        "state_gb": memory,
+        "calls": 0.0,
+        "host_gb": 1 / HOST_GB_S,
+        "wire_gb": 1 / (link * LINK_EFFICIENCY),
+        "hops": 1e3 * LATENCY_S,
+    }
     source = (f"data sheet of {name}, not measured: {PRODUCT_EFFICIENCY:.0%} of {gpu.bf16_tflops:g} TFLOP/s in bf16, "
               f"{MEMORY_EFFICIENCY:.0%} of {gpu.memory_gb_s:g} GB/s of memory, {LINK_EFFICIENCY:.0%} of {link:g} GB/s "
               "between ranks (assumed shares)")
@@ -117,15 +143,15 @@ def step_work(model: ModelConfig, plan: Plan, layout: Layout, zero: ZeroSettings
               world_size: int, accum: int, kernel: str = "auto",
               reuse_distance: int = costs.REUSE_DISTANCE) -> Work:
     """The work of one rank in an optimizer step of ``accum`` micro-batches."""
-    one = costs.micro_batch(model, plan, layout, micro_batch_size, kernel=kernel)
+    per_micro_batch = costs.micro_batch(model, plan, layout, micro_batch_size, kernel=kernel)
     comm = costs.communication(plan, layout, zero, accum, reuse_distance=reuse_distance)
     state = costs.state_traffic_bytes(plan, layout, zero, world_size, accum)
     return Work(
-        gemm_tflop=accum * one.gemm_flops / 1e12,
-        adapter_tflop=accum * one.adapter_flops / 1e12,
-        traffic_gb=accum * one.traffic_bytes / 1e9,
+        gemm_tflop=accum * per_micro_batch.gemm_flops / 1e12,
+        adapter_tflop=accum * per_micro_batch.adapter_flops / 1e12,
+        traffic_gb=accum * per_micro_batch.traffic_bytes / 1e9,
         state_gb=state / 1e9,
-        calls=accum * one.calls / 1e3,
+        calls=accum * per_micro_batch.calls / 1e3,
         host_gb=costs.host_traffic_bytes(plan, layout, zero, world_size) / 1e9,
         wire_gb=comm.wire_bytes(world_size) / 1e9,
         hops=comm.collectives * math.ceil(math.log2(world_size)) / 1e3,

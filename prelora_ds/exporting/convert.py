@@ -218,7 +218,7 @@ def _full_values(
     Parameters that train are not rounded to BF16.
     """
     merged = config.for_phase(plan.phase).kernel() == "merged"
-    kept_in_fp32 = {f"{path}.weight" for path in plan.frozen_bases()} if merged else set()
+    kept_in_fp32 = {f"{path}.weight" for path in plan.frozen_targets()} if merged else set()
     values = {}
     leaves = plan.leaves(layout)
     for name, shape in plan.parameters(layout).items():

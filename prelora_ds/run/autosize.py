@@ -18,7 +18,7 @@ from prelora_ds.config.tree import Config, ZeroSettings
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.phases import plans_at_rank
 from prelora_ds.core.plan import Plan
-from prelora_ds.cost.candidates import Setting, fastest, setting, settings
+from prelora_ds.cost.candidates import Candidate, fastest, predict_candidate, predict_candidates
 from prelora_ds.cost.forecast import fastest_images_per_s
 from prelora_ds.cost.machines import read_calibration
 from prelora_ds.cost.timing import Rates, data_sheet_rates, gpu_named
@@ -103,15 +103,15 @@ def _machine(config: Config, world_size: int, ranks_per_host: int) -> tuple[floa
 
 def _setting_candidates(
     config: Config, phase: PhaseConfig, plan: Plan, layout: Layout, world_size: int
-) -> Iterator[Setting]:
+) -> Iterator[Candidate]:
     """Yield all settings that ``phase`` allows; `auto` allows all stages or micro-batches."""
     for zero in _stages(config, plan) if phase.zero_stage == "auto" else [config.zero]:
         micro_batch_size = config.train.micro_batch_size
         if phase.micro_batch_size == "auto":
-            yield from settings(config, plan, layout, zero, world_size)
+            yield from predict_candidates(config, plan, layout, zero, world_size)
         elif zero.stage or world_size * micro_batch_size == config.train.global_batch_size:
             # Stage 0 does not accumulate gradients.
-            yield setting(config, plan, layout, zero, world_size, micro_batch_size)
+            yield predict_candidate(config, plan, layout, zero, world_size, micro_batch_size)
 
 
 def _stages(config: Config, plan: Plan) -> Iterator[ZeroSettings]:
@@ -120,21 +120,21 @@ def _stages(config: Config, plan: Plan) -> Iterator[ZeroSettings]:
     Stage 3 is skipped for merged weights, which cannot be partitioned.
     """
     for stage in range(4):
-        if stage == 3 and config.adapters.mode == "merged" and plan.frozen_bases():
+        if stage == 3 and config.adapters.mode == "merged" and plan.frozen_targets():
             continue
         for offload in {False, config.zero.offload_optimizer and stage >= 2}:
             yield replace(config.zero, stage=stage, offload_optimizer=offload)
 
 
-def _largest_of_each_stage(fitting: list[Setting]) -> list[Setting]:
+def _largest_of_each_stage(fitting: list[Candidate]) -> list[Candidate]:
     """Return the setting with the largest micro-batch of each stage."""
-    largest: dict[ZeroSettings, Setting] = {}
+    largest: dict[ZeroSettings, Candidate] = {}
     for candidate in fitting:  # Smaller micro-batches of a stage come first.
         largest[candidate.zero] = candidate
     return list(largest.values())
 
 
-def _with_setting(config: Config, phase: str, chosen: Setting) -> Config:
+def _with_setting(config: Config, phase: str, chosen: Candidate) -> Config:
     """Return ``config`` with the chosen setting for ``phase``."""
     zero: dict[str, Any] = {
         **chosen.config.deepspeed.get("zero_optimization", {}),
@@ -150,7 +150,7 @@ def _with_setting(config: Config, phase: str, chosen: Setting) -> Config:
 
 
 def _message(
-    phase: str, chosen: Setting, memory_gib: float, rates: Rates | None, ranks_per_host: int
+    phase: str, chosen: Candidate, memory_gib: float, rates: Rates | None, ranks_per_host: int
 ) -> str:
     """Describe the choice for ``phase`` and its reason in one line."""
     if rates is None:

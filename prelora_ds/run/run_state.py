@@ -64,9 +64,9 @@ class RunState:
         data_s: seconds that this rank waited for its data.
         """
         if stats.skipped:
-            self.watch = self.watch.skipped()
+            self.watch = self.watch.after_skipped()
             return {"left_out": self.watch.left_out, "left_out_loss": stats.loss}
-        self.watch = self.watch.sound(stats.loss, config.divergence)
+        self.watch = self.watch.after_accepted(stats.loss, config.divergence)
         for meter in (self.window, self.logged):
             meter.add(
                 stats.loss,

@@ -183,11 +183,11 @@ def classes(folder: Path, names: list[str]) -> Path:
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        ([f"c{i}" for i in range(20)], "has 20 classes, and the checkpoint {checkpoint} has 10"),
-        ([f"c{i}" for i in range(5)], "has 5 classes, and the checkpoint {checkpoint} has 10"),
+        ([f"c{i}" for i in range(20)], "has 20 classes, but the checkpoint {checkpoint} has 10"),
+        ([f"c{i}" for i in range(5)], "has 5 classes, but the checkpoint {checkpoint} has 10"),
         (
             [*map(str, range(9)), "ten"],
-            "has 'ten' as its class 9, and the checkpoint {checkpoint} has '9'",
+            "has 'ten' as class 9, but the checkpoint {checkpoint} has '9'",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Rules that give each adapter its rank when a phase begins. One file per rule."""
+"""Rules that give each adapter its rank when a phase begins. Each rule has its own module."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ Families = Mapping[str, Sequence[int]]  # family -> its layers
 
 
 class RankRule(Protocol):
-    """A rule with its parameters, as a recipe names it in `phases.*.adapters.ranks`.
+    """A rule with its parameters, as a recipe selects it in `phases.*.adapters.ranks`.
 
-    windows: how many closed windows it looks at. highest: the largest rank that it can give.
+    windows: how many closed windows it needs.
+    highest: the largest rank that it can give.
     """
 
     @property
@@ -25,7 +26,7 @@ class RankRule(Protocol):
     def highest(self) -> int: ...
 
     def __call__(self, families: Families, windows: Sequence[WindowStats]) -> Mapping[str, Mapping[int, int]]:
-        """Family -> layer -> rank. Raises ValueError for windows that tell nothing."""
+        """Family -> layer -> rank. Raises ValueError if the windows do not determine the ranks."""
         ...
 
 

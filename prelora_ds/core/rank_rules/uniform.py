@@ -10,7 +10,7 @@ from prelora_ds.core.switch_tests.prelora import WindowStats
 
 @dataclass(frozen=True)
 class UniformRank:
-    """Every adapter has ``rank``."""
+    """A rule that gives every adapter the same ``rank``."""
 
     rank: int
     windows = 0

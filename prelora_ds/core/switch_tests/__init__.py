@@ -1,4 +1,7 @@
-"""Tests that end a phase: pure functions of the windows that have closed since it began. One file per test."""
+"""Tests that end a phase: pure functions of the windows that have closed since it began.
+
+Each test has its own module.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,11 @@ from prelora_ds.core.switch_tests.prelora import Observation, PreloraTest, Verdi
 
 
 class SwitchTest(Protocol):
-    """A test with its parameters, as a recipe names it in `phases.*.until`.
+    """A test with its parameters, as a recipe selects it in `phases.*.until`.
 
-    title: what messages call it. k: how many windows it compares. m: how many observations make a window.
+    title: its name in messages.
+    k: how many windows it compares.
+    m: how many observations make a window.
     """
 
     @property
@@ -24,11 +29,11 @@ class SwitchTest(Protocol):
     def m(self) -> int: ...
 
     def close(self, index: int, observations: Sequence[Observation]) -> WindowStats:
-        """The window that ``observations``, oldest first, make."""
+        """Reduce ``observations``, oldest first, to a window."""
         ...
 
     def __call__(self, windows: Sequence[WindowStats]) -> Verdict:
-        """Whether the phase may end; ``windows`` are at least ``k``, oldest first."""
+        """Decide whether the phase ends. ``windows`` are at least ``k`` windows, oldest first."""
         ...
 
 

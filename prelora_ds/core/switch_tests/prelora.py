@@ -1,7 +1,7 @@
-"""Partial convergence (PreLoRA, Algorithm 1): have weight norms and loss settled?
+"""Partial convergence (PreLoRA, Algorithm 1): have the weight norms and the loss settled?
 
-``m`` observations make a window, and the last ``k`` windows are compared pair by pair. All changes are in per cent of
-the earlier value, signed; thresholds bound their magnitude.
+``m`` observations make a window, and each of the last ``k`` windows is compared with the one before. Changes are
+signed and in per cent of the earlier value; the thresholds limit their magnitude.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from itertools import pairwise
 
 Norms = Mapping[str, Mapping[int, float]]
 
-# Per cent. A change of exactly tau must pass, and float64 leaves about 1e-14 of it uncertain.
+# In per cent. A change of exactly tau must pass, but in float64 it has a rounding error of about 1e-14.
 _NOISE = 1e-9
 
 
@@ -21,8 +21,10 @@ _NOISE = 1e-9
 class Observation:
     """One measurement, already reduced over ranks.
 
-    ``loss`` is the sample-weighted mean over the ``samples`` seen since the observation before; ``norms`` are
-    Frobenius norms of the effective weights at ``step``, family -> layer -> norm.
+    step: the optimizer step after which it was made.
+    samples: the number of samples since the previous observation.
+    loss: the mean loss over these samples.
+    norms: family -> layer -> Frobenius norm of the effective weight.
     """
 
     step: int
@@ -33,9 +35,10 @@ class Observation:
 
 @dataclass(frozen=True)
 class WindowStats:
-    """One window of ``m`` observations: the unit that Algorithm 1 compares.
+    """One window of ``m`` observations, the unit that Algorithm 1 compares.
 
-    ``loss`` is the mean over the window's samples; ``norms`` are Frobenius norms, family -> layer -> norm.
+    loss: the mean loss over the window's samples.
+    norms: family -> layer -> Frobenius norm.
     """
 
     index: int
@@ -46,10 +49,13 @@ class WindowStats:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The answer of Algorithm 1, in words and figures.
+    """The result of Algorithm 1.
 
-    ``norm_changes`` holds per family, and ``loss_changes`` for the loss, the k-1 changes in per cent, oldest first;
-    both are empty while windows are missing.
+    reason: the result in words.
+    norm_changes: family -> its k - 1 changes in per cent, oldest first.
+    loss_changes: the k - 1 changes of the loss in per cent, oldest first.
+
+    Both changes are empty while windows are missing.
     """
 
     passed: bool
@@ -61,11 +67,11 @@ class Verdict:
 def close_window(index: int, observations: Sequence[Observation], statistic: str) -> WindowStats:
     """Reduce a window's observations, oldest first, to what Algorithm 1 compares.
 
-    ``statistic`` says what a window's norm is: the ``"mean"`` of its measurements or the ``"last"`` of them (the paper
-    leaves it open). The loss is the sample-weighted mean over the whole window either way.
+    ``statistic`` selects the norm of a window: the ``"mean"`` of its measurements or the ``"last"`` of them (the paper
+    leaves this open). The loss is always the sample-weighted mean over the whole window.
 
-    Raises ValueError for an unknown statistic, for no observations or one without samples, and where families or
-    layers differ between observations.
+    Raises ValueError for an unknown statistic, if there are no observations, if one has no samples, and if the
+    observations differ in their families or layers.
     """
     if statistic not in ("mean", "last"):
         raise ValueError(f"statistic {statistic!r} is unknown; choose 'mean' or 'last'")
@@ -75,27 +81,30 @@ def close_window(index: int, observations: Sequence[Observation], statistic: str
         raise ValueError(f"window {index} has an observation without samples: {[o.samples for o in observations]}")
     layout = _common_layout([seen.norms for seen in observations])
     measured = observations if statistic == "mean" else observations[-1:]
-    norms = {family: {layer: _mean(seen.norms[family][layer] for seen in measured) for layer in layers}
-             for family, layers in layout.items()}
-    loss = sum(seen.loss * seen.samples for seen in observations) / sum(seen.samples for seen in observations)
+    norms = {
+        family: {layer: _mean(seen.norms[family][layer] for seen in measured) for layer in layers}
+        for family, layers in layout.items()
+    }
+    samples = sum(seen.samples for seen in observations)
+    loss = sum(seen.loss * seen.samples for seen in observations) / samples
     return WindowStats(index, observations[-1].step, loss, norms)
 
 
 def partially_converged(
     windows: Sequence[WindowStats], *, k: int, tau: float, zeta: float, aggregate: str = "norm_of_mean"
 ) -> Verdict:
-    """PreLoRA, Algorithm 1, over the last ``k`` of ``windows`` (oldest first).
+    """PreLoRA, Algorithm 1, applied to the last ``k`` of ``windows`` (oldest first).
 
-    Passes when in each of the k-1 comparisons every family's norm changed by at most ``tau`` and the loss by at most
-    ``zeta`` per cent, up or down. A family's change is that of its layer-averaged norm (``aggregate``
-    ``"norm_of_mean"``, the paper) or the mean of its layers' absolute changes (``"mean_of_layers"``). NaN and infinity
-    fail; so does a change from zero.
+    It passes if in each of the k - 1 comparisons the norm of every family changed by at most ``tau`` per cent and the
+    loss by at most ``zeta`` per cent, up or down. ``aggregate`` defines the change of a family: ``"norm_of_mean"`` is
+    the change of the norm averaged over its layers (as in the paper), ``"mean_of_layers"`` the mean of the absolute
+    changes of its layers. NaN and infinity fail, and so does a change from zero.
 
     Raises ValueError for ``k`` < 2, thresholds that are not positive, an unknown aggregate, windows without families
     or layers, and windows whose families or layers differ.
     """
     if k < 2:
-        raise ValueError(f"k {k} leaves nothing to compare; use at least 2 windows")
+        raise ValueError(f"k {k} is too small; at least 2 windows are needed for a comparison")
     for name, threshold in (("tau", tau), ("zeta", zeta)):
         if not threshold > 0:
             raise ValueError(f"{name} {threshold} is not a positive number of per cent")
@@ -108,8 +117,10 @@ def partially_converged(
 
     pairs = list(pairwise(recent))
     family_change = _AGGREGATES[aggregate]
-    norm_changes = {family: tuple(family_change(before.norms[family], after.norms[family]) for before, after in pairs)
-                    for family in layout}
+    norm_changes = {
+        family: tuple(family_change(before.norms[family], after.norms[family]) for before, after in pairs)
+        for family in layout
+    }
     loss_changes = tuple(_change(before.loss, after.loss) for before, after in pairs)
 
     judged = [(family, change, pair, "tau", tau)
@@ -129,19 +140,24 @@ def partially_converged(
 
 
 def changes_by_layer(previous: WindowStats, last: WindowStats) -> dict[str, dict[int, float]]:
-    """|dW| of each layer between two windows in per cent, family -> layer -> change: the input of Algorithm 2.
+    """Family -> layer -> |dW|, the change between two windows in per cent: the input of Algorithm 2.
 
-    Raises ValueError for a change that is not finite, and where families or layers differ.
+    Raises ValueError for a change that is not finite, and if the windows differ in their families or layers.
     """
     layout = _common_layout([previous.norms, last.norms])
-    changes = {family: {layer: abs(_change(previous.norms[family][layer], last.norms[family][layer]))
-                        for layer in layers} for family, layers in layout.items()}
+    changes = {
+        family: {
+            layer: abs(_change(previous.norms[family][layer], last.norms[family][layer]))
+            for layer in layers
+        }
+        for family, layers in layout.items()
+    }
     for family, layers in changes.items():
         for layer, change in layers.items():
             if not math.isfinite(change):
-                raise ValueError(f"norm of {family}.{layer:02d} went from {previous.norms[family][layer]} to "
+                raise ValueError(f"the norm of {family}.{layer:02d} went from {previous.norms[family][layer]} to "
                                  f"{last.norms[family][layer]} between windows {previous.index} and {last.index}: "
-                                 "no finite change")
+                                 "this change is not finite")
     return changes
 
 
@@ -153,7 +169,7 @@ def _change(before: float, after: float) -> float:
 
 def _mean(values: Iterable[float]) -> float:
     values = list(values)
-    # Not math.fsum: it raises on overflow and on mixed infinities, where a diverged run must simply not pass.
+    # math.fsum would raise on overflow and on mixed infinities, but a diverged run must simply not pass.
     return sum(values) / len(values)
 
 
@@ -180,14 +196,15 @@ def _excess(change: float, threshold: float) -> float:
 
 
 def _common_layout(measured: Sequence[Norms]) -> dict[str, list[int]]:
-    """The families and layers that all of ``measured`` have, sorted, so that no result hangs on a dict's order."""
+    """The families and layers of ``measured``, sorted, so that no result depends on the order of a dict."""
     layouts = [{family: sorted(norms[family]) for family in sorted(norms)} for norms in measured]
     for layout in layouts:
         if not layout or not all(layout.values()):
-            raise ValueError(f"norms without families, or a family without layers: {layout}")
-        odd = _names(layout) ^ _names(layouts[0])
-        if odd:
-            raise ValueError(f"not measured every time: {', '.join(sorted(odd))}; windows of different models?")
+            raise ValueError(f"the norms have no families, or a family has no layers: {layout}")
+        mismatched = _names(layout) ^ _names(layouts[0])
+        if mismatched:
+            raise ValueError(f"not measured every time: {', '.join(sorted(mismatched))}; "
+                             "are these windows of different models?")
     return layouts[0] if layouts else {}
 
 

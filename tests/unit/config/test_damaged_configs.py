@@ -1,4 +1,4 @@
-"""Damaged recipes, overrides and DeepSpeed JSONs end in a right reading or in one ConfigError."""
+"""Damaged recipes, overrides and DeepSpeed JSONs are either read correctly or end in one ConfigError."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ SCRAPS = st.sampled_from(
 
 @st.composite
 def mutations(draw: st.DrawFn, text: str) -> str:
-    """``text`` with a few pieces taken out, repeated or put in."""
+    """``text`` with a few pieces removed, repeated or inserted."""
     for _ in range(draw(st.integers(1, 3))):
         start = draw(st.integers(0, len(text)))
         stop = min(len(text), start + draw(st.integers(0, 12)))
@@ -90,7 +90,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def survives(
     folder: Path, recipe: bytes, overrides: Sequence[str] = (), json_text: bytes | None = None
 ) -> None:
-    """What is read is read again from its dump; else there is one ConfigError of a small size."""
+    """A config that is read is also read back from its dump; otherwise there is one short ConfigError."""
     (folder / "r.yaml").write_bytes(recipe)
     if json_text is not None:
         (folder / "ds.json").write_bytes(json_text)
@@ -204,7 +204,7 @@ def test_no_deepspeed_json_ends_in_another_error(scratch: Path, text: str) -> No
 def test_whatever_a_config_holds_is_dumped_and_read_back(
     scratch: Path, name: str, values: dict[str, Any]
 ) -> None:
-    """Texts that look like numbers, like another key (${...}) and like syntax among them."""
+    """Texts, some of which look like numbers, like another key (${...}) or like syntax."""
     config = validate(merged({"run": {"name": name}, "model": {"factory_args": values}}), "test")
     try:
         check_plain(values)

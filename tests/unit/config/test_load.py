@@ -84,7 +84,7 @@ def test_a_key_under_both_of_its_names_is_refused(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(MINIMAL | {"observe": {"every": "2 steps"}}))
     error = mistake(path, ["convergence={tau: 1, zeta: 5, every: 3 steps}"])
     assert (error.key, error.value) == ("convergence.every", "3 steps")
-    assert "former name of observe.every" in error.problem and "leave convergence.every out" in error.remedy
+    assert "former name of observe.every" in error.problem and "remove convergence.every" in error.remedy
 
 
 def test_an_override_can_take_a_section_away_or_fill_it(recipe: Path) -> None:
@@ -128,9 +128,9 @@ def test_an_interpolation_that_leads_nowhere_is_named(recipe: Path, override: st
     ("run.name", "", "cannot be read: has no value"),
     ("run.name", "'a", "cannot be read: line 1, column 3: while scanning a quoted scalar"),
     ("lora.families", "[q, &a [*a]]", "cannot be read: line 1, column 5: is nested"),
-    ("optimizer.betas.0", "0.5", "optimizer.betas is a list, which an override gives as a whole"),
+    ("optimizer.betas.0", "0.5", "optimizer.betas is a list, which an override must set as a whole"),
     ("lora.families.1", "q", "lora.families is a list"),
-    ("run.name.first", "a", "run.name is 't', which holds no keys"),
+    ("run.name.first", "a", "run.name is 't', which has no keys"),
     ("deepspeed." + ".".join("a" * 99), "1", "names a key of more than"),
 ])
 def test_an_override_that_cannot_be_read_is_named_with_the_cause(
@@ -147,7 +147,7 @@ def test_an_override_that_cannot_be_read_is_named_with_the_cause(
     ("train.micro_batch_sise=4", "train.micro_batch_sise", 4, "did you mean micro_batch_size?"),
     ("convergence.taus=4", "convergence.taus", 4, "did you mean tau?"),
     ("trane.log_every=4", "trane", {"log_every": 4}, "did you mean train?"),
-    ("data.xyzzy=1", "data.xyzzy", 1, "known here: train, val, reader, samples_per_epoch, tail, "
+    ("data.xyzzy=1", "data.xyzzy", 1, "valid keys: train, val, reader, samples_per_epoch, tail, "
      "crop, flip, augment, mixup, cutmix, random_erasing, corrupt_budget, cache_dir, cache_gib, workers, worker_start"),
     ("lora.rmin=1", "lora.rmin", 1, "did you mean r_min?"),
 ])
@@ -180,7 +180,7 @@ def test_a_missing_key_is_named() -> None:
     ({"convergence": {"tau": -1, "zeta": 5}}, "convergence.tau", -1, "greater than 0"),
     ({"convergence": {"tau": 1, "zeta": "much"}}, "convergence.zeta", "much", "valid number"),
     ({"train": {"duration": "soon"}}, "train.duration", "soon", "'soon' is not a duration"),
-    ({"train": {"duration": "5 %"}}, "train.duration", "5 %", "cannot last a share of itself"),
+    ({"train": {"duration": "5 %"}}, "train.duration", "5 %", "must be given in steps or epochs"),
     ({"lora": {"r_max": 48}}, "lora.r_max", 48, "r_max 48 is not a power of two"),
     ({"optimizer": {"betas": [.9, 1.0]}}, "optimizer.betas.1", 1.0, "less than 1"),
     ({"model": {"image_size": 30}}, "model.image_size", 30, "image_size 30 is not divisible by patch_size 16"),
@@ -203,30 +203,30 @@ def test_families_of_ones_own_are_not_held_to_those_of_a_vit() -> None:
 
 def test_a_missing_recipe_is_told_with_the_nearest_name(recipe: Path) -> None:
     error = mistake(recipe.with_name("recipee.yaml"))
-    assert (error.key, error.problem) == ("--recipe", "there is no such file")
+    assert (error.key, error.problem) == ("--recipe", "does not exist")
     assert error.remedy == f"did you mean {recipe}?"
     assert mistake(recipe.with_name("other.yaml")).remedy == "see launch/recipes/"
 
 
 @pytest.mark.parametrize(("content", "problem"), [
-    (b"train: [1, 2", "is not YAML: line 1, column 13: while parsing a flow sequence, expected"),
-    (b"x: 1\na: b: c", "is not YAML: line 2, column 5: mapping values are not allowed here"),
-    (b"\xff\xfe\x00\xd8", "is not a text in UTF-8"), (b"- a\n- b\n", "is not a mapping of keys"),
-    (b"x: 1\n\ty: 1", "is not YAML: line 2, column 1: "), (b"", "is not a mapping of keys"),
-    (b"x: 1\ny: 2\n'x': 1\n", "is not YAML: line 3, column 1: the key 'x' is in line 1 already"),
-    (b"x: &x {y: 1, y: 2}\n", "is not YAML: line 1, column 14: the key 'y' is in line 1 already"),
-    (b"x: 1\n---\ny: 1\n", "is not YAML: line 2, column 1: expected a single document"),
-    (b"x: !!int 0100\n", "is not YAML: line 1, column 4: tags (!...) are not read"),
-    (b"x: &x [*x]\n", "is not YAML: line 1, column 4: is nested more than"),
-    (b"a: &a {b: 1}\nc:\n  <<: *a\n", "is not YAML: line 3, column 3: `<<` is not part of"),
-    (b"[a, b]: 1\n", "is not YAML: line 1, column 1: a key is a text"),
-    (b"[" * 5000, "is not YAML: is nested more than"),
-    (b"x: \x01", "is not YAML: line 1: the character '\\x01'"),
-    (b'x: "\\0"', "is not YAML: the text '\\x00' holds the character"),
-    (b'x: "\\ud800"', "is not YAML: the text '\\ud800' holds the character"),
+    (b"train: [1, 2", "is not valid YAML: line 1, column 13: while parsing a flow sequence, expected"),
+    (b"x: 1\na: b: c", "is not valid YAML: line 2, column 5: mapping values are not allowed here"),
+    (b"\xff\xfe\x00\xd8", "is not a UTF-8 text"), (b"- a\n- b\n", "must be a mapping"),
+    (b"x: 1\n\ty: 1", "is not valid YAML: line 2, column 1: "), (b"", "must be a mapping"),
+    (b"x: 1\ny: 2\n'x': 1\n", "is not valid YAML: line 3, column 1: the key 'x' occurs twice (first in line 1)"),
+    (b"x: &x {y: 1, y: 2}\n", "is not valid YAML: line 1, column 14: the key 'y' occurs twice (first in line 1)"),
+    (b"x: 1\n---\ny: 1\n", "is not valid YAML: line 2, column 1: expected a single document"),
+    (b"x: !!int 0100\n", "is not valid YAML: line 1, column 4: tags (!...) are not supported"),
+    (b"x: &x [*x]\n", "is not valid YAML: line 1, column 4: is nested more than"),
+    (b"a: &a {b: 1}\nc:\n  <<: *a\n", "is not valid YAML: line 3, column 3: `<<` is not part of"),
+    (b"[a, b]: 1\n", "is not valid YAML: line 1, column 1: a key must be a text"),
+    (b"[" * 5000, "is not valid YAML: is nested more than"),
+    (b"x: \x01", "is not valid YAML: line 1: the character '\\x01'"),
+    (b'x: "\\0"', "is not valid YAML: the text '\\x00' contains the character"),
+    (b'x: "\\ud800"', "is not valid YAML: the text '\\ud800' contains the character"),
     (b"x: &x0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + b"".join(
         b"x%d: &x%d [%s]\n" % (i, i, b", ".join([b"*x%d" % (i - 1)] * 10)) for i in range(1, 9)),
-     "is not YAML: the document holds more than 100,000 values"),
+     "is not valid YAML: the document contains more than 100,000 values"),
 ])
 def test_what_is_not_a_recipe_is_refused_with_line_and_cause(
     tmp_path: Path, content: bytes, problem: str
@@ -245,16 +245,16 @@ def test_a_missing_deepspeed_json_is_refused(recipe: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("content", "problem"), [
-    (b"{stage: 2}", "is not JSON: Expecting"), (b"", "is not JSON:"),
-    (b"\xff\xfe", "is not a text in UTF-8"),
-    (b"[1]", "is not a JSON object"), (b"2", "is not a JSON object"),
-    (b'{"bf16": {"enabled": true, "enabled": true}}', "is not JSON: the key 'enabled' is there"),
-    (b'{"prescale_gradients": NaN}', "is not JSON: NaN is not a finite number"),
-    (b'{"gradient_predivide_factor": 1e999}', "is not JSON: 1e999 is not a finite number"),
-    (b"[" * 100_000, "is not JSON: is nested more than"),
-    (b'{"a":' * 50 + b"1" + b"}" * 50, "is not JSON: is nested"),
-    (b'{"comms_logger": "\\ud800"}', "is not JSON: the text '\\ud800' holds"),
-    (b'{"comms_logger": ' + b"9" * 5000 + b"}", "is not JSON: holds a number of more digits"),
+    (b"{stage: 2}", "is not valid JSON: Expecting"), (b"", "is not valid JSON:"),
+    (b"\xff\xfe", "is not a UTF-8 text"),
+    (b"[1]", "must be a JSON object"), (b"2", "must be a JSON object"),
+    (b'{"bf16": {"enabled": true, "enabled": true}}', "is not valid JSON: the key 'enabled' occurs twice"),
+    (b'{"prescale_gradients": NaN}', "is not valid JSON: NaN is not a finite number"),
+    (b'{"gradient_predivide_factor": 1e999}', "is not valid JSON: 1e999 is not a finite number"),
+    (b"[" * 100_000, "is not valid JSON: is nested more than"),
+    (b'{"a":' * 50 + b"1" + b"}" * 50, "is not valid JSON: is nested"),
+    (b'{"comms_logger": "\\ud800"}', "is not valid JSON: the text '\\ud800' contains"),
+    (b'{"comms_logger": ' + b"9" * 5000 + b"}", "is not valid JSON: contains a number with more digits"),
 ])
 def test_what_is_not_a_json_object_is_refused(
     recipe: Path, tmp_path: Path, content: bytes, problem: str
@@ -266,7 +266,7 @@ def test_what_is_not_a_json_object_is_refused(
     assert error.problem.startswith(problem)
 
 
-# ---- one owner a key
+# ---- one owner per key
 REFUSED = [("offload_param", {"device": "cpu"}), ("zenflow", {"topk_ratio": .1}), ("zero_hpz_partition_size", 8),
            ("zero_quantized_weights", True), ("zero_quantized_gradients", True),
            ("zero_quantized_nontrainable_weights", True), ("cpu_offload", True), ("mics_shard_size", 2),
@@ -285,7 +285,7 @@ def test_every_key_that_deepspeed_knows_is_either_tried_or_refused(monkeypatch: 
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     known = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
-    # mics_shard_size is read beside the schema, in DeepSpeed's MiCS_Init
+    # mics_shard_size is read outside of the schema, in DeepSpeed's MiCS_Init
     assert known | {"mics_shard_size"} == set(ZERO_KEYS) | set(REFUSED_ZERO_KEYS)
 
 
@@ -338,9 +338,9 @@ def test_an_override_of_the_stage_is_not_auto_either(recipe: Path) -> None:
 
 @pytest.mark.parametrize(("own", "key", "told"), [
     ({"zero_optimization": {"stage": 3}}, "deepspeed.zero_optimization.stage", "is 2 in this file and 3 in the recipe"),
-    ({}, "deepspeed.zero_optimization", "not there in the recipe"),
+    ({}, "deepspeed.zero_optimization", "not set in the recipe"),
     ({"zero_optimization": {"stage": 2, "overlap_comm": True}}, "deepspeed.zero_optimization.overlap_comm",
-     "is not there in this file and True in the recipe"),
+     "is not set in this file and True in the recipe"),
     ("zero2", "deepspeed", "and 'zero2' in the recipe"),
 ])
 def test_a_section_of_the_recipe_is_not_silently_replaced_by_a_file(recipe: Path, tmp_path: Path, own: Any, key: str,
@@ -388,7 +388,7 @@ def test_an_override_of_the_deepspeed_json_has_the_last_word(recipe: Path) -> No
                                               "zero_optimization.offload_optimizer")])
 def test_a_section_of_the_wrong_shape_is_refused(tmp_path: Path, values: dict[str, Any], key: str) -> None:
     error = mistake(deepspeed_json(tmp_path, values), call=read_deepspeed_json)
-    assert error.key.endswith(f": {key}") and error.problem == "is not a mapping of keys"
+    assert error.key.endswith(f": {key}") and error.problem == "must be a mapping"
 
 
 @pytest.mark.parametrize("key", ["optimizer", "train_batch_size"])
@@ -446,8 +446,8 @@ def test_an_interval_of_nothing_is_refused_and_null_is_named_where_it_may_be(rec
                                                                              nullable: bool) -> None:
     error = mistake(recipe, [f"{key}={zero}"])
     assert (error.key, error.value) == (key, zero)
-    assert 'is no interval; write "1 step" for each step' in error.problem
-    assert ("and null for none" in error.problem) == nullable
+    assert 'is not an interval; write "1 step" for every step' in error.problem
+    assert ("or null for none" in error.problem) == nullable
     if nullable:
         assert load_config(recipe, [f"{key}=null"])
 
@@ -507,7 +507,7 @@ def test_check_world_refuses_accumulation_at_stage_0() -> None:
 ])
 def test_a_bad_value_of_any_deepspeed_key_is_refused_for_the_run_and_for_each_phase(
         values: dict[str, Any], key: str) -> None:
-    """In a phase it would end the run at the switch, days into it."""
+    """In a later phase the error would end the run only at the switch, perhaps after days."""
     zero = {"zero_optimization": {"stage": 2}}
     for changes in ({"deepspeed": {**zero, **values}}, {"phases": {"lora": {"deepspeed": {**zero, **values}}}}):
         with pytest.raises(ConfigError) as refused:

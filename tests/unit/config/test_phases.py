@@ -122,7 +122,7 @@ def test_an_override_of_a_phase_that_is_not_there_names_those_that_are(tmp_path:
 @pytest.mark.parametrize(("phases", "key", "problem"), [
     ([], "phases", "at least one phase"),
     ([{**LIST[0], "until": None}, LIST[3]], "phases.full.until", "is required"),
-    ([LIST[0]], "phases.full.until", "lasts as long as the run"),
+    ([LIST[0]], "phases.full.until", "lasts until the end of the run"),
     ([LIST[0], {**LIST[0], "until": None}], "phases.full.name", "two phases"),
     ([{"name": "0 x"}], "phases.0 x.name", "should match pattern"),
     ([{"name": "a", "adapters": {"ranks": {"rule": "prelora"}}, "until": TEST}, {"name": "b"}],
@@ -130,15 +130,15 @@ def test_an_override_of_a_phase_that_is_not_there_names_those_that_are(tmp_path:
     ([LIST[0], {"name": "b", "adapters": {"ranks": {"rule": "prelora"}}}], "phases.b.adapters.ranks.rule", "windows"),
     ([LIST[0], {"name": "b", "adapters": {"rank": 4, "ranks": {"rule": "prelora"}}}], "phases.b.adapters.rank",
      "either"),
-    ([LIST[0], {"name": "b", "adapters": {}}], "phases.b.adapters.rank", "give either rank"),
+    ([LIST[0], {"name": "b", "adapters": {}}], "phases.b.adapters.rank", "set either rank"),
     ([LIST[0], {"name": "b", "adapters": {"rank": 4, "kind": "dora"}}], "phases.b.adapters.kind", "known are lora"),
     ([LIST[0], {"name": "b", "adapters": {"rank": 4, "families": []}}], "phases.b.adapters.families", "once"),
     ([LIST[0], {"name": "b", "adapters": {"from": "keep"}}], "phases.b.adapters.from", "no adapters before"),
-    ([LIST[0], {"name": "b", "adapters": {"from": "keep", "rank": 4}}], "phases.b.adapters.rank", "leave it out"),
-    ([*LIST[:2], {"name": "c", "adapters": {"rank": 4}}], "phases.c.adapters.from", "would lose"),
-    ([*LIST[:2], {"name": "c", "adapters": "none"}], "phases.c.adapters", "would lose"),
+    ([LIST[0], {"name": "b", "adapters": {"from": "keep", "rank": 4}}], "phases.b.adapters.rank", "remove it"),
+    ([*LIST[:2], {"name": "c", "adapters": {"rank": 4}}], "phases.c.adapters.from", "would discard"),
+    ([*LIST[:2], {"name": "c", "adapters": "none"}], "phases.c.adapters", "would discard"),
     ([LIST[0], {"name": "b", "train": "adapters"}], "phases.b.train", "there are none"),
-    ([LIST[0], {"name": "b", "train": []}], "phases.b.train", "trains nothing"),
+    ([LIST[0], {"name": "b", "train": []}], "phases.b.train", "at least one set of parameters"),
     ([LIST[0], {"name": "b", "train": "head("}], "phases.b.train", "neither one of all, adapters"),
     ([LIST[0], {"name": "b", "lr_scale": {"c": 2.0}}], "phases.b.lr_scale.c", "is not a role"),
     ([LIST[0], {"name": "b", "lr_scale": 0}], "phases.b.lr_scale", "greater than 0"),
@@ -148,7 +148,7 @@ def test_an_override_of_a_phase_that_is_not_there_names_those_that_are(tmp_path:
     ([LIST[0], {"name": "b", "untill": "9 steps"}], "phases.b.untill", "unknown key"),
     ([LIST[0], {"name": "b", "zero_stage": 4}], "phases.b.zero_stage", "0, 1, 2, 3 or 'auto'"),
     ([LIST[0], {"name": "b", "adapters": {"rank": 4, "mode": "merged"}, "train": "adapters", "zero_stage": 3}],
-     "phases.b.adapters.mode", "needs each weight whole"),
+     "phases.b.adapters.mode", "needs every weight complete"),
 ])
 def test_what_cannot_work_is_refused_with_phase_and_key(phases: list[dict[str, Any]], key: str, problem: str) -> None:
     error = refused(*phases)

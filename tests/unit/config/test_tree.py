@@ -53,9 +53,9 @@ def test_a_duration_is_text(value: Any) -> None:
 
 
 def test_steps_are_whole_and_a_share_is_at_most_all() -> None:
-    with pytest.raises(ValueError, match=r"'2\.5 steps': a number of steps is whole"):
+    with pytest.raises(ValueError, match=r"'2\.5 steps': the number of steps must be an integer"):
         Duration("2.5 steps")
-    with pytest.raises(ValueError, match=r"'100\.5 %': a share is at most 100 %"):
+    with pytest.raises(ValueError, match=r"'100\.5 %': must be at most 100 %"):
         Duration("100.5 %")
 
 
@@ -109,8 +109,8 @@ def test_durations_of_another_unit_or_number_differ() -> None:
     (LoraConfig, {"r_max": 48}, "r_max 48 is not a power of two.*for example 32 or 64"),
     (LoraConfig, {"r_min": 0}, "greater than 0"),
     (LoraConfig, {"r_min": 64, "r_max": 8}, "r_min 64 is larger than r_max 8"),
-    (LoraConfig, {"families": []}, "families must name each family once"),
-    (LoraConfig, {"families": ["q", "v", "q"]}, "families must name each family once"),
+    (LoraConfig, {"families": []}, "must name at least one family, and each only once"),
+    (LoraConfig, {"families": ["q", "v", "q"]}, "must name at least one family, and each only once"),
     (LoraConfig, {"alpha_over_r": 0}, "greater than 0"),
     (LoraConfig, {"alpha_over_r": math.nan}, "finite number"),
     (LoraConfig, {"lr_scale": -1}, "greater than 0"),
@@ -123,10 +123,10 @@ def test_durations_of_another_unit_or_number_differ() -> None:
     (ModelConfig, {"hidden_dropout_prob": math.nan}, "finite number"),
     (ModelConfig, {"attn_implementation": "fast"}, "'sdpa' or 'eager'"),
     (ModelConfig, {"factory": "package.module"}, 'is not of the form "package.module:function"'),
-    (ModelConfig, {"factory": "package.module:f"}, "needs model.families"),
+    (ModelConfig, {"factory": "package.module:f"}, "is required with model.factory"),
     (ModelConfig, {"families": {"a": r"layer\.(\d+)"}}, r"has no group \(\?P<layer>\.\.\.\)"),
-    (TrainConfig, TRAIN | {"duration": "50 %"}, "cannot last a share of itself; give steps or epochs"),
-    (TrainConfig, TRAIN | {"duration": "0 epochs"}, "a run of no steps trains nothing"),
+    (TrainConfig, TRAIN | {"duration": "50 %"}, "must be given in steps or epochs"),
+    (TrainConfig, TRAIN | {"duration": "0 epochs"}, "must be longer than zero"),
     (TrainConfig, TRAIN | {"global_batch_size": 0}, "greater than 0"),
     (TrainConfig, TRAIN | {"label_smoothing": 1}, "less than 1"),
     (OptimizerConfig, {"lr": 0}, "greater than 0"),
@@ -140,10 +140,10 @@ def test_durations_of_another_unit_or_number_differ() -> None:
     (OptimizerConfig, {"clip_grad_norm": -1}, "greater than or equal to 0"),
     (OptimizerConfig, {"weight_decay": math.nan}, "finite number"),
     (DataConfig, {"train": "a", "val": "b", "crop": "centre"}, "'inception', 'pad' or 'none'"),
-    (DataConfig, {"train": "a", "val": "b", "workers": -1}, "greater than or equal to 0"),
-    (DataConfig, {"train": "a", "val": "b", "workers": "many"}, "'many' is not a number of workers"),
+    (DataConfig, {"train": "a", "val": "b", "workers": -1}, "or an integer >= 0"),
+    (DataConfig, {"train": "a", "val": "b", "workers": "many"}, 'must be "auto" or an integer'),
     (DataConfig, {"train": "a", "val": "b", "augment": "medium3"}, "'medium2'"),
-    (DataConfig, {"train": "a", "val": "b", "reader": "webdataset"}, "samples_per_epoch"),
+    (DataConfig, {"train": "a", "val": "b", "reader": "webdataset"}, "is required with data.reader=webdataset"),
     (DataConfig, {"train": "a", "val": "b", "samples_per_epoch": 9}, "samples_per_epoch"),
     (DataConfig, {"train": "a", "val": "b", "corrupt_budget": 1}, "less than 1"),
     (TrainConfig, TRAIN | {"loss": "hinge"}, "'softmax' or 'sigmoid'"),
@@ -204,7 +204,7 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_figures(world: int) ->
 def test_stage_0_does_not_accumulate() -> None:
     cfg = config({"stage": 0})
     for world, accum in ((1, 6), (2, 3), (3, 2)):
-        with pytest.raises(ValueError, match=f"stage 0 accumulates .* in BF16, and {accum} micro-batches a step"):
+        with pytest.raises(ValueError, match=f"stage 0 accumulates .* in BF16, and {accum} micro-batches per step"):
             cfg.grad_accum_steps(world)
     assert cfg.grad_accum_steps(6) == 1
 
@@ -283,7 +283,7 @@ def test_how_an_adapter_computes_goes_by_width_stage_and_dropout(width: int, sta
 def test_merged_weights_need_a_lora_phase_that_leaves_them_whole() -> None:
     stage_3 = VALUES | {"deepspeed": {"zero_optimization": {"stage": 3}}, "lora": {"mode": "merged"},
                         "convergence": {"tau": 1.0, "zeta": 5.0}}
-    with pytest.raises(ValidationError, match="merged needs each weight whole"):
+    with pytest.raises(ValidationError, match="merged needs every weight complete"):
         Config.model_validate(stage_3)
     config = Config.model_validate(stage_3 | {"phases": {"lora": {"zero_stage": 1}}})
     assert config.for_phase("lora").zero.stage == 1

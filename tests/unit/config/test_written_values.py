@@ -1,4 +1,4 @@
-"""A text stays as it is written, and a number is one by YAML 1.2 and JSON; all else is refused."""
+"""A text stays as it is written, a number follows YAML 1.2 and JSON, and anything else is refused."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def test_a_value_of_a_key_that_takes_several_types_is_named_by_the_key_alone(rec
 
 
 def test_every_number_and_switch_of_the_config_refuses_what_only_looks_like_one() -> None:
-    """Whatever key is added later is held to the same."""
+    """This also covers every key that is added later."""
     checked = set()
 
     def walk(model: Any, place: tuple[str, ...]) -> None:

@@ -42,7 +42,7 @@ def test_lora_has_two_factors_and_may_leave_one_at_its_first_value() -> None:
     (Needs(x=False, leaves=frozenset(), folded=False), 2, 0, False)])
 def test_lora_costs_as_many_skinny_products_as_it_computes(needs: Needs, forward: int, backward: int,
                                                            keeps: bool) -> None:
-    """For as many inputs as outputs each product has the same cost."""
+    """With as many inputs as outputs, all products have the same cost."""
     one = 2 * 4 * 10 * 8
     cost = KINDS["lora"].cost(AdapterSpec("lora", 4, 1.0, 0), 10, 8, 8, needs)
     assert (cost.forward_flops, cost.backward_flops, cost.keeps_input) == (forward * one, backward * one, keeps)

@@ -14,14 +14,14 @@ def test_the_same_names_in_the_same_order_do_not_differ() -> None:
 
 
 def test_another_number_is_told_with_both() -> None:
-    assert difference(ANIMALS, ANIMALS[:2], "the model") == "has 3 classes, and the model has 2"
+    assert difference(ANIMALS, ANIMALS[:2], "the model") == "has 3 classes, but the model has 2"
 
 
 @pytest.mark.parametrize(
     ("other", "said"),
     [
-        (("cat", "owl", "dog"), "has 'dog' as its class 1, and the model has 'owl'"),
-        (("cat", "dog", "Owl"), "has 'owl' as its class 2, and the model has 'Owl'"),
+        (("cat", "owl", "dog"), "has 'dog' as class 1, but the model has 'owl'"),
+        (("cat", "dog", "Owl"), "has 'owl' as class 2, but the model has 'Owl'"),
     ],
 )
 def test_the_first_name_that_differs_is_told(other: tuple[str, ...], said: str) -> None:
@@ -30,7 +30,7 @@ def test_the_first_name_that_differs_is_told(other: tuple[str, ...], said: str) 
 
 def test_names_that_are_not_known_are_not_compared_and_their_number_is() -> None:
     assert difference(ANIMALS, unnamed(3), "the model") is None
-    assert difference(ANIMALS, unnamed(2), "the model") == "has 3 classes, and the model has 2"
+    assert difference(ANIMALS, unnamed(2), "the model") == "has 3 classes, but the model has 2"
 
 
 def test_a_checkpoint_tells_names_or_their_number_or_nothing() -> None:

@@ -28,7 +28,7 @@ class Stage(StrEnum):
 
 @dataclass(frozen=True)
 class Spec:
-    """As an adapter of a plan."""
+    """Stands for an adapter of a plan."""
 
     kind: str
     rank: int | None
@@ -114,29 +114,29 @@ WHOLE = to_json(State(Plan(Stage.FULL, {"a": Spec("lora", 8, 1.0, 0, {"alpha": 1
 
 
 @pytest.mark.parametrize(("path", "value", "problem"), [
-    ("plan", None, "holds None, and not the fields of a Plan"),
-    ("plan.stage", "fine", "holds 'fine', and not one of full, lora"),
+    ("plan", None, "is None, and not the fields of a Plan"),
+    ("plan.stage", "fine", "is 'fine', and not one of full, lora"),
     ("plan.stage", ["full"], "and not one of full, lora"),
-    ("plan.adapters", [], "holds [], and not a mapping"),
-    ("plan.adapters.a.kind", 1, "holds 1, and not a text"),
-    ("plan.adapters.a.rank", 8.0, "holds 8.0, and not int or NoneType"),
-    ("plan.adapters.a.rank", True, "holds True, and not int or NoneType"),
-    ("plan.adapters.a.scaling", "1", "holds '1', and not a number"),
-    ("plan.adapters.a.scaling", True, "holds True, and not a number"),
+    ("plan.adapters", [], "is [], and not a mapping"),
+    ("plan.adapters.a.kind", 1, "is 1, and not a text"),
+    ("plan.adapters.a.rank", 8.0, "is 8.0, and not int or NoneType"),
+    ("plan.adapters.a.rank", True, "is True, and not int or NoneType"),
+    ("plan.adapters.a.scaling", "1", "is '1', and not a number"),
+    ("plan.adapters.a.scaling", True, "is True, and not a number"),
     ("plan.adapters.a.scaling", 10**400, "and not a number"),
-    ("plan.adapters.a.seed", None, "holds None, and not a whole number"),
-    ("plan.adapters.a.options.alpha", [1], "holds [1], and not int or float or str or bool"),
-    ("plan.trainable", "a", "holds 'a', and not a list"),
+    ("plan.adapters.a.seed", None, "is None, and not an integer"),
+    ("plan.adapters.a.options.alpha", [1], "is [1], and not int or float or str or bool"),
+    ("plan.trainable", "a", "is 'a', and not a list"),
     ("plan.trainable", {"a": 1}, "and not a list"),
-    ("plan.trainable.0", 1, "holds 1, and not a text"),
-    ("plan.spans.0", [1], "holds [1], and not a list of 2"),
-    ("plan.spans.0.1", 2, "holds 2, and not a text"),
-    ("plan.merged", 0, "holds 0, and not true or false"),
-    ("windows.0.norms.q", {"00": 1.0}, "holds '00', and not a whole number as its key"),
-    ("windows.0.norms.q", {"x": 1.0}, "holds 'x', and not a whole number as its key"),
-    ("windows.0.norms.q.0", "much", "holds 'much', and not a number"),
-    ("last", "lora", "holds 'lora', and not the fields of a Spec"),
-    ("steps", {"fine": []}, "holds 'fine', and not one of full, lora"),
+    ("plan.trainable.0", 1, "is 1, and not a text"),
+    ("plan.spans.0", [1], "is [1], and not a list of 2"),
+    ("plan.spans.0.1", 2, "is 2, and not a text"),
+    ("plan.merged", 0, "is 0, and not true or false"),
+    ("windows.0.norms.q", {"00": 1.0}, "is '00', and not an integer as its key"),
+    ("windows.0.norms.q", {"x": 1.0}, "is 'x', and not an integer as its key"),
+    ("windows.0.norms.q.0", "much", "is 'much', and not a number"),
+    ("last", "lora", "is 'lora', and not the fields of a Spec"),
+    ("steps", {"fine": []}, "is 'fine', and not one of full, lora"),
 ])
 def test_what_does_not_fit_is_refused_with_its_path(path: str, value: Any, problem: str) -> None:
     data = json.loads(json.dumps(WHOLE))
@@ -164,7 +164,7 @@ def test_any_json_is_read_or_refused_as_a_codec_error(data: Any) -> None:
 
 @dataclass(frozen=True)
 class Celsius:
-    """Was written in Fahrenheit before it had a version."""
+    """A class that was written in Fahrenheit before it had a version."""
 
     degrees: float
 
@@ -195,9 +195,9 @@ def test_a_class_may_have_a_form_of_its_own_wherever_it_stands() -> None:
 
 
 @pytest.mark.parametrize(("wall", "message"), [
-    ({"version": 2, "degrees": "warm"}, "walls.0.degrees holds 'warm', and not a number"),
-    ({"version": 1}, "walls.0 cannot be understood (KeyError('degrees'))"),
-    (3, "walls.0 cannot be understood (TypeError"),
+    ({"version": 2, "degrees": "warm"}, "walls.0.degrees is 'warm', and not a number"),
+    ({"version": 1}, "walls.0 cannot be parsed (KeyError('degrees'))"),
+    (3, "walls.0 cannot be parsed (TypeError"),
 ])
 def test_what_such_a_class_refuses_has_the_whole_path(wall: Any, message: str) -> None:
     with pytest.raises(CodecError) as caught:
@@ -224,7 +224,7 @@ def test_what_a_class_checks_when_it_is_made_has_its_path() -> None:
         from_json(Holder, {"checked": {"share": 2}})
 
 
-# ---- mistakes of ours
+# ---- programming errors
 
 @dataclass(frozen=True)
 class Unclear:
@@ -237,8 +237,8 @@ class Unknown:
 
 
 @pytest.mark.parametrize(("cls", "data", "problem"), [
-    (Unclear, {"either": {}}, r"Spec.* and .*Plan.* at 'either' look alike in JSON"),
-    (Unknown, {"any": 1}, "at 'any' has no form in JSON"),
+    (Unclear, {"either": {}}, r"Spec.* and .*Plan.* at 'either' cannot be told apart in JSON"),
+    (Unknown, {"any": 1}, "at 'any' cannot be written as JSON"),
 ])
 def test_an_annotation_that_json_cannot_tell_is_a_type_error(cls: type, data: Any, problem: str) -> None:
     with pytest.raises(TypeError, match=problem):

@@ -49,15 +49,17 @@ def observe(step: int, norm: Callable[[str, int], float] = lambda family, layer:
     return Observation(step, samples, loss, {f: {i: norm(f, i) for i in range(LAYERS)} for f in ("q", "v")})
 
 
-# Per cent of each layer between the last two windows, and the ranks that Algorithm 2 makes of them.
+# The change of each layer between the last two windows in per cent, and the ranks that Algorithm 2 assigns.
 LATE = {"q": [0, .125, .5, 1], "v": [.8, .2, .0, .6]}
 RANKS = {"q": [8, 8, 16, 64], "v": [64, 8, 8, 32]}
 
 
 def settling(epoch: int) -> Observation:
-    """Measurement of epoch 1, 2, ...: norms grow by 10 % a window up to epoch 6 and are still from epoch 7 on, but for
-    the small changes EARLY (window 4 to 5) and LATE (5 to 6). With m = 2 and k = 3, windows 4 to 6 are the first that
-    pass, at epoch 12."""
+    """The measurement of epoch 1, 2, ...
+
+    Norms grow by 10 % per window up to epoch 6 and are constant from epoch 7 on, except for the small changes EARLY
+    (window 4 to 5) and LATE (5 to 6). With m = 2 and k = 3, windows 4 to 6 are the first that pass, at epoch 12.
+    """
     window = (epoch + 1) // 2
 
     def norm(family: str, layer: int) -> float:

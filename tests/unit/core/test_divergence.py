@@ -19,20 +19,20 @@ def test_a_spike_is_a_loss_above_so_many_times_the_mean_of_the_last_steps() -> N
     watch = DivergenceWatch()
     for loss in (9.0, 1.0, 2.0, 3.0, 2.0):
         assert watch.problem(100.0, SPIKE) is None  # too few to judge by
-        watch = watch.sound(loss, SPIKE)
+        watch = watch.after_accepted(loss, SPIKE)
         if len(watch.losses) == 4 and loss == 3.0:
             break
-    watch = watch.sound(2.0, SPIKE)
+    watch = watch.after_accepted(2.0, SPIKE)
     assert watch.losses == (1.0, 2.0, 3.0, 2.0)
     assert watch.problem(6.0, SPIKE) is None
-    assert "is above 3 times 2, its mean of the last 4 steps" in str(watch.problem(6.1, SPIKE))
+    assert "is above 3 times 2, its mean over the last 4 steps" in str(watch.problem(6.1, SPIKE))
     assert watch.problem(1e9, DivergenceConfig()) is None
 
 
 def test_what_was_left_out_is_counted_and_a_sound_step_ends_the_row() -> None:
-    watch = DivergenceWatch().skipped().skipped()
+    watch = DivergenceWatch().after_skipped().after_skipped()
     assert (watch.left_out, watch.in_a_row) == (2, 2)
-    assert (watch.sound(1.0, SPIKE).left_out, watch.sound(1.0, SPIKE).in_a_row) == (2, 0)
+    assert (watch.after_accepted(1.0, SPIKE).left_out, watch.after_accepted(1.0, SPIKE).in_a_row) == (2, 0)
 
 
 def test_after_a_rollback_the_step_is_avoided_and_the_tries_are_counted() -> None:

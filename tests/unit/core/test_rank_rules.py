@@ -35,7 +35,7 @@ def test_vectors(changes: list[float], expected: list[int]) -> None:
 
 
 def test_float_noise_does_not_buy_the_next_rank() -> None:
-    # (.4 - .1) / (.5 - .1) * 4 is a hair above 3 in binary, and 3 belongs to the third of the four ranks.
+    # (.4 - .1) / (.5 - .1) * 4 is slightly above 3 in binary, and 3 belongs to the third of the four ranks.
     assert (.4 - .1) / (.5 - .1) * 4 > 3
     assert ranks_of([.1, .4, .5])[1] == 32
 

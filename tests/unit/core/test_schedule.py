@@ -151,7 +151,7 @@ def test_the_rate_rises_to_its_peak_falls_to_its_minimum_and_does_not_jump(
     assert all(rate >= lr * ratio - noise for rate in fall)
     if warmup:
         assert rates[warmup - 1] == pytest.approx(lr)
-    # A line has no steeper step than 1/warmup, a cosine none than pi/2 over its length.
+    # A line changes by at most 1/warmup per step, and a cosine by at most pi/2 over its length.
     steepest = lr * max(1 / max(1, warmup), math.pi / 2 / (total - warmup)) + noise
     assert all(abs(a - b) <= steepest for a, b in pairwise(rates))
 

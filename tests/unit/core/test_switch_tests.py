@@ -153,7 +153,7 @@ def test_bad_settings(settings: dict[str, float], message: str, have: int) -> No
 
 @pytest.mark.parametrize("norms", [{}, {"q": {}}, {"q": {0: 1.0}, "v": {}}])
 def test_no_families_or_layers(norms: dict[str, dict[int, float]]) -> None:
-    with pytest.raises(ValueError, match="without"):
+    with pytest.raises(ValueError, match="have no families, or a family has no layers"):
         partially_converged([WindowStats(n, n, 1.0, norms) for n in range(2)], k=2, tau=1, zeta=5)
 
 

@@ -89,7 +89,7 @@ def test_no_owner_grows_with_the_ranks_or_shrinks_in_the_backward_pass(plan, sta
     zero = ZeroSettings(stage)
     now, more = (vars(predicted(plan, zero, w, after)) for w in (world, world + 1))
     padding = 8 * (world + 1) * len(plan.parameters(LAYOUT)) if stage == 3 else 0
-    if stage == 3 and world == 1:  # from two ranks on, small parameters are gathered beside the partitions
+    if stage == 3 and world == 1:  # from two ranks on, small parameters are gathered in addition to the partitions
         padding += 2 * sum(map(math.prod, plan.parameters(LAYOUT).values()))
     assert all(more[owner] <= now[owner] + padding for owner in now)
     rest, end = (vars(predicted(plan, zero, world, a)) for a in (False, True))

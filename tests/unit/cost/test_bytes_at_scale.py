@@ -1,4 +1,4 @@
-"""Predicted bytes held against those that benchmarks/zero_stages.py --world measured on one rank of 64 and of 1,024."""
+"""Predicted bytes, compared with the measurements of benchmarks/zero_stages.py --world (64 and 1,024 ranks)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def layout_of(title: str) -> Layout:
 
 @pytest.mark.parametrize("title", MODELS)
 def test_bytes_of_one_rank_of_many_are_within_2_percent_of_the_prediction(title: str) -> None:
-    """The rest is a gradient of one token that holds that of all, at one image a rank."""
+    """The rest is a gradient of one token that holds that of all tokens, at one image per rank."""
     layout = layout_of(title)
     ranks = {family: {layer: RANKS[(i + layer) % 4] for layer in layers}
              for i, (family, layers) in enumerate(layout.targets.items())}

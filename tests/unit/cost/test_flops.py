@@ -66,7 +66,7 @@ def test_flops_of_a_step_of_vit_l(phase: str, rank: int, gflop: float) -> None:
 
 
 def test_what_the_modes_of_the_lora_linear_compute() -> None:
-    """Of the branch's six skinny products, merged runs four, and a frozen A saves one."""
+    """The branch kernel has six skinny products, merged has four, and a frozen A saves one."""
     layout, by_phase = plans(VIT_L, 16, labels=1000)
     _, frozen_a = plans(VIT_L, 16, labels=1000, train_a=False)
     branch = micro_batch(VIT_L, by_phase["lora"], layout, 1).adapter_flops
@@ -122,7 +122,7 @@ def test_activation_bytes_with_dropout() -> None:
 
 
 def activation_bytes(model: ModelConfig, plan: Plan, batch: int, *, kernel: str = "branch") -> int:
-    """Bytes that torch's allocator has handed out in a forward pass and not got back at its end."""
+    """The bytes that torch's allocator hands out in a forward pass and that are still in use at its end."""
     torch.manual_seed(0)
     module = build_model(model, 10)
     attach_adapters(module, plan, find_layout(module, FAMILIES), dropout=0.0, kernel=kernel)
@@ -159,7 +159,7 @@ LORA = lora_plan(TINY, warmup_plan(TINY, {"x": {0: 4}}))
     (FULL, ZeroSettings(2), 4, Communication(4 * 8608, 4304, 0, 5)),
     (FULL, ZeroSettings(2, reduce_bucket_size=1000), 1, Communication(8608, 4304, 0, 4)),
     (LORA, ZeroSettings(2), 1, Communication(4 * 424, 2 * 424, 0, 2)),
-    # Small parameters are gathered once a step each, large ones once a micro-batch; frozen ones too.
+    # Small parameters are gathered once per step, large ones once per micro-batch; frozen ones too.
     (LORA, ZeroSettings(3, persistence_threshold=64), 2,
      Communication(0, 2 * (2 * 2432 + 104), 2 * 4 * 424, 2 + 2 + 2)),
 ])

@@ -66,7 +66,7 @@ def test_ranks_that_are_not_the_first_of_their_host_leave_the_shards_alone(shard
 
 def test_other_classes_are_refused(shards, tmp_path):
     write_shards([("a", next(digits("val"))[1], "png", 0)], tmp_path / "other", samples_per_shard=1, class_names=["x"])
-    with pytest.raises(ConfigError, match=r"data\.val.*has 1 classes, and data\.train has 10\n(.|\n)*--like"):
+    with pytest.raises(ConfigError, match=r"data\.val.*has 1 classes, but data\.train has 10\n(.|\n)*--like"):
         open_data(config(shards, val=str(tmp_path / "other")))
 
 
@@ -75,7 +75,7 @@ def test_classes_of_the_same_number_and_other_names_are_refused(shards, tmp_path
     samples = [(str(label), image, "png", label) for label in range(10)]
     names = [*map(str, range(9)), "ten"]
     write_shards(samples, tmp_path / "other", samples_per_shard=10, class_names=names)
-    with pytest.raises(ConfigError, match=r"has 'ten' as its class 9, and data\.train has '9'"):
+    with pytest.raises(ConfigError, match=r"has 'ten' as class 9, but data\.train has '9'"):
         open_data(config(shards, val=str(tmp_path / "other")))
 
 

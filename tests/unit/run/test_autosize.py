@@ -15,7 +15,7 @@ from prelora_ds.config.model import ModelConfig
 from prelora_ds.config.phases import FAMILIES
 from prelora_ds.config.tree import Config
 from prelora_ds.core.layout import Layout
-from prelora_ds.cost.candidates import USABLE, setting, settings
+from prelora_ds.cost.candidates import USABLE, predict_candidate, predict_candidates
 from prelora_ds.cost.timing import KINDS
 from prelora_ds.errors import ConfigError
 from prelora_ds.hosts.discovery import Ranks
@@ -71,7 +71,7 @@ def test_a_micro_batch_is_the_largest_that_fits(layout: Layout, stage: int) -> N
     warmup = warmup_plan(layout, {f: dict.fromkeys(layers, 64) for f, layers in layout.targets.items()})
     lora = lora_plan(layout, warmup)
     base = config({"lora": {"zero_stage": stage}}).for_phase("lora")
-    peaks = {micro: setting(base, lora, layout, base.zero, 4, micro).peak_bytes for micro in (1, 2, 4, 8, 16)}
+    peaks = {micro: predict_candidate(base, lora, layout, base.zero, 4, micro).peak_bytes for micro in (1, 2, 4, 8, 16)}
     assert sorted(peaks.values()) == list(peaks.values())
     for micro, peak in peaks.items():
         phases = {"lora": {"zero_stage": stage, "micro_batch_size": "auto"}}
@@ -105,7 +105,8 @@ def test_a_phase_that_needs_no_offload_has_none_and_one_that_does_keeps_it(layou
     base = config(phases, zero).for_phase("lora")
     warmup = warmup_plan(layout, {f: dict.fromkeys(layers, 64) for f, layers in layout.targets.items()})
     lora = lora_plan(layout, warmup)
-    tight = min(setting(base, lora, layout, config({}, {**zero, "stage": s}).zero, 4, 2).peak_bytes for s in (2, 3))
+    stages = [config({}, {**zero, "stage": stage}).zero for stage in (2, 3)]
+    tight = min(predict_candidate(base, lora, layout, stage, 4, 2).peak_bytes for stage in stages)
     offloaded = resolve_auto(config(phases | {"memory_gib": tight * 1.0001 / 2**30 / USABLE}, zero), layout, FIRST)
     assert offloaded.for_phase("lora").zero.offload_optimizer
 
@@ -114,8 +115,8 @@ def test_micro_batches_are_even_if_pairs_are_mixed(layout: Layout) -> None:
     cfg = config({"lora": {"micro_batch_size": "auto"}, "memory_gib": 64},
                  train={"duration": "9 steps", "global_batch_size": 24, "micro_batch_size": 2},
                  data={"train": "-", "val": "-", "mixup": 0.2})
-    sizes = [s.micro_batch_size for s in settings(cfg.for_phase("full"), full_plan(layout), layout, cfg.zero, 2)]
-    assert sizes == [2, 4, 6, 12]
+    candidates = predict_candidates(cfg.for_phase("full"), full_plan(layout), layout, cfg.zero, 2)
+    assert [candidate.micro_batch_size for candidate in candidates] == [2, 4, 6, 12]
 
 
 def test_merged_weights_are_never_split(layout: Layout) -> None:

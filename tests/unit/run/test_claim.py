@@ -214,9 +214,9 @@ def test_a_damaged_origin_is_one_message_or_none(tmp_path: Path, origin: bytes) 
 # ---- classes
 
 @pytest.mark.parametrize(("known", "problem"), [
-    ({"classes": ["cat", "owl"], "num_labels": 2}, "has 'dog' as its class 1, and the checkpoint .* has 'owl'"),
-    ({"classes": ["cat", "dog", "owl"], "num_labels": 3}, "has 2 classes, and the checkpoint .* has 3"),
-    ({"num_labels": 3}, "has 2 classes, and the checkpoint .* has 3"),  # of an earlier version
+    ({"classes": ["cat", "owl"], "num_labels": 2}, "has 'dog' as class 1, but the checkpoint .* has 'owl'"),
+    ({"classes": ["cat", "dog", "owl"], "num_labels": 3}, "has 2 classes, but the checkpoint .* has 3"),
+    ({"num_labels": 3}, "has 2 classes, but the checkpoint .* has 3"),  # of an earlier version
     ({"num_labels": 2}, None), ({"classes": ["cat", "dog"], "num_labels": 2}, None),
 ])
 @pytest.mark.parametrize("new", [True, False])

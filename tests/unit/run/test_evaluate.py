@@ -157,9 +157,9 @@ def test_the_result_names_the_data_and_their_fingerprint(
 
 
 @pytest.mark.parametrize(("classes", "problem"), [
-    ([f"c{i}" for i in range(12)], "has 10 classes, and the model in .* has 12"),
-    ([f"c{i}" for i in range(5)], "has 10 classes, and the model in .* has 5"),
-    ([*map(str, range(8)), "9", "8"], "has '8' as its class 8, and the model in .* has '9'"),
+    ([f"c{i}" for i in range(12)], "has 10 classes, but the model in .* has 12"),
+    ([f"c{i}" for i in range(5)], "has 10 classes, but the model in .* has 5"),
+    ([*map(str, range(8)), "9", "8"], "has '8' as class 8, but the model in .* has '9'"),
 ])
 def test_data_with_other_classes_than_the_model_are_refused(
     classes: list[str], problem: str, shards: Path, tmp_path: Path
@@ -176,7 +176,7 @@ def test_only_the_number_of_classes_is_compared_for_a_model_without_class_names(
         evaluate_folder(export(tmp_path / "ten", unnamed(10)), shards / "val").samples
         == 360
     )
-    with pytest.raises(ConfigError, match=r"has 10 classes, and the model in .* has 9"):
+    with pytest.raises(ConfigError, match=r"has 10 classes, but the model in .* has 9"):
         evaluate_folder(export(tmp_path / "nine", unnamed(9)), shards / "val")
 
 
