@@ -1,4 +1,4 @@
-/* The ideal that loader.py is held against: libjpeg-turbo decodes a box of a JPEG and skips what lies around it. */
+/* The ideal that loader.py is compared with: libjpeg-turbo decodes a box of a JPEG and skips what is around it. */
 #include <setjmp.h>
 #include <stddef.h>
 #include <stdio.h>
@@ -7,7 +7,7 @@
 
 #include <jpeglib.h>
 
-#define MARGIN 16 /* left and right of the box: the smoothing of colours looks at the pixels beside it */
+#define MARGIN 16 /* left and right of the box: the smoothing of colours reads the neighbouring pixels */
 
 struct failure {
     struct jpeg_error_mgr manager;
@@ -16,7 +16,7 @@ struct failure {
 
 static void fail(j_common_ptr jpeg) { longjmp(((struct failure *)jpeg->err)->back, 1); }
 
-/* Pixels (RGB, interleaved) of the box into out; 0, or 1 for bytes that are no JPEG. */
+/* Pixels (RGB, interleaved) of the box into out; 0, or 1 for bytes that are not a JPEG. */
 int crop_decode(const unsigned char *data, size_t size, int top, int left, int height, int width, unsigned char *out)
 {
     struct jpeg_decompress_struct jpeg;

@@ -1,4 +1,4 @@
-"""Strict reading of YAML and JSON: a value is what its text says, otherwise it is refused.
+"""Strict reading of YAML and JSON: a value means what its text means in YAML 1.2 or JSON, otherwise it is refused.
 
 YAML is read by the core schema of version 1.2. PyYAML itself follows version 1.1, in which `on` is
 true, `0100` is 64, `1:30` is 90 and `2024-11-25` is a date; of two equal keys it keeps the last.
@@ -38,7 +38,7 @@ _UNWRITABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 
 
 class UnreadableError(ValueError):
-    """A text that cannot be read. The message says where and why, in one line."""
+    """A text that cannot be read. The message gives place and reason in one line."""
 
 
 def nothing_is_text(place: Place) -> bool:

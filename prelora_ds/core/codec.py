@@ -185,7 +185,7 @@ def _read_union(parts: Sequence[Any], data: object, path: str) -> Any:
     if len(others) == 1:
         return _read(others[0], data, path)
     if others:
-        raise TypeError(f"{' and '.join(map(str, others))} at {path!r} cannot be told apart in JSON")
+        raise TypeError(f"{' and '.join(map(str, others))} at {path!r} cannot be distinguished in JSON")
     raise _unfit(path, data, " or ".join(part.__name__ for part in parts))
 
 

@@ -237,7 +237,7 @@ class Unknown:
 
 
 @pytest.mark.parametrize(("cls", "data", "problem"), [
-    (Unclear, {"either": {}}, r"Spec.* and .*Plan.* at 'either' cannot be told apart in JSON"),
+    (Unclear, {"either": {}}, r"Spec.* and .*Plan.* at 'either' cannot be distinguished in JSON"),
     (Unknown, {"any": 1}, "at 'any' cannot be written as JSON"),
 ])
 def test_an_annotation_that_json_cannot_tell_is_a_type_error(cls: type, data: Any, problem: str) -> None:
