@@ -36,7 +36,7 @@ import torch
 from harness import ROOT, interleaved, print_table, record
 from PIL import Image
 
-from prelora_ds.data.datasets import Look, keyed
+from prelora_ds.data.datasets import ImagePipeline, rng_for
 from prelora_ds.data.loader import TrainLoader
 from prelora_ds.data.manifest import ROW, Manifest, Shard, save_manifest
 from prelora_ds.data.order import Stream
@@ -102,7 +102,7 @@ def task(name: str) -> str:
 
 def loaders(manifest: Manifest, folder: Path) -> dict[tuple[str, str], Callable[[], Iterator[int]]]:
     """(task, name) -> a function that starts an epoch over the data and yields the images of each batch."""
-    urls = [manifest.place(number) for number in range(len(manifest.shards))]
+    urls = [manifest.shard_location(number) for number in range(len(manifest.shards))]
     found: dict[tuple[str, str], Callable[[], Iterator[int]]] = {
         (CROP, OURS): lambda: ours(manifest, "none"),
         (CROP, WDS): lambda: webdataset(urls, torchvision_v1()),
@@ -142,7 +142,7 @@ def cpu_seconds(make: Callable[[], Iterator[int]], images: int) -> float:
 
 
 def ours(manifest: Manifest, level: Any) -> Iterator[int]:
-    loader = TrainLoader(manifest, Look(SIZE, 3, "inception", flip=True, augment=level, mixup=0.0), seed=0,
+    loader = TrainLoader(manifest, ImagePipeline(SIZE, 3, "inception", flip=True, augment=level, mixup=0.0), seed=0,
                          global_batch_size=BATCH, micro_batch_size=BATCH, rank=0, world_size=1, workers=0)
     try:
         while True:
@@ -238,7 +238,7 @@ def boxes(manifest: Manifest) -> list[tuple[bytes, tuple[int, int, int, int]]]:
     cuts = []
     for number, data in enumerate(jpegs(manifest)):
         height, width, *_ = simplejpeg.decode_jpeg_header(data)
-        cuts.append((data, inception_box(height, width, keyed(number))))
+        cuts.append((data, inception_box(height, width, rng_for(number))))
     return cuts
 
 

@@ -24,7 +24,7 @@ from prelora_ds.core.plan import Plan
 from prelora_ds.cost.bytes import predict_bytes, worst_deviation
 from prelora_ds.cost.flops import communication, micro_batch
 from prelora_ds.data.batch import MicroBatch
-from prelora_ds.data.datasets import Look
+from prelora_ds.data.datasets import ImagePipeline
 from prelora_ds.data.loader import TrainLoader
 from prelora_ds.data.manifest import Manifest
 from prelora_ds.engine.build import Engine, build_engine
@@ -63,7 +63,8 @@ def phases(pipe: Connection, model: Mapping[str, Any], zero: Mapping[str, Any], 
         bytes_after_backward(engine, layout, world, size=1)  # the moments are made, and ZeRO-3 records its trace
         predicted, measured = bytes_after_backward(engine, layout, world, size=sizes[0])
         for size in sizes:
-            loader = TrainLoader(Manifest.load(shards), Look.of(config.model, config.data), seed=0, workers=0,
+            pipeline = ImagePipeline.from_config(config.model, config.data)
+            loader = TrainLoader(Manifest.load(shards), pipeline, seed=0, workers=0,
                                  global_batch_size=size * world, micro_batch_size=size, rank=rank, world_size=world)
             timed = [step(engine, loader) for _ in range(1 + steps)][1:]
             seconds[size] = {part: median(t[part] for t in timed) for part in ("step", *PARTS)}

@@ -43,7 +43,7 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
         config, train_data, val_data = check_run(config, ranks)
 
         # torch and DeepSpeed take seconds to import: only now, when the cheap mistakes are out
-        from prelora_ds.data.setup import identity, samples_per_epoch
+        from prelora_ds.data.setup import fingerprints, samples_per_epoch
         from prelora_ds.engine.runtime import (
             check_zero_config,
             choose_accelerator,
@@ -79,7 +79,7 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
             timeline = Timeline(samples_per_epoch(config, len(train_data)),
                                 config.train.global_batch_size, config.train.duration)
             claim = claim_output(folder, config, resume,
-                                 identity(train_data, val_data), train_data.classes,
+                                 fingerprints(train_data, val_data), train_data.classes,
                                  steps=timeline.total_steps)
             sources, origin = claim.sources, claim.origin
     try:

@@ -26,8 +26,13 @@ Operation = Callable[[Image.Image, float, np.random.Generator], Image.Image]
 
 def _affine(image: Image.Image, *matrix: float) -> Image.Image:
     """Output (x, y) shows the nearest pixel to (a x + b y + c, d x + e y + f)."""
-    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST,
-                           fillcolor=(_GREY,) * len(image.getbands()))
+    return image.transform(
+        image.size,
+        Image.Transform.AFFINE,
+        matrix,
+        Image.Resampling.NEAREST,
+        fillcolor=(_GREY,) * len(image.getbands()),
+    )
 
 
 def _signed(rng: np.random.Generator, value: float) -> float:
@@ -60,7 +65,9 @@ def _posterize(image: Image.Image, x: float, rng: np.random.Generator) -> Image.
 
 
 def _solarize(image: Image.Image, x: float, rng: np.random.Generator) -> Image.Image:
-    return _point(image, np.where(int(256 * x) > _VALUES, _VALUES, 255 - _VALUES))  # from level 10 on nothing
+    return _point(
+        image, np.where(int(256 * x) > _VALUES, _VALUES, 255 - _VALUES)
+    )  # from level 10 on nothing
 
 
 def _solarize_add(image: Image.Image, x: float, rng: np.random.Generator) -> Image.Image:
@@ -87,23 +94,29 @@ OPERATIONS: dict[str, Operation] = {
     "ShearX": lambda image, x, rng: _affine(image, 1, _signed(rng, 0.3 * x), 0, 0, 1, 0),
     "ShearY": lambda image, x, rng: _affine(image, 1, 0, 0, _signed(rng, 0.3 * x), 1, 0),
     "TranslateX": lambda image, x, rng: _affine(
-        image, 1, 0, _signed(rng, _TRANSLATE * x) * image.width / _SIZE, 0, 1, 0),
+        image, 1, 0, _signed(rng, _TRANSLATE * x) * image.width / _SIZE, 0, 1, 0
+    ),
     "TranslateY": lambda image, x, rng: _affine(
-        image, 1, 0, 0, 0, 1, _signed(rng, _TRANSLATE * x) * image.height / _SIZE),
+        image, 1, 0, 0, 0, 1, _signed(rng, _TRANSLATE * x) * image.height / _SIZE
+    ),
     "Cutout": _cutout,
     "SolarizeAdd": _solarize_add,
 }
 _NAMES = tuple(OPERATIONS)
 
 
-def rand_augment(image: Image.Image, layers: int, level: float, rng: np.random.Generator) -> Image.Image:
+def rand_augment(
+    image: Image.Image, layers: int, level: float, rng: np.random.Generator
+) -> Image.Image:
     """``layers`` operations in turn, each drawn evenly from `OPERATIONS`, at ``level`` of 10."""
     for number in rng.integers(len(_NAMES), size=layers).tolist():
         image = OPERATIONS[_NAMES[number]](image, level / 10, rng)
     return image
 
 
-def augment(image: Tensor, *, flip: bool, level: Augment, random_erasing: float, rng: np.random.Generator) -> Tensor:
+def augment(
+    image: Tensor, *, flip: bool, level: Augment, random_erasing: float, rng: np.random.Generator
+) -> Tensor:
     """uint8 [C, S, S] -> uint8 [C, S, S], at random by ``rng`` alone.
 
     In this order: ``flip`` left to right, one time in two; ``level``'s RandAugment, or TrivialAugment (torchvision's);
@@ -113,7 +126,9 @@ def augment(image: Tensor, *, flip: bool, level: Augment, random_erasing: float,
     if flip and rng.random() < 0.5:
         image = image.flip(-1)
     if level == "trivial":
-        from torchvision.transforms import TrivialAugmentWide  # slow to import, and only needed here
+        from torchvision.transforms import (
+            TrivialAugmentWide,
+        )  # slow to import, and only needed here
 
         with _torch_generator(rng):
             image = _tensor(TrivialAugmentWide()(_picture(image)))
@@ -123,10 +138,12 @@ def augment(image: Tensor, *, flip: bool, level: Augment, random_erasing: float,
         from torchvision.transforms import RandomErasing
 
         with _torch_generator(rng):
-            top, left, height, width, _ = RandomErasing.get_params(image, (0.02, 0.33), (0.3, 3.3), [0.0])
+            top, left, height, width, _ = RandomErasing.get_params(
+                image, (0.02, 0.33), (0.3, 3.3), [0.0]
+            )
         image = image.clone()
         noise = rng.integers(256, size=(len(image), height, width), dtype=np.uint8)
-        image[:, top:top + height, left:left + width] = torch.from_numpy(noise)
+        image[:, top : top + height, left : left + width] = torch.from_numpy(noise)
     return image
 
 

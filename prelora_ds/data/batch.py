@@ -26,7 +26,9 @@ class MicroBatch(NamedTuple):
     faults: tuple[str, ...] = ()
 
 
-def draw_mix(seed: int, epochs: np.ndarray, first: int, *, mixup: float, cutmix: float, size: int) -> Tensor:
+def draw_mix(
+    seed: int, epochs: np.ndarray, first: int, *, mixup: float, cutmix: float, size: int
+) -> Tensor:
     """fp32 [B/2, 6], a row a pair: (share of the own label, of the own pixels; top, left, bottom, right of a box
     that is all the partner's).
 
@@ -36,8 +38,11 @@ def draw_mix(seed: int, epochs: np.ndarray, first: int, *, mixup: float, cutmix:
     """
     rows = []
     for i in range(0, len(epochs), 2):
-        rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(
-            (seed, int(epochs[i]), (first + i) // 2, _MIX_KEY))))
+        rng = np.random.Generator(
+            np.random.PCG64(
+                np.random.SeedSequence((seed, int(epochs[i]), (first + i) // 2, _MIX_KEY))
+            )
+        )
         if cutmix and (not mixup or rng.random() < 0.5):
             side = size * np.sqrt(1 - rng.beta(cutmix, cutmix))
             middle = rng.random(2) * size

@@ -38,7 +38,7 @@ class ShardCache:
         self.folder, self.limit_bytes = Path(folder), limit_bytes
         self._here: dict[str, str] = {}
 
-    def copy_of(self, shard: Shard) -> str | None:
+    def path_of_copy(self, shard: Shard) -> str | None:
         """The path of the copy, if there is one."""
         if shard.name not in self._here:
             path = str(self._path(shard))
@@ -51,8 +51,13 @@ class ShardCache:
         self._here.pop(shard.name, None)
         self._path(shard).unlink(missing_ok=True)
 
-    def add(self, shard: Shard, place: str, keep: frozenset[str] = frozenset(),
-            stop: threading.Event | None = None) -> bool:
+    def add(
+        self,
+        shard: Shard,
+        place: str,
+        keep: frozenset[str] = frozenset(),
+        stop: threading.Event | None = None,
+    ) -> bool:
         """Copy the shard at ``place`` (path or URL), unless it is here; False where it does not fit.
 
         ``keep`` names copies that may not make room. Raises OSError, and whatever the protocol of a URL raises.
@@ -75,8 +80,10 @@ class ShardCache:
                         target.write(part)
                     size = target.tell()
                 if (size, crc32) != (shard.size_bytes, shard.crc32):
-                    raise OSError(f"{place} has {size} bytes of checksum {crc32:08x}, and {shard.size_bytes} of "
-                                  f"{shard.crc32:08x} in the manifest")
+                    raise OSError(
+                        f"{place} has {size} bytes of checksum {crc32:08x}, and {shard.size_bytes} of "
+                        f"{shard.crc32:08x} in the manifest"
+                    )
                 partial.rename(path)
             finally:
                 partial.unlink(missing_ok=True)
@@ -115,7 +122,7 @@ class ShardCache:
         return total + size <= self.limit_bytes and size <= free
 
 
-class Stager:
+class CacheFiller:
     """A thread that copies a data set's shards into the cache, until all that fit are there."""
 
     def __init__(self, manifest: Manifest, cache: ShardCache) -> None:
@@ -140,23 +147,34 @@ class Stager:
             if self._stop.is_set():
                 return
             try:
-                if not self._cache.add(shards[number], self._manifest.place(number), keep, self._stop):
-                    self._say_full(shards[number])
+                if not self._cache.add(
+                    shards[number], self._manifest.shard_location(number), keep, self._stop
+                ):
+                    self._warn_full(shards[number])
                     return
-            except Exception as error:  # a full disk, a lost server: training goes on without the copy
+            except (
+                Exception
+            ) as error:  # a full disk, a lost server: training goes on without the copy
                 if (kind := getattr(error, "strerror", None) or type(error).__name__) not in said:
                     said.add(kind)
-                    print(f"warning: {self._manifest.place(number)} is not copied to "
-                          f"{self._cache.folder} on host {socket.gethostname()}: {error}; this is "
-                          "said once", file=sys.stderr, flush=True)
+                    print(
+                        f"warning: {self._manifest.shard_location(number)} is not copied to "
+                        f"{self._cache.folder} on host {socket.gethostname()}: {error}; this is "
+                        "said once",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                 self._stop.wait(_LOOK_AGAIN_S)
 
-    def _say_full(self, shard: Shard) -> None:
+    def _warn_full(self, shard: Shard) -> None:
         """One line a node, whose ranks share the folder."""
         if not self._stop.is_set() and os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"warning: {self._cache.folder} on host {socket.gethostname()} has no room for {shard.name}, of "
-                  f"{shard.size_bytes} bytes: what is not copied by now is read from {self._manifest.folder} for good",
-                  file=sys.stderr, flush=True)
+            print(
+                f"warning: {self._cache.folder} on host {socket.gethostname()} has no room for {shard.name}, of "
+                f"{shard.size_bytes} bytes: what is not copied by now is read from {self._manifest.folder} for good",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def _opened(place: str) -> Any:

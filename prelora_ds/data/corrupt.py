@@ -27,7 +27,9 @@ class CorruptBudget:
 
     def exceeded(self, count: tuple[int, int]) -> bool:
         """Whether that is more than the budget; equal counts give equal answers on all ranks."""
-        return count[1] > Fraction(str(self._share)) * self._samples  # as written: 0.29 * 100 is below 29 in floats
+        return (
+            count[1] > Fraction(str(self._share)) * self._samples
+        )  # as written: 0.29 * 100 is below 29 in floats
 
     def error(self, count: tuple[int, int], fault: str) -> CorruptBudgetError:
         """What to raise then; ``fault`` is one of the samples, in words."""
@@ -35,4 +37,5 @@ class CorruptBudget:
             f"{count[1]} unreadable samples in epoch {count[0]} are more than data.corrupt_budget "
             f"= {self._share:g} of {self._samples} samples allows; one of them: {fault}\n  remedy: `prelora shards "
             "verify FOLDER --decode` lists what is damaged; write those shards again, or raise "
-            "data.corrupt_budget")
+            "data.corrupt_budget"
+        )

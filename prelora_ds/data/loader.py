@@ -22,8 +22,15 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from prelora_ds.data.batch import MicroBatch
-from prelora_ds.data.cache import ShardCache, Stager
-from prelora_ds.data.datasets import PADDING, EvalImages, Look, Rows, TrainImages, as_is
+from prelora_ds.data.cache import CacheFiller, ShardCache
+from prelora_ds.data.datasets import (
+    PADDING,
+    BatchRows,
+    EvalImages,
+    ImagePipeline,
+    TrainImages,
+    identity,
+)
 from prelora_ds.data.manifest import Manifest
 from prelora_ds.data.order import Position, Stream, Tail
 from prelora_ds.data.parallel import NoSharedMemoryError, end_with_parent, no_shared_memory
@@ -49,10 +56,16 @@ class Workers:
     WorkerLostError.
     """
 
-    def __init__(self, dataset: Dataset[Any], keys: Iterable[Any] | None, count: int, start: WorkerStart) -> None:
+    def __init__(
+        self, dataset: Dataset[Any], keys: Iterable[Any] | None, count: int, start: WorkerStart
+    ) -> None:
         self._count = count
         try:
-            self._batches = _in_process(dataset, keys) if count == 0 else iter(_loader(dataset, keys, count, start))
+            self._batches = (
+                _in_process(dataset, keys)
+                if count == 0
+                else iter(_loader(dataset, keys, count, start))
+            )
         except OSError as error:
             if no_shared_memory(error):
                 _quieten(error)
@@ -75,15 +88,21 @@ class Workers:
             said = isinstance(error, RuntimeError)
             if said and not str(error).startswith("DataLoader worker"):
                 raise
-            if "Bus error" in str(error):  # what a page that /dev/shm cannot give ends a worker with
+            if "Bus error" in str(
+                error
+            ):  # what a page that /dev/shm cannot give ends a worker with
                 raise NoSharedMemoryError.now("data.workers", self._count) from error
             workers = getattr(self._batches, "_workers", [])
             multiprocessing.connection.wait([worker.sentinel for worker in workers], _WORKER_ENDS_S)
-            gone = {worker.pid: worker.exitcode for worker in workers if worker.exitcode is not None}
+            gone = {
+                worker.pid: worker.exitcode for worker in workers if worker.exitcode is not None
+            }
             if not said and not gone:
                 raise
-            raise WorkerLostError(f"a data worker is gone (process: exit code {gone}; {type(error).__name__}: {error})"
-                                  f"{_REMEDY}; else look into the system's log") from error
+            raise WorkerLostError(
+                f"a data worker is gone (process: exit code {gone}; {type(error).__name__}: {error})"
+                f"{_REMEDY}; else look into the system's log"
+            ) from error
 
     def close(self) -> None:
         self._batches = iter(())
@@ -154,7 +173,9 @@ def _shared(batch: Any) -> Any:
     return batch
 
 
-def _loader(dataset: Dataset[Any], keys: Iterable[Any] | None, count: int, start: WorkerStart) -> DataLoader[Any]:
+def _loader(
+    dataset: Dataset[Any], keys: Iterable[Any] | None, count: int, start: WorkerStart
+) -> DataLoader[Any]:
     # A fork of this process would copy gloo's and OpenMP's locks without the threads that release them. The fork server
     # is a clean process; it imports torch once, and its forks are the workers (of one thread each, by DataLoader).
     context = multiprocessing.get_context(start)
@@ -162,8 +183,11 @@ def _loader(dataset: Dataset[Any], keys: Iterable[Any] | None, count: int, start
         context.set_forkserver_preload([__name__])
     return DataLoader(
         _TellingStream(dataset) if keys is None else _Telling(dataset),
-        **({"batch_size": None} if keys is None else {"batch_sampler": keys}), collate_fn=as_is,
-        num_workers=count, multiprocessing_context=context, pin_memory=torch.cuda.is_available(),
+        **({"batch_size": None} if keys is None else {"batch_sampler": keys}),
+        collate_fn=identity,
+        num_workers=count,
+        multiprocessing_context=context,
+        pin_memory=torch.cuda.is_available(),
         # The watchdog of torch 2.14 looks at a worker's parent, and that is the fork server.
         worker_init_fn=end_with_parent,
         generator=torch.Generator(),  # else it draws from the global generator, and dropout would depend on workers
@@ -174,7 +198,9 @@ def _in_process(dataset: Any, keys: Iterable[Any] | None) -> Iterator[Any]:
     batches = iter(dataset) if keys is None else map(dataset.__getitems__, keys)
     while True:
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # an image is too little to share: on two busy cores, two threads were 15 times slower
+        torch.set_num_threads(
+            1
+        )  # an image is too little to share: on two busy cores, two threads were 15 times slower
         try:
             batch = next(batches)
         except StopIteration:
@@ -192,10 +218,30 @@ class Loader(ABC):
     With workers, the program's entry needs its ``if __name__ == "__main__"``.
     """
 
-    def __init__(self, look: Look, *, rank: int, global_batch_size: int, share: int, micro_batch_size: int,
-                 workers: int, worker_start: WorkerStart, step: int) -> None:
-        self._look, self._rank, self._global_batch_size, self._share = look, rank, global_batch_size, share
-        self._micro, self._workers, self._worker_start, self._step = micro_batch_size, workers, worker_start, step
+    def __init__(
+        self,
+        pipeline: ImagePipeline,
+        *,
+        rank: int,
+        global_batch_size: int,
+        share: int,
+        micro_batch_size: int,
+        workers: int,
+        worker_start: WorkerStart,
+        step: int,
+    ) -> None:
+        self._pipeline, self._rank, self._global_batch_size, self._share = (
+            pipeline,
+            rank,
+            global_batch_size,
+            share,
+        )
+        self._micro, self._workers, self._worker_start, self._step = (
+            micro_batch_size,
+            workers,
+            worker_start,
+            step,
+        )
         self._said, self.waited_s = 0, 0.0
         self._batches: Workers | None = self._open()
 
@@ -218,9 +264,11 @@ class Loader(ABC):
 
         Raises ValueError when it does not divide the rank's share of the global batch, or would cut a pair.
         """
-        if self._share % micro_batch_size or (self._look.mixes and micro_batch_size % 2):
-            raise ValueError(f"{self._share} rows a rank and step are no multiple of {micro_batch_size}, or it is odd "
-                             "and pairs are mixed")
+        if self._share % micro_batch_size or (self._pipeline.mixes and micro_batch_size % 2):
+            raise ValueError(
+                f"{self._share} rows a rank and step are no multiple of {micro_batch_size}, or it is odd "
+                "and pairs are mixed"
+            )
         if self._micro != micro_batch_size:
             self._batches = None  # ends the workers
             self._micro = micro_batch_size
@@ -245,7 +293,11 @@ class Loader(ABC):
         self.waited_s = time.perf_counter() - begun
         for fault in (fault for batch in micro_batches for fault in batch.faults):
             if self._said < _FAULTS_SAID:
-                print(f"warning (rank {self._rank}, step {self._step}): {fault}", file=sys.stderr, flush=True)
+                print(
+                    f"warning (rank {self._rank}, step {self._step}): {fault}",
+                    file=sys.stderr,
+                    flush=True,
+                )
             self._said += 1
         return micro_batches
 
@@ -262,27 +314,48 @@ class TrainLoader(Loader):
     is odd, ValueError for a rank outside of the world.
     """
 
-    def __init__(self, manifest: Manifest, look: Look, *, seed: int, global_batch_size: int, micro_batch_size: int,
-                 rank: int, world_size: int, workers: int, worker_start: WorkerStart = "forkserver",
-                 start_step: int = 0, tail: Tail = "continue", cache: ShardCache | None = None) -> None:
-        share = rank_share(rank, world_size, global_batch_size, micro_batch_size, look)
+    def __init__(
+        self,
+        manifest: Manifest,
+        pipeline: ImagePipeline,
+        *,
+        seed: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        workers: int,
+        worker_start: WorkerStart = "forkserver",
+        start_step: int = 0,
+        tail: Tail = "continue",
+        cache: ShardCache | None = None,
+    ) -> None:
+        share = rank_share(rank, world_size, global_batch_size, micro_batch_size, pipeline)
         self.stream, self._seed = Stream(len(manifest), global_batch_size, tail), seed
-        self._images = TrainImages(SampleStore(manifest, cache), look, seed)
-        super().__init__(look, rank=rank, global_batch_size=global_batch_size, share=share, workers=workers,
-                         micro_batch_size=micro_batch_size, worker_start=worker_start, step=start_step)
-        self._stager = None if cache is None else Stager(manifest, cache)
+        self._images = TrainImages(SampleStore(manifest, cache), pipeline, seed)
+        super().__init__(
+            pipeline,
+            rank=rank,
+            global_batch_size=global_batch_size,
+            share=share,
+            workers=workers,
+            micro_batch_size=micro_batch_size,
+            worker_start=worker_start,
+            step=start_step,
+        )
+        self._stager = None if cache is None else CacheFiller(manifest, cache)
 
     def _open(self) -> Workers:
         return Workers(self._images, self._rows(self._step), self._workers, self._worker_start)
 
-    def _rows(self, start_step: int) -> Iterator[Rows]:
+    def _rows(self, start_step: int) -> Iterator[BatchRows]:
         """The rows of this rank's micro-batches from ``start_step`` on, without end."""
         micro, first_owned = self._micro, self._rank * self._share
         for step in count(start_step):
             rows = self.stream.batch(self._seed, step)
             for first in range(first_owned, first_owned + self._share, micro):
-                epochs, samples = rows[first:first + micro].T.copy()
-                yield Rows(epochs, samples, step * self._global_batch_size + first)
+                epochs, samples = rows[first : first + micro].T.copy()
+                yield BatchRows(epochs, samples, step * self._global_batch_size + first)
 
     @property
     def state(self) -> Position:
@@ -297,22 +370,43 @@ class TrainLoader(Loader):
             self._stager.close()
 
 
-def rank_share(rank: int, world_size: int, global_batch_size: int, micro_batch_size: int, look: Look) -> int:
+def rank_share(
+    rank: int,
+    world_size: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    pipeline: ImagePipeline,
+) -> int:
     """A rank's rows of a global batch. Raises ConfigError and ValueError as `TrainLoader` does."""
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} is not in a world of {world_size}")
     if global_batch_size % (micro_batch_size * world_size):
-        raise ConfigError("train.global_batch_size", global_batch_size,
-                          f"no multiple of train.micro_batch_size {micro_batch_size} x {world_size} ranks",
-                          f"use a multiple of {micro_batch_size * world_size}")
-    if look.mixes and micro_batch_size % 2:
-        raise ConfigError("train.micro_batch_size", micro_batch_size, "odd, and Mixup and CutMix need whole pairs",
-                          "use an even one, or data.mixup=0 data.cutmix=0")
+        raise ConfigError(
+            "train.global_batch_size",
+            global_batch_size,
+            f"no multiple of train.micro_batch_size {micro_batch_size} x {world_size} ranks",
+            f"use a multiple of {micro_batch_size * world_size}",
+        )
+    if pipeline.mixes and micro_batch_size % 2:
+        raise ConfigError(
+            "train.micro_batch_size",
+            micro_batch_size,
+            "odd, and Mixup and CutMix need whole pairs",
+            "use an even one, or data.mixup=0 data.cutmix=0",
+        )
     return global_batch_size // world_size
 
 
-def eval_batches(manifest: Manifest, look: Look, *, batch_size: int, rank: int, world_size: int, workers: int,
-                 worker_start: WorkerStart = "forkserver") -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def eval_batches(
+    manifest: Manifest,
+    pipeline: ImagePipeline,
+    *,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    workers: int,
+    worker_start: WorkerStart = "forkserver",
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(images uint8 [B, C, S, S], labels int64 [B], mask bool [B]) over this rank's contiguous share of the samples.
 
     Every rank gets the same number of batches of exactly ``batch_size`` rows; where samples run out, images are black
@@ -325,8 +419,13 @@ def eval_batches(manifest: Manifest, look: Look, *, batch_size: int, rank: int, 
     start, stop = min(rank * share, len(manifest)), min((rank + 1) * share, len(manifest))
     rows = -(-share // batch_size) * batch_size
     samples = [*range(start, stop), *[PADDING] * (rows - (stop - start))]
-    dataset = EvalImages(SampleStore(manifest), look)
-    batches = Workers(dataset, [samples[i:i + batch_size] for i in range(0, rows, batch_size)], workers, worker_start)
+    dataset = EvalImages(SampleStore(manifest), pipeline)
+    batches = Workers(
+        dataset,
+        [samples[i : i + batch_size] for i in range(0, rows, batch_size)],
+        workers,
+        worker_start,
+    )
     try:
         yield from batches
     finally:

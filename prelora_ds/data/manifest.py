@@ -30,8 +30,10 @@ MANIFEST_NAME, INDEX_NAME = "manifest.json", "index.npy"
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # the column ``extension`` of a row counts in this
 _VERSION = 2
 _PROTOCOLS = "install what the protocol needs (http: aiohttp, s3: s3fs, gs: gcsfs)"
-_REWRITE = ("copy the folder again from where it is whole, or write it again with `prelora shards build`; "
-            "`prelora shards verify` lists what is damaged")
+_REWRITE = (
+    "copy the folder again from where it is whole, or write it again with `prelora shards build`; "
+    "`prelora shards verify` lists what is damaged"
+)
 
 
 class Shard(NamedTuple):
@@ -75,11 +77,11 @@ class Manifest:
         return self.index.path
 
     @property
-    def identity(self) -> str:
+    def fingerprint(self) -> str:
         """What tells this data set from others, wherever it lies, in words."""
         return f"{len(self):,} samples, index {self.index_crc32:08x}"
 
-    def place(self, shard: int) -> str:
+    def shard_location(self, shard: int) -> str:
         """Path or URL of shard number ``shard``."""
         return f"{self.folder}/{self.shards[shard].name}"
 
@@ -96,26 +98,40 @@ class Manifest:
         path = here / MANIFEST_NAME
         try:
             if not here.is_dir():
-                raise ConfigError(key, str(folder), "no such folder",
-                                  "write shards there with `prelora shards`")
+                raise ConfigError(
+                    key, str(folder), "no such folder", "write shards there with `prelora shards`"
+                )
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["version"] == 1:
-                raise ConfigError(key, str(path), "a manifest of version 1, without checksums",
-                                  f"run `prelora shards index {folder}` once: it reads the shards and replaces it")
+                raise ConfigError(
+                    key,
+                    str(path),
+                    "a manifest of version 1, without checksums",
+                    f"run `prelora shards index {folder}` once: it reads the shards and replaces it",
+                )
             manifest = _parse(folder if is_url(folder) else here, here, content)
         except FileNotFoundError as error:
             name = Path(error.filename).name
-            raise ConfigError(key, str(folder), f"holds no {name}",
-                              "name a folder made by `prelora shards`, or let `prelora shards index` look through it") \
-                from None
+            raise ConfigError(
+                key,
+                str(folder),
+                f"holds no {name}",
+                "name a folder made by `prelora shards`, or let `prelora shards index` look through it",
+            ) from None
         except OSError as error:
-            raise file_error(key, error.filename or str(folder), error, "cannot be read",
-                             "name a folder of shards that this user may read") from error
+            raise file_error(
+                key,
+                error.filename or str(folder),
+                error,
+                "cannot be read",
+                "name a folder of shards that this user may read",
+            ) from error
         except ExpectedError:
             raise
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise ConfigError(key, str(path), f"invalid manifest ({type(error).__name__}: {error})", _REWRITE) \
-                from error
+            raise ConfigError(
+                key, str(path), f"invalid manifest ({type(error).__name__}: {error})", _REWRITE
+            ) from error
         if is_url(manifest.folder):
             _check_protocol(str(manifest.folder), key)
         elif sizes:
@@ -127,8 +143,15 @@ def is_url(folder: str | Path) -> bool:
     return isinstance(folder, str) and "://" in folder
 
 
-def save_manifest(folder: Path, classes: Sequence[str], shards: Sequence[Shard], rows: Sequence[NDArray[np.void]], *,
-                  base: str | None = None, label_key: str | None = None) -> None:
+def save_manifest(
+    folder: Path,
+    classes: Sequence[str],
+    shards: Sequence[Shard],
+    rows: Sequence[NDArray[np.void]],
+    *,
+    base: str | None = None,
+    label_key: str | None = None,
+) -> None:
     """Write ``index.npy`` and then, at once and whole, ``manifest.json`` into ``folder``.
 
     ``rows`` has those of each shard; their shard numbers are set here. ``base`` is the URL of the shards where
@@ -139,15 +162,21 @@ def save_manifest(folder: Path, classes: Sequence[str], shards: Sequence[Shard],
     index, buffer = np.concatenate([np.empty(0, ROW), *rows]), io.BytesIO()
     np.lib.format.write_array(buffer, index, version=(1, 0), allow_pickle=False)
     content = {
-        "version": _VERSION, "samples": len(index), "index_crc32": zlib.crc32(buffer.getbuffer()),
+        "version": _VERSION,
+        "samples": len(index),
+        "index_crc32": zlib.crc32(buffer.getbuffer()),
         **({} if base is None else {"base": base}),
         **({} if label_key is None else {"label_key": label_key}),
         "classes": list(classes),
-        "shards": [{name: getattr(shard, name) for name in ("name", "size_bytes", "samples", "crc32")}
-                   for shard in shards],
+        "shards": [
+            {name: getattr(shard, name) for name in ("name", "size_bytes", "samples", "crc32")}
+            for shard in shards
+        ],
     }
     replace_file(folder / INDEX_NAME, buffer.getbuffer())
-    replace_file(folder / MANIFEST_NAME, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    replace_file(
+        folder / MANIFEST_NAME, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+    )
 
 
 def file_crc32(path: Path) -> int:
@@ -162,15 +191,24 @@ def file_crc32(path: Path) -> int:
 def _parse(folder: Path | str, here: Path, content: dict[str, Any]) -> Manifest:
     """``folder`` is what the user named, ``here`` where the two files are."""
     if content["version"] != _VERSION:
-        raise ValueError(f"version {content['version']!r}, and this program reads version {_VERSION}")
+        raise ValueError(
+            f"version {content['version']!r}, and this program reads version {_VERSION}"
+        )
     if not isinstance(content["classes"], list):
         raise ValueError("classes is not a list")
     classes = tuple(_text(name, "a class name") for name in content["classes"])
     shards: list[Shard] = []
     first = 0
     for entry in content["shards"]:
-        shards.append(Shard(_file_name(entry["name"]), _count(entry, "size_bytes"),
-                            _count(entry, "samples"), _count(entry, "crc32"), first))
+        shards.append(
+            Shard(
+                _file_name(entry["name"]),
+                _count(entry, "size_bytes"),
+                _count(entry, "samples"),
+                _count(entry, "crc32"),
+                first,
+            )
+        )
         first += shards[-1].samples
     if len({shard.name for shard in shards}) < len(shards):
         raise ValueError("a shard is named twice")
@@ -198,8 +236,10 @@ def _index(path: Path, crc32: int, samples: int) -> RowFile:
     else:
         found, problem = index.crc32, ""
     if found != crc32:
-        raise ValueError(f"{INDEX_NAME} has the checksum {found:08x} and not {crc32:08x}: damaged, "
-                         "or of other shards")
+        raise ValueError(
+            f"{INDEX_NAME} has the checksum {found:08x} and not {crc32:08x}: damaged, "
+            "or of other shards"
+        )
     if problem:
         raise ValueError(f"{INDEX_NAME} {problem}")
     if len(index) != samples:
@@ -255,11 +295,13 @@ def _check_protocol(url: str, key: str) -> None:
 
 def _check_sizes(manifest: Manifest, key: str) -> None:
     for number, shard in enumerate(manifest.shards):
-        file = manifest.place(number)
+        file = manifest.shard_location(number)
         try:
             size = os.stat(file).st_size
         except FileNotFoundError:
-            raise ConfigError(key, file, "the manifest names this shard, and it is missing", _REWRITE) from None
+            raise ConfigError(
+                key, file, "the manifest names this shard, and it is missing", _REWRITE
+            ) from None
         except OSError as error:
             raise file_error(key, file, error, "cannot be looked at", _REWRITE) from error
         if size != shard.size_bytes:
@@ -282,7 +324,13 @@ def _fetched(url: str, key: str) -> Path:
             with fsspec.open(f"{url}/{INDEX_NAME}") as file:
                 replace_file(here / INDEX_NAME, file.read())
             replace_file(here / MANIFEST_NAME, text)
-    except Exception as error:  # each protocol has its own errors, and a missing package is an ImportError
-        raise ConfigError(key, url, f"cannot be read ({type(error).__name__}: {error})",
-                          f"name a folder with a manifest.json, and {_PROTOCOLS}") from error
+    except (
+        Exception
+    ) as error:  # each protocol has its own errors, and a missing package is an ImportError
+        raise ConfigError(
+            key,
+            url,
+            f"cannot be read ({type(error).__name__}: {error})",
+            f"name a folder with a manifest.json, and {_PROTOCOLS}",
+        ) from error
     return here

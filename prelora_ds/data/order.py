@@ -53,7 +53,9 @@ class Stream:
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.global_batch_size < 1 or self.samples_per_epoch < 1:
-            raise ValueError(f"no batches of {self.global_batch_size} out of {self.samples} samples, tail {self.tail}")
+            raise ValueError(
+                f"no batches of {self.global_batch_size} out of {self.samples} samples, tail {self.tail}"
+            )
 
     @property
     def samples_per_epoch(self) -> int:
@@ -67,8 +69,14 @@ class Stream:
     def step_at(self, position: Position) -> int:
         """The step that begins at ``position``; raises ValueError where none does."""
         before = position.epoch * self.samples_per_epoch + position.offset
-        if not 0 <= position.offset < self.samples_per_epoch or before < 0 or before % self.global_batch_size:
-            raise ValueError(f"{position} is no begin of a batch of {self.global_batch_size} out of {self.samples}")
+        if (
+            not 0 <= position.offset < self.samples_per_epoch
+            or before < 0
+            or before % self.global_batch_size
+        ):
+            raise ValueError(
+                f"{position} is no begin of a batch of {self.global_batch_size} out of {self.samples}"
+            )
         return before // self.global_batch_size
 
     def batch(self, seed: int, step: int) -> NDArray[np.int64]:
@@ -79,7 +87,10 @@ class Stream:
         if step < 0:
             raise ValueError(f"there is no step {step}")
         first = step * self.global_batch_size
-        rows = np.stack(np.divmod(np.arange(first, first + self.global_batch_size), self.samples_per_epoch), axis=1)
+        rows = np.stack(
+            np.divmod(np.arange(first, first + self.global_batch_size), self.samples_per_epoch),
+            axis=1,
+        )
         for epoch in range(rows[0, 0], rows[-1, 0] + 1):
             inside = rows[:, 0] == epoch
             rows[inside, 1] = _kept_order(seed, int(epoch), self.samples)[rows[inside, 1]]

@@ -30,29 +30,42 @@ class NoSharedMemoryError(ConfigError):
         """That of this host, as it is now; ``key`` is the setting of the number of ``workers``."""
         try:
             found = os.statvfs(SHARED_MEMORY)
-            sizes = f"it has {found.f_blocks * found.f_frsize / 2**20:,.1f} MiB, of which " \
-                    f"{found.f_bavail * found.f_frsize / 2**20:,.1f} are free"
+            sizes = (
+                f"it has {found.f_blocks * found.f_frsize / 2**20:,.1f} MiB, of which "
+                f"{found.f_bavail * found.f_frsize / 2**20:,.1f} are free"
+            )
         except OSError as error:
             sizes = f"it cannot be used ({error.strerror})"
-        fewer = "take fewer data.workers, or none (data.workers=0), which need no room" if key == "data.workers" else \
-            f"give {key} 1, which needs no room"
-        return cls(key, workers, f"{SHARED_MEMORY}, the memory that processes share, has no room for them: {sizes}",
-                   "give it more (docker run --shm-size=16g, or --ipc=host; else "
-                   f"mount -o remount,size=16g {SHARED_MEMORY}), or {fewer}")
+        fewer = (
+            "take fewer data.workers, or none (data.workers=0), which need no room"
+            if key == "data.workers"
+            else f"give {key} 1, which needs no room"
+        )
+        return cls(
+            key,
+            workers,
+            f"{SHARED_MEMORY}, the memory that processes share, has no room for them: {sizes}",
+            "give it more (docker run --shm-size=16g, or --ipc=host; else "
+            f"mount -o remount,size=16g {SHARED_MEMORY}), or {fewer}",
+        )
 
 
 def no_shared_memory(error: BaseException) -> bool:
     """Whether what could not be had is shared memory: of a lock or a queue, or of a tensor by torch."""
     if isinstance(error, OSError):  # of a semaphore, and so without a file
         return error.errno == errno.ENOSPC and error.filename is None
-    return isinstance(error, RuntimeError) and "/torch_" in str(error) and f"({errno.ENOSPC})" in str(error)
+    return (
+        isinstance(error, RuntimeError)
+        and "/torch_" in str(error)
+        and f"({errno.ENOSPC})" in str(error)
+    )
 
 
 class WorkerDiedError(ExpectedError, RuntimeError):
     """A worker process ended by itself, killed as a rule."""
 
 
-def cores() -> int:
+def usable_cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
@@ -73,7 +86,9 @@ def end_with_parent(worker: int = 0) -> None:
     threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
-def unordered(function: Callable[[Job], Result], jobs: Iterable[Job], workers: int) -> Iterator[Result]:
+def map_unordered(
+    function: Callable[[Job], Result], jobs: Iterable[Job], workers: int
+) -> Iterator[Result]:
     """Results as they come, of ``workers`` processes; in this process, and in order, where that is 1.
 
     What ``function`` raises is raised here, and what has not begun by then never does. Raises WorkerDiedError.
@@ -94,13 +109,17 @@ def unordered(function: Callable[[Job], Result], jobs: Iterable[Job], workers: i
         running: set[Future[Result]] = set()
         try:
             while True:
-                running |= {pool.submit(function, job) for job in islice(rest, 2 * workers - len(running))}
+                running |= {
+                    pool.submit(function, job) for job in islice(rest, 2 * workers - len(running))
+                }
                 if not running:
                     return
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 yield from (future.result() for future in done)
         except BrokenProcessPool as error:
-            raise WorkerDiedError("a worker process was killed (out of memory?); run the same command again, with "
-                                  "fewer --workers if it was memory: what is written is kept") from error
+            raise WorkerDiedError(
+                "a worker process was killed (out of memory?); run the same command again, with "
+                "fewer --workers if it was memory: what is written is kept"
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)

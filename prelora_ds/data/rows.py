@@ -99,8 +99,12 @@ class RowFile:
         return data
 
     def _changed(self, problem: str) -> DiskError:
-        return DiskError("data", str(self.path), f"is not as it was when it was opened: {problem}",
-                         "put the data set back as it was, and run the same command again")
+        return DiskError(
+            "data",
+            str(self.path),
+            f"is not as it was when it was opened: {problem}",
+            "put the data set back as it was, and run the same command again",
+        )
 
 
 def _pread(file: IO[bytes], size: int, place: int) -> bytes:

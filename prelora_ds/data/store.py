@@ -15,10 +15,15 @@ from prelora_ds.errors import ExpectedError
 
 _Bytes = TypeVar("_Bytes", bytes, bytearray)
 _OPEN_FILES = 256  # a process may open 1,024 files, and a data set has more shards than that
-_TRIES, _WAIT_S = 3, 0.5  # of a read that fails: remote stores and parallel file systems have bad moments
+_TRIES, _WAIT_S = (
+    3,
+    0.5,
+)  # of a read that fails: remote stores and parallel file systems have bad moments
 _REMEDY = "`prelora shards verify {0}` lists what is damaged; write or copy those shards again"
-_UNDECODABLE = ("`prelora shards verify {0} --decode` lists every image that cannot be decoded; "
-                "write the shards again without them")
+_UNDECODABLE = (
+    "`prelora shards verify {0} --decode` lists every image that cannot be decoded; "
+    "write the shards again without them"
+)
 
 
 class CorruptSampleError(ExpectedError, RuntimeError):
@@ -54,7 +59,7 @@ class SampleStore:
         """
         offset, length, crc32, label, number, _ = self.manifest.index.row(sample)
         shard = self.manifest.shards[number]
-        if self._cache is not None and (copy := self._cache.copy_of(shard)) is not None:
+        if self._cache is not None and (copy := self._cache.path_of_copy(shard)) is not None:
             try:
                 data: bytes | bytearray = self._pread(copy, offset, length)
                 if zlib.crc32(data) == crc32:
@@ -65,21 +70,26 @@ class SampleStore:
             with suppress(OSError):
                 self._cache.discard(shard)
         try:
-            data = self._original(self.manifest.place(number), offset, length)
+            data = self._original(self.manifest.shard_location(number), offset, length)
         except Exception as error:  # each protocol has its own errors
             raise self.corrupt(sample, f"{type(error).__name__}: {error}") from error
         if (found := zlib.crc32(data)) != crc32:
             raise self.corrupt(sample, f"checksum {found:08x}, and {crc32:08x} in the manifest")
         return data, label
 
-    def corrupt(self, sample: int, problem: str, *,
-                undecodable: bool = False) -> CorruptSampleError:
+    def corrupt(
+        self, sample: int, problem: str, *, undecodable: bool = False
+    ) -> CorruptSampleError:
         """The error that names the place of ``sample``, and the command that finds all like it."""
         row, folder = self.manifest.index.row(sample), self.manifest.folder
         remedy = (_UNDECODABLE if undecodable else _REMEDY).format(
-            folder if self._remote else self.manifest.index_file.parent)
-        return CorruptSampleError(f"sample {sample}, {row.length} bytes from byte {row.offset} of "
-                                  f"{self.manifest.place(row.shard)}: {problem}", remedy)
+            folder if self._remote else self.manifest.index_file.parent
+        )
+        return CorruptSampleError(
+            f"sample {sample}, {row.length} bytes from byte {row.offset} of "
+            f"{self.manifest.shard_location(row.shard)}: {problem}",
+            remedy,
+        )
 
     def close(self) -> None:
         while self._files:
@@ -88,12 +98,18 @@ class SampleStore:
     def _original(self, place: str, offset: int, length: int) -> bytes | bytearray:
         for attempt in range(1, _TRIES + 1):
             try:
-                return self._range(place, offset, length) if self._remote else self._pread(place, offset, length)
+                return (
+                    self._range(place, offset, length)
+                    if self._remote
+                    else self._pread(place, offset, length)
+                )
             except FileNotFoundError:
                 raise
             except Exception as error:
                 self._forget(place)
-                if attempt == _TRIES or (isinstance(error, OSError) and error.errno == errno.ENODATA):
+                if attempt == _TRIES or (
+                    isinstance(error, OSError) and error.errno == errno.ENODATA
+                ):
                     raise
                 time.sleep(attempt * _WAIT_S)
         raise AssertionError
@@ -115,7 +131,10 @@ class SampleStore:
     @staticmethod
     def _whole(data: _Bytes, length: int) -> _Bytes:
         if len(data) > length:
-            raise OSError(errno.EPROTO, f"{len(data)} bytes came for {length} asked for: does its server know ranges?")
+            raise OSError(
+                errno.EPROTO,
+                f"{len(data)} bytes came for {length} asked for: does its server know ranges?",
+            )
         if len(data) != length:
             raise OSError(errno.ENODATA, f"only {len(data)} bytes there")
         return data

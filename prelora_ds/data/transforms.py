@@ -30,12 +30,14 @@ def train_crop(pixels: Pixels, *, image_size: int, crop: Crop, rng: np.random.Ge
     """
     if crop == "inception":
         top, left, height, width = inception_box(pixels.shape[0], pixels.shape[1], rng)
-        pixels = pixels[top:top + height, left:left + width]
+        pixels = pixels[top : top + height, left : left + width]
     image = resize(_planes(pixels), image_size, image_size)
     if crop == "pad":
         margin = max(1, image_size // 8)
         top, left = rng.integers(2 * margin + 1, size=2).tolist()
-        image = functional.pad(image, (margin,) * 4)[:, top:top + image_size, left:left + image_size]
+        image = functional.pad(image, (margin,) * 4)[
+            :, top : top + image_size, left : left + image_size
+        ]
     return image
 
 
@@ -51,10 +53,10 @@ def eval_transform(pixels: Pixels, *, image_size: int, crop: Crop) -> Tensor:
     # The resize of a strip of 1 x 60,000 pixels would ask for 12 GB, and only its centre is seen.
     height, width = min(height, _LONGEST * width), min(width, _LONGEST * height)
     top, left = (image.shape[-2] - height) // 2, (image.shape[-1] - width) // 2
-    image = image[:, top:top + height, left:left + width]
+    image = image[:, top : top + height, left : left + width]
     image = resize(image, short * height // min(height, width), short * width // min(height, width))
     top, left = round((image.shape[-2] - image_size) / 2), round((image.shape[-1] - image_size) / 2)
-    return image[:, top:top + image_size, left:left + image_size]
+    return image[:, top : top + image_size, left : left + image_size]
 
 
 def to_float(batch: Tensor, dtype: torch.dtype) -> Tensor:
@@ -70,14 +72,19 @@ def inception_box(height: int, width: int, rng: np.random.Generator) -> tuple[in
         h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
         if 0 < h <= height and 0 < w <= width:
             return int(down * (height - h + 1)), int(right * (width - w + 1)), h, w
-    h, w = min(height, max(1, round(width / _RATIO[0]))), min(width, max(1, round(height * _RATIO[1])))
+    h, w = (
+        min(height, max(1, round(width / _RATIO[0]))),
+        min(width, max(1, round(height * _RATIO[1]))),
+    )
     return (height - h) // 2, (width - w) // 2, h, w
 
 
 def _planes(pixels: Pixels) -> Tensor:
     """A view [C, H, W]; torch resizes pixels of three interleaved channels faster than planes."""
     if not pixels.flags.writeable:
-        pixels = pixels.copy()  # Pillow's; torch warns of a tensor over memory that it may not write
+        pixels = (
+            pixels.copy()
+        )  # Pillow's; torch warns of a tensor over memory that it may not write
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from prelora_ds.data.batch import MicroBatch
-from prelora_ds.data.datasets import Look, keyed
+from prelora_ds.data.datasets import ImagePipeline, rng_for
 from prelora_ds.data.decode import UndecodableError, decode
 from prelora_ds.data.labels import LabelReader, SampleError
 from prelora_ds.data.loader import Loader, Workers, WorkerStart, rank_share
@@ -50,17 +50,20 @@ class Unindexed:
         try:
             found: list[str] = expand_source(self.pattern)
         except (ValueError, AssertionError) as error:  # the latter for a variable that is not set
-            raise ConfigError("data.train", self.pattern, f"is not a pattern ({error})",
-                              _PATTERN) from error
+            raise ConfigError(
+                "data.train", self.pattern, f"is not a pattern ({error})", _PATTERN
+            ) from error
         return found
 
     def check(self) -> None:
         """Raise ConfigError for what is not a pattern, and where no local shard is there."""
         found = self.shards()
-        if not any(is_url(place) or place.startswith("pipe:") or os.path.isfile(place)
-                   for place in found):
-            raise ConfigError("data.train", self.pattern,
-                              f"none of its {len(found)} shards is there", _PATTERN)
+        if not any(
+            is_url(place) or place.startswith("pipe:") or os.path.isfile(place) for place in found
+        ):
+            raise ConfigError(
+                "data.train", self.pattern, f"none of its {len(found)} shards is there", _PATTERN
+            )
 
 
 class UnindexedLoader(Loader):
@@ -69,18 +72,42 @@ class UnindexedLoader(Loader):
     With another ``start_step``, rank, world size, worker count or micro-batch the samples are others.
     """
 
-    def __init__(self, data: Unindexed, look: Look, *, seed: int, global_batch_size: int, micro_batch_size: int,
-                 rank: int, world_size: int, workers: int, worker_start: WorkerStart = "forkserver",
-                 start_step: int = 0) -> None:
+    def __init__(
+        self,
+        data: Unindexed,
+        pipeline: ImagePipeline,
+        *,
+        seed: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        workers: int,
+        worker_start: WorkerStart = "forkserver",
+        start_step: int = 0,
+    ) -> None:
         self._data, self._seed, self._world = data, seed, world_size
-        super().__init__(look, rank=rank, global_batch_size=global_batch_size, workers=workers, step=start_step,
-                         worker_start=worker_start, micro_batch_size=micro_batch_size,
-                         share=rank_share(rank, world_size, global_batch_size, micro_batch_size, look))
+        super().__init__(
+            pipeline,
+            rank=rank,
+            global_batch_size=global_batch_size,
+            workers=workers,
+            step=start_step,
+            worker_start=worker_start,
+            micro_batch_size=micro_batch_size,
+            share=rank_share(rank, world_size, global_batch_size, micro_batch_size, pipeline),
+        )
 
     def _open(self) -> Workers:
         key = (self._seed, self._step, self._rank, self._world)
-        images = _Images(self._data, self._look, key, micro=self._micro, share=self._share,
-                         global_batch_size=self._global_batch_size)
+        images = _Images(
+            self._data,
+            self._pipeline,
+            key,
+            micro=self._micro,
+            share=self._share,
+            global_batch_size=self._global_batch_size,
+        )
         return Workers(images, None, self._workers, self._worker_start)
 
     @property
@@ -90,9 +117,17 @@ class UnindexedLoader(Loader):
 
 
 class _Images(IterableDataset[MicroBatch]):
-    def __init__(self, data: Unindexed, look: Look, key: tuple[int, ...], *, micro: int, share: int,
-                 global_batch_size: int) -> None:
-        self._data, self._look, self._key = data, look, key
+    def __init__(
+        self,
+        data: Unindexed,
+        pipeline: ImagePipeline,
+        key: tuple[int, ...],
+        *,
+        micro: int,
+        share: int,
+        global_batch_size: int,
+    ) -> None:
+        self._data, self._pipeline, self._key = data, pipeline, key
         self._micro, self._share, self._global_batch_size = micro, share, global_batch_size
 
     def __iter__(self) -> Iterator[MicroBatch]:
@@ -103,16 +138,24 @@ class _Images(IterableDataset[MicroBatch]):
         samples, accum = self._samples(number, faults), self._share // self._micro
         taken = 0
         while True:
-            images, labels, faults[:] = self._look.empty(self._micro), [], []
+            images, labels, faults[:] = self._pipeline.empty_batch(self._micro), [], []
             for image in images:
                 pixels, label = next(samples)
                 taken += 1
-                image.copy_(self._look.train(pixels, keyed(*self._key, number, taken, _PIXEL_KEY)))
+                image.copy_(
+                    self._pipeline.train_image(
+                        pixels, rng_for(*self._key, number, taken, _PIXEL_KEY)
+                    )
+                )
                 labels.append(label)
             done, part = divmod(number, accum)  # the loader takes the workers' batches in turn
-            place = (step + done) * self._global_batch_size + rank * self._share + part * self._micro
+            place = (
+                (step + done) * self._global_batch_size + rank * self._share + part * self._micro
+            )
             epochs = np.arange(place, place + self._micro) // len(self._data)
-            yield MicroBatch(images, torch.tensor(labels), self._look.mix(seed, epochs, place), tuple(faults))
+            yield MicroBatch(
+                images, torch.tensor(labels), self._pipeline.mix(seed, epochs, place), tuple(faults)
+            )
             number += workers
 
     def _samples(self, worker: int, faults: list[str]) -> Iterator[tuple[Any, int]]:
@@ -126,16 +169,20 @@ class _Images(IterableDataset[MicroBatch]):
             if len(faults) > _HOPELESS:
                 raise CorruptSampleError(
                     f"{_HOPELESS} faults in a row; the last: {faults[-1]}",
-                    "look whether data.train names shards of images with labels in .cls")
+                    "look whether data.train names shards of images with labels in .cls",
+                )
             return True
 
         # wds.utils.make_seed is not that of all versions: the key goes in as a number of our own.
-        own = int(keyed(*self._key, worker, _STREAM_KEY).integers(2**31))
+        own = int(rng_for(*self._key, worker, _STREAM_KEY).integers(2**31))
         stream = wds.DataPipeline(
             wds.ResampledShards(self._data.shards(), worker_seed=lambda: own, deterministic=True),
             # nothing else is ever looked at, pickled members least of all
-            wds.tarfile_to_samples(handler=note, select_files=lambda name: name.lower().endswith(_MEMBERS)),
-            wds.shuffle(_BUFFER, rng=random.Random(own)))
+            wds.tarfile_to_samples(
+                handler=note, select_files=lambda name: name.lower().endswith(_MEMBERS)
+            ),
+            wds.shuffle(_BUFFER, rng=random.Random(own)),
+        )
         labels = LabelReader(None, self._data.classes)
         for sample in stream:
             where = f"sample {sample['__key__']} of {sample['__url__']}"
@@ -145,7 +192,7 @@ class _Images(IterableDataset[MicroBatch]):
                     tell(f"{where}: one image and a .cls belong together")
                     continue
                 label = labels.read("cls", sample["cls"])
-                yield decode(sample[images[0]], self._look.num_channels), label
+                yield decode(sample[images[0]], self._pipeline.num_channels), label
             except SampleError as error:
                 tell(f"{where} {error}")
             except UndecodableError as error:

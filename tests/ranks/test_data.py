@@ -71,7 +71,7 @@ def mixed_step(loss):
 def test_above_the_budget_all_ranks_stop_with_one_message(forge, tmp_path):
     write_digits(tmp_path)
     manifest = Manifest.load(tmp_path / "train")
-    with Path(manifest.place(1)).open("r+b") as shard:
+    with Path(manifest.shard_location(1)).open("r+b") as shard:
         for row in manifest.rows[600:604]:
             shard.seek(int(row["offset"]) + 30)
             shard.write(b"\0\0\0\0")
@@ -90,7 +90,7 @@ def test_a_run_bears_what_the_budget_allows_and_goes_on_with_mixup_and_sigmoid(f
     write_digits(tmp_path)
     manifest = Manifest.load(tmp_path / "train")
     row = manifest.rows[600]
-    with Path(manifest.place(1)).open("r+b") as shard:
+    with Path(manifest.shard_location(1)).open("r+b") as shard:
         shard.seek(int(row["offset"]) + 30)
         shard.write(b"\0\0\0\0")
     out = tmp_path / "out"
@@ -129,7 +129,7 @@ def test_an_image_of_the_evaluation_that_cannot_be_decoded_is_one_message(forge,
     codes, said = job.end(), job.said()
     assert codes[0] == 1 and said.count("error: ") == 1 and "Traceback" not in said, (codes, said)
     offset = manifest.rows["offset"][20]
-    assert f"sample 20, 16 bytes from byte {offset} of {manifest.place(0)}: no picture" in said, said
+    assert f"sample 20, 16 bytes from byte {offset} of {manifest.shard_location(0)}: no picture" in said, said
     assert f"remedy: `prelora shards verify {tmp_path / 'val'} --decode` lists" in said, said
 
 

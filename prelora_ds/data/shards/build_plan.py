@@ -70,14 +70,14 @@ def misplaced_error(source: Path, out: Path) -> ConfigError | None:
 
 
 def what_is_asked(
-    request: Request, options: Options, kind: str | None, like: Path | None
+    request: Request, options: Options, source_format: str | None, like: Path | None
 ) -> dict[str, Any]:
     paths = {"SOURCE": request.source, "--labels": request.labels, "--like": like}
     settings = {f"--{name.replace('_', '-')}": value for name, value in asdict(options).items()}
     return {
         **{name: None if path is None else str(path) for name, path in paths.items()},
         "--split": request.split,
-        "--format": kind,
+        "--format": source_format,
         **settings,
         "Pillow": PIL.__version__,
     }
@@ -120,7 +120,7 @@ def write_plan(
     work: Path,
     asked: dict[str, Any],
     request: Request,
-    kind: str | None,
+    source_format: str | None,
     options: Options,
     like: Path | None,
 ) -> None:
@@ -135,7 +135,7 @@ def write_plan(
     if like is not None:
         with reading(like, "a manifest", "--like"):
             like_classes = Manifest.load(like, "--like").classes
-    listing = find_images(request, kind)
+    listing = find_images(request, source_format)
     classes, labels = _classes(listing, like_classes, str(like))
     items = listing.items.copy()
     items["label"] = labels
@@ -145,10 +145,10 @@ def write_plan(
     replace_file(work / "items.npy", buffer.getvalue())
     plan = {
         "asked": asked,
-        "kind": listing.kind,
+        "kind": listing.source_format,
         "classes": classes,
         "files": listing.files,
-        "passed_over": listing.passed_over,
+        "passed_over": listing.skipped,
     }
     replace_file(work / "plan.json", json.dumps(plan).encode())
 
@@ -198,10 +198,14 @@ def _classes(
             "--like",
             like_path,
             f"{len(unknown)} classes of the source are not among its classes, the first is "
-            + (f"{unknown[0]!r}" if other is None else
-               f"{unknown[0]!a}; {other!a} is the same text in another form of Unicode"),
-            "name the shards of the same data set" if other is None else
-            "bring the names to one form, for example with convmv -f utf-8 -t utf-8 --nfc",
+            + (
+                f"{unknown[0]!r}"
+                if other is None
+                else f"{unknown[0]!a}; {other!a} is the same text in another form of Unicode"
+            ),
+            "name the shards of the same data set"
+            if other is None
+            else "bring the names to one form, for example with convmv -f utf-8 -t utf-8 --nfc",
         )
     return tuple(like), np.array([numbers[name] for name in named], np.int32)[labels]
 
@@ -217,5 +221,8 @@ def shuffled(items: NDArray[np.void], seed: int) -> NDArray[np.int64]:
     if not items["block"].any():
         return order
     numbers = np.unique(blocks, axis=0, return_inverse=True)[1].reshape(-1)
-    place = np.argsort(np.argsort(bits.random_raw(numbers.max() + 1), kind="stable"), kind="stable")
+    place = np.argsort(
+        np.argsort(bits.random_raw(numbers.max() + 1), kind="stable"),
+        kind="stable",
+    )
     return order[np.argsort(place[numbers[order]] // _WINDOW, kind="stable")]

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prelora_ds.data.manifest import Manifest, Shard, save_manifest
-from prelora_ds.data.parallel import unordered
+from prelora_ds.data.parallel import map_unordered
 from prelora_ds.data.rows import ROW
 from prelora_ds.data.shards.bad_images import LIST_NAME, BadImage, refusal, told, write_list
 from prelora_ds.data.shards.build_plan import (
@@ -42,7 +42,7 @@ from prelora_ds.data.shards.build_plan import (
 from prelora_ds.data.shards.images import prepare
 from prelora_ds.data.shards.reading import AGAIN, describe, not_accessible
 from prelora_ds.data.shards.scan import index_shard
-from prelora_ds.data.shards.sources import KINDS
+from prelora_ds.data.shards.sources import SOURCE_FORMATS
 from prelora_ds.data.shards.sources.listing import Request
 from prelora_ds.data.shards.waiting import await_files
 from prelora_ds.data.shards.writer import write_tar
@@ -51,7 +51,9 @@ from prelora_ds.files import replace_file
 
 Progress = Callable[[int, int], None]
 PATIENCE_S = 600.0  # how long rank 0 waits for other ranks while none of them writes anything
-PLAN_PATIENCE_S = 4 * 3600.0  # how long these wait for rank 0, which may have a million files to list
+PLAN_PATIENCE_S = (
+    4 * 3600.0
+)  # how long these wait for rank 0, which may have a million files to list
 
 _RESULTS = (".npz", ".bad")  # of a shard in ``work``: its rows, or the images that make it fail
 
@@ -64,14 +66,24 @@ class _Job(NamedTuple):
     folder: Path
     shard: int
     source: str
-    kind: str
+    source_format: str
     options: Options
     samples: list[tuple[str, str, int, int, int]]  # key, file, offset, length, label
 
 
-def build(request: Request, out: Path, options: Options, *, kind: str | None = None, like: Path | None = None,
-          workers: int = 1, rank: int = 0, world_size: int = 1, progress: Progress = lambda done, total: None,
-          say: Callable[[str], None] = lambda text: None) -> Manifest | None:
+def build(
+    request: Request,
+    out: Path,
+    options: Options,
+    *,
+    source_format: str | None = None,
+    like: Path | None = None,
+    workers: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: Progress = lambda done, total: None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Manifest | None:
     """Write the shards of ``request`` to the new folder ``out``; each rank its part, and rank 0 the manifest.
 
     ``like`` is a folder of shards whose classes to take. Returns the manifest on rank 0, None on others. Raises
@@ -83,7 +95,7 @@ def build(request: Request, out: Path, options: Options, *, kind: str | None = N
     labels = request.labels and resolved(request.labels)
     request = Request(resolved(request.source), request.split, labels)
     out, like = out.absolute(), like and resolved(like)
-    asked = what_is_asked(request, options, kind, like)
+    asked = what_is_asked(request, options, source_format, like)
     with _disk_told(out):
         if misplaced := misplaced_error(request.source, out):
             if rank:
@@ -98,7 +110,7 @@ def build(request: Request, out: Path, options: Options, *, kind: str | None = N
         if rank == 0:
             if not planned_at.exists():
                 with announced(work) if world_size > 1 else nullcontext():
-                    write_plan(work, asked, request, kind, options, like)
+                    write_plan(work, asked, request, source_format, options, like)
         else:
             await_files(lambda: work.exists() or out.exists(), partial, PATIENCE_S)
             await_files(lambda: planned_at.exists() or not work.exists(), partial, PLAN_PATIENCE_S)
@@ -117,7 +129,7 @@ def build(request: Request, out: Path, options: Options, *, kind: str | None = N
         if rank == 0 and planned != plan["asked"]:
             replace_file(work / "plan.json", json.dumps(plan | {"asked": planned}).encode())
         if rank == 0 and plan["passed_over"]:
-            say(f"passed over: {plan['passed_over']}")
+            say(f"passed over: {plan['skipped']}")
         shards = -(-len(items) // options.samples_per_shard)
 
         def done() -> int:
@@ -129,8 +141,11 @@ def build(request: Request, out: Path, options: Options, *, kind: str | None = N
         for number in mine:
             (work / f"{number:06d}.bad").unlink(missing_ok=True)
         progress(done(), shards)
-        for _ in unordered(_write_shard, (_job(partial, n, plan, items, options) for n in mine),
-                           max(1, min(workers, len(mine)))):
+        for _ in map_unordered(
+            _write_shard,
+            (_job(partial, n, plan, items, options) for n in mine),
+            max(1, min(workers, len(mine))),
+        ):
             progress(done(), shards)
         if rank:
             return None
@@ -140,17 +155,24 @@ def build(request: Request, out: Path, options: Options, *, kind: str | None = N
             return now == shards
 
         if not await_files(all_done, partial, PATIENCE_S):
-            missing = [n for n in range(shards)
-                       if not any((work / f"{n:06d}{end}").exists() for end in _RESULTS)]
-            raise StalledError(f"{partial}: other ranks have written nothing for {PATIENCE_S:.0f} s, and "
-                               f"{len(missing)} shards are missing, the first is number {missing[0]}\n"
-                               f"  remedy: {AGAIN}")
+            missing = [
+                n
+                for n in range(shards)
+                if not any((work / f"{n:06d}{end}").exists() for end in _RESULTS)
+            ]
+            raise StalledError(
+                f"{partial}: other ranks have written nothing for {PATIENCE_S:.0f} s, and "
+                f"{len(missing)} shards are missing, the first is number {missing[0]}\n"
+                f"  remedy: {AGAIN}"
+            )
         _refuse_bad(partial, request.source)
         left_out = _finish(partial, shards, plan["classes"])
         os.rename(partial, out)
         if left_out:
-            say(f"left out {len(left_out)} of {len(items)} images, which cannot be read "
-                f"({out / LIST_NAME} lists all):\n{told(left_out)}")
+            say(
+                f"left out {len(left_out)} of {len(items)} images, which cannot be read "
+                f"({out / LIST_NAME} lists all):\n{told(left_out)}"
+            )
         shutil.rmtree(out / "work")
     return Manifest.load(out, "OUT")
 
@@ -164,12 +186,22 @@ def _finished(out: Path, asked: dict[str, Any]) -> Manifest:
     return Manifest.load(out, "OUT")
 
 
-def _job(partial: Path, shard: int, plan: dict[str, Any], items: NDArray[np.void], options: Options) -> _Job:
+def _job(
+    partial: Path, shard: int, plan: dict[str, Any], items: NDArray[np.void], options: Options
+) -> _Job:
     start = shard * options.samples_per_shard
-    rows = items[start:start + options.samples_per_shard].tolist()
-    return _Job(partial, shard, plan["asked"]["SOURCE"], plan["kind"], options,
-                [(f"{start + i:08d}", plan["files"][file], offset, length, label)
-                 for i, (file, label, offset, length, _) in enumerate(rows)])
+    rows = items[start : start + options.samples_per_shard].tolist()
+    return _Job(
+        partial,
+        shard,
+        plan["asked"]["SOURCE"],
+        plan["kind"],
+        options,
+        [
+            (f"{start + i:08d}", plan["files"][file], offset, length, label)
+            for i, (file, label, offset, length, _) in enumerate(rows)
+        ],
+    )
 
 
 def _write_shard(job: _Job) -> None:
@@ -198,20 +230,26 @@ def _write_shard(job: _Job) -> None:
 
 def _samples(job: _Job, bad: list[BadImage]) -> Iterator[tuple[str, bytes, str, int]]:
     """The images of a shard that can be read; the others are added to ``bad``. Raises DiskError."""
-    kind = KINDS[job.kind]
+    source_format = SOURCE_FORMATS[job.source_format]
     for key, file, offset, length, label in job.samples:
         try:
-            data = kind.read(file, offset, length)
-            data, extension = prepare(data, resize_short=job.options.resize_short, quality=job.options.quality)
+            data = source_format.read(file, offset, length)
+            data, extension = prepare(
+                data, resize_short=job.options.resize_short, quality=job.options.quality
+            )
         except ExpectedError:
             raise
         except Exception as error:  # what a file holds can make its reader raise anything
-            image, problem = kind.name(file, offset, length), describe(error)
+            image, problem = source_format.name(file, offset, length), describe(error)
             if isinstance(error, OSError):
                 problem = error.strerror or problem
                 if is_disk_fault(error) or not os.path.exists(job.source):
-                    raise DiskError("SOURCE", image, f"cannot be read ({problem})",
-                                    f"see to the disk, and {AGAIN}") from error
+                    raise DiskError(
+                        "SOURCE",
+                        image,
+                        f"cannot be read ({problem})",
+                        f"see to the disk, and {AGAIN}",
+                    ) from error
             bad.append(BadImage(image, problem))
         else:
             yield key, data, extension, label
@@ -236,20 +274,30 @@ def _finish(partial: Path, count: int, classes: Sequence[str]) -> list[BadImage]
         path = partial / "work" / f"{number:06d}.npz"
         try:
             with np.load(path, allow_pickle=False) as file:
-                shard, of_shard, left_out = json.loads(str(file["shard"])), file["rows"], \
-                    json.loads(str(file["bad"])) if "bad" in file else []
+                shard, of_shard, left_out = (
+                    json.loads(str(file["shard"])),
+                    file["rows"],
+                    json.loads(str(file["bad"])) if "bad" in file else [],
+                )
         except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise ConfigError("OUT", str(path), f"is damaged ({describe(error)})",
-                              f"remove this file, and {AGAIN}") from error
+            raise ConfigError(
+                "OUT",
+                str(path),
+                f"is damaged ({describe(error)})",
+                f"remove this file, and {AGAIN}",
+            ) from error
         bad += [BadImage(*one) for one in left_out]
         if shard is not None:
             shards.append(Shard(*shard))
             rows.append(of_shard)
     write_list(partial, bad)
     if not shards:
-        raise ConfigError("SOURCE", "all images",
-                          f"none of the {len(bad)} images can be read:\n{told(bad)}",
-                          f"name another source, and remove {partial}")
+        raise ConfigError(
+            "SOURCE",
+            "all images",
+            f"none of the {len(bad)} images can be read:\n{told(bad)}",
+            f"name another source, and remove {partial}",
+        )
     for path in partial.iterdir():
         if path.name.startswith("."):
             path.unlink()  # left by a kill
@@ -265,6 +313,10 @@ def _disk_told(out: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             path = error.filename or out
             raise not_accessible("OUT", path, error, "cannot be written") from error
-        raise DiskError("OUT", str(out), f"the disk is full ({error.strerror}); the shards written "
-                        f"so far are kept in {out.name}.partial", f"free space, and {AGAIN}") \
-            from error
+        raise DiskError(
+            "OUT",
+            str(out),
+            f"the disk is full ({error.strerror}); the shards written "
+            f"so far are kept in {out.name}.partial",
+            f"free space, and {AGAIN}",
+        ) from error

@@ -12,27 +12,25 @@ from pathlib import Path
 from typing import NamedTuple
 
 from prelora_ds.data.manifest import MANIFEST_NAME, Manifest, is_url, save_manifest
-from prelora_ds.data.parallel import unordered
+from prelora_ds.data.parallel import map_unordered
 from prelora_ds.data.shards.scan import ScannedShard, index_shard, local_shard
 from prelora_ds.errors import ConfigError, ExpectedError, file_error
 
 Progress = Callable[[int, int], None]
 _MOST_SHARDS = 1_000_000
-_PATTERN = (
-    "name a folder, or a pattern such as FOLDER/train-{000000..001023}.tar whose shards are all there"
-)
+_PATTERN = "name a folder, or a pattern such as FOLDER/train-{000000..001023}.tar whose shards are all there"
 
 
 class Indexed(NamedTuple):
     """A new manifest, and what a user should hear of it.
 
     pickled: members of samples in pickle formats, which are never decoded.
-    passed_over: members that belong to no sample; ``example`` is the name of the first.
+    skipped: members that belong to no sample; ``example`` is the name of the first.
     """
 
     manifest: Manifest
     pickled: int
-    passed_over: int
+    skipped: int
     example: str
 
 
@@ -66,7 +64,7 @@ def index(
     found: dict[int, ScannedShard] = {}
     progress(0, len(names))
     jobs = ((number, f"{folder}/{name}", classes, label_key) for number, name in enumerate(names))
-    for number, scanned in unordered(_index_shard, jobs, workers):
+    for number, scanned in map_unordered(_index_shard, jobs, workers):
         found[number] = scanned
         progress(len(found), len(names))
     scans = [found[number] for number in range(len(names))]
@@ -86,7 +84,7 @@ def index(
         )
     except OSError as error:
         raise _unwritable(target, key, error) from error
-    passed = [name for scan in scans for name in scan.passed_over]
+    passed = [name for scan in scans for name in scan.skipped]
     return Indexed(
         Manifest.load(target, key),
         sum(scan.pickled for scan in scans),
@@ -125,8 +123,9 @@ def _index_shard(
     except ConfigError as error:
         raise ConfigError("SOURCE", place, error.problem, error.remedy) from error
     except OSError as error:
-        raise file_error("SOURCE", place, error, "cannot be read",
-                         "look whether the shard is there") from error
+        raise file_error(
+            "SOURCE", place, error, "cannot be read", "look whether the shard is there"
+        ) from error
     return number, scanned._replace(shard=scanned.shard._replace(name=place.rpartition("/")[2]))
 
 

@@ -38,7 +38,9 @@ def not_accessible(
     key: str, path: str | Path, error: OSError, act: str = "cannot be read"
 ) -> ConfigError:
     """ConfigError for a path that the user can change, DiskError for a disk that failed."""
-    return file_error(key, path, error, act, "make it accessible to this user, or name another path")
+    return file_error(
+        key, path, error, act, "make it accessible to this user, or name another path"
+    )
 
 
 @contextmanager

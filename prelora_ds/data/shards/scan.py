@@ -37,13 +37,13 @@ class ScannedShard(NamedTuple):
     """A shard and its rows.
 
     pickled: how many pickled members its samples have; nothing here ever decodes one.
-    passed_over: the names of the members that belong to no sample.
+    skipped: the names of the members that belong to no sample.
     """
 
     shard: Shard
     rows: NDArray[np.void]
     pickled: int
-    passed_over: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
 
 
 class _Member(NamedTuple):
@@ -152,8 +152,9 @@ def _row(
     if not images and (others := sorted(members.keys() & _OTHER_IMAGES)):
         raise SampleError(
             f"{where} has its image in .{others[0]}, and only {', '.join(EXTENSIONS)} are read",
-            "rename the member to .jpg" if others[0] in _JPEGS else
-            "write the shards again, with this image as PNG or JPEG",
+            "rename the member to .jpg"
+            if others[0] in _JPEGS
+            else "write the shards again, with this image as PNG or JPEG",
         )
     if len(images) != 1:
         raise SampleError(

@@ -16,17 +16,15 @@ from numpy.typing import NDArray
 
 from prelora_ds.data.decode import UndecodableError, decode
 from prelora_ds.data.manifest import EXTENSIONS, Manifest, Shard, file_crc32
-from prelora_ds.data.parallel import unordered
+from prelora_ds.data.parallel import map_unordered
 from prelora_ds.data.shards.scan import index_shard, local_shard
 from prelora_ds.errors import ConfigError
 
 Progress = Callable[[int, int], None]
 
 
-
 class Problem(NamedTuple):
-    """What is wrong with a shard; ``sample`` (in the whole data set) and ``offset`` (in the shard) where that is known.
-    """
+    """A defect of a shard; ``sample`` (in the data set) and ``offset`` (in the shard) if known."""
 
     shard: str
     problem: str
@@ -34,8 +32,10 @@ class Problem(NamedTuple):
     offset: int | None = None
 
     def __str__(self) -> str:
-        places = [f"sample {self.sample}" if self.sample is not None else "",
-                  f"byte {self.offset}" if self.offset is not None else ""]
+        places = [
+            f"sample {self.sample}" if self.sample is not None else "",
+            f"byte {self.offset}" if self.offset is not None else "",
+        ]
         return ", ".join(filter(None, [self.shard, *places])) + f": {self.problem}"
 
 
@@ -49,8 +49,13 @@ class _ShardCheck:
     decode: bool
 
 
-def verify(folder: str | Path, *, decode: bool = False, workers: int = 1,
-           progress: Progress = lambda done, total: None) -> list[Problem]:
+def verify(
+    folder: str | Path,
+    *,
+    decode: bool = False,
+    workers: int = 1,
+    progress: Progress = lambda done, total: None,
+) -> list[Problem]:
     """All that differs from the manifest of ``folder``, a path or a URL; in the order of shards and offsets.
 
     The checksum of the whole file finds any change; those of the images, and the structure of the tar, tell where.
@@ -59,17 +64,26 @@ def verify(folder: str | Path, *, decode: bool = False, workers: int = 1,
     """
     manifest = Manifest.load(folder, "FOLDER", sizes=False)
     rows = manifest.rows
-    checks = (_ShardCheck(manifest.place(number), shard,
-                          rows[shard.first:shard.first + shard.samples].copy(),
-                          manifest.classes, manifest.label_key, decode)
-              for number, shard in enumerate(manifest.shards))
+    checks = (
+        _ShardCheck(
+            manifest.shard_location(number),
+            shard,
+            rows[shard.first : shard.first + shard.samples].copy(),
+            manifest.classes,
+            manifest.label_key,
+            decode,
+        )
+        for number, shard in enumerate(manifest.shards)
+    )
     problems: list[Problem] = []
     progress(0, len(manifest.shards))
-    for done, found in enumerate(unordered(_verify_shard, checks, workers), 1):
+    for done, found in enumerate(map_unordered(_verify_shard, checks, workers), 1):
         problems += found
         progress(done, len(manifest.shards))
     names = {shard.name: number for number, shard in enumerate(manifest.shards)}
-    return sorted(problems, key=lambda p: (names[p.shard], p.offset if p.offset is not None else -1))
+    return sorted(
+        problems, key=lambda p: (names[p.shard], p.offset if p.offset is not None else -1)
+    )
 
 
 def _verify_shard(check: _ShardCheck) -> list[Problem]:
@@ -85,21 +99,34 @@ def _verify_shard(check: _ShardCheck) -> list[Problem]:
             found: list[Problem] = []
             lost = int((rows["offset"] + rows["length"] > size).sum())
             if size != shard.size_bytes:
-                found.append(problem(f"{size} bytes, and {shard.size_bytes} in the manifest; {lost} images are lost",
-                                     shard.first + shard.samples - lost if lost else None,
-                                     min(size, shard.size_bytes)))
+                found.append(
+                    problem(
+                        f"{size} bytes, and {shard.size_bytes} in the manifest; {lost} images are lost",
+                        shard.first + shard.samples - lost if lost else None,
+                        min(size, shard.size_bytes),
+                    )
+                )
             with path.open("rb") as file:
-                for number, row in enumerate(rows[:len(rows) - lost]):
+                for number, row in enumerate(rows[: len(rows) - lost]):
                     offset, length = int(row["offset"]), int(row["length"])
                     if zlib.crc32(os.pread(file.fileno(), length, offset)) != row["crc32"]:
-                        found.append(problem(f"the image ({length} bytes) has another checksum", shard.first + number,
-                                             offset))
+                        found.append(
+                            problem(
+                                f"the image ({length} bytes) has another checksum",
+                                shard.first + number,
+                                offset,
+                            )
+                        )
             if size == shard.size_bytes:
                 found += _structure(path, check)
             if check.decode:
-                found += _undecodable(path, shard, rows[:len(rows) - lost])
-            return found or [problem("the checksum of the file differs, and no image or label does: padding, or a "
-                                     "header's owner, time or mode")]
+                found += _undecodable(path, shard, rows[: len(rows) - lost])
+            return found or [
+                problem(
+                    "the checksum of the file differs, and no image or label does: padding, or a "
+                    "header's owner, time or mode"
+                )
+            ]
     except FileNotFoundError:
         return [problem("the shard is missing")]
     except OSError as error:
@@ -117,8 +144,12 @@ def _undecodable(path: Path, shard: Shard, rows: NDArray[np.void]) -> Iterator[P
             try:
                 decode(data, 3)
             except UndecodableError as error:
-                yield Problem(shard.name, f"the image ({length} bytes) cannot be decoded: {error}",
-                              shard.first + number, offset)
+                yield Problem(
+                    shard.name,
+                    f"the image ({length} bytes) cannot be decoded: {error}",
+                    shard.first + number,
+                    offset,
+                )
 
 
 def _structure(path: Path, check: _ShardCheck) -> Iterator[Problem]:
@@ -130,8 +161,12 @@ def _structure(path: Path, check: _ShardCheck) -> Iterator[Problem]:
         place = re.search(r"at byte (\d+)", error.problem)
         offset = int(place[1]) if place else None
         before = None if offset is None else int(np.searchsorted(rows["offset"], offset))
-        yield Problem(shard.name, error.problem, None if before is None else shard.first + min(before, len(rows) - 1),
-                      offset)
+        yield Problem(
+            shard.name,
+            error.problem,
+            None if before is None else shard.first + min(before, len(rows) - 1),
+            offset,
+        )
         return
     if len(now) != len(rows):
         yield Problem(shard.name, f"{len(now)} samples, and {len(rows)} in the manifest")
@@ -141,6 +176,13 @@ def _structure(path: Path, check: _ShardCheck) -> Iterator[Problem]:
         row, was = now[number], rows[number]
         for name in ("offset", "length", "label", "extension"):
             if row[name] != was[name]:
-                values = [EXTENSIONS[of[name]] if name == "extension" else int(of[name]) for of in (row, was)]
-                yield Problem(shard.name, f"{name} {values[0]}, and {values[1]} in the manifest",
-                              shard.first + int(number), int(was["offset"]))
+                values = [
+                    EXTENSIONS[of[name]] if name == "extension" else int(of[name])
+                    for of in (row, was)
+                ]
+                yield Problem(
+                    shard.name,
+                    f"{name} {values[0]}, and {values[1]} in the manifest",
+                    shard.first + int(number),
+                    int(was["offset"]),
+                )

@@ -38,13 +38,22 @@ _DIGITS_IN_VAL = 360
 _RATIO, _LARGER = 4 / 3, 1.1
 # The colour photographs in scikit-image's wheel (all others are fetched), with the ImageNet class that fits best.
 _SKIMAGE_LABELS = {
-    "astronaut.png": 812, "chelsea.png": 282, "coffee.png": 967, "hubble_deep_field.jpg": 727,
-    "motorcycle_left.png": 670, "rocket.jpg": 744,
+    "astronaut.png": 812,
+    "chelsea.png": 282,
+    "coffee.png": 967,
+    "hubble_deep_field.jpg": 727,
+    "motorcycle_left.png": 670,
+    "rocket.jpg": 744,
 }
 
 
-def write_shards(samples: Iterable[RawSample], folder: str | Path, *, samples_per_shard: int,
-                 class_names: Sequence[str]) -> Manifest:
+def write_shards(
+    samples: Iterable[RawSample],
+    folder: str | Path,
+    *,
+    samples_per_shard: int,
+    class_names: Sequence[str],
+) -> Manifest:
     """Write ``shard-000000.tar``, ... and their manifest into the new ``folder``; the same samples give the same bytes.
 
     ``folder`` appears whole or not at all. Raises ConfigError when it exists, for no samples, and for a sample that
@@ -52,7 +61,12 @@ def write_shards(samples: Iterable[RawSample], folder: str | Path, *, samples_pe
     """
     folder = Path(folder).absolute()
     if samples_per_shard < 1:
-        raise ConfigError("samples_per_shard", samples_per_shard, "a shard holds at least one sample", "give 1 or more")
+        raise ConfigError(
+            "samples_per_shard",
+            samples_per_shard,
+            "a shard holds at least one sample",
+            "give 1 or more",
+        )
     _check_new(folder)
     partial = folder.with_name(f".{folder.name}.{uuid4().hex}")
     try:
@@ -66,19 +80,38 @@ def write_shards(samples: Iterable[RawSample], folder: str | Path, *, samples_pe
                 write_tar(path, chunk)
             shards.append(index_shard(path, "folder"))
         if not shards:
-            raise ConfigError("samples", 0, "the source has no samples", "give a source with images")
+            raise ConfigError(
+                "samples", 0, "the source has no samples", "give a source with images"
+            )
         with _writing(folder):
-            save_manifest(partial, class_names, [scan.shard for scan in shards], [scan.rows for scan in shards])
-            if os.path.lexists(folder):  # an empty folder made meanwhile would be replaced by the rename
-                raise ConfigError("folder", str(folder), "was made by another process meanwhile", "give another folder")
+            save_manifest(
+                partial,
+                class_names,
+                [scan.shard for scan in shards],
+                [scan.rows for scan in shards],
+            )
+            if os.path.lexists(
+                folder
+            ):  # an empty folder made meanwhile would be replaced by the rename
+                raise ConfigError(
+                    "folder",
+                    str(folder),
+                    "was made by another process meanwhile",
+                    "give another folder",
+                )
             os.rename(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Manifest.load(folder, "folder")
 
 
-def write_splits(samples: Mapping[Split, Iterable[RawSample]], out: Path, *, samples_per_shard: int,
-                 class_names: Sequence[str]) -> dict[Split, Manifest]:
+def write_splits(
+    samples: Mapping[Split, Iterable[RawSample]],
+    out: Path,
+    *,
+    samples_per_shard: int,
+    class_names: Sequence[str],
+) -> dict[Split, Manifest]:
     """`write_shards` of each split to the new folder ``out``/SPLIT; their manifests by split.
 
     Raises ConfigError before anything is written where one of the folders exists.
@@ -86,8 +119,9 @@ def write_splits(samples: Mapping[Split, Iterable[RawSample]], out: Path, *, sam
     for split in samples:
         _check_new(out / split)
     return {
-        split: write_shards(of_split, out / split, samples_per_shard=samples_per_shard,
-                            class_names=class_names)
+        split: write_shards(
+            of_split, out / split, samples_per_shard=samples_per_shard, class_names=class_names
+        )
         for split, of_split in samples.items()
     }
 
@@ -95,8 +129,9 @@ def write_splits(samples: Mapping[Split, Iterable[RawSample]], out: Path, *, sam
 def _check_new(folder: Path) -> None:
     with _writing(folder):
         if os.path.lexists(folder):
-            raise ConfigError("folder", str(folder), "exists already",
-                              "remove it, or give another folder")
+            raise ConfigError(
+                "folder", str(folder), "exists already", "remove it, or give another folder"
+            )
 
 
 @contextmanager
@@ -114,7 +149,10 @@ def write_tar(path: Path, samples: Iterable[RawSample]) -> None:
     with path.open("xb") as file:
         with tarfile.open(fileobj=file, mode="w") as tar:
             for key, image, extension, label in samples:
-                for name, data in ((f"{key}.{extension}", image), (f"{key}.cls", str(label).encode())):
+                for name, data in (
+                    (f"{key}.{extension}", image),
+                    (f"{key}.cls", str(label).encode()),
+                ):
                     member = tarfile.TarInfo(name)
                     member.size, member.mode = len(data), 0o444
                     tar.addfile(member, io.BytesIO(data))
@@ -127,11 +165,20 @@ def _checked(samples: Iterable[RawSample], classes: int) -> Iterator[RawSample]:
     for sample in samples:
         key, _, extension, label = sample
         if key in seen or not key or "." in key:
-            raise ConfigError("samples", key, "a key is unique, not empty and has no dot", "number the samples")
+            raise ConfigError(
+                "samples", key, "a key is unique, not empty and has no dot", "number the samples"
+            )
         if extension not in EXTENSIONS:
-            raise ConfigError("samples", f"{key}.{extension}", "unknown image format", f"use one of {EXTENSIONS}")
+            raise ConfigError(
+                "samples", f"{key}.{extension}", "unknown image format", f"use one of {EXTENSIONS}"
+            )
         if not 0 <= label < classes:
-            raise ConfigError("samples", key, f"label {label} is of none of the {classes} classes", "name all classes")
+            raise ConfigError(
+                "samples",
+                key,
+                f"label {label} is of none of the {classes} classes",
+                "name all classes",
+            )
         seen.add(key)
         yield sample
 
@@ -144,7 +191,9 @@ def digits(split: Split, seed: int = 0) -> Iterator[RawSample]:
     if split not in SPLITS:
         raise ConfigError("split", split, "no such split of the digits", 'give "train" or "val"')
     images, labels = load_digits(return_X_y=True)
-    train, val = train_test_split(np.arange(len(labels)), test_size=_DIGITS_IN_VAL, random_state=seed, stratify=labels)
+    train, val = train_test_split(
+        np.arange(len(labels)), test_size=_DIGITS_IN_VAL, random_state=seed, stratify=labels
+    )
     for index in train if split == "train" else val:
         pixels = np.rint(images[index].reshape(8, 8) * (255 / 16)).astype(np.uint8)
         yield f"{index:06d}", encode(Image.fromarray(pixels), "PNG"), "png", int(labels[index])
@@ -152,8 +201,12 @@ def digits(split: Split, seed: int = 0) -> Iterator[RawSample]:
 
 def write_digits(out: Path, samples_per_shard: int = 512) -> dict[Split, Manifest]:
     """Write both splits of the digits to the new folders ``out``/train and ``out``/val; their manifests by split."""
-    return write_splits({split: digits(split) for split in SPLITS}, out,
-                        samples_per_shard=samples_per_shard, class_names=DIGIT_CLASSES)
+    return write_splits(
+        {split: digits(split) for split in SPLITS},
+        out,
+        samples_per_shard=samples_per_shard,
+        class_names=DIGIT_CLASSES,
+    )
 
 
 def photographs(count: int, seed: int = 0, short_side: int = 400) -> Iterator[RawSample]:
@@ -167,9 +220,12 @@ def photographs(count: int, seed: int = 0, short_side: int = 400) -> Iterator[Ra
     widest = max(_RATIO, *(width / height for width, height in map(_size, files)))
     most = int(math.sqrt(MAX_PIXELS / widest) / _LARGER)
     if short_side > most:
-        raise ConfigError("--short-side", short_side,
-                          f"images of more than {MAX_PIXELS:,} pixels are not decoded",
-                          f"give {most} or less")
+        raise ConfigError(
+            "--short-side",
+            short_side,
+            f"images of more than {MAX_PIXELS:,} pixels are not decoded",
+            f"give {most} or less",
+        )
     return _crops(files, count, seed, short_side)
 
 
@@ -178,18 +234,25 @@ def _size(file: tuple[Path, int]) -> tuple[int, int]:
         return image.size
 
 
-def _crops(files: list[tuple[Path, int]], count: int, seed: int, short_side: int) -> Iterator[RawSample]:
+def _crops(
+    files: list[tuple[Path, int]], count: int, seed: int, short_side: int
+) -> Iterator[RawSample]:
     pictures = [Image.open(file).convert("RGB") for file, _ in files]
     for number in range(count):
         rng, chosen = np.random.default_rng((seed, number)), number % len(files)
         picture = pictures[chosen]
-        share, ratio = rng.uniform(0.3, 1.0), np.exp(rng.uniform(np.log(1 / _RATIO), np.log(_RATIO)))
+        share, ratio = (
+            rng.uniform(0.3, 1.0),
+            np.exp(rng.uniform(np.log(1 / _RATIO), np.log(_RATIO))),
+        )
         width = min(np.sqrt(share * picture.width * picture.height * ratio), picture.width)
         height = min(width / ratio, picture.height)
         left, top = rng.uniform(0, picture.width - width), rng.uniform(0, picture.height - height)
         scale = short_side * rng.uniform(0.9, _LARGER) / min(width, height)
         size = (round(width * scale), round(height * scale))
-        crop = picture.resize(size, Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
+        crop = picture.resize(
+            size, Image.Resampling.BICUBIC, box=(left, top, left + width, top + height)
+        )
         yield f"{number:08d}", encode(crop, "JPEG", quality=92), "jpg", files[chosen][1]
 
 
@@ -197,13 +260,21 @@ def _photograph_files() -> list[tuple[Path, int]]:
     """Found by their package's place on disk: to import foolbox would import its dependencies."""
     skimage, foolbox = (
         Path(spec.submodule_search_locations[0]) / "data"
-        if (spec := find_spec(package)) and spec.submodule_search_locations else None
+        if (spec := find_spec(package)) and spec.submodule_search_locations
+        else None
         for package in ("skimage", "foolbox")
     )
     files = [(skimage / name, label) for name, label in _SKIMAGE_LABELS.items()] if skimage else []
     if foolbox:  # imagenet_NUMBER_LABEL.jpg
-        files += [(file, int(file.stem.rpartition("_")[2])) for file in sorted(foolbox.glob("imagenet_*.jpg"))]
+        files += [
+            (file, int(file.stem.rpartition("_")[2]))
+            for file in sorted(foolbox.glob("imagenet_*.jpg"))
+        ]
     if not files:
-        raise ConfigError("source", "photographs", "needs the pictures in scikit-image or foolbox",
-                          "pip install scikit-image, or pip install --no-deps foolbox==3.3.4")
+        raise ConfigError(
+            "source",
+            "photographs",
+            "needs the pictures in scikit-image or foolbox",
+            "pip install scikit-image, or pip install --no-deps foolbox==3.3.4",
+        )
     return files

@@ -24,7 +24,7 @@ from PIL import Image
 from support.failing_data import OutOfMemory, Says
 
 from prelora_ds.data.corrupt import CorruptBudget, CorruptBudgetError
-from prelora_ds.data.datasets import Look
+from prelora_ds.data.datasets import ImagePipeline
 from prelora_ds.data.loader import TrainLoader, WorkerLostError, Workers, eval_batches
 from prelora_ds.data.manifest import Manifest
 from prelora_ds.data.parallel import NoSharedMemoryError
@@ -34,7 +34,7 @@ from prelora_ds.data.store import CorruptSampleError
 from prelora_ds.errors import ConfigError, DiskError, ExpectedError
 
 SAMPLES, BATCH = 30, 12
-LOOK = Look(16, 3, "inception", flip=True)
+PIPELINE = ImagePipeline(16, 3, "inception", flip=True)
 
 
 def png(number: int) -> bytes:
@@ -62,10 +62,10 @@ def flip(folder: Path, sample: int, byte: int = 40) -> str:
     return rf"sample {sample}, {row['length']} bytes from byte {row['offset']} of \S+{path.name}: "
 
 
-def loader(folder: Path, *, look: Look = LOOK, **options: object) -> TrainLoader:
+def loader(folder: Path, *, pipeline: ImagePipeline = PIPELINE, **options: object) -> TrainLoader:
     defaults = {"seed": 1, "global_batch_size": BATCH, "micro_batch_size": 2, "rank": 0, "world_size": 1,
                 "workers": 0}
-    return TrainLoader(Manifest.load(folder), look, **defaults | options)
+    return TrainLoader(Manifest.load(folder), pipeline, **defaults | options)
 
 
 def epoch_of(folder: Path, **options: object) -> tuple[torch.Tensor, list[int], list[str]]:
@@ -185,14 +185,14 @@ def test_shards_of_another_data_set_are_seen_by_size_or_checksum(folder, tmp_pat
 def test_evaluation_replaces_nothing(folder):
     place = flip(folder, 4)
     with pytest.raises(CorruptSampleError, match=place):
-        list(eval_batches(Manifest.load(folder), LOOK, batch_size=4, rank=0, world_size=1, workers=0))
+        list(eval_batches(Manifest.load(folder), PIPELINE, batch_size=4, rank=0, world_size=1, workers=0))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_image_of_the_evaluation_that_cannot_be_decoded_is_named_in_two_lines(folder, workers):
     manifest = Manifest.load(folder)
     with pytest.raises(CorruptSampleError) as caught:
-        list(eval_batches(manifest, LOOK, batch_size=4, rank=0, world_size=1, workers=workers))
+        list(eval_batches(manifest, PIPELINE, batch_size=4, rank=0, world_size=1, workers=workers))
     assert str(caught.value) == (
         f"sample 17, 17 bytes from byte {manifest.rows['offset'][17]} of {folder}/shard-000001.tar: "
         f"no picture: the bytes are not JPEG, PNG or WEBP\n  remedy: `prelora shards verify {folder} "
@@ -271,7 +271,7 @@ def test_a_worker_without_memory_says_what_to_do_in_two_lines():
 def test_workers_give_the_same_however_they_are_started(folder):
     """In a process of its own: a fork of this one would copy the locks of other tests' threads."""
     script = f"""
-from prelora_ds.data.datasets import Look
+from prelora_ds.data.datasets import ImagePipeline
 from prelora_ds.data.loader import TrainLoader
 from prelora_ds.data.manifest import Manifest
 from prelora_ds.data.parallel import NoSharedMemoryError
@@ -279,7 +279,8 @@ from prelora_ds.data.parallel import NoSharedMemoryError
 if __name__ == "__main__":
     made = []
     for workers, start in ((0, "fork"), (2, "fork"), (2, "forkserver"), (2, "spawn")):
-        loader = TrainLoader(Manifest.load({str(folder)!r}), Look(16, 3, "inception", True, "medium2", 0.5, 0.5),
+        pipeline = ImagePipeline(16, 3, "inception", True, "medium2", 0.5, 0.5)
+        loader = TrainLoader(Manifest.load({str(folder)!r}), pipeline,
                              seed=1, global_batch_size=12, micro_batch_size=2, rank=0, world_size=1, workers=workers,
                              worker_start=start)
         batches = [batch for _ in range(4) for batch in loader.next()]
@@ -309,9 +310,9 @@ def test_a_killed_worker_is_named_and_ends_the_loader(folder):
 
 def test_mixing_goes_on_over_a_replaced_sample(folder):
     flip(folder, 3)
-    look = replace(LOOK, mixup=0.5)
-    one = epoch_of(folder, look=look, micro_batch_size=12)
-    other = epoch_of(folder, look=look, micro_batch_size=4)
+    pipeline = replace(PIPELINE, mixup=0.5)
+    one = epoch_of(folder, pipeline=pipeline, micro_batch_size=12)
+    other = epoch_of(folder, pipeline=pipeline, micro_batch_size=4)
     assert torch.equal(one[0], other[0]) and one[1:] == other[1:]
 
 
@@ -323,27 +324,27 @@ def test_a_budget_is_the_share_as_it_is_written() -> None:
 
 SMALL_SHM = """
 import sys
-from prelora_ds.data.datasets import Look
+from prelora_ds.data.datasets import ImagePipeline
 from prelora_ds.data.loader import TrainLoader, eval_batches
 from prelora_ds.data.manifest import Manifest
 from prelora_ds.data.parallel import NoSharedMemoryError
-from prelora_ds.data.parallel import unordered
+from prelora_ds.data.parallel import map_unordered
 
-def train(manifest, look):
-    loader = TrainLoader(manifest, look, seed=1, global_batch_size=16, micro_batch_size=16, rank=0, world_size=1,
+def train(manifest, pipeline):
+    loader = TrainLoader(manifest, pipeline, seed=1, global_batch_size=16, micro_batch_size=16, rank=0, world_size=1,
                          workers=2, worker_start=sys.argv[3])
     for _ in range(5):
         loader.next()
 
-def evaluate(manifest, look):
-    list(eval_batches(manifest, look, batch_size=16, rank=0, world_size=1, workers=2, worker_start=sys.argv[3]))
+def evaluate(manifest, pipeline):
+    list(eval_batches(manifest, pipeline, batch_size=16, rank=0, world_size=1, workers=2, worker_start=sys.argv[3]))
 
-def build(manifest, look):
-    list(unordered(abs, range(9), 2))
+def build(manifest, pipeline):
+    list(map_unordered(abs, range(9), 2))
 
 if __name__ == "__main__":
     try:
-        globals()[sys.argv[2]](Manifest.load(sys.argv[1]), Look(64, 3, "none"))
+        globals()[sys.argv[2]](Manifest.load(sys.argv[1]), ImagePipeline(64, 3, "none"))
     except Exception as error:
         print(type(error).__name__, error.exit_code, error.of_one_rank, error)
 """

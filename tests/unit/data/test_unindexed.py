@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from prelora_ds.data.datasets import Look
+from prelora_ds.data.datasets import ImagePipeline
 from prelora_ds.data.manifest import Manifest
 from prelora_ds.data.order import Position
 from prelora_ds.data.shards.writer import write_shards
@@ -22,7 +22,7 @@ from prelora_ds.data.unindexed import Unindexed, UnindexedLoader
 from prelora_ds.errors import ConfigError
 
 SAMPLES = 40
-LOOK = Look(8, 3, "inception", flip=True)
+PIPELINE = ImagePipeline(8, 3, "inception", flip=True)
 CLASSES = tuple(map(str, range(SAMPLES)))
 
 
@@ -41,10 +41,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "train"
 
 
-def loader(folder: Path, pattern: str = "shard-{000000..000003}.tar", look: Look = LOOK, classes: tuple = CLASSES,
-           **options: object) -> UnindexedLoader:
+def loader(folder: Path, pattern: str = "shard-{000000..000003}.tar", pipeline: ImagePipeline = PIPELINE,
+           classes: tuple = CLASSES, **options: object) -> UnindexedLoader:
     defaults = {"seed": 1, "global_batch_size": 12, "micro_batch_size": 4, "rank": 0, "world_size": 1, "workers": 0}
-    return UnindexedLoader(Unindexed(f"{folder}/{pattern}", SAMPLES, classes), look, **defaults | options)
+    return UnindexedLoader(Unindexed(f"{folder}/{pattern}", SAMPLES, classes), pipeline, **defaults | options)
 
 
 def taken(made: UnindexedLoader, steps: int = 8) -> tuple[torch.Tensor, list[int], list[str]]:
@@ -81,8 +81,8 @@ def test_workers_take_turns_and_rebatch_and_state_count_on(folder):
 
 
 def test_pairs_are_mixed_here_too(folder):
-    look = Look(8, 3, "inception", mixup=0.5)
-    [first, *_], [second, *_] = (loader(folder, look=look, workers=workers).next() for workers in (0, 1))
+    pipeline = ImagePipeline(8, 3, "inception", mixup=0.5)
+    [first, *_], [second, *_] = (loader(folder, pipeline=pipeline, workers=workers).next() for workers in (0, 1))
     assert first.mix.shape == (2, 6) and torch.equal(first.mix, second.mix)
 
 

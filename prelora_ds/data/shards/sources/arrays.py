@@ -18,10 +18,19 @@ from PIL import Image
 
 from prelora_ds.data.shards.images import encode
 from prelora_ds.data.shards.reading import broken, read_text, read_whole, reading, version
-from prelora_ds.data.shards.sources.listing import Listing, Request, check_parts, choose_split, hidden, items
+from prelora_ds.data.shards.sources.listing import (
+    Listing,
+    Request,
+    check_parts,
+    choose_split,
+    hidden,
+    items,
+)
 
 IDX, CIFAR = "idx", "cifar"
-_IDX_NAME = re.compile(r"(?P<split>.*?)[-_.]?(?P<what>images|labels)[-.]idx(?P<axes>[13])-ubyte(\.gz)?")
+_IDX_NAME = re.compile(
+    r"(?P<split>.*?)[-_.]?(?P<what>images|labels)[-.]idx(?P<axes>[13])-ubyte(\.gz)?"
+)
 _CIFAR_SPLITS = {
     "train": re.compile(r"(data_batch_(?P<part>\d+)|train)(\.bin)?"),
     "test": re.compile(r"(test_batch|test)(\.bin)?"),
@@ -35,9 +44,11 @@ def detect_idx(source: Path) -> Path | None:
 
 
 def _idx_files(source: Path) -> list[tuple[Path, re.Match[str]]]:
-    return [(path, match) for path in sorted(source.iterdir())
-            if not hidden(path.name) and (match := _IDX_NAME.fullmatch(path.name))
-            and not path.is_dir()]
+    return [
+        (path, match)
+        for path in sorted(source.iterdir())
+        if not hidden(path.name) and (match := _IDX_NAME.fullmatch(path.name)) and not path.is_dir()
+    ]
 
 
 def find_idx(request: Request) -> Listing:
@@ -46,21 +57,27 @@ def find_idx(request: Request) -> Listing:
     Raises ConfigError for a file whose header tells another size, and for images and labels that are not as many.
     """
     found: dict[str, dict[str, Path]] = {}
-    passed_over = []
+    skipped = []
     for path, match in _idx_files(request.source):
         of_split = found.setdefault(match["split"].replace("t10k", "test") or "all", {})
         kept = of_split.setdefault(match["what"], path)
         if kept != path:  # sorted: the plain file comes before the packed one
-            passed_over.append(f"{path.name} in favour of {kept.name}")
+            skipped.append(f"{path.name} in favour of {kept.name}")
     split = choose_split(list(found), request)
     if found[split].keys() != {"images", "labels"}:
-        raise broken(request.source, f"split {split} has only the {' and '.join(found[split])}",
-                     "fetch the missing file")
+        raise broken(
+            request.source,
+            f"split {split} has only the {' and '.join(found[split])}",
+            "fetch the missing file",
+        )
     images, labels = idx_array(str(found[split]["images"])), idx_array(str(found[split]["labels"]))
     if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
-        raise broken(found[split]["images"], f"images of shape {images.shape}, labels of shape {labels.shape}")
+        raise broken(
+            found[split]["images"],
+            f"images of shape {images.shape}, labels of shape {labels.shape}",
+        )
     rows = items(0, labels, range(len(labels)), 1)
-    return Listing(IDX, None, (str(found[split]["images"]),), rows, ", ".join(passed_over))
+    return Listing(IDX, None, (str(found[split]["images"]),), rows, ", ".join(skipped))
 
 
 def read_idx(file: str, row: int, _: int) -> bytes:
@@ -101,7 +118,10 @@ def _looks_like_a_batch(path: Path) -> bool:
 
 def _cifar_files(source: Path) -> dict[str, list[Path]]:
     files = [path for path in sorted(source.iterdir()) if path.is_file()] if source.is_dir() else []
-    found = {split: [path for path in files if name.fullmatch(path.name)] for split, name in _CIFAR_SPLITS.items()}
+    found = {
+        split: [path for path in files if name.fullmatch(path.name)]
+        for split, name in _CIFAR_SPLITS.items()
+    }
     return {split: paths for split, paths in found.items() if paths}
 
 
@@ -119,14 +139,19 @@ def find_cifar(request: Request) -> Listing:
         labels = cifar_batch(str(path))[1]
         rows.append(items(number, labels, range(len(labels)), 1))
     _check_files(request.source, split, files)
-    return Listing(CIFAR, _cifar_classes(request.source), tuple(map(str, files)), np.concatenate(rows))
+    return Listing(
+        CIFAR, _cifar_classes(request.source), tuple(map(str, files)), np.concatenate(rows)
+    )
 
 
 def _check_files(source: Path, split: str, files: list[Path]) -> None:
     """Raises ConfigError for a batch that is missing, and where both versions are in one folder."""
     if len({path.suffix for path in files}) > 1:
-        raise broken(source, f"holds the python and the binary version of the split {split}",
-                     "leave one of the two in the folder")
+        raise broken(
+            source,
+            f"holds the python and the binary version of the split {split}",
+            "leave one of the two in the folder",
+        )
     names = [_CIFAR_SPLITS["train"].fullmatch(path.name) for path in files]
     parts = [int(name["part"]) for name in names if name and name["part"]]
     if parts and len(parts) < len(files):
@@ -144,10 +169,13 @@ def cifar_batch(file: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """(pixels uint8 [N, 3072], labels int64 [N])."""
     data = read_whole(Path(file))
     if file.endswith(".bin"):
-        extra = 2 if Path(file).name in ("train.bin", "test.bin") else 1  # CIFAR-100 has the coarse label first
+        extra = (
+            2 if Path(file).name in ("train.bin", "test.bin") else 1
+        )  # CIFAR-100 has the coarse label first
         if not data or len(data) % (3072 + extra):
-            raise broken(file, f"{len(data)} bytes are not a whole number of records of "
-                         f"{3072 + extra}")
+            raise broken(
+                file, f"{len(data)} bytes are not a whole number of records of {3072 + extra}"
+            )
         table = np.frombuffer(data, np.uint8).reshape(-1, 3072 + extra)
         return table[:, extra:], table[:, extra - 1].astype(np.int64)
     content = _unpickle(file, data)
@@ -156,12 +184,17 @@ def cifar_batch(file: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         pixels = content["data"]
         # No array is made of nested lists: a small pickle can nest the same list until it has more
         # than fits.
-        if not isinstance(pixels, np.ndarray) or not isinstance(labels, list) or \
-                not all(isinstance(label, int) for label in labels):
+        if (
+            not isinstance(pixels, np.ndarray)
+            or not isinstance(labels, list)
+            or not all(isinstance(label, int) for label in labels)
+        ):
             raise ValueError("its data are not an array, or its labels not a list of whole numbers")
         numbers = np.asarray(labels, np.int64)
         if pixels.dtype != np.uint8 or pixels.shape != (len(numbers), 3072):
-            raise ValueError(f"{pixels.dtype} pixels of shape {pixels.shape} for {len(numbers)} labels")
+            raise ValueError(
+                f"{pixels.dtype} pixels of shape {pixels.shape} for {len(numbers)} labels"
+            )
     return pixels, numbers
 
 
@@ -182,18 +215,26 @@ def _cifar_classes(folder: Path) -> tuple[str, ...]:
                 names = content.get(key)
                 if isinstance(names, list) and all(isinstance(name, str) for name in names):
                     return tuple(names)
-    raise broken(folder, "lacks the names of the classes (in batches.meta, meta, or the .txt "
-                 "beside .bin)", "fetch the missing file")
+    raise broken(
+        folder,
+        "lacks the names of the classes (in batches.meta, meta, or the .txt beside .bin)",
+        "fetch the missing file",
+    )
 
 
 class _NumbersOnly(pickle.Unpickler):
     # numpy._core is where NumPy 2 keeps what older files call numpy.core.
-    _ALLOWED = {(module, name) for module in ("numpy.core.multiarray", "numpy._core.multiarray")
-                for name in ("_reconstruct",)} | {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
+    _ALLOWED = {
+        (module, name)
+        for module in ("numpy.core.multiarray", "numpy._core.multiarray")
+        for name in ("_reconstruct",)
+    } | {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self._ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no batch of CIFAR needs")
+            raise pickle.UnpicklingError(
+                f"it asks for {module}.{name}, which no batch of CIFAR needs"
+            )
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)
 
 
@@ -201,8 +242,10 @@ def _unpickle(file: str, data: bytes) -> dict[str, Any]:
     with reading(file, "a batch of CIFAR"):
         # The unpickler clears as many places as the highest number of a memo: a few bytes can ask
         # for all memory.
-        if any(opcode.name.endswith("PUT") and int(argument or 0) > len(data)
-               for opcode, argument, _ in pickletools.genops(data)):
+        if any(
+            opcode.name.endswith("PUT") and int(argument or 0) > len(data)
+            for opcode, argument, _ in pickletools.genops(data)
+        ):
             raise ValueError("it numbers more objects than it has bytes")
         content = _NumbersOnly(io.BytesIO(data), encoding="latin1").load()
         if not isinstance(content, dict):

@@ -28,7 +28,7 @@ from prelora_ds.data.shards.sources.split_folders import (
 )
 from prelora_ds.errors import ConfigError
 
-KIND = "imagefolder"
+FORMAT = "imagefolder"
 
 
 def detect(source: Path) -> Path | None:
@@ -76,7 +76,7 @@ def find(request: Request) -> Listing:
     if not names:
         raise broken(
             top,
-            f"no folder with a sub-folder per class ({tree.passed_over() or 'it is empty'})",
+            f"no folder with a sub-folder per class ({tree.skipped() or 'it is empty'})",
             "name a folder with a sub-folder per class; a flat folder needs --labels",
         )
     if empty := [name for name in names if not images[name]]:
@@ -91,18 +91,20 @@ def find(request: Request) -> Listing:
             broken(top / empty[0], f"this class has no images{holds}", remedy)
             if len(empty) == 1
             else broken(
-                top, f"{len(empty)} of {len(names)} classes have no images: {some(empty)}{holds}", remedy
+                top,
+                f"{len(empty)} of {len(names)} classes have no images: {some(empty)}{holds}",
+                remedy,
             )
         )
     tree.check_links(images)
     files = [file for name in names for file in images[name]]
     labels = [label for label, name in enumerate(names) for _ in images[name]]
     return Listing(
-        KIND,
+        FORMAT,
         tuple(names),
         tuple(files),
         items(range(len(files)), labels, 0, -1),
-        tree.passed_over(),
+        tree.skipped(),
     )
 
 
@@ -112,7 +114,11 @@ def _others(folders: list[Path]) -> str:
     for folder in folders:
         for _, below, names in os.walk(folder):
             below[:] = [name for name in below if not hidden(name)]
-            counts.update(os.path.splitext(name)[1].lower() or "no suffix" for name in names if not hidden(name))
+            counts.update(
+                os.path.splitext(name)[1].lower() or "no suffix"
+                for name in names
+                if not hidden(name)
+            )
     return ", ".join(f"{count} files with {suffix}" for suffix, count in counts.most_common(5))
 
 
@@ -155,7 +161,9 @@ def _refuse_ambiguous(top: Path, images: dict[str, list[str]]) -> None:
     first, second = pair
     shared = sorted(below[first] & below[second])
     larger = max(pair, key=lambda name: len(below[name]))
-    either = sorted(name for name in pair if images[name] and len(below[name]) == len(below[larger]))
+    either = sorted(
+        name for name in pair if images[name] and len(below[name]) == len(below[larger])
+    )
     outer, inner = some(sorted(below)), some(sorted(below[larger]))
     raise broken(
         top,
@@ -249,9 +257,7 @@ class _Tree:
             if hidden(entry.name) and _kind(entry) == "folder":
                 self._hidden[entry.name] += 1
             self._stray += (
-                not hidden(entry.name)
-                and is_image(entry.name)
-                and _kind(entry) != "folder"
+                not hidden(entry.name) and is_image(entry.name) and _kind(entry) != "folder"
             )
 
     def check_links(self, images: dict[str, list[str]]) -> None:
@@ -266,7 +272,7 @@ class _Tree:
             if path in paths and path != self._links[target]:
                 raise _twice(target, path, self._links[target])
 
-    def passed_over(self) -> str:
+    def skipped(self) -> str:
         counts = [
             f"{count} files with {suffix}" for suffix, count in sorted(self._suffixes.items())
         ]

@@ -26,7 +26,7 @@ from prelora_ds.data.shards.sources.listing import (
 )
 from prelora_ds.errors import ConfigError
 
-KIND = "huggingface"
+FORMAT = "huggingface"
 _END = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream
 _NUMBERED = re.compile(r"(?P<split>.+?)-(?P<part>\d+)-of-(?P<parts>\d+)(-[0-9a-f]+)?")
 
@@ -62,7 +62,7 @@ def find(request: Request) -> Listing:
             raise broken(
                 file, f"its classes are not those of {files[0]}", "name a folder of one data set"
             )
-    return Listing(KIND, classes[0], tuple(map(str, files)), np.concatenate(rows))
+    return Listing(FORMAT, classes[0], tuple(map(str, files)), np.concatenate(rows))
 
 
 def read(file: str, row: int, _: int) -> bytes:
@@ -216,8 +216,11 @@ def _labels(file: Path) -> tuple[tuple[str, ...] | None, list[int | None], NDArr
     feature = features.get(label)
     names = feature.get("names") if isinstance(feature, dict) else None
     if names and not isinstance(names, list):
-        raise broken(file, f"the ClassLabel {label!r} has the names {names!r}, which are not a list",
-                     "write the names as a list, in the order of the labels")
+        raise broken(
+            file,
+            f"the ClassLabel {label!r} has the names {names!r}, which are not a list",
+            "write the names as a list, in the order of the labels",
+        )
     return tuple(map(str, names)) if names else None, column.to_pylist(), blocks
 
 
@@ -235,9 +238,13 @@ def _features(metadata: dict[bytes, bytes] | None) -> dict[str, Any]:
     try:
         found = json.loads(text)["info"]["features"]
     except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise ValueError(f"the metadata that Hugging Face keeps in it have no info.features ({error!r:.80})") from error
+        raise ValueError(
+            f"the metadata that Hugging Face keeps in it have no info.features ({error!r:.80})"
+        ) from error
     if not isinstance(found, dict):
-        raise ValueError(f"info.features of the metadata that Hugging Face keeps in it is no mapping: {found!r:.60}")
+        raise ValueError(
+            f"info.features of the metadata that Hugging Face keeps in it is no mapping: {found!r:.60}"
+        )
     return found
 
 
@@ -254,7 +261,9 @@ def _columns(features: dict[str, Any], names: list[str]) -> tuple[str, str]:
         if isinstance(what, dict) and what.get("_type") == "ClassLabel"
     ]
     if missing := [name for name in (*images, *labels) if name not in names]:
-        raise ValueError(f"its metadata tell of a column {missing[0]!r}, and it has the columns {some(names)}")
+        raise ValueError(
+            f"its metadata tell of a column {missing[0]!r}, and it has the columns {some(names)}"
+        )
     images = images or [name for name in ("image", "img") if name in names]
     labels = labels or [name for name in ("label", "fine_label") if name in names]
     labels = next(([name] for name in ("label", "fine_label") if name in labels), labels)

@@ -19,10 +19,17 @@ from typing import IO, NamedTuple
 from prelora_ds.data.shards.reading import broken, reading
 from prelora_ds.data.shards.scan import ends_whole
 from prelora_ds.data.shards.sources.devkit import WANTED, labels_beside, read_labels
-from prelora_ds.data.shards.sources.listing import Listing, Request, choose_split, hidden, is_image, items
+from prelora_ds.data.shards.sources.listing import (
+    Listing,
+    Request,
+    choose_split,
+    hidden,
+    is_image,
+    items,
+)
 from prelora_ds.errors import ConfigError
 
-KIND = "ilsvrc2012"
+FORMAT = "ilsvrc2012"
 _SPLITS = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
 _VAL_IMAGE = re.compile(r"ILSVRC2012_val_\d{8}\.jpe?g", re.IGNORECASE)
 _PACKED_TAR = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz)$")
@@ -84,7 +91,7 @@ def find(request: Request) -> Listing:
     )
     members.sort()
     return Listing(
-        KIND,
+        FORMAT,
         classes,
         (str(path),),
         items(
@@ -160,7 +167,7 @@ def _train(path: Path, file: IO[bytes], tars: list[_Member], passed: Counter[str
         if not seen:
             raise ValueError(f"{tar.name}: no images")
     return Listing(
-        KIND, tuple(wnids), (str(path),), items(0, labels, offsets, lengths), _told(passed)
+        FORMAT, tuple(wnids), (str(path),), items(0, labels, offsets, lengths), _told(passed)
     )
 
 
@@ -196,7 +203,7 @@ def _flat(request: Request) -> Listing:
         folder, names, request.labels or labels_beside(folder.absolute(), _LEVELS)
     )
     return Listing(
-        KIND,
+        FORMAT,
         classes,
         tuple(str(folder / name) for name in names),
         items(range(len(names)), [labels[Path(name).stem] for name in names], 0, -1),

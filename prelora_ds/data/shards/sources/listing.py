@@ -55,15 +55,15 @@ _SYSTEM = {
 class Listing:
     """The images of a source, of dtype ITEM, in a fixed order. ``kind`` chooses the reader.
 
-    ``classes`` is None where the source knows its classes by number alone. ``passed_over`` says what is in the source
+    ``classes`` is None where the source knows its classes by number alone. ``skipped`` says what is in the source
     and is not an image of it.
     """
 
-    kind: str
+    source_format: str
     classes: tuple[str, ...] | None
     files: tuple[str, ...]
     items: NDArray[np.void]
-    passed_over: str = ""
+    skipped: str = ""
 
 
 @dataclass(frozen=True)

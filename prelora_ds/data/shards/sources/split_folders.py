@@ -81,8 +81,11 @@ def splits_below(names: list[str]) -> list[str]:
     if len(exact := [name for name in names if name.lower() in SPLITS]) > 1:
         return exact
     shown = [name for name in names if not hidden(name)]
-    return shown if len(set(filter(None, map(split_in, shown)))) > 1 and all(
-        map(split_in, shown)) else []
+    return (
+        shown
+        if len(set(filter(None, map(split_in, shown)))) > 1 and all(map(split_in, shown))
+        else []
+    )
 
 
 def folders_in(path: Path) -> list[str]:

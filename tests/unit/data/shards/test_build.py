@@ -19,10 +19,10 @@ import torch
 import webdataset
 from PIL import Image
 
-from prelora_ds.commands.shards import place_in_job
+from prelora_ds.commands.shards import rank_and_world_size
 from prelora_ds.data.decode import decode
 from prelora_ds.data.manifest import EXTENSIONS, Manifest
-from prelora_ds.data.parallel import WorkerDiedError, unordered
+from prelora_ds.data.parallel import WorkerDiedError, map_unordered
 from prelora_ds.data.shards import build_shards as building
 from prelora_ds.data.shards.build_plan import shuffled
 from prelora_ds.data.shards.build_shards import Options, StalledError, build
@@ -118,12 +118,12 @@ def test_each_rank_of_a_job_writes_its_part_and_rank_0_waits(tree, whole, tmp_pa
     ({"RANK": "1", "WORLD_SIZE": "2"}, (1, 2)),
 ])
 def test_the_place_in_a_job_is_what_its_launcher_says(environ, place):
-    assert place_in_job(environ) == place
+    assert rank_and_world_size(environ) == place
 
 
 def test_a_rank_that_is_not_of_its_job_is_refused():
     with pytest.raises(ConfigError, match="RANK=2 WORLD_SIZE=2"):
-        place_in_job({"RANK": "2", "WORLD_SIZE": "2"})
+        rank_and_world_size({"RANK": "2", "WORLD_SIZE": "2"})
 
 
 def test_under_mpiexec(tree, whole, tmp_path):
@@ -188,7 +188,8 @@ def stopping(function, after):
 
 @pytest.mark.parametrize(("options", "more", "key"), [
     (Options(samples_per_shard=9, seed=3), {}, "--samples-per-shard = 9"), (Options(8, seed=4), {}, "--seed = 4"),
-    (Options(8, 3, resize_short=10), {}, "--resize-short = 10"), (OPTIONS, {"kind": "idx"}, "--format = 'idx'"),
+    (Options(8, 3, resize_short=10), {}, "--resize-short = 10"),
+    (OPTIONS, {"source_format": "idx"}, "--format = 'idx'"),
 ])
 def test_other_options_do_not_go_on_with_an_unfinished_build(tree, interrupted, options, more, key):
     before = contents(interrupted.with_name("out.partial") / "work")
@@ -219,7 +220,7 @@ def test_a_host_with_another_pillow_says_so_itself(tree, interrupted, monkeypatc
 
 def test_a_worker_that_is_killed_is_told_of():
     with pytest.raises(WorkerDiedError, match="run the same command again"):
-        list(unordered(os._exit, [1, 1, 1], 2))
+        list(map_unordered(os._exit, [1, 1, 1], 2))
 
 
 def test_an_existing_folder_is_refused_and_untouched(tree, tmp_path):

@@ -38,10 +38,10 @@ def plant(root, *names):
 def listed(source, split=None):
     """(classes, relative path -> label) and what was passed over."""
     listing = find_images(Request(source, split))
-    assert listing.kind == "imagefolder"
+    assert listing.source_format == "imagefolder"
     files = [os.path.relpath(listing.files[item["file"]], source) for item in listing.items]
     labels = listing.items["label"].tolist()
-    return listing.classes, dict(zip(files, labels, strict=True)), listing.passed_over
+    return listing.classes, dict(zip(files, labels, strict=True)), listing.skipped
 
 
 def refusal(source, split=None):
@@ -61,17 +61,17 @@ FOUND = (("cat", "dog"), {"cat/1.png": 0, "dog/1.png": 1})
 def test_folders_of_systems_and_programs_are_not_classes_and_are_told(tmp_path, hidden):
     plant(tmp_path, *TWO, f"{hidden}/1.png", f"cat/{hidden}/1.png", f"cat/deep/{hidden}/x/1.png")
     (tmp_path / "cat" / "deep" / "2.png").write_bytes(picture(2))
-    classes, images, passed_over = listed(tmp_path)
+    classes, images, skipped = listed(tmp_path)
     assert (classes, images) == (FOUND[0], FOUND[1] | {"cat/deep/2.png": 0})
-    assert passed_over == f"the hidden folders {hidden} (3 times)"
+    assert skipped == f"the hidden folders {hidden} (3 times)"
 
 
 def test_hidden_files_and_images_beside_the_classes_are_told(tmp_path):
     plant(tmp_path, *TWO, "cat/._1.png", "dog/.DS_Store", "stray.png")
     os.mkfifo(tmp_path / "dog" / "pipe.png")
-    classes, images, passed_over = listed(tmp_path)
+    classes, images, skipped = listed(tmp_path)
     assert (classes, images) == FOUND
-    assert passed_over == "2 hidden files, 1 pipes or devices, 1 images beside the folders"
+    assert skipped == "2 hidden files, 1 pipes or devices, 1 images beside the folders"
 
 
 def test_splits_beside_another_folder_are_refused_with_what_to_write(tmp_path):
@@ -79,9 +79,9 @@ def test_splits_beside_another_folder_are_refused_with_what_to_write(tmp_path):
     said = refusal(tmp_path)
     assert "splits (train, val) beside other folders (extra)" in said and "--split train" in said
     assert str(tmp_path / "train") in said
-    classes, images, passed_over = listed(tmp_path, "val")
+    classes, images, skipped = listed(tmp_path, "val")
     assert classes == ("cat", "dog") and set(images) == {"val/cat/1.png", "val/dog/1.png"}
-    assert passed_over == "the folders extra beside the splits"
+    assert skipped == "the folders extra beside the splits"
     assert "extra" in refusal(tmp_path, "extra")
 
 
@@ -134,8 +134,8 @@ def test_a_link_to_nothing_is_an_image_that_its_reader_will_miss(tmp_path):
     links = {"a.png": "b.png", "b.png": "a.png", "c.png": "nowhere.png", "d": "e"}
     for link, target in links.items():
         (tmp_path / "cat" / link).symlink_to(target)
-    classes, images, passed_over = listed(tmp_path)
-    assert classes == FOUND[0] and passed_over == "1 files with no suffix"
+    classes, images, skipped = listed(tmp_path)
+    assert classes == FOUND[0] and skipped == "1 files with no suffix"
     assert images == FOUND[1] | {f"cat/{name}.png": 0 for name in "abc"}
 
 

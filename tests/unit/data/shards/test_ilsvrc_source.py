@@ -14,7 +14,7 @@ import pytest
 from scipy.io import savemat
 from support.sources import EXPECTED, TABLE, TRUTH, VAL, WNIDS, found, kaggle, picture, refusal, tar
 
-from prelora_ds.data.shards.sources import KINDS, devkit, find_images
+from prelora_ds.data.shards.sources import SOURCE_FORMATS, devkit, find_images
 from prelora_ds.data.shards.sources.listing import Request
 
 
@@ -116,7 +116,7 @@ def test_a_bad_image_in_a_tar_has_the_name_of_its_member(tmp_path):
     path = tar(tmp_path / "train.tar", [("n01440764.tar", inner)])
     listing = find_images(Request(path))
     item = listing.items[0]
-    name = KINDS["ilsvrc2012"].name(str(path), int(item["offset"]), int(item["length"]))
+    name = SOURCE_FORMATS["ilsvrc2012"].name(str(path), int(item["offset"]), int(item["length"]))
     assert name == f"{path}, member n01440764_7.JPEG at byte {item['offset']}"
 
 

@@ -69,7 +69,7 @@ def test_images_and_labels_in_their_several_formats(tmp_path):
     assert made.rows["label"].tolist() == [2, 1, 2, 0]
     assert [EXTENSIONS[code] for code in made.rows["extension"]] == ["jpeg", "png", "webp", "jpg"]
     for row, data in zip(made.rows, images.values(), strict=True):
-        with open(made.place(row["shard"]), "rb") as file:
+        with open(made.shard_location(row["shard"]), "rb") as file:
             file.seek(row["offset"])
             assert file.read(row["length"]) == data
 
@@ -195,7 +195,7 @@ def test_patterns_name_shards_of_one_folder(whole, folder, tmp_path):
     pattern = f"{folder}/shard-{{000001..000002}}.tar"
     made = index(pattern, tmp_path / "part").manifest
     assert [shard.name for shard in made.shards] == ["shard-000001.tar", "shard-000002.tar"]
-    assert made.place(1) == f"{folder}/shard-000002.tar" and verify(tmp_path / "part") == []
+    assert made.shard_location(1) == f"{folder}/shard-000002.tar" and verify(tmp_path / "part") == []
     assert np.array_equal(made.rows["crc32"], whole.rows["crc32"][PER_SHARD : 3 * PER_SHARD])
     for source, problem in (
         (f"{folder}/{{a/1,b/2}}.tar", "several folders"),

@@ -67,7 +67,7 @@ def test_other_members_folders_and_long_names_are_no_obstacle(tmp_path):
         path = write_tar(tmp_path / "a.tar", members, format=form)
         scanned, data = index_shard(path), path.read_bytes()
         rows = scanned.rows
-        assert scanned.passed_over == ("readme", "a/notes.txt")
+        assert scanned.skipped == ("readme", "a/notes.txt")
         assert [(EXTENSIONS[row["extension"]], row["label"]) for row in rows] == [
             ("jpg", 3),
             ("png", 4),
@@ -124,7 +124,7 @@ def test_members_that_webdataset_passes_over_are_passed_over_and_told(tmp_path):
         members[place:place] = [(name, b"z") for name in inside]
         path = write_tar(tmp_path / "1.tar", members)
         scanned = index_shard(path)
-        assert scanned.rows["label"].tolist() == [1, 2] and set(scanned.passed_over) == set(inside)
+        assert scanned.rows["label"].tolist() == [1, 2] and set(scanned.skipped) == set(inside)
         if not place % 2:
             assert keys_of_webdataset(path) == ["a/1", "b/1"]
 

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from prelora_ds.data.shards.sources import KINDS, find_images
+from prelora_ds.data.shards.sources import SOURCE_FORMATS, find_images
 from prelora_ds.data.shards.sources.listing import Request
 from prelora_ds.errors import ConfigError
 
@@ -34,9 +34,12 @@ def picture(number, form="JPEG"):
 def found(source, kind, split=None, labels=None):
     """(classes, [(bytes, label)]) of a source that is recognised as ``kind``."""
     listing = find_images(Request(source, split, labels))
-    assert listing.kind == kind
-    return listing.classes, [(KINDS[kind].read(listing.files[item["file"]], int(item["offset"]), int(item["length"])),
-                              int(item["label"])) for item in listing.items]
+    assert listing.source_format == kind
+    read = SOURCE_FORMATS[kind].read
+    return listing.classes, [
+        (read(listing.files[item["file"]], int(item["offset"]), int(item["length"])), int(item["label"]))
+        for item in listing.items
+    ]
 
 
 def pixels(data):
@@ -72,7 +75,7 @@ def test_a_tree_of_folders_has_its_labels_from_the_sorted_names(tmp_path):
     assert classes == ("cat", "dog")
     assert images == [(files["cat/a.jpg"], 0), (files["cat/c.bmp"], 0), (files["dog/a.JPEG"], 1),
                       (files["dog/sub/b.png"], 1)]
-    assert find_images(Request(tmp_path / "tree")).passed_over == "1 files with .txt"
+    assert find_images(Request(tmp_path / "tree")).skipped == "1 files with .txt"
 
 
 def test_a_tree_of_splits_asks_for_one(tmp_path):
@@ -369,9 +372,9 @@ def test_arrow_images_beside_the_file_and_rows_without_image_or_label(tmp_path):
     save_to_disk(tmp_path / "a", [[(None, "1.jpg", 1), (None, None, 0)]])
     (tmp_path / "a" / "1.jpg").write_bytes(picture(1))
     listing = find_images(Request(tmp_path / "a"))
-    assert KINDS["huggingface"].read(listing.files[0], 0, 1) == picture(1)
+    assert SOURCE_FORMATS["huggingface"].read(listing.files[0], 0, 1) == picture(1)
     with pytest.raises(ValueError, match="no image in this row"):
-        KINDS["huggingface"].read(listing.files[0], 1, 1)
+        SOURCE_FORMATS["huggingface"].read(listing.files[0], 1, 1)
     save_to_disk(tmp_path / "b", [[(picture(1), None, None)]])
     refuse(r"data-00000\.arrow.*row 0 has no label", tmp_path / "b")
     save_to_disk(tmp_path / "c", [ROWS])

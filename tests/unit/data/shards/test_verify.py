@@ -197,7 +197,7 @@ def test_shards_behind_a_url_are_indexed_loaded_and_verified(whole, folder, serv
     for source in (served, f"{served}/shard-{{000000..000003}}.tar"):
         out = tmp_path / f"index-{'{' in source}"
         made = index(source, out).manifest
-        assert made == Manifest.load(out) and made.place(3) == f"{served}/shard-000003.tar"
+        assert made == Manifest.load(out) and made.shard_location(3) == f"{served}/shard-000003.tar"
         assert np.array_equal(made.rows, whole.rows)
     path = folder / "shard-000001.tar"
     path.write_bytes(path.read_bytes()[:-1000])
