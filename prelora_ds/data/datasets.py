@@ -1,4 +1,4 @@
-"""What a worker does: samples in, the tensors of a micro-batch out."""
+"""The data sets of the workers: they turn samples into the tensors of a micro-batch."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ from prelora_ds.data.store import CorruptSampleError, SampleStore
 from prelora_ds.data.transforms import eval_transform, train_crop
 
 PADDING = -1
-_PIXEL_KEY, _REPLACEMENT_KEY = 1, 2  # apart from the key of `epoch_order`, which has none
+# Keeps these random streams distinct; `epoch_order` uses no such key.
+_PIXEL_KEY = 1
+_REPLACEMENT_KEY = 2
 _REPLACEMENTS = 10
 
 
 @dataclass(frozen=True)
 class ImagePipeline:
-    """How a picture becomes an input: size, channels, crop, and what chance does to it in training."""
+    """Image preprocessing: size, channels, crop and random augmentation."""
 
     image_size: int
     num_channels: int
@@ -40,7 +42,7 @@ class ImagePipeline:
 
     @classmethod
     def from_config(cls, model: ModelConfig, data: DataConfig) -> ImagePipeline:
-        """That of a run."""
+        """The preprocessing of a run."""
         return cls(
             model.image_size,
             model.num_channels,
@@ -54,21 +56,22 @@ class ImagePipeline:
 
     @property
     def mixes(self) -> bool:
+        """Whether Mixup or CutMix is on."""
         return self.mixup > 0 or self.cutmix > 0
 
     def train_image(self, pixels: Pixels, rng: np.random.Generator) -> Tensor:
-        """uint8 [H, W, C] -> uint8 [C, S, S], at random by ``rng`` alone."""
+        """Transform uint8 [H, W, C] to uint8 [C, S, S]; all randomness comes from ``rng``."""
         image = train_crop(pixels, image_size=self.image_size, crop=self.crop, rng=rng)
         return augment(
             image, flip=self.flip, level=self.augment, random_erasing=self.random_erasing, rng=rng
         )
 
     def eval_image(self, pixels: Pixels) -> Tensor:
-        """uint8 [H, W, C] -> uint8 [C, S, S], without chance."""
+        """Transform uint8 [H, W, C] to uint8 [C, S, S] deterministically."""
         return eval_transform(pixels, image_size=self.image_size, crop=self.crop)
 
     def mix(self, seed: int, epochs: NDArray[np.int64], first: int) -> Tensor | None:
-        """What `draw_mix` draws for these rows, or None."""
+        """Return what `draw_mix` draws for these rows; None if nothing is mixed."""
         if not self.mixes:
             return None
         return draw_mix(
@@ -76,7 +79,7 @@ class ImagePipeline:
         )
 
     def empty_batch(self, count: int) -> Tensor:
-        """uint8 [count, C, S, S], in a worker where the main process sees it without a copy."""
+        """Return an uninitialised uint8 [count, C, S, S], in shared memory if this is a worker."""
         images = torch.empty(
             (count, self.num_channels, self.image_size, self.image_size), dtype=torch.uint8
         )
@@ -84,7 +87,10 @@ class ImagePipeline:
 
 
 class BatchRows(NamedTuple):
-    """Rows of a global batch: epochs [B] and samples [B]; ``first`` is the place of the first in the stream."""
+    """Rows of a global batch: epochs [B] and samples [B].
+
+    ``stream_offset`` is the index of the first row in the stream.
+    """
 
     epochs: NDArray[np.int64]
     samples: NDArray[np.int64]
@@ -92,62 +98,62 @@ class BatchRows(NamedTuple):
 
 
 class TrainImages(Dataset[MicroBatch]):
-    """A micro-batch for given rows. Chance is keyed by (seed, epoch, sample), not by who draws it."""
+    """The micro-batches for given rows; random draws are a function of (seed, epoch, sample)."""
 
     def __init__(self, store: SampleStore, pipeline: ImagePipeline, seed: int) -> None:
         self.store, self._pipeline, self._seed = store, pipeline, seed
 
     def __getitems__(self, rows: BatchRows) -> MicroBatch:
-        images, labels, faults = self._pipeline.empty_batch(len(rows.samples)), [], []
-        for image, epoch, sample in zip(
-            images, rows.epochs.tolist(), rows.samples.tolist(), strict=True
-        ):
-            pixels, label, fault = self._sample(epoch, sample)
-            image.copy_(
-                self._pipeline.train_image(pixels, rng_for(self._seed, epoch, sample, _PIXEL_KEY))
-            )
+        images = self._pipeline.empty_batch(len(rows.samples))
+        labels = []
+        faults = []
+        epochs, samples = rows.epochs.tolist(), rows.samples.tolist()
+        for image, epoch, sample in zip(images, epochs, samples, strict=True):
+            pixels, label, sample_faults = self._sample(epoch, sample)
+            rng = rng_for(self._seed, epoch, sample, _PIXEL_KEY)
+            image.copy_(self._pipeline.train_image(pixels, rng))
             labels.append(label)
-            faults += fault
-        return MicroBatch(
-            images,
-            torch.tensor(labels),
-            self._pipeline.mix(self._seed, rows.epochs, rows.stream_offset),
-            tuple(faults),
-        )
+            faults += sample_faults
+        mix = self._pipeline.mix(self._seed, rows.epochs, rows.stream_offset)
+        return MicroBatch(images, torch.tensor(labels), mix, tuple(faults))
 
     def _sample(self, epoch: int, sample: int) -> tuple[Pixels, int, list[str]]:
-        """Pixels and label; where they cannot be read, those of another sample, and a text that says so.
+        """Return (pixels, label, faults) of a sample.
 
-        The other one is a function of (seed, epoch, sample), so all world sizes take the same.
+        If the sample cannot be read, pixels and label are those of a replacement, and ``faults``
+        has one text that reports it. The replacement is a function of (seed, epoch, sample), so
+        it is the same with every world size.
         """
+        num_channels = self._pipeline.num_channels
         try:
-            return *decode_sample(self.store, sample, self._pipeline.num_channels), []
+            return *decode_sample(self.store, sample, num_channels), []
         except CorruptSampleError as error:
             fault = error.problem
         rng = rng_for(self._seed, epoch, sample, _REPLACEMENT_KEY)
         for other in rng.integers(len(self.store.manifest), size=_REPLACEMENTS).tolist():
             try:
-                return *decode_sample(self.store, other, self._pipeline.num_channels), [
-                    f"{fault}; sample {other} is in its place"
-                ]
+                pixels, label = decode_sample(self.store, other, num_channels)
             except CorruptSampleError as error:
                 last = error.problem
                 remedy = error.remedy
+            else:
+                return pixels, label, [f"{fault}; replaced by sample {other}"]
         raise CorruptSampleError(
-            f"{fault}; nor could {_REPLACEMENTS} others be read that were to take its place, the "
-            f"last: {last}",
+            f"{fault}; and {_REPLACEMENTS} replacement samples could not be read either, the last: "
+            f"{last}",
             remedy,
         )
 
 
 class EvalImages(Dataset[tuple[Tensor, Tensor, Tensor]]):
-    """(images, labels, mask) for given samples; PADDING gives a black image and False."""
+    """The batches (images, labels, mask) for given samples; PADDING gives a black image and False."""
 
     def __init__(self, store: SampleStore, pipeline: ImagePipeline) -> None:
         self.store, self._pipeline = store, pipeline
 
     def __getitems__(self, samples: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        images, labels = self._pipeline.empty_batch(len(samples)), []
+        images = self._pipeline.empty_batch(len(samples))
+        labels = []
         for image, sample in zip(images, samples, strict=True):
             if sample == PADDING:
                 image.zero_()
@@ -160,19 +166,19 @@ class EvalImages(Dataset[tuple[Tensor, Tensor, Tensor]]):
 
 
 def decode_sample(store: SampleStore, sample: int, num_channels: int) -> tuple[Pixels, int]:
-    """(uint8 [H, W, C], label). Raises CorruptSampleError."""
+    """Return (uint8 [H, W, C], label) of a sample. Raises CorruptSampleError."""
     data, label = store.read(sample)
     try:
         return decode(data, num_channels), label
     except UndecodableError as error:
-        raise store.corrupt(sample, f"no picture: {error}", undecodable=True) from error
+        raise store.corrupt(sample, f"not an image: {error}", undecodable=True) from error
 
 
 def rng_for(*key: int) -> np.random.Generator:
-    """A generator that is a function of ``key``."""
+    """Return a generator that is a function of ``key``."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
 
 
 def identity(batch: Any) -> Any:
-    """The collate function: a data set here gives whole batches."""
+    """Return ``batch``: the collate function, since the data sets here return whole batches."""
     return batch

@@ -20,10 +20,11 @@ from prelora_ds.data.batch import MicroBatch
 from prelora_ds.data.datasets import ImagePipeline, rng_for
 from prelora_ds.data.decode import UndecodableError, decode
 from prelora_ds.data.labels import LabelReader, SampleError
-from prelora_ds.data.loader import Loader, Workers, WorkerStart, rank_share
+from prelora_ds.data.loader import Loader, rank_share
 from prelora_ds.data.manifest import EXTENSIONS, is_url
 from prelora_ds.data.order import Position, Stream
 from prelora_ds.data.store import CorruptSampleError
+from prelora_ds.data.workers import Workers, WorkerStart
 from prelora_ds.errors import ConfigError
 
 _BUFFER = 1000  # samples of the shuffle, a worker

@@ -65,7 +65,7 @@ def test_workers_and_a_later_start_mix_the_same(manifest):
 
 
 def test_a_micro_batch_that_would_cut_a_pair_is_refused(manifest):
-    with pytest.raises(ConfigError, match=r"train\.micro_batch_size = 1: odd"):
+    with pytest.raises(ConfigError, match=r"train\.micro_batch_size = 1: is odd"):
         TrainLoader(manifest, PIPELINE, seed=0, global_batch_size=16, micro_batch_size=1, rank=0, world_size=1,
                     workers=0)
     loader = TrainLoader(manifest, PIPELINE, seed=0, global_batch_size=6, micro_batch_size=6, rank=0, world_size=1,

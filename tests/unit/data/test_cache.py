@@ -102,7 +102,7 @@ def test_what_does_not_fit_is_read_from_the_original_and_the_limit_holds(manifes
     cache = ShardCache(tmp_path / "cache", limit)
     stage(manifest, cache)
     said = capsys.readouterr().err
-    assert said.count("warning: ") == 1 and "has no room for" in said and f"read from {manifest.folder}" in said
+    assert said.count("warning: ") == 1 and " is full (" in said and f"read from {manifest.folder}" in said
     assert len(copies(cache.folder)) == 2
     assert sum(file.stat().st_size for file in copies(cache.folder)) <= limit
     images, faults = batches(manifest, cache)
@@ -174,7 +174,7 @@ def test_what_a_killed_process_left_is_cleared_away(manifest, tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_is_a_warning_and_training_goes_on(manifest, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr("prelora_ds.data.cache._LOOK_AGAIN_S", 0.0)
+    monkeypatch.setattr("prelora_ds.data.cache._PAUSE_AFTER_ERROR_S", 0.0)
     (tmp_path / "cache").write_text("a file")
     images, faults = batches(manifest, ShardCache(tmp_path / "cache", total(manifest)))
     assert torch.equal(images, batches(manifest)[0]) and not faults
@@ -222,5 +222,5 @@ def test_a_bad_moment_of_a_store_is_tried_again(manifest, monkeypatch):
 def test_a_server_without_ranges_is_told_from_a_cut_shard(url):
     remote = Manifest.load(url)
     size = remote.shards[0].size_bytes
-    with pytest.raises(CorruptSampleError, match=rf"{size} bytes came for \d+ asked for: does its server know ranges"):
+    with pytest.raises(CorruptSampleError, match=rf"got {size} bytes for a range of \d+: does the server support"):
         SampleStore(remote).read(0)

@@ -25,12 +25,13 @@ from support.failing_data import OutOfMemory, Says
 
 from prelora_ds.data.corrupt import CorruptBudget, CorruptBudgetError
 from prelora_ds.data.datasets import ImagePipeline
-from prelora_ds.data.loader import TrainLoader, WorkerLostError, Workers, eval_batches
+from prelora_ds.data.loader import TrainLoader, eval_batches
 from prelora_ds.data.manifest import Manifest
 from prelora_ds.data.parallel import NoSharedMemoryError
 from prelora_ds.data.shards.verify import verify
 from prelora_ds.data.shards.writer import write_shards
 from prelora_ds.data.store import CorruptSampleError
+from prelora_ds.data.workers import WorkerLostError, Workers
 from prelora_ds.errors import ConfigError, DiskError, ExpectedError
 
 SAMPLES, BATCH = 30, 12
@@ -45,7 +46,7 @@ def png(number: int) -> bytes:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """30 samples in 3 shards, each of a class of its own; sample 17 is no picture, though whole."""
+    """30 samples in 3 shards, each of a class of its own; sample 17 is whole but not an image."""
     images = [b"no picture at all" if i == 17 else png(i) for i in range(SAMPLES)]
     write_shards(((f"{i:03d}", image, "png", i) for i, image in enumerate(images)), tmp_path / "train",
                  samples_per_shard=10, class_names=list(map(str, range(SAMPLES))))
@@ -80,8 +81,8 @@ def epoch_of(folder: Path, **options: object) -> tuple[torch.Tensor, list[int], 
 def test_a_picture_that_cannot_be_decoded_is_named_and_replaced_and_counted(folder, capfd):
     row = Manifest.load(folder).rows[17]
     _, labels, faults = epoch_of(folder)
-    place = rf"sample 17, 17 bytes from byte {row['offset']} of \S+shard-000001\.tar: no picture: .*; " \
-            r"sample (\d+) is in its place"
+    place = rf"sample 17, 17 bytes from byte {row['offset']} of \S+shard-000001\.tar: not an image: .*; " \
+            r"replaced by sample (\d+)"
     found = [re.fullmatch(place, fault, re.DOTALL) for fault in faults]
     assert len(found) == 2 and all(found), faults  # once an epoch
     assert 17 not in labels and len(labels) == 60
@@ -148,7 +149,7 @@ def test_a_shard_cut_short_or_gone_under_way_is_named(folder):
     os.truncate(path, int(row["offset"]) + 10)
     faults = [fault for _ in range(3) for batch in made.next() for fault in batch.faults]
     made.close()
-    assert any(re.search(r"sample 25, .*shard-000002\.tar: OSError: \[Errno \d+\] only 10 bytes there", f)
+    assert any(re.search(r"sample 25, .*shard-000002\.tar: OSError: \[Errno \d+\] short read: 10 bytes", f)
                for f in faults)
     assert {int(re.match(r"sample (\d+)", f)[1]) for f in faults} >= {17, 25, 26, 27, 28, 29}
     with pytest.raises(ConfigError, match=r"shard-000002\.tar.*bytes"):
@@ -195,7 +196,7 @@ def test_an_image_of_the_evaluation_that_cannot_be_decoded_is_named_in_two_lines
         list(eval_batches(manifest, PIPELINE, batch_size=4, rank=0, world_size=1, workers=workers))
     assert str(caught.value) == (
         f"sample 17, 17 bytes from byte {manifest.rows['offset'][17]} of {folder}/shard-000001.tar: "
-        f"no picture: the bytes are not JPEG, PNG or WEBP\n  remedy: `prelora shards verify {folder} "
+        f"not an image: the bytes are not JPEG, PNG or WEBP\n  remedy: `prelora shards verify {folder} "
         "--decode` lists every image that cannot be decoded; write the shards again without them")
     assert [problem.sample for problem in verify(folder, decode=True)] == [17]
 
@@ -216,7 +217,7 @@ def test_a_data_set_without_any_readable_sample_ends_the_loader(tmp_path, worker
     write_shards(((str(i), b"nothing", "png", 0) for i in range(12)), tmp_path / "bad", samples_per_shard=6,
                  class_names=["one"])
     made = loader(tmp_path / "bad", workers=workers)
-    with pytest.raises(CorruptSampleError, match=r"(?s)shard-00000[01]\.tar.*nor could 10 others be read"):
+    with pytest.raises(CorruptSampleError, match=r"(?s)shard-00000[01]\.tar.*10 replacement samples could not be read"):
         made.next()
     with pytest.raises(ValueError, match="closed"):  # and not the batch after the broken one
         made.next()
@@ -232,7 +233,7 @@ def test_a_pickle_in_the_place_of_a_picture_is_never_opened(tmp_path):
                  class_names="abcd")
     made = loader(tmp_path / "set", global_batch_size=4)
     faults = [fault for batch in made.next() for fault in batch.faults]
-    assert len(faults) == 1 and "no picture" in faults[0] and not (tmp_path / "opened").exists()
+    assert len(faults) == 1 and "not an image" in faults[0] and not (tmp_path / "opened").exists()
 
 
 # ---- the budget
@@ -247,8 +248,8 @@ def test_the_budget_is_a_share_of_an_epoch_and_begins_anew_with_each():
     assert budget.exceeded(count)
     error = budget.error(count, "b")
     assert isinstance(error, CorruptBudgetError)
-    assert str(error).startswith("6 unreadable samples in epoch 2 are more than data.corrupt_budget = 0.001 of 5000 "
-                                 "samples allows; one of them: b\n  remedy: ")
+    assert str(error).startswith("6 unreadable samples in epoch 2 exceed data.corrupt_budget (0.001 of 5000 "
+                                 "samples); for example: b\n  remedy: ")
 
 
 def test_a_budget_of_nothing_bears_nothing():
@@ -261,8 +262,8 @@ def test_a_budget_of_nothing_bears_nothing():
 
 def test_a_worker_without_memory_says_what_to_do_in_two_lines():
     workers = Workers(OutOfMemory(), [[0]], 1, "forkserver")
-    # A worker that cannot even tell is gone, and the remedy is the same.
-    told = r"(more memory .*GiB\)|a data worker is gone .*)\n  remedy: .*fewer"
+    # A worker that cannot even report it dies, and the remedy is the same.
+    told = r"(more memory .*GiB\)|a data worker died .*)\n  remedy: .*fewer"
     with pytest.raises(WorkerLostError, match=told) as caught:
         next(workers)
     assert len(str(caught.value).splitlines()) == 2

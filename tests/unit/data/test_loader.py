@@ -133,7 +133,7 @@ def test_the_union_of_ranks_is_the_sequence_disjoint_and_whole(manifest, data, w
     for _ in range(count):
         for rows in (next(rank) for rank in ranks for _ in range(accum)):
             assert len(rows.samples) == micro
-            places += range(rows.first, rows.first + micro)
+            places += range(rows.stream_offset, rows.stream_offset + micro)
             seen += zip(rows.epochs.tolist(), rows.samples.tolist(), strict=True)
     assert places == list(range(start * size, (start + count) * size))
     per_epoch = stream.samples_per_epoch
@@ -181,7 +181,7 @@ def test_another_micro_batch_under_way_cuts_the_same_rows(manifest, workers_):
     got += [loader.next(), loader.next()]
     loader.rebatch(3)
     got.append(loader.next())
-    with pytest.raises(ValueError, match="no multiple of 4"):
+    with pytest.raises(ValueError, match="not a multiple of 4"):
         loader.rebatch(4)
     assert loader.step == 5
     loader.close()
