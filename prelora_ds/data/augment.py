@@ -49,7 +49,7 @@ def _rotate(image: Image.Image, x: float, rng: np.random.Generator) -> Image.Ima
 
 
 def _cutout(image: Image.Image, x: float, rng: np.random.Generator) -> Image.Image:
-    """Paint a grey square of side ``80 x`` pixels (at 224), with its centre anywhere in the image."""
+    """Paint a grey square of side ``80 x`` pixels (at 224), centred anywhere."""
     half = round(int(x * _CUTOUT) * image.width / _SIZE)
     cx, cy = (rng.random(2) * image.size).astype(int).tolist()
     image = image.copy()
@@ -109,7 +109,7 @@ _NAMES = tuple(OPERATIONS)
 def rand_augment(
     image: Image.Image, layers: int, level: float, rng: np.random.Generator
 ) -> Image.Image:
-    """Apply ``layers`` operations in turn, each drawn uniformly from `OPERATIONS`, at ``level`` of 10."""
+    """Apply ``layers`` operations in turn at ``level``, each drawn uniformly from `OPERATIONS`."""
     for number in rng.integers(len(_NAMES), size=layers).tolist():
         image = OPERATIONS[_NAMES[number]](image, level / 10, rng)
     return image
@@ -132,7 +132,8 @@ def augment(
         with _torch_generator(rng):
             image = _from_pillow(TrivialAugmentWide()(_to_pillow(image)))
     elif (layers := AUGMENT_LEVELS[level].layers) > 0:
-        image = _from_pillow(rand_augment(_to_pillow(image), layers, AUGMENT_LEVELS[level].magnitude, rng))
+        magnitude = AUGMENT_LEVELS[level].magnitude
+        image = _from_pillow(rand_augment(_to_pillow(image), layers, magnitude, rng))
     if random_erasing and rng.random() < random_erasing:
         from torchvision.transforms import RandomErasing
 
@@ -147,7 +148,7 @@ def augment(
 
 
 class _torch_generator:
-    """A context that seeds torch's global generator from ``rng``, and restores its state at the end.
+    """A context that seeds torch's global generator from ``rng``, and restores it at the end.
 
     torchvision's transforms draw from that generator.
     """

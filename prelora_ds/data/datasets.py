@@ -146,7 +146,7 @@ class TrainImages(Dataset[MicroBatch]):
 
 
 class EvalImages(Dataset[tuple[Tensor, Tensor, Tensor]]):
-    """The batches (images, labels, mask) for given samples; PADDING gives a black image and False."""
+    """Batches (images, labels, mask) of given samples; PADDING gives a black image and False."""
 
     def __init__(self, store: SampleStore, pipeline: ImagePipeline) -> None:
         self.store, self._pipeline = store, pipeline

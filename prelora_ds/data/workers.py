@@ -21,7 +21,7 @@ from prelora_ds.errors import ExpectedError
 WorkerStart = Literal["forkserver", "spawn", "fork"]
 _PRELOAD = "prelora_ds.data.loader"  # imports whatever a worker needs
 _WORKER_ENDS_S = 5.0
-_REMEDY = "\n  remedy: if memory ran out, use fewer data.workers or a smaller train.micro_batch_size"
+_REMEDY = "\n  remedy: if memory ran out, lower data.workers or train.micro_batch_size"
 
 
 class WorkerLostError(ExpectedError, RuntimeError):

@@ -114,8 +114,8 @@ def test_an_index_that_is_cut_under_a_run_ends_it_with_75_and_one_message(forge,
     os.truncate(tmp_path / "train" / "index.npy", 1000)
     codes, said = job.end(), job.said()
     assert 75 in codes and set(codes) <= {75, -9} and said.count("error") == 1, (codes, said)
-    assert re.search(r"error( \(rank 1 on \S+\))?: data = '\S+train/index\.npy': is not as it was when it "
-                     r"was opened: its content is another\n  remedy: put the data set back", said), said
+    assert re.search(r"error( \(rank 1 on \S+\))?: data = '\S+train/index\.npy': has changed since it "
+                     r"was opened: its content has changed\n  remedy: restore the data set", said), said
 
 
 def test_an_image_of_the_evaluation_that_cannot_be_decoded_is_one_message(forge, tmp_path):

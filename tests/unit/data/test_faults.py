@@ -206,7 +206,7 @@ def test_an_index_that_is_cut_under_a_loader_ends_it_with_75(folder, workers):
     made = loader(folder, workers=workers)
     made.next()
     os.truncate(folder / "index.npy", 500)
-    with pytest.raises(DiskError, match=r"index\.npy': is not as it was") as caught:
+    with pytest.raises(DiskError, match=r"index\.npy': has changed since it was opened") as caught:
         for _ in range(20):
             made.next()
     assert caught.value.exit_code == 75 and len(str(caught.value).splitlines()) == 2
@@ -263,7 +263,7 @@ def test_a_budget_of_nothing_bears_nothing():
 def test_a_worker_without_memory_says_what_to_do_in_two_lines():
     workers = Workers(OutOfMemory(), [[0]], 1, "forkserver")
     # A worker that cannot even report it dies, and the remedy is the same.
-    told = r"(more memory .*GiB\)|a data worker died .*)\n  remedy: .*fewer"
+    told = r"(more memory .*GiB\)|a data worker died .*)\n  remedy: .*lower data\.workers"
     with pytest.raises(WorkerLostError, match=told) as caught:
         next(workers)
     assert len(str(caught.value).splitlines()) == 2

@@ -100,7 +100,7 @@ def test_what_is_broken_is_counted_and_pickles_are_never_opened(folder, tmp_path
             tar.addfile(info, io.BytesIO(data))
     _, labels, faults = taken(loader(folder, "odd.tar"), 2)
     assert set(labels) == {1} and not (tmp_path / "opened").exists()
-    for key, problem in (("b", "the bytes are not JPEG"), ("c", "belong together"),
+    for key, problem in (("b", "the bytes are not JPEG"), ("c", "each sample needs exactly one image"),
                          ("d", "has the label 40, which is not"), ("e", "has b'five' in its .cls")):
         assert any(f"sample {key} of {folder}/odd.tar" in fault and problem in fault for fault in faults), (key, faults)
 
@@ -115,7 +115,7 @@ def test_a_missing_shard_is_a_fault_and_nothing_but_missing_shards_an_error(fold
 def test_a_pattern_that_matches_nothing_is_refused_at_the_start(folder):
     Unindexed(f"{folder}/shard-{{000003..000009}}.tar", SAMPLES, CLASSES).check()
     for pattern in ("shard-{000008..000009}.tar", "*.tar", "shard-{0..", "${none}.tar", ""):
-        with pytest.raises(ConfigError, match=r"data\.train = .*(is there|is not a pattern)"):
+        with pytest.raises(ConfigError, match=r"data\.train = .*(shards exists|is not a pattern)"):
             Unindexed(f"{folder}/{pattern}", SAMPLES, CLASSES).check()
 
 
