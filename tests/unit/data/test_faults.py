@@ -302,7 +302,7 @@ def test_a_killed_worker_is_named_and_ends_the_loader(folder):
     [killed, _] = made._batches._batches._workers
     time.sleep(1)  # until it waits: torch never gets back a lock of its own that dies with a process
     os.kill(killed.pid, signal.SIGKILL)
-    with pytest.raises(WorkerLostError, match=rf"(?s){killed.pid}: -9.*remedy: .* fewer data\.workers"):
+    with pytest.raises(WorkerLostError, match=rf"(?s){killed.pid}: -9.*remedy: .* lower data\.workers"):
         for _ in range(50):
             made.next()
     with pytest.raises(ValueError, match="closed"):

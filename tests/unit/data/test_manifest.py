@@ -236,5 +236,6 @@ def test_a_shard_of_another_size_is_named(shards, change_bytes):
     path = shards.folder / "shard-000001.tar"
     data = path.read_bytes()
     path.write_bytes(data[:change_bytes] if change_bytes < 0 else data + b"\0")
-    with pytest.raises(ConfigError, match=rf"shard-000001\.tar.*{len(data) + change_bytes} bytes, expected {len(data)}"):
+    sizes = rf"{len(data) + change_bytes} bytes, expected {len(data)}"
+    with pytest.raises(ConfigError, match=rf"shard-000001\.tar.*{sizes}"):
         Manifest.load(shards.folder)
