@@ -31,8 +31,8 @@ def test_what_is_passed_over_and_classes_without_a_sample_are_said(monkeypatch, 
     said = capsys.readouterr()
     where = tmp_path / "x"
     assert f"{where}: 1 samples of 3 classes in 1 shards; 2 classes have no sample\n" in said.out
-    assert f"{where}: 2 members that belong to no sample were passed over; the first is '._a.jpg'\n" in said.err
-    assert f"{where}: 1 pickled members were passed over, and not decoded\n" in said.err
+    assert f"{where}: 2 members that belong to no sample were skipped; the first is '._a.jpg'\n" in said.err
+    assert f"{where}: 1 pickled members were skipped (never decoded)\n" in said.err
 
 
 def test_decode_lists_what_cannot_be_decoded_and_ends_with_1(monkeypatch, capsys, tmp_path):
@@ -40,7 +40,7 @@ def test_decode_lists_what_cannot_be_decoded_and_ends_with_1(monkeypatch, capsys
     write_tar(tmp_path / "0.tar", members)
     assert shards(monkeypatch, "index", tmp_path) == 0
     assert shards(monkeypatch, "verify", tmp_path) == 0
-    assert "every shard is as in the manifest\n" in capsys.readouterr().out
+    assert "all shards match the manifest\n" in capsys.readouterr().out
     assert shards(monkeypatch, "verify", tmp_path, "--decode") == 1
     said = capsys.readouterr().out
     offset = 512 + (-(-len(members[0][1]) // 512)) * 512 + 1024 + 512

@@ -110,15 +110,15 @@ def test_each_rank_of_a_job_writes_its_part_and_rank_0_waits(tree, whole, tmp_pa
     assert contents(tmp_path / "out") == whole
 
 
-@pytest.mark.parametrize(("environ", "place"), [
-    ({}, (0, 1)), ({"SLURM_PROCID": "0", "SLURM_NTASKS": "64"}, (0, 1)),  # a batch script, which is no task of srun
+@pytest.mark.parametrize(("environ", "expected"), [
+    ({}, (0, 1)), ({"SLURM_PROCID": "0", "SLURM_NTASKS": "64"}, (0, 1)),  # a batch script, which is not a task of srun
     ({"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "64"}, (5, 64)), ({"PMI_RANK": "1", "PMI_SIZE": "2"}, (1, 2)),
     ({"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"},
      (3, 4)),
     ({"RANK": "1", "WORLD_SIZE": "2"}, (1, 2)),
 ])
-def test_the_place_in_a_job_is_what_its_launcher_says(environ, place):
-    assert rank_and_world_size(environ) == place
+def test_rank_and_world_size_come_from_the_launcher(environ, expected):
+    assert rank_and_world_size(environ) == expected
 
 
 def test_a_rank_that_is_not_of_its_job_is_refused():

@@ -158,4 +158,4 @@ def test_hostile_options_end_with_2_and_one_message(tmp_path, hostile):
 @pytest.mark.parametrize("place", ["x", "-1", "1.0", "", "\u0661"])
 def test_a_rank_that_is_not_a_number_is_one_message(tmp_path, place):
     code, stderr = run(plant(tmp_path / "in"), tmp_path / "out", RANK=place, WORLD_SIZE="1")
-    assert code == 2 and "is not a rank of a job" in stderr, stderr
+    assert code == 2 and "is not a valid rank" in stderr, stderr

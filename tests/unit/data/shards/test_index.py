@@ -140,7 +140,7 @@ def test_pickled_members_are_counted_and_never_decoded(tmp_path, monkeypatch):
         ([("a.jpg", b"x"), ("a.json", b'{"label": tru')], r"has a \.json that cannot be read"),
         (
             [("a.jpg", b"x"), ("a.json", b"[1]")],
-            r"has a \.json without the key 'label'; it holds \[1\]",
+            r"has a \.json without the key 'label'; it contains \[1\]",
         ),
         ([("a.jpg", b"x"), ("a.json", b"[" * 100_000)], r"has a \.json that cannot be read"),
         (
@@ -165,7 +165,7 @@ def test_pickled_members_are_counted_and_never_decoded(tmp_path, monkeypatch):
         ([("a.jpg", b"x"), ("a.cls", "1".encode("utf-16"))], "which is not a number"),
         (
             [("a.jpg", b"x"), ("a.cls", b"9" * 19)],
-            "which is not the number of any of the 3 classes",
+            "which is not the number of one of the 3 classes",
         ),
     ],
 )
@@ -250,7 +250,7 @@ def test_a_label_key_is_honoured_where_there_is_a_cls_too(tmp_path):
         index(str(tmp_path / "x"), tmp_path / "label", label_key="label")
     write_tar(tmp_path / "y" / "0.tar", [("a.jpg", picture(1)), ("a.cls", b"0")])
     with pytest.raises(
-        ConfigError, match=r"sample 'a' has a \.cls and no \.json(.|\n)*leave --label-key out"
+        ConfigError, match=r"sample 'a' has a \.cls and no \.json(.|\n)*omit --label-key"
     ):
         index(str(tmp_path / "y"), label_key="fine")
 
