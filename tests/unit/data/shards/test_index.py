@@ -125,11 +125,11 @@ def test_pickled_members_are_counted_and_never_decoded(tmp_path, monkeypatch):
                 ("a.jpg", b"x"),
                 ("a.cls", b"0"),
             ],
-            "at byte 4096, sample 'a': the name comes twice",
+            "at byte 4096, sample 'a': duplicate sample name",
         ),
         (
             [("a.jpg", b"x"), ("a.jpg", b"y"), ("a.cls", b"0")],
-            "at byte 0, sample 'a': the name comes twice",
+            "at byte 0, sample 'a': duplicate sample name",
         ),
         (
             [("a.jpg", b"x"), ("a.cls", b"0"), ("b.jpg", b"x"), ("b.cls", b"3")],

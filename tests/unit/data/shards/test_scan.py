@@ -129,9 +129,9 @@ def test_members_that_webdataset_passes_over_are_passed_over_and_told(tmp_path):
             assert keys_of_webdataset(path) == ["a/1", "b/1"]
 
 
-def test_a_shard_of_nothing_but_passed_over_members_is_empty(tmp_path):
+def test_a_shard_with_only_skipped_members_is_empty(tmp_path):
     with pytest.raises(
-        ConfigError, match=r"empty.*\(2 members belong to none; the first is '\._1\.jpg'\)"
+        ConfigError, match=r"empty.*\(2 members belong to no sample; the first is '\._1\.jpg'\)"
     ):
         index_shard(write_tar(tmp_path / "1.tar", [("._1.jpg", b"x"), ("LICENSE", b"x")]))
 
@@ -226,7 +226,7 @@ def test_tars_joined_by_cat_are_refused(tmp_path):
     two = write_tar(tmp_path / "2.tar", [("b.jpg", b"x"), ("b.cls", b"0")])
     one.write_bytes(one.read_bytes() + two.read_bytes())
     with pytest.raises(
-        ConfigError, match=r"something follows the end of the archive(.|\n)*not with cat"
+        ConfigError, match=r"data follows the end of the archive(.|\n)*not with cat"
     ):
         index_shard(one)
 
