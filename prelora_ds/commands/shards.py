@@ -132,16 +132,16 @@ def build(
     like: Like = None,
     resize_short: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="resize the short side to this many pixels and re-encode as JPEG"
-        ),
+        typer.Option(min=1, help="resize the short side to this many pixels and re-encode as JPEG"),
     ] = None,
     quality: Annotated[
         int | None, typer.Option(min=1, max=100, help="JPEG quality for --resize-short [90]")
     ] = None,
     skip_bad: Annotated[
         bool,
-        typer.Option("--skip-bad", help="leave out images that cannot be read; count and list them"),
+        typer.Option(
+            "--skip-bad", help="leave out images that cannot be read; count and list them"
+        ),
     ] = False,
     samples_per_shard: SamplesPerShard = 1024,
     workers: Workers = None,
@@ -228,7 +228,7 @@ def index(
     label_key: LabelKey = None,
     workers: Workers = None,
 ) -> None:
-    """Create a manifest for existing shards: a folder, or a pattern like URL/train-{0000..1023}.tar.
+    """Create a manifest for existing shards: a folder or a pattern, URL/train-{0000..1023}.tar.
 
     A sample is an image (.jpg, .jpeg, .png, .webp) and a label in .cls or .json. Pickled members
     are never decoded.

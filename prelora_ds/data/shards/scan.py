@@ -119,7 +119,9 @@ def index_shard(
         ) from error
     # Besides its own errors, tarfile raises these for damaged numbers and long chains of headers.
     except (tarfile.TarError, ValueError, OverflowError, RecursionError, MemoryError) as error:
-        raise ConfigError(key, str(path), f"this shard cannot be read ({error})", _REWRITE) from error
+        raise ConfigError(
+            key, str(path), f"this shard cannot be read ({error})", _REWRITE
+        ) from error
     return ScannedShard(shard, np.array(rows, ROW), pickled, tuple(skipped))
 
 

@@ -325,7 +325,7 @@ def test_a_label_out_of_range_is_named(tmp_path):
     train = build(Request(write_idx(tmp_path / "a", [0, 1, 2])), tmp_path / "train", OPTIONS)
     assert train.classes == ("0", "1", "2")
     source = write_idx(tmp_path / "b", [2, 0, 3, 1])
-    with pytest.raises(ConfigError, match=r"images-idx3-ubyte.*image 2 .*label 3, and there are 3 classes"):
+    with pytest.raises(ConfigError, match=r"images-idx3-ubyte.*image 2 .*label 3, and there are only 3 classes"):
         build(Request(source), tmp_path / "val", OPTIONS, like=train.folder)
 
 

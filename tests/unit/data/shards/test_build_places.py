@@ -97,7 +97,7 @@ def test_a_folder_of_the_name_of_a_partial_build_is_not_touched(tmp_path):
     source, mine = plant(tmp_path / "in"), tmp_path / "out.partial" / ".mine"
     mine.parent.mkdir()
     mine.write_text("keep")
-    with pytest.raises(ConfigError, match=r"not an unfinished build, it holds '\.mine'"):
+    with pytest.raises(ConfigError, match=r"not an unfinished build, it contains '\.mine'"):
         build(Request(source), tmp_path / "out", OPTIONS)
     assert mine.read_text() == "keep"
 

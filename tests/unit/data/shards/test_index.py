@@ -201,7 +201,7 @@ def test_patterns_name_shards_of_one_folder(whole, folder, tmp_path):
         (f"{folder}/{{a/1,b/2}}.tar", "several folders"),
         (f"{folder}/{{a,a}}.tar", "twice"),
         (str(tmp_path / "none"), "no such folder"),
-        (str(tmp_path), "holds no shards"),
+        (str(tmp_path), "contains no shards"),
     ):
         with pytest.raises(ConfigError, match=problem):
             index(source, tmp_path / "other")
@@ -215,7 +215,7 @@ def test_patterns_name_shards_of_one_folder(whole, folder, tmp_path):
 )
 def test_a_pattern_that_matches_nothing_is_refused_before_anything_is_read(tmp_path, pattern):
     with pytest.raises(
-        ConfigError, match=r"SOURCE = .*: (\d of \d shards are not there|is not a pattern|no such)"
+        ConfigError, match=r"SOURCE = .*: (\d of \d shards do not exist|is not a pattern|no such)"
     ):
         index(str(tmp_path / pattern), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -95,13 +95,13 @@ def test_a_source_that_fails_leaves_nothing(tmp_path):
 
 @pytest.mark.parametrize(("sample", "problem"), [
     (("000", b"x", "png", 0), "unique"),
-    (("a.b", b"x", "png", 0), "no dot"),
+    (("a.b", b"x", "png", 0), "without a dot"),
     (("", b"x", "png", 0), "not empty"),
     (("9", b"x", "gif", 0), "unknown image format"),
     (("9", b"x", "PNG", 0), "unknown image format"),
-    (("9", b"x", "png", 2), "none of the 2 classes"),
-    (("9", b"x", "png", -1), "none of the 2 classes"),
-    (("9", b"", "png", 0), "no bytes"),
+    (("9", b"x", "png", 2), "outside the 2 classes"),
+    (("9", b"x", "png", -1), "outside the 2 classes"),
+    (("9", b"", "png", 0), "empty image"),
 ])
 def test_a_sample_that_readers_would_lose_is_refused(tmp_path, sample, problem):
     with pytest.raises(ConfigError, match=problem):
