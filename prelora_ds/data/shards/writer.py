@@ -92,9 +92,8 @@ def write_shards(
                 [scan.shard for scan in shards],
                 [scan.rows for scan in shards],
             )
-            if os.path.lexists(
-                folder
-            ):  # an empty folder made meanwhile would be replaced by the rename
+            # The rename would replace an empty folder that was made in the meantime.
+            if os.path.lexists(folder):
                 raise ConfigError(
                     "folder",
                     str(folder),

@@ -1,8 +1,8 @@
-"""Data sets as their makers give them: what images are in them, and the bytes of one.
+"""Reading data sets as their makers publish them.
 
-A kind of source is a row of `SOURCE_FORMATS`: how it looks, how its images are found, and how one is read
-and named. `find` runs once; `read` and `name` run in any process, in any order, with nothing but a
-row of the listing.
+Each row of `SOURCE_FORMATS` is a format: how it is detected, how its images are listed, and how an
+image is read and named. `find` runs once; `read` and `name` run in any process, in any order, and
+need only a row of the listing.
 """
 
 from __future__ import annotations
@@ -18,8 +18,12 @@ from prelora_ds.errors import ConfigError
 
 
 class SourceFormat(NamedTuple):
-    """``detect`` gives a path that shows that a source is of this format, or None.
-    ``read(file, offset, length)`` gives the bytes of an encoded image, ``name`` tells which it is.
+    """A format of a source.
+
+    detect: returns a path that shows that a source has this format, otherwise None.
+    find: lists the images.
+    read: returns the bytes of the encoded image at (file, offset, length).
+    name: returns the name of that image for messages.
     """
 
     detect: Callable[[Path], Path | None]
@@ -32,7 +36,7 @@ def _row(file: str, row: int, _: int) -> str:
     return f"{file}, image {row}"
 
 
-# In the order they are tried; a tree of folders is what is left.
+# In the order in which they are tried; a tree of folders is the last resort.
 SOURCE_FORMATS = {
     ilsvrc.FORMAT: SourceFormat(ilsvrc.detect, ilsvrc.find, read_range, ilsvrc.name),
     arrays.CIFAR: SourceFormat(arrays.detect_cifar, arrays.find_cifar, arrays.read_cifar, _row),
@@ -45,7 +49,7 @@ SOURCE_FORMATS = {
 
 
 def find_images(request: Request, source_format: str | None = None) -> Listing:
-    """The images of a source, of ``kind`` or of the first that fits it.
+    """List the images of a source that has ``source_format``, or the detected format if None.
 
     Raises ConfigError for a source of no known format, and for whatever is wrong in it; DiskError where the
     disk fails.
@@ -53,7 +57,7 @@ def find_images(request: Request, source_format: str | None = None) -> Listing:
     with reading(request.source, "a source"):
         _check(request, source_format)
         if source_format is None and request.labels is not None:
-            source_format = ilsvrc.FORMAT  # no other has labels of its own
+            source_format = ilsvrc.FORMAT  # the only format that uses --labels
         if source_format is None:
             source_format = _detected(request.source)
         try:
@@ -62,19 +66,25 @@ def find_images(request: Request, source_format: str | None = None) -> Listing:
             raise ConfigError(
                 "--format",
                 source_format,
-                f"{request.source} is not of this format ({error.strerror})",
-                "leave --format out",
+                f"{request.source} does not have this format ({error.strerror})",
+                "omit --format",
             ) from error
     if not len(listing.items):
         raise ConfigError(
-            "SOURCE", str(request.source), "the source is empty, it has no images", "name another"
+            "SOURCE",
+            str(request.source),
+            "the source is empty, it has no images",
+            "name another source",
         )
     check_classes(request.source, listing.classes or ())
     return listing
 
 
 def _detected(source: Path) -> str:
-    """Raises ConfigError where no kind fits, and where class folders with images fit as well."""
+    """Return the format of the source.
+
+    Raises ConfigError if none fits, and if class folders with images fit as well.
+    """
     signs = {name: sign for name, form in SOURCE_FORMATS.items() if (sign := form.detect(source))}
     if not signs:
         raise ConfigError(
@@ -88,8 +98,8 @@ def _detected(source: Path) -> str:
         raise ConfigError(
             "SOURCE",
             str(source),
-            f"holds {signs[source_format].relative_to(source)}, which is of the format {source_format}, and "
-            f"{image.relative_to(source)}, which is of a folder of images",
+            f"contains {signs[source_format].relative_to(source)}, which has the format "
+            f"{source_format}, and {image.relative_to(source)}, which is in a folder of images",
             f"give --format {source_format} or --format {folder.FORMAT}, or remove what does not belong there",
         )
     return source_format
@@ -115,14 +125,14 @@ def _check(request: Request, source_format: str | None) -> None:
                 raise ConfigError(
                     "--labels",
                     str(labels),
-                    f"is not for the format {source_format}, which has labels of its own",
-                    f"leave it out; it belongs to {ilsvrc.FORMAT}",
+                    f"does not apply to the format {source_format}, which contains its labels",
+                    f"use it only with {ilsvrc.FORMAT}",
                 )
             check_regular(labels)
     check_regular(source)
     if source_format in (None, ilsvrc.FORMAT) and source.is_file() and (packed := packing(source)):
         raise broken(
             source,
-            f"is packed with {packed[0]}, and images are read where they lie",
-            f"unpack it with `{packed[1]}`, and name what comes out",
+            f"is packed with {packed[0]}, and images are read in place",
+            f"unpack it with `{packed[1]}`, and name the result",
         )

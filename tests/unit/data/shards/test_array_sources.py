@@ -107,7 +107,7 @@ def test_a_header_of_immense_sides_and_a_pipe_are_one_message(tmp_path):
     idx(tmp_path, "train-labels-idx1-ubyte", LABELS)
     path = tmp_path / "train-images-idx3-ubyte"
     path.write_bytes(b"\0\0\x08\x03" + struct.pack(">3I", *[(1 << 32) - 1] * 3))
-    assert "cut short" in refusal(tmp_path)
+    assert "do not match the shape" in refusal(tmp_path)
     path.write_bytes(b"\0\0\x08\xff" + bytes(4 * 255))
     refusal(tmp_path)
     path.unlink()
@@ -134,4 +134,4 @@ def test_a_list_of_files_called_train_does_not_make_a_tree_of_classes_cifar(tmp_
         (tmp_path / split).write_text("cat/1.jpg 0\n")
     assert found(tmp_path)[0] == ("cat", "dog")
     cifar(tmp_path, ["train"])
-    assert "holds train, which is of the format cifar, and cat/1.jpg" in refusal(tmp_path)
+    assert "contains train, which has the format cifar, and cat/1.jpg" in refusal(tmp_path)

@@ -24,7 +24,7 @@ def test_kaggles_flat_folder_of_val_takes_the_table_above_it_or_the_one_that_is_
     assert found(val, "val") == (WNIDS, EXPECTED, "")
     table = tmp_path / "mine.csv"
     (tmp_path / "LOC_val_solution.csv").rename(table)
-    assert "none are beside it" in refusal(val)
+    assert "there are none next to it" in refusal(val)
     assert found(val, labels=table) == (WNIDS, EXPECTED, "")
     (val / "LOC_val_solution.csv").write_text(TABLE)
     (val / "._ILSVRC2012_val_00000001.JPEG").write_bytes(b"\0\5\x16\7")
@@ -49,11 +49,11 @@ def test_splits_in_the_place_of_a_class_are_refused(tmp_path):
     val = kaggle(tmp_path)
     (val.parent / "train" / WNIDS[0]).mkdir(parents=True)
     said = refusal(tmp_path)
-    assert "CLS-LOC" in said and "of splits, in the place of a class" in said
+    assert "CLS-LOC" in said and "of splits, where a class is expected" in said
     for name in ("cat/train", "cat/test", "dog/train", "dog/test"):
         (tmp_path / "turned" / name).mkdir(parents=True)
         (tmp_path / "turned" / name / "1.jpg").write_bytes(picture(1))
-    assert "turn the folders round" in refusal(tmp_path / "turned")
+    assert "swap the two levels" in refusal(tmp_path / "turned")
 
 
 def test_a_flat_folder_of_other_names_works_where_labels_are_given(tmp_path):
@@ -71,10 +71,10 @@ def test_a_missing_label_an_image_twice_and_folders_of_classes_are_told(tmp_path
     (val / "ILSVRC2012_val_00000009.JPEG").write_bytes(picture(9))
     assert "1 images have no label, the first is ILSVRC2012_val_00000009" in refusal(val)
     (val / "ILSVRC2012_val_00000009.JPEG").rename(val / "ILSVRC2012_val_00000001.png")
-    assert "ILSVRC2012_val_00000001 comes twice" in refusal(val)
+    assert "ILSVRC2012_val_00000001 occurs twice" in refusal(val)
     (tmp_path / "tree" / "cat").mkdir(parents=True)
     said = refusal(tmp_path / "tree", labels=tmp_path / "LOC_val_solution.csv")
-    assert "is for a flat folder or a tar of images" in said
+    assert "applies to a flat folder or a tar of images" in said
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_labels_and_split_that_a_tar_of_train_has_no_use_for_are_refused(tmp_pat
     inner = tar(tmp_path / "inner.tar", [("n01440764_7.JPEG", picture(1))]).read_bytes()
     path = tar(tmp_path / "train.tar", [("n01440764.tar", inner)])
     (tmp_path / "labels.csv").write_text(TABLE)
-    assert "has the labels of its images in it" in refusal(path, labels=tmp_path / "labels.csv")
+    assert "contains the labels of its images" in refusal(path, labels=tmp_path / "labels.csv")
     assert "has the splits train" in refusal(path, "val")
 
 
