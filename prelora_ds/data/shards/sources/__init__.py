@@ -51,8 +51,8 @@ SOURCE_FORMATS = {
 def find_images(request: Request, source_format: str | None = None) -> Listing:
     """List the images of a source that has ``source_format``, or the detected format if None.
 
-    Raises ConfigError for a source of no known format, and for whatever is wrong in it; DiskError where the
-    disk fails.
+    Raises ConfigError for a source without a known format, and for any mistake in it; DiskError if
+    the disk fails.
     """
     with reading(request.source, "a source"):
         _check(request, source_format)

@@ -25,7 +25,7 @@ HOW_TO_GIVE_LABELS = (
     "LOC_val_solution.csv)"
 )
 PATIENCE_S = 60.0  # reading the file takes a second or two
-_BESIDE = ("ILSVRC2012_devkit_t12.tar.gz", "ILSVRC2012_devkit_t12", "LOC_val_solution.csv")
+_LABEL_FILES = ("ILSVRC2012_devkit_t12.tar.gz", "ILSVRC2012_devkit_t12", "LOC_val_solution.csv")
 _TRUTH, _META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 _WNID = re.compile(r"n\d{8}")
 _NUMBER = re.compile(r"[0-9]{1,9}")
@@ -34,13 +34,13 @@ _BOXES = re.compile(r"(?P<wnid>n\d{8})(\s+-?\d+){4}(\s+n\d{8}(\s+-?\d+){4})*")
 Labels = tuple[tuple[str, ...] | None, dict[str, int]]
 
 
-def labels_beside(folder: Path, levels: int = 0) -> Path | None:
+def labels_next_to(folder: Path, levels: int = 0) -> Path | None:
     """Return the devkit or Kaggle's table in ``folder``, or in the ``levels`` folders above it."""
     return next(
         (
             path
             for above in (folder, *folder.parents[:levels])
-            for name in _BESIDE
+            for name in _LABEL_FILES
             if (path := above / name).exists()
         ),
         None,
@@ -77,8 +77,8 @@ class _Line(NamedTuple):
     label: str
 
     def refused(self, source: Path, problem: str) -> ConfigError:
-        where = f"line {self.number}, {self.text[:80]!r}: "
-        return ConfigError("--labels", str(source), where + problem, HOW_TO_GIVE_LABELS)
+        location = f"line {self.number}, {self.text[:80]!r}: "
+        return ConfigError("--labels", str(source), location + problem, HOW_TO_GIVE_LABELS)
 
 
 def _read_table(source: Path, names: list[str]) -> Labels:

@@ -57,7 +57,7 @@ def find(request: Request) -> Listing:
     names = folders_in(top)
     if splits := split_folders(top, names, request):
         top = top / choose_split(splits, request)
-        tree.beside += [name for name in names if name not in splits]
+        tree.other_folders += [name for name in names if name not in splits]
         names = folders_in(top)
         if not names and ilsvrc.detect(top):
             return ilsvrc.find(Request(top, labels=request.labels))
@@ -202,7 +202,7 @@ class _Tree:
     """A walk through the folders of all classes, which counts what it finds besides images."""
 
     def __init__(self) -> None:
-        self.beside: list[str] = []
+        self.other_folders: list[str] = []
         self._suffixes, self._hidden = Counter[str](), Counter[str]()
         self._hidden_files = self._special = self._stray = 0
         self._folders: dict[str, str] = {}  # real path -> path that led there
@@ -298,7 +298,9 @@ class _Tree:
                     f"{self._hidden_files} hidden files" if self._hidden_files else "",
                     f"{self._special} pipes or devices" if self._special else "",
                     f"{self._stray} images next to the folders" if self._stray else "",
-                    f"the folders {some(self.beside)} next to the splits" if self.beside else "",
+                    f"the folders {some(self.other_folders)} next to the splits"
+                    if self.other_folders
+                    else "",
                 ],
             )
         )

@@ -18,7 +18,7 @@ from typing import IO, NamedTuple
 
 from prelora_ds.data.shards.reading import broken, reading
 from prelora_ds.data.shards.scan import ends_whole
-from prelora_ds.data.shards.sources.devkit import HOW_TO_GIVE_LABELS, labels_beside, read_labels
+from prelora_ds.data.shards.sources.devkit import HOW_TO_GIVE_LABELS, labels_next_to, read_labels
 from prelora_ds.data.shards.sources.listing import (
     Listing,
     Request,
@@ -88,7 +88,7 @@ def find(request: Request) -> Listing:
             skipped["members that are not a tar"] += len(members) - len(inner)
             return _train(path, file, inner, skipped)
     classes, labels = _val_labels(
-        path, [member.name for member in members], request.labels or labels_beside(path.parent)
+        path, [member.name for member in members], request.labels or labels_next_to(path.parent)
     )
     members.sort()
     return Listing(
@@ -208,7 +208,7 @@ def _flat(request: Request) -> Listing:
     choose_split(["val"], request)
     names.sort()
     classes, labels = _val_labels(
-        folder, names, request.labels or labels_beside(folder.absolute(), _LEVELS)
+        folder, names, request.labels or labels_next_to(folder.absolute(), _LEVELS)
     )
     return Listing(
         FORMAT,

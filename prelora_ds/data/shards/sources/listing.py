@@ -129,41 +129,41 @@ def some(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
-def choose_split(found: Sequence[str], request: Request) -> str:
+def choose_split(splits: Sequence[str], request: Request) -> str:
     """Return the requested split, or the only one.
 
     Raises ConfigError if there are none, and if none of several is requested.
     """
-    if not found:
+    if not splits:
         raise broken(
             request.source,
             "contains none of the files of this format",
             "name the folder that contains them, or omit --format",
         )
-    if request.split is None and len(found) == 1:
-        return found[0]
-    if request.split is None or request.split not in found:
+    if request.split is None and len(splits) == 1:
+        return splits[0]
+    if request.split is None or request.split not in splits:
         raise ConfigError(
             "--split",
             request.split,
-            f"{request.source} has the splits {', '.join(sorted(found))}",
+            f"{request.source} has the splits {', '.join(sorted(splits))}",
             "give one of these",
         )
     return request.split
 
 
-def check_parts(source: Path, what: str, found: Sequence[int], wanted: range) -> None:
+def check_parts(source: Path, what: str, numbers: Sequence[int], wanted: range) -> None:
     """Raise ConfigError unless each numbered part of a data set exists exactly once."""
-    there = Counter(found)
-    if missing := len(wanted) - sum(number in wanted for number in there):
-        numbers = ", ".join(str(n) for n in islice((n for n in wanted if n not in there), 5))
+    counts = Counter(numbers)
+    if missing := len(wanted) - sum(number in wanted for number in counts):
+        first_missing = ", ".join(str(n) for n in islice((n for n in wanted if n not in counts), 5))
         raise broken(
             source,
             f"{missing} of the {len(wanted)} parts of {what} are missing: number "
-            f"{numbers}{', ...' if missing > 5 else ''}",
+            f"{first_missing}{', ...' if missing > 5 else ''}",
             "fetch the missing files",
         )
-    if more := [n for n, count in sorted(there.items()) if count > 1 or n not in wanted]:
+    if more := [n for n, count in sorted(counts.items()) if count > 1 or n not in wanted]:
         raise broken(
             source,
             f"part {more[0]} of {what} exists more than once, or is beyond the last",
