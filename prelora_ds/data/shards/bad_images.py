@@ -52,6 +52,7 @@ def refusal(source: Path, partial: Path, bad: Sequence[BadImage]) -> ConfigError
     return ConfigError(
         "SOURCE",
         str(source),
-        f"{len(bad)} images cannot be read (all are listed in {partial / LIST_NAME}):\n{summary(bad)}",
+        f"{len(bad)} images cannot be read (all are listed in {partial / LIST_NAME}):\n"
+        f"{summary(bad)}",
         remedy,
     )

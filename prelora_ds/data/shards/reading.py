@@ -105,8 +105,8 @@ def read_whole(path: Path) -> bytes:
             data = file.read(MAX_UNPACKED_BYTES + 1)
         if len(data) > MAX_UNPACKED_BYTES:
             raise ValueError(
-                f"more than {MAX_UNPACKED_BYTES:,} bytes when it is unpacked; unpack it with gunzip "
-                "if it is meant to be that large"
+                f"more than {MAX_UNPACKED_BYTES:,} bytes when it is unpacked; if that is intended, "
+                "unpack it with gunzip"
             )
         return data
 

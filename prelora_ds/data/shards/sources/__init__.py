@@ -100,7 +100,8 @@ def _detected(source: Path) -> str:
             str(source),
             f"contains {signs[source_format].relative_to(source)}, which has the format "
             f"{source_format}, and {image.relative_to(source)}, which is in a folder of images",
-            f"give --format {source_format} or --format {folder.FORMAT}, or remove what does not belong there",
+            f"give --format {source_format} or --format {folder.FORMAT}, or remove what does not "
+            "belong there",
         )
     return source_format
 

@@ -81,22 +81,18 @@ def find(request: Request) -> Listing:
             "name a folder with a sub-folder per class; a flat folder needs --labels",
         )
     if empty := [name for name in names if not images[name]]:
-        others = _others([top / name for name in empty])
-        contents = f"; there are: {others}" if others else ""
-        remedy = (
-            f"save images in a format that is read ({', '.join(sorted(IMAGES))}); remove a folder that has none"
-            if others
-            else "remove the empty folders, or put the images there"
-        )
-        raise (
-            broken(top / empty[0], f"this class has no images{contents}", remedy)
-            if len(empty) == 1
-            else broken(
-                top,
-                f"{len(empty)} of {len(names)} classes have no images: {some(empty)}{contents}",
-                remedy,
+        contents = ""
+        remedy = "remove the empty folders, or put the images there"
+        if others := _others([top / name for name in empty]):
+            contents = f"; there are: {others}"
+            remedy = (
+                f"save images in a format that is read ({', '.join(sorted(IMAGES))}); remove "
+                "folders without images"
             )
-        )
+        if len(empty) == 1:
+            raise broken(top / empty[0], f"this class has no images{contents}", remedy)
+        problem = f"{len(empty)} of {len(names)} classes have no images: {some(empty)}{contents}"
+        raise broken(top, problem, remedy)
     tree.check_links(images)
     files = [file for name in names for file in images[name]]
     labels = [label for label, name in enumerate(names) for _ in images[name]]
@@ -147,7 +143,7 @@ def _refuse_wrapped(top: Path, name: str) -> None:
 
 
 def _refuse_ambiguous(top: Path, images: dict[str, list[str]]) -> None:
-    """Raise ConfigError if the sub-folders may be the classes, for example below ``images``, ``masks``.
+    """Raise ConfigError if the sub-folders may be the classes (below ``images``, ``masks``).
 
     That is so if no folder contains images itself, and two folders have two sub-folders in common,
     or the only sub-folder of one is one of several of another. A sub-folder that is the only one of
@@ -168,13 +164,15 @@ def _refuse_ambiguous(top: Path, images: dict[str, list[str]]) -> None:
     either = sorted(
         name for name in pair if images[name] and len(below[name]) == len(below[larger])
     )
-    outer, inner = some(sorted(below)), some(sorted(below[larger]))
+    outer = some(sorted(below))
+    inner = some(sorted(below[larger]))
+    folders = " or ".join(str(top / name) for name in either or [larger])
     raise broken(
         top,
         f"may have the classes {outer} or the classes {inner}: no folder contains images itself, "
         f"and {first} and {second} both have {some(shared)}",
-        f"if {inner} are the classes, name {' or '.join(str(top / name) for name in either or [larger])}; if {outer} "
-        "are, put their images into the folders themselves",
+        f"if {inner} are the classes, name {folders}; if {outer} are, put their images into the "
+        "folders themselves",
     )
 
 

@@ -134,7 +134,7 @@ def _parquets(folder: Path) -> Iterator[Path]:
 
 
 class _Part(NamedTuple):
-    """A Parquet file: its configuration (a folder), its split, and its number if the name has one."""
+    """A Parquet file: its configuration (a folder), its split, and its number if it has one."""
 
     config: Path
     split: str

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from prelora_ds.data.shards.reading import broken
 from prelora_ds.errors import ConfigError
 
-# An image: ``length`` bytes from ``offset`` of file number ``file`` (some formats count rows there).
-# ``block`` is the number of the part of the file that is read at once.
+# An image: ``length`` bytes from ``offset`` of file number ``file``. Some formats count rows instead
+# of bytes. ``block`` is the number of the part of the file that is read at once.
 ITEM = np.dtype(
     [("file", "<i4"), ("label", "<i4"), ("offset", "<i8"), ("length", "<i8"), ("block", "<i4")]
 )
