@@ -24,7 +24,7 @@ def shards(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return int(ended.value.code or 0)
 
 
-def test_what_is_passed_over_and_classes_without_a_sample_are_said(monkeypatch, capsys, tmp_path):
+def test_what_is_skipped_and_classes_without_a_sample_are_reported(monkeypatch, capsys, tmp_path):
     members = [("._a.jpg", b"x"), ("LICENSE", b"x"), ("a.jpg", picture(1)), ("a.cls", b"2")]
     write_tar(tmp_path / "x" / "0.tar", [*members, ("a.pkl", b"x")])
     assert shards(monkeypatch, "index", tmp_path / "x") == 0
@@ -97,7 +97,7 @@ def test_a_full_disk_is_one_message_and_75_and_the_same_command_succeeds_later(m
 
 
 @pytest.mark.parametrize(("labels", "classes", "empty"), [([1, 2], 3, 1), ([0, 999], 1000, 998), ([0, 1], 2, 0)])
-def test_a_build_says_how_many_classes_have_no_sample(monkeypatch, capsys, tmp_path, labels, classes, empty):
+def test_a_build_reports_how_many_classes_have_no_sample(monkeypatch, capsys, tmp_path, labels, classes, empty):
     (tmp_path / "in").mkdir()
     table = pyarrow.table({"image": [picture(1), picture(2)], "label": labels})
     pyarrow.parquet.write_table(table, tmp_path / "in" / "train.parquet")

@@ -114,7 +114,7 @@ def test_sixteen_operations_come_evenly_and_level_15_is_stronger_than_10():
 @pytest.mark.parametrize("options", [
     {"level": "strong2"}, {"level": "trivial"}, {"level": "none", "random_erasing": 1.0},
     {"level": "medium2", "random_erasing": 0.5}, {"level": "light1"}])
-def test_the_key_alone_decides_and_the_global_generator_is_left_alone(options, channels):
+def test_only_the_key_matters_and_the_global_generator_is_left_unchanged(options, channels):
     image = torch.randint(0, 256, (channels, 32, 32), dtype=torch.uint8)
     options = {"flip": True, "random_erasing": 0.0} | options
     before, kept = torch.get_rng_state(), image.clone()

@@ -173,7 +173,7 @@ def test_what_a_killed_process_left_is_cleared_away(manifest, tmp_path):
     assert len(copies(cache.folder)) == len(manifest.shards)
 
 
-def test_a_folder_that_cannot_be_written_is_a_warning_and_training_goes_on(manifest, tmp_path, capfd, monkeypatch):
+def test_a_folder_that_cannot_be_written_is_a_warning_and_training_continues(manifest, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr("prelora_ds.data.cache._PAUSE_AFTER_ERROR_S", 0.0)
     (tmp_path / "cache").write_text("a file")
     images, faults = batches(manifest, ShardCache(tmp_path / "cache", total(manifest)))
@@ -183,7 +183,7 @@ def test_a_folder_that_cannot_be_written_is_a_warning_and_training_goes_on(manif
     assert capfd.readouterr().err.count("warning: ") == 1  # and not one per shard
 
 
-def test_a_copy_that_can_neither_be_read_nor_removed_is_passed_over(manifest, tmp_path):
+def test_a_copy_that_can_neither_be_read_nor_removed_is_skipped(manifest, tmp_path):
     cache = ShardCache(tmp_path / "cache", total(manifest))
     for shard in manifest.shards:
         (cache.folder / f"{shard.crc32:08x}-{shard.size_bytes}-{shard.name}").mkdir(parents=True)
@@ -219,7 +219,7 @@ def test_a_bad_moment_of_a_store_is_tried_again(manifest, monkeypatch):
 
 
 @pytest.mark.parametrize("url", [http.server.SimpleHTTPRequestHandler], indirect=True)
-def test_a_server_without_ranges_is_told_from_a_cut_shard(url):
+def test_a_server_without_ranges_is_distinguished_from_a_cut_shard(url):
     remote = Manifest.load(url)
     size = remote.shards[0].size_bytes
     with pytest.raises(CorruptSampleError, match=rf"got {size} bytes for a range of \d+: does the server support"):

@@ -114,7 +114,7 @@ def test_a_flipped_bit_in_a_header_costs_no_sample(folder):
 
 @settings(deadline=None, max_examples=8)
 @given(world_size=st.sampled_from([1, 2, 3, 6]), workers=st.sampled_from([0, 0, 0, 2]))
-def test_all_world_sizes_replace_by_the_same(tmp_path_factory, world_size, workers):
+def test_all_world_sizes_use_the_same_replacement(tmp_path_factory, world_size, workers):
     folder = broken_folder(tmp_path_factory)
     whole = loader(folder, micro_batch_size=12)
     ranks = [loader(folder, rank=rank, world_size=world_size, workers=workers) for rank in range(world_size)]
@@ -223,7 +223,7 @@ def test_a_data_set_without_any_readable_sample_ends_the_loader(tmp_path, worker
         made.next()
 
 
-def test_a_pickle_in_the_place_of_a_picture_is_never_opened(tmp_path):
+def test_a_pickle_in_place_of_a_picture_is_never_opened(tmp_path):
     class Bomb:
         def __reduce__(self) -> tuple:
             return os.mkdir, (str(tmp_path / "opened"),)
@@ -238,7 +238,7 @@ def test_a_pickle_in_the_place_of_a_picture_is_never_opened(tmp_path):
 
 # ---- the budget
 
-def test_the_budget_is_a_share_of_an_epoch_and_begins_anew_with_each():
+def test_the_budget_is_a_share_of_an_epoch_and_restarts_with_each():
     budget = CorruptBudget(0.001, 5000)
     count = (0, 0)
     for epoch, corrupt, after in ((0, 5, 5), (1, 5, 5), (2, 4, 4)):
@@ -309,7 +309,7 @@ def test_a_killed_worker_is_named_and_ends_the_loader(folder):
         made.next()
 
 
-def test_mixing_goes_on_over_a_replaced_sample(folder):
+def test_mixing_continues_over_a_replaced_sample(folder):
     flip(folder, 3)
     pipeline = replace(PIPELINE, mixup=0.5)
     one = epoch_of(folder, pipeline=pipeline, micro_batch_size=12)
@@ -377,7 +377,7 @@ def test_a_small_shared_memory_is_one_message_with_its_size_and_what_to_do(folde
     assert "Traceback" not in ended.stderr, ended.stderr
 
 
-def test_only_a_lack_of_shared_memory_is_told_as_one():
+def test_only_a_lack_of_shared_memory_is_reported_as_one():
     no_room = "unable to allocate shared memory(shm) for file </torch_1_2_0>: No space left on device (28)"
     with pytest.raises(NoSharedMemoryError, match=r"data\.workers = 1: /dev/shm"):
         next(Workers(Says(), [[no_room]], 1, "forkserver"))

@@ -260,7 +260,7 @@ def test_changed_bytes_of_index_npy_are_read_or_refused(whole, folder, data):
 
 
 @pytest.mark.parametrize("name", [MANIFEST_NAME, INDEX_NAME])
-def test_a_folder_in_the_place_of_a_file_is_refused(folder, name):
+def test_a_folder_in_place_of_a_file_is_refused(folder, name):
     (folder / name).unlink()
     (folder / name).mkdir()
     with pytest.raises(ConfigError, match=rf"data\.train = .*{name}.*cannot be read"):

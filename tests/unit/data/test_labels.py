@@ -85,14 +85,14 @@ def test_a_string_that_is_not_a_name_is_not_taken_for_a_number(name):
             LabelReader(None, classes).read("json", f'{{"label": "{name}"}}'.encode())
 
 
-def test_strings_are_numbers_where_the_names_are_the_numbers_of_their_places():
+def test_strings_are_numbers_where_the_names_are_the_indices_of_their_classes():
     reader = LabelReader(None, ("0", "1", "2"))
     assert reader.read("json", b'{"label": "02"}') == 2
     assert reader.read("json", b'{"label": 2}') == 2
 
 
 @pytest.mark.parametrize("classes", [("1", "2", "3"), ("0", "1", "10", "2"), ("1", "0", "cat")])
-def test_a_number_that_may_be_a_place_or_a_name_is_refused(classes):
+def test_a_number_that_may_be_an_index_or_a_name_is_refused(classes):
     reader = LabelReader(None, classes)
     with pytest.raises(SampleError, match=r"the number 1 .* index of a class or its name"):
         reader.read("json", b'{"label": 1}')

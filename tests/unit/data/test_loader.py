@@ -94,7 +94,7 @@ def test_shapes_types_and_step(manifest):
         loader.next()
 
 
-def test_every_sample_comes_once_an_epoch(manifest):
+def test_every_sample_comes_once_per_epoch(manifest):
     labels = torch.cat([images_and_labels(step)[1] for step in steps(manifest, 25)]).tolist()
     assert len(labels) == 12 * SAMPLES
     for epoch in range(12):
@@ -160,7 +160,7 @@ def test_pixels_do_not_depend_on_workers_and_these_end_with_the_loader(manifest)
 
 
 @pytest.mark.parametrize("workers_", [0, 1])
-def test_a_loader_of_another_world_goes_on_where_the_state_says(manifest, workers_):
+def test_a_loader_of_another_world_continues_where_the_state_says(manifest, workers_):
     loader = TrainLoader(manifest, **OPTIONS)
     before = [loader.next() for _ in range(4)]
     epoch, offset = state = loader.state
@@ -203,7 +203,7 @@ def test_epochs_and_seeds_show_other_pixels_of_the_same_sample(manifest):
     assert not torch.equal(first, of_sample_0(5, 25)) and not torch.equal(first, of_sample_0(6, 0))
 
 
-def test_the_global_generator_is_left_alone(manifest):
+def test_the_global_generator_is_left_unchanged(manifest):
     before = torch.get_rng_state()
     steps(manifest, 1)
     steps(manifest, 1, workers=1)

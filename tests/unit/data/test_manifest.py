@@ -44,7 +44,7 @@ def test_load_gives_back_what_was_saved(shards):
     assert loaded.classes == DIGIT_CLASSES
 
 
-def test_every_row_points_at_its_image_and_tells_its_checksum(shards):
+def test_every_row_points_at_its_image_and_has_its_checksum(shards):
     written = list(digits("val"))
     for number, shard in enumerate(shards.shards):
         data = (shards.folder / shard.name).read_bytes()
@@ -73,7 +73,7 @@ def large(folder, samples=1_281_167, samples_per_shard=1000):
     return shards
 
 
-def test_an_index_of_1_28_million_samples_is_read_at_its_place_and_takes_no_memory(tmp_path):
+def test_an_index_of_1_28_million_samples_is_read_at_its_offset_and_takes_no_memory(tmp_path):
     for shard in large(tmp_path):
         with (tmp_path / shard.name).open("wb") as file:
             file.truncate(shard.size_bytes)
@@ -133,7 +133,7 @@ def test_there_is_no_row_before_the_first_and_after_the_last(shards):
             shards.index.row(sample)
 
 
-def test_the_shards_are_looked_at_by_those_who_are_asked_to(shards):
+def test_the_shards_are_checked_only_on_request(shards):
     """One rank per host is: a million ranks times shards would be too many for a file system."""
     (shards.folder / "shard-000002.tar").unlink()
     assert Manifest.load(shards.folder, sizes=False) == shards

@@ -30,7 +30,7 @@ def test_batches_are_slices_of_the_stream_of_epochs(seed, samples, size, steps):
         assert sorted(rows[rows[:, 0] == epoch, 1]) == list(range(samples))
 
 
-def test_a_batch_depends_on_its_step_alone_and_not_on_those_asked_before():
+def test_a_batch_depends_only_on_its_step_and_not_on_those_asked_before():
     forward = [Stream(100, 32).batch(3, step) for step in range(10)]
     backward = [Stream(100, 32).batch(3, step) for step in reversed(range(10))]
     for one, other in zip(forward, reversed(backward), strict=True):

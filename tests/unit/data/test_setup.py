@@ -50,7 +50,7 @@ def test_a_dropped_tail_shortens_the_epoch_and_may_not_leave_it_empty(shards):
         open_data(config(shards, tail="drop", size=2048))
 
 
-def test_ranks_that_are_not_the_first_of_their_host_leave_the_shards_alone(shards, tmp_path):
+def test_ranks_that_are_not_the_first_of_their_host_do_not_check_the_shards(shards, tmp_path):
     copy = shutil.copytree(shards, tmp_path / "copy")
     (copy / "train" / "shard-000001.tar").unlink()
     assert len(open_data(config(copy), sizes=False)[0]) == 1437

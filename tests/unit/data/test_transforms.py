@@ -59,7 +59,7 @@ def test_a_jpeg_with_rubbish_after_its_end_loses_nothing_and_one_cut_short_is_re
 
 @pytest.mark.parametrize("data", [b"", b"no picture", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a" + bytes(50),
                                   b"\x80\x04cposix\nsystem\n."])
-def test_what_is_no_picture_is_refused(data):
+def test_what_is_not_an_image_is_refused(data):
     with pytest.raises(UndecodableError):
         decode(data, 3)
 

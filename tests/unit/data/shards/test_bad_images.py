@@ -125,7 +125,7 @@ def test_a_resumed_build_agrees_about_skip_bad(tmp_path):
     assert len(build(Request(source), tmp_path / "out", SKIP)) < IMAGES
 
 
-def test_the_images_that_other_ranks_could_not_read_are_told_by_rank_0(tmp_path):
+def test_the_images_that_other_ranks_could_not_read_are_reported_by_rank_0(tmp_path):
     source = plant(tmp_path / "in")
     plan = tmp_path / "out.partial" / "work" / "plan.json"
     with pytest.MonkeyPatch.context() as patch:

@@ -135,7 +135,7 @@ def test_under_mpiexec(tree, whole, tmp_path):
     assert contents(tmp_path / "out") == whole
 
 
-def test_a_killed_build_goes_on_to_the_same_bytes(tree, whole, tmp_path, monkeypatch):
+def test_a_killed_build_continues_to_the_same_bytes(tree, whole, tmp_path, monkeypatch):
     """Killed for real, while the second shard is half written; the images are fed in slowly through a pipe."""
     slow = tmp_path / "slow.py"
     slow.write_text("import time\nfrom prelora_ds.data.shards import build_shards as build\nread = build.prepare\n"
@@ -198,7 +198,7 @@ def test_other_options_do_not_go_on_with_an_unfinished_build(tree, interrupted, 
     assert contents(interrupted.with_name("out.partial") / "work") == before
 
 
-def test_a_build_goes_on_by_its_plan_and_not_by_what_the_source_has_become(tree, interrupted, whole, tmp_path):
+def test_a_build_continues_by_its_plan_and_not_by_what_the_source_has_become(tree, interrupted, whole, tmp_path):
     extra = tree[0] / "class0" / "new.jpg"
     extra.write_bytes(picture(1000))
     try:
@@ -218,7 +218,7 @@ def test_a_host_with_another_pillow_says_so_itself(tree, interrupted, monkeypatc
         build(Request(tree[0]), interrupted, Options(8, seed=3), rank=1, world_size=2)
 
 
-def test_a_worker_that_is_killed_is_told_of():
+def test_a_worker_that_is_killed_is_reported():
     with pytest.raises(WorkerDiedError, match="run the same command again"):
         list(map_unordered(os._exit, [1, 1, 1], 2))
 
@@ -247,7 +247,7 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path, damage, workers):
     assert not (tmp_path / "out").exists()
 
 
-def test_ranks_that_stop_are_told_of_with_the_shard_that_is_missing(tree, tmp_path, monkeypatch):
+def test_ranks_that_stop_are_reported_with_the_shard_that_is_missing(tree, tmp_path, monkeypatch):
     monkeypatch.setattr(building, "PATIENCE_S", 0.5)
     monkeypatch.setattr(building, "PLAN_PATIENCE_S", 0.5)
     assert build(Request(tree[0]), tmp_path / "none", OPTIONS, rank=1, world_size=2) is None  # rank 0 never began
@@ -258,7 +258,7 @@ def test_ranks_that_stop_are_told_of_with_the_shard_that_is_missing(tree, tmp_pa
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="to mount a small disk takes root")
-def test_a_full_disk_is_one_message_and_a_rerun_with_space_goes_on(tree, whole, tmp_path):
+def test_a_full_disk_is_one_message_and_a_rerun_with_space_continues(tree, whole, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=60k", "tmpfs", str(disk)]
@@ -391,7 +391,7 @@ def test_a_resized_photograph_looks_the_same():
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
-def test_an_image_cut_short_anywhere_is_no_image(form):
+def test_an_image_cut_short_anywhere_is_not_an_image(form):
     data = picture(3, form, (64, 64))
     for length in [*range(0, len(data) - 12, 301), len(data) * 9 // 10]:
         with pytest.raises(UnreadableImageError):

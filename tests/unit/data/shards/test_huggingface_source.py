@@ -107,7 +107,7 @@ def test_a_column_of_bytes_holds_images(tmp_path):
         ({"names": ["a", "a"]}, "'a' occurs twice"),
     ],
 )
-def test_columns_that_hold_something_else_are_told_with_their_type(tmp_path, settings, problem):
+def test_columns_that_hold_something_else_are_reported_with_their_type(tmp_path, settings, problem):
     parquet(tmp_path / "train.parquet", **settings)
     said = refusal(tmp_path)
     assert problem in said and str(tmp_path) in said
@@ -126,7 +126,7 @@ def test_a_stray_file_does_not_replace_a_tree_of_classes(tmp_path, stray):
     assert listing.classes == ("cat", "dog") and len(listing.items) == 2
 
 
-def test_parquet_files_beside_class_folders_are_read_where_the_format_is_given(tmp_path):
+def test_parquet_files_next_to_class_folders_are_read_where_the_format_is_given(tmp_path):
     parquet(tmp_path / "data" / "train.parquet")
     (tmp_path / "assets").mkdir()
     (tmp_path / "assets" / "logo.png").write_bytes(picture(1, "PNG"))

@@ -45,7 +45,7 @@ def test_labels_of_kaggles_val_are_those_of_its_train(tmp_path):
     assert found(val.parent, "val") == found(val.parent, "val", table) == (WNIDS, EXPECTED, "")
 
 
-def test_splits_in_the_place_of_a_class_are_refused(tmp_path):
+def test_splits_in_place_of_a_class_are_refused(tmp_path):
     val = kaggle(tmp_path)
     (val.parent / "train" / WNIDS[0]).mkdir(parents=True)
     said = refusal(tmp_path)
@@ -66,7 +66,7 @@ def test_a_flat_folder_of_other_names_works_where_labels_are_given(tmp_path):
     assert classes is None and [label for _, label in read] == [7, 0, 3]
 
 
-def test_a_missing_label_an_image_twice_and_folders_of_classes_are_told(tmp_path):
+def test_a_missing_label_a_duplicate_image_and_folders_of_classes_are_reported(tmp_path):
     val = kaggle(tmp_path)
     (val / "ILSVRC2012_val_00000009.JPEG").write_bytes(picture(9))
     assert "1 images have no label, the first is ILSVRC2012_val_00000009" in refusal(val)
@@ -87,7 +87,7 @@ def test_a_missing_label_an_image_twice_and_folders_of_classes_are_told(tmp_path
         (lambda data: b"PK\3\4" + data, "unzip"),
     ],
 )
-def test_a_packed_tar_is_told_with_the_command_that_unpacks_it(tmp_path, pack, command):
+def test_a_packed_tar_is_reported_with_the_command_that_unpacks_it(tmp_path, pack, command):
     path = tar(
         tmp_path / "ILSVRC2012_img_val.tar", [(f"{name}.JPEG", data) for name, data in VAL.items()]
     )
@@ -97,7 +97,7 @@ def test_a_packed_tar_is_told_with_the_command_that_unpacks_it(tmp_path, pack, c
     assert "n01440764.tar.gz is packed" in refusal(inner)
 
 
-def test_sparse_members_are_refused_and_hidden_ones_are_passed_over(tmp_path):
+def test_sparse_members_are_refused_and_hidden_ones_are_skipped(tmp_path):
     labels = tmp_path / "labels.csv"
     labels.write_text(TABLE)
     mac = [(f"._{name}.JPEG", b"\0\5\x16\7") for name in VAL]
@@ -120,7 +120,7 @@ def test_a_bad_image_in_a_tar_has_the_name_of_its_member(tmp_path):
     assert name == f"{path}, member n01440764_7.JPEG at byte {item['offset']}"
 
 
-def test_labels_and_split_that_a_tar_of_train_has_no_use_for_are_refused(tmp_path):
+def test_labels_and_split_that_a_tar_of_train_does_not_need_are_refused(tmp_path):
     inner = tar(tmp_path / "inner.tar", [("n01440764_7.JPEG", picture(1))]).read_bytes()
     path = tar(tmp_path / "train.tar", [("n01440764.tar", inner)])
     (tmp_path / "labels.csv").write_text(TABLE)

@@ -258,7 +258,7 @@ def test_a_label_key_is_honoured_where_there_is_a_cls_too(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "classes", "seen"), [([0, 4], 5, 2), ([1, 2], 3, 2), ([999_999], 1_000_000, 1)]
 )
-def test_without_names_the_classes_are_the_numbers_and_those_without_a_sample_are_told(
+def test_without_names_the_classes_are_the_numbers_and_those_without_a_sample_are_reported(
     tmp_path, labels, classes, seen
 ):
     write_tar(

@@ -38,7 +38,7 @@ def test_a_shard_cut_short_anywhere_is_never_indexed(shards, tmp_path):
             index_shard(path)
 
 
-def test_a_flipped_bit_in_any_header_is_never_passed_over(shards, tmp_path):
+def test_a_flipped_bit_in_any_header_is_never_skipped(shards, tmp_path):
     data = (shards.folder / "shard-000003.tar").read_bytes()
     path = tmp_path / "flipped.tar"
     for sample in shards.rows[300::7]:
@@ -49,7 +49,7 @@ def test_a_flipped_bit_in_any_header_is_never_passed_over(shards, tmp_path):
             index_shard(path)
 
 
-def test_other_members_folders_and_long_names_are_no_obstacle(tmp_path):
+def test_other_members_folders_and_long_names_are_accepted(tmp_path):
     long = "x" * 200
     members = [
         ("readme", b"text"),
@@ -104,7 +104,7 @@ def keys_of_webdataset(path):
     return [sample["__key__"] for sample in pipeline if "jpg" in sample and "cls" in sample]
 
 
-def test_members_that_webdataset_passes_over_are_passed_over_and_told(tmp_path):
+def test_members_that_webdataset_skips_are_skipped_and_reported(tmp_path):
     others = [
         "._1.jpg",
         "._1.cls",
@@ -183,7 +183,7 @@ def test_a_file_with_holes_is_refused_where_it_is_an_image_or_a_label(tmp_path):
         (tarfile.FIFOTYPE, "not a file"),
     ],
 )
-def test_links_and_what_is_not_a_file_are_refused_in_a_sample_and_passed_over_elsewhere(
+def test_links_and_what_is_not_a_file_are_refused_in_a_sample_and_skipped_elsewhere(
     tmp_path, kind, said
 ):
     def with_link(name):
@@ -296,7 +296,7 @@ def test_a_sample_with_a_dot_in_its_name_is_refused(tmp_path, members):
         index_shard(path)
 
 
-def test_further_pictures_of_a_sample_and_what_is_said_of_them_are_passed_over(tmp_path):
+def test_further_images_of_a_sample_and_their_labels_are_skipped(tmp_path):
     members = [("x.png", b"1"), ("x.cls", b"0"), ("x.seg.png", b"1"), ("x.seg.json", b"{}")]
     assert len(index_shard(write_tar(tmp_path / "a.tar", members)).rows) == 1
 

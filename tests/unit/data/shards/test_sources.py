@@ -86,7 +86,7 @@ def test_a_tree_of_splits_asks_for_one(tmp_path):
     assert found(root, "imagefolder", "val")[0] == ("cat", "dog")
 
 
-def test_sources_that_are_missing_empty_or_of_no_kind_are_named(tmp_path):
+def test_sources_that_are_missing_empty_or_of_no_known_format_are_named(tmp_path):
     refuse("nowhere.*no such file or folder", tmp_path / "nowhere")
     refuse("looks like none of", tmp_path)
     refuse("no such format", tmp_path, kind="zip")
@@ -138,7 +138,7 @@ def test_the_tar_of_class_tars_is_read_in_place(ilsvrc):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_the_devkits_numbers_become_places_among_the_sorted_ids(ilsvrc, packed):
+def test_the_devkits_numbers_become_indices_among_the_sorted_ids(ilsvrc, packed):
     folder, _, val = ilsvrc
     kit, expected = devkit(folder, [3, 1, 2, 2]), list(zip(val.values(), [0, 1, 2, 2], strict=True))
     if packed:
@@ -240,8 +240,8 @@ def test_cifar_100_takes_the_fine_labels(tmp_path, binary):
     assert_cifar(images, arrays, fine)
 
 
-def test_a_batch_in_the_very_form_of_the_makers_files(tmp_path):
-    """As Python 2 and NumPy 1 pickled it: byte strings, and NumPy's module by its old name."""
+def test_a_batch_exactly_as_in_the_published_files(tmp_path):
+    """Python 2 and NumPy 1 pickled it like this: byte strings, and NumPy's module by its old name."""
     array = cifar_pixels(2)
     dtype = b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
     (tmp_path / "test_batch").write_bytes(
@@ -368,7 +368,7 @@ def test_the_datasets_library_writes_what_is_read(tmp_path):
     assert found(tmp_path / "parquet", "huggingface")[1] == [(data, label) for data, _, label in ROWS]
 
 
-def test_arrow_images_beside_the_file_and_rows_without_image_or_label(tmp_path):
+def test_arrow_images_next_to_the_file_and_rows_without_image_or_label(tmp_path):
     save_to_disk(tmp_path / "a", [[(None, "1.jpg", 1), (None, None, 0)]])
     (tmp_path / "a" / "1.jpg").write_bytes(picture(1))
     listing = find_images(Request(tmp_path / "a"))

@@ -86,7 +86,7 @@ def test_a_cut_anywhere_is_found_and_the_first_lost_sample_named(whole, folder, 
     assert f"{PER_SHARD - kept} images are lost" in problems[0].problem
 
 
-def test_other_labels_headers_and_padding_are_told_apart(whole, folder):
+def test_other_labels_headers_and_padding_are_distinguished(whole, folder):
     name, row = whole.shards[1].name, whole.rows[PER_SHARD + 5]
     header = int(row["offset"]) - tarfile.BLOCKSIZE
     label = int(row["offset"]) + tarfile.BLOCKSIZE * (1 + -(-int(row["length"]) // tarfile.BLOCKSIZE))

@@ -73,7 +73,7 @@ def test_an_existing_folder_is_refused_and_untouched(tmp_path):
         write(some(6), tmp_path / "empty")
 
 
-def test_a_folder_made_meanwhile_is_not_replaced(tmp_path):
+def test_a_folder_made_in_the_meantime_is_not_replaced(tmp_path):
     def slow():
         yield from some(3)
         (tmp_path / "data").mkdir()
@@ -173,7 +173,7 @@ def test_a_link_to_nothing_is_in_the_way_too(tmp_path):
         write(some(2), tmp_path / "data")
 
 
-def test_a_place_that_cannot_be_written_is_one_message(tmp_path):
+def test_a_folder_that_cannot_be_written_is_one_message(tmp_path):
     (tmp_path / "file").write_text("mine")
     for place in (tmp_path / "file", Path("/proc/x"), tmp_path / ("x" * 300)):
         with pytest.raises(ConfigError, match=r"folder = .*cannot be written \(") as refused:
