@@ -124,7 +124,7 @@ def test_a_header_of_too_many_pixels_is_refused_before_memory_is_asked_for(form)
         for channels in (1, 3):
             with pytest.raises(
                 UndecodableError,
-                match=rf"{size[0]} x {size[1]} pixels, and more than 178,956,970|"
+                match=rf"{size[0]} x {size[1]} pixels, and at most 178,956,970|"
                 r"exceeds limit",
             ):
                 decode(tall(form, size), channels)

@@ -78,7 +78,7 @@ def test_a_folder_made_in_the_meantime_is_not_replaced(tmp_path):
         yield from some(3)
         (tmp_path / "data").mkdir()
 
-    with pytest.raises(ConfigError, match="meanwhile"):
+    with pytest.raises(ConfigError, match="in the meantime"):
         write(slow(), tmp_path / "data")
     assert list((tmp_path / "data").iterdir()) == [] and [path.name for path in tmp_path.iterdir()] == ["data"]
 
