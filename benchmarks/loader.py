@@ -1,14 +1,18 @@
-"""How many images does a CPU-second give, against other loaders and the ideal; how soon does an epoch begin?
+"""Measure images per CPU-second against other loaders and an ideal, and the time until an epoch begins.
 
     pip install -e '.[benchmarks]' && python benchmarks/loader.py [--images 256] [--rounds 7]
 
-Photographs of the scikit-image and foolbox wheels as JPEGs of ImageNet's mean size in pixels, in shards; one process of
-one thread, all variants in turn, seconds of the CPU. Crops are 224 pixels, of 5-100 % of the area. Goals: crop + flip
-1.85 times `webdataset` with Pillow and torchvision and 0.75 of the ideal (libjpeg-turbo decodes the box alone, torch
-resizes it: nothing read, checked or drawn); RandAugment 1.6 times. DALI on the CPU joins where it is installed.
+The first part reads shards of JPEGs that are made from the photographs in the scikit-image and foolbox wheels and have
+ImageNet's mean size in pixels. It runs in one process with one thread, alternates the variants and measures CPU
+seconds. Crops are 224 pixels, of 5-100 % of the area. In the ideal, libjpeg-turbo decodes only the box and torch
+resizes it; nothing is read, checked or drawn. DALI on the CPU takes part if it is installed. Goals:
 
-Then a manifest of ImageNet's 1,281,167 samples: seconds from nothing to the rows of any step (goal: under 1), and the
-memory of its index and order in 4 ranks of 4 workers each (goal: under 100 MB a node). Takes about 3 minutes.
+- crop + flip: 1.85 times `webdataset` with Pillow and torchvision, and 0.75 of the ideal;
+- RandAugment: 1.6 times `webdataset` with Pillow and torchvision.
+
+The second part opens a manifest of ImageNet's 1,281,167 samples. It measures the seconds from a cold start to the rows
+of any step (goal: under 1), and the memory of index and order in 4 ranks of 4 workers each (goal: under 100 MB per
+node). The benchmark takes about 3 minutes.
 """
 
 from __future__ import annotations
@@ -36,17 +40,23 @@ import torch
 from harness import ROOT, interleaved, print_table, record
 from PIL import Image
 
-from prelora_ds.data.datasets import Look, keyed
+from prelora_ds.data.datasets import ImagePipeline, rng_for
 from prelora_ds.data.loader import TrainLoader
 from prelora_ds.data.manifest import ROW, Manifest, Shard, save_manifest
 from prelora_ds.data.order import Stream
 from prelora_ds.data.shards.writer import PHOTOGRAPH_CLASSES, photographs, write_shards
 from prelora_ds.data.transforms import inception_box, resize
 
-SIZE, AREA, BATCH = 224, (0.05, 1.0), 32
-IMAGENET, IMAGENET_SHARDS, GLOBAL_BATCH = 1_281_167, 1024, 4096
-RANKS, WORKERS = 4, 4
-CROP, RANDAUGMENT = "crop + flip", "crop + flip + RandAugment"
+SIZE = 224
+AREA = (0.05, 1.0)
+BATCH = 32
+IMAGENET = 1_281_167  # samples
+IMAGENET_SHARDS = 1024
+GLOBAL_BATCH = 4096
+RANKS = 4
+WORKERS = 4
+CROP = "crop + flip"
+RANDAUGMENT = "crop + flip + RandAugment"
 
 
 def main() -> None:
@@ -75,9 +85,9 @@ def main() -> None:
     print_table(rows, f"{args.images} JPEGs of {mean_bytes:,.0f} bytes, {args.rounds} rounds")
     other = [{"of 1,281,167 samples": "manifest, order and rows of a step, s", "measured": begin_s, "goal": 1.0},
              {"of 1,281,167 samples": "the manifest alone, s", "measured": load_s, "goal": None},
-             *({"of 1,281,167 samples": f"MB a node: {what}", "measured": value, "goal": goal}
+             *({"of 1,281,167 samples": f"MB per node: {what}", "measured": value, "goal": goal}
                for what, value, goal in memory)]
-    print_table(other, f"Start and memory; a node of {RANKS} ranks of {WORKERS} workers")
+    print_table(other, f"Start and memory; a node with {RANKS} ranks of {WORKERS} workers")
     figures = {
         "crop_vs_webdataset_pil": rates[f"{CROP}: {OURS}"] / rates[f"{CROP}: {WDS}"],
         "randaugment_vs_webdataset_pil": rates[f"{RANDAUGMENT}: {OURS}"] / rates[f"{RANDAUGMENT}: {WDS}"],
@@ -86,14 +96,17 @@ def main() -> None:
     if f"{CROP}: {IDEAL}" in rates:
         figures["crop_vs_ideal"] = rates[f"{CROP}: {OURS}"] / rates[f"{CROP}: {IDEAL}"]
     record("loader", figures, [*rows, *other],
-           f"JPEGs of {mean_bytes:,.0f} bytes on average. over webdataset: by webdataset + Pillow + torchvision in the "
-           "same task. The ideal for RandAugment is that of crop + flip, for it costs nothing that is necessary. "
-           f"resume_s: median of 5 steps spread over 300 epochs. index_mb_per_node: what {RANKS} ranks and "
-           f"{RANKS * WORKERS} workers have together more than before they opened it (PSS), all of the index touched. "
+           f"JPEGs of {mean_bytes:,.0f} bytes on average. over webdataset: relative to webdataset + Pillow + "
+           "torchvision in the same task. The ideal for RandAugment is that of crop + flip, since it costs nothing "
+           "that is necessary. resume_s: median of 5 steps spread over 300 epochs. index_mb_per_node: growth of "
+           f"the memory (PSS) of {RANKS} ranks and {RANKS * WORKERS} workers together since before they opened the "
+           "index, with all of it read. "
            + ("" if dali() else "DALI was not installed."))
 
 
-WDS, OURS, IDEAL = "webdataset + Pillow + torchvision", "prelora_ds", "ideal"
+WDS = "webdataset + Pillow + torchvision"
+OURS = "prelora_ds"
+IDEAL = "ideal"
 
 
 def task(name: str) -> str:
@@ -101,9 +114,9 @@ def task(name: str) -> str:
 
 
 def loaders(manifest: Manifest, folder: Path) -> dict[tuple[str, str], Callable[[], Iterator[int]]]:
-    """(task, name) -> a function that starts an epoch over the data and yields the images of each batch."""
-    urls = [manifest.place(number) for number in range(len(manifest.shards))]
-    found: dict[tuple[str, str], Callable[[], Iterator[int]]] = {
+    """Return functions by (task, name): each starts an epoch and yields the number of images of each batch."""
+    urls = [manifest.shard_location(number) for number in range(len(manifest.shards))]
+    variants: dict[tuple[str, str], Callable[[], Iterator[int]]] = {
         (CROP, OURS): lambda: ours(manifest, "none"),
         (CROP, WDS): lambda: webdataset(urls, torchvision_v1()),
         (CROP, "webdataset + torchvision decode_jpeg + v2"): lambda: webdataset(urls, torchvision_v2(), raw=True),
@@ -112,37 +125,38 @@ def loaders(manifest: Manifest, folder: Path) -> dict[tuple[str, str], Callable[
     }
     if (box_decoder := compile_ideal(folder)) is not None:
         cuts = boxes(manifest)
-        found[CROP, IDEAL] = lambda: ideal(cuts, box_decoder)
+        variants[CROP, IDEAL] = lambda: ideal(cuts, box_decoder)
     try:
         import timm  # noqa: F401
     except ImportError:
         print("timm is not installed: left out")
     else:
         (Path(manifest.folder) / "_info.json").write_text(json.dumps({}))
-        found[CROP, "timm's wds reader and transforms"] = lambda: timm_reader(manifest, None)
-        found[RANDAUGMENT, "timm's wds reader and transforms"] = lambda: timm_reader(
+        variants[CROP, "timm's wds reader and transforms"] = lambda: timm_reader(manifest, None)
+        variants[RANDAUGMENT, "timm's wds reader and transforms"] = lambda: timm_reader(
             manifest, "rand-m15-n2-mmax15")
     if dali():
-        found[CROP, "DALI on the CPU"] = dali_pipeline(manifest)
+        variants[CROP, "DALI on the CPU"] = dali_pipeline(manifest)
     else:
         print("DALI is not installed: left out")
-    return found
+    return variants
 
 
 def cpu_seconds(make: Callable[[], Iterator[int]], images: int) -> float:
-    """Of one epoch, in which every loader gives the same number of images."""
-    begun, done = time.process_time(), 0
+    """Return the CPU seconds of one epoch, scaled to ``images`` images."""
+    started = time.process_time()
+    done = 0
     for count in make():
         done += count
         if done >= images:
             break
-    taken = time.process_time() - begun
+    taken = time.process_time() - started
     assert done >= images, f"{done} of {images} images"
     return taken * images / done
 
 
 def ours(manifest: Manifest, level: Any) -> Iterator[int]:
-    loader = TrainLoader(manifest, Look(SIZE, 3, "inception", flip=True, augment=level, mixup=0.0), seed=0,
+    loader = TrainLoader(manifest, ImagePipeline(SIZE, 3, "inception", flip=True, augment=level, mixup=0.0), seed=0,
                          global_batch_size=BATCH, micro_batch_size=BATCH, rank=0, world_size=1, workers=0)
     try:
         while True:
@@ -234,11 +248,11 @@ def jpegs(manifest: Manifest) -> list[bytes]:
 
 
 def boxes(manifest: Manifest) -> list[tuple[bytes, tuple[int, int, int, int]]]:
-    """Each picture with a crop drawn beforehand."""
+    """Return each image with a crop box drawn beforehand."""
     cuts = []
     for number, data in enumerate(jpegs(manifest)):
         height, width, *_ = simplejpeg.decode_jpeg_header(data)
-        cuts.append((data, inception_box(height, width, keyed(number))))
+        cuts.append((data, inception_box(height, width, rng_for(number))))
     return cuts
 
 
@@ -254,7 +268,7 @@ def ideal(cuts: list[tuple[bytes, tuple[int, int, int, int]]], crop_decode: Any)
 
 
 def compile_ideal(folder: Path) -> Any:
-    """crop_decode.c as a function, or None without a compiler and libjpeg-turbo's headers."""
+    """Compile crop_decode.c to a function; None without a compiler or libjpeg-turbo's headers."""
     library = folder / "crop_decode.so"
     compiler = shutil.which("cc")
     command = [compiler or "", "-O2", "-shared", "-fPIC", str(ROOT / "benchmarks" / "crop_decode.c"), "-o",
@@ -264,7 +278,7 @@ def compile_ideal(folder: Path) -> Any:
         return None
     function = ctypes.CDLL(str(library)).crop_decode
     function.argtypes = [ctypes.c_char_p, ctypes.c_size_t, *[ctypes.c_int] * 4, ctypes.c_void_p]
-    # It gives the very pixels that decoding the whole picture gives: faster at no cost.
+    # It must return exactly the pixels that decoding the whole image returns.
     buffer = io.BytesIO()
     Image.effect_mandelbrot((300, 200), (-3, -2.5, 2, 2.5), 100).convert("RGB").save(buffer, "JPEG")
     pixels = np.empty((90, 150, 3), np.uint8)
@@ -274,43 +288,50 @@ def compile_ideal(folder: Path) -> Any:
 
 
 def imagenet(folder: Path) -> None:
-    """A manifest like ImageNet's; the shards are holes."""
+    """Write a manifest like ImageNet's; the shards are sparse files without data."""
     folder.mkdir()
     rng = np.random.default_rng(0)
-    shards, rows, first = [], [], 0
+    shards = []
+    rows = []
+    first = 0
     for number, part in enumerate(np.array_split(np.arange(IMAGENET), IMAGENET_SHARDS)):
-        own = np.zeros(len(part), ROW)
-        own["length"] = rng.integers(20_000, 200_000, len(part))
-        own["offset"] = np.concatenate([[0], own["length"].astype(np.int64).cumsum()[:-1]])
-        own["label"] = rng.integers(1000, size=len(part))
-        name, size = f"train-{number:06d}.tar", int(own["length"].sum(dtype=np.int64))
+        shard_rows = np.zeros(len(part), ROW)
+        shard_rows["length"] = rng.integers(20_000, 200_000, len(part))
+        shard_rows["offset"] = np.concatenate([[0], shard_rows["length"].astype(np.int64).cumsum()[:-1]])
+        shard_rows["label"] = rng.integers(1000, size=len(part))
+        name, size = f"train-{number:06d}.tar", int(shard_rows["length"].sum(dtype=np.int64))
         with (folder / name).open("wb") as file:
             file.truncate(size)
         shards.append(Shard(name, size, len(part), 0, first))
-        rows.append(own)
+        rows.append(shard_rows)
         first += len(part)
     save_manifest(folder, [str(label) for label in range(1000)], shards, rows)
 
 
 def resume(folder: Path) -> tuple[float, float]:
-    """(seconds until the rows of a step are known, of which for the manifest): medians over steps of a long run."""
+    """Return (seconds until the rows of a step are known, seconds of these for the manifest).
+
+    Both are medians over steps of a long run.
+    """
     imagenet(folder)
-    whole, load = [], []
+    totals = []
+    loads = []
     for epoch in (0, 37, 111, 203, 299):
-        begun = time.perf_counter()
+        started = time.perf_counter()
         manifest = Manifest.load(folder)
-        load.append(time.perf_counter() - begun)
+        loads.append(time.perf_counter() - started)
         step = (epoch * IMAGENET + 777_777) // GLOBAL_BATCH
         rows = Stream(len(manifest), GLOBAL_BATCH).batch(epoch, step)
-        whole.append(time.perf_counter() - begun)
+        totals.append(time.perf_counter() - started)
         assert rows.shape == (GLOBAL_BATCH, 2) and rows[0, 0] == epoch
-    return median(whole), median(load)
+    return median(totals), median(loads)
 
 
 def index_memory(folder: Path) -> list[tuple[str, float, float | None]]:
-    """(what, MB, goal) of a node, by its processes' proportional set sizes."""
+    """Return (what, MB, goal) for a node, from the proportional set sizes of its processes."""
     context = multiprocessing.get_context("spawn")
-    ranks, workers = [], []
+    ranks = []
+    workers = []
     for rank in range(RANKS):
         ends = [context.Pipe() for _ in range(1 + WORKERS)]
         for number, (_, end) in enumerate(ends):
@@ -325,7 +346,7 @@ def index_memory(folder: Path) -> list[tuple[str, float, float | None]]:
     for _, pipe in everyone:
         pipe.recv()
     for _, pipe in everyone:
-        pipe.send("measure")  # when all have it: pages are shared by all
+        pipe.send("measure")  # after all have opened it: they share its pages
     grown = [(pipe.recv() - was) / 1e6 for (_, pipe), was in zip(everyone, before, strict=True)]
     for process, pipe in everyone:
         pipe.send("end")
@@ -335,7 +356,7 @@ def index_memory(folder: Path) -> list[tuple[str, float, float | None]]:
 
 
 def hold(folder: Path, pipe: Connection, rank: int | None) -> None:
-    """A rank with the order of an epoch, or a worker (rank None); both read rows of the index."""
+    """Run as a rank with the order of an epoch, or as a worker (rank None); both read rows of the index."""
     pipe.send(proportional_bytes())
     pipe.recv()
     manifest = Manifest.load(folder)

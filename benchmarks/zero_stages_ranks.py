@@ -24,7 +24,7 @@ from prelora_ds.core.plan import Plan
 from prelora_ds.cost.bytes import predict_bytes, worst_deviation
 from prelora_ds.cost.flops import communication, micro_batch
 from prelora_ds.data.batch import MicroBatch
-from prelora_ds.data.datasets import Look
+from prelora_ds.data.datasets import ImagePipeline
 from prelora_ds.data.loader import TrainLoader
 from prelora_ds.data.manifest import Manifest
 from prelora_ds.engine.build import Engine, build_engine
@@ -75,7 +75,7 @@ def phases(
         for size in sizes:
             loader = TrainLoader(
                 Manifest.load(shards),
-                Look.of(config.model, config.data),
+                ImagePipeline.from_config(config.model, config.data),
                 seed=0,
                 workers=0,
                 global_batch_size=size * world,

@@ -48,7 +48,7 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
         config, train_data, val_data = check_run(config, ranks)
 
         # torch and DeepSpeed take seconds to import: only now, after the cheap checks.
-        from prelora_ds.data.setup import identity, samples_per_epoch
+        from prelora_ds.data.setup import fingerprints, samples_per_epoch
         from prelora_ds.engine.runtime import (
             check_zero_config,
             choose_accelerator,
@@ -85,7 +85,7 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
             timeline = Timeline(samples_per_epoch(config, len(train_data)),
                                 config.train.global_batch_size, config.train.duration)
             claim = claim_output(folder, config, resume,
-                                 identity(train_data, val_data), train_data.classes,
+                                 fingerprints(train_data, val_data), train_data.classes,
                                  steps=timeline.total_steps)
             resume_candidates = claim.resume_candidates
             resumed_from = claim.resumed_from

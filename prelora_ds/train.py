@@ -20,7 +20,7 @@ from prelora_ds.config.tree import Config
 from prelora_ds.core.controller import PhaseController
 from prelora_ds.core.schedule import Timeline, lr_at
 from prelora_ds.data.manifest import Manifest
-from prelora_ds.data.setup import TrainData, identity, samples_per_epoch
+from prelora_ds.data.setup import TrainData, fingerprints, samples_per_epoch
 from prelora_ds.engine.measure import weight_norms
 from prelora_ds.engine.runtime import freeze_imports
 from prelora_ds.exporting.hf import export_model
@@ -79,7 +79,7 @@ def train(config: Config, train_data: TrainData, val_data: Manifest, hosts: Sequ
                   cleanup)
         records = Records(run, progress, done)
         cleanup.callback(records.close_logs)
-        saver = Saver(folder, config, timeline, progress.say, identity(train_data, val_data),
+        saver = Saver(folder, config, timeline, progress.say, fingerprints(train_data, val_data),
                       train_data.classes)
         cleanup.callback(saver.close)
         return loop(run, records, saver, stop or StopRequest(), guard or Guard(math.inf),

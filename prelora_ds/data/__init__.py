@@ -1,1 +1,5 @@
-"""Images in WebDataset shards: written once, indexed by a manifest, read in an order independent of the world size."""
+"""Images in WebDataset shards.
+
+The shards are written once, indexed by a manifest, and read in an order that does not depend on the
+world size.
+"""

@@ -1,8 +1,9 @@
-"""RandAugment on the scale of Steiner et al. ("How to train your ViT?", 2022), TrivialAugment and RandomErasing.
+"""RandAugment as in Steiner et al. ("How to train your ViT?", 2022), TrivialAugment, RandomErasing.
 
-The level counts tenths of each operation's range, and 15 is one and a half of it, as in big_vision's autoaugment.py:
-torchvision spreads its levels over 31 bins (its 15 is half the range, and mirrored), timm cuts 15 down to 10. Pillow
-does the work: its operations on interleaved uint8 take a third of the time of torchvision's on tensors.
+Levels are tenths of each operation's range, so 15 means 1.5 times the range, as in big_vision's
+autoaugment.py. torchvision spreads its levels over 31 bins instead (its 15 is half the range, and
+mirrored), and timm reduces 15 to 10. The operations are Pillow's: on interleaved uint8 they take a
+third of the time of torchvision's on tensors.
 """
 
 from __future__ import annotations
@@ -17,17 +18,23 @@ from torch import Tensor
 
 from prelora_ds.config.data import AUGMENT_LEVELS, Augment
 
-_GREY = 128  # what moves in from outside
-_CUTOUT, _TRANSLATE = 40.0, 100.0  # pixels at level 10, on a picture of _SIZE
+_GREY = 128  # fills what an operation moves in from outside
+_CUTOUT = 40.0  # pixels at level 10, for an image of _SIZE
+_TRANSLATE = 100.0  # likewise
 _SIZE = 224
 
 Operation = Callable[[Image.Image, float, np.random.Generator], Image.Image]
 
 
 def _affine(image: Image.Image, *matrix: float) -> Image.Image:
-    """Output (x, y) shows the nearest pixel to (a x + b y + c, d x + e y + f)."""
-    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST,
-                           fillcolor=(_GREY,) * len(image.getbands()))
+    """Map each output pixel (x, y) to the pixel nearest to (a x + b y + c, d x + e y + f)."""
+    return image.transform(
+        image.size,
+        Image.Transform.AFFINE,
+        matrix,
+        Image.Resampling.NEAREST,
+        fillcolor=(_GREY,) * len(image.getbands()),
+    )
 
 
 def _signed(rng: np.random.Generator, value: float) -> float:
@@ -42,7 +49,7 @@ def _rotate(image: Image.Image, x: float, rng: np.random.Generator) -> Image.Ima
 
 
 def _cutout(image: Image.Image, x: float, rng: np.random.Generator) -> Image.Image:
-    """A grey square of twice ``40 x`` pixels (on 224), its centre anywhere in the picture."""
+    """Paint a grey square of side ``80 x`` pixels (at 224), centred anywhere."""
     half = round(int(x * _CUTOUT) * image.width / _SIZE)
     cx, cy = (rng.random(2) * image.size).astype(int).tolist()
     image = image.copy()
@@ -55,12 +62,13 @@ def _point(image: Image.Image, table: np.ndarray) -> Image.Image:
 
 
 def _posterize(image: Image.Image, x: float, rng: np.random.Generator) -> Image.Image:
-    bits = min(8, int(4 * x))  # few bits are the strong end: level 10 keeps 4, level 20 all 8
+    bits = min(8, int(4 * x))  # weaker with the level: 10 keeps 4 bits, 20 all 8
     return _point(image, _VALUES >> (8 - bits) << (8 - bits))
 
 
 def _solarize(image: Image.Image, x: float, rng: np.random.Generator) -> Image.Image:
-    return _point(image, np.where(int(256 * x) > _VALUES, _VALUES, 255 - _VALUES))  # from level 10 on nothing
+    # No effect from level 10 upwards.
+    return _point(image, np.where(int(256 * x) > _VALUES, _VALUES, 255 - _VALUES))
 
 
 def _solarize_add(image: Image.Image, x: float, rng: np.random.Generator) -> Image.Image:
@@ -72,7 +80,7 @@ def _enhance(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> Operation:
 
 
 _VALUES = np.arange(256)
-# In big_vision's order; each takes the picture and the level in units of 10.
+# In big_vision's order; the arguments are the image, level / 10 and the generator.
 OPERATIONS: dict[str, Operation] = {
     "AutoContrast": lambda image, x, rng: ImageOps.autocontrast(image),
     "Equalize": lambda image, x, rng: ImageOps.equalize(image),
@@ -87,51 +95,63 @@ OPERATIONS: dict[str, Operation] = {
     "ShearX": lambda image, x, rng: _affine(image, 1, _signed(rng, 0.3 * x), 0, 0, 1, 0),
     "ShearY": lambda image, x, rng: _affine(image, 1, 0, 0, _signed(rng, 0.3 * x), 1, 0),
     "TranslateX": lambda image, x, rng: _affine(
-        image, 1, 0, _signed(rng, _TRANSLATE * x) * image.width / _SIZE, 0, 1, 0),
+        image, 1, 0, _signed(rng, _TRANSLATE * x) * image.width / _SIZE, 0, 1, 0
+    ),
     "TranslateY": lambda image, x, rng: _affine(
-        image, 1, 0, 0, 0, 1, _signed(rng, _TRANSLATE * x) * image.height / _SIZE),
+        image, 1, 0, 0, 0, 1, _signed(rng, _TRANSLATE * x) * image.height / _SIZE
+    ),
     "Cutout": _cutout,
     "SolarizeAdd": _solarize_add,
 }
 _NAMES = tuple(OPERATIONS)
 
 
-def rand_augment(image: Image.Image, layers: int, level: float, rng: np.random.Generator) -> Image.Image:
-    """``layers`` operations in turn, each drawn evenly from `OPERATIONS`, at ``level`` of 10."""
+def rand_augment(
+    image: Image.Image, layers: int, level: float, rng: np.random.Generator
+) -> Image.Image:
+    """Apply ``layers`` operations in turn at ``level``, each drawn uniformly from `OPERATIONS`."""
     for number in rng.integers(len(_NAMES), size=layers).tolist():
         image = OPERATIONS[_NAMES[number]](image, level / 10, rng)
     return image
 
 
-def augment(image: Tensor, *, flip: bool, level: Augment, random_erasing: float, rng: np.random.Generator) -> Tensor:
-    """uint8 [C, S, S] -> uint8 [C, S, S], at random by ``rng`` alone.
+def augment(
+    image: Tensor, *, flip: bool, level: Augment, random_erasing: float, rng: np.random.Generator
+) -> Tensor:
+    """Augment uint8 [C, S, S] to uint8 [C, S, S]; all randomness comes from ``rng``.
 
-    In this order: ``flip`` left to right, one time in two; ``level``'s RandAugment, or TrivialAugment (torchvision's);
-    a rectangle of noise with probability ``random_erasing`` (torchvision's). The caller's global torch generator is
-    left as it was.
+    In this order: with ``flip``, a flip left to right with probability 1/2; the RandAugment of
+    ``level``, or torchvision's TrivialAugment; with probability ``random_erasing``, a rectangle of
+    noise (torchvision's). torch's global generator has the same state afterwards as before.
     """
     if flip and rng.random() < 0.5:
         image = image.flip(-1)
     if level == "trivial":
-        from torchvision.transforms import TrivialAugmentWide  # slow to import, and only needed here
+        from torchvision.transforms import TrivialAugmentWide  # slow to import
 
         with _torch_generator(rng):
-            image = _tensor(TrivialAugmentWide()(_picture(image)))
+            image = _from_pillow(TrivialAugmentWide()(_to_pillow(image)))
     elif (layers := AUGMENT_LEVELS[level].layers) > 0:
-        image = _tensor(rand_augment(_picture(image), layers, AUGMENT_LEVELS[level].magnitude, rng))
+        magnitude = AUGMENT_LEVELS[level].magnitude
+        image = _from_pillow(rand_augment(_to_pillow(image), layers, magnitude, rng))
     if random_erasing and rng.random() < random_erasing:
         from torchvision.transforms import RandomErasing
 
         with _torch_generator(rng):
-            top, left, height, width, _ = RandomErasing.get_params(image, (0.02, 0.33), (0.3, 3.3), [0.0])
+            top, left, height, width, _ = RandomErasing.get_params(
+                image, (0.02, 0.33), (0.3, 3.3), [0.0]
+            )
         image = image.clone()
         noise = rng.integers(256, size=(len(image), height, width), dtype=np.uint8)
-        image[:, top:top + height, left:left + width] = torch.from_numpy(noise)
+        image[:, top : top + height, left : left + width] = torch.from_numpy(noise)
     return image
 
 
 class _torch_generator:
-    """torchvision's transforms draw from torch's global generator: here it is seeded by ours, and then put back."""
+    """A context that seeds torch's global generator from ``rng``, and restores it at the end.
+
+    torchvision's transforms draw from that generator.
+    """
 
     def __init__(self, rng: np.random.Generator) -> None:
         self._seed = int(rng.integers(2**63))
@@ -144,11 +164,11 @@ class _torch_generator:
         torch.set_rng_state(self._before)
 
 
-def _picture(image: Tensor) -> Image.Image:
+def _to_pillow(image: Tensor) -> Image.Image:
     pixels = image.permute(1, 2, 0).contiguous().numpy()
     return Image.fromarray(pixels if len(image) == 3 else pixels[..., 0])
 
 
-def _tensor(picture: Image.Image) -> Tensor:
-    pixels = torch.from_numpy(np.array(picture))
+def _from_pillow(image: Image.Image) -> Tensor:
+    pixels = torch.from_numpy(np.array(image))
     return pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels[None]

@@ -1,4 +1,4 @@
-"""What a worker does: samples in, the tensors of a micro-batch out."""
+"""The data sets of the workers: they turn samples into the tensors of a micro-batch."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ from prelora_ds.data.store import CorruptSampleError, SampleStore
 from prelora_ds.data.transforms import eval_transform, train_crop
 
 PADDING = -1
-_PIXEL_KEY, _REPLACEMENT_KEY = 1, 2  # apart from the key of `epoch_order`, which has none
+# Keeps these random streams distinct; `epoch_order` uses no such key.
+_PIXEL_KEY = 1
+_REPLACEMENT_KEY = 2
 _REPLACEMENTS = 10
 
 
 @dataclass(frozen=True)
-class Look:
-    """How a picture becomes an input: size, channels, crop, and what chance does to it in training."""
+class ImagePipeline:
+    """Image preprocessing: size, channels, crop and random augmentation."""
 
     image_size: int
     num_channels: int
@@ -39,113 +41,144 @@ class Look:
     cutmix: float = 0.0
 
     @classmethod
-    def of(cls, model: ModelConfig, data: DataConfig) -> Look:
-        """That of a run."""
-        return cls(model.image_size, model.num_channels, data.crop, data.flip, data.augment, data.random_erasing,
-                   data.mixup_alpha, data.cutmix)
+    def from_config(cls, model: ModelConfig, data: DataConfig) -> ImagePipeline:
+        """The preprocessing of a run."""
+        return cls(
+            model.image_size,
+            model.num_channels,
+            data.crop,
+            data.flip,
+            data.augment,
+            data.random_erasing,
+            data.mixup_alpha,
+            data.cutmix,
+        )
 
     @property
     def mixes(self) -> bool:
+        """Whether Mixup or CutMix is on."""
         return self.mixup > 0 or self.cutmix > 0
 
-    def train(self, pixels: Pixels, rng: np.random.Generator) -> Tensor:
-        """uint8 [H, W, C] -> uint8 [C, S, S], at random by ``rng`` alone."""
+    def train_image(self, pixels: Pixels, rng: np.random.Generator) -> Tensor:
+        """Transform uint8 [H, W, C] to uint8 [C, S, S]; all randomness comes from ``rng``."""
         image = train_crop(pixels, image_size=self.image_size, crop=self.crop, rng=rng)
-        return augment(image, flip=self.flip, level=self.augment, random_erasing=self.random_erasing, rng=rng)
+        return augment(
+            image, flip=self.flip, level=self.augment, random_erasing=self.random_erasing, rng=rng
+        )
 
-    def eval(self, pixels: Pixels) -> Tensor:
-        """uint8 [H, W, C] -> uint8 [C, S, S], without chance."""
+    def eval_image(self, pixels: Pixels) -> Tensor:
+        """Transform uint8 [H, W, C] to uint8 [C, S, S] deterministically."""
         return eval_transform(pixels, image_size=self.image_size, crop=self.crop)
 
     def mix(self, seed: int, epochs: NDArray[np.int64], first: int) -> Tensor | None:
-        """What `draw_mix` draws for these rows, or None."""
+        """Return what `draw_mix` draws for these rows; None if nothing is mixed."""
         if not self.mixes:
             return None
-        return draw_mix(seed, epochs, first, mixup=self.mixup, cutmix=self.cutmix, size=self.image_size)
+        return draw_mix(
+            seed, epochs, first, mixup=self.mixup, cutmix=self.cutmix, size=self.image_size
+        )
 
-    def empty(self, count: int) -> Tensor:
-        """uint8 [count, C, S, S], in a worker where the main process sees it without a copy."""
-        images = torch.empty((count, self.num_channels, self.image_size, self.image_size), dtype=torch.uint8)
+    def empty_batch(self, count: int) -> Tensor:
+        """Return an uninitialised uint8 [count, C, S, S], in shared memory if this is a worker."""
+        images = torch.empty(
+            (count, self.num_channels, self.image_size, self.image_size), dtype=torch.uint8
+        )
         return images if get_worker_info() is None else images.share_memory_()
 
 
-class Rows(NamedTuple):
-    """Rows of a global batch: epochs [B] and samples [B]; ``first`` is the place of the first in the stream."""
+class BatchRows(NamedTuple):
+    """Rows of a global batch: epochs [B] and samples [B].
+
+    ``stream_offset`` is the index of the first row in the stream.
+    """
 
     epochs: NDArray[np.int64]
     samples: NDArray[np.int64]
-    first: int
+    stream_offset: int
 
 
 class TrainImages(Dataset[MicroBatch]):
-    """A micro-batch for given rows. Chance is keyed by (seed, epoch, sample), not by who draws it."""
+    """The micro-batches for given rows; random draws are a function of (seed, epoch, sample)."""
 
-    def __init__(self, store: SampleStore, look: Look, seed: int) -> None:
-        self.store, self._look, self._seed = store, look, seed
+    def __init__(self, store: SampleStore, pipeline: ImagePipeline, seed: int) -> None:
+        self.store, self._pipeline, self._seed = store, pipeline, seed
 
-    def __getitems__(self, rows: Rows) -> MicroBatch:
-        images, labels, faults = self._look.empty(len(rows.samples)), [], []
-        for image, epoch, sample in zip(images, rows.epochs.tolist(), rows.samples.tolist(), strict=True):
-            pixels, label, fault = self._sample(epoch, sample)
-            image.copy_(self._look.train(pixels, keyed(self._seed, epoch, sample, _PIXEL_KEY)))
+    def __getitems__(self, rows: BatchRows) -> MicroBatch:
+        images = self._pipeline.empty_batch(len(rows.samples))
+        labels = []
+        faults = []
+        epochs, samples = rows.epochs.tolist(), rows.samples.tolist()
+        for image, epoch, sample in zip(images, epochs, samples, strict=True):
+            pixels, label, sample_faults = self._sample(epoch, sample)
+            rng = rng_for(self._seed, epoch, sample, _PIXEL_KEY)
+            image.copy_(self._pipeline.train_image(pixels, rng))
             labels.append(label)
-            faults += fault
-        return MicroBatch(images, torch.tensor(labels), self._look.mix(self._seed, rows.epochs, rows.first),
-                          tuple(faults))
+            faults += sample_faults
+        mix = self._pipeline.mix(self._seed, rows.epochs, rows.stream_offset)
+        return MicroBatch(images, torch.tensor(labels), mix, tuple(faults))
 
     def _sample(self, epoch: int, sample: int) -> tuple[Pixels, int, list[str]]:
-        """Pixels and label; where they cannot be read, those of another sample, and a text that says so.
+        """Return (pixels, label, faults) of a sample.
 
-        The other one is a function of (seed, epoch, sample), so all world sizes take the same.
+        If the sample cannot be read, pixels and label are those of a replacement, and ``faults``
+        has one text that reports it. The replacement is a function of (seed, epoch, sample), so
+        it is the same with every world size.
         """
+        num_channels = self._pipeline.num_channels
         try:
-            return *load(self.store, sample, self._look.num_channels), []
+            return *decode_sample(self.store, sample, num_channels), []
         except CorruptSampleError as error:
             fault = error.problem
-        rng = keyed(self._seed, epoch, sample, _REPLACEMENT_KEY)
+        rng = rng_for(self._seed, epoch, sample, _REPLACEMENT_KEY)
         for other in rng.integers(len(self.store.manifest), size=_REPLACEMENTS).tolist():
             try:
-                return *load(self.store, other, self._look.num_channels), [f"{fault}; sample {other} is in its place"]
+                pixels, label = decode_sample(self.store, other, num_channels)
             except CorruptSampleError as error:
                 last = error.problem
                 remedy = error.remedy
-        raise CorruptSampleError(f"{fault}; nor could {_REPLACEMENTS} others be read that were to take its place, the "
-                                 f"last: {last}", remedy)
+            else:
+                return pixels, label, [f"{fault}; replaced by sample {other}"]
+        raise CorruptSampleError(
+            f"{fault}; and {_REPLACEMENTS} replacement samples could not be read either, the last: "
+            f"{last}",
+            remedy,
+        )
 
 
 class EvalImages(Dataset[tuple[Tensor, Tensor, Tensor]]):
-    """(images, labels, mask) for given samples; PADDING gives a black image and False."""
+    """Batches (images, labels, mask) of given samples; PADDING gives a black image and False."""
 
-    def __init__(self, store: SampleStore, look: Look) -> None:
-        self.store, self._look = store, look
+    def __init__(self, store: SampleStore, pipeline: ImagePipeline) -> None:
+        self.store, self._pipeline = store, pipeline
 
     def __getitems__(self, samples: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        images, labels = self._look.empty(len(samples)), []
+        images = self._pipeline.empty_batch(len(samples))
+        labels = []
         for image, sample in zip(images, samples, strict=True):
             if sample == PADDING:
                 image.zero_()
                 labels.append(0)
             else:
-                pixels, label = load(self.store, sample, self._look.num_channels)
-                image.copy_(self._look.eval(pixels))
+                pixels, label = decode_sample(self.store, sample, self._pipeline.num_channels)
+                image.copy_(self._pipeline.eval_image(pixels))
                 labels.append(label)
         return images, torch.tensor(labels), torch.tensor([sample != PADDING for sample in samples])
 
 
-def load(store: SampleStore, sample: int, num_channels: int) -> tuple[Pixels, int]:
-    """(uint8 [H, W, C], label). Raises CorruptSampleError."""
+def decode_sample(store: SampleStore, sample: int, num_channels: int) -> tuple[Pixels, int]:
+    """Return (uint8 [H, W, C], label) of a sample. Raises CorruptSampleError."""
     data, label = store.read(sample)
     try:
         return decode(data, num_channels), label
     except UndecodableError as error:
-        raise store.corrupt(sample, f"no picture: {error}", undecodable=True) from error
+        raise store.corrupt(sample, f"not an image: {error}", undecodable=True) from error
 
 
-def keyed(*key: int) -> np.random.Generator:
-    """A generator that is a function of ``key``."""
+def rng_for(*key: int) -> np.random.Generator:
+    """Return a generator that is a function of ``key``."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
 
 
-def as_is(batch: Any) -> Any:
-    """The collate function: a data set here gives whole batches."""
+def identity(batch: Any) -> Any:
+    """Return ``batch``: the collate function, since the data sets here return whole batches."""
     return batch

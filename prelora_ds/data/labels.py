@@ -1,4 +1,4 @@
-"""Labels and class names, as they stand in shards and lists that others wrote."""
+"""Reading labels and class names from shards and lists that others wrote."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Any
 
 from prelora_ds.errors import ConfigError
 
-# Without class names the classes are the numbers up to the largest label, and each has a row in
-# the head.
+# Without class names the classes are the numbers up to the largest label, and each of them has a
+# row in the head.
 MOST_CLASSES = 1_000_000
 _NUMBER = re.compile(r"[+-]?[0-9]{1,20}")
 _NAMES = "name a text file with one class name per line, in the order of the labels 0, 1, ..."
-_SHOWN = 60  # characters of what was found in the place of a label
+_SHOWN = 60  # characters of an unexpected value in a message
 
 
 class SampleError(ValueError):
-    """A sample cannot be taken from its shard; ``remedy`` tells what to do about it."""
+    """A sample of a shard cannot be used; ``remedy`` is what the user can do about it."""
 
     def __init__(self, problem: str, remedy: str) -> None:
         self.remedy = remedy
@@ -28,13 +28,14 @@ class SampleError(ValueError):
 
 
 def read_classes(path: Path, key: str = "--classes") -> tuple[str, ...]:
-    """The class names of a text file, one per line; a byte-order mark and blank lines are dropped.
+    """Read the class names of a text file with one name per line.
 
-    Raises ConfigError for a file that cannot be read, is not UTF-8 or names nothing, and for a name
-    that comes twice: it would not be clear which number it stands for.
+    A byte-order mark and blank lines are ignored. Raises ConfigError for a file that cannot be
+    read, is not UTF-8 or contains no name, and for a name that occurs twice, since its number
+    would be ambiguous.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")  # every kind of line end becomes \n
+        text = path.read_text(encoding="utf-8-sig")  # converts every kind of line end to \n
     except UnicodeDecodeError as error:
         problem = f"is not UTF-8 text ({error.reason} at byte {error.start})"
         raise ConfigError(key, str(path), problem, "save the file as UTF-8") from error
@@ -45,79 +46,78 @@ def read_classes(path: Path, key: str = "--classes") -> tuple[str, ...]:
     for number, line in enumerate(text.split("\n"), 1):
         name = line.strip()
         if "\0" in name:
-            raise ConfigError(key, str(path), f"line {number} holds a null byte", _NAMES)
+            raise ConfigError(key, str(path), f"line {number} contains a null byte", _NAMES)
         if name in lines:
             raise ConfigError(
                 key,
                 str(path),
-                f"names {name!r} twice, in lines {lines[name]} and {number}",
-                "give each class a name of its own",
+                f"lists {name!r} twice, in lines {lines[name]} and {number}",
+                "give each class a unique name",
             )
         composed = unicodedata.normalize("NFC", name)
         if name and (other := forms.setdefault(composed, name)) != name:
             raise ConfigError(
                 key,
                 str(path),
-                f"names the same text in two forms of Unicode, {other!a} and {name!a}, in lines "
+                f"lists the same text in two Unicode forms, {other!a} and {name!a}, in lines "
                 f"{lines[other]} and {number}",
-                "give each class a name of its own, in one form",
+                "give each class a unique name, in one form",
             )
         if name:
             lines[name] = number
     if not lines:
-        raise ConfigError(key, str(path), "names no class", _NAMES)
+        raise ConfigError(key, str(path), "contains no class name", _NAMES)
     return tuple(lines)
 
 
 class LabelReader:
-    """The label of a sample from its ``.cls`` or its ``.json``.
+    """Reads the label of a sample from its ``.cls`` or its ``.json``.
 
-    label_key None: the number in ``.cls``, or, where there is no ``.cls``, what ``.json`` has under
-    "label". Otherwise it is what ``.json`` has under this key, and ``.cls`` is not looked at.
-
-    A label in JSON may be the name of a class, where ``classes`` are given: a string is always a
-    name then, and a number the place of a class, counted from 0. Where names are numbers, and not
-    those of their places, a number in JSON may be meant as either and is refused.
+    label_key: None reads the number in ``.cls`` or, if there is no ``.cls``, the value of "label"
+        in ``.json``. Otherwise the label is the value of this key in ``.json``, and ``.cls`` is
+        ignored.
+    classes: the class names. With them a string in JSON is always a name, and a number is the
+        index of a class, counted from 0. If names are numbers other than their own indices, a
+        number in JSON is ambiguous and is refused.
     """
 
     def __init__(self, label_key: str | None, classes: Sequence[str] | None) -> None:
-        self.key, self._only_json = label_key or "label", label_key is not None
+        self.key = label_key or "label"
+        self._only_json = label_key is not None
         self._classes = classes
         self._numbers: dict[str, list[int]] = {}
         for number, name in enumerate(classes or ()):
             self._numbers.setdefault(name, []).append(number)
         self._all_numbers = all(map(_NUMBER.fullmatch, self._numbers))
-        # Names that are the numbers of their places say no more than no names do.
-        self._named = any(name != str(place) for place, name in enumerate(classes or ()))
+        # Names that are their own indices carry no information.
+        self._named = any(name != str(index) for index, name in enumerate(classes or ()))
 
     def member(self, extensions: Sequence[str]) -> str:
-        """The extension, out of those of a sample, of the label. Raises SampleError."""
+        """Return which of a sample's extensions holds the label. Raises SampleError."""
         wanted = ("json",) if self._only_json else ("cls", "json")
-        found = next((extension for extension in wanted if extension in extensions), None)
-        if found is not None:
-            return found
+        for extension in wanted:
+            if extension in extensions:
+                return extension
         if "cls" in extensions:
             raise SampleError(
-                f"has a .cls and no .json, and the label is wanted under {self.key!r} in a .json",
-                "leave --label-key out to take the labels from .cls",
+                f"has a .cls and no .json, and the label is expected under {self.key!r} in a .json",
+                "omit --label-key to read the labels from .cls",
             )
         raise SampleError(
             f"has the members {sorted(extensions)}, and none with its label (.cls or .json)",
-            "write the shards again, with a label beside each image",
+            "write the shards again, with a label next to each image",
         )
 
     def read(self, extension: str, data: bytes) -> int:
-        """The label that the member with this extension holds. Raises SampleError."""
-        label = _number(data) if extension == "cls" else self._of_json(data)
+        """Return the label in ``data``, the member with this extension. Raises SampleError."""
+        label = _number(data) if extension == "cls" else self._from_json(data)
         if label < 0 or (self._classes is not None and label >= len(self._classes)):
-            of = (
-                "of any class"
-                if self._classes is None
-                else f"of any of the {len(self._classes)} classes"
-            )
+            of = "of a class"
+            if self._classes is not None:
+                of = f"of one of the {len(self._classes)} classes"
             raise SampleError(
                 f"has the label {label}, which is not the number {of}",
-                "classes count from 0: write other labels, or give all class names with --classes",
+                "labels count from 0: write other labels, or give all class names with --classes",
             )
         if label >= MOST_CLASSES:
             raise SampleError(
@@ -126,9 +126,9 @@ class LabelReader:
             )
         return label
 
-    def _of_json(self, data: bytes) -> int:
+    def _from_json(self, data: bytes) -> int:
         try:
-            content = json.loads(data, object_pairs_hook=self._once)
+            content = json.loads(data, object_pairs_hook=self._unique_key)
         except (ValueError, RecursionError) as error:
             if isinstance(error, SampleError):
                 raise
@@ -136,13 +136,11 @@ class LabelReader:
                 f"has a .json that cannot be read ({error})", "write the shards again"
             ) from error
         if not isinstance(content, dict) or self.key not in content:
-            has = (
-                f"the keys {_shown(sorted(content))}"
-                if isinstance(content, dict)
-                else _shown(content)
-            )
+            has = _shown(content)
+            if isinstance(content, dict):
+                has = f"the keys {_shown(sorted(content))}"
             raise SampleError(
-                f"has a .json without the key {self.key!r}; it holds {has}",
+                f"has a .json without the key {self.key!r}; it contains {has}",
                 "name the key of the label with --label-key",
             )
         label = content[self.key]
@@ -155,42 +153,40 @@ class LabelReader:
                 "nor a name",
                 "name the key of the label with --label-key",
             )
-        return self._of_name(label)
+        return self._from_name(label)
 
     def _refuse_ambiguous(self, label: int) -> None:
-        """Raises SampleError for a number that may be the place of a class or its name."""
+        """Raise SampleError for a number that may be the index of a class or its name."""
         named = self._numbers.get(str(label), [label])
         if self._named and (self._all_numbers or named != [label]):
             raise SampleError(
-                f"has the number {label} under {self.key!r} in its .json, and names of classes are "
-                "numbers too: it may be the place of a class or its name",
-                'write a name as a string ("1"), or a place as a number into a .cls; or give names '
-                "that are not numbers",
+                f"has the number {label} under {self.key!r} in its .json, and class names are "
+                "numbers too: it may be the index of a class or its name",
+                'write a name as a string ("1"), or an index as a number into a .cls; or give '
+                "names that are not numbers",
             )
 
-    def _of_name(self, name: str) -> int:
+    def _from_name(self, name: str) -> int:
         numbers = self._numbers.get(name, [])
         if len(numbers) > 1:
             raise SampleError(
                 f"has the label {name!r}, which is the name of the classes {numbers[0]} and "
                 f"{numbers[1]}",
-                "give each class a name of its own with --classes",
+                "give each class a unique name with --classes",
             )
         if numbers:
             return numbers[0]
         if not self._named and _NUMBER.fullmatch(name.strip()):
             return int(name)
-        among = (
-            "no class names are given"
-            if self._classes is None
-            else f"it is not the name of any of the {len(self._classes)} classes"
-        )
+        problem = "no class names are given"
+        if self._classes is not None:
+            problem = f"it is not the name of any of the {len(self._classes)} classes"
         raise SampleError(
-            f"has the label {_shown(name)} in its .json, and {among}",
+            f"has the label {_shown(name)} in its .json, and {problem}",
             "give the names of all classes with --classes FILE or --like SHARDS",
         )
 
-    def _once(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def _unique_key(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if sum(key == self.key for key, _ in pairs) > 1:
             raise SampleError(
                 f"has the key {self.key!r} twice in its .json", "write the shards again"
@@ -199,12 +195,12 @@ class LabelReader:
 
 
 def _number(data: bytes) -> int:
-    """The number in a ``.cls``. Raises SampleError."""
+    """Return the number in a ``.cls``. Raises SampleError."""
     text = data.removeprefix(b"\xef\xbb\xbf").strip().decode("ascii", "replace")
     if not _NUMBER.fullmatch(text):
         raise SampleError(
             f"has {_shown(data)} in its .cls, which is not a number",
-            "write the number of the class there, or name a key of its .json with --label-key",
+            "write the number of the class into it, or name a key of the .json with --label-key",
         )
     return int(text)
 

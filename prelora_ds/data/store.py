@@ -1,4 +1,4 @@
-"""The bytes of one sample, from wherever its shard is, held against their checksum."""
+"""Reading the bytes of one sample, wherever its shard is, and checking their checksum."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ from prelora_ds.errors import ExpectedError
 
 _Bytes = TypeVar("_Bytes", bytes, bytearray)
 _OPEN_FILES = 256  # a process may open 1,024 files, and a data set has more shards than that
-_TRIES, _WAIT_S = 3, 0.5  # of a read that fails: remote stores and parallel file systems have bad moments
+# Retries of a failed read: remote stores and parallel file systems have transient errors.
+_TRIES = 3
+_WAIT_S = 0.5
 _REMEDY = "`prelora shards verify {0}` lists what is damaged; write or copy those shards again"
-_UNDECODABLE = ("`prelora shards verify {0} --decode` lists every image that cannot be decoded; "
-                "write the shards again without them")
+_UNDECODABLE = (
+    "`prelora shards verify {0} --decode` lists every image that cannot be decoded; "
+    "write the shards again without them"
+)
 
 
 class CorruptSampleError(ExpectedError, RuntimeError):
-    """An image that cannot be read or decoded: ``problem`` names its shard and byte offset."""
+    """An image cannot be read or decoded; ``problem`` names its shard and byte offset."""
 
     of_one_rank = True
 
@@ -35,7 +39,10 @@ class CorruptSampleError(ExpectedError, RuntimeError):
 
 
 class SampleStore:
-    """Reads by place: pread from a file, a range request (fsspec) from a URL, or from the cache's copy of the shard."""
+    """The samples of a manifest, read directly at their offsets.
+
+    A read is a pread of a local shard or of the cache's copy, or a range request (fsspec) to a URL.
+    """
 
     def __init__(self, manifest: Manifest, cache: ShardCache | None = None) -> None:
         self.manifest = manifest
@@ -48,52 +55,64 @@ class SampleStore:
         return self.__dict__ | {"_files": {}, "_filesystem": None}
 
     def read(self, sample: int) -> tuple[bytes | bytearray, int]:
-        """(image bytes, label) of sample ``sample``.
+        """Return (image bytes, label) of a sample.
 
-        Raises CorruptSampleError, and DiskError where the index is not what it was.
+        Raises CorruptSampleError, and DiskError if the index file has changed.
         """
         offset, length, crc32, label, number, _ = self.manifest.index.row(sample)
         shard = self.manifest.shards[number]
-        if self._cache is not None and (copy := self._cache.copy_of(shard)) is not None:
+        if self._cache is not None and (copy := self._cache.path_of_copy(shard)) is not None:
             try:
                 data: bytes | bytearray = self._pread(copy, offset, length)
                 if zlib.crc32(data) == crc32:
                     return data, label
             except OSError:
                 pass
-            self._forget(copy)  # the copy is gone or bad: the original counts
+            # The copy is gone or damaged: read the original.
+            self._forget(copy)
             with suppress(OSError):
                 self._cache.discard(shard)
         try:
-            data = self._original(self.manifest.place(number), offset, length)
+            data = self._original(self.manifest.shard_location(number), offset, length)
         except Exception as error:  # each protocol has its own errors
             raise self.corrupt(sample, f"{type(error).__name__}: {error}") from error
-        if (found := zlib.crc32(data)) != crc32:
-            raise self.corrupt(sample, f"checksum {found:08x}, and {crc32:08x} in the manifest")
+        if (actual := zlib.crc32(data)) != crc32:
+            raise self.corrupt(sample, f"checksum {actual:08x}, expected {crc32:08x}")
         return data, label
 
-    def corrupt(self, sample: int, problem: str, *,
-                undecodable: bool = False) -> CorruptSampleError:
-        """The error that names the place of ``sample``, and the command that finds all like it."""
-        row, folder = self.manifest.index.row(sample), self.manifest.folder
-        remedy = (_UNDECODABLE if undecodable else _REMEDY).format(
-            folder if self._remote else self.manifest.index_file.parent)
-        return CorruptSampleError(f"sample {sample}, {row.length} bytes from byte {row.offset} of "
-                                  f"{self.manifest.place(row.shard)}: {problem}", remedy)
+    def corrupt(
+        self, sample: int, problem: str, *, undecodable: bool = False
+    ) -> CorruptSampleError:
+        """Return the error for a sample.
+
+        It names the shard and the offset, and the command that lists all samples of this kind.
+        """
+        row = self.manifest.index.row(sample)
+        folder = self.manifest.folder if self._remote else self.manifest.index_file.parent
+        remedy = (_UNDECODABLE if undecodable else _REMEDY).format(folder)
+        return CorruptSampleError(
+            f"sample {sample}, {row.length} bytes from byte {row.offset} of "
+            f"{self.manifest.shard_location(row.shard)}: {problem}",
+            remedy,
+        )
 
     def close(self) -> None:
+        """Close the shards; a later read opens them again."""
         while self._files:
             os.close(self._files.popitem()[1])
 
-    def _original(self, place: str, offset: int, length: int) -> bytes | bytearray:
+    def _original(self, location: str, offset: int, length: int) -> bytes | bytearray:
         for attempt in range(1, _TRIES + 1):
             try:
-                return self._range(place, offset, length) if self._remote else self._pread(place, offset, length)
+                if self._remote:
+                    return self._range(location, offset, length)
+                return self._pread(location, offset, length)
             except FileNotFoundError:
                 raise
             except Exception as error:
-                self._forget(place)
-                if attempt == _TRIES or (isinstance(error, OSError) and error.errno == errno.ENODATA):
+                self._forget(location)
+                short = isinstance(error, OSError) and error.errno == errno.ENODATA
+                if attempt == _TRIES or short:
                     raise
                 time.sleep(attempt * _WAIT_S)
         raise AssertionError
@@ -104,20 +123,24 @@ class SampleStore:
 
             self._filesystem = fsspec.url_to_fs(url)[0]
         data: bytes = self._filesystem.cat_file(url, start=offset, end=offset + length)
-        return self._whole(data, length)
+        return self._checked_length(data, length)
 
     def _pread(self, path: str, offset: int, length: int) -> bytearray:
         data = bytearray(length)
-        got = os.preadv(self._descriptor(path), [data], offset)
-        del data[got:]
-        return self._whole(data, length)
+        size = os.preadv(self._descriptor(path), [data], offset)
+        del data[size:]
+        return self._checked_length(data, length)
 
     @staticmethod
-    def _whole(data: _Bytes, length: int) -> _Bytes:
+    def _checked_length(data: _Bytes, length: int) -> _Bytes:
         if len(data) > length:
-            raise OSError(errno.EPROTO, f"{len(data)} bytes came for {length} asked for: does its server know ranges?")
+            raise OSError(
+                errno.EPROTO,
+                f"got {len(data)} bytes for a range of {length}: does the server support range "
+                "requests?",
+            )
         if len(data) != length:
-            raise OSError(errno.ENODATA, f"only {len(data)} bytes there")
+            raise OSError(errno.ENODATA, f"short read: {len(data)} bytes")
         return data
 
     def _descriptor(self, path: str) -> int:

@@ -13,7 +13,7 @@ from prelora_ds.config.tree import Config
 from prelora_ds.core.controller import PhaseController
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.schedule import Timeline
-from prelora_ds.data.datasets import Look
+from prelora_ds.data.datasets import ImagePipeline
 from prelora_ds.data.loader import Loader, eval_batches
 from prelora_ds.data.manifest import Manifest
 from prelora_ds.data.setup import TrainData, make_loader
@@ -70,7 +70,7 @@ class Run:
         config = self.config
         return eval_batches(
             self.val_data,
-            Look.of(config.model, config.data),
+            ImagePipeline.from_config(config.model, config.data),
             rank=dist.get_rank(),
             world_size=dist.get_world_size(),
             batch_size=config.train.micro_batch_size,

@@ -115,7 +115,7 @@ def evaluate_folder(model: Path, data: Path, *, batch_size: int = 64, workers: i
 
     Raises ConfigError if a folder is not valid, or if the classes of data and model differ.
     """
-    from prelora_ds.data.datasets import Look
+    from prelora_ds.data.datasets import ImagePipeline
     from prelora_ds.data.loader import eval_batches
     from prelora_ds.data.manifest import Manifest
     from prelora_ds.data.transforms import to_float
@@ -135,13 +135,13 @@ def evaluate_folder(model: Path, data: Path, *, batch_size: int = 64, workers: i
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vit.eval().to(device)
-    look = Look(
+    pipeline = ImagePipeline(
         config.image_size,
         config.num_channels,
         getattr(config, "eval_crop", "inception"),
     )
     batches = eval_batches(
-        manifest, look, batch_size=batch_size, rank=0, world_size=1, workers=workers
+        manifest, pipeline, batch_size=batch_size, rank=0, world_size=1, workers=workers
     )
     accuracy = evaluate(
         lambda images: vit(to_float(images.to(device), torch.float32)).logits,
@@ -149,7 +149,7 @@ def evaluate_folder(model: Path, data: Path, *, batch_size: int = 64, workers: i
         samples=len(manifest),
         device=device,
     )
-    return Result(**vars(accuracy), data=str(data), identity=manifest.identity)
+    return Result(**vars(accuracy), data=str(data), identity=manifest.fingerprint)
 
 
 def open_vit(folder: Path) -> ViTForImageClassification:

@@ -13,7 +13,7 @@ from prelora_ds.core.controller import PhaseState
 from prelora_ds.core.stragglers import StragglerWatch
 from prelora_ds.core.switch_tests.prelora import Observation
 from prelora_ds.cost.bytes import predict_bytes, worst_deviation
-from prelora_ds.data.setup import identity
+from prelora_ds.data.setup import fingerprints
 from prelora_ds.engine.build import Engine, StepStats
 from prelora_ds.engine.census import census, peak_rss_bytes
 from prelora_ds.engine.runtime import make_monitor
@@ -196,5 +196,5 @@ class Records:
             EventKind.END,
             self.run.timeline.total_steps,
             peak_rss_bytes=peaks,
-            data=identity(self.run.train_data, self.run.val_data),
+            data=fingerprints(self.run.train_data, self.run.val_data),
         )

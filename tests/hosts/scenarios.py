@@ -307,8 +307,8 @@ def full_while_training(site: Site) -> dict[str, Any]:
         server.wait()
     assert done.returncode == 0, done.stdout[-3000:]
     assert losses(folder / "out") == local(site, 2)
-    line = next(line for line in done.stdout.splitlines() if "has no room for" in line)
-    assert "scratch/cache on host host2 has no room" in line, line
+    line = next(line for line in done.stdout.splitlines() if " is full (" in line)
+    assert "scratch/cache on host host2 is full" in line, line
     return {"what": "the disk of one host is full, while training", "hosts": 2, "named": True,
             "total_s": round(time.monotonic() - begun, 1), "says": line[line.index("warning"):][:240],
             "result": "goes on, losses those of local ranks, bitwise"}

@@ -71,7 +71,7 @@ def mixed_step(loss):
 def test_above_the_budget_all_ranks_stop_with_one_message(forge, tmp_path):
     write_digits(tmp_path)
     manifest = Manifest.load(tmp_path / "train")
-    with Path(manifest.place(1)).open("r+b") as shard:
+    with Path(manifest.shard_location(1)).open("r+b") as shard:
         for row in manifest.rows[600:604]:
             shard.seek(int(row["offset"]) + 30)
             shard.write(b"\0\0\0\0")
@@ -79,9 +79,9 @@ def test_above_the_budget_all_ranks_stop_with_one_message(forge, tmp_path):
     job = Job(forge, out, tmp_path, "train.duration=2 epochs", zero=1)
     codes, said = job.end(), job.said()
     assert codes[0] == 1 and said.count("error: ") == 1, said
-    assert re.search(r"error: 3 unreadable samples in epoch 0 are more than data\.corrupt_budget = 0\.001 of 1437 "
-                     r"samples allows; one of them: sample 60[0-3], \d+ bytes from byte \d+ of \S+shard-000001\.tar: "
-                     r"checksum \w+, and \w+ in the manifest; sample \d+ is in its place\n  remedy: ", said), said
+    assert re.search(r"error: 3 unreadable samples in epoch 0 exceed data\.corrupt_budget \(0\.001 of 1437 "
+                     r"samples\); for example: sample 60[0-3], \d+ bytes from byte \d+ of \S+shard-000001\.tar: "
+                     r"checksum \w+, expected \w+; replaced by sample \d+\n  remedy: ", said), said
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert sum(row["data/corrupt"] for row in rows) >= 2
 
@@ -90,7 +90,7 @@ def test_a_run_tolerates_what_the_budget_allows_with_mixup_and_sigmoid(forge, tm
     write_digits(tmp_path)
     manifest = Manifest.load(tmp_path / "train")
     row = manifest.rows[600]
-    with Path(manifest.place(1)).open("r+b") as shard:
+    with Path(manifest.shard_location(1)).open("r+b") as shard:
         shard.seek(int(row["offset"]) + 30)
         shard.write(b"\0\0\0\0")
     out = tmp_path / "out"
@@ -100,7 +100,7 @@ def test_a_run_tolerates_what_the_budget_allows_with_mixup_and_sigmoid(forge, tm
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 23))  # 1437 // 64
     assert sum(row["data/corrupt"] for row in rows) == 1 and rows[-1]["epoch"] == 1.0
-    assert "data workers: the cores of a rank less one" in job.said() and "waiting for data, ms" in job.said()
+    assert "data workers: the cores of a rank minus one" in job.said() and "waiting for data, ms" in job.said()
     assert len(list((tmp_path / "cache").glob("*shard-*.tar"))) == 2  # the damaged one is not kept
 
 
@@ -114,8 +114,8 @@ def test_an_index_truncated_during_a_run_ends_it_with_75_and_one_message(forge, 
     os.truncate(tmp_path / "train" / "index.npy", 1000)
     codes, said = job.end(), job.said()
     assert 75 in codes and set(codes) <= {75, -9} and said.count("error") == 1, (codes, said)
-    assert re.search(r"error( \(rank 1 on \S+\))?: data = '\S+train/index\.npy': is not as it was when it "
-                     r"was opened: its content is another\n  remedy: put the data set back", said), said
+    assert re.search(r"error( \(rank 1 on \S+\))?: data = '\S+train/index\.npy': has changed since it "
+                     r"was opened: its content has changed\n  remedy: restore the data set", said), said
 
 
 def test_an_image_of_the_evaluation_that_cannot_be_decoded_is_one_message(forge, tmp_path):
@@ -129,7 +129,7 @@ def test_an_image_of_the_evaluation_that_cannot_be_decoded_is_one_message(forge,
     codes, said = job.end(), job.said()
     assert codes[0] == 1 and said.count("error: ") == 1 and "Traceback" not in said, (codes, said)
     offset = manifest.rows["offset"][20]
-    assert f"sample 20, 16 bytes from byte {offset} of {manifest.place(0)}: no picture" in said, said
+    assert f"sample 20, 16 bytes from byte {offset} of {manifest.shard_location(0)}: not an image" in said, said
     assert f"remedy: `prelora shards verify {tmp_path / 'val'} --decode` lists" in said, said
 
 
@@ -154,7 +154,7 @@ def test_a_worker_that_is_killed_is_named_by_its_rank_and_ends_the_run(shards, t
                 process.kill()
     assert run.returncode == 1, said
     assert (said.count("error: "), said.count("error (rank 1 on ")) == (0, 1), said
-    gone = rf"error \(rank 1 on [^)]+\): a data worker is gone \(process: exit code {{{worker.pid}: -9}}"
+    gone = rf"error \(rank 1 on [^)]+\): a data worker died \(process: exit code {{{worker.pid}: -9}}"
     assert re.search(gone, said), said
 
 

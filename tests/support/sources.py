@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from prelora_ds.data.shards.sources import KINDS, find_images
+from prelora_ds.data.shards.sources import SOURCE_FORMATS, find_images
 from prelora_ds.data.shards.sources.listing import Request
 from prelora_ds.errors import ConfigError
 
@@ -37,11 +37,11 @@ def found(source, split=None, labels=None):
     """Return (classes, [(bytes, label)], skipped names)."""
     listing = find_images(Request(source, split, labels))
     places = [(listing.files[i["file"]], int(i["offset"]), int(i["length"])) for i in listing.items]
-    images = [KINDS[listing.kind].read(*place) for place in places]
+    images = [SOURCE_FORMATS[listing.source_format].read(*place) for place in places]
     return (
         listing.classes,
         list(zip(images, listing.items["label"].tolist(), strict=True)),
-        listing.passed_over,
+        listing.skipped,
     )
 
 

@@ -6,12 +6,12 @@ import multiprocessing
 import time
 from pathlib import Path
 
-from prelora_ds.data.cache import ShardCache, Stager
+from prelora_ds.data.cache import CacheFiller, ShardCache
 from prelora_ds.data.manifest import Manifest
 
 
 def stage(manifest: Manifest, cache: ShardCache) -> None:
-    Stager(manifest, cache).join()
+    CacheFiller(manifest, cache).join()
 
 
 def stage_and_report(

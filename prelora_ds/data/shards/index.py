@@ -1,4 +1,4 @@
-"""`prelora shards index`: the manifest of shards that others wrote."""
+"""`prelora shards index`: creating a manifest for existing shards."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from pathlib import Path
 from typing import NamedTuple
 
 from prelora_ds.data.manifest import MANIFEST_NAME, Manifest, is_url, save_manifest
-from prelora_ds.data.parallel import unordered
+from prelora_ds.data.parallel import map_unordered
 from prelora_ds.data.shards.scan import ScannedShard, index_shard, local_shard
 from prelora_ds.errors import ConfigError, ExpectedError, file_error
 
 Progress = Callable[[int, int], None]
 _MOST_SHARDS = 1_000_000
 _PATTERN = (
-    "name a folder, or a pattern such as FOLDER/train-{000000..001023}.tar whose shards are all there"
+    "name a folder, or a pattern such as FOLDER/train-{000000..001023}.tar whose shards all exist"
 )
 
 
 class Indexed(NamedTuple):
-    """A new manifest, and what a user should hear of it.
+    """A new manifest, and what is reported to the user.
 
-    pickled: members of samples in pickle formats, which are never decoded.
-    passed_over: members that belong to no sample; ``example`` is the name of the first.
+    pickled: the number of members of samples in pickle formats, which are never decoded.
+    skipped: the number of members that belong to no sample; ``example`` is the name of the first.
     """
 
     manifest: Manifest
     pickled: int
-    passed_over: int
+    skipped: int
     example: str
 
 
@@ -45,14 +45,15 @@ def index(
     workers: int = 1,
     progress: Progress = lambda done, total: None,
 ) -> Indexed:
-    """Make the manifest of shards that others wrote: a folder or a brace pattern, paths or URLs.
+    """Create the manifest of existing shards: a folder or a brace pattern, paths or URLs.
 
-    It is written beside the shards, or to the folder ``out``, which has to be given for a URL. Without
-    ``classes`` they are those of a manifest of version 1 where there is one, and the numbers
-    otherwise. For ``label_key`` see `LabelReader`.
+    out: the folder for the manifest (default: next to the shards); required for a URL.
+    classes: the class names (default: those of a manifest of version 1 if there is one, otherwise
+        the numbers).
+    label_key: see `LabelReader`.
 
-    Raises ConfigError for a shard that is missing or has a mistake (`index_shard`) with its offset, and
-    where there is a manifest already; DiskError where the disk fails.
+    Raises ConfigError for a shard that is missing or has a mistake (see `index_shard`), with its
+    offset, and if there is a manifest already; DiskError if the disk fails.
     """
     folder, names = _shards_of(source)
     if out is None and is_url(folder):
@@ -60,21 +61,22 @@ def index(
             "--out", None, f"a manifest cannot be written to {folder}", "name a folder of this host"
         )
     target, key = (Path(folder), "SOURCE") if out is None else (out, "--out")
-    kept = _kept_classes(target)
-    classes = classes if classes is not None else kept
+    previous = _previous_classes(target)
+    classes = classes if classes is not None else previous
     _check_writable(target, key)
-    found: dict[int, ScannedShard] = {}
+    scanned_shards: dict[int, ScannedShard] = {}
     progress(0, len(names))
     jobs = ((number, f"{folder}/{name}", classes, label_key) for number, name in enumerate(names))
-    for number, scanned in unordered(_index_shard, jobs, workers):
-        found[number] = scanned
-        progress(len(found), len(names))
-    scans = [found[number] for number in range(len(names))]
+    for number, scanned in map_unordered(_index_shard, jobs, workers):
+        scanned_shards[number] = scanned
+        progress(len(scanned_shards), len(names))
+    scans = [scanned_shards[number] for number in range(len(names))]
     if classes is None:
-        classes = tuple(map(str, range(1 + max(int(scan.rows["label"].max()) for scan in scans))))
+        largest = max(int(scan.rows["label"].max()) for scan in scans)
+        classes = tuple(map(str, range(1 + largest)))
     base: str | None = folder if is_url(folder) else str(Path(folder).resolve())
     if base == str(target.resolve()):
-        base = None  # the shards lie beside the manifest
+        base = None  # the shards are next to the manifest
     try:
         save_manifest(
             target,
@@ -86,17 +88,17 @@ def index(
         )
     except OSError as error:
         raise _unwritable(target, key, error) from error
-    passed = [name for scan in scans for name in scan.passed_over]
+    skipped = [name for scan in scans for name in scan.skipped]
     return Indexed(
         Manifest.load(target, key),
         sum(scan.pickled for scan in scans),
-        len(passed),
-        passed[0] if passed else "",
+        len(skipped),
+        skipped[0] if skipped else "",
     )
 
 
 def _check_writable(folder: Path, key: str) -> None:
-    """Raise before hours of reading, and not after them."""
+    """Raise now, and not after hours of reading, if ``folder`` cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -118,20 +120,21 @@ def _unwritable(folder: Path, key: str, error: OSError) -> ExpectedError:
 def _index_shard(
     job: tuple[int, str, Sequence[str] | None, str | None],
 ) -> tuple[int, ScannedShard]:
-    number, place, classes, label_key = job
+    number, location, classes, label_key = job
     try:
-        with local_shard(place) as path:
+        with local_shard(location) as path:
             scanned = index_shard(path, "SOURCE", classes=classes, label_key=label_key)
     except ConfigError as error:
-        raise ConfigError("SOURCE", place, error.problem, error.remedy) from error
+        raise ConfigError("SOURCE", location, error.problem, error.remedy) from error
     except OSError as error:
-        raise file_error("SOURCE", place, error, "cannot be read",
-                         "look whether the shard is there") from error
-    return number, scanned._replace(shard=scanned.shard._replace(name=place.rpartition("/")[2]))
+        raise file_error(
+            "SOURCE", location, error, "cannot be read", "check that the shard exists"
+        ) from error
+    return number, scanned._replace(shard=scanned.shard._replace(name=location.rpartition("/")[2]))
 
 
 def _shards_of(source: str) -> tuple[str, list[str]]:
-    """(folder, names) of the shards of a folder, or of a pattern such as ``F/train-{0000..1023}.tar``."""
+    """Return (folder, names) of the shards in a folder or of a pattern such as ``F/{0..9}.tar``."""
     if not is_url(source) and os.path.isdir(source):
         folder = source.rstrip("/") or "/"
         try:
@@ -163,13 +166,16 @@ def _shards_of(source: str) -> tuple[str, list[str]]:
     shards = [name for name in names if name.endswith(".tar") and not name.startswith(".")]
     if packed := [name for name in names if re.search(r"\.(tar\.\w+|tgz)$", name)]:
         raise ConfigError(
-            "SOURCE", source, f"{packed[0]} is compressed: samples have no place in it", "unpack it"
+            "SOURCE",
+            source,
+            f"{packed[0]} is compressed; its samples cannot be addressed",
+            "unpack it",
         )
     if not shards:
         raise ConfigError(
             "SOURCE",
             source,
-            "holds no shards (.tar)",
+            "contains no shards (.tar)",
             "name a folder of shards, or a pattern of shards",
         )
     try:
@@ -178,42 +184,44 @@ def _shards_of(source: str) -> tuple[str, list[str]]:
         raise ConfigError(
             "SOURCE",
             source,
-            "the name of the folder or of a shard is not UTF-8, and cannot be written "
-            "into a manifest",
+            "the name of the folder or of a shard is not UTF-8, and a manifest cannot contain it",
             "rename it",
         ) from error
     return folder, shards
 
 
 def _expanded(pattern: str) -> tuple[str, list[str]]:
-    """(folder, names) of a brace pattern. Raises ConfigError for local shards that are not there."""
+    """Return (folder, names) of a brace pattern. Raises ConfigError for missing local shards."""
     from braceexpand import braceexpand
 
     try:
-        places = list(islice(braceexpand(pattern), _MOST_SHARDS + 1))
+        locations = list(islice(braceexpand(pattern), _MOST_SHARDS + 1))
     except ValueError as error:
         raise ConfigError("SOURCE", pattern, f"is not a pattern ({error})", _PATTERN) from error
-    if len(places) > _MOST_SHARDS:
+    if len(locations) > _MOST_SHARDS:
         raise ConfigError("SOURCE", pattern, f"names more than {_MOST_SHARDS:,} shards", _PATTERN)
-    folders = {place.rpartition("/")[0] or "." for place in places}
+    folders = {location.rpartition("/")[0] or "." for location in locations}
     if len(folders) > 1:
         raise ConfigError(
-            "SOURCE", pattern, "names shards of several folders", "index each folder by itself"
+            "SOURCE", pattern, "names shards of several folders", "index each folder separately"
         )
-    if len(set(places)) < len(places):
-        raise ConfigError("SOURCE", pattern, "names a shard twice", "name each once")
-    missing = [place for place in places if not is_url(place) and not os.path.exists(place)]
+    if len(set(locations)) < len(locations):
+        raise ConfigError("SOURCE", pattern, "lists a shard twice", "list each once")
+    missing = [
+        location for location in locations if not is_url(location) and not os.path.exists(location)
+    ]
     if missing:
         raise ConfigError(
             "SOURCE",
             pattern,
-            f"{len(missing)} of {len(places)} shards are not there; the first is {missing[0]!r}",
+            f"{len(missing)} of {len(locations)} shards do not exist; the first is {missing[0]!r}",
             _PATTERN,
         )
-    return folders.pop(), [place.rpartition("/")[2] for place in places]
+    return folders.pop(), [location.rpartition("/")[2] for location in locations]
 
 
-def _kept_classes(folder: Path) -> tuple[str, ...] | None:
+def _previous_classes(folder: Path) -> tuple[str, ...] | None:
+    """Return the classes of a manifest of version 1; raise ConfigError for a newer manifest."""
     path = folder / MANIFEST_NAME
     if not path.exists():
         return None
@@ -223,7 +231,7 @@ def _kept_classes(folder: Path) -> tuple[str, ...] | None:
             return tuple(map(str, content["classes"]))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
-    # A new manifest would take damaged shards for what they should be.
+    # Re-indexing would accept damaged shards as correct.
     raise ConfigError(
         "SOURCE",
         str(path),

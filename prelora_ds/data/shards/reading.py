@@ -1,5 +1,7 @@
-"""Reading files that others wrote: what is damaged, hostile or out of reach is told with the name
-of the file."""
+"""Reading files that others wrote.
+
+The errors for damaged, hostile and inaccessible files name the file.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ MAX_IMAGE_BYTES = 1 << 30
 MAX_TEXT_BYTES = 1 << 28
 MAX_UNPACKED_BYTES = 1 << 31  # EMNIST, the largest of its kind, has 0.6 GB
 AGAIN = "run the same command again: it continues where it stopped"
-_CHECK = "look at the file, and fetch it again if it is damaged"
+_CHECK = "check the file, and fetch it again if it is damaged"
 _PACKED = {
     b"\x1f\x8b": ("gzip", "gunzip"),
     b"BZh": ("bzip2", "bunzip2"),
@@ -31,20 +33,25 @@ _PACKED = {
 def broken(
     path: str | Path, problem: str, remedy: str = "repair the source, or fetch it again"
 ) -> ConfigError:
+    """Return the error for a file or folder of SOURCE."""
     return ConfigError("SOURCE", str(path), problem, remedy)
 
 
 def not_accessible(
     key: str, path: str | Path, error: OSError, act: str = "cannot be read"
 ) -> ConfigError:
-    """ConfigError for a path that the user can change, DiskError for a disk that failed."""
-    return file_error(key, path, error, act, "make it accessible to this user, or name another path")
+    """Return ConfigError for a path that the user can change, DiskError for a disk that failed."""
+    return file_error(
+        key, path, error, act, "make it accessible to this user, or name another path"
+    )
 
 
 @contextmanager
 def reading(path: str | Path, what: str, key: str = "SOURCE") -> Iterator[None]:
-    """Whatever a damaged file makes its parser raise becomes a ConfigError (of a disk: DiskError)
-    with its name."""
+    """A context that turns whatever a parser raises for a damaged file into a ConfigError.
+
+    The error names the file. A disk that fails becomes a DiskError.
+    """
     try:
         yield
     except ExpectedError:
@@ -53,14 +60,15 @@ def reading(path: str | Path, what: str, key: str = "SOURCE") -> Iterator[None]:
         if error.errno is not None:
             raise not_accessible(key, error.filename or path, error) from error
         raise ConfigError(key, str(path), f"cannot be read as {what} ({error})", _CHECK) from error
-    except Exception as error:  # parsers of damaged files raise anything, MemoryError among it
+    # Parsers raise anything for damaged files, MemoryError included.
+    except Exception as error:
         raise ConfigError(
             key, str(path), f"cannot be read as {what} ({describe(error)})", _CHECK
         ) from error
 
 
 def describe(error: Exception) -> str:
-    """The text of an error; of those that are not written for users, with the type."""
+    """Return the text of an error, with its type unless the error is written for users."""
     text = str(error)[:300]
     if isinstance(error, ValueError | OSError) and text and not isinstance(error, UnicodeError):
         return text
@@ -68,10 +76,10 @@ def describe(error: Exception) -> str:
 
 
 def read_range(file: str, offset: int, length: int) -> bytes:
-    """``length`` bytes, or all from ``offset`` on for -1.
+    """Read ``length`` bytes from ``offset``; a length of -1 reads to the end.
 
-    Raises ValueError for fewer, for more than MAX_IMAGE_BYTES, and for a device or a pipe, which
-    might never end.
+    Raises ValueError if fewer bytes exist, for more than MAX_IMAGE_BYTES, and for a device or a
+    pipe, which might never end.
     """
     check_regular(file)
     with open(file, "rb") as opened:
@@ -80,13 +88,15 @@ def read_range(file: str, offset: int, length: int) -> bytes:
     if len(data) > MAX_IMAGE_BYTES or length > MAX_IMAGE_BYTES:
         raise ValueError(f"more than {MAX_IMAGE_BYTES:,} bytes, which is the limit for one image")
     if len(data) < length:
-        raise ValueError(f"only {len(data)} of {length} bytes are there")
+        raise ValueError(f"only {len(data)} of {length} bytes exist")
     return data
 
 
 def read_whole(path: Path) -> bytes:
-    """A file, unpacked where it is gzip. Raises ConfigError, also for a small file that unpacks to
-    an immense one."""
+    """Read a whole file, unpacked if it is gzip.
+
+    Raises ConfigError, also if a small file unpacks to more than MAX_UNPACKED_BYTES.
+    """
     with reading(path, "a packed file" if path.suffix == ".gz" else "a file"):
         check_regular(path)
         if path.suffix != ".gz":
@@ -95,14 +105,14 @@ def read_whole(path: Path) -> bytes:
             data = file.read(MAX_UNPACKED_BYTES + 1)
         if len(data) > MAX_UNPACKED_BYTES:
             raise ValueError(
-                f"more than {MAX_UNPACKED_BYTES:,} bytes when it is unpacked; unpack it with gunzip "
-                "if it is meant to be that large"
+                f"more than {MAX_UNPACKED_BYTES:,} bytes when it is unpacked; if that is intended, "
+                "unpack it with gunzip"
             )
         return data
 
 
 def read_text(path: Path, key: str = "SOURCE") -> str:
-    """A text file of UTF-8, without its byte-order mark. Raises ConfigError for any other file."""
+    """Read a UTF-8 text file without its byte-order mark. Raises ConfigError for other files."""
     with reading(path, "text", key):
         check_regular(path)
         with path.open("rb") as file:
@@ -121,20 +131,20 @@ def read_text(path: Path, key: str = "SOURCE") -> str:
 
 
 def check_regular(path: str | Path) -> None:
-    """Raises ValueError for a pipe or a device, where reading may wait or never end."""
+    """Raise ValueError for a pipe or a device, where reading may wait or never end."""
     mode = os.stat(path).st_mode
-    if not S_ISREG(mode) and not S_ISDIR(mode):  # to open a folder fails by itself
-        raise ValueError("neither a file nor a folder, but a pipe or a device")
+    if not S_ISREG(mode) and not S_ISDIR(mode):  # opening a folder fails anyway
+        raise ValueError("a pipe or a device, and not a file or a folder")
 
 
 def version(path: str | Path) -> tuple[int, int, int]:
-    """What changes with a file's content; a part of the key where what is read from it is kept."""
+    """Return a value that changes with the file's content; caches use it in their keys."""
     stat = os.stat(path)
     return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
 
 def packing(path: Path) -> tuple[str, str] | None:
-    """(name of the format, command that unpacks it) of a packed file."""
+    """Return (name of the format, command that unpacks it) for a packed file, otherwise None."""
     with path.open("rb") as file:
         start = file.read(8)
     return next((how for magic, how in _PACKED.items() if start.startswith(magic)), None)

@@ -24,15 +24,15 @@ def shards(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return int(ended.value.code or 0)
 
 
-def test_what_is_passed_over_and_classes_without_a_sample_are_said(monkeypatch, capsys, tmp_path):
+def test_what_is_skipped_and_classes_without_a_sample_are_reported(monkeypatch, capsys, tmp_path):
     members = [("._a.jpg", b"x"), ("LICENSE", b"x"), ("a.jpg", picture(1)), ("a.cls", b"2")]
     write_tar(tmp_path / "x" / "0.tar", [*members, ("a.pkl", b"x")])
     assert shards(monkeypatch, "index", tmp_path / "x") == 0
     said = capsys.readouterr()
     where = tmp_path / "x"
     assert f"{where}: 1 samples of 3 classes in 1 shards; 2 classes have no sample\n" in said.out
-    assert f"{where}: 2 members that belong to no sample were passed over; the first is '._a.jpg'\n" in said.err
-    assert f"{where}: 1 pickled members were passed over, and not decoded\n" in said.err
+    assert f"{where}: 2 members that belong to no sample were skipped; the first is '._a.jpg'\n" in said.err
+    assert f"{where}: 1 pickled members were skipped (never decoded)\n" in said.err
 
 
 def test_decode_lists_what_cannot_be_decoded_and_ends_with_1(monkeypatch, capsys, tmp_path):
@@ -40,7 +40,7 @@ def test_decode_lists_what_cannot_be_decoded_and_ends_with_1(monkeypatch, capsys
     write_tar(tmp_path / "0.tar", members)
     assert shards(monkeypatch, "index", tmp_path) == 0
     assert shards(monkeypatch, "verify", tmp_path) == 0
-    assert "every shard is as in the manifest\n" in capsys.readouterr().out
+    assert "all shards match the manifest\n" in capsys.readouterr().out
     assert shards(monkeypatch, "verify", tmp_path, "--decode") == 1
     said = capsys.readouterr().out
     offset = 512 + (-(-len(members[0][1]) // 512)) * 512 + 1024 + 512
@@ -97,7 +97,7 @@ def test_a_full_disk_is_one_message_and_75_and_the_same_command_succeeds_later(m
 
 
 @pytest.mark.parametrize(("labels", "classes", "empty"), [([1, 2], 3, 1), ([0, 999], 1000, 998), ([0, 1], 2, 0)])
-def test_a_build_says_how_many_classes_have_no_sample(monkeypatch, capsys, tmp_path, labels, classes, empty):
+def test_a_build_reports_how_many_classes_have_no_sample(monkeypatch, capsys, tmp_path, labels, classes, empty):
     (tmp_path / "in").mkdir()
     table = pyarrow.table({"image": [picture(1), picture(2)], "label": labels})
     pyarrow.parquet.write_table(table, tmp_path / "in" / "train.parquet")

@@ -9,7 +9,7 @@ from PIL import Image
 
 from prelora_ds.config.data import AUGMENT_LEVELS
 from prelora_ds.data.augment import OPERATIONS, augment, rand_augment
-from prelora_ds.data.datasets import keyed
+from prelora_ds.data.datasets import rng_for
 
 SIZE = 224
 
@@ -21,7 +21,7 @@ def gradient(size: int = SIZE) -> Image.Image:
 
 
 def apply(name: str, level: float, image: Image.Image | None = None, seed: int = 0) -> np.ndarray:
-    return np.asarray(OPERATIONS[name](image or gradient(), level / 10, keyed(seed))).astype(int)
+    return np.asarray(OPERATIONS[name](image or gradient(), level / 10, rng_for(seed))).astype(int)
 
 
 def flat(*values: int) -> Image.Image:
@@ -104,7 +104,7 @@ def test_sixteen_operations_come_evenly_and_level_15_is_stronger_than_10():
     assert len(OPERATIONS) == 16
     names, seen = list(OPERATIONS), dict.fromkeys(OPERATIONS, 0)
     for seed in range(1600):
-        seen[names[int(keyed(seed).integers(16, size=1)[0])]] += 1
+        seen[names[int(rng_for(seed).integers(16, size=1)[0])]] += 1
     assert min(seen.values()) > 60 and max(seen.values()) < 140
     assert [tuple(AUGMENT_LEVELS[name]) for name in ("light1", "light2", "medium1", "medium2", "strong1", "strong2")] \
         == [(2, 0, 0.0), (2, 10, 0.2), (2, 15, 0.2), (2, 15, 0.5), (2, 20, 0.5), (2, 20, 0.8)]
@@ -114,33 +114,33 @@ def test_sixteen_operations_come_evenly_and_level_15_is_stronger_than_10():
 @pytest.mark.parametrize("options", [
     {"level": "strong2"}, {"level": "trivial"}, {"level": "none", "random_erasing": 1.0},
     {"level": "medium2", "random_erasing": 0.5}, {"level": "light1"}])
-def test_the_key_alone_decides_and_the_global_generator_is_left_alone(options, channels):
+def test_only_the_key_matters_and_the_global_generator_is_left_unchanged(options, channels):
     image = torch.randint(0, 256, (channels, 32, 32), dtype=torch.uint8)
     options = {"flip": True, "random_erasing": 0.0} | options
     before, kept = torch.get_rng_state(), image.clone()
     results = []
     for seed in range(12):
-        first = augment(image, rng=keyed(seed), **options)
+        first = augment(image, rng=rng_for(seed), **options)
         torch.rand(seed)
-        assert torch.equal(first, augment(image, rng=keyed(seed), **options))
+        assert torch.equal(first, augment(image, rng=rng_for(seed), **options))
         assert first.shape == image.shape and first.dtype == torch.uint8
         results.append(first.contiguous().numpy().tobytes())
     torch.set_rng_state(before)
-    augment(image, rng=keyed(0), **options)
+    augment(image, rng=rng_for(0), **options)
     assert torch.equal(torch.get_rng_state(), before) and torch.equal(image, kept)
     assert len(set(results)) > 6
 
 
 def test_random_erasing_hits_its_share_of_the_area_and_flip_half_of_the_pictures():
     image = torch.zeros((3, 64, 64), dtype=torch.uint8)
-    areas = [(augment(image, flip=False, level="none", random_erasing=1.0, rng=keyed(seed)) != 0).float().mean()
+    areas = [(augment(image, flip=False, level="none", random_erasing=1.0, rng=rng_for(seed)) != 0).float().mean()
              for seed in range(100)]
     assert min(areas) > 0.015 and max(areas) < 0.34 and 0.1 < np.mean(areas) < 0.25
     sides = torch.arange(64, dtype=torch.uint8).expand(3, 64, 64)
-    flipped = sum(int(augment(sides, flip=True, level="none", random_erasing=0.0, rng=keyed(seed))[0, 0, 0]) == 63
+    flipped = sum(int(augment(sides, flip=True, level="none", random_erasing=0.0, rng=rng_for(seed))[0, 0, 0]) == 63
                   for seed in range(400))
     assert 160 < flipped < 240
 
 
 def test_no_layers_change_nothing():
-    assert rand_augment(gradient(), 0, 15, keyed(0)).tobytes() == gradient().tobytes()
+    assert rand_augment(gradient(), 0, 15, rng_for(0)).tobytes() == gradient().tobytes()

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from prelora_ds.data.batch import draw_mix, mix_images, mix_labels
-from prelora_ds.data.datasets import Look
+from prelora_ds.data.datasets import ImagePipeline
 from prelora_ds.data.loader import TrainLoader
 from prelora_ds.data.shards.writer import write_shards
 from prelora_ds.data.transforms import to_float
 from prelora_ds.errors import ConfigError
 
 SAMPLES, SIZE = 37, 16  # an odd number: pairs lie across epochs
-LOOK = Look(SIZE, 3, "inception", flip=True, augment="medium2", random_erasing=0.3, mixup=0.5, cutmix=1.0)
+PIPELINE = ImagePipeline(SIZE, 3, "inception", flip=True, augment="medium2", random_erasing=0.3, mixup=0.5, cutmix=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def inputs(manifest, *, world_size: int, micro: int, steps: int = 4, **options) 
     """What the model sees of each global batch: pixels in bf16, targets, labels."""
     parts = []
     for rank in range(world_size):
-        loader = TrainLoader(manifest, LOOK, seed=3, global_batch_size=16, micro_batch_size=micro, rank=rank,
+        loader = TrainLoader(manifest, PIPELINE, seed=3, global_batch_size=16, micro_batch_size=micro, rank=rank,
                              world_size=world_size, **{"workers": 0} | options)
         parts.append([[(mix_images(to_float(b.images, torch.float32), b.mix).to(torch.bfloat16),
                         mix_labels(b.labels, b.mix, SAMPLES), b.labels) for b in loader.next()] for _ in range(steps)])
@@ -65,9 +65,10 @@ def test_workers_and_a_later_start_mix_the_same(manifest):
 
 
 def test_a_micro_batch_that_would_cut_a_pair_is_refused(manifest):
-    with pytest.raises(ConfigError, match=r"train\.micro_batch_size = 1: odd"):
-        TrainLoader(manifest, LOOK, seed=0, global_batch_size=16, micro_batch_size=1, rank=0, world_size=1, workers=0)
-    loader = TrainLoader(manifest, LOOK, seed=0, global_batch_size=6, micro_batch_size=6, rank=0, world_size=1,
+    with pytest.raises(ConfigError, match=r"train\.micro_batch_size = 1: is odd"):
+        TrainLoader(manifest, PIPELINE, seed=0, global_batch_size=16, micro_batch_size=1, rank=0, world_size=1,
+                    workers=0)
+    loader = TrainLoader(manifest, PIPELINE, seed=0, global_batch_size=6, micro_batch_size=6, rank=0, world_size=1,
                          workers=0)
     with pytest.raises(ValueError, match="odd"):
         loader.rebatch(3)

@@ -19,14 +19,14 @@ from support.staging import stage, stage_and_report
 from support.web import Server
 
 from prelora_ds.data.cache import ShardCache
-from prelora_ds.data.datasets import Look
+from prelora_ds.data.datasets import ImagePipeline
 from prelora_ds.data.loader import TrainLoader
 from prelora_ds.data.manifest import Manifest
 from prelora_ds.data.shards.writer import write_shards
 from prelora_ds.data.store import CorruptSampleError, SampleStore
 
 SAMPLES = 24
-LOOK = Look(8, 3, "inception", flip=True)
+PIPELINE = ImagePipeline(8, 3, "inception", flip=True)
 
 
 def png(number: int) -> bytes:
@@ -59,7 +59,7 @@ def url(request: pytest.FixtureRequest, manifest: Manifest, tmp_path: Path, monk
 
 
 def batches(manifest: Manifest, cache: ShardCache | None = None, workers: int = 0) -> tuple[torch.Tensor, list[str]]:
-    loader = TrainLoader(manifest, LOOK, seed=0, global_batch_size=12, micro_batch_size=6, rank=0, world_size=1,
+    loader = TrainLoader(manifest, PIPELINE, seed=0, global_batch_size=12, micro_batch_size=6, rank=0, world_size=1,
                          workers=workers, cache=cache)
     found = [batch for _ in range(4) for batch in loader.next()]
     loader.close()
@@ -90,9 +90,9 @@ def test_staged_shards_are_whole_and_are_read_in_place_of_the_original(manifest,
     stage(manifest, cache)
     assert sum(file.stat().st_size for file in copies(cache.folder)) == total(manifest)
     for number, shard in enumerate(manifest.shards):
-        copy = cache.copy_of(shard)
-        assert copy is not None and Path(copy).read_bytes() == Path(manifest.place(number)).read_bytes()
-        Path(manifest.place(number)).unlink()  # nobody looks there any more
+        copy = cache.path_of_copy(shard)
+        assert copy is not None and Path(copy).read_bytes() == Path(manifest.shard_location(number)).read_bytes()
+        Path(manifest.shard_location(number)).unlink()  # nobody looks there any more
     images, faults = batches(manifest, ShardCache(tmp_path / "cache", total(manifest)))
     assert len(images) == 48 and not faults
 
@@ -102,7 +102,7 @@ def test_what_does_not_fit_is_read_from_the_original_and_the_limit_holds(manifes
     cache = ShardCache(tmp_path / "cache", limit)
     stage(manifest, cache)
     said = capsys.readouterr().err
-    assert said.count("warning: ") == 1 and "has no room for" in said and f"read from {manifest.folder}" in said
+    assert said.count("warning: ") == 1 and " is full (" in said and f"read from {manifest.folder}" in said
     assert len(copies(cache.folder)) == 2
     assert sum(file.stat().st_size for file in copies(cache.folder)) <= limit
     images, faults = batches(manifest, cache)
@@ -114,24 +114,24 @@ def test_the_least_recently_used_of_other_data_sets_make_room(manifest, tmp_path
     cache = ShardCache(tmp_path / "cache", total(manifest) + other.shards[0].size_bytes + 100)
     stage(other, cache)
     for age, shard in enumerate(other.shards):  # the first was used last
-        os.utime(cache.copy_of(shard), (1e9 - age, 1e9 - age))
+        os.utime(cache.path_of_copy(shard), (1e9 - age, 1e9 - age))
     stage(manifest, cache)
-    assert all(cache.copy_of(shard) for shard in manifest.shards)
+    assert all(cache.path_of_copy(shard) for shard in manifest.shards)
     fresh = ShardCache(cache.folder, cache.limit_bytes)
-    assert [fresh.copy_of(shard) is not None for shard in other.shards] == [True, False, False, False]
+    assert [fresh.path_of_copy(shard) is not None for shard in other.shards] == [True, False, False, False]
 
 
 def test_a_copy_of_other_bytes_is_not_kept_and_a_bad_one_is_thrown_away(manifest, tmp_path):
     cache = ShardCache(tmp_path / "cache", 2 * total(manifest))
-    path = Path(manifest.place(0))
+    path = Path(manifest.shard_location(0))
     data = bytearray(path.read_bytes())
     path.write_bytes(bytes(data[:600]) + b"x" + bytes(data[601:]))
     with pytest.raises(OSError, match="checksum"):
         cache.add(manifest.shards[0], str(path))
     path.write_bytes(data)
-    assert cache.copy_of(manifest.shards[0]) is None and not copies(cache.folder)
+    assert cache.path_of_copy(manifest.shards[0]) is None and not copies(cache.folder)
     assert cache.add(manifest.shards[0], str(path))
-    copy = Path(cache.copy_of(manifest.shards[0]))
+    copy = Path(cache.path_of_copy(manifest.shards[0]))
     copy.write_bytes(bytes(len(data)))  # the node's disk has gone bad
     store = SampleStore(manifest, cache)
     assert store.read(0) == (bytearray(png(0)), 0) and not copy.exists()
@@ -142,7 +142,7 @@ def test_an_evicted_copy_is_read_from_the_original_again(manifest, tmp_path):
     cache = ShardCache(tmp_path / "cache", 2 * total(manifest))
     stage(manifest, cache)
     store = SampleStore(manifest, cache)
-    assert cache.copy_of(manifest.shards[0])
+    assert cache.path_of_copy(manifest.shards[0])
     for file in copies(cache.folder):
         file.unlink()
     assert store.read(0)[1] == 0 and store.read(7)[1] == 7
@@ -173,8 +173,8 @@ def test_what_a_killed_process_left_is_cleared_away(manifest, tmp_path):
     assert len(copies(cache.folder)) == len(manifest.shards)
 
 
-def test_a_folder_that_cannot_be_written_is_a_warning_and_training_goes_on(manifest, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr("prelora_ds.data.cache._LOOK_AGAIN_S", 0.0)
+def test_a_folder_that_cannot_be_written_is_a_warning_and_training_continues(manifest, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("prelora_ds.data.cache._PAUSE_AFTER_ERROR_S", 0.0)
     (tmp_path / "cache").write_text("a file")
     images, faults = batches(manifest, ShardCache(tmp_path / "cache", total(manifest)))
     assert torch.equal(images, batches(manifest)[0]) and not faults
@@ -183,7 +183,7 @@ def test_a_folder_that_cannot_be_written_is_a_warning_and_training_goes_on(manif
     assert capfd.readouterr().err.count("warning: ") == 1  # and not one per shard
 
 
-def test_a_copy_that_can_neither_be_read_nor_removed_is_passed_over(manifest, tmp_path):
+def test_a_copy_that_can_neither_be_read_nor_removed_is_skipped(manifest, tmp_path):
     cache = ShardCache(tmp_path / "cache", total(manifest))
     for shard in manifest.shards:
         (cache.folder / f"{shard.crc32:08x}-{shard.size_bytes}-{shard.name}").mkdir(parents=True)
@@ -194,7 +194,7 @@ def test_a_copy_that_can_neither_be_read_nor_removed_is_passed_over(manifest, tm
 def test_a_server_that_is_gone_is_named_with_shard_and_offset(manifest, url, monkeypatch):
     monkeypatch.setattr("prelora_ds.data.store._WAIT_S", 0.01)
     remote = Manifest.load(url)
-    Path(manifest.place(1)).unlink()
+    Path(manifest.shard_location(1)).unlink()
     store = SampleStore(remote)
     with pytest.raises(CorruptSampleError, match=rf"sample 8, .* from byte {remote.rows['offset'][8]} of {url}/shard-"
                                                  r"000001\.tar: FileNotFoundError"):
@@ -219,8 +219,8 @@ def test_a_bad_moment_of_a_store_is_tried_again(manifest, monkeypatch):
 
 
 @pytest.mark.parametrize("url", [http.server.SimpleHTTPRequestHandler], indirect=True)
-def test_a_server_without_ranges_is_told_from_a_cut_shard(url):
+def test_a_server_without_ranges_is_distinguished_from_a_cut_shard(url):
     remote = Manifest.load(url)
     size = remote.shards[0].size_bytes
-    with pytest.raises(CorruptSampleError, match=rf"{size} bytes came for \d+ asked for: does its server know ranges"):
+    with pytest.raises(CorruptSampleError, match=rf"got {size} bytes for a range of \d+: does the server support"):
         SampleStore(remote).read(0)

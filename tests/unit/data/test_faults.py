@@ -24,17 +24,18 @@ from PIL import Image
 from support.failing_data import OutOfMemory, Says
 
 from prelora_ds.data.corrupt import CorruptBudget, CorruptBudgetError
-from prelora_ds.data.datasets import Look
-from prelora_ds.data.loader import TrainLoader, WorkerLostError, Workers, eval_batches
+from prelora_ds.data.datasets import ImagePipeline
+from prelora_ds.data.loader import TrainLoader, eval_batches
 from prelora_ds.data.manifest import Manifest
 from prelora_ds.data.parallel import NoSharedMemoryError
 from prelora_ds.data.shards.verify import verify
 from prelora_ds.data.shards.writer import write_shards
 from prelora_ds.data.store import CorruptSampleError
+from prelora_ds.data.workers import WorkerLostError, Workers
 from prelora_ds.errors import ConfigError, DiskError, ExpectedError
 
 SAMPLES, BATCH = 30, 12
-LOOK = Look(16, 3, "inception", flip=True)
+PIPELINE = ImagePipeline(16, 3, "inception", flip=True)
 
 
 def png(number: int) -> bytes:
@@ -45,7 +46,7 @@ def png(number: int) -> bytes:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """30 samples in 3 shards, each of a class of its own; sample 17 is no picture, though whole."""
+    """30 samples in 3 shards, each of a class of its own; sample 17 is whole but not an image."""
     images = [b"no picture at all" if i == 17 else png(i) for i in range(SAMPLES)]
     write_shards(((f"{i:03d}", image, "png", i) for i, image in enumerate(images)), tmp_path / "train",
                  samples_per_shard=10, class_names=list(map(str, range(SAMPLES))))
@@ -62,10 +63,10 @@ def flip(folder: Path, sample: int, byte: int = 40) -> str:
     return rf"sample {sample}, {row['length']} bytes from byte {row['offset']} of \S+{path.name}: "
 
 
-def loader(folder: Path, *, look: Look = LOOK, **options: object) -> TrainLoader:
+def loader(folder: Path, *, pipeline: ImagePipeline = PIPELINE, **options: object) -> TrainLoader:
     defaults = {"seed": 1, "global_batch_size": BATCH, "micro_batch_size": 2, "rank": 0, "world_size": 1,
                 "workers": 0}
-    return TrainLoader(Manifest.load(folder), look, **defaults | options)
+    return TrainLoader(Manifest.load(folder), pipeline, **defaults | options)
 
 
 def epoch_of(folder: Path, **options: object) -> tuple[torch.Tensor, list[int], list[str]]:
@@ -80,8 +81,8 @@ def epoch_of(folder: Path, **options: object) -> tuple[torch.Tensor, list[int], 
 def test_a_picture_that_cannot_be_decoded_is_named_and_replaced_and_counted(folder, capfd):
     row = Manifest.load(folder).rows[17]
     _, labels, faults = epoch_of(folder)
-    place = rf"sample 17, 17 bytes from byte {row['offset']} of \S+shard-000001\.tar: no picture: .*; " \
-            r"sample (\d+) is in its place"
+    place = rf"sample 17, 17 bytes from byte {row['offset']} of \S+shard-000001\.tar: not an image: .*; " \
+            r"replaced by sample (\d+)"
     found = [re.fullmatch(place, fault, re.DOTALL) for fault in faults]
     assert len(found) == 2 and all(found), faults  # once an epoch
     assert 17 not in labels and len(labels) == 60
@@ -113,7 +114,7 @@ def test_a_flipped_bit_in_a_header_costs_no_sample(folder):
 
 @settings(deadline=None, max_examples=8)
 @given(world_size=st.sampled_from([1, 2, 3, 6]), workers=st.sampled_from([0, 0, 0, 2]))
-def test_all_world_sizes_replace_by_the_same(tmp_path_factory, world_size, workers):
+def test_all_world_sizes_use_the_same_replacement(tmp_path_factory, world_size, workers):
     folder = broken_folder(tmp_path_factory)
     whole = loader(folder, micro_batch_size=12)
     ranks = [loader(folder, rank=rank, world_size=world_size, workers=workers) for rank in range(world_size)]
@@ -148,7 +149,7 @@ def test_a_shard_cut_short_or_gone_under_way_is_named(folder):
     os.truncate(path, int(row["offset"]) + 10)
     faults = [fault for _ in range(3) for batch in made.next() for fault in batch.faults]
     made.close()
-    assert any(re.search(r"sample 25, .*shard-000002\.tar: OSError: \[Errno \d+\] only 10 bytes there", f)
+    assert any(re.search(r"sample 25, .*shard-000002\.tar: OSError: \[Errno \d+\] short read: 10 bytes", f)
                for f in faults)
     assert {int(re.match(r"sample (\d+)", f)[1]) for f in faults} >= {17, 25, 26, 27, 28, 29}
     with pytest.raises(ConfigError, match=r"shard-000002\.tar.*bytes"):
@@ -185,17 +186,17 @@ def test_shards_of_another_data_set_are_seen_by_size_or_checksum(folder, tmp_pat
 def test_evaluation_replaces_nothing(folder):
     place = flip(folder, 4)
     with pytest.raises(CorruptSampleError, match=place):
-        list(eval_batches(Manifest.load(folder), LOOK, batch_size=4, rank=0, world_size=1, workers=0))
+        list(eval_batches(Manifest.load(folder), PIPELINE, batch_size=4, rank=0, world_size=1, workers=0))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_image_of_the_evaluation_that_cannot_be_decoded_is_named_in_two_lines(folder, workers):
     manifest = Manifest.load(folder)
     with pytest.raises(CorruptSampleError) as caught:
-        list(eval_batches(manifest, LOOK, batch_size=4, rank=0, world_size=1, workers=workers))
+        list(eval_batches(manifest, PIPELINE, batch_size=4, rank=0, world_size=1, workers=workers))
     assert str(caught.value) == (
         f"sample 17, 17 bytes from byte {manifest.rows['offset'][17]} of {folder}/shard-000001.tar: "
-        f"no picture: the bytes are not JPEG, PNG or WEBP\n  remedy: `prelora shards verify {folder} "
+        f"not an image: the bytes are not JPEG, PNG or WEBP\n  remedy: `prelora shards verify {folder} "
         "--decode` lists every image that cannot be decoded; write the shards again without them")
     assert [problem.sample for problem in verify(folder, decode=True)] == [17]
 
@@ -205,7 +206,7 @@ def test_an_index_that_is_cut_under_a_loader_ends_it_with_75(folder, workers):
     made = loader(folder, workers=workers)
     made.next()
     os.truncate(folder / "index.npy", 500)
-    with pytest.raises(DiskError, match=r"index\.npy': is not as it was") as caught:
+    with pytest.raises(DiskError, match=r"index\.npy': has changed since it was opened") as caught:
         for _ in range(20):
             made.next()
     assert caught.value.exit_code == 75 and len(str(caught.value).splitlines()) == 2
@@ -216,13 +217,13 @@ def test_a_data_set_without_any_readable_sample_ends_the_loader(tmp_path, worker
     write_shards(((str(i), b"nothing", "png", 0) for i in range(12)), tmp_path / "bad", samples_per_shard=6,
                  class_names=["one"])
     made = loader(tmp_path / "bad", workers=workers)
-    with pytest.raises(CorruptSampleError, match=r"(?s)shard-00000[01]\.tar.*nor could 10 others be read"):
+    with pytest.raises(CorruptSampleError, match=r"(?s)shard-00000[01]\.tar.*10 replacement samples could not be read"):
         made.next()
     with pytest.raises(ValueError, match="closed"):  # and not the batch after the broken one
         made.next()
 
 
-def test_a_pickle_in_the_place_of_a_picture_is_never_opened(tmp_path):
+def test_a_pickle_in_place_of_a_picture_is_never_opened(tmp_path):
     class Bomb:
         def __reduce__(self) -> tuple:
             return os.mkdir, (str(tmp_path / "opened"),)
@@ -232,12 +233,12 @@ def test_a_pickle_in_the_place_of_a_picture_is_never_opened(tmp_path):
                  class_names="abcd")
     made = loader(tmp_path / "set", global_batch_size=4)
     faults = [fault for batch in made.next() for fault in batch.faults]
-    assert len(faults) == 1 and "no picture" in faults[0] and not (tmp_path / "opened").exists()
+    assert len(faults) == 1 and "not an image" in faults[0] and not (tmp_path / "opened").exists()
 
 
 # ---- the budget
 
-def test_the_budget_is_a_share_of_an_epoch_and_begins_anew_with_each():
+def test_the_budget_is_a_share_of_an_epoch_and_restarts_with_each():
     budget = CorruptBudget(0.001, 5000)
     count = (0, 0)
     for epoch, corrupt, after in ((0, 5, 5), (1, 5, 5), (2, 4, 4)):
@@ -247,8 +248,8 @@ def test_the_budget_is_a_share_of_an_epoch_and_begins_anew_with_each():
     assert budget.exceeded(count)
     error = budget.error(count, "b")
     assert isinstance(error, CorruptBudgetError)
-    assert str(error).startswith("6 unreadable samples in epoch 2 are more than data.corrupt_budget = 0.001 of 5000 "
-                                 "samples allows; one of them: b\n  remedy: ")
+    assert str(error).startswith("6 unreadable samples in epoch 2 exceed data.corrupt_budget (0.001 of 5000 "
+                                 "samples); for example: b\n  remedy: ")
 
 
 def test_a_budget_of_nothing_bears_nothing():
@@ -261,8 +262,8 @@ def test_a_budget_of_nothing_bears_nothing():
 
 def test_a_worker_without_memory_says_what_to_do_in_two_lines():
     workers = Workers(OutOfMemory(), [[0]], 1, "forkserver")
-    # A worker that cannot even tell is gone, and the remedy is the same.
-    told = r"(more memory .*GiB\)|a data worker is gone .*)\n  remedy: .*fewer"
+    # A worker that cannot even report it dies, and the remedy is the same.
+    told = r"(more memory .*GiB\)|a data worker died .*)\n  remedy: .*lower data\.workers"
     with pytest.raises(WorkerLostError, match=told) as caught:
         next(workers)
     assert len(str(caught.value).splitlines()) == 2
@@ -271,7 +272,7 @@ def test_a_worker_without_memory_says_what_to_do_in_two_lines():
 def test_workers_give_the_same_however_they_are_started(folder):
     """In a process of its own: a fork of this one would copy the locks of other tests' threads."""
     script = f"""
-from prelora_ds.data.datasets import Look
+from prelora_ds.data.datasets import ImagePipeline
 from prelora_ds.data.loader import TrainLoader
 from prelora_ds.data.manifest import Manifest
 from prelora_ds.data.parallel import NoSharedMemoryError
@@ -279,7 +280,8 @@ from prelora_ds.data.parallel import NoSharedMemoryError
 if __name__ == "__main__":
     made = []
     for workers, start in ((0, "fork"), (2, "fork"), (2, "forkserver"), (2, "spawn")):
-        loader = TrainLoader(Manifest.load({str(folder)!r}), Look(16, 3, "inception", True, "medium2", 0.5, 0.5),
+        pipeline = ImagePipeline(16, 3, "inception", True, "medium2", 0.5, 0.5)
+        loader = TrainLoader(Manifest.load({str(folder)!r}), pipeline,
                              seed=1, global_batch_size=12, micro_batch_size=2, rank=0, world_size=1, workers=workers,
                              worker_start=start)
         batches = [batch for _ in range(4) for batch in loader.next()]
@@ -300,18 +302,18 @@ def test_a_killed_worker_is_named_and_ends_the_loader(folder):
     [killed, _] = made._batches._batches._workers
     time.sleep(1)  # until it waits: torch never gets back a lock of its own that dies with a process
     os.kill(killed.pid, signal.SIGKILL)
-    with pytest.raises(WorkerLostError, match=rf"(?s){killed.pid}: -9.*remedy: .* fewer data\.workers"):
+    with pytest.raises(WorkerLostError, match=rf"(?s){killed.pid}: -9.*remedy: .* lower data\.workers"):
         for _ in range(50):
             made.next()
     with pytest.raises(ValueError, match="closed"):
         made.next()
 
 
-def test_mixing_goes_on_over_a_replaced_sample(folder):
+def test_mixing_continues_over_a_replaced_sample(folder):
     flip(folder, 3)
-    look = replace(LOOK, mixup=0.5)
-    one = epoch_of(folder, look=look, micro_batch_size=12)
-    other = epoch_of(folder, look=look, micro_batch_size=4)
+    pipeline = replace(PIPELINE, mixup=0.5)
+    one = epoch_of(folder, pipeline=pipeline, micro_batch_size=12)
+    other = epoch_of(folder, pipeline=pipeline, micro_batch_size=4)
     assert torch.equal(one[0], other[0]) and one[1:] == other[1:]
 
 
@@ -323,27 +325,27 @@ def test_a_budget_is_the_share_as_it_is_written() -> None:
 
 SMALL_SHM = """
 import sys
-from prelora_ds.data.datasets import Look
+from prelora_ds.data.datasets import ImagePipeline
 from prelora_ds.data.loader import TrainLoader, eval_batches
 from prelora_ds.data.manifest import Manifest
 from prelora_ds.data.parallel import NoSharedMemoryError
-from prelora_ds.data.parallel import unordered
+from prelora_ds.data.parallel import map_unordered
 
-def train(manifest, look):
-    loader = TrainLoader(manifest, look, seed=1, global_batch_size=16, micro_batch_size=16, rank=0, world_size=1,
+def train(manifest, pipeline):
+    loader = TrainLoader(manifest, pipeline, seed=1, global_batch_size=16, micro_batch_size=16, rank=0, world_size=1,
                          workers=2, worker_start=sys.argv[3])
     for _ in range(5):
         loader.next()
 
-def evaluate(manifest, look):
-    list(eval_batches(manifest, look, batch_size=16, rank=0, world_size=1, workers=2, worker_start=sys.argv[3]))
+def evaluate(manifest, pipeline):
+    list(eval_batches(manifest, pipeline, batch_size=16, rank=0, world_size=1, workers=2, worker_start=sys.argv[3]))
 
-def build(manifest, look):
-    list(unordered(abs, range(9), 2))
+def build(manifest, pipeline):
+    list(map_unordered(abs, range(9), 2))
 
 if __name__ == "__main__":
     try:
-        globals()[sys.argv[2]](Manifest.load(sys.argv[1]), Look(64, 3, "none"))
+        globals()[sys.argv[2]](Manifest.load(sys.argv[1]), ImagePipeline(64, 3, "none"))
     except Exception as error:
         print(type(error).__name__, error.exit_code, error.of_one_rank, error)
 """
@@ -375,7 +377,7 @@ def test_a_small_shared_memory_is_one_message_with_its_size_and_what_to_do(folde
     assert "Traceback" not in ended.stderr, ended.stderr
 
 
-def test_only_a_lack_of_shared_memory_is_told_as_one():
+def test_only_a_lack_of_shared_memory_is_reported_as_one():
     no_room = "unable to allocate shared memory(shm) for file </torch_1_2_0>: No space left on device (28)"
     with pytest.raises(NoSharedMemoryError, match=r"data\.workers = 1: /dev/shm"):
         next(Workers(Says(), [[no_room]], 1, "forkserver"))

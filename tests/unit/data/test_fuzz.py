@@ -124,7 +124,7 @@ def test_a_header_of_too_many_pixels_is_refused_before_memory_is_asked_for(form)
         for channels in (1, 3):
             with pytest.raises(
                 UndecodableError,
-                match=rf"{size[0]} x {size[1]} pixels, and more than 178,956,970|"
+                match=rf"{size[0]} x {size[1]} pixels, and at most 178,956,970|"
                 r"exceeds limit",
             ):
                 decode(tall(form, size), channels)
@@ -260,7 +260,7 @@ def test_changed_bytes_of_index_npy_are_read_or_refused(whole, folder, data):
 
 
 @pytest.mark.parametrize("name", [MANIFEST_NAME, INDEX_NAME])
-def test_a_folder_in_the_place_of_a_file_is_refused(folder, name):
+def test_a_folder_in_place_of_a_file_is_refused(folder, name):
     (folder / name).unlink()
     (folder / name).mkdir()
     with pytest.raises(ConfigError, match=rf"data\.train = .*{name}.*cannot be read"):

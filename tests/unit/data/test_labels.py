@@ -33,13 +33,13 @@ def test_a_name_is_a_whole_line(tmp_path):
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        (b"crane\ndog\n\ncrane\n", "names 'crane' twice, in lines 1 and 4"),
+        (b"crane\ndog\n\ncrane\n", "lists 'crane' twice, in lines 1 and 4"),
         (b"crane\ncaf\xe9\n", r"is not UTF-8 text \(.*byte 9\)"),
         ("crane\n".encode("utf-16"), "is not UTF-8 text"),
-        (b"", "names no class"),
-        (b"\xef\xbb\xbf\n \n", "names no class"),
-        ("caf\xe9\ncafe\u0301\n".encode(), "names the same text in two forms.*lines 1 and 2"),
-        (b"a\0b\n", "line 1 holds a null byte"),
+        (b"", "contains no class name"),
+        (b"\xef\xbb\xbf\n \n", "contains no class name"),
+        ("caf\xe9\ncafe\u0301\n".encode(), "lists the same text in two Unicode forms.*lines 1 and 2"),
+        (b"a\0b\n", "line 1 contains a null byte"),
     ],
 )
 def test_a_list_that_cannot_be_meant_is_refused(tmp_path, content, problem):
@@ -85,16 +85,16 @@ def test_a_string_that_is_not_a_name_is_not_taken_for_a_number(name):
             LabelReader(None, classes).read("json", f'{{"label": "{name}"}}'.encode())
 
 
-def test_strings_are_numbers_where_the_names_are_the_numbers_of_their_places():
+def test_strings_are_numbers_where_the_names_are_the_indices_of_their_classes():
     reader = LabelReader(None, ("0", "1", "2"))
     assert reader.read("json", b'{"label": "02"}') == 2
     assert reader.read("json", b'{"label": 2}') == 2
 
 
 @pytest.mark.parametrize("classes", [("1", "2", "3"), ("0", "1", "10", "2"), ("1", "0", "cat")])
-def test_a_number_that_may_be_a_place_or_a_name_is_refused(classes):
+def test_a_number_that_may_be_an_index_or_a_name_is_refused(classes):
     reader = LabelReader(None, classes)
-    with pytest.raises(SampleError, match=r"the number 1 .* place of a class or its name"):
+    with pytest.raises(SampleError, match=r"the number 1 .* index of a class or its name"):
         reader.read("json", b'{"label": 1}')
     assert reader.read("json", b'{"label": "1"}') == classes.index("1")
     assert reader.read("cls", b"1") == 1

@@ -14,17 +14,17 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from prelora_ds.data.datasets import Look
+from prelora_ds.data.datasets import ImagePipeline
 from prelora_ds.data.loader import TrainLoader, eval_batches
 from prelora_ds.data.order import Stream, epoch_order
 from prelora_ds.data.shards.writer import write_shards
 from prelora_ds.errors import ConfigError
 
 SAMPLES = 50
-LOOK = Look(16, 3, "inception", flip=True)
-OPTIONS = {"look": LOOK, "seed": 5, "global_batch_size": 24, "micro_batch_size": 2, "rank": 0, "world_size": 1,
+PIPELINE = ImagePipeline(16, 3, "inception", flip=True)
+OPTIONS = {"pipeline": PIPELINE, "seed": 5, "global_batch_size": 24, "micro_batch_size": 2, "rank": 0, "world_size": 1,
            "workers": 0}
-EVAL = {"look": LOOK, "batch_size": 4, "rank": 0, "world_size": 1, "workers": 0}
+EVAL = {"pipeline": PIPELINE, "batch_size": 4, "rank": 0, "world_size": 1, "workers": 0}
 
 
 def noise(number):
@@ -94,7 +94,7 @@ def test_shapes_types_and_step(manifest):
         loader.next()
 
 
-def test_every_sample_comes_once_an_epoch(manifest):
+def test_every_sample_comes_once_per_epoch(manifest):
     labels = torch.cat([images_and_labels(step)[1] for step in steps(manifest, 25)]).tolist()
     assert len(labels) == 12 * SAMPLES
     for epoch in range(12):
@@ -123,7 +123,7 @@ def test_the_union_of_ranks_is_the_sequence_disjoint_and_whole(manifest, data, w
     start = -(-epoch * stream.samples_per_epoch // size) + data.draw(st.integers(0, SAMPLES // size), "steps into it")
     ranks = []
     for rank in range(world_size):
-        loader = TrainLoader(manifest, LOOK, seed=seed, global_batch_size=size, micro_batch_size=micro, rank=rank,
+        loader = TrainLoader(manifest, PIPELINE, seed=seed, global_batch_size=size, micro_batch_size=micro, rank=rank,
                              world_size=world_size, workers=0, tail=tail,
                              start_step=stream.step_at(stream.position(start)))
         assert loader.state == stream.position(start)
@@ -133,7 +133,7 @@ def test_the_union_of_ranks_is_the_sequence_disjoint_and_whole(manifest, data, w
     for _ in range(count):
         for rows in (next(rank) for rank in ranks for _ in range(accum)):
             assert len(rows.samples) == micro
-            places += range(rows.first, rows.first + micro)
+            places += range(rows.stream_offset, rows.stream_offset + micro)
             seen += zip(rows.epochs.tolist(), rows.samples.tolist(), strict=True)
     assert places == list(range(start * size, (start + count) * size))
     per_epoch = stream.samples_per_epoch
@@ -144,9 +144,9 @@ def test_the_union_of_ranks_is_the_sequence_disjoint_and_whole(manifest, data, w
 
 @pytest.mark.parametrize("crop", ["inception", "pad", "none"])
 def test_pixels_do_not_depend_on_the_world_size(manifest, crop):
-    look = replace(LOOK, crop=crop)
-    whole = steps(manifest, 3, look=look)
-    halves = [steps(manifest, 3, look=look, world_size=2, rank=rank, micro_batch_size=4) for rank in range(2)]
+    pipeline = replace(PIPELINE, crop=crop)
+    whole = steps(manifest, 3, pipeline=pipeline)
+    halves = [steps(manifest, 3, pipeline=pipeline, world_size=2, rank=rank, micro_batch_size=4) for rank in range(2)]
     assert_same(whole, [first + second for first, second in zip(*halves, strict=True)])
 
 
@@ -160,7 +160,7 @@ def test_pixels_do_not_depend_on_workers_and_these_end_with_the_loader(manifest)
 
 
 @pytest.mark.parametrize("workers_", [0, 1])
-def test_a_loader_of_another_world_goes_on_where_the_state_says(manifest, workers_):
+def test_a_loader_of_another_world_continues_where_the_state_says(manifest, workers_):
     loader = TrainLoader(manifest, **OPTIONS)
     before = [loader.next() for _ in range(4)]
     epoch, offset = state = loader.state
@@ -181,7 +181,7 @@ def test_another_micro_batch_under_way_cuts_the_same_rows(manifest, workers_):
     got += [loader.next(), loader.next()]
     loader.rebatch(3)
     got.append(loader.next())
-    with pytest.raises(ValueError, match="no multiple of 4"):
+    with pytest.raises(ValueError, match="not a multiple of 4"):
         loader.rebatch(4)
     assert loader.step == 5
     loader.close()
@@ -203,7 +203,7 @@ def test_epochs_and_seeds_show_other_pixels_of_the_same_sample(manifest):
     assert not torch.equal(first, of_sample_0(5, 25)) and not torch.equal(first, of_sample_0(6, 0))
 
 
-def test_the_global_generator_is_left_alone(manifest):
+def test_the_global_generator_is_left_unchanged(manifest):
     before = torch.get_rng_state()
     steps(manifest, 1)
     steps(manifest, 1, workers=1)
@@ -219,7 +219,7 @@ def test_impossible_batches_and_ranks_are_refused(manifest):
     with pytest.raises(ValueError, match="rank 2"):
         next(eval_batches(manifest, **EVAL | {"world_size": 2, "rank": 2}))
     with pytest.raises(ConfigError, match=r"model\.num_channels = 4"):
-        steps(manifest, 1, look=replace(LOOK, num_channels=4))
+        steps(manifest, 1, pipeline=replace(PIPELINE, num_channels=4))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])

@@ -44,7 +44,7 @@ def test_load_gives_back_what_was_saved(shards):
     assert loaded.classes == DIGIT_CLASSES
 
 
-def test_every_row_points_at_its_image_and_tells_its_checksum(shards):
+def test_every_row_points_at_its_image_and_has_its_checksum(shards):
     written = list(digits("val"))
     for number, shard in enumerate(shards.shards):
         data = (shards.folder / shard.name).read_bytes()
@@ -73,7 +73,7 @@ def large(folder, samples=1_281_167, samples_per_shard=1000):
     return shards
 
 
-def test_an_index_of_1_28_million_samples_is_read_at_its_place_and_takes_no_memory(tmp_path):
+def test_an_index_of_1_28_million_samples_is_read_at_its_offset_and_takes_no_memory(tmp_path):
     for shard in large(tmp_path):
         with (tmp_path / shard.name).open("wb") as file:
             file.truncate(shard.size_bytes)
@@ -96,7 +96,7 @@ def test_an_index_that_is_cut_under_a_reader_is_an_error_with_75_and_no_signal(s
     store.read(300)
     for size in (shards.index_file.stat().st_size - 1, 2000, 0):
         os.truncate(shards.index_file, size)
-        with pytest.raises(DiskError, match=r"index\.npy': is not as it (.|\n)*again") as caught:
+        with pytest.raises(DiskError, match=r"index\.npy': has changed since it (.|\n)*again") as caught:
             store.read(300)
         assert caught.value.exit_code == 75
     with pytest.raises(DiskError):
@@ -116,7 +116,7 @@ def test_an_index_of_the_same_content_is_the_same_and_another_one_is_not(shards,
     changed = bytearray(content)
     changed[-25 + 16] ^= 1  # the label of the last sample
     shards.index_file.write_bytes(changed)
-    with pytest.raises(DiskError, match="its content is another"):
+    with pytest.raises(DiskError, match="its content has changed"):
         pickle.loads(pickle.dumps(shards)).index.row(0)
     assert store.read(300) == expected  # from the file that was opened, which has no name any more
     shards.index_file.unlink()
@@ -133,7 +133,7 @@ def test_there_is_no_row_before_the_first_and_after_the_last(shards):
             shards.index.row(sample)
 
 
-def test_the_shards_are_looked_at_by_those_who_are_asked_to(shards):
+def test_the_shards_are_checked_only_on_request(shards):
     """One rank per host is: a million ranks times shards would be too many for a file system."""
     (shards.folder / "shard-000002.tar").unlink()
     assert Manifest.load(shards.folder, sizes=False) == shards
@@ -144,7 +144,8 @@ def test_the_shards_are_looked_at_by_those_who_are_asked_to(shards):
 def test_a_manifest_is_read_from_a_url_and_its_index_kept(shards, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     remote = Manifest.load(f"file://{shards.folder}")
-    assert remote.place(1) == f"file://{shards.folder}/shard-000001.tar" and np.array_equal(remote.rows, shards.rows)
+    assert remote.shard_location(1) == f"file://{shards.folder}/shard-000001.tar"
+    assert np.array_equal(remote.rows, shards.rows)
     assert pickle.loads(pickle.dumps(remote)) == remote
     assert remote.index_file.is_relative_to(tmp_path / "cache")
     fsspec.filesystem("memory").pipe("/copy/manifest.json", (shards.folder / MANIFEST_NAME).read_bytes())
@@ -210,7 +211,7 @@ def test_the_index_of_other_shards_a_damaged_and_a_missing_one_are_refused(shard
     own = (shards.folder / INDEX_NAME).read_bytes()
     for data in ((other.folder / INDEX_NAME).read_bytes(), own[:-1], own[:5000] + b"x" + own[5001:], b""):
         (shards.folder / INDEX_NAME).write_bytes(data)
-        with pytest.raises(ConfigError, match=r"index\.npy has the checksum"):
+        with pytest.raises(ConfigError, match=r"index\.npy has checksum"):
             Manifest.load(shards.folder)
     (shards.folder / INDEX_NAME).unlink()
     with pytest.raises(ConfigError, match=r"holds no index\.npy"):
@@ -235,5 +236,6 @@ def test_a_shard_of_another_size_is_named(shards, change_bytes):
     path = shards.folder / "shard-000001.tar"
     data = path.read_bytes()
     path.write_bytes(data[:change_bytes] if change_bytes < 0 else data + b"\0")
-    with pytest.raises(ConfigError, match=rf"shard-000001\.tar.*{len(data) + change_bytes} bytes, and {len(data)}"):
+    sizes = rf"{len(data) + change_bytes} bytes, expected {len(data)}"
+    with pytest.raises(ConfigError, match=rf"shard-000001\.tar.*{sizes}"):
         Manifest.load(shards.folder)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 BODY = r"""
 import os, time
-from prelora_ds.data.parallel import unordered
+from prelora_ds.data.parallel import map_unordered
 
 def job(seconds):
     os.write(1, f"{os.getpid()}\n".encode())  # in one piece: others write there too
@@ -19,7 +19,7 @@ def job(seconds):
     return seconds
 
 if __name__ == "__main__":
-    for seconds in unordered(job, [0.0, 0.0, 60.0, 60.0], 2):
+    for seconds in map_unordered(job, [0.0, 0.0, 60.0, 60.0], 2):
         os.write(1, b"done\n")
 """
 

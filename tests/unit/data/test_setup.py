@@ -46,11 +46,11 @@ def test_a_manifest_and_a_pattern_each_have_their_loader(shards):
 def test_a_dropped_tail_shortens_the_epoch_and_may_not_leave_it_empty(shards):
     assert samples_per_epoch(config(shards, tail="drop", size=64), 1437) == 22 * 64
     assert samples_per_epoch(config(shards, size=64), 1437) == 1437
-    with pytest.raises(ConfigError, match=r"data\.tail = 'drop': leaves nothing"):
+    with pytest.raises(ConfigError, match=r"data\.tail = 'drop': drops everything"):
         open_data(config(shards, tail="drop", size=2048))
 
 
-def test_ranks_that_are_not_the_first_of_their_host_leave_the_shards_alone(shards, tmp_path):
+def test_ranks_that_are_not_the_first_of_their_host_do_not_check_the_shards(shards, tmp_path):
     copy = shutil.copytree(shards, tmp_path / "copy")
     (copy / "train" / "shard-000001.tar").unlink()
     assert len(open_data(config(copy), sizes=False)[0]) == 1437
@@ -94,8 +94,8 @@ def test_workers_are_counted_by_what_the_lora_phase_wants_and_the_cores_to_spare
     assert chosen(None, 4, workers="auto") == 7
     assert chosen(None, 32, workers="auto") == 1
     _, why = count_workers(config(shards, workers="auto"), train, ranks_here=4, images_per_s=2000.0)
-    assert why == ("4 data workers: a rank wants 2,000 images/s in the LoRA phase (predicted), a worker makes 700 "
-                   "(measured), 7 cores are to spare")
+    assert why == ("4 data workers: each rank needs 2,000 images/s in the LoRA phase (predicted), "
+                   "a worker decodes 700/s (measured), 7 cores available")
 
 
 def test_a_worker_s_rate_is_measured(shards):

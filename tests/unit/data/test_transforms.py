@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from support.memory import small_memory
 
-from prelora_ds.data.datasets import keyed
+from prelora_ds.data.datasets import rng_for
 from prelora_ds.data.decode import UndecodableError, decode
 from prelora_ds.data.transforms import eval_transform, to_float, train_crop
 from prelora_ds.errors import ConfigError
@@ -59,7 +59,7 @@ def test_a_jpeg_with_rubbish_after_its_end_loses_nothing_and_one_cut_short_is_re
 
 @pytest.mark.parametrize("data", [b"", b"no picture", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a" + bytes(50),
                                   b"\x80\x04cposix\nsystem\n."])
-def test_what_is_no_picture_is_refused(data):
+def test_what_is_not_an_image_is_refused(data):
     with pytest.raises(UndecodableError):
         decode(data, 3)
 
@@ -75,7 +75,7 @@ def test_the_inception_crop_stays_within_5_to_100_per_cent_and_its_ratios():
     grid = np.stack(np.broadcast_arrays(np.arange(height)[:, None], np.arange(width), 0), axis=-1).astype(np.uint8)
     shares = []
     for seed in range(400):
-        crop = train_crop(grid, image_size=size, crop="inception", rng=keyed(seed)).int()
+        crop = train_crop(grid, image_size=size, crop="inception", rng=rng_for(seed)).int()
         rows, columns = crop[0, :, 0], crop[1, 0]
         h, w = int(rows.max() - rows.min()) + 1, int(columns.max() - columns.min()) + 1
         shares.append(h * w / (height * width))
@@ -88,10 +88,10 @@ def test_a_crop_is_resized_as_torchvision_does_it():
     from torchvision.transforms.v2.functional import resized_crop
 
     pixels = np.array(picture(90, 120))
-    crop = train_crop(pixels, image_size=32, crop="inception", rng=keyed(1))
+    crop = train_crop(pixels, image_size=32, crop="inception", rng=rng_for(1))
     from prelora_ds.data.transforms import inception_box
 
-    top, left, height, width = inception_box(90, 120, keyed(1))
+    top, left, height, width = inception_box(90, 120, rng_for(1))
     image = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
     expected = resized_crop(image, top, left, height, width, [32, 32], antialias=True)
     assert (crop.int() - expected.int()).abs().max() <= 1  # interleaved and planar kernels round differently
@@ -101,7 +101,7 @@ def test_the_pad_crop_moves_the_picture_by_at_most_the_margin():
     pixels = np.arange(1, 65, dtype=np.uint8).reshape(8, 8, 1)
     padded = np.pad(pixels[..., 0], 1)
     windows = {tuple(padded[top:top + 8, left:left + 8].flatten().tolist()) for top in range(3) for left in range(3)}
-    seen = {tuple(train_crop(pixels, image_size=8, crop="pad", rng=keyed(seed)).flatten().tolist())
+    seen = {tuple(train_crop(pixels, image_size=8, crop="pad", rng=rng_for(seed)).flatten().tolist())
             for seed in range(200)}
     assert seen == windows
 
@@ -109,7 +109,7 @@ def test_the_pad_crop_moves_the_picture_by_at_most_the_margin():
 def test_none_and_the_plain_evaluation_leave_a_picture_of_the_size_as_it_is():
     pixels = np.arange(64, dtype=np.uint8).reshape(8, 8, 1)
     plain = torch.from_numpy(pixels).permute(2, 0, 1)
-    assert torch.equal(train_crop(pixels, image_size=8, crop="none", rng=keyed(0)), plain)
+    assert torch.equal(train_crop(pixels, image_size=8, crop="none", rng=rng_for(0)), plain)
     assert torch.equal(eval_transform(pixels, image_size=8, crop="pad"), plain)
     assert eval_transform(pixels, image_size=4, crop="none").shape == (1, 4, 4)
 
@@ -130,7 +130,7 @@ def test_a_strip_is_evaluated_and_trained_on_with_little_memory(shape):
     with small_memory():
         for crop in ("inception", "pad", "none"):
             evaluated = eval_transform(pixels, image_size=224, crop=crop)
-            trained = train_crop(pixels, image_size=224, crop=crop, rng=keyed(1))
+            trained = train_crop(pixels, image_size=224, crop=crop, rng=rng_for(1))
             assert evaluated.shape == trained.shape == (3, 224, 224)
 
 

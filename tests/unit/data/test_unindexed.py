@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from prelora_ds.data.datasets import Look
+from prelora_ds.data.datasets import ImagePipeline
 from prelora_ds.data.manifest import Manifest
 from prelora_ds.data.order import Position
 from prelora_ds.data.shards.writer import write_shards
@@ -22,7 +22,7 @@ from prelora_ds.data.unindexed import Unindexed, UnindexedLoader
 from prelora_ds.errors import ConfigError
 
 SAMPLES = 40
-LOOK = Look(8, 3, "inception", flip=True)
+PIPELINE = ImagePipeline(8, 3, "inception", flip=True)
 CLASSES = tuple(map(str, range(SAMPLES)))
 
 
@@ -41,10 +41,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "train"
 
 
-def loader(folder: Path, pattern: str = "shard-{000000..000003}.tar", look: Look = LOOK, classes: tuple = CLASSES,
-           **options: object) -> UnindexedLoader:
+def loader(folder: Path, pattern: str = "shard-{000000..000003}.tar", pipeline: ImagePipeline = PIPELINE,
+           classes: tuple = CLASSES, **options: object) -> UnindexedLoader:
     defaults = {"seed": 1, "global_batch_size": 12, "micro_batch_size": 4, "rank": 0, "world_size": 1, "workers": 0}
-    return UnindexedLoader(Unindexed(f"{folder}/{pattern}", SAMPLES, classes), look, **defaults | options)
+    return UnindexedLoader(Unindexed(f"{folder}/{pattern}", SAMPLES, classes), pipeline, **defaults | options)
 
 
 def taken(made: UnindexedLoader, steps: int = 8) -> tuple[torch.Tensor, list[int], list[str]]:
@@ -81,8 +81,8 @@ def test_workers_take_turns_and_rebatch_and_state_count_on(folder):
 
 
 def test_pairs_are_mixed_here_too(folder):
-    look = Look(8, 3, "inception", mixup=0.5)
-    [first, *_], [second, *_] = (loader(folder, look=look, workers=workers).next() for workers in (0, 1))
+    pipeline = ImagePipeline(8, 3, "inception", mixup=0.5)
+    [first, *_], [second, *_] = (loader(folder, pipeline=pipeline, workers=workers).next() for workers in (0, 1))
     assert first.mix.shape == (2, 6) and torch.equal(first.mix, second.mix)
 
 
@@ -100,7 +100,7 @@ def test_what_is_broken_is_counted_and_pickles_are_never_opened(folder, tmp_path
             tar.addfile(info, io.BytesIO(data))
     _, labels, faults = taken(loader(folder, "odd.tar"), 2)
     assert set(labels) == {1} and not (tmp_path / "opened").exists()
-    for key, problem in (("b", "the bytes are not JPEG"), ("c", "belong together"),
+    for key, problem in (("b", "the bytes are not JPEG"), ("c", "each sample needs exactly one image"),
                          ("d", "has the label 40, which is not"), ("e", "has b'five' in its .cls")):
         assert any(f"sample {key} of {folder}/odd.tar" in fault and problem in fault for fault in faults), (key, faults)
 
@@ -115,7 +115,7 @@ def test_a_missing_shard_is_a_fault_and_nothing_but_missing_shards_an_error(fold
 def test_a_pattern_that_matches_nothing_is_refused_at_the_start(folder):
     Unindexed(f"{folder}/shard-{{000003..000009}}.tar", SAMPLES, CLASSES).check()
     for pattern in ("shard-{000008..000009}.tar", "*.tar", "shard-{0..", "${none}.tar", ""):
-        with pytest.raises(ConfigError, match=r"data\.train = .*(is there|is not a pattern)"):
+        with pytest.raises(ConfigError, match=r"data\.train = .*(shards exists|is not a pattern)"):
             Unindexed(f"{folder}/{pattern}", SAMPLES, CLASSES).check()
 
 

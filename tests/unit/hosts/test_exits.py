@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from prelora_ds.data.loader import WorkerLostError
 from prelora_ds.data.store import CorruptSampleError
+from prelora_ds.data.workers import WorkerLostError
 from prelora_ds.errors import ConfigError, DiskError, RefusedError, TrainingDivergedError
 from prelora_ds.hosts import exits
 from prelora_ds.hosts.discovery import Ranks

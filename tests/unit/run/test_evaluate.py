@@ -153,7 +153,7 @@ def test_the_result_names_the_data_and_their_fingerprint(
 ) -> None:
     result = evaluate_folder(model, shards / "val")
     manifest = Manifest.load(shards / "val")
-    assert (result.samples, result.data, result.identity) == (360, str(shards / "val"), manifest.identity)
+    assert (result.samples, result.data, result.identity) == (360, str(shards / "val"), manifest.fingerprint)
 
 
 @pytest.mark.parametrize(("classes", "problem"), [

@@ -1,4 +1,4 @@
-"""Pixels without a format around them: MNIST's idx files and CIFAR's batches. They become PNGs."""
+"""Sources of raw pixels, which become PNGs: MNIST's idx files and CIFAR's batches."""
 
 from __future__ import annotations
 
@@ -18,10 +18,19 @@ from PIL import Image
 
 from prelora_ds.data.shards.images import encode
 from prelora_ds.data.shards.reading import broken, read_text, read_whole, reading, version
-from prelora_ds.data.shards.sources.listing import Listing, Request, check_parts, choose_split, hidden, items
+from prelora_ds.data.shards.sources.listing import (
+    Listing,
+    Request,
+    check_parts,
+    choose_split,
+    hidden,
+    items,
+)
 
 IDX, CIFAR = "idx", "cifar"
-_IDX_NAME = re.compile(r"(?P<split>.*?)[-_.]?(?P<what>images|labels)[-.]idx(?P<axes>[13])-ubyte(\.gz)?")
+_IDX_NAME = re.compile(
+    r"(?P<split>.*?)[-_.]?(?P<what>images|labels)[-.]idx(?P<axes>[13])-ubyte(\.gz)?"
+)
 _CIFAR_SPLITS = {
     "train": re.compile(r"(data_batch_(?P<part>\d+)|train)(\.bin)?"),
     "test": re.compile(r"(test_batch|test)(\.bin)?"),
@@ -35,64 +44,77 @@ def detect_idx(source: Path) -> Path | None:
 
 
 def _idx_files(source: Path) -> list[tuple[Path, re.Match[str]]]:
-    return [(path, match) for path in sorted(source.iterdir())
-            if not hidden(path.name) and (match := _IDX_NAME.fullmatch(path.name))
-            and not path.is_dir()]
+    return [
+        (path, match)
+        for path in sorted(source.iterdir())
+        if not hidden(path.name) and (match := _IDX_NAME.fullmatch(path.name)) and not path.is_dir()
+    ]
 
 
 def find_idx(request: Request) -> Listing:
-    """MNIST-style pairs of files, ``train-images-idx3-ubyte[.gz]`` and so on; ``t10k`` is the split ``test``.
+    """List the images of MNIST-style pairs of files, such as ``train-images-idx3-ubyte[.gz]``.
 
-    Raises ConfigError for a file whose header tells another size, and for images and labels that are not as many.
+    ``t10k`` is the split ``test``. Raises ConfigError if a file's header states another size, and
+    if the numbers of images and labels differ.
     """
-    found: dict[str, dict[str, Path]] = {}
-    passed_over = []
+    files: dict[str, dict[str, Path]] = {}  # split -> "images" or "labels" -> file
+    skipped = []
     for path, match in _idx_files(request.source):
-        of_split = found.setdefault(match["split"].replace("t10k", "test") or "all", {})
-        kept = of_split.setdefault(match["what"], path)
-        if kept != path:  # sorted: the plain file comes before the packed one
-            passed_over.append(f"{path.name} in favour of {kept.name}")
-    split = choose_split(list(found), request)
-    if found[split].keys() != {"images", "labels"}:
-        raise broken(request.source, f"split {split} has only the {' and '.join(found[split])}",
-                     "fetch the missing file")
-    images, labels = idx_array(str(found[split]["images"])), idx_array(str(found[split]["labels"]))
+        split_files = files.setdefault(match["split"].replace("t10k", "test") or "all", {})
+        kept = split_files.setdefault(match["what"], path)
+        if kept != path:  # in sorted order the plain file comes before the packed one
+            skipped.append(f"{path.name} in favour of {kept.name}")
+    split = choose_split(list(files), request)
+    if files[split].keys() != {"images", "labels"}:
+        raise broken(
+            request.source,
+            f"split {split} has only the {' and '.join(files[split])} file",
+            "fetch the missing file",
+        )
+    images = idx_array(str(files[split]["images"]))
+    labels = idx_array(str(files[split]["labels"]))
     if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
-        raise broken(found[split]["images"], f"images of shape {images.shape}, labels of shape {labels.shape}")
+        raise broken(
+            files[split]["images"],
+            f"images of shape {images.shape}, labels of shape {labels.shape}",
+        )
     rows = items(0, labels, range(len(labels)), 1)
-    return Listing(IDX, None, (str(found[split]["images"]),), rows, ", ".join(passed_over))
+    return Listing(IDX, None, (str(files[split]["images"]),), rows, ", ".join(skipped))
 
 
 def read_idx(file: str, row: int, _: int) -> bytes:
-    return encode(Image.fromarray(_kept_idx(file, version(file))[row]), "PNG")
+    return encode(Image.fromarray(_cached_idx(file, version(file))[row]), "PNG")
 
 
 def idx_array(file: str) -> NDArray[np.uint8]:
-    """Raises ConfigError unless the file is whole, and of bytes."""
+    """Return the array in an idx file. Raises ConfigError unless it is complete and of bytes."""
     data = read_whole(Path(file))
     if len(data) < 4 or data[:3] != b"\0\0\x08" or len(data) < 4 + 4 * data[3]:
-        raise broken(file, "is not an idx file of bytes")
+        raise broken(file, "is not an idx file of unsigned bytes")
     shape = struct.unpack_from(f">{data[3]}I", data, 4)
     body = np.frombuffer(data, np.uint8, offset=4 + 4 * len(shape))
     if body.size != math.prod(shape):
-        raise broken(file, f"{body.size} bytes of {shape}: cut short, or more than one array")
+        raise broken(file, f"{body.size} bytes do not match the shape {shape}")
     return body.reshape(shape)
 
 
 @lru_cache(maxsize=2)
-def _kept_idx(file: str, _: tuple[int, int, int]) -> NDArray[np.uint8]:
+def _cached_idx(file: str, _: tuple[int, int, int]) -> NDArray[np.uint8]:
     return idx_array(file)
 
 
 def detect_cifar(source: Path) -> Path | None:
-    """Raises OSError for a file that cannot be read."""
+    """Return a batch of CIFAR in the folder, if any. Raises OSError for an unreadable file."""
     files = (path for paths in _cifar_files(source).values() for path in paths)
     return next((path for path in files if _looks_like_a_batch(path)), None)
 
 
 def _looks_like_a_batch(path: Path) -> bool:
-    """By the name where no other data set has such a name, otherwise by the content: CIFAR-100's
-    ``train`` and ``test`` may as well be lists of files."""
+    """Return whether a file is a batch of CIFAR.
+
+    The name decides if no other data set uses it, otherwise the content: files named ``train`` and
+    ``test``, as in CIFAR-100, may also be lists of files.
+    """
     if path.name not in _COMMON_NAMES:
         return True
     with path.open("rb") as file:
@@ -101,72 +123,91 @@ def _looks_like_a_batch(path: Path) -> bool:
 
 def _cifar_files(source: Path) -> dict[str, list[Path]]:
     files = [path for path in sorted(source.iterdir()) if path.is_file()] if source.is_dir() else []
-    found = {split: [path for path in files if name.fullmatch(path.name)] for split, name in _CIFAR_SPLITS.items()}
-    return {split: paths for split, paths in found.items() if paths}
+    by_split = {
+        split: [path for path in files if name.fullmatch(path.name)]
+        for split, name in _CIFAR_SPLITS.items()
+    }
+    return {split: paths for split, paths in by_split.items() if paths}
 
 
 def find_cifar(request: Request) -> Listing:
-    """CIFAR-10 and -100 (fine labels), the folders of the python and of the binary version.
+    """List the images of CIFAR-10 or -100 (fine labels), in the python or the binary version.
 
-    The python version is pickled. Its files are read by an unpickler that can make arrays of numbers and containers,
-    and nothing else; the binary version has no such doubt. Raises ConfigError for both kinds of damage.
+    The python version is pickled. It is read by an unpickler that can create only arrays of numbers
+    and containers; the binary version needs no such care. Raises ConfigError for damaged files, and
+    for a pickle that asks for anything else.
     """
-    found = _cifar_files(request.source)
-    split = choose_split(list(found), request)
-    files = found[split]
+    files_by_split = _cifar_files(request.source)
+    split = choose_split(list(files_by_split), request)
+    files = files_by_split[split]
     rows = []
     for number, path in enumerate(files):
         labels = cifar_batch(str(path))[1]
         rows.append(items(number, labels, range(len(labels)), 1))
     _check_files(request.source, split, files)
-    return Listing(CIFAR, _cifar_classes(request.source), tuple(map(str, files)), np.concatenate(rows))
+    return Listing(
+        CIFAR, _cifar_classes(request.source), tuple(map(str, files)), np.concatenate(rows)
+    )
 
 
 def _check_files(source: Path, split: str, files: list[Path]) -> None:
-    """Raises ConfigError for a batch that is missing, and where both versions are in one folder."""
+    """Raise ConfigError for a missing batch, and if both versions are in one folder."""
     if len({path.suffix for path in files}) > 1:
-        raise broken(source, f"holds the python and the binary version of the split {split}",
-                     "leave one of the two in the folder")
+        raise broken(
+            source,
+            f"contains the python and the binary version of the split {split}",
+            "keep only one of the two in the folder",
+        )
     names = [_CIFAR_SPLITS["train"].fullmatch(path.name) for path in files]
     parts = [int(name["part"]) for name in names if name and name["part"]]
     if parts and len(parts) < len(files):
-        raise broken(source, "holds CIFAR-10 and CIFAR-100", "give each a folder of its own")
+        raise broken(source, "contains CIFAR-10 and CIFAR-100", "use a separate folder for each")
     if parts:
         check_parts(source, "CIFAR-10's data_batch", parts, _CIFAR_10_PARTS)
 
 
 def read_cifar(file: str, row: int, _: int) -> bytes:
-    pixels = _kept_cifar(file, version(file))[0][row]
+    pixels = _cached_cifar(file, version(file))[0][row]
     return encode(Image.fromarray(pixels.reshape(3, 32, 32).transpose(1, 2, 0)), "PNG")
 
 
 def cifar_batch(file: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """(pixels uint8 [N, 3072], labels int64 [N])."""
+    """Return (pixels uint8 [N, 3072], labels int64 [N])."""
     data = read_whole(Path(file))
     if file.endswith(".bin"):
-        extra = 2 if Path(file).name in ("train.bin", "test.bin") else 1  # CIFAR-100 has the coarse label first
+        extra = (
+            2 if Path(file).name in ("train.bin", "test.bin") else 1
+        )  # CIFAR-100 has the coarse label first
         if not data or len(data) % (3072 + extra):
-            raise broken(file, f"{len(data)} bytes are not a whole number of records of "
-                         f"{3072 + extra}")
+            raise broken(
+                file, f"{len(data)} bytes are not a whole number of records of {3072 + extra}"
+            )
         table = np.frombuffer(data, np.uint8).reshape(-1, 3072 + extra)
         return table[:, extra:], table[:, extra - 1].astype(np.int64)
     content = _unpickle(file, data)
     with reading(file, "a batch of CIFAR"):
         labels = content["fine_labels"] if "fine_labels" in content else content["labels"]
         pixels = content["data"]
-        # No array is made of nested lists: a small pickle can nest the same list until it has more
-        # than fits.
-        if not isinstance(pixels, np.ndarray) or not isinstance(labels, list) or \
-                not all(isinstance(label, int) for label in labels):
-            raise ValueError("its data are not an array, or its labels not a list of whole numbers")
+        # Nested lists are not converted to an array: a small pickle can nest one list so often that
+        # the result does not fit into memory.
+        if (
+            not isinstance(pixels, np.ndarray)
+            or not isinstance(labels, list)
+            or not all(isinstance(label, int) for label in labels)
+        ):
+            raise ValueError("its data are not an array, or its labels are not a list of integers")
         numbers = np.asarray(labels, np.int64)
         if pixels.dtype != np.uint8 or pixels.shape != (len(numbers), 3072):
-            raise ValueError(f"{pixels.dtype} pixels of shape {pixels.shape} for {len(numbers)} labels")
+            raise ValueError(
+                f"{pixels.dtype} pixels of shape {pixels.shape} for {len(numbers)} labels"
+            )
     return pixels, numbers
 
 
 @lru_cache(maxsize=6)  # all batches of CIFAR-10
-def _kept_cifar(file: str, _: tuple[int, int, int]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def _cached_cifar(
+    file: str, _: tuple[int, int, int]
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     return cifar_batch(file)
 
 
@@ -182,29 +223,41 @@ def _cifar_classes(folder: Path) -> tuple[str, ...]:
                 names = content.get(key)
                 if isinstance(names, list) and all(isinstance(name, str) for name in names):
                     return tuple(names)
-    raise broken(folder, "lacks the names of the classes (in batches.meta, meta, or the .txt "
-                 "beside .bin)", "fetch the missing file")
+    raise broken(
+        folder,
+        "lacks the names of the classes (in batches.meta, meta, or the .txt beside .bin)",
+        "fetch the missing file",
+    )
 
 
 class _NumbersOnly(pickle.Unpickler):
-    # numpy._core is where NumPy 2 keeps what older files call numpy.core.
-    _ALLOWED = {(module, name) for module in ("numpy.core.multiarray", "numpy._core.multiarray")
-                for name in ("_reconstruct",)} | {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
+    """An unpickler that creates only arrays of numbers and plain containers."""
+
+    # NumPy 2 renamed numpy.core, which older files use, to numpy._core.
+    _ALLOWED = {
+        (module, name)
+        for module in ("numpy.core.multiarray", "numpy._core.multiarray")
+        for name in ("_reconstruct",)
+    } | {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self._ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no batch of CIFAR needs")
+            raise pickle.UnpicklingError(
+                f"it asks for {module}.{name}, which no batch of CIFAR needs"
+            )
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)
 
 
 def _unpickle(file: str, data: bytes) -> dict[str, Any]:
     with reading(file, "a batch of CIFAR"):
-        # The unpickler clears as many places as the highest number of a memo: a few bytes can ask
+        # The unpickler allocates as many entries as the highest memo number: a few bytes can ask
         # for all memory.
-        if any(opcode.name.endswith("PUT") and int(argument or 0) > len(data)
-               for opcode, argument, _ in pickletools.genops(data)):
+        if any(
+            opcode.name.endswith("PUT") and int(argument or 0) > len(data)
+            for opcode, argument, _ in pickletools.genops(data)
+        ):
             raise ValueError("it numbers more objects than it has bytes")
         content = _NumbersOnly(io.BytesIO(data), encoding="latin1").load()
         if not isinstance(content, dict):
-            raise ValueError(f"a {type(content).__name__} and not a dictionary")
+            raise ValueError(f"it contains a {type(content).__name__}, expected a dictionary")
     return content

@@ -1,7 +1,6 @@
-"""Labels of ILSVRC2012's val images: the devkit, Kaggle's table, or a file with a line for each
-image.
+"""Labels of ILSVRC2012's val images: the devkit, Kaggle's table, or a file with a line per image.
 
-The devkit numbers the classes in an order of its own (ILSVRC2012_ID); its meta.mat translates these
+The devkit numbers the classes in its own order (ILSVRC2012_ID); its meta.mat translates these
 numbers.
 """
 
@@ -20,13 +19,13 @@ from typing import NamedTuple
 from prelora_ds.data.shards.reading import MAX_TEXT_BYTES, describe, packing, read_text, reading
 from prelora_ds.errors import ConfigError
 
-WANTED = (
+HOW_TO_GIVE_LABELS = (
     "give --labels: the devkit (ILSVRC2012_devkit_t12.tar.gz, or the folder it unpacks to), or a "
-    "file with a line `IMAGE WNID` or `IMAGE LABEL` for each image (such as Kaggle's "
+    "file with one line `IMAGE WNID` or `IMAGE LABEL` per image (such as Kaggle's "
     "LOC_val_solution.csv)"
 )
-PATIENCE_S = 60.0  # for a file that is read in a second or two
-_BESIDE = ("ILSVRC2012_devkit_t12.tar.gz", "ILSVRC2012_devkit_t12", "LOC_val_solution.csv")
+PATIENCE_S = 60.0  # reading the file takes a second or two
+_LABEL_FILES = ("ILSVRC2012_devkit_t12.tar.gz", "ILSVRC2012_devkit_t12", "LOC_val_solution.csv")
 _TRUTH, _META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 _WNID = re.compile(r"n\d{8}")
 _NUMBER = re.compile(r"[0-9]{1,9}")
@@ -35,13 +34,13 @@ _BOXES = re.compile(r"(?P<wnid>n\d{8})(\s+-?\d+){4}(\s+n\d{8}(\s+-?\d+){4})*")
 Labels = tuple[tuple[str, ...] | None, dict[str, int]]
 
 
-def labels_beside(folder: Path, levels: int = 0) -> Path | None:
-    """The devkit or Kaggle's table in ``folder``, or in one of ``levels`` folders above it."""
+def labels_next_to(folder: Path, levels: int = 0) -> Path | None:
+    """Return the devkit or Kaggle's table in ``folder``, or in the ``levels`` folders above it."""
     return next(
         (
             path
             for above in (folder, *folder.parents[:levels])
-            for name in _BESIDE
+            for name in _LABEL_FILES
             if (path := above / name).exists()
         ),
         None,
@@ -49,10 +48,10 @@ def labels_beside(folder: Path, levels: int = 0) -> Path | None:
 
 
 def read_labels(source: Path, names: list[str]) -> Labels:
-    """(classes, image -> label) for the images ``names``, sorted; classes is None for a file of
-    numbers.
+    """Return (classes, image -> label) for the images ``names``, which must be sorted.
 
-    Raises ConfigError for a file or folder that is neither the devkit nor a table of labels.
+    The classes are None for a file of numbers. Raises ConfigError for a file or folder that is
+    neither the devkit nor a table of labels.
     """
     with reading(source, "labels", "--labels"):
         kit = _read_devkit(source)
@@ -61,14 +60,16 @@ def read_labels(source: Path, names: list[str]) -> Labels:
     classes, truth = kit
     if len(truth) != len(names):
         raise ConfigError(
-            "--labels", str(source), f"{len(truth)} labels for {len(names)} images", WANTED
+            "--labels",
+            str(source),
+            f"{len(truth)} labels for {len(names)} images",
+            HOW_TO_GIVE_LABELS,
         )
     return classes, dict(zip(names, truth, strict=True))
 
 
 class _Line(NamedTuple):
-    """A line of a table of labels: its number and text, the image's name without suffix, and the
-    label."""
+    """A line of a table of labels; ``image`` is the name of the image without its suffix."""
 
     number: int
     text: str
@@ -76,12 +77,12 @@ class _Line(NamedTuple):
     label: str
 
     def refused(self, source: Path, problem: str) -> ConfigError:
-        where = f"line {self.number}, {self.text[:80]!r}: "
-        return ConfigError("--labels", str(source), where + problem, WANTED)
+        location = f"line {self.number}, {self.text[:80]!r}: "
+        return ConfigError("--labels", str(source), location + problem, HOW_TO_GIVE_LABELS)
 
 
 def _read_table(source: Path, names: list[str]) -> Labels:
-    """A line with an image and a label for each image; the columns' titles may come first."""
+    """Read a table with one line per image; the first line may contain the titles."""
     if packed := packing(source):
         raise ConfigError(
             "--labels", str(source), f"is packed with {packed[0]}", f"unpack it with `{packed[1]}`"
@@ -91,19 +92,17 @@ def _read_table(source: Path, names: list[str]) -> Labels:
     forms = Counter(form for form in (_WNID, _NUMBER) for line in lines if _is(form, line))
     form = max(forms, key=forms.__getitem__, default=_WNID)
     if lines and lines[0].image not in names and not any(_is(f, lines[0]) for f in forms):
-        del lines[0]  # titles
+        del lines[0]  # the titles
     labels: dict[str, str] = {}
     for line in lines:
         if line.image in labels:
-            raise line.refused(source, "the image comes twice")
+            raise line.refused(source, "the image is listed twice")
         if not _is(form, line):
-            kinds = {_WNID: "a WordNet id", _NUMBER: "a number"}
-            raise line.refused(
-                source,
-                f"the label {line.label!r} is not {kinds[form]}, as other labels are"
-                if forms
-                else f"the label {line.label!r} is neither a WordNet id nor a number",
-            )
+            problem = "is neither a WordNet id nor a number"
+            if forms:
+                kinds = {_WNID: "a WordNet id", _NUMBER: "a number"}
+                problem = f"is not {kinds[form]}, as other labels are"
+            raise line.refused(source, f"the label {line.label!r} {problem}")
         labels[line.image] = line.label
     if form is _NUMBER:
         return None, {name: int(label) for name, label in labels.items()}
@@ -116,22 +115,24 @@ def _is(form: re.Pattern[str], line: _Line) -> bool:
 
 
 def _line(source: Path, number: int, text: str) -> _Line:
-    """Raises ConfigError unless the line has two fields, separated by a comma, a semicolon, a tab
-    or blanks."""
+    """Parse a line of two fields, separated by a comma, a semicolon, a tab or blanks.
+
+    Raises ConfigError for any other line.
+    """
     mark = next((mark for mark in ",;\t" if mark in text), " ")
     row = next(csv.reader([text.strip()], delimiter=mark, skipinitialspace=True))
     fields = [field.strip() for field in row]
     while fields and not fields[-1]:
         fields.pop()
     image, label = (*fields, "", "")[:2]
-    # Kaggle has the boxes of the objects in the image after each WordNet id.
+    # In Kaggle's table the bounding boxes of the objects follow each WordNet id.
     boxes = _BOXES.fullmatch(label)
     line = _Line(number, text.strip(), Path(image).stem, boxes["wnid"] if boxes else label)
     if len(fields) > 2:
         raise line.refused(
             source,
-            f"has {len(fields)} fields where an image and a label are wanted; a name with a blank "
-            "or a comma in it is written in double quotes",
+            f"has {len(fields)} fields, expected an image and a label; put a name that contains a "
+            "blank or a comma in double quotes",
         )
     if not image or not label:
         raise line.refused(source, "no label" if image else "no image")
@@ -139,8 +140,10 @@ def _line(source: Path, number: int, text: str) -> _Line:
 
 
 def _read_devkit(source: Path) -> tuple[tuple[str, ...], list[int]] | None:
-    """(WordNet ids, label of each val image in the order of names), or None where ``source`` is not
-    a devkit."""
+    """Return (WordNet ids, label of each val image in the order of names).
+
+    Returns None if ``source`` is not a devkit.
+    """
     if source.name == _TRUTH:
         source = source.parent
     if source.is_dir():
@@ -163,18 +166,20 @@ def _read_devkit(source: Path) -> tuple[tuple[str, ...], list[int]] | None:
         raise ConfigError(
             "--labels",
             str(source),
-            f"not a devkit: it lacks {_TRUTH} or {_META}, and the numbers of "
-            "the first mean nothing without the second",
-            WANTED,
+            f"is not a devkit: both {_TRUTH} and {_META} are required",
+            HOW_TO_GIVE_LABELS,
         )
     with reading(source, "a devkit", "--labels"):
-        wnid_of = _in_a_process(files[_META])
+        wnid_of = _wnids_in_a_process(files[_META])
     wnids = tuple(sorted(wnid_of.values()))
     try:
         return wnids, [wnids.index(wnid_of[int(line)]) for line in files[_TRUTH].split()]
     except (KeyError, ValueError) as error:
         raise ConfigError(
-            "--labels", str(source), f"a class that {_META} does not have ({error})", WANTED
+            "--labels",
+            str(source),
+            f"contains a class that is missing from {_META} ({error})",
+            HOW_TO_GIVE_LABELS,
         ) from error
 
 
@@ -185,10 +190,10 @@ def _unpacked(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     return stream.read() if stream is not None else b""
 
 
-def _in_a_process(meta: bytes) -> dict[int, str]:
-    """`_wnids` in a process of its own: at some damaged files SciPy's reader crashes or never ends.
+def _wnids_in_a_process(meta: bytes) -> dict[int, str]:
+    """Run `_wnids` in a separate process: SciPy's reader can crash or hang on damaged files.
 
-    Raises ValueError for these, and for what the reader itself finds.
+    Raises ValueError for these, and for problems that the reader reports.
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
@@ -197,27 +202,27 @@ def _in_a_process(meta: bytes) -> dict[int, str]:
     there.close()
     try:
         if not here.poll(PATIENCE_S):
-            raise ValueError(f"{_META} is damaged: its reader does not end")
-        found: dict[int, str] | str = here.recv()
+            raise ValueError(f"{_META} is damaged: reading it does not end")
+        answer: dict[int, str] | str = here.recv()
     except EOFError:
-        raise ValueError(f"{_META} is damaged: its reader crashed") from None
+        raise ValueError(f"{_META} is damaged: reading it crashed") from None
     finally:
         process.kill()
         process.join()
-    if isinstance(found, str):
-        raise ValueError(f"{_META}: {found}")
-    return found
+    if isinstance(answer, str):
+        raise ValueError(f"{_META}: {answer}")
+    return answer
 
 
 def _send_wnids(pipe: Connection, meta: bytes) -> None:
     try:
         pipe.send(_wnids(meta))
-    except Exception as error:  # a damaged file makes SciPy raise anything
+    except Exception as error:  # SciPy raises anything for damaged files
         pipe.send(describe(error))
 
 
 def _wnids(meta: bytes) -> dict[int, str]:
-    """ILSVRC2012_ID -> WordNet id, of the classes."""
+    """Return a map from ILSVRC2012_ID to WordNet id."""
     from scipy.io import loadmat
 
     synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]

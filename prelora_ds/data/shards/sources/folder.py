@@ -1,4 +1,4 @@
-"""ImageNet's and torchvision's tree: a folder for each class, images anywhere below."""
+"""A tree as for torchvision's ImageFolder: one folder per class, with images anywhere below."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from prelora_ds.data.shards.sources.split_folders import (
 )
 from prelora_ds.errors import ConfigError
 
-KIND = "imagefolder"
+FORMAT = "imagefolder"
 
 
 def detect(source: Path) -> Path | None:
@@ -36,7 +36,7 @@ def detect(source: Path) -> Path | None:
 
 
 def first_image(source: Path) -> Path | None:
-    """An image that lies in a folder below ``source``, if there is one."""
+    """Return an image in a folder below ``source``, if there is one."""
     for path, folders, files in os.walk(source):
         folders[:] = sorted(name for name in folders if not hidden(name))
         for name in sorted(files) if Path(path) != source else ():
@@ -46,17 +46,18 @@ def first_image(source: Path) -> Path | None:
 
 
 def find(request: Request) -> Listing:
-    """Labels are the places of the folders in alphabetical order.
+    """List the images of a tree; labels are the indices of the folders in alphabetical order.
 
-    Folders that belong to a system or a program are passed over. Raises ConfigError for a class
-    without images, for folders of splits beside others, and where links lead to a folder above, or
-    twice to the same file.
+    Folders that belong to a system or a program are skipped. Raises ConfigError for a class without
+    images, for folders of splits next to others, and for links that lead to a folder above or twice
+    to the same file.
     """
-    top, tree = request.source, _Tree()
+    top = request.source
+    tree = _Tree()
     names = folders_in(top)
     if splits := split_folders(top, names, request):
         top = top / choose_split(splits, request)
-        tree.beside += [name for name in names if name not in splits]
+        tree.other_folders += [name for name in names if name not in splits]
         names = folders_in(top)
         if not names and ilsvrc.detect(top):
             return ilsvrc.find(Request(top, labels=request.labels))
@@ -65,66 +66,70 @@ def find(request: Request) -> Listing:
             "--split",
             request.split,
             f"{top} is not divided into {', '.join(sorted(SPLITS))}",
-            "leave it out, and name the folder of the split",
+            "omit it, and name the folder of the split",
         )
     images = {name: tree.images(top, name) for name in names}
     if len(names) == 1:
         _refuse_wrapped(top, names[0])
     _refuse_ambiguous(top, images)
     for folder in {request.source, top}:
-        tree.look_beside(folder)
+        tree.count_stray(folder)
     if not names:
         raise broken(
             top,
-            f"no folder with a sub-folder per class ({tree.passed_over() or 'it is empty'})",
+            f"no folder with a sub-folder per class ({tree.skipped() or 'it is empty'})",
             "name a folder with a sub-folder per class; a flat folder needs --labels",
         )
     if empty := [name for name in names if not images[name]]:
-        others = _others([top / name for name in empty])
-        holds = f"; what lies there: {others}" if others else ""
-        remedy = (
-            f"save images in a format that is read ({', '.join(sorted(IMAGES))}); remove a folder that has none"
-            if others
-            else "remove the empty folders, or put the images there"
-        )
-        raise (
-            broken(top / empty[0], f"this class has no images{holds}", remedy)
-            if len(empty) == 1
-            else broken(
-                top, f"{len(empty)} of {len(names)} classes have no images: {some(empty)}{holds}", remedy
+        contents = ""
+        remedy = "remove the empty folders, or put the images there"
+        if others := _others([top / name for name in empty]):
+            contents = f"; there are: {others}"
+            remedy = (
+                f"save images in a format that is read ({', '.join(sorted(IMAGES))}); remove "
+                "folders without images"
             )
-        )
+        if len(empty) == 1:
+            raise broken(top / empty[0], f"this class has no images{contents}", remedy)
+        problem = f"{len(empty)} of {len(names)} classes have no images: {some(empty)}{contents}"
+        raise broken(top, problem, remedy)
     tree.check_links(images)
     files = [file for name in names for file in images[name]]
     labels = [label for label, name in enumerate(names) for _ in images[name]]
     return Listing(
-        KIND,
+        FORMAT,
         tuple(names),
         tuple(files),
         items(range(len(files)), labels, 0, -1),
-        tree.passed_over(),
+        tree.skipped(),
     )
 
 
 def _others(folders: list[Path]) -> str:
-    """The files that are no images in these folders, counted by suffix."""
+    """Return a text that counts the files in these folders that are not images, by suffix."""
     counts = Counter[str]()
     for folder in folders:
         for _, below, names in os.walk(folder):
             below[:] = [name for name in below if not hidden(name)]
-            counts.update(os.path.splitext(name)[1].lower() or "no suffix" for name in names if not hidden(name))
+            counts.update(
+                os.path.splitext(name)[1].lower() or "no suffix"
+                for name in names
+                if not hidden(name)
+            )
     return ", ".join(f"{count} files with {suffix}" for suffix, count in counts.most_common(5))
 
 
 def _refuse_wrapped(top: Path, name: str) -> None:
-    """Raises ConfigError where all images of the only class lie in its sub-folders: these are
-    rather the classes, and ``images`` or ``train2017`` is a folder around them. So it is for a
-    folder within one of the same name, as ``seg_pred/seg_pred``."""
+    """Raise ConfigError if all images of the only class are in its sub-folders.
+
+    These are probably the classes, and ``images`` or ``train2017`` is a folder around them. The
+    same holds for a folder inside one of the same name, such as ``seg_pred/seg_pred``.
+    """
     below = folders_in(top / name)
     if name == top.name and not below:
         raise broken(
             top,
-            f"would be a single class, {name}, which is the name of the folder around it as well",
+            f"would be a single class, {name}, which is also the name of the folder around it",
             "name a folder with a sub-folder per class; a flat folder needs --labels",
         )
     if not below or has_images(top / name):
@@ -138,10 +143,11 @@ def _refuse_wrapped(top: Path, name: str) -> None:
 
 
 def _refuse_ambiguous(top: Path, images: dict[str, list[str]]) -> None:
-    """Raises ConfigError where the sub-folders may be the classes as well: those of ``images`` and ``masks``, say.
+    """Raise ConfigError if the sub-folders may be the classes (below ``images``, ``masks``).
 
-    No folder holds images itself, and two have two sub-folders in common, or the only one of the one is among those
-    of the other. A sub-folder that is the only one of every folder, as Tiny-ImageNet's ``images``, is no class.
+    That is so if no folder contains images itself, and two folders have two sub-folders in common,
+    or the only sub-folder of one is one of several of another. A sub-folder that is the only one of
+    every folder, such as Tiny-ImageNet's ``images``, is not a class.
     """
     below: dict[str, set[str]] = {}
     for name, files in images.items():
@@ -155,19 +161,26 @@ def _refuse_ambiguous(top: Path, images: dict[str, list[str]]) -> None:
     first, second = pair
     shared = sorted(below[first] & below[second])
     larger = max(pair, key=lambda name: len(below[name]))
-    either = sorted(name for name in pair if images[name] and len(below[name]) == len(below[larger]))
-    outer, inner = some(sorted(below)), some(sorted(below[larger]))
+    either = sorted(
+        name for name in pair if images[name] and len(below[name]) == len(below[larger])
+    )
+    outer = some(sorted(below))
+    inner = some(sorted(below[larger]))
+    folders = " or ".join(str(top / name) for name in either or [larger])
     raise broken(
         top,
-        f"may be of the classes {outer} or of the classes {inner}: no folder holds images itself, and {first} and "
-        f"{second} both have {some(shared)}",
-        f"if {inner} are the classes, name {' or '.join(str(top / name) for name in either or [larger])}; if {outer} "
-        "are, put their images into the folders themselves",
+        f"may have the classes {outer} or the classes {inner}: no folder contains images itself, "
+        f"and {first} and {second} both have {some(shared)}",
+        f"if {inner} are the classes, name {folders}; if {outer} are, put their images into the "
+        "folders themselves",
     )
 
 
 def shared_pair(below: dict[str, set[str]]) -> tuple[str, str] | None:
-    """Two folders of which the one's only sub-folder is one of several of the other, or that have two in common."""
+    """Return two folders that have two sub-folders in common, or None.
+
+    A pair also counts if the only sub-folder of one is one of several of the other.
+    """
     owners: dict[str, list[str]] = {}
     only = {next(iter(inside)): name for name, inside in below.items() if len(inside) == 1}
     for name, inside in below.items():
@@ -184,14 +197,14 @@ def shared_pair(below: dict[str, set[str]]) -> tuple[str, str] | None:
 
 
 class _Tree:
-    """A walk through the folders of all classes, and what it met beside images."""
+    """A walk through the folders of all classes, which counts what it finds besides images."""
 
     def __init__(self) -> None:
-        self.beside: list[str] = []
+        self.other_folders: list[str] = []
         self._suffixes, self._hidden = Counter[str](), Counter[str]()
         self._hidden_files = self._special = self._stray = 0
         self._folders: dict[str, str] = {}  # real path -> path that led there
-        self._links: dict[str, str] = {}  # the same of files that are links
+        self._links: dict[str, str] = {}  # likewise for images that are links
 
     def images(self, top: Path, name: str) -> list[str]:
         path = str(top / name)
@@ -214,12 +227,12 @@ class _Tree:
     def _below(self, path: str, real: str) -> Iterator[str]:
         with reading(path, "a folder"):
             entries = sorted(os.scandir(path), key=lambda entry: entry.name)
-        if splits := splits_below([e.name for e in entries if _kind(e) == "folder"]):
+        if splits := splits_below([e.name for e in entries if _entry_type(e) == "folder"]):
             raise broken(
                 path,
-                f"holds the folders {some(splits)} of splits, in the place of a class",
+                f"contains the folders {some(splits)} of splits, where a class is expected",
                 f"name {os.path.join(path, splits[0])}, or {path} with --split {splits[0]}, as "
-                "SOURCE; if the classes are above their splits, turn the folders round",
+                "SOURCE; if the classes are above their splits, swap the two levels",
             )
         for entry in entries:
             below = (
@@ -227,13 +240,13 @@ class _Tree:
                 if entry.is_symlink()
                 else os.path.join(real, entry.name)
             )
-            kind = _kind(entry)
+            entry_type = _entry_type(entry)
             if hidden(entry.name):
-                self._hidden[entry.name] += kind == "folder"
-                self._hidden_files += kind != "folder"
-            elif kind == "folder":
+                self._hidden[entry.name] += entry_type == "folder"
+                self._hidden_files += entry_type != "folder"
+            elif entry_type == "folder":
                 yield from self._below(entry.path, self._entered(entry.path, below, real))
-            elif kind == "special":
+            elif entry_type == "special":
                 self._special += 1
             elif not is_image(entry.name):
                 suffix = os.path.splitext(entry.name)[1].lower()
@@ -243,19 +256,17 @@ class _Tree:
                     raise _twice(below, self._links[below], entry.path)
                 yield entry.path
 
-    def look_beside(self, top: Path) -> None:
-        """Count what lies beside the folders of the classes."""
+    def count_stray(self, top: Path) -> None:
+        """Count what is next to the folders of the classes."""
         for entry in os.scandir(top):
-            if hidden(entry.name) and _kind(entry) == "folder":
+            if hidden(entry.name) and _entry_type(entry) == "folder":
                 self._hidden[entry.name] += 1
             self._stray += (
-                not hidden(entry.name)
-                and is_image(entry.name)
-                and _kind(entry) != "folder"
+                not hidden(entry.name) and is_image(entry.name) and _entry_type(entry) != "folder"
             )
 
     def check_links(self, images: dict[str, list[str]]) -> None:
-        """Raises ConfigError for a link to an image that is in the tree itself."""
+        """Raise ConfigError for a link to an image that is in the tree itself."""
         inside = {
             target: os.path.join(self._folders[os.path.dirname(target)], os.path.basename(target))
             for target in self._links
@@ -266,7 +277,8 @@ class _Tree:
             if path in paths and path != self._links[target]:
                 raise _twice(target, path, self._links[target])
 
-    def passed_over(self) -> str:
+    def skipped(self) -> str:
+        """Return a text that lists what the walk skipped."""
         counts = [
             f"{count} files with {suffix}" for suffix, count in sorted(self._suffixes.items())
         ]
@@ -283,24 +295,25 @@ class _Tree:
                     f"the hidden folders {some(folders)}" if folders else "",
                     f"{self._hidden_files} hidden files" if self._hidden_files else "",
                     f"{self._special} pipes or devices" if self._special else "",
-                    f"{self._stray} images beside the folders" if self._stray else "",
-                    f"the folders {some(self.beside)} beside the splits" if self.beside else "",
+                    f"{self._stray} images next to the folders" if self._stray else "",
+                    f"the folders {some(self.other_folders)} next to the splits"
+                    if self.other_folders
+                    else "",
                 ],
             )
         )
 
 
-def _kind(entry: os.DirEntry[str]) -> str:
-    """``folder``, ``file`` (also a link to nothing, which is told when it is read) or
-    ``special``."""
+def _entry_type(entry: os.DirEntry[str]) -> str:
+    """Return ``folder``, ``file`` or ``special``.
+
+    A link to nothing is a ``file``: reading it reports the problem.
+    """
     try:
-        return (
-            "folder"
-            if entry.is_dir()
-            else "file"
-            if entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
-            else "special"
-        )
+        if entry.is_dir():
+            return "folder"
+        dangling = entry.is_symlink() and not os.path.exists(entry.path)
+        return "file" if entry.is_file() or dangling else "special"
     except OSError:
         return "file"  # a link that cannot be followed
 
@@ -309,5 +322,5 @@ def _twice(target: str, first: str, second: str) -> ConfigError:
     return broken(
         second,
         f"is the same file as {first} ({target}), reached through a link",
-        "remove the link, or make it a copy if the image is meant to come twice",
+        "remove the link, or replace it by a copy if the image is meant to occur twice",
     )

@@ -1,4 +1,7 @@
-"""A Hugging Face image data set on disk: a folder of `save_to_disk` (Arrow), or one of Parquet files."""
+"""A Hugging Face image data set on disk.
+
+It is a folder written by `save_to_disk` (Arrow), or a folder of Parquet files.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +29,8 @@ from prelora_ds.data.shards.sources.listing import (
 )
 from prelora_ds.errors import ConfigError
 
-KIND = "huggingface"
-_END = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream
+FORMAT = "huggingface"
+_END = b"\xff\xff\xff\xff\0\0\0\0"  # the last bytes of an Arrow stream
 _NUMBERED = re.compile(r"(?P<split>.+?)-(?P<part>\d+)-of-(?P<parts>\d+)(-[0-9a-f]+)?")
 
 
@@ -35,21 +38,21 @@ def detect(source: Path) -> Path | None:
     if not source.is_dir():
         return None
     states = (source / name for name in ("dataset_dict.json", "state.json"))
-    found = next((state for state in states if state.is_file()), None)
-    return found or next(_parquets(source), None)
+    state = next((state for state in states if state.is_file()), None)
+    return state or next(_parquets(source), None)
 
 
 def find(request: Request) -> Listing:
-    """The images of a split: a column of type Image or of bytes, and a ClassLabel, or whole
-    numbers.
+    """List the images of a split.
 
-    Needs pyarrow. Raises ConfigError for other columns, for a file that is missing or damaged, and
-    for several configurations of the data set in one folder.
+    Images are in a column of type Image or of bytes, labels in one of type ClassLabel or of
+    integers. This needs pyarrow. Raises ConfigError for other columns, for a missing or damaged
+    file, and for several configurations of the data set in one folder.
     """
     _arrow()
     files = _files(request)
     if not files:
-        raise broken(request.source, "holds no data files")
+        raise broken(request.source, "contains no data files")
     rows, classes = [], []
     for number, file in enumerate(files):
         with reading(file, "an Arrow or Parquet file"):
@@ -60,13 +63,15 @@ def find(request: Request) -> Listing:
         classes.append(names)
         if names != classes[0]:
             raise broken(
-                file, f"its classes are not those of {files[0]}", "name a folder of one data set"
+                file,
+                f"its classes differ from those of {files[0]}",
+                "name a folder of one data set",
             )
-    return Listing(KIND, classes[0], tuple(map(str, files)), np.concatenate(rows))
+    return Listing(FORMAT, classes[0], tuple(map(str, files)), np.concatenate(rows))
 
 
 def read(file: str, row: int, _: int) -> bytes:
-    """Raises ValueError for a row without an image."""
+    """Return the bytes of the image in a row. Raises ValueError for a row without an image."""
     column, row = (
         (_arrow_column(file), row) if file.endswith(".arrow") else _parquet_column(file, row)
     )
@@ -99,7 +104,7 @@ def _files(request: Request) -> list[Path]:
         if not (folder / "state.json").is_file():
             raise broken(
                 folder,
-                "holds no state.json, and dataset_dict.json names this split",
+                "contains no state.json, and dataset_dict.json names this split",
                 "fetch the missing files",
             )
     elif (folder / "state.json").is_file() and request.split is not None:
@@ -129,8 +134,7 @@ def _parquets(folder: Path) -> Iterator[Path]:
 
 
 class _Part(NamedTuple):
-    """A Parquet file: of what configuration (a folder) and split, and number ``part`` of ``parts``
-    where it is told."""
+    """A Parquet file: its configuration (a folder), its split, and its number if it has one."""
 
     config: Path
     split: str
@@ -140,8 +144,11 @@ class _Part(NamedTuple):
 
 
 def _part(path: Path, top: Path) -> _Part:
-    """``CONFIG/train-00000-of-00002``, ``CONFIG/train``, ``CONFIG/train/0000`` or
-    ``CONFIG/train/ANY``."""
+    """Parse the path of a Parquet file.
+
+    It is ``CONFIG/train-00000-of-00002``, ``CONFIG/train``, ``CONFIG/train/0000`` or
+    ``CONFIG/train/ANY``.
+    """
     folder, stem = path.parent, path.stem
     above = folder.parent if folder != top else top
     if match := _NUMBERED.fullmatch(stem):
@@ -156,15 +163,17 @@ def _part(path: Path, top: Path) -> _Part:
 
 
 def _parquet_files(folder: Path, request: Request) -> list[Path]:
-    """Raises ConfigError where the split asked for is there in several configurations, or lacks a
-    part."""
+    """Return the files of the requested split.
+
+    Raises ConfigError if several configurations have this split, or if a part is missing.
+    """
     parts = sorted((_part(path, folder) for path in _parquets(folder)), key=lambda part: part.path)
     split = choose_split(sorted({part.split for part in parts}), request)
     parts = [part for part in parts if part.split == split]
     if len(configs := sorted({part.config for part in parts})) > 1:
         raise broken(
             folder,
-            f"the split {split} is there {len(configs)} times, in the folders "
+            f"the split {split} exists {len(configs)} times, in the folders "
             f"{some([str(config.relative_to(folder)) for config in configs])}",
             f"name the folder of one of them as SOURCE, for example {configs[-1]}",
         )
@@ -186,7 +195,10 @@ def _parquet_files(folder: Path, request: Request) -> list[Path]:
 
 
 def _labels(file: Path) -> tuple[tuple[str, ...] | None, list[int | None], NDArray[np.int64]]:
-    """(class names, labels, number of the part that is read at once) of a file's rows."""
+    """Return (class names, labels, blocks) of a file; the last two have one entry per row.
+
+    A block is the number of the part that is read at once.
+    """
     pa = _arrow()
     if file.suffix == ".arrow":
         table = _table(str(file), version(file))
@@ -201,23 +213,25 @@ def _labels(file: Path) -> tuple[tuple[str, ...] | None, list[int | None], NDArr
     if not _holds_images(pa, kind := schema.field(image).type):
         raise broken(
             file,
-            f"the column {image!r} has the type {kind}, where bytes or Hugging Face's "
-            "type Image are wanted",
+            f"the column {image!r} has the type {kind}, expected bytes or Hugging Face's "
+            "type Image",
             "write the bytes of the images into the column",
         )
     if not pa.types.is_integer(kind := schema.field(label).type):
         raise broken(
             file,
-            f"the column {label!r} has the type {kind}, where a ClassLabel or whole "
-            "numbers are wanted",
+            f"the column {label!r} has the type {kind}, expected a ClassLabel or integers",
             "cast the column, for example with class_encode_column",
         )
     column = table[label] if file.suffix == ".arrow" else parquet.read([label])[label]
     feature = features.get(label)
     names = feature.get("names") if isinstance(feature, dict) else None
     if names and not isinstance(names, list):
-        raise broken(file, f"the ClassLabel {label!r} has the names {names!r}, which are not a list",
-                     "write the names as a list, in the order of the labels")
+        raise broken(
+            file,
+            f"the ClassLabel {label!r} has the names {names!r}, which are not a list",
+            "write the names as a list, in the order of the labels",
+        )
     return tuple(map(str, names)) if names else None, column.to_pylist(), blocks
 
 
@@ -228,21 +242,28 @@ def _holds_images(pa: Any, kind: Any) -> bool:
 
 
 def _features(metadata: dict[bytes, bytes] | None) -> dict[str, Any]:
-    """What the writer says of the columns. Raises ValueError where that cannot be understood."""
+    """Return the types of the columns from Hugging Face's metadata, as far as there are any.
+
+    Raises ValueError if they cannot be parsed.
+    """
     text = (metadata or {}).get(b"huggingface")
     if not text:
         return {}
     try:
-        found = json.loads(text)["info"]["features"]
+        features = json.loads(text)["info"]["features"]
     except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise ValueError(f"the metadata that Hugging Face keeps in it have no info.features ({error!r:.80})") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"info.features of the metadata that Hugging Face keeps in it is no mapping: {found!r:.60}")
-    return found
+        raise ValueError(
+            f"its Hugging Face metadata has no info.features ({error!r:.80})"
+        ) from error
+    if not isinstance(features, dict):
+        raise ValueError(
+            f"info.features of its Hugging Face metadata is not a mapping: {features!r:.60}"
+        )
+    return features
 
 
 def _columns(features: dict[str, Any], names: list[str]) -> tuple[str, str]:
-    """(image, label): by type where the file tells it, else by name."""
+    """Return the names of the (image, label) columns: by type if known, otherwise by name."""
     images = [
         name
         for name, what in features.items()
@@ -254,25 +275,27 @@ def _columns(features: dict[str, Any], names: list[str]) -> tuple[str, str]:
         if isinstance(what, dict) and what.get("_type") == "ClassLabel"
     ]
     if missing := [name for name in (*images, *labels) if name not in names]:
-        raise ValueError(f"its metadata tell of a column {missing[0]!r}, and it has the columns {some(names)}")
+        raise ValueError(
+            f"its metadata names a column {missing[0]!r}, and it has the columns {some(names)}"
+        )
     images = images or [name for name in ("image", "img") if name in names]
     labels = labels or [name for name in ("label", "fine_label") if name in names]
     labels = next(([name] for name in ("label", "fine_label") if name in labels), labels)
     if len(images) != 1 or len(labels) != 1:
         raise ValueError(
-            f"columns {names}: one image and one label are wanted, found {images} and {labels}"
+            f"expected one image and one label column, found {images} and {labels} among {names}"
         )
     return images[0], labels[0]
 
 
-@lru_cache(maxsize=1024)  # mapped, and not read: a data set of many files stays open
+@lru_cache(maxsize=1024)  # these are mapped and not read: all files of a data set stay open
 def _table(file: str, _: tuple[int, int, int]) -> Any:
     pa = _arrow()
     mapped = pa.memory_map(file)
     table = pa.ipc.open_stream(mapped).read_all()
-    # Arrow takes the end of a file for the end of its rows.
+    # Arrow treats the end of a file as the end of its rows.
     if mapped.size() < len(_END) or mapped.read_at(len(_END), mapped.size() - len(_END)) != _END:
-        raise ValueError("the end of the rows is missing: it is cut short")
+        raise ValueError("the end of the rows is missing: the file is cut short")
     table.validate(full=True)
     return table
 
@@ -291,13 +314,13 @@ def _parquet_file(file: str, _: tuple[int, int, int]) -> tuple[Any, str, list[in
 
 
 def _parquet_column(file: str, row: int) -> tuple[Any, int]:
-    of_file = version(file)
-    starts = _parquet_file(file, of_file)[2]
+    file_version = version(file)
+    starts = _parquet_file(file, file_version)[2]
     group = int(np.searchsorted(starts, row, side="right")) - 1
-    return _group(file, of_file, group), row - starts[group]
+    return _group(file, file_version, group), row - starts[group]
 
 
 @lru_cache(maxsize=20)  # rows are shuffled within windows of 16 of these
-def _group(file: str, of_file: tuple[int, int, int], group: int) -> Any:
-    parquet, image, _ = _parquet_file(file, of_file)
+def _group(file: str, file_version: tuple[int, int, int], group: int) -> Any:
+    parquet, image, _ = _parquet_file(file, file_version)
     return parquet.read_row_group(group, [image])[image]

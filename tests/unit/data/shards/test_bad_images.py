@@ -125,7 +125,7 @@ def test_a_resumed_build_agrees_about_skip_bad(tmp_path):
     assert len(build(Request(source), tmp_path / "out", SKIP)) < IMAGES
 
 
-def test_the_images_that_other_ranks_could_not_read_are_told_by_rank_0(tmp_path):
+def test_the_images_that_other_ranks_could_not_read_are_reported_by_rank_0(tmp_path):
     source = plant(tmp_path / "in")
     plan = tmp_path / "out.partial" / "work" / "plan.json"
     with pytest.MonkeyPatch.context() as patch:
@@ -200,7 +200,7 @@ def test_images_in_tables_and_archives_are_named_by_their_place(tmp_path):
     with pytest.raises(ConfigError) as refused:
         build(Request(tmp_path / "table"), tmp_path / "out2", OPTIONS)
     assert f"{path}, image 1: no image in this row" in str(refused.value)
-    assert f"{path}, image 2: neither a file nor a folder" in str(refused.value)
+    assert f"{path}, image 2: a pipe or a device" in str(refused.value)
 
 
 def run(*arguments, **environ):
@@ -228,12 +228,12 @@ def run(*arguments, **environ):
     )
 
 
-def test_the_command_tells_what_it_passed_over_and_left_out(tmp_path):
+def test_the_command_reports_what_it_skipped_and_left_out(tmp_path):
     source = plant(tmp_path / "in")
     (source / ".ipynb_checkpoints").mkdir()
     done = run(source, tmp_path / "out", "--skip-bad")
     assert done.returncode == 0, done.stderr
-    assert "passed over: the hidden folders .ipynb_checkpoints" in done.stderr
+    assert "skipped: the hidden folders .ipynb_checkpoints" in done.stderr
     assert "left out 5 of 40 images" in done.stderr and "35 samples" in done.stdout
     done = run(source, os.fsdecode(os.fsencode(tmp_path) + b"/\xe9"), "--skip-bad")
     assert done.returncode == 0, done.stderr

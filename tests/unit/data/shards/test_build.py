@@ -19,10 +19,10 @@ import torch
 import webdataset
 from PIL import Image
 
-from prelora_ds.commands.shards import place_in_job
+from prelora_ds.commands.shards import rank_and_world_size
 from prelora_ds.data.decode import decode
 from prelora_ds.data.manifest import EXTENSIONS, Manifest
-from prelora_ds.data.parallel import WorkerDiedError, unordered
+from prelora_ds.data.parallel import WorkerDiedError, map_unordered
 from prelora_ds.data.shards import build_shards as building
 from prelora_ds.data.shards.build_plan import shuffled
 from prelora_ds.data.shards.build_shards import Options, StalledError, build
@@ -110,20 +110,20 @@ def test_each_rank_of_a_job_writes_its_part_and_rank_0_waits(tree, whole, tmp_pa
     assert contents(tmp_path / "out") == whole
 
 
-@pytest.mark.parametrize(("environ", "place"), [
-    ({}, (0, 1)), ({"SLURM_PROCID": "0", "SLURM_NTASKS": "64"}, (0, 1)),  # a batch script, which is no task of srun
+@pytest.mark.parametrize(("environ", "expected"), [
+    ({}, (0, 1)), ({"SLURM_PROCID": "0", "SLURM_NTASKS": "64"}, (0, 1)),  # a batch script, which is not a task of srun
     ({"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "64"}, (5, 64)), ({"PMI_RANK": "1", "PMI_SIZE": "2"}, (1, 2)),
     ({"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"},
      (3, 4)),
     ({"RANK": "1", "WORLD_SIZE": "2"}, (1, 2)),
 ])
-def test_the_place_in_a_job_is_what_its_launcher_says(environ, place):
-    assert place_in_job(environ) == place
+def test_rank_and_world_size_come_from_the_launcher(environ, expected):
+    assert rank_and_world_size(environ) == expected
 
 
 def test_a_rank_that_is_not_of_its_job_is_refused():
     with pytest.raises(ConfigError, match="RANK=2 WORLD_SIZE=2"):
-        place_in_job({"RANK": "2", "WORLD_SIZE": "2"})
+        rank_and_world_size({"RANK": "2", "WORLD_SIZE": "2"})
 
 
 def test_under_mpiexec(tree, whole, tmp_path):
@@ -135,7 +135,7 @@ def test_under_mpiexec(tree, whole, tmp_path):
     assert contents(tmp_path / "out") == whole
 
 
-def test_a_killed_build_goes_on_to_the_same_bytes(tree, whole, tmp_path, monkeypatch):
+def test_a_killed_build_continues_to_the_same_bytes(tree, whole, tmp_path, monkeypatch):
     """Killed for real, while the second shard is half written; the images are fed in slowly through a pipe."""
     slow = tmp_path / "slow.py"
     slow.write_text("import time\nfrom prelora_ds.data.shards import build_shards as build\nread = build.prepare\n"
@@ -188,7 +188,8 @@ def stopping(function, after):
 
 @pytest.mark.parametrize(("options", "more", "key"), [
     (Options(samples_per_shard=9, seed=3), {}, "--samples-per-shard = 9"), (Options(8, seed=4), {}, "--seed = 4"),
-    (Options(8, 3, resize_short=10), {}, "--resize-short = 10"), (OPTIONS, {"kind": "idx"}, "--format = 'idx'"),
+    (Options(8, 3, resize_short=10), {}, "--resize-short = 10"),
+    (OPTIONS, {"source_format": "idx"}, "--format = 'idx'"),
 ])
 def test_other_options_do_not_go_on_with_an_unfinished_build(tree, interrupted, options, more, key):
     before = contents(interrupted.with_name("out.partial") / "work")
@@ -197,7 +198,7 @@ def test_other_options_do_not_go_on_with_an_unfinished_build(tree, interrupted, 
     assert contents(interrupted.with_name("out.partial") / "work") == before
 
 
-def test_a_build_goes_on_by_its_plan_and_not_by_what_the_source_has_become(tree, interrupted, whole, tmp_path):
+def test_a_build_continues_by_its_plan_and_not_by_what_the_source_has_become(tree, interrupted, whole, tmp_path):
     extra = tree[0] / "class0" / "new.jpg"
     extra.write_bytes(picture(1000))
     try:
@@ -217,9 +218,9 @@ def test_a_host_with_another_pillow_says_so_itself(tree, interrupted, monkeypatc
         build(Request(tree[0]), interrupted, Options(8, seed=3), rank=1, world_size=2)
 
 
-def test_a_worker_that_is_killed_is_told_of():
+def test_a_worker_that_is_killed_is_reported():
     with pytest.raises(WorkerDiedError, match="run the same command again"):
-        list(unordered(os._exit, [1, 1, 1], 2))
+        list(map_unordered(os._exit, [1, 1, 1], 2))
 
 
 def test_an_existing_folder_is_refused_and_untouched(tree, tmp_path):
@@ -246,7 +247,7 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path, damage, workers):
     assert not (tmp_path / "out").exists()
 
 
-def test_ranks_that_stop_are_told_of_with_the_shard_that_is_missing(tree, tmp_path, monkeypatch):
+def test_ranks_that_stop_are_reported_with_the_shard_that_is_missing(tree, tmp_path, monkeypatch):
     monkeypatch.setattr(building, "PATIENCE_S", 0.5)
     monkeypatch.setattr(building, "PLAN_PATIENCE_S", 0.5)
     assert build(Request(tree[0]), tmp_path / "none", OPTIONS, rank=1, world_size=2) is None  # rank 0 never began
@@ -257,7 +258,7 @@ def test_ranks_that_stop_are_told_of_with_the_shard_that_is_missing(tree, tmp_pa
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="to mount a small disk takes root")
-def test_a_full_disk_is_one_message_and_a_rerun_with_space_goes_on(tree, whole, tmp_path):
+def test_a_full_disk_is_one_message_and_a_rerun_with_space_continues(tree, whole, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=60k", "tmpfs", str(disk)]
@@ -324,7 +325,7 @@ def test_a_label_out_of_range_is_named(tmp_path):
     train = build(Request(write_idx(tmp_path / "a", [0, 1, 2])), tmp_path / "train", OPTIONS)
     assert train.classes == ("0", "1", "2")
     source = write_idx(tmp_path / "b", [2, 0, 3, 1])
-    with pytest.raises(ConfigError, match=r"images-idx3-ubyte.*image 2 .*label 3, and there are 3 classes"):
+    with pytest.raises(ConfigError, match=r"images-idx3-ubyte.*image 2 .*label 3, and there are only 3 classes"):
         build(Request(source), tmp_path / "val", OPTIONS, like=train.folder)
 
 
@@ -390,7 +391,7 @@ def test_a_resized_photograph_looks_the_same():
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
-def test_an_image_cut_short_anywhere_is_no_image(form):
+def test_an_image_cut_short_anywhere_is_not_an_image(form):
     data = picture(3, form, (64, 64))
     for length in [*range(0, len(data) - 12, 301), len(data) * 9 // 10]:
         with pytest.raises(UnreadableImageError):

@@ -97,7 +97,7 @@ def test_a_folder_of_the_name_of_a_partial_build_is_not_touched(tmp_path):
     source, mine = plant(tmp_path / "in"), tmp_path / "out.partial" / ".mine"
     mine.parent.mkdir()
     mine.write_text("keep")
-    with pytest.raises(ConfigError, match=r"not an unfinished build, it holds '\.mine'"):
+    with pytest.raises(ConfigError, match=r"not an unfinished build, it contains '\.mine'"):
         build(Request(source), tmp_path / "out", OPTIONS)
     assert mine.read_text() == "keep"
 
@@ -158,4 +158,4 @@ def test_hostile_options_end_with_2_and_one_message(tmp_path, hostile):
 @pytest.mark.parametrize("place", ["x", "-1", "1.0", "", "\u0661"])
 def test_a_rank_that_is_not_a_number_is_one_message(tmp_path, place):
     code, stderr = run(plant(tmp_path / "in"), tmp_path / "out", RANK=place, WORLD_SIZE="1")
-    assert code == 2 and "is not a rank of a job" in stderr, stderr
+    assert code == 2 and "is not a valid rank" in stderr, stderr

@@ -38,10 +38,10 @@ def plant(root, *names):
 def listed(source, split=None):
     """(classes, relative path -> label) and what was passed over."""
     listing = find_images(Request(source, split))
-    assert listing.kind == "imagefolder"
+    assert listing.source_format == "imagefolder"
     files = [os.path.relpath(listing.files[item["file"]], source) for item in listing.items]
     labels = listing.items["label"].tolist()
-    return listing.classes, dict(zip(files, labels, strict=True)), listing.passed_over
+    return listing.classes, dict(zip(files, labels, strict=True)), listing.skipped
 
 
 def refusal(source, split=None):
@@ -58,30 +58,30 @@ FOUND = (("cat", "dog"), {"cat/1.png": 0, "dog/1.png": 1})
     ".ipynb_checkpoints", ".git", "@eaDir", "__MACOSX", "lost+found", "$RECYCLE.BIN", "#recycle",
     "System Volume Information",
 ])
-def test_folders_of_systems_and_programs_are_not_classes_and_are_told(tmp_path, hidden):
+def test_folders_of_systems_and_programs_are_not_classes_and_are_reported(tmp_path, hidden):
     plant(tmp_path, *TWO, f"{hidden}/1.png", f"cat/{hidden}/1.png", f"cat/deep/{hidden}/x/1.png")
     (tmp_path / "cat" / "deep" / "2.png").write_bytes(picture(2))
-    classes, images, passed_over = listed(tmp_path)
+    classes, images, skipped = listed(tmp_path)
     assert (classes, images) == (FOUND[0], FOUND[1] | {"cat/deep/2.png": 0})
-    assert passed_over == f"the hidden folders {hidden} (3 times)"
+    assert skipped == f"the hidden folders {hidden} (3 times)"
 
 
-def test_hidden_files_and_images_beside_the_classes_are_told(tmp_path):
+def test_hidden_files_and_images_next_to_the_classes_are_reported(tmp_path):
     plant(tmp_path, *TWO, "cat/._1.png", "dog/.DS_Store", "stray.png")
     os.mkfifo(tmp_path / "dog" / "pipe.png")
-    classes, images, passed_over = listed(tmp_path)
+    classes, images, skipped = listed(tmp_path)
     assert (classes, images) == FOUND
-    assert passed_over == "2 hidden files, 1 pipes or devices, 1 images beside the folders"
+    assert skipped == "2 hidden files, 1 pipes or devices, 1 images next to the folders"
 
 
-def test_splits_beside_another_folder_are_refused_with_what_to_write(tmp_path):
+def test_splits_next_to_another_folder_are_refused_with_what_to_write(tmp_path):
     plant(tmp_path, *(f"{split}/{name}" for split in ("train", "val", "extra") for name in TWO))
     said = refusal(tmp_path)
-    assert "splits (train, val) beside other folders (extra)" in said and "--split train" in said
+    assert "splits (train, val) next to other folders (extra)" in said and "--split train" in said
     assert str(tmp_path / "train") in said
-    classes, images, passed_over = listed(tmp_path, "val")
+    classes, images, skipped = listed(tmp_path, "val")
     assert classes == ("cat", "dog") and set(images) == {"val/cat/1.png", "val/dog/1.png"}
-    assert passed_over == "the folders extra beside the splits"
+    assert skipped == "the folders extra next to the splits"
     assert "extra" in refusal(tmp_path, "extra")
 
 
@@ -96,12 +96,12 @@ def test_a_class_may_be_called_train_where_it_holds_images(tmp_path):
     plant(tmp_path, "bus/1.png", "car/1.png", "train/1.png")
     assert listed(tmp_path)[0] == ("bus", "car", "train")
     plant(tmp_path, "test/1.png")
-    assert "splits (test, train) beside" in refusal(tmp_path)
+    assert "splits (test, train) next to" in refusal(tmp_path)
 
 
-def test_a_split_without_classes_and_a_flat_folder_are_told(tmp_path):
+def test_a_split_without_classes_and_a_flat_folder_are_reported(tmp_path):
     plant(tmp_path, "train/1.png", "val/1.png")
-    assert "no folder with a sub-folder per class (1 images beside" in refusal(tmp_path, "val")
+    assert "no folder with a sub-folder per class (1 images next to" in refusal(tmp_path, "val")
     assert "looks like none" in refusal(tmp_path / "val")
 
 
@@ -134,8 +134,8 @@ def test_a_link_to_nothing_is_an_image_that_its_reader_will_miss(tmp_path):
     links = {"a.png": "b.png", "b.png": "a.png", "c.png": "nowhere.png", "d": "e"}
     for link, target in links.items():
         (tmp_path / "cat" / link).symlink_to(target)
-    classes, images, passed_over = listed(tmp_path)
-    assert classes == FOUND[0] and passed_over == "1 files with no suffix"
+    classes, images, skipped = listed(tmp_path)
+    assert classes == FOUND[0] and skipped == "1 files with no suffix"
     assert images == FOUND[1] | {f"cat/{name}.png": 0 for name in "abc"}
 
 
@@ -214,19 +214,19 @@ def test_folders_whose_names_contain_that_of_a_split_are_splits(tmp_path, names)
         ("cat", "dog"), {f"{names[1]}/{name}": label for name, label in FOUND[1].items()})
 
 
-def test_splits_by_part_of_their_name_beside_other_folders_are_refused(tmp_path):
+def test_splits_by_part_of_their_name_next_to_other_folders_are_refused(tmp_path):
     plant(tmp_path, *(f"{split}/{split}/{name}" for split in ("seg_train", "seg_test")
                       for name in TWO), "seg_pred/seg_pred/1.png")
-    assert "splits (seg_test, seg_train) beside other folders (seg_pred)" in refusal(tmp_path)
+    assert "splits (seg_test, seg_train) next to other folders (seg_pred)" in refusal(tmp_path)
     assert "single class, seg_pred" in refusal(tmp_path / "seg_pred")
     # The split is chosen, and the folder in it is not the only class.
     assert "single class, seg_train" in refusal(tmp_path, "seg_train")
     assert listed(tmp_path / "seg_train" / "seg_train")[0] == ("cat", "dog")
 
 
-def test_a_split_by_part_of_its_name_beside_unlabelled_images_is_refused(tmp_path):
+def test_a_split_by_part_of_its_name_next_to_unlabelled_images_is_refused(tmp_path):
     plant(tmp_path, "train2017/cat/1.png", "train2017/dog/1.png", "unlabeled2017/1.png")
-    assert "splits (train2017) beside" in refusal(tmp_path)
+    assert "splits (train2017) next to" in refusal(tmp_path)
 
 
 def test_images_that_lie_in_folders_of_splits_themselves_are_not_classes(tmp_path):
@@ -246,10 +246,10 @@ def test_classes_whose_names_contain_that_of_a_split_stay_classes(tmp_path, name
     assert listed(tmp_path)[0] == tuple(sorted({name.split("/")[0] for name in names}))
 
 
-def test_splits_in_the_place_of_a_class_are_refused_by_part_of_their_name_too(tmp_path):
+def test_splits_in_place_of_a_class_are_refused_by_part_of_their_name_too(tmp_path):
     plant(tmp_path, *(f"{name}/{split}/1.png" for name in ("cat", "dog")
                       for split in ("train2017", "val2017")))
-    assert "in the place of a class" in refusal(tmp_path)
+    assert "where a class is expected" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("around", ["images", "train/images", "train2017", "a/b"])
@@ -267,12 +267,12 @@ def test_a_single_class_that_holds_its_images_is_a_class(tmp_path):
 def test_two_forms_of_one_name_in_unicode_are_not_two_classes(tmp_path):
     plant(tmp_path, "caf\u00e9/1.png", "cafe\u0301/1.png")
     said = refusal(tmp_path)
-    assert r"'cafe\u0301' and 'caf\xe9' are the same text in two forms of Unicode" in said
+    assert r"'cafe\u0301' and 'caf\xe9' are the same text in two Unicode forms" in said
     plant(tmp_path / "one", "cafe\u0301/1.png", "cafe/1.png")
     assert listed(tmp_path / "one")[0] == ("cafe", "cafe\u0301")
 
 
-def test_classes_in_another_form_of_unicode_than_those_of_like_are_told(tmp_path):
+def test_classes_in_another_unicode_form_than_those_of_like_are_reported(tmp_path):
     plant(tmp_path / "train", "caf\u00e9/1.png", "b/1.png")
     plant(tmp_path / "val", "cafe\u0301/1.png", "b/1.png")
     build(Request(tmp_path / "train"), tmp_path / "shards", Options())
@@ -281,15 +281,15 @@ def test_classes_in_another_form_of_unicode_than_those_of_like_are_told(tmp_path
     assert (refused.value.key, refused.value.value) == ("--like", str(tmp_path / "shards"))
 
 
-def test_what_lies_in_a_class_without_images_is_named(tmp_path):
+def test_the_files_of_a_class_without_images_is_named(tmp_path):
     plant(tmp_path, "cat/1.png", "dog/1.GIF", "dog/deep/2.gif", "dog/notes.txt", "dog/.hidden")
     said = refusal(tmp_path)
-    lies = "what lies there: 2 files with .gif, 1 files with .txt"
+    lies = "there are: 2 files with .gif, 1 files with .txt"
     assert f"SOURCE = '{tmp_path}/dog': this class has no images; {lies}" in said
     assert "save images in a format that is read (.bmp, .jpeg, .jpg, " in said and "empty folders" not in said
     (tmp_path / "eel").mkdir()
     said = refusal(tmp_path)
-    assert "2 of 3 classes have no images: dog, eel; what lies there: 2 files with .gif, 1 files with .txt" in said
+    assert "2 of 3 classes have no images: dog, eel; there are: 2 files with .gif, 1 files with .txt" in said
     shutil.rmtree(tmp_path / "dog")
     assert "this class has no images\n  remedy: remove the empty folders" in refusal(tmp_path)
 
@@ -306,7 +306,7 @@ def test_what_lies_in_a_class_without_images_is_named(tmp_path):
 def test_folders_whose_sub_folders_may_be_the_classes_are_refused(tmp_path, first, second, files, shared):
     text = refusal(plant(tmp_path, *files))
     assert f"{first} and {second} both have {shared}" in text
-    assert f"may be of the classes {', '.join(sorted((first, second)))} or of the classes a, b" in text
+    assert f"may have the classes {', '.join(sorted((first, second)))} or the classes a, b" in text
     named = [second] if first == "masks" or files[-1].endswith(".xml") else [first, second]
     assert f"if a, b are the classes, name {' or '.join(str(tmp_path / name) for name in named)}; if " in text
     assert listed(tmp_path / second)[0] == ("a", "b")
@@ -319,11 +319,11 @@ def test_folders_whose_sub_folders_may_be_the_classes_are_refused(tmp_path, firs
     ("cat/a/1.png", "cat/b/1.png", "dog/a/1.png", "dog/b/1.png", "dog/1.png"),
     ("cat/a/1.png", "cat/b/1.png", "dog/c/1.png"),
 ])
-def test_sub_folders_that_are_no_classes_stay_within_their_class(tmp_path, files):
+def test_sub_folders_that_are_not_classes_stay_within_their_class(tmp_path, files):
     assert listed(plant(tmp_path, *files))[0] == ("cat", "dog")
 
 
-def test_many_classes_with_the_same_sub_folder_take_no_time(tmp_path):
+def test_many_classes_with_the_same_sub_folder_are_fast(tmp_path):
     below = {str(number): {"images", str(number)} for number in range(2000)}
     assert shared_pair(below) is None
     assert shared_pair(below | {"x": {"images"}}) == ("x", "0")

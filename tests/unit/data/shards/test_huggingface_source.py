@@ -24,7 +24,7 @@ def test_several_configurations_in_one_folder_are_refused_and_each_can_be_named(
     for config in ("320px", "full_size"):
         parquet(tmp_path / name.format(config))
     said = refusal(tmp_path)
-    assert "the split train is there 2 times, in the folders 320px, full_size" in said
+    assert "the split train exists 2 times, in the folders 320px, full_size" in said
     assert str(tmp_path / "full_size") in said
     assert len(found(tmp_path / "full_size")[1]) == 4
 
@@ -91,23 +91,23 @@ def test_a_column_of_bytes_holds_images(tmp_path):
         ),
         ({"labels": [0.5, 1, 0, 1], "metadata": ""}, "the column 'label' has the type double"),
         ({"labels": [True, False] * 2, "metadata": ""}, "the column 'label' has the type bool"),
-        ({"labels": [9_999_999_999, 0, 0, 0], "metadata": ""}, "labels from 0 to 9999999999"),
+        ({"labels": [9_999_999_999, 0, 0, 0], "metadata": ""}, "labels range from 0 to 9999999999"),
         ({"labels": [1_500_000_000, 0, 0, 0], "metadata": ""}, "at most 1,000,000 classes"),
-        ({"metadata": "{"}, "Hugging Face keeps in it have no info.features (JSONDecodeError("),
-        ({"metadata": "[]"}, "Hugging Face keeps in it have no info.features (TypeError("),
-        ({"metadata": "{}"}, "Hugging Face keeps in it have no info.features (KeyError('info')"),
+        ({"metadata": "{"}, "its Hugging Face metadata has no info.features (JSONDecodeError("),
+        ({"metadata": "[]"}, "its Hugging Face metadata has no info.features (TypeError("),
+        ({"metadata": "{}"}, "its Hugging Face metadata has no info.features (KeyError('info')"),
         ({"metadata": '{"info": {"features": [1]}}'},
-         "info.features of the metadata that Hugging Face keeps in it is no"),
+         "info.features of its Hugging Face metadata is not a mapping"),
         ({"metadata": '{"info": {"features": {"img": {"_type": "Image"}}}}'},
-         "its metadata tell of a column 'img', and it has the columns image, label"),
+         "its metadata names a column 'img', and it has the columns image, label"),
         ({"metadata": '{"info": {"features": {"y": {"_type": "ClassLabel", "names": ["a"]}}}}'},
-         "its metadata tell of a column 'y', and it has the columns image, label"),
+         "its metadata names a column 'y', and it has the columns image, label"),
         ({"names": "ab"}, "the ClassLabel 'label' has the names 'ab', which are not a list"),
         ({"names": {"a": 0, "b": 1}}, "which are not a list"),
-        ({"names": ["a", "a"]}, "'a' comes twice"),
+        ({"names": ["a", "a"]}, "'a' occurs twice"),
     ],
 )
-def test_columns_that_hold_something_else_are_told_with_their_type(tmp_path, settings, problem):
+def test_columns_that_hold_something_else_are_reported_with_their_type(tmp_path, settings, problem):
     parquet(tmp_path / "train.parquet", **settings)
     said = refusal(tmp_path)
     assert problem in said and str(tmp_path) in said
@@ -120,13 +120,13 @@ def test_a_stray_file_does_not_replace_a_tree_of_classes(tmp_path, stray):
         (tmp_path / name / "deep" / "1.jpg").write_bytes(picture(1))
     parquet(tmp_path / stray)
     said = refusal(tmp_path)
-    assert f"holds {stray}, which is of the format huggingface, and cat/deep/1.jpg" in said
+    assert f"contains {stray}, which has the format huggingface, and cat/deep/1.jpg" in said
     assert "--format huggingface or --format imagefolder" in said
     listing = find_images(Request(tmp_path), "imagefolder")
     assert listing.classes == ("cat", "dog") and len(listing.items) == 2
 
 
-def test_parquet_files_beside_class_folders_are_read_where_the_format_is_given(tmp_path):
+def test_parquet_files_next_to_class_folders_are_read_where_the_format_is_given(tmp_path):
     parquet(tmp_path / "data" / "train.parquet")
     (tmp_path / "assets").mkdir()
     (tmp_path / "assets" / "logo.png").write_bytes(picture(1, "PNG"))

@@ -14,7 +14,7 @@ import pytest
 from scipy.io import savemat
 from support.sources import EXPECTED, TABLE, TRUTH, VAL, WNIDS, found, kaggle, picture, refusal, tar
 
-from prelora_ds.data.shards.sources import KINDS, devkit, find_images
+from prelora_ds.data.shards.sources import SOURCE_FORMATS, devkit, find_images
 from prelora_ds.data.shards.sources.listing import Request
 
 
@@ -24,7 +24,7 @@ def test_kaggles_flat_folder_of_val_takes_the_table_above_it_or_the_one_that_is_
     assert found(val, "val") == (WNIDS, EXPECTED, "")
     table = tmp_path / "mine.csv"
     (tmp_path / "LOC_val_solution.csv").rename(table)
-    assert "none are beside it" in refusal(val)
+    assert "there are none next to it" in refusal(val)
     assert found(val, labels=table) == (WNIDS, EXPECTED, "")
     (val / "LOC_val_solution.csv").write_text(TABLE)
     (val / "._ILSVRC2012_val_00000001.JPEG").write_bytes(b"\0\5\x16\7")
@@ -45,15 +45,15 @@ def test_labels_of_kaggles_val_are_those_of_its_train(tmp_path):
     assert found(val.parent, "val") == found(val.parent, "val", table) == (WNIDS, EXPECTED, "")
 
 
-def test_splits_in_the_place_of_a_class_are_refused(tmp_path):
+def test_splits_in_place_of_a_class_are_refused(tmp_path):
     val = kaggle(tmp_path)
     (val.parent / "train" / WNIDS[0]).mkdir(parents=True)
     said = refusal(tmp_path)
-    assert "CLS-LOC" in said and "of splits, in the place of a class" in said
+    assert "CLS-LOC" in said and "of splits, where a class is expected" in said
     for name in ("cat/train", "cat/test", "dog/train", "dog/test"):
         (tmp_path / "turned" / name).mkdir(parents=True)
         (tmp_path / "turned" / name / "1.jpg").write_bytes(picture(1))
-    assert "turn the folders round" in refusal(tmp_path / "turned")
+    assert "swap the two levels" in refusal(tmp_path / "turned")
 
 
 def test_a_flat_folder_of_other_names_works_where_labels_are_given(tmp_path):
@@ -66,15 +66,15 @@ def test_a_flat_folder_of_other_names_works_where_labels_are_given(tmp_path):
     assert classes is None and [label for _, label in read] == [7, 0, 3]
 
 
-def test_a_missing_label_an_image_twice_and_folders_of_classes_are_told(tmp_path):
+def test_a_missing_label_a_duplicate_image_and_folders_of_classes_are_reported(tmp_path):
     val = kaggle(tmp_path)
     (val / "ILSVRC2012_val_00000009.JPEG").write_bytes(picture(9))
     assert "1 images have no label, the first is ILSVRC2012_val_00000009" in refusal(val)
     (val / "ILSVRC2012_val_00000009.JPEG").rename(val / "ILSVRC2012_val_00000001.png")
-    assert "ILSVRC2012_val_00000001 comes twice" in refusal(val)
+    assert "ILSVRC2012_val_00000001 occurs twice" in refusal(val)
     (tmp_path / "tree" / "cat").mkdir(parents=True)
     said = refusal(tmp_path / "tree", labels=tmp_path / "LOC_val_solution.csv")
-    assert "is for a flat folder or a tar of images" in said
+    assert "applies to a flat folder or a tar of images" in said
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_a_missing_label_an_image_twice_and_folders_of_classes_are_told(tmp_path
         (lambda data: b"PK\3\4" + data, "unzip"),
     ],
 )
-def test_a_packed_tar_is_told_with_the_command_that_unpacks_it(tmp_path, pack, command):
+def test_a_packed_tar_is_reported_with_the_command_that_unpacks_it(tmp_path, pack, command):
     path = tar(
         tmp_path / "ILSVRC2012_img_val.tar", [(f"{name}.JPEG", data) for name, data in VAL.items()]
     )
@@ -97,7 +97,7 @@ def test_a_packed_tar_is_told_with_the_command_that_unpacks_it(tmp_path, pack, c
     assert "n01440764.tar.gz is packed" in refusal(inner)
 
 
-def test_sparse_members_are_refused_and_hidden_ones_are_passed_over(tmp_path):
+def test_sparse_members_are_refused_and_hidden_ones_are_skipped(tmp_path):
     labels = tmp_path / "labels.csv"
     labels.write_text(TABLE)
     mac = [(f"._{name}.JPEG", b"\0\5\x16\7") for name in VAL]
@@ -116,15 +116,15 @@ def test_a_bad_image_in_a_tar_has_the_name_of_its_member(tmp_path):
     path = tar(tmp_path / "train.tar", [("n01440764.tar", inner)])
     listing = find_images(Request(path))
     item = listing.items[0]
-    name = KINDS["ilsvrc2012"].name(str(path), int(item["offset"]), int(item["length"]))
+    name = SOURCE_FORMATS["ilsvrc2012"].name(str(path), int(item["offset"]), int(item["length"]))
     assert name == f"{path}, member n01440764_7.JPEG at byte {item['offset']}"
 
 
-def test_labels_and_split_that_a_tar_of_train_has_no_use_for_are_refused(tmp_path):
+def test_labels_and_split_that_a_tar_of_train_does_not_need_are_refused(tmp_path):
     inner = tar(tmp_path / "inner.tar", [("n01440764_7.JPEG", picture(1))]).read_bytes()
     path = tar(tmp_path / "train.tar", [("n01440764.tar", inner)])
     (tmp_path / "labels.csv").write_text(TABLE)
-    assert "has the labels of its images in it" in refusal(path, labels=tmp_path / "labels.csv")
+    assert "contains the labels of its images" in refusal(path, labels=tmp_path / "labels.csv")
     assert "has the splits train" in refusal(path, "val")
 
 

@@ -148,7 +148,7 @@ def test_a_header_that_claims_immense_sides_is_refused_before_memory_is_asked_fo
             prepare(bytes(data), resize_short=short, quality=90)
 
 
-def test_the_limit_is_told_without_a_warning_below_it():
+def test_the_limit_is_reported_without_a_warning_below_it():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(UnreadableImageError) as refused:
@@ -161,14 +161,14 @@ def test_the_limit_is_told_without_a_warning_below_it():
     (b"<html>404</html>", "not an image .it begins with b'<html>404"),
     (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not an image .it begins with b'%!PS"),
 ])
-def test_what_is_not_an_image_is_told_by_its_first_bytes(data, problem):
+def test_what_is_not_an_image_is_reported_by_its_first_bytes(data, problem):
     """An EPS would be handed to Ghostscript, a program for the files of others to run in."""
     with pytest.raises(UnreadableImageError, match=problem) as refused:
         prepare(data, resize_short=None, quality=90)
     assert "BytesIO" not in str(refused.value)
 
 
-def test_an_image_that_becomes_longer_than_a_jpeg_can_be_is_told():
+def test_an_image_that_becomes_longer_than_a_jpeg_can_be_is_reported():
     long = saved(Image.new("L", (100_000, 40)), "PNG")
     assert prepare(long, resize_short=None, quality=90) == (long, "png")
     with pytest.raises(UnreadableImageError, match=r"100000 x 40 would become 75000 x 30"):

@@ -69,7 +69,7 @@ def test_images_and_labels_in_their_several_formats(tmp_path):
     assert made.rows["label"].tolist() == [2, 1, 2, 0]
     assert [EXTENSIONS[code] for code in made.rows["extension"]] == ["jpeg", "png", "webp", "jpg"]
     for row, data in zip(made.rows, images.values(), strict=True):
-        with open(made.place(row["shard"]), "rb") as file:
+        with open(made.shard_location(row["shard"]), "rb") as file:
             file.seek(row["offset"])
             assert file.read(row["length"]) == data
 
@@ -125,11 +125,11 @@ def test_pickled_members_are_counted_and_never_decoded(tmp_path, monkeypatch):
                 ("a.jpg", b"x"),
                 ("a.cls", b"0"),
             ],
-            "at byte 4096, sample 'a': the name comes twice",
+            "at byte 4096, sample 'a': duplicate sample name",
         ),
         (
             [("a.jpg", b"x"), ("a.jpg", b"y"), ("a.cls", b"0")],
-            "at byte 0, sample 'a': the name comes twice",
+            "at byte 0, sample 'a': duplicate sample name",
         ),
         (
             [("a.jpg", b"x"), ("a.cls", b"0"), ("b.jpg", b"x"), ("b.cls", b"3")],
@@ -140,7 +140,7 @@ def test_pickled_members_are_counted_and_never_decoded(tmp_path, monkeypatch):
         ([("a.jpg", b"x"), ("a.json", b'{"label": tru')], r"has a \.json that cannot be read"),
         (
             [("a.jpg", b"x"), ("a.json", b"[1]")],
-            r"has a \.json without the key 'label'; it holds \[1\]",
+            r"has a \.json without the key 'label'; it contains \[1\]",
         ),
         ([("a.jpg", b"x"), ("a.json", b"[" * 100_000)], r"has a \.json that cannot be read"),
         (
@@ -165,7 +165,7 @@ def test_pickled_members_are_counted_and_never_decoded(tmp_path, monkeypatch):
         ([("a.jpg", b"x"), ("a.cls", "1".encode("utf-16"))], "which is not a number"),
         (
             [("a.jpg", b"x"), ("a.cls", b"9" * 19)],
-            "which is not the number of any of the 3 classes",
+            "which is not the number of one of the 3 classes",
         ),
     ],
 )
@@ -195,13 +195,13 @@ def test_patterns_name_shards_of_one_folder(whole, folder, tmp_path):
     pattern = f"{folder}/shard-{{000001..000002}}.tar"
     made = index(pattern, tmp_path / "part").manifest
     assert [shard.name for shard in made.shards] == ["shard-000001.tar", "shard-000002.tar"]
-    assert made.place(1) == f"{folder}/shard-000002.tar" and verify(tmp_path / "part") == []
+    assert made.shard_location(1) == f"{folder}/shard-000002.tar" and verify(tmp_path / "part") == []
     assert np.array_equal(made.rows["crc32"], whole.rows["crc32"][PER_SHARD : 3 * PER_SHARD])
     for source, problem in (
         (f"{folder}/{{a/1,b/2}}.tar", "several folders"),
         (f"{folder}/{{a,a}}.tar", "twice"),
         (str(tmp_path / "none"), "no such folder"),
-        (str(tmp_path), "holds no shards"),
+        (str(tmp_path), "contains no shards"),
     ):
         with pytest.raises(ConfigError, match=problem):
             index(source, tmp_path / "other")
@@ -215,7 +215,7 @@ def test_patterns_name_shards_of_one_folder(whole, folder, tmp_path):
 )
 def test_a_pattern_that_matches_nothing_is_refused_before_anything_is_read(tmp_path, pattern):
     with pytest.raises(
-        ConfigError, match=r"SOURCE = .*: (\d of \d shards are not there|is not a pattern|no such)"
+        ConfigError, match=r"SOURCE = .*: (\d of \d shards do not exist|is not a pattern|no such)"
     ):
         index(str(tmp_path / pattern), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -250,7 +250,7 @@ def test_a_label_key_is_honoured_where_there_is_a_cls_too(tmp_path):
         index(str(tmp_path / "x"), tmp_path / "label", label_key="label")
     write_tar(tmp_path / "y" / "0.tar", [("a.jpg", picture(1)), ("a.cls", b"0")])
     with pytest.raises(
-        ConfigError, match=r"sample 'a' has a \.cls and no \.json(.|\n)*leave --label-key out"
+        ConfigError, match=r"sample 'a' has a \.cls and no \.json(.|\n)*omit --label-key"
     ):
         index(str(tmp_path / "y"), label_key="fine")
 
@@ -258,7 +258,7 @@ def test_a_label_key_is_honoured_where_there_is_a_cls_too(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "classes", "seen"), [([0, 4], 5, 2), ([1, 2], 3, 2), ([999_999], 1_000_000, 1)]
 )
-def test_without_names_the_classes_are_the_numbers_and_those_without_a_sample_are_told(
+def test_without_names_the_classes_are_the_numbers_and_those_without_a_sample_are_reported(
     tmp_path, labels, classes, seen
 ):
     write_tar(

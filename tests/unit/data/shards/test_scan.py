@@ -38,7 +38,7 @@ def test_a_shard_cut_short_anywhere_is_never_indexed(shards, tmp_path):
             index_shard(path)
 
 
-def test_a_flipped_bit_in_any_header_is_never_passed_over(shards, tmp_path):
+def test_a_flipped_bit_in_any_header_is_never_skipped(shards, tmp_path):
     data = (shards.folder / "shard-000003.tar").read_bytes()
     path = tmp_path / "flipped.tar"
     for sample in shards.rows[300::7]:
@@ -49,7 +49,7 @@ def test_a_flipped_bit_in_any_header_is_never_passed_over(shards, tmp_path):
             index_shard(path)
 
 
-def test_other_members_folders_and_long_names_are_no_obstacle(tmp_path):
+def test_other_members_folders_and_long_names_are_accepted(tmp_path):
     long = "x" * 200
     members = [
         ("readme", b"text"),
@@ -67,7 +67,7 @@ def test_other_members_folders_and_long_names_are_no_obstacle(tmp_path):
         path = write_tar(tmp_path / "a.tar", members, format=form)
         scanned, data = index_shard(path), path.read_bytes()
         rows = scanned.rows
-        assert scanned.passed_over == ("readme", "a/notes.txt")
+        assert scanned.skipped == ("readme", "a/notes.txt")
         assert [(EXTENSIONS[row["extension"]], row["label"]) for row in rows] == [
             ("jpg", 3),
             ("png", 4),
@@ -104,7 +104,7 @@ def keys_of_webdataset(path):
     return [sample["__key__"] for sample in pipeline if "jpg" in sample and "cls" in sample]
 
 
-def test_members_that_webdataset_passes_over_are_passed_over_and_told(tmp_path):
+def test_members_that_webdataset_skips_are_skipped_and_reported(tmp_path):
     others = [
         "._1.jpg",
         "._1.cls",
@@ -124,14 +124,14 @@ def test_members_that_webdataset_passes_over_are_passed_over_and_told(tmp_path):
         members[place:place] = [(name, b"z") for name in inside]
         path = write_tar(tmp_path / "1.tar", members)
         scanned = index_shard(path)
-        assert scanned.rows["label"].tolist() == [1, 2] and set(scanned.passed_over) == set(inside)
+        assert scanned.rows["label"].tolist() == [1, 2] and set(scanned.skipped) == set(inside)
         if not place % 2:
             assert keys_of_webdataset(path) == ["a/1", "b/1"]
 
 
-def test_a_shard_of_nothing_but_passed_over_members_is_empty(tmp_path):
+def test_a_shard_with_only_skipped_members_is_empty(tmp_path):
     with pytest.raises(
-        ConfigError, match=r"empty.*\(2 members belong to none; the first is '\._1\.jpg'\)"
+        ConfigError, match=r"empty.*\(2 members belong to no sample; the first is '\._1\.jpg'\)"
     ):
         index_shard(write_tar(tmp_path / "1.tar", [("._1.jpg", b"x"), ("LICENSE", b"x")]))
 
@@ -183,7 +183,7 @@ def test_a_file_with_holes_is_refused_where_it_is_an_image_or_a_label(tmp_path):
         (tarfile.FIFOTYPE, "not a file"),
     ],
 )
-def test_links_and_what_is_not_a_file_are_refused_in_a_sample_and_passed_over_elsewhere(
+def test_links_and_what_is_not_a_file_are_refused_in_a_sample_and_skipped_elsewhere(
     tmp_path, kind, said
 ):
     def with_link(name):
@@ -226,7 +226,7 @@ def test_tars_joined_by_cat_are_refused(tmp_path):
     two = write_tar(tmp_path / "2.tar", [("b.jpg", b"x"), ("b.cls", b"0")])
     one.write_bytes(one.read_bytes() + two.read_bytes())
     with pytest.raises(
-        ConfigError, match=r"something follows the end of the archive(.|\n)*not with cat"
+        ConfigError, match=r"data follows the end of the archive(.|\n)*not with cat"
     ):
         index_shard(one)
 
@@ -296,7 +296,7 @@ def test_a_sample_with_a_dot_in_its_name_is_refused(tmp_path, members):
         index_shard(path)
 
 
-def test_further_pictures_of_a_sample_and_what_is_said_of_them_are_passed_over(tmp_path):
+def test_further_images_of_a_sample_and_their_labels_are_skipped(tmp_path):
     members = [("x.png", b"1"), ("x.cls", b"0"), ("x.seg.png", b"1"), ("x.seg.json", b"{}")]
     assert len(index_shard(write_tar(tmp_path / "a.tar", members)).rows) == 1
 

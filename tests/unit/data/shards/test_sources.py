@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from prelora_ds.data.shards.sources import KINDS, find_images
+from prelora_ds.data.shards.sources import SOURCE_FORMATS, find_images
 from prelora_ds.data.shards.sources.listing import Request
 from prelora_ds.errors import ConfigError
 
@@ -34,9 +34,12 @@ def picture(number, form="JPEG"):
 def found(source, kind, split=None, labels=None):
     """(classes, [(bytes, label)]) of a source that is recognised as ``kind``."""
     listing = find_images(Request(source, split, labels))
-    assert listing.kind == kind
-    return listing.classes, [(KINDS[kind].read(listing.files[item["file"]], int(item["offset"]), int(item["length"])),
-                              int(item["label"])) for item in listing.items]
+    assert listing.source_format == kind
+    read = SOURCE_FORMATS[kind].read
+    return listing.classes, [
+        (read(listing.files[item["file"]], int(item["offset"]), int(item["length"])), int(item["label"]))
+        for item in listing.items
+    ]
 
 
 def pixels(data):
@@ -72,7 +75,7 @@ def test_a_tree_of_folders_has_its_labels_from_the_sorted_names(tmp_path):
     assert classes == ("cat", "dog")
     assert images == [(files["cat/a.jpg"], 0), (files["cat/c.bmp"], 0), (files["dog/a.JPEG"], 1),
                       (files["dog/sub/b.png"], 1)]
-    assert find_images(Request(tmp_path / "tree")).passed_over == "1 files with .txt"
+    assert find_images(Request(tmp_path / "tree")).skipped == "1 files with .txt"
 
 
 def test_a_tree_of_splits_asks_for_one(tmp_path):
@@ -83,7 +86,7 @@ def test_a_tree_of_splits_asks_for_one(tmp_path):
     assert found(root, "imagefolder", "val")[0] == ("cat", "dog")
 
 
-def test_sources_that_are_missing_empty_or_of_no_kind_are_named(tmp_path):
+def test_sources_that_are_missing_empty_or_of_no_known_format_are_named(tmp_path):
     refuse("nowhere.*no such file or folder", tmp_path / "nowhere")
     refuse("looks like none of", tmp_path)
     refuse("no such format", tmp_path, kind="zip")
@@ -93,7 +96,7 @@ def test_sources_that_are_missing_empty_or_of_no_kind_are_named(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     refuse(r"--format = 'idx'", tmp_path / "file", kind="idx")
     for kind in ("idx", "cifar", "huggingface", "ilsvrc2012"):
-        refuse("holds none of the files", tmp_path, kind=kind)
+        refuse("contains none of the files", tmp_path, kind=kind)
 
 
 WNIDS = ("n01440764", "n02099601", "n03888257")
@@ -135,7 +138,7 @@ def test_the_tar_of_class_tars_is_read_in_place(ilsvrc):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_the_devkits_numbers_become_places_among_the_sorted_ids(ilsvrc, packed):
+def test_the_devkits_numbers_become_indices_among_the_sorted_ids(ilsvrc, packed):
     folder, _, val = ilsvrc
     kit, expected = devkit(folder, [3, 1, 2, 2]), list(zip(val.values(), [0, 1, 2, 2], strict=True))
     if packed:
@@ -145,7 +148,7 @@ def test_the_devkits_numbers_become_places_among_the_sorted_ids(ilsvrc, packed):
     truth = kit / "data" / "ILSVRC2012_validation_ground_truth.txt"
     assert found(folder / "ILSVRC2012_img_val.tar", "ilsvrc2012", None, truth) == (WNIDS, expected)
     (kit / "data" / "meta.mat").unlink()
-    refuse(r"lacks.*mean nothing without", folder, split="val", labels=truth)
+    refuse(r"not a devkit: both", folder, split="val", labels=truth)
 
 
 def test_labels_of_val_come_as_ids_as_numbers_or_as_kaggles_table(ilsvrc, tmp_path):
@@ -161,7 +164,7 @@ def test_labels_of_val_come_as_ids_as_numbers_or_as_kaggles_table(ilsvrc, tmp_pa
     path.write_text("".join(f"{name}.JPEG {label}\n" for name, (_, label) in zip(names, wanted, strict=True)))
     assert found(folder, "ilsvrc2012", "val", path) == (None, wanted)
     for text, problem in (("", "4 images have no label, the first is ILSVRC2012_val_00000001"),
-                          (f"{names[0]} 1\n{names[0]} 2\n", "line 2.*comes twice"), ("7\n", "line 1.*no label"),
+                          (f"{names[0]} 1\n{names[0]} 2\n", "line 2.*listed twice"), ("7\n", "line 1.*no label"),
                           (f"{names[0]} dog\n", "line 1.*neither a WordNet id nor a number")):
         path.write_text(text)
         refuse(problem, folder, split="val", labels=path)
@@ -237,8 +240,8 @@ def test_cifar_100_takes_the_fine_labels(tmp_path, binary):
     assert_cifar(images, arrays, fine)
 
 
-def test_a_batch_in_the_very_form_of_the_makers_files(tmp_path):
-    """As Python 2 and NumPy 1 pickled it: byte strings, and NumPy's module by its old name."""
+def test_a_batch_exactly_as_in_the_published_files(tmp_path):
+    """Python 2 and NumPy 1 pickled it like this: byte strings, and NumPy's module by its old name."""
     array = cifar_pixels(2)
     dtype = b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
     (tmp_path / "test_batch").write_bytes(
@@ -290,7 +293,7 @@ def test_idx_files_packed_or_plain(tmp_path, suffix):
     refuse(r"images of shape \(5, 28, 28\), labels of shape \(4,\)", tmp_path, split="train")
     (tmp_path / f"train-images-idx3-ubyte{suffix}").write_bytes((tmp_path / f"train-images-idx3-ubyte{suffix}")
                                                                 .read_bytes()[:-100])
-    refuse(r"cut short|cannot be read", tmp_path, split="train")
+    refuse(r"do not match the shape|cut short|cannot be read", tmp_path, split="train")
     (tmp_path / f"train-images-idx3-ubyte{suffix}").unlink()
     refuse("only the labels", tmp_path, split="train")
 
@@ -365,13 +368,13 @@ def test_the_datasets_library_writes_what_is_read(tmp_path):
     assert found(tmp_path / "parquet", "huggingface")[1] == [(data, label) for data, _, label in ROWS]
 
 
-def test_arrow_images_beside_the_file_and_rows_without_image_or_label(tmp_path):
+def test_arrow_images_next_to_the_file_and_rows_without_image_or_label(tmp_path):
     save_to_disk(tmp_path / "a", [[(None, "1.jpg", 1), (None, None, 0)]])
     (tmp_path / "a" / "1.jpg").write_bytes(picture(1))
     listing = find_images(Request(tmp_path / "a"))
-    assert KINDS["huggingface"].read(listing.files[0], 0, 1) == picture(1)
+    assert SOURCE_FORMATS["huggingface"].read(listing.files[0], 0, 1) == picture(1)
     with pytest.raises(ValueError, match="no image in this row"):
-        KINDS["huggingface"].read(listing.files[0], 1, 1)
+        SOURCE_FORMATS["huggingface"].read(listing.files[0], 1, 1)
     save_to_disk(tmp_path / "b", [[(picture(1), None, None)]])
     refuse(r"data-00000\.arrow.*row 0 has no label", tmp_path / "b")
     save_to_disk(tmp_path / "c", [ROWS])

@@ -73,12 +73,12 @@ def test_an_existing_folder_is_refused_and_untouched(tmp_path):
         write(some(6), tmp_path / "empty")
 
 
-def test_a_folder_made_meanwhile_is_not_replaced(tmp_path):
+def test_a_folder_made_in_the_meantime_is_not_replaced(tmp_path):
     def slow():
         yield from some(3)
         (tmp_path / "data").mkdir()
 
-    with pytest.raises(ConfigError, match="meanwhile"):
+    with pytest.raises(ConfigError, match="in the meantime"):
         write(slow(), tmp_path / "data")
     assert list((tmp_path / "data").iterdir()) == [] and [path.name for path in tmp_path.iterdir()] == ["data"]
 
@@ -95,13 +95,13 @@ def test_a_source_that_fails_leaves_nothing(tmp_path):
 
 @pytest.mark.parametrize(("sample", "problem"), [
     (("000", b"x", "png", 0), "unique"),
-    (("a.b", b"x", "png", 0), "no dot"),
+    (("a.b", b"x", "png", 0), "without a dot"),
     (("", b"x", "png", 0), "not empty"),
     (("9", b"x", "gif", 0), "unknown image format"),
     (("9", b"x", "PNG", 0), "unknown image format"),
-    (("9", b"x", "png", 2), "none of the 2 classes"),
-    (("9", b"x", "png", -1), "none of the 2 classes"),
-    (("9", b"", "png", 0), "no bytes"),
+    (("9", b"x", "png", 2), "outside the 2 classes"),
+    (("9", b"x", "png", -1), "outside the 2 classes"),
+    (("9", b"", "png", 0), "empty image"),
 ])
 def test_a_sample_that_readers_would_lose_is_refused(tmp_path, sample, problem):
     with pytest.raises(ConfigError, match=problem):
@@ -173,7 +173,7 @@ def test_a_link_to_nothing_is_in_the_way_too(tmp_path):
         write(some(2), tmp_path / "data")
 
 
-def test_a_place_that_cannot_be_written_is_one_message(tmp_path):
+def test_a_folder_that_cannot_be_written_is_one_message(tmp_path):
     (tmp_path / "file").write_text("mine")
     for place in (tmp_path / "file", Path("/proc/x"), tmp_path / ("x" * 300)):
         with pytest.raises(ConfigError, match=r"folder = .*cannot be written \(") as refused:
