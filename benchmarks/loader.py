@@ -84,7 +84,7 @@ def main() -> None:
             for name, rate in rates.items()]
     print_table(rows, f"{args.images} JPEGs of {mean_bytes:,.0f} bytes, {args.rounds} rounds")
     other = [{"of 1,281,167 samples": "manifest, order and rows of a step, s", "measured": begin_s, "goal": 1.0},
-             {"of 1,281,167 samples": "the manifest alone, s", "measured": load_s, "goal": None},
+             {"of 1,281,167 samples": "only the manifest, s", "measured": load_s, "goal": None},
              *({"of 1,281,167 samples": f"MB per node: {what}", "measured": value, "goal": goal}
                for what, value, goal in memory)]
     print_table(other, f"Start and memory; a node with {RANKS} ranks of {WORKERS} workers")

@@ -159,7 +159,7 @@ def compare(rows: Sequence[Mapping[str, Any]], size: int) -> dict[str, Any]:
     }
     table = [
         {
-            "images a rank": size,
+            "images per rank": size,
             "phase": phase,
             "ZeRO": row["ZeRO"],
             **{f"{part} s": row["seconds"][size][part] for part in ("step", *PARTS)},

@@ -62,7 +62,7 @@ def draw_mix(
 
 
 def mix_images(images: Tensor, mix: Tensor) -> Tensor:
-    """Mix the pairs of the floating-point ``images`` [B, C, S, S] as ``mix`` [B/2, 6] says."""
+    """Mix the pairs of the floating-point ``images`` [B, C, S, S] as described by ``mix`` [B/2, 6]."""
     pairs: Tensor = images.unflatten(0, (-1, 2))
     _, pixel_weight, top, left, bottom, right = mix.to(images.device)[:, :, None, None].unbind(1)
     coordinate = torch.arange(images.shape[-1], device=images.device, dtype=torch.float32)

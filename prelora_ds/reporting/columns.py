@@ -28,7 +28,7 @@ def print_line(console: Console, text: str) -> None:
 
 
 def _parts(width: int, labels: Sequence[str], columns: Sequence[Column]) -> Iterator[list[Column]]:
-    """As many columns per part as fit, but at least one."""
+    """Yield as many columns per part as fit, but at least one."""
     label_width = max(map(len, labels)) + 4  # with the borders of the table
     part: list[Column] = []
     used = label_width

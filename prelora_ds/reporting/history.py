@@ -100,8 +100,7 @@ class Bytes(Event):
 class End(Event):
     """The end of a run, with the peak of resident bytes of each rank.
 
-    data: what tells the run's data sets from others, by key of the config. Earlier versions did not
-    write it.
+    data: key of the config -> the fingerprint of that data set. Earlier versions did not write it.
     """
 
     peak_rss_bytes: Annotated[list[Count], Field(min_length=1)]

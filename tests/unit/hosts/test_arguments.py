@@ -26,7 +26,7 @@ def test_options_and_overrides_may_come_in_any_order() -> None:
     assert args.overrides == ["a.b=1", "c=[1, 2]", "d.e=f=g"]
 
 
-@pytest.mark.parametrize("words", [["a=1"], ["--recipe", RECIPE, "--deepspeed-config", "x"], ["--recipe"],
+@pytest.mark.parametrize("words", [["a=1"], ["--recipe", RECIPE, "--deepspeed", "x"], ["--recipe"],
                                    ["--recipe", RECIPE, "--deepspeed", "x"]])
 def test_a_usage_error_is_reported_with_the_command_line(words: list[str]) -> None:
     with pytest.raises(ConfigError, match="command line = '" + " ".join(words)):
@@ -37,8 +37,8 @@ def test_the_supervisor_parses_the_command_as_the_ranks_do() -> None:
     launcher = ["mpirun", "-n", "{ranks}", "--mca", "x", "1", "python", "launch/pretrain.py"]
     config = config_of([*launcher, "--recipe", RECIPE, "--deepspeed_config=ds_configs/zero2.json", *SETTINGS])
     assert config.zero.stage == 2 and config.run.output_dir == "o"
-    with pytest.raises(ConfigError, match="unrecognized arguments: --deepspeed-config"):
-        config_of([*launcher, "--recipe", RECIPE, "--deepspeed-config", "ds_configs/zero2.json", *SETTINGS])
+    with pytest.raises(ConfigError, match="unrecognized arguments: --deepspeed"):
+        config_of([*launcher, "--recipe", RECIPE, "--deepspeed", "ds_configs/zero2.json", *SETTINGS])
     assert config_of([*launcher[:-1], "bind.py", launcher[-1], f"--recipe={RECIPE}", *SETTINGS]).zero.stage == 0
     with pytest.raises(ConfigError, match=r"COMMAND = 'mpirun python': does not contain"):
         config_of(["mpirun", "python"])
