@@ -61,7 +61,7 @@ _RESULTS = (".npz", ".bad")
 
 
 class StalledError(ExpectedError, RuntimeError):
-    """The other ranks of a build have stopped writing."""
+    """Other ranks of a build have stopped writing, or never started."""
 
 
 class _Job(NamedTuple):
@@ -97,8 +97,8 @@ def build(
 
     Raises ConfigError if ``out`` exists, for an unfinished build with other options, and for a
     source with mistakes; one error lists all unreadable images, unless ``options.skip_bad`` leaves
-    them out. Raises DiskError if the disk is full or fails, and StalledError on rank 0 if the other
-    ranks have stopped.
+    them out. Raises DiskError if the disk is full or fails, and StalledError if other ranks
+    have stopped or never started.
     """
     labels = request.labels and resolved(request.labels)
     request = Request(resolved(request.source), request.split, labels)
@@ -120,8 +120,16 @@ def build(
                 with announced(work) if world_size > 1 else nullcontext():
                     write_plan(work, requested, request, source_format, options, like)
         else:
-            await_files(lambda: work.exists() or out.exists(), partial, PATIENCE_S)
-            await_files(lambda: planned_at.exists() or not work.exists(), partial, PLAN_PATIENCE_S)
+            begun = await_files(lambda: work.exists() or out.exists(), partial, PATIENCE_S)
+            is_planned = begun and await_files(
+                lambda: planned_at.exists() or not work.exists(), partial, PLAN_PATIENCE_S
+            )
+            if not is_planned:
+                waited_s = PLAN_PATIENCE_S if begun else PATIENCE_S
+                raise StalledError(
+                    f"{partial}: rank 0 has written no plan of the build, and nothing else for "
+                    f"{waited_s:.0f} s\n  remedy: {AGAIN}"
+                )
             if not planned_at.exists():
                 return None  # rank 0 has ended and reported why
         try:

@@ -250,7 +250,8 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path, damage, workers):
 def test_ranks_that_stop_are_reported_with_the_shard_that_is_missing(tree, tmp_path, monkeypatch):
     monkeypatch.setattr(building, "PATIENCE_S", 0.5)
     monkeypatch.setattr(building, "PLAN_PATIENCE_S", 0.5)
-    assert build(Request(tree[0]), tmp_path / "none", OPTIONS, rank=1, world_size=2) is None  # rank 0 never began
+    with pytest.raises(StalledError, match=r"rank 0 has written no plan(.|\n)*same command again"):
+        build(Request(tree[0]), tmp_path / "none", OPTIONS, rank=1, world_size=2)
     with pytest.raises(StalledError, match=r"2 shards are missing, the first is number 1(.|\n)*same command again"):
         build(Request(tree[0]), tmp_path / "out", OPTIONS, rank=0, world_size=2)
     assert build(Request(tree[0]), tmp_path / "out", OPTIONS, rank=1, world_size=2) is None
