@@ -69,7 +69,7 @@ def main() -> None:
                     "held out": "no" if case in fitted else "yes",
                     "ranks": ranks,
                     **asdict(case),
-                    "phase": case.phase.value,
+                    "phase": case.phase,
                     "measured_s": measured_s,
                     "predicted_s": predicted_s,
                     "error": predicted_s / measured_s - 1,

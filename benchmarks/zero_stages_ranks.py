@@ -92,7 +92,7 @@ def phases(
         flops = {p.phase: micro_batch(config.model, p, layout, 1).flops for p in (full, plan)}
         rows.append(
             {
-                "phase": plan.phase.value,
+                "phase": plan.phase,
                 **{f"{part} s": s for part, s in seconds[sizes[0]].items()},
                 "switch s": switch_s,
                 **owners(measured),
@@ -130,7 +130,7 @@ def states_at_world(
             predicted, measured = bytes_after_backward(engine, layout, world, size=1)
             rows.append(
                 {
-                    "phase": plan.phase.value,
+                    "phase": plan.phase,
                     **owners(measured),
                     "predicted GiB": predicted.total / GIB,
                     "states off by": worst_deviation(predicted, measured),

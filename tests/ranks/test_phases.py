@@ -14,7 +14,7 @@ from prelora_ds.core.adapters import AdapterSpec
 from prelora_ds.core.phases import PhaseSpec, plan_of, thawed_later
 from prelora_ds.cost.bytes import predict_bytes
 from prelora_ds.engine.census import census, wait_until
-from prelora_ds.engine.measure import weight_norms, whole
+from prelora_ds.engine.measure import gathered, weight_norms
 from prelora_ds.engine.transition import transition
 from prelora_ds.model.adapters import check_names
 from prelora_ds.model.families import named_parameters
@@ -137,7 +137,7 @@ def toy_run(zero):
 
     path = t.layout.targets["fc1"][0]
     parameters = named_parameters(t.engine.module)
-    with whole(t.engine, [parameters[f"{path}.weight"], parameters[f"{path}.gain"]]) as (weight, gain):
+    with gathered(t.engine, [parameters[f"{path}.weight"], parameters[f"{path}.gain"]]) as (weight, gain):
         assert gain.abs().max() > 0
         expected = (weight.float() * (1 + gain.float())[:, None]).norm().item()
     del weight, gain, parameters

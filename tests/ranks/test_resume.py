@@ -578,12 +578,12 @@ def weights_digest(engine):
 
     import torch
 
-    from prelora_ds.engine.measure import whole
+    from prelora_ds.engine.measure import gathered
     from prelora_ds.model.families import named_parameters
 
     digest = hashlib.sha256()
     for p in named_parameters(engine.module).values():
-        with whole(engine, [p]) as (value,):
+        with gathered(engine, [p]) as (value,):
             digest.update(value.contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
