@@ -12,7 +12,7 @@ from prelora_ds.config.fields import DurationField, FieldError, Positive, Share,
 from prelora_ds.core.adapters import KINDS
 from prelora_ds.core.duration import Duration
 from prelora_ds.core.phases import Adapters, PhaseSpec
-from prelora_ds.core.plan import ADAPTERS, BASE
+from prelora_ds.core.plan import ADAPTERS, BASE, without_defaults
 from prelora_ds.core.rank_rules import RANK_RULES, RankRule
 from prelora_ds.core.switch_tests import SWITCH_TESTS, SwitchTest
 from prelora_ds.core.trainable import SETS
@@ -266,11 +266,6 @@ class PhaseConfig(PhaseSettings):
                     ) from exc
         if not self.trained:
             raise FieldError("train", [], "must name at least one set of parameters")
-        roles = {role for kind in KINDS.values() for role in kind.roles()}
-        for role, factor in self.lr_scale.items() if isinstance(self.lr_scale, dict) else ():
-            if role not in (BASE, ADAPTERS, *roles):
-                raise FieldError(f"lr_scale.{role}", factor,
-                                 f"is not a role; known are {', '.join((BASE, ADAPTERS, *sorted(roles)))}")
         return self
 
     @property
@@ -296,10 +291,9 @@ class PhaseConfig(PhaseSettings):
 
         scale: Mapping[str, float] = self.lr_scale if isinstance(self.lr_scale, dict) else {
             BASE: self.lr_scale, ADAPTERS: self.lr_scale}
-        scale = {role: factor for role, factor in scale.items() if factor != 1.0}
 
-        return PhaseSpec(self.name, adapters, self.trained, _until(self.until), scale, self.rewarm,
-                         self.freeze_below)
+        return PhaseSpec(self.name, adapters, self.trained, _until(self.until),
+                         without_defaults(scale), self.rewarm, self.freeze_below)
 
 
 class PresetConfig(Strict):
@@ -346,6 +340,7 @@ def check_method(phases: Sequence[PhaseConfig]) -> None:
     for i, phase in enumerate(phases):
         _check_until(phase, last=i + 1 == len(phases))
         adapters = _check_adapters(phase, adapters, first=i == 0, tests=tests)
+        _check_roles(phase, adapters)
 
 
 def _check_until(phase: PhaseConfig, *, last: bool) -> None:
@@ -390,6 +385,20 @@ def _check_adapters(phase: PhaseConfig, before: AdaptersConfig | None, *, first:
                              f"adapters of the kind {adapters.kind} train only at ZeRO stages "
                              f"{', '.join(map(str, sorted(stages)))}")
     return adapters
+
+
+def _check_roles(phase: PhaseConfig, adapters: AdaptersConfig | None) -> None:
+    """Raise FieldError if the phase scales the learning rate of a role that it does not have."""
+    roles = [BASE]
+    if adapters is not None:
+        roles += [ADAPTERS, *KINDS[adapters.kind].roles()]
+    for role, factor in phase.lr_scale.items() if isinstance(phase.lr_scale, dict) else ():
+        if role not in roles:
+            raise FieldError(
+                f"{phase.name}.lr_scale.{role}",
+                factor,
+                f"is not a role in this phase, which has {', '.join(roles)}",
+            )
 
 
 def check_families(families: Sequence[str] | None) -> None:

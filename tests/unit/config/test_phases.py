@@ -57,6 +57,16 @@ def test_a_list_is_read_phase_by_phase() -> None:
                   freeze_below=1))
 
 
+@pytest.mark.parametrize(("written", "kept"), [
+    ({"adapters": 16.0, "a": 1.0}, {"adapters": 16.0, "a": 1.0}),  # without "a", its factor would be 16
+    ({"adapters": 16.0, "a": 16.0}, {"adapters": 16.0}),
+    ({"adapters": 1.0, "a": 1.0, "b": 2.0, "base": 1.0}, {"b": 2.0}),
+    (1.0, {}),
+    (0.5, {"base": 0.5, "adapters": 0.5})])
+def test_a_role_keeps_its_factor_unless_it_has_it_anyway(written: Any, kept: dict[str, float]) -> None:
+    assert method(*LIST[:2], {"name": "c", "lr_scale": written}).specs()[2].lr_scale == kept
+
+
 def test_the_preset_is_three_phases_with_the_parameters_of_two_sections() -> None:
     config = validate({**BASE, "convergence": {"tau": 1.0, "zeta": 5.0}, "observe": {"every": "2 steps"},
                        "lora": {"r_min": 2, "r_max": 4, "warmup": "4 steps", "lr_scale": 0.5, "train_rest": False,
@@ -92,7 +102,7 @@ def test_adapters_keep_what_they_are_and_may_change_how_they_train() -> None:
 
 def test_norms_are_measured_of_what_any_phase_adapts() -> None:
     assert method(*LIST).families() == ("q", "v")
-    assert method(LIST[3] | {"name": "full", "train": "all"}).families() == ("q", "k", "v", "o", "fc1", "fc2")
+    assert method({"name": "full"}).families() == ("q", "k", "v", "o", "fc1", "fc2")
 
 
 # ---- overrides
@@ -141,6 +151,8 @@ def test_an_override_of_a_phase_that_is_not_there_names_those_that_are(tmp_path:
     ([LIST[0], {"name": "b", "train": []}], "phases.b.train", "at least one set of parameters"),
     ([LIST[0], {"name": "b", "train": "head("}], "phases.b.train", "neither one of all, adapters"),
     ([LIST[0], {"name": "b", "lr_scale": {"c": 2.0}}], "phases.b.lr_scale.c", "is not a role"),
+    ([LIST[0], {"name": "b", "lr_scale": {"a": 2.0}}], "phases.b.lr_scale.a", "which has base"),
+    ([*LIST[:2], {"name": "c", "lr_scale": {"c": 2.0}}], "phases.c.lr_scale.c", "which has base, adapters, a, b"),
     ([LIST[0], {"name": "b", "lr_scale": 0}], "phases.b.lr_scale", "greater than 0"),
     ([LIST[0], {"name": "b", "freeze_below": 2}], "phases.b.freeze_below", "layers 0 to 1"),
     ([LIST[0], {"name": "b", "until": {**TEST, "k": 1}}, {"name": "c"}], "phases.b.until.k", "greater than or equal"),
