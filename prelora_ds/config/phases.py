@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -9,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from prelora_ds.config.fields import DurationField, FieldError, Positive, Share, Strict, Text
-from prelora_ds.core.adapters import KINDS
+from prelora_ds.core.adapters import KINDS, Option
 from prelora_ds.core.duration import Duration
 from prelora_ds.core.phases import Adapters, PhaseSpec
 from prelora_ds.core.plan import ADAPTERS, BASE, without_defaults
@@ -17,6 +19,12 @@ from prelora_ds.core.rank_rules import RANK_RULES, RankRule
 from prelora_ds.core.switch_tests import SWITCH_TESTS, SwitchTest
 from prelora_ds.core.trainable import SETS
 
+_TYPES: Mapping[type, str] = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "a text",
+}
 FAMILIES = ("q", "k", "v", "o", "fc1", "fc2")
 Mode = Literal["auto", "peft", "branch", "merged"]
 
@@ -148,8 +156,8 @@ class AdaptersConfig(AdapterTraining):
     families: tuple[str, ...] | None = None
     """The families of linears that get adapters; `null` for all families of the model."""
 
-    options: dict[str, bool | int | float | str] = Field(default_factory=dict)
-    """Options of the kind: `train_a: false` of `lora` leaves A at its first value (LoRA-FA)."""
+    options: dict[str, Option] = Field(default_factory=dict)
+    """Options of the kind. `lora` has one, `train_a`: `false` leaves A at its first value (LoRA-FA)."""
 
     from_: Literal["fresh", "keep"] = Field(default="fresh", alias="from")
     """
@@ -169,6 +177,7 @@ class AdaptersConfig(AdapterTraining):
             raise FieldError("ranks", self.ranks.rule, f"gives each linear its own rank, but the kind {self.kind} "
                              "supports only one rank for all; set rank instead")
         check_families(self.families)
+        _check_options(self.kind, self.options)
         given = [key for key in ("rank", "ranks") if getattr(self, key) is not None]
         if self.from_ == "keep":
             fields = type(self).model_fields
@@ -286,8 +295,10 @@ class PhaseConfig(PhaseSettings):
         """
         adapters = None
         if (fresh := self.new_adapters) is not None:
+            defaults = KINDS[fresh.kind].options
+            options = {name: v for name, v in fresh.options.items() if v != defaults[name]}
             adapters = Adapters(fresh.kind, tuple(fresh.families or families), fresh.rank_rule,
-                                fresh.alpha_over_r, fresh.options)
+                                fresh.alpha_over_r, options)
 
         scale: Mapping[str, float] = self.lr_scale if isinstance(self.lr_scale, dict) else {
             BASE: self.lr_scale, ADAPTERS: self.lr_scale}
@@ -398,6 +409,30 @@ def _check_roles(phase: PhaseConfig, adapters: AdaptersConfig | None) -> None:
                 f"{phase.name}.lr_scale.{role}",
                 factor,
                 f"is not a role in this phase, which has {', '.join(roles)}",
+            )
+
+
+def _check_options(kind: str, options: Mapping[str, Option]) -> None:
+    """Raise FieldError for an option that ``kind`` does not have, or with another type."""
+    defaults = KINDS[kind].options
+    for name, value in options.items():
+        if name not in defaults:
+            near = difflib.get_close_matches(name, defaults, n=1)
+            known = ", ".join(defaults) or "none"
+            raise FieldError(
+                f"options.{name}",
+                value,
+                f"is not an option of the kind {kind}",
+                f"did you mean {near[0]}?" if near else f"the kind {kind} has these options: {known}",
+            )
+
+        wanted = type(defaults[name])
+        if type(value) not in ({int, float} if wanted is float else {wanted}):
+            raise FieldError(
+                f"options.{name}",
+                value,
+                f"is not {_TYPES[wanted]}",
+                f"the default is {json.dumps(defaults[name])}",
             )
 
 

@@ -270,7 +270,8 @@ class Config(Strict):
         try:
             check_method(self.phase_list)
         except FieldError as exc:
-            raise FieldError(f"phases.{exc.field}".rstrip("."), exc.value, str(exc)) from exc
+            field = f"phases.{exc.field}".rstrip(".")
+            raise FieldError(field, exc.value, str(exc), exc.remedy) from exc
         for phase in self.phase_list:
             self._check_phase(phase)
         return self

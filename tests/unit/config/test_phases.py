@@ -168,6 +168,24 @@ def test_what_cannot_work_is_refused_with_phase_and_key(phases: list[dict[str, A
     assert problem in error.problem
 
 
+@pytest.mark.parametrize(("options", "key", "said"), [
+    ({"trian_a": False}, "trian_a", "is not an option of the kind lora; did you mean train_a?"),
+    ({"rank": 8}, "rank", "is not an option of the kind lora; the kind lora has these options: train_a"),
+    ({"train_a": "false"}, "train_a", "is not true or false; the default is true"),
+    ({"train_a": 0}, "train_a", "is not true or false; the default is true")])
+def test_an_option_is_one_of_its_kind_and_has_its_type(options: dict[str, Any], key: str, said: str) -> None:
+    error = refused(LIST[0], {"name": "b", "adapters": {"rank": 4, "options": options}})
+    assert error.key == f"phases.b.adapters.options.{key}"
+    assert f"{error.problem}; {error.remedy}".replace(" (in r.yaml)", "") == said
+
+
+def test_an_option_with_its_default_makes_no_difference() -> None:
+    plain, default, fixed = (
+        method(LIST[0], {"name": "b", "adapters": {"rank": 4, "options": options}}).specs()[1].adapters
+        for options in ({}, {"train_a": True}, {"train_a": False}))
+    assert plain == default != fixed
+
+
 def test_parameters_of_the_preset_have_no_place_beside_a_list() -> None:
     assert refused(*LIST, convergence={"tau": 1.0, "zeta": 5.0}).key == "convergence"
     assert refused(*LIST, lora={"r_max": 32}).key == "lora"
