@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from prelora_ds.config.fields import DurationField, FieldError, Positive, Share, Strict, Text
 from prelora_ds.core.adapters import KINDS, Option
@@ -25,6 +25,8 @@ _TYPES: Mapping[type, str] = {
     float: "a number",
     str: "a text",
 }
+# What adapters that are kept may change: how they train, but not what they are.
+KEPT_MAY_CHANGE = ("dropout", "weight_decay", "mode")
 FAMILIES = ("q", "k", "v", "o", "fc1", "fc2")
 Mode = Literal["auto", "peft", "branch", "merged"]
 
@@ -162,36 +164,41 @@ class AdaptersConfig(AdapterTraining):
     from_: Literal["fresh", "keep"] = Field(default="fresh", alias="from")
     """
     Where the adapters come from: `fresh` attaches new ones where there are none; `keep` takes over
-    those of the phase before, and may change only `dropout`, `weight_decay` and `mode`.
+    those of the phase before, and may change only `dropout`, `weight_decay` and `mode`, each of
+    which otherwise stays as it is.
     """
 
     @model_validator(mode="after")
     def _kind_can(self) -> AdaptersConfig:
+        if self.from_ == "keep":
+            self._check_kept()
+            return self
         if self.kind not in KINDS:
             raise FieldError("kind", self.kind, f"is not a kind of adapter; known are {', '.join(KINDS)}")
         can = KINDS[self.kind].can
-        if self.mode not in ("auto", *can.kernels):
-            raise FieldError("mode", self.mode, f"is not a kernel of the kind {self.kind}; choose auto, "
-                             f"{', '.join(can.kernels)}")
+        _check_kernel(self.mode, self.kind)
         if self.ranks is not None and not can.rank_per_module:
             raise FieldError("ranks", self.ranks.rule, f"gives each linear its own rank, but the kind {self.kind} "
                              "supports only one rank for all; set rank instead")
         check_families(self.families)
         _check_options(self.kind, self.options)
         given = [key for key in ("rank", "ranks") if getattr(self, key) is not None]
-        if self.from_ == "keep":
-            fields = type(self).model_fields
-            changed = [
-                key for key in ("kind", "rank", "ranks", "families", "alpha_over_r", "options")
-                if getattr(self, key) != fields[key].get_default(call_default_factory=True)
-            ]
-            if changed:
-                raise FieldError(
-                    changed[0], getattr(self, changed[0]),
-                    "applies to new adapters only, but from: keep takes over the existing ones; remove it")
-        elif len(given) != 1:
+        if len(given) != 1:
             raise FieldError("rank", self.rank, "set either rank (one rank for all) or ranks (a rule), not both")
         return self
+
+    def _check_kept(self) -> None:
+        """Raise FieldError if a key says what the adapters are, which were attached before."""
+        for key, field in type(self).model_fields.items():
+            default = field.get_default(call_default_factory=True)
+            value = getattr(self, key)
+            if key not in ("from_", *KEPT_MAY_CHANGE) and value != default:
+                raise FieldError(
+                    key,
+                    value,
+                    "applies to new adapters only, but from: keep takes over the existing ones",
+                    f"remove {key}",
+                )
 
     @property
     def rank_rule(self) -> RankRule:
@@ -334,8 +341,28 @@ def _kind_of_phases(value: Any) -> str:
     return "as a list" if isinstance(value, list | tuple) else "as a preset"
 
 
-PhasesField = Annotated[Annotated[PresetConfig, Tag("as a preset")] |
-                        Annotated[tuple[PhaseConfig, ...], Tag("as a list")], Discriminator(_kind_of_phases)]
+def _inherited(phases: tuple[PhaseConfig, ...]) -> tuple[PhaseConfig, ...]:
+    """``phases`` in which adapters that are kept train as before, except for the keys that are set."""
+    before: AdaptersConfig | None = None
+    complete = []
+    for phase in phases:
+        adapters = phase.adapters
+        if isinstance(adapters, AdaptersConfig):
+            if adapters.from_ == "keep" and before is not None:
+                unset = [key for key in KEPT_MAY_CHANGE if key not in adapters.model_fields_set]
+                inherited = {key: getattr(before, key) for key in unset}
+                adapters = adapters.model_copy(update=inherited)
+                phase = phase.model_copy(update={"adapters": adapters})
+            before = adapters
+        complete.append(phase)
+    return tuple(complete)
+
+
+ListOfPhases = Annotated[tuple[PhaseConfig, ...], AfterValidator(_inherited)]
+PhasesField = Annotated[
+    Annotated[PresetConfig, Tag("as a preset")] | Annotated[ListOfPhases, Tag("as a list")],
+    Discriminator(_kind_of_phases),
+]
 
 
 def check_method(phases: Sequence[PhaseConfig]) -> None:
@@ -377,9 +404,12 @@ def _check_adapters(phase: PhaseConfig, before: AdaptersConfig | None, *, first:
 
     if isinstance(phase.adapters, AdaptersConfig):
         adapters = phase.adapters
-        if adapters.from_ == "keep" and before is None:
-            raise FieldError(f"{key}.from", "keep", "there are no adapters before this phase; choose fresh")
-        if adapters.from_ == "fresh" and before is not None:
+        if adapters.from_ == "keep":
+            if before is None:
+                raise FieldError(f"{key}.from", "keep", "there are no adapters before this phase; choose fresh")
+            _check_kernel(adapters.mode, before.kind, f"{key}.mode")
+            adapters = before
+        elif before is not None:
             raise FieldError(f"{key}.from", "fresh", "would discard what the adapters of the phase before "
                              "have learned; choose keep")
         if adapters.ranks is not None and (first or not tests):
@@ -410,6 +440,15 @@ def _check_roles(phase: PhaseConfig, adapters: AdaptersConfig | None) -> None:
                 factor,
                 f"is not a role in this phase, which has {', '.join(roles)}",
             )
+
+
+def _check_kernel(mode: str, kind: str, key: str = "mode") -> None:
+    """Raise FieldError about ``key`` if adapters of ``kind`` cannot be computed by ``mode``."""
+    kernels = ("auto", *KINDS[kind].can.kernels)
+    if mode not in kernels:
+        raise FieldError(
+            key, mode, f"is not a kernel of the kind {kind}; choose {', '.join(kernels)}"
+        )
 
 
 def _check_options(kind: str, options: Mapping[str, Option]) -> None:

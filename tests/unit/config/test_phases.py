@@ -100,6 +100,19 @@ def test_adapters_keep_what_they_are_and_may_change_how_they_train() -> None:
     assert config.for_phase("low").adapters.dropout == 0.0
 
 
+def test_kept_adapters_train_as_before_except_for_what_is_set(tmp_path: Path) -> None:
+    new = {**LIST[1], "adapters": {"rank": 4, "dropout": 0.1, "weight_decay": 0.05, "mode": "peft"}}
+    third = {**LIST[2], "adapters": {"from": "keep", "mode": "branch"}}
+    fourth = {**LIST[3], "adapters": {"from": "keep", "dropout": 0.0}}
+    config = method(LIST[0], new, third, fourth)
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_yaml(config))
+    for read in (config, load_config(path)):
+        trained = [read.for_phase(name).adapters for name in ("low", "thaw", "last")]
+        assert [(a.dropout, a.weight_decay, a.mode) for a in trained] == [
+            (0.1, 0.05, "peft"), (0.1, 0.05, "branch"), (0.0, 0.05, "branch")]
+
+
 def test_norms_are_measured_of_what_any_phase_adapts() -> None:
     assert method(*LIST).families() == ("q", "v")
     assert method({"name": "full"}).families() == ("q", "k", "v", "o", "fc1", "fc2")
@@ -144,7 +157,7 @@ def test_an_override_of_a_phase_that_is_not_there_names_those_that_are(tmp_path:
     ([LIST[0], {"name": "b", "adapters": {"rank": 4, "kind": "dora"}}], "phases.b.adapters.kind", "known are lora"),
     ([LIST[0], {"name": "b", "adapters": {"rank": 4, "families": []}}], "phases.b.adapters.families", "once"),
     ([LIST[0], {"name": "b", "adapters": {"from": "keep"}}], "phases.b.adapters.from", "no adapters before"),
-    ([LIST[0], {"name": "b", "adapters": {"from": "keep", "rank": 4}}], "phases.b.adapters.rank", "remove it"),
+    ([LIST[0], {"name": "b", "adapters": {"from": "keep", "rank": 4}}], "phases.b.adapters.rank", "applies to new"),
     ([*LIST[:2], {"name": "c", "adapters": {"rank": 4}}], "phases.c.adapters.from", "would discard"),
     ([*LIST[:2], {"name": "c", "adapters": "none"}], "phases.c.adapters", "would discard"),
     ([LIST[0], {"name": "b", "train": "adapters"}], "phases.b.train", "there are none"),
