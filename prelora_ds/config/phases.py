@@ -247,7 +247,8 @@ class PhaseConfig(PhaseSettings):
     """
     When the phase ends: after a duration, or when a test passes. A test uses only windows that
     began in its own phase. The last phase must not have this key, because it lasts until the end of
-    the run; all others need it.
+    the run; all others need it. The phase ends at an observation: after a duration of 0 steps, that
+    is the first one (`observe.every`).
     """
 
     lr_scale: LrScale = 1.0
@@ -260,7 +261,8 @@ class PhaseConfig(PhaseSettings):
     rewarm: DurationField | None = None
     """
     How long the learning rate rises linearly to its schedule when the phase begins; `null` for no
-    such rise.
+    such rise. If the phase ends earlier, the rise ends with it, and the next phase begins at its
+    own rate.
     """
 
     freeze_below: Annotated[int, Field(ge=1)] | None = None

@@ -222,19 +222,23 @@ def why_unfinished(config: Config, layout: Layout, timeline: Timeline, state: Ph
     """
     controller = _foreseen(config, layout, timeline, passes=True)
     open_window = tuple(replace(seen, norms=_NORMS) for seen in state.open)
-    end = state = replace(state, open=open_window)
-    for _, end in _course(config, controller, state, step):
-        if end.index == len(controller.phases) - 1:
-            return None
-    if end.index == len(controller.phases) - 1:
+    state = end = replace(state, open=open_window)
+    last = len(controller.phases) - 1
+    observed = step
+    for tick, after in _course(config, controller, state, step):
+        if end.index == last:
+            break
+        observed, end = tick, after
+    if end.index == last:
         return None
 
     spec = controller.phases[end.index]
     reason = end.reason  # that the next phase waits for windows
     if isinstance(spec.until, Duration):
         over = timeline.step_after(end.plan.since_step, spec.until)
-        if over >= timeline.total_steps:
-            reason = f"phase {spec.name} lasts until step {over}"
+        if over > observed:
+            reason = (f"phase {spec.name} lasts until the first observation from step {over} on, "
+                      "and none is made before the last step")
     elif spec.until is not None and len(end.windows_of_phase) < spec.until.k:
         reason = (f"the test of phase {spec.name} needs {spec.until.k} windows of "
                   f"{spec.until.windowing.m} observations (observe.every = {config.observe.every})")
