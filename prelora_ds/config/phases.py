@@ -8,8 +8,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
+from prelora_ds.config.changes import RENAMED
 from prelora_ds.config.fields import DurationField, FieldError, Positive, Share, Strict, Text
 from prelora_ds.core.adapters import KINDS, Option
 from prelora_ds.core.duration import Duration
@@ -270,6 +271,32 @@ class PhaseConfig(PhaseSettings):
     The number of a layer (block): everything that the model defines before it is frozen, so that
     the backward pass ends there. `null` freezes nothing.
     """
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _is_text_or_texts(cls, value: Any) -> Any:
+        entries = value if isinstance(value, list | tuple) else [value]
+        for entry in entries:
+            if not isinstance(entry, str):
+                raise FieldError(
+                    "",
+                    value,
+                    f"contains {entry!r}, which is not a text",
+                    f"write all, or a list of {', '.join(SETS)} and regular expressions",
+                )
+        return value
+
+    @field_validator("name")
+    @classmethod
+    def _is_not_reserved(cls, name: str) -> str:
+        if (former := f"phases.{name}") in RENAMED:
+            raise FieldError(
+                "",
+                name,
+                f"cannot be the name of a phase: {former} is the former name of {RENAMED[former]}",
+                "choose another name",
+            )
+        return name
 
     @model_validator(mode="after")
     def _words_are_known(self) -> PhaseConfig:

@@ -310,9 +310,30 @@ class Config(Strict):
         except FieldError as exc:
             field = f"phases.{exc.field}".rstrip(".")
             raise FieldError(field, exc.value, str(exc), exc.remedy) from exc
+        self._check_families()
         for phase in self.phase_list:
             self._check_phase(phase)
         return self
+
+    def adapters_key(self, phase: str, key: str) -> str:
+        """The dotted name in this recipe of a ``key`` of the adapters of ``phase``."""
+        if isinstance(self.phases, PresetConfig):
+            return f"lora.{key}"
+        return f"phases.{phase}.adapters.{key}"
+
+    def _check_families(self) -> None:
+        known = FAMILIES if self.model.families is None else tuple(self.model.families)
+        wanted = [(phase.name, phase.new_adapters.families or ())
+                  for phase in self.phase_list if phase.new_adapters is not None]
+        for phase_name, families in wanted or [("full", self.families())]:
+            for family in families:
+                if family not in known:
+                    raise FieldError(
+                        self.adapters_key(phase_name, "families"),
+                        family,
+                        "is not a family of this model",
+                        f"choose among {', '.join(known)}, or add it to model.families",
+                    )
 
     def _check_preset(self, phases: PresetConfig) -> None:
         if phases.preset == "prelora" and self.convergence is None:
@@ -330,8 +351,7 @@ class Config(Strict):
         config = self.for_phase(phase.name)
         if phase.zero_stage != "auto" and "all" not in phase.trained \
                 and config.adapters.mode == "merged" and config.zero.stage == 3:
-            is_preset = isinstance(self.phases, PresetConfig)
-            key = "lora.mode" if is_preset else f"phases.{phase.name}.adapters.mode"
+            key = self.adapters_key(phase.name, "mode")
             raise FieldError(
                 key, "merged",
                 f"{key} merged needs every weight complete on every rank, but ZeRO stage 3 partitions "

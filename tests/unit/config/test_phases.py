@@ -161,6 +161,11 @@ def test_an_override_of_a_phase_that_is_not_there_names_those_that_are(tmp_path:
     ([*LIST[:2], {"name": "c", "adapters": {"rank": 4}}], "phases.c.adapters.from", "would discard"),
     ([*LIST[:2], {"name": "c", "adapters": "none"}], "phases.c.adapters", "would discard"),
     ([LIST[0], {"name": "b", "train": "adapters"}], "phases.b.train", "there are none"),
+    ([LIST[0], {"name": "b", "train": 5}], "phases.b.train", "5, which is not a text"),
+    ([LIST[0], {"name": "b", "train": ["head", None]}], "phases.b.train", "None, which is not a text"),
+    ([LIST[0], {"name": "calibration"}], "phases.calibration.name", "is the former name of machine.calibration"),
+    ([LIST[0], {"name": "b", "adapters": {"rank": 4, "families": ["q", "kk"]}}], "phases.b.adapters.families",
+     "is not a family of this model"),
     ([LIST[0], {"name": "b", "train": []}], "phases.b.train", "at least one set of parameters"),
     ([LIST[0], {"name": "b", "train": "head("}], "phases.b.train", "neither one of all, adapters"),
     ([LIST[0], {"name": "b", "lr_scale": {"c": 2.0}}], "phases.b.lr_scale.c", "is not a role"),
@@ -205,7 +210,7 @@ def test_parameters_of_the_preset_have_no_place_beside_a_list() -> None:
 
 
 @pytest.mark.parametrize(("sections", "key"), [
-    ({"phases": {"preset": "prelora"}}, "convergence"),
+    ({"phases": {"preset": "prelora"}}, "convergence"), ({"lora": {"families": ["q", "kk"]}}, "lora.families"),
     ({"phases": {"preset": "full"}, "convergence": {"tau": 1.0, "zeta": 5.0}}, "convergence"),
     ({"phases": {"preset": "relora"}}, "phases.preset"), ({"phases": {"low": {"zero_stage": 1}}}, "phases.low"),
     ({"phases": {"lora": {"train": "all"}}}, "phases.lora.train"), ({"phases": "prelora"}, "phases")])
@@ -226,3 +231,10 @@ def test_a_resumed_run_keeps_its_method_and_may_run_its_phases_otherwise() -> No
     bound = what_binds(before, settings)
     assert validate(bound, "r").phase_list[1].zero_stage == 2
     assert [phase["name"] for phase in bound["phases"]] == ["full", "low", "thaw", "last"]
+
+
+def test_overrides_make_a_list_of_phases_of_a_preset(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(write_yaml({**BASE, "convergence": {"tau": 1.0, "zeta": 5.0}, "lora": {"r_max": 32}}))
+    config = load_config(recipe, ["phases=[{name: all}]", "convergence=null", "lora=null"])
+    assert [phase.name for phase in config.phase_list] == ["all"]
