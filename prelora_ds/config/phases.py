@@ -61,7 +61,25 @@ class PhaseSettings(Strict):
         return "auto" in (self.micro_batch_size, self.zero_stage)
 
 
-class PreloraRule(Strict):
+class RankRuleConfig(Strict):
+    """A rule that gives each adapter its rank: its name and its parameters."""
+
+    rule: str
+
+    def rank_rule(self) -> RankRule:
+        return RANK_RULES[self.rule](**self.model_dump(exclude={"rule"}))
+
+
+class SwitchTestConfig(Strict):
+    """A test that ends a phase: its name and its parameters."""
+
+    test: str
+
+    def switch_test(self) -> SwitchTest:
+        return SWITCH_TESTS[self.test](**self.model_dump(exclude={"test"}))
+
+
+class PreloraRule(RankRuleConfig):
     """Ranks by PreLoRA's Algorithm 2: powers of two, the larger the more a layer still changes."""
 
     rule: Literal["prelora"]
@@ -110,11 +128,16 @@ class Algorithm1(Strict):
     """
 
 
-class PreloraUntil(Algorithm1):
+class PreloraUntil(Algorithm1, SwitchTestConfig):
     """The end of a phase by Algorithm 1."""
 
     test: Literal["prelora"]
     """The test: `prelora` is Algorithm 1, which passes when weight norms and loss have settled."""
+
+
+# All rules and all tests that a recipe can name; CONTRIBUTING.md says how to add one.
+AnyRankRule = PreloraRule
+AnySwitchTest = PreloraUntil
 
 
 class AdapterTraining(Strict):
@@ -150,7 +173,7 @@ class AdaptersConfig(AdapterTraining):
     rank: Positive | None = None
     """One rank for all adapters. New adapters need either this or `phases.*.adapters.ranks`."""
 
-    ranks: PreloraRule | None = None
+    ranks: AnyRankRule | None = None
     """
     A rule that gives each adapter its rank, from the windows of an earlier phase that ends by a
     test.
@@ -204,15 +227,15 @@ class AdaptersConfig(AdapterTraining):
     @property
     def rank_rule(self) -> RankRule:
         if self.ranks is not None:
-            return RANK_RULES[self.ranks.rule](**self.ranks.model_dump(exclude={"rule"}))
+            return self.ranks.rank_rule()
         return RANK_RULES["uniform"](rank=self.rank)
 
 
 def _kind_of_until(value: Any) -> str:
-    return "as a test" if isinstance(value, dict | PreloraUntil) else "as a duration"
+    return "as a test" if isinstance(value, dict | SwitchTestConfig) else "as a duration"
 
 
-Until = Annotated[Annotated[DurationField, Tag("as a duration")] | Annotated[PreloraUntil, Tag("as a test")],
+Until = Annotated[Annotated[DurationField, Tag("as a duration")] | Annotated[AnySwitchTest, Tag("as a test")],
                   Discriminator(_kind_of_until)]
 
 
@@ -402,7 +425,7 @@ def check_method(phases: Sequence[PhaseConfig]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise FieldError(f"{name}.name", name, "is the name of two phases")
-    tests = any(isinstance(phase.until, PreloraUntil) for phase in phases)
+    tests = any(isinstance(phase.until, SwitchTestConfig) for phase in phases)
     adapters: AdaptersConfig | None = None
     for i, phase in enumerate(phases):
         _check_until(phase, last=i + 1 == len(phases))
@@ -431,19 +454,18 @@ def _check_adapters(phase: PhaseConfig, before: AdaptersConfig | None, *, first:
         raise FieldError(key, "none", "would discard what the adapters of the phase before have learned; "
                          "remove the key, which keeps them")
 
-    if isinstance(phase.adapters, AdaptersConfig):
-        adapters = phase.adapters
-        if adapters.from_ == "keep":
-            if before is None:
-                raise FieldError(f"{key}.from", "keep", "there are no adapters before this phase; choose fresh")
-            _check_kernel(adapters.mode, before.kind, f"{key}.mode")
-            adapters = before
-        elif before is not None:
+    if (new := phase.new_adapters) is not None:
+        adapters = new
+        if before is not None:
             raise FieldError(f"{key}.from", "fresh", "would discard what the adapters of the phase before "
                              "have learned; choose keep")
-        if adapters.ranks is not None and (first or not tests):
-            raise FieldError(f"{key}.ranks.rule", "prelora", "needs the windows of a test, but no phase before "
-                             "this one closes any; set a rank, or let an earlier phase end by a test")
+        if new.ranks is not None and new.rank_rule.windows > 0 and (first or not tests):
+            raise FieldError(f"{key}.ranks.rule", new.ranks.rule, "needs the windows of a test, but no phase "
+                             "before this one closes any; set a rank, or let an earlier phase end by a test")
+    elif isinstance(phase.adapters, AdaptersConfig):
+        if before is None:
+            raise FieldError(f"{key}.from", "keep", "there are no adapters before this phase; choose fresh")
+        _check_kernel(phase.adapters.mode, before.kind, f"{key}.mode")
 
     if adapters is None and "adapters" in phase.trained:
         raise FieldError(f"{phase.name}.train", list(phase.trained),
@@ -520,11 +542,9 @@ def check_powers_of_two(r_min: int, r_max: int) -> None:
         raise FieldError("r_min", r_min, f"r_min {r_min} is larger than r_max {r_max}")
 
 
-def _until(until: Duration | PreloraUntil | None) -> Duration | SwitchTest | None:
-    if isinstance(until, PreloraUntil):
-        return SWITCH_TESTS[until.test](**until.model_dump(exclude={"test"}))
-    return until
+def _until(until: Duration | SwitchTestConfig | None) -> Duration | SwitchTest | None:
+    return until.switch_test() if isinstance(until, SwitchTestConfig) else until
 
 
-def _written(until: Duration | PreloraUntil) -> Any:
+def _written(until: Duration | SwitchTestConfig) -> Any:
     return str(until) if isinstance(until, Duration) else until.model_dump(mode="json")

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
+from pydantic import Discriminator, Tag, ValidationError, create_model
 
 from prelora_ds.config.changes import differences, what_binds
 from prelora_ds.config.documents import write_yaml
+from prelora_ds.config.fields import DurationField, Positive
 from prelora_ds.config.load import dump_yaml, load_config, validate
+from prelora_ds.config.phases import (
+    AdaptersConfig,
+    PhaseConfig,
+    PreloraRule,
+    PreloraUntil,
+    RankRuleConfig,
+    SwitchTestConfig,
+    _kind_of_until,
+)
 from prelora_ds.config.tree import Config
 from prelora_ds.core.duration import Duration
 from prelora_ds.core.phases import Adapters, PhaseSpec
+from prelora_ds.core.rank_rules import RANK_RULES
 from prelora_ds.core.rank_rules.prelora import PreloraRanks
 from prelora_ds.core.rank_rules.uniform import UniformRank
-from prelora_ds.core.switch_tests.prelora import PreloraTest
+from prelora_ds.core.switch_tests import SWITCH_TESTS
+from prelora_ds.core.switch_tests.prelora import PreloraTest, Verdict, Windowing, WindowStats
 from prelora_ds.errors import ConfigError
 
 BASE: dict[str, Any] = {
@@ -238,3 +253,75 @@ def test_overrides_make_a_list_of_phases_of_a_preset(tmp_path: Path) -> None:
     recipe.write_text(write_yaml({**BASE, "convergence": {"tau": 1.0, "zeta": 5.0}, "lora": {"r_max": 32}}))
     config = load_config(recipe, ["phases=[{name: all}]", "convergence=null", "lora=null"])
     assert [phase.name for phase in config.phase_list] == ["all"]
+
+
+# ---- a further rule and a further test, by the recipes of CONTRIBUTING.md
+
+@dataclass(frozen=True)
+class FirstLayer:
+    """A rule that needs no windows: one rank for the first layer, and 1 for all others."""
+
+    first: int
+    windows = 0
+
+    @property
+    def highest(self) -> int:
+        return self.first
+
+    def __call__(self, families: Any, windows: Any) -> dict[str, dict[int, int]]:
+        return {name: {layer: 1 if layer else self.first for layer in layers} for name, layers in families.items()}
+
+
+class FirstLayerRule(RankRuleConfig):
+    rule: Literal["first"]
+    first: Positive = 8
+
+
+@dataclass(frozen=True)
+class LossBelow:
+    """A test that passes when the loss of a window is below a limit."""
+
+    limit: float
+    title = "the limit"
+    k = 1
+    windowing = Windowing(2)
+
+    def __call__(self, windows: Sequence[WindowStats]) -> Verdict:
+        return Verdict(windows[-1].loss < self.limit, "", {}, ())
+
+
+class LossUntil(SwitchTestConfig):
+    test: Literal["loss"]
+    limit: float
+
+
+def extended(monkeypatch: pytest.MonkeyPatch) -> type[Config]:
+    """The config with both, as if they were joined to the unions of `prelora_ds.config.phases`."""
+    monkeypatch.setitem(RANK_RULES, "first", FirstLayer)
+    monkeypatch.setitem(SWITCH_TESTS, "loss", LossBelow)
+    until = Annotated[
+        Annotated[DurationField, Tag("as a duration")] | Annotated[PreloraUntil | LossUntil, Tag("as a test")],
+        Discriminator(_kind_of_until)]
+    adapters = create_model("Adapters", __base__=AdaptersConfig, ranks=(PreloraRule | FirstLayerRule | None, None))
+    phase = create_model("Phase", __base__=PhaseConfig, adapters=(adapters | None, None),
+                         until=(until | None, None))
+    return create_model("Extended", __base__=Config, phases=(tuple[phase, ...], ...))  # type: ignore[valid-type]
+
+
+def test_a_further_rule_and_a_further_test_need_only_their_two_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = extended(monkeypatch).model_validate({**BASE, "phases": [
+        {"name": "a", "adapters": {"ranks": {"rule": "first", "first": 4}}, "until": {"test": "loss", "limit": 0.5}},
+        {"name": "b", "until": TEST}, {"name": "c"}]})
+    first, second, _ = config.specs()
+    assert first.adapters is not None and first.adapters.ranks == FirstLayer(4)
+    assert (first.until, second.until) == (LossBelow(0.5), PreloraTest(1.0, 5.0, 2, 2))
+    assert config.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_a_rule_that_needs_windows_needs_a_test_whatever_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = extended(monkeypatch)
+    phases = [{"name": "a", "until": {"test": "loss", "limit": 0.5}},
+              {"name": "b", "adapters": {"ranks": {"rule": "prelora"}}}]
+    assert len(model.model_validate({**BASE, "phases": phases}).specs()) == 2
+    with pytest.raises(ValidationError, match="no phase before this one closes any"):
+        model.model_validate({**BASE, "phases": [{**phases[0], "until": "2 steps"}, phases[1]]})
