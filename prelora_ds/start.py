@@ -197,7 +197,7 @@ def check_phases(config: Config, num_labels: int) -> Layout:
             attach_adapters(module, plan, layout, dropout=phase.new_adapters.dropout)
         except (RuntimeError, ValueError) as exc:
             families = list(phase.new_adapters.families or config.families())
-            raise ConfigError("lora.families", families,
+            raise ConfigError(config.adapters_key(phase.name, "families"), families,
                               f"adapters cannot be attached in phase {phase.name}: {exc}",
                               "choose other families, or narrow model.families") from exc
     return layout

@@ -92,6 +92,7 @@ def loop(run: Run, records: Records, saver: Saver, stop: StopRequest, guard: Gua
     config = run.config
     total = run.timeline.total_steps
     engine, state = begin(run, records, saver, resume_from)
+    records.begun(state)
     loader = run.loader(engine, state.step)
     due = Due(config, run.timeline, state.step)
     stop.begin_steps()

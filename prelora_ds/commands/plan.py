@@ -50,7 +50,7 @@ def plan(
     check_costs_are_known(config)
     images, images_from, labels, labels_from = _data(config, images)
     with torch.device("meta"):
-        layout = find_layout(build_model(config.model, labels), config.families())
+        layout = find_layout(build_model(config.model, labels), config.families(), config.model.families)
 
     cluster = Cluster(hosts, gpus_per_host, gpu, intra_bandwidth, inter_bandwidth)
     walltime_s = None if walltime is None else parse_walltime(walltime)

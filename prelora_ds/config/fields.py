@@ -120,11 +120,12 @@ class FieldError(ValueError):
     """An error about one field, raised by a validator of its whole section.
 
     field: the key within the section, which the message to the user names. value: its value.
+    remedy: what the user can do; None stands for another value of the key.
     """
 
-    def __init__(self, field: str, value: Any, problem: str) -> None:
+    def __init__(self, field: str, value: Any, problem: str, remedy: str | None = None) -> None:
         super().__init__(problem)
-        self.field, self.value = field, value
+        self.field, self.value, self.remedy = field, value, remedy
 
 
 class Strict(BaseModel):

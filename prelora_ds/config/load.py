@@ -230,9 +230,11 @@ def _config_error(exc: ValidationError, source: str, values: Mapping[str, Any]) 
                            f"set one of its keys, for example {key}.{first}")
     message = error["msg"].removeprefix("Value error, ")
     value = error["input"] if not isinstance(error["input"], dict) else "..."
+    better_remedy: str | None = None
     cause = error.get("ctx", {}).get("error")
     if isinstance(cause, FieldError):
         key, value = ".".join(filter(None, (_dotted(place, values), cause.field))), cause.value
+        better_remedy = cause.remedy
     remedies = {
         "bool_type": "set it to true or false",
         "int_type": "set it to an integer",
@@ -240,7 +242,8 @@ def _config_error(exc: ValidationError, source: str, values: Mapping[str, Any]) 
         "string_type": "set it to a text",
     }
     return ConfigError(key, value, f"{message[0].lower()}{message[1:]} (in {source})",
-                       remedies.get(error["type"], f"choose a different value for {key}"))
+                       better_remedy or remedies.get(error["type"],
+                                                     f"choose a different value for {key}"))
 
 
 def _place(loc: Sequence[str | int]) -> tuple[str | int, ...]:

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import difflib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
+from prelora_ds.config.changes import RENAMED
 from prelora_ds.config.fields import DurationField, FieldError, Positive, Share, Strict, Text
-from prelora_ds.core.adapters import KINDS
+from prelora_ds.core.adapters import KINDS, Option
 from prelora_ds.core.duration import Duration
 from prelora_ds.core.phases import Adapters, PhaseSpec
-from prelora_ds.core.plan import ADAPTERS, BASE
+from prelora_ds.core.plan import ADAPTERS, BASE, without_defaults
 from prelora_ds.core.rank_rules import RANK_RULES, RankRule
 from prelora_ds.core.switch_tests import SWITCH_TESTS, SwitchTest
 from prelora_ds.core.trainable import SETS
 
+_TYPES: Mapping[type, str] = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "a text",
+}
+# What adapters that are kept may change: how they train, but not what they are.
+KEPT_MAY_CHANGE = ("dropout", "weight_decay", "mode")
 FAMILIES = ("q", "k", "v", "o", "fc1", "fc2")
 Mode = Literal["auto", "peft", "branch", "merged"]
 
@@ -50,7 +61,25 @@ class PhaseSettings(Strict):
         return "auto" in (self.micro_batch_size, self.zero_stage)
 
 
-class PreloraRule(Strict):
+class RankRuleConfig(Strict):
+    """A rule that gives each adapter its rank: its name and its parameters."""
+
+    rule: str
+
+    def rank_rule(self) -> RankRule:
+        return RANK_RULES[self.rule](**self.model_dump(exclude={"rule"}))
+
+
+class SwitchTestConfig(Strict):
+    """A test that ends a phase: its name and its parameters."""
+
+    test: str
+
+    def switch_test(self) -> SwitchTest:
+        return SWITCH_TESTS[self.test](**self.model_dump(exclude={"test"}))
+
+
+class PreloraRule(RankRuleConfig):
     """Ranks by PreLoRA's Algorithm 2: powers of two, the larger the more a layer still changes."""
 
     rule: Literal["prelora"]
@@ -99,11 +128,16 @@ class Algorithm1(Strict):
     """
 
 
-class PreloraUntil(Algorithm1):
+class PreloraUntil(Algorithm1, SwitchTestConfig):
     """The end of a phase by Algorithm 1."""
 
     test: Literal["prelora"]
     """The test: `prelora` is Algorithm 1, which passes when weight norms and loss have settled."""
+
+
+# All rules and all tests that a recipe can name; CONTRIBUTING.md says how to add one.
+AnyRankRule = PreloraRule
+AnySwitchTest = PreloraUntil
 
 
 class AdapterTraining(Strict):
@@ -139,7 +173,7 @@ class AdaptersConfig(AdapterTraining):
     rank: Positive | None = None
     """One rank for all adapters. New adapters need either this or `phases.*.adapters.ranks`."""
 
-    ranks: PreloraRule | None = None
+    ranks: AnyRankRule | None = None
     """
     A rule that gives each adapter its rank, from the windows of an earlier phase that ends by a
     test.
@@ -148,54 +182,60 @@ class AdaptersConfig(AdapterTraining):
     families: tuple[str, ...] | None = None
     """The families of linears that get adapters; `null` for all families of the model."""
 
-    options: dict[str, bool | int | float | str] = Field(default_factory=dict)
-    """Options of the kind: `train_a: false` of `lora` leaves A at its first value (LoRA-FA)."""
+    options: dict[str, Option] = Field(default_factory=dict)
+    """Options of the kind. `lora` has one, `train_a`: `false` leaves A at its first value (LoRA-FA)."""
 
     from_: Literal["fresh", "keep"] = Field(default="fresh", alias="from")
     """
     Where the adapters come from: `fresh` attaches new ones where there are none; `keep` takes over
-    those of the phase before, and may change only `dropout`, `weight_decay` and `mode`.
+    those of the phase before, and may change only `dropout`, `weight_decay` and `mode`, each of
+    which otherwise stays as it is.
     """
 
     @model_validator(mode="after")
     def _kind_can(self) -> AdaptersConfig:
+        if self.from_ == "keep":
+            self._check_kept()
+            return self
         if self.kind not in KINDS:
             raise FieldError("kind", self.kind, f"is not a kind of adapter; known are {', '.join(KINDS)}")
         can = KINDS[self.kind].can
-        if self.mode not in ("auto", *can.kernels):
-            raise FieldError("mode", self.mode, f"is not a kernel of the kind {self.kind}; choose auto, "
-                             f"{', '.join(can.kernels)}")
+        _check_kernel(self.mode, self.kind)
         if self.ranks is not None and not can.rank_per_module:
             raise FieldError("ranks", self.ranks.rule, f"gives each linear its own rank, but the kind {self.kind} "
                              "supports only one rank for all; set rank instead")
         check_families(self.families)
+        _check_options(self.kind, self.options)
         given = [key for key in ("rank", "ranks") if getattr(self, key) is not None]
-        if self.from_ == "keep":
-            fields = type(self).model_fields
-            changed = [
-                key for key in ("kind", "rank", "ranks", "families", "alpha_over_r", "options")
-                if getattr(self, key) != fields[key].get_default(call_default_factory=True)
-            ]
-            if changed:
-                raise FieldError(
-                    changed[0], getattr(self, changed[0]),
-                    "applies to new adapters only, but from: keep takes over the existing ones; remove it")
-        elif len(given) != 1:
+        if len(given) != 1:
             raise FieldError("rank", self.rank, "set either rank (one rank for all) or ranks (a rule), not both")
         return self
+
+    def _check_kept(self) -> None:
+        """Raise FieldError if a key says what the adapters are, which were attached before."""
+        for key, field in type(self).model_fields.items():
+            default = field.get_default(call_default_factory=True)
+            value = getattr(self, key)
+            if key not in ("from_", *KEPT_MAY_CHANGE) and value != default:
+                raise FieldError(
+                    key,
+                    value,
+                    "applies to new adapters only, but from: keep takes over the existing ones",
+                    f"remove {key}",
+                )
 
     @property
     def rank_rule(self) -> RankRule:
         if self.ranks is not None:
-            return RANK_RULES[self.ranks.rule](**self.ranks.model_dump(exclude={"rule"}))
+            return self.ranks.rank_rule()
         return RANK_RULES["uniform"](rank=self.rank)
 
 
 def _kind_of_until(value: Any) -> str:
-    return "as a test" if isinstance(value, dict | PreloraUntil) else "as a duration"
+    return "as a test" if isinstance(value, dict | SwitchTestConfig) else "as a duration"
 
 
-Until = Annotated[Annotated[DurationField, Tag("as a duration")] | Annotated[PreloraUntil, Tag("as a test")],
+Until = Annotated[Annotated[DurationField, Tag("as a duration")] | Annotated[AnySwitchTest, Tag("as a test")],
                   Discriminator(_kind_of_until)]
 
 
@@ -231,7 +271,8 @@ class PhaseConfig(PhaseSettings):
     """
     When the phase ends: after a duration, or when a test passes. A test uses only windows that
     began in its own phase. The last phase must not have this key, because it lasts until the end of
-    the run; all others need it.
+    the run; all others need it. The phase ends at an observation: after a duration of 0 steps, that
+    is the first one (`observe.every`).
     """
 
     lr_scale: LrScale = 1.0
@@ -244,7 +285,8 @@ class PhaseConfig(PhaseSettings):
     rewarm: DurationField | None = None
     """
     How long the learning rate rises linearly to its schedule when the phase begins; `null` for no
-    such rise.
+    such rise. If the phase ends earlier, the rise ends with it, and the next phase begins at its
+    own rate.
     """
 
     freeze_below: Annotated[int, Field(ge=1)] | None = None
@@ -252,6 +294,32 @@ class PhaseConfig(PhaseSettings):
     The number of a layer (block): everything that the model defines before it is frozen, so that
     the backward pass ends there. `null` freezes nothing.
     """
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _is_text_or_texts(cls, value: Any) -> Any:
+        entries = value if isinstance(value, list | tuple) else [value]
+        for entry in entries:
+            if not isinstance(entry, str):
+                raise FieldError(
+                    "",
+                    value,
+                    f"contains {entry!r}, which is not a text",
+                    f"write all, or a list of {', '.join(SETS)} and regular expressions",
+                )
+        return value
+
+    @field_validator("name")
+    @classmethod
+    def _is_not_reserved(cls, name: str) -> str:
+        if (former := f"phases.{name}") in RENAMED:
+            raise FieldError(
+                "",
+                name,
+                f"cannot be the name of a phase: {former} is the former name of {RENAMED[former]}",
+                "choose another name",
+            )
+        return name
 
     @model_validator(mode="after")
     def _words_are_known(self) -> PhaseConfig:
@@ -266,11 +334,6 @@ class PhaseConfig(PhaseSettings):
                     ) from exc
         if not self.trained:
             raise FieldError("train", [], "must name at least one set of parameters")
-        roles = {role for kind in KINDS.values() for role in kind.roles()}
-        for role, factor in self.lr_scale.items() if isinstance(self.lr_scale, dict) else ():
-            if role not in (BASE, ADAPTERS, *roles):
-                raise FieldError(f"lr_scale.{role}", factor,
-                                 f"is not a role; known are {', '.join((BASE, ADAPTERS, *sorted(roles)))}")
         return self
 
     @property
@@ -291,15 +354,16 @@ class PhaseConfig(PhaseSettings):
         """
         adapters = None
         if (fresh := self.new_adapters) is not None:
+            defaults = KINDS[fresh.kind].options
+            options = {name: v for name, v in fresh.options.items() if v != defaults[name]}
             adapters = Adapters(fresh.kind, tuple(fresh.families or families), fresh.rank_rule,
-                                fresh.alpha_over_r, fresh.options)
+                                fresh.alpha_over_r, options)
 
         scale: Mapping[str, float] = self.lr_scale if isinstance(self.lr_scale, dict) else {
             BASE: self.lr_scale, ADAPTERS: self.lr_scale}
-        scale = {role: factor for role, factor in scale.items() if factor != 1.0}
 
-        return PhaseSpec(self.name, adapters, self.trained, _until(self.until), scale, self.rewarm,
-                         self.freeze_below)
+        return PhaseSpec(self.name, adapters, self.trained, _until(self.until),
+                         without_defaults(scale), self.rewarm, self.freeze_below)
 
 
 class PresetConfig(Strict):
@@ -329,8 +393,28 @@ def _kind_of_phases(value: Any) -> str:
     return "as a list" if isinstance(value, list | tuple) else "as a preset"
 
 
-PhasesField = Annotated[Annotated[PresetConfig, Tag("as a preset")] |
-                        Annotated[tuple[PhaseConfig, ...], Tag("as a list")], Discriminator(_kind_of_phases)]
+def _inherited(phases: tuple[PhaseConfig, ...]) -> tuple[PhaseConfig, ...]:
+    """``phases`` in which adapters that are kept train as before, except for the keys that are set."""
+    before: AdaptersConfig | None = None
+    complete = []
+    for phase in phases:
+        adapters = phase.adapters
+        if isinstance(adapters, AdaptersConfig):
+            if adapters.from_ == "keep" and before is not None:
+                unset = [key for key in KEPT_MAY_CHANGE if key not in adapters.model_fields_set]
+                inherited = {key: getattr(before, key) for key in unset}
+                adapters = adapters.model_copy(update=inherited)
+                phase = phase.model_copy(update={"adapters": adapters})
+            before = adapters
+        complete.append(phase)
+    return tuple(complete)
+
+
+ListOfPhases = Annotated[tuple[PhaseConfig, ...], AfterValidator(_inherited)]
+PhasesField = Annotated[
+    Annotated[PresetConfig, Tag("as a preset")] | Annotated[ListOfPhases, Tag("as a list")],
+    Discriminator(_kind_of_phases),
+]
 
 
 def check_method(phases: Sequence[PhaseConfig]) -> None:
@@ -341,11 +425,12 @@ def check_method(phases: Sequence[PhaseConfig]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise FieldError(f"{name}.name", name, "is the name of two phases")
-    tests = any(isinstance(phase.until, PreloraUntil) for phase in phases)
+    tests = any(isinstance(phase.until, SwitchTestConfig) for phase in phases)
     adapters: AdaptersConfig | None = None
     for i, phase in enumerate(phases):
         _check_until(phase, last=i + 1 == len(phases))
         adapters = _check_adapters(phase, adapters, first=i == 0, tests=tests)
+        _check_roles(phase, adapters)
 
 
 def _check_until(phase: PhaseConfig, *, last: bool) -> None:
@@ -369,16 +454,18 @@ def _check_adapters(phase: PhaseConfig, before: AdaptersConfig | None, *, first:
         raise FieldError(key, "none", "would discard what the adapters of the phase before have learned; "
                          "remove the key, which keeps them")
 
-    if isinstance(phase.adapters, AdaptersConfig):
-        adapters = phase.adapters
-        if adapters.from_ == "keep" and before is None:
-            raise FieldError(f"{key}.from", "keep", "there are no adapters before this phase; choose fresh")
-        if adapters.from_ == "fresh" and before is not None:
+    if (new := phase.new_adapters) is not None:
+        adapters = new
+        if before is not None:
             raise FieldError(f"{key}.from", "fresh", "would discard what the adapters of the phase before "
                              "have learned; choose keep")
-        if adapters.ranks is not None and (first or not tests):
-            raise FieldError(f"{key}.ranks.rule", "prelora", "needs the windows of a test, but no phase before "
-                             "this one closes any; set a rank, or let an earlier phase end by a test")
+        if new.ranks is not None and new.rank_rule.windows > 0 and (first or not tests):
+            raise FieldError(f"{key}.ranks.rule", new.ranks.rule, "needs the windows of a test, but no phase "
+                             "before this one closes any; set a rank, or let an earlier phase end by a test")
+    elif isinstance(phase.adapters, AdaptersConfig):
+        if before is None:
+            raise FieldError(f"{key}.from", "keep", "there are no adapters before this phase; choose fresh")
+        _check_kernel(phase.adapters.mode, before.kind, f"{key}.mode")
 
     if adapters is None and "adapters" in phase.trained:
         raise FieldError(f"{phase.name}.train", list(phase.trained),
@@ -390,6 +477,53 @@ def _check_adapters(phase: PhaseConfig, before: AdaptersConfig | None, *, first:
                              f"adapters of the kind {adapters.kind} train only at ZeRO stages "
                              f"{', '.join(map(str, sorted(stages)))}")
     return adapters
+
+
+def _check_roles(phase: PhaseConfig, adapters: AdaptersConfig | None) -> None:
+    """Raise FieldError if the phase scales the learning rate of a role that it does not have."""
+    roles = [BASE]
+    if adapters is not None:
+        roles += [ADAPTERS, *KINDS[adapters.kind].roles()]
+    for role, factor in phase.lr_scale.items() if isinstance(phase.lr_scale, dict) else ():
+        if role not in roles:
+            raise FieldError(
+                f"{phase.name}.lr_scale.{role}",
+                factor,
+                f"is not a role in this phase, which has {', '.join(roles)}",
+            )
+
+
+def _check_kernel(mode: str, kind: str, key: str = "mode") -> None:
+    """Raise FieldError about ``key`` if adapters of ``kind`` cannot be computed by ``mode``."""
+    kernels = ("auto", *KINDS[kind].can.kernels)
+    if mode not in kernels:
+        raise FieldError(
+            key, mode, f"is not a kernel of the kind {kind}; choose {', '.join(kernels)}"
+        )
+
+
+def _check_options(kind: str, options: Mapping[str, Option]) -> None:
+    """Raise FieldError for an option that ``kind`` does not have, or with another type."""
+    defaults = KINDS[kind].options
+    for name, value in options.items():
+        if name not in defaults:
+            near = difflib.get_close_matches(name, defaults, n=1)
+            known = ", ".join(defaults) or "none"
+            raise FieldError(
+                f"options.{name}",
+                value,
+                f"is not an option of the kind {kind}",
+                f"did you mean {near[0]}?" if near else f"the kind {kind} has these options: {known}",
+            )
+
+        wanted = type(defaults[name])
+        if type(value) not in ({int, float} if wanted is float else {wanted}):
+            raise FieldError(
+                f"options.{name}",
+                value,
+                f"is not {_TYPES[wanted]}",
+                f"the default is {json.dumps(defaults[name])}",
+            )
 
 
 def check_families(families: Sequence[str] | None) -> None:
@@ -408,11 +542,9 @@ def check_powers_of_two(r_min: int, r_max: int) -> None:
         raise FieldError("r_min", r_min, f"r_min {r_min} is larger than r_max {r_max}")
 
 
-def _until(until: Duration | PreloraUntil | None) -> Duration | SwitchTest | None:
-    if isinstance(until, PreloraUntil):
-        return SWITCH_TESTS[until.test](**until.model_dump(exclude={"test"}))
-    return until
+def _until(until: Duration | SwitchTestConfig | None) -> Duration | SwitchTest | None:
+    return until.switch_test() if isinstance(until, SwitchTestConfig) else until
 
 
-def _written(until: Duration | PreloraUntil) -> Any:
+def _written(until: Duration | SwitchTestConfig) -> Any:
     return str(until) if isinstance(until, Duration) else until.model_dump(mode="json")

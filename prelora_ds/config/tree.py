@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from prelora_ds.config.data import DataConfig
 from prelora_ds.config.fields import (
@@ -103,7 +103,10 @@ class Config(Strict):
     """
 
     lora: LoraConfig = LoraConfig()
-    """The adapters of the preset `prelora`: their ranks by Algorithm 2, and how they train."""
+    """
+    The adapters of the preset `prelora`: their ranks by Algorithm 2, and how they train. `null`
+    stands for the defaults.
+    """
 
     deepspeed: dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 0}})
     """
@@ -144,6 +147,35 @@ class Config(Strict):
     def specs(self) -> tuple[PhaseSpec, ...]:
         """The phases in the form that the controller needs."""
         return tuple(phase.spec(self._default_families()) for phase in self.phase_list)
+
+    def trained_phases(self) -> list[dict[str, Any]]:
+        """What each phase trains, in a normal form: equal for phases that train alike.
+
+        The keys and values are those of a recipe, but also of a preset they are those of a list.
+        """
+        normal = []
+        for phase, spec in zip(self.phase_list, self.specs(), strict=True):
+            shown = phase.model_dump(mode="json")
+            new = phase.new_adapters
+            training = self.for_phase(phase.name).adapters
+            adapters: dict[str, Any] = {}
+            if new is not None and spec.adapters is not None:
+                for key in ("kind", "rank", "ranks", "alpha_over_r"):
+                    adapters[key] = shown["adapters"][key]
+                adapters["families"] = list(spec.adapters.families)
+                adapters["options"] = dict(spec.adapters.options)
+            adapters["dropout"] = training.dropout
+            adapters["weight_decay"] = training.weight_decay
+            normal.append({
+                "name": phase.name,
+                "adapters": adapters,
+                "train": sorted(set(spec.train)),
+                "until": shown["until"],
+                "lr_scale": dict(spec.lr_scale),
+                "rewarm": shown["rewarm"],
+                "freeze_below": spec.freeze_below,
+            })
+        return normal
 
     def families(self) -> tuple[str, ...]:
         """The families whose norms are measured: those that any phase adapts, otherwise all that it could adapt."""
@@ -256,6 +288,12 @@ class Config(Strict):
             persistence_threshold=int(zero.get("stage3_param_persistence_threshold", defaults.persistence_threshold)),
         )
 
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _null_is_the_defaults(cls, value: Any) -> Any:
+        """Let an override reset the whole section, as a list of phases requires it."""
+        return LoraConfig() if value is None else value
+
     @model_validator(mode="after")
     def _method_can_be_run(self) -> Config:
         if isinstance(self.phases, PresetConfig):
@@ -265,15 +303,37 @@ class Config(Strict):
                 if getattr(self, section) != default:
                     raise FieldError(
                         section, "...",
-                        "contains parameters of the preset prelora, but this recipe lists its phases; "
-                        "move them there")
+                        "contains parameters of the preset prelora, but this recipe lists its phases",
+                        f"move them there, and set {section}=null")
         try:
             check_method(self.phase_list)
         except FieldError as exc:
-            raise FieldError(f"phases.{exc.field}".rstrip("."), exc.value, str(exc)) from exc
+            field = f"phases.{exc.field}".rstrip(".")
+            raise FieldError(field, exc.value, str(exc), exc.remedy) from exc
+        self._check_families()
         for phase in self.phase_list:
             self._check_phase(phase)
         return self
+
+    def adapters_key(self, phase: str, key: str) -> str:
+        """The dotted name in this recipe of a ``key`` of the adapters of ``phase``."""
+        if isinstance(self.phases, PresetConfig):
+            return f"lora.{key}"
+        return f"phases.{phase}.adapters.{key}"
+
+    def _check_families(self) -> None:
+        known = FAMILIES if self.model.families is None else tuple(self.model.families)
+        wanted = [(phase.name, phase.new_adapters.families or ())
+                  for phase in self.phase_list if phase.new_adapters is not None]
+        for phase_name, families in wanted or [("full", self.families())]:
+            for family in families:
+                if family not in known:
+                    raise FieldError(
+                        self.adapters_key(phase_name, "families"),
+                        family,
+                        "is not a family of this model",
+                        f"choose among {', '.join(known)}, or add it to model.families",
+                    )
 
     def _check_preset(self, phases: PresetConfig) -> None:
         if phases.preset == "prelora" and self.convergence is None:
@@ -291,8 +351,7 @@ class Config(Strict):
         config = self.for_phase(phase.name)
         if phase.zero_stage != "auto" and "all" not in phase.trained \
                 and config.adapters.mode == "merged" and config.zero.stage == 3:
-            is_preset = isinstance(self.phases, PresetConfig)
-            key = "lora.mode" if is_preset else f"phases.{phase.name}.adapters.mode"
+            key = self.adapters_key(phase.name, "mode")
             raise FieldError(
                 key, "merged",
                 f"{key} merged needs every weight complete on every rank, but ZeRO stage 3 partitions "

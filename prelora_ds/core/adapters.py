@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal, Protocol
 
 Shape = tuple[int, ...]
@@ -22,7 +23,7 @@ class AdapterSpec:
     rank: the rank, or None for a kind without ranks.
     scaling: the factor of what the adapter adds (``alpha / rank`` in LoRA).
     seed: the first values are a function of it and of the parameter's name; each restart has another.
-    options: further options of the kind.
+    options: the options of the kind that do not have their defaults.
     """
 
     kind: str
@@ -93,6 +94,11 @@ class AdapterKind(Protocol):
     @property
     def can(self) -> Capabilities: ...
 
+    @property
+    def options(self) -> Mapping[str, Option]:
+        """Name -> default of each option; a value must have the type of the default."""
+        ...
+
     def parameters(self, weight: Shape, spec: AdapterSpec) -> Mapping[str, Shape]:
         """Leaf name -> shape, in the module's order, for a linear whose weight is [out, in]."""
         ...
@@ -117,12 +123,13 @@ class AdapterKind(Protocol):
 class Lora:
     """LoRA (Hu et al. 2021): W + s B A, with A [rank, in] and B [out, rank].
 
-    With the option ``train_a`` set to false (default: true) A stays at its first value: LoRA-FA (Zhang et al. 2023).
+    With the option ``train_a`` set to false A stays at its first value: LoRA-FA (Zhang et al. 2023).
     """
 
     A, B = "lora_A.weight", "lora_B.weight"
     can = Capabilities(merges=True, restarts=True, rank_per_module=True, kernels=("branch", "merged", "peft"),
                        needs_weight=False, zero_stages=frozenset({0, 1, 2, 3}), at_attach="exact")
+    options: Mapping[str, Option] = MappingProxyType({"train_a": True})
 
     def parameters(self, weight: Shape, spec: AdapterSpec) -> Mapping[str, Shape]:
         outputs, inputs = weight
@@ -130,7 +137,8 @@ class Lora:
         return {self.A: (spec.rank, inputs), self.B: (outputs, spec.rank)}
 
     def trains(self, spec: AdapterSpec) -> frozenset[str]:
-        return frozenset({self.A, self.B} if spec.options.get("train_a", True) else {self.B})
+        train_a = spec.options.get("train_a", self.options["train_a"])
+        return frozenset({self.A, self.B} if train_a else {self.B})
 
     def role(self, leaf: str) -> str:
         return {self.A: "a", self.B: "b"}[leaf]

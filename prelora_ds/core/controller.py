@@ -47,9 +47,18 @@ class PhaseState:
         """The index of the window that closes next."""
         return self.windows[-1].index + 1 if self.windows else 0
 
+    @property
+    def windows_of_phase(self) -> tuple[WindowStats, ...]:
+        """The closed windows that began in this phase, which its test sees."""
+        return tuple(window for window in self.windows if window.index >= self.first_window)
+
     def without_open_window(self) -> PhaseState:
         """The same state without the measurements of the open window; the next window begins in this phase."""
         return replace(self, open=(), first_window=min(self.first_window, self.next_window))
+
+    def without_windows(self) -> PhaseState:
+        """The same state with nothing measured, so that its windows begin anew."""
+        return replace(self, open=(), windows=(), first_window=0)
 
     @classmethod
     def from_json(cls, data: Any) -> PhaseState:
@@ -84,10 +93,10 @@ class PhaseController:
 
     def next(self, state: PhaseState, observation: Observation) -> PhaseState:
         """The state after one more measurement. A transition has happened if and only if the plan differs."""
-        windows = windows_of(self.phases, state.index)
-        closed = windows is not None and len(state.open) + 1 >= windows.m
-        if windows is not None:
-            state = _observed(state, observation, windows)
+        test = windows_of(self.phases, state.index)
+        closed = test is not None and len(state.open) + 1 >= test.windowing.m
+        if test is not None:
+            state = _observed(state, observation, test)
 
         until = self.phases[state.index].until
         step = observation.step
@@ -98,10 +107,9 @@ class PhaseController:
         return self._test(state, until, step) if closed else state
 
     def _test(self, state: PhaseState, test: SwitchTest, step: int) -> PhaseState:
-        windows = [window for window in state.windows if window.index >= state.first_window]
-        if len(windows) < test.k:
+        if len(state.windows_of_phase) < test.k:
             return state
-        verdict = test(windows)
+        verdict = test(state.windows_of_phase)
         state = replace(state, reason=verdict.reason, tests=state.tests + 1)
         if not verdict.passed:
             return state
@@ -136,9 +144,10 @@ class PhaseController:
 
 
 def _observed(state: PhaseState, observation: Observation, test: SwitchTest) -> PhaseState:
-    """``state`` with the observation in its open window, which closes when it has ``test.m`` observations."""
+    """``state`` with the observation in its open window, which closes when it is complete."""
     state = replace(state, open=(*state.open, observation))
-    if len(state.open) < test.m:
+    if len(state.open) < test.windowing.m:
         return state
     kept = max(test.k, KEPT_WINDOWS)
-    return replace(state, open=(), windows=(*state.windows, test.close(state.next_window, state.open))[-kept:])
+    window = test.windowing.close(state.next_window, state.open)
+    return replace(state, open=(), windows=(*state.windows, window)[-kept:])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from prelora_ds.core.adapters import AdapterSpec, Option
 from prelora_ds.core.duration import Duration
@@ -102,39 +102,6 @@ def plans_at_rank(phases: Sequence[PhaseSpec], layout: Layout, lora_rank: int | 
             ranks = known(layers_of(spec.adapters, layout), ())
         plans.append(plan_of(spec, layout, seed=0, before=plans[-1] if plans else None, ranks=ranks))
     return plans
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A difference in a phase: the dotted key below the phase, and both values."""
-
-    phase: str
-    key: str
-    before: object
-    after: object
-
-
-def difference(before: Sequence[PhaseSpec], after: Sequence[PhaseSpec], index: int) -> Difference | None:
-    """What prevents a run in phase ``index`` of ``before`` from continuing with the phases ``after``, or None.
-
-    Past phases must be equal. Of the phase that has begun, the end (``until``) may differ.
-    """
-    for i, old in enumerate(before[: index + 1]):
-        if i >= len(after):
-            return Difference(old.name, "name", old.name, None)
-        new = after[i] if i < index else replace(after[i], until=old.until)
-        if old != new:
-            return Difference(old.name, *_first_difference(old, new, ""))
-    return None
-
-
-def _first_difference(before: object, after: object, key: str) -> tuple[str, object, object]:
-    if is_dataclass(before) and not isinstance(before, type) and type(before) is type(after):
-        for part in fields(before):
-            old, new = getattr(before, part.name), getattr(after, part.name)
-            if old != new:
-                return _first_difference(old, new, f"{key}.{part.name}".lstrip("."))
-    return key, before, after
 
 
 def thawed_later(phases: Sequence[PhaseSpec], layout: Layout, index: int) -> frozenset[str]:

@@ -74,7 +74,7 @@ class Plan:
         scales = dict.fromkeys(layout.parameters, self.lr_scale.get(BASE, 1.0))
         for name, (path, leaf) in self.leaves(layout).items():
             role = kind_of(self.adapters[path]).role(leaf)
-            scales[name] = self.lr_scale.get(role, self.lr_scale.get(ADAPTERS, 1.0))
+            scales[name] = self.lr_scale.get(role, _default_scale(self.lr_scale, role))
         return scales
 
     def frozen_targets(self) -> frozenset[str]:
@@ -89,6 +89,20 @@ class Plan:
     def from_json(cls, data: Any) -> Plan:
         """Read the JSON of a plan, also of version 0.1.0. Raises CodecError, KeyError or ValueError for other data."""
         return fields_from_json(cls, _of_0_1_0(data) if "init_seed" in data else data)
+
+
+def without_defaults(lr_scale: Mapping[str, float]) -> dict[str, float]:
+    """``lr_scale`` without the factors that their roles have anyway."""
+    return {
+        role: factor
+        for role, factor in lr_scale.items()
+        if factor != _default_scale(lr_scale, role)
+    }
+
+
+def _default_scale(lr_scale: Mapping[str, float], role: str) -> float:
+    """The factor of a ``role`` that ``lr_scale`` does not list."""
+    return 1.0 if role in (BASE, ADAPTERS) else lr_scale.get(ADAPTERS, 1.0)
 
 
 def _of_0_1_0(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,14 +10,14 @@ from typing import Any
 
 from prelora_ds.config.load import check_world
 from prelora_ds.config.tree import Config, ZeroSettings
-from prelora_ds.core.controller import PhaseController
+from prelora_ds.core.controller import PhaseController, PhaseState
 from prelora_ds.core.duration import Duration
 from prelora_ds.core.layout import Layout
-from prelora_ds.core.phases import PhaseSpec, plans_at_rank, thawed_later
+from prelora_ds.core.phases import plans_at_rank, thawed_later
 from prelora_ds.core.plan import Plan
 from prelora_ds.core.rank_rules.uniform import UniformRank
 from prelora_ds.core.schedule import Timeline
-from prelora_ds.core.switch_tests.prelora import Observation, Verdict, WindowStats
+from prelora_ds.core.switch_tests.prelora import Observation, Verdict, Windowing, WindowStats
 from prelora_ds.cost import flops as costs
 from prelora_ds.cost.bytes import predict_bytes
 from prelora_ds.cost.candidates import USABLE, predict_candidate, predict_candidates, reuse_distance
@@ -176,42 +176,98 @@ def _run(config: Config, layout: Layout, zero: ZeroSettings, rows: list[dict[str
     }
 
 
+_NORMS = {"any": {0: 1.0}}  # of an observation that is foreseen, which nothing depends on
+
+
 @dataclass(frozen=True)
-class _Foreseen:
+class _ForeseenTest:
     """A test with a fixed outcome: it passes as soon as it is evaluated, or never."""
 
     k: int
-    m: int
+    windowing: Windowing
     passes: bool
     title = "a test"
-
-    def close(self, index: int, observations: Sequence[Observation]) -> WindowStats:
-        return WindowStats(index, observations[-1].step, 0.0, {})
 
     def __call__(self, windows: Sequence[WindowStats]) -> Verdict:
         return Verdict(self.passes, "", {}, ())
 
 
+@dataclass(frozen=True)
+class _ForeseenRanks(UniformRank):
+    """Ranks that wait for as many windows as those of a rule do."""
+
+    windows: int
+
+
 def steps_of_phases(config: Config, layout: Layout, timeline: Timeline, *, passes: bool) -> dict[str, int]:
     """The number of steps of each phase if every test passes as early as it can, or if none ever passes."""
-    phases = [_foreseen(spec, passes) for spec in config.specs()]
-    controller = PhaseController(layout=layout, timeline=timeline, phases=phases, seed=0)
+    controller = _foreseen(config, layout, timeline, passes)
+    names = [spec.name for spec in controller.phases]
     state = controller.initial()
     begun = 0
     steps = {}
-    for tick in sorted(timeline.ticks(config.observe.every))[:-1]:  # no phase begins after the last step
-        after = controller.next(state, Observation(tick, 1, 0.0, {}))
+    for tick, after in _course(config, controller, state, 0):
         if after.index != state.index:
-            steps[phases[state.index].name] = tick - begun
+            steps[names[state.index]] = tick - begun
             begun = tick
         state = after
-    return {**steps, phases[state.index].name: timeline.total_steps - begun}
+    return {**steps, names[state.index]: timeline.total_steps - begun}
 
 
-def _foreseen(spec: PhaseSpec, passes: bool) -> PhaseSpec:
-    """``spec`` without what only a run can determine: the result of its test, and ranks that depend on windows."""
-    if spec.until is not None and not isinstance(spec.until, Duration):
-        spec = replace(spec, until=_Foreseen(spec.until.k, spec.until.m, passes))
-    if spec.adapters is None:
-        return spec
-    return replace(spec, adapters=replace(spec.adapters, ranks=UniformRank(spec.adapters.ranks.highest)))
+def why_unfinished(config: Config, layout: Layout, timeline: Timeline, state: PhaseState,
+                   step: int) -> str | None:
+    """Why a run with this ``state`` after ``step`` steps cannot reach its last phase.
+
+    Returns None if it reaches the last phase when every test passes as early as it can.
+    """
+    controller = _foreseen(config, layout, timeline, passes=True)
+    open_window = tuple(replace(seen, norms=_NORMS) for seen in state.open)
+    state = end = replace(state, open=open_window)
+    last = len(controller.phases) - 1
+    observed = step
+    for tick, after in _course(config, controller, state, step):
+        if end.index == last:
+            break
+        observed, end = tick, after
+    if end.index == last:
+        return None
+
+    spec = controller.phases[end.index]
+    reason = end.reason  # that the next phase waits for windows
+    if isinstance(spec.until, Duration):
+        over = timeline.step_after(end.plan.since_step, spec.until)
+        if over > observed:
+            reason = (f"phase {spec.name} lasts until the first observation from step {over} on, "
+                      "and none is made before the last step")
+    elif spec.until is not None and len(end.windows_of_phase) < spec.until.k:
+        reason = (f"the test of phase {spec.name} needs {spec.until.k} windows of "
+                  f"{spec.until.windowing.m} observations (observe.every = {config.observe.every})")
+    later = ", ".join(spec.name for spec in controller.phases[end.index + 1:])
+    return f"the run ends after step {timeline.total_steps}, before {later} can begin: {reason}"
+
+
+def _course(config: Config, controller: PhaseController, state: PhaseState,
+            step: int) -> Iterator[tuple[int, PhaseState]]:
+    """The observations after ``step``, without that of the last step, and the state after each."""
+    for tick in sorted(controller.timeline.ticks(config.observe.every))[:-1]:
+        if tick > step:
+            state = controller.next(state, Observation(tick, 1, 0.0, _NORMS))
+            yield tick, state
+
+
+def _foreseen(config: Config, layout: Layout, timeline: Timeline, passes: bool) -> PhaseController:
+    """The controller of a run, without what only the run can determine.
+
+    That is the result of each test, and ranks that depend on windows.
+    """
+    phases = []
+    for spec in config.specs():
+        if spec.until is not None and not isinstance(spec.until, Duration):
+            test = _ForeseenTest(spec.until.k, spec.until.windowing, passes)
+            spec = replace(spec, until=test)
+        if spec.adapters is not None:
+            rule = spec.adapters.ranks
+            ranks = _ForeseenRanks(rule.highest, rule.windows)
+            spec = replace(spec, adapters=replace(spec.adapters, ranks=ranks))
+        phases.append(spec)
+    return PhaseController(layout=layout, timeline=timeline, phases=phases, seed=0)

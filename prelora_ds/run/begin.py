@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from prelora_ds.core.controller import PhaseState
 from prelora_ds.core.divergence import DivergenceWatch
 from prelora_ds.core.phases import thawed_later
+from prelora_ds.data.setup import identity
 from prelora_ds.engine.build import Engine, build_engine
 from prelora_ds.engine.measure import check_ranks_agree
 from prelora_ds.engine.rng import seed_rng
@@ -17,6 +19,7 @@ from prelora_ds.model.vit import build_model
 from prelora_ds.run.checkpoints.resume import Checkpoint, rewind_output
 from prelora_ds.run.checkpoints.saver import Saver
 from prelora_ds.run.context import Run
+from prelora_ds.run.forks import windows_differ
 from prelora_ds.run.records import Records
 from prelora_ds.run.run_state import RunState
 
@@ -31,6 +34,8 @@ def begin(run: Run, records: Records, saver: Saver,
         seed_rng(run.config.run.seed, dist.get_rank())  # Dropout differs between ranks.
     else:
         state = checkpoint.run
+        if not checkpoint.belongs_to(run.folder):
+            state.phase = _as_fork(run, records, state.phase, checkpoint)
         parked = thawed_later(run.config.specs(), run.layout, state.phase.index)
         engine = build_engine(
             run.config,
@@ -60,6 +65,21 @@ def roll_back(run: Run, records: Records, saver: Saver, engine: Engine,
     rewind_output(run.folder, checkpoint)
     records.open_logs(checkpoint.run.step)
     return begin(run, records, saver, checkpoint)
+
+
+def _as_fork(run: Run, records: Records, phase: PhaseState, source: Checkpoint) -> PhaseState:
+    """``phase`` of a fork, without the windows of its source if they cannot be compared."""
+    data = identity(run.train_data, run.val_data)
+    differs = windows_differ(
+        source.config, source.data, run.config, data, phase.index, source.folder
+    )
+    if differs is None or not phase.windows:
+        return phase
+    records.say(
+        f"the windows of {source.folder} are not used, because {differs} is another one here: the "
+        "windows of this run begin anew"
+    )
+    return phase.without_windows()
 
 
 def _first_weights(run: Run) -> EngineState:

@@ -188,7 +188,7 @@ def case_work(config: Config, case: Case, world_size: int) -> Work:
 
     config = case_config(config, case, world_size)
     with torch.device("meta"):
-        layout = find_layout(build_model(config.model, LABELS), config.families())
+        layout = find_layout(build_model(config.model, LABELS), config.families(), config.model.families)
     return step_work(
         config.model,
         case_plan(config, case, layout),
@@ -286,7 +286,7 @@ def _time_steps(config: Config, case: Case, rank: int, world_size: int) -> list[
     config = case_config(config, case, world_size)
     torch.manual_seed(0)
     module = build_model(config.model, LABELS)
-    layout = find_layout(module, config.families())
+    layout = find_layout(module, config.families(), config.model.families)
     plan = case_plan(config, case, layout)
     engine = build_engine(config, plan, layout, LABELS, initial_state(module, rank, world_size))
     size = case.micro_batch_size

@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from prelora_ds.config.changes import differences, may_differ, what_binds
-from prelora_ds.config.load import dump_yaml, read_settings, validate
+from prelora_ds.config.load import dump_yaml, read_settings
 from prelora_ds.config.overrides import as_override
 from prelora_ds.config.tree import Config
 from prelora_ds.core.classes import classes_of, difference
-from prelora_ds.core.controller import index_of
-from prelora_ds.core.phases import difference as phases_differ
 from prelora_ds.errors import ConfigError, cannot_write
 from prelora_ds.files import replace_file
 from prelora_ds.hosts.lock import Lock
@@ -27,7 +25,9 @@ from prelora_ds.run.checkpoints.checkpoint_folder import (
 )
 from prelora_ds.run.checkpoints.resume import origin_of, resumable_checkpoints
 from prelora_ds.run.folder import RunFolder
+from prelora_ds.run.forks import check_fork
 from prelora_ds.run.log import EventKind, check_logs, read_lines
+from prelora_ds.run.stored import read_stored
 
 
 @dataclass
@@ -223,7 +223,7 @@ def _check_candidates(
         if not new_run:
             _check_same_data(data, trained_on, config, candidate)
             return
-        _check_fork(state, config, candidate)
+        check_fork(state, config, candidate)
         if step >= steps:
             raise ConfigError(
                 "train.duration",
@@ -250,29 +250,6 @@ def _check_same_data(
             )
 
 
-def _check_fork(state: Mapping[str, Any], config: Config, source: Path) -> None:
-    """Compare the phases that the checkpoint has started with those of a new run.
-
-    Raises ConfigError.
-    """
-    bound = what_binds(state["config"], config.model_dump(mode="json"))
-    before = _read_stored(bound, config, source).specs()
-    try:
-        index = index_of(state["run"]["phase"])
-        phase = before[index].name
-    except (KeyError, TypeError, ValueError, IndexError):
-        return  # Reported when the checkpoint is loaded.
-    changed = phases_differ(before, config.specs(), index)
-    if changed is not None:
-        raise ConfigError(
-            f"phases.{changed.phase}.{changed.key}",
-            changed.after,
-            f"was {changed.before} in the run of {source}, which is in phase {phase}",
-            "keep all phases up to the end of that one unchanged, or start from an earlier "
-            "checkpoint",
-        )
-
-
 def is_finished(folder: RunFolder) -> bool:
     """Whether the run in ``folder`` has finished. Raises ConfigError if its log is damaged."""
     events = folder.events_to_read
@@ -289,24 +266,7 @@ def _stored_settings(
     Another version may have written it. Missing keys get their defaults. Raises ConfigError.
     """
     bound = what_binds(values, config.model_dump(mode="json"), new_run=new_run)
-    return _read_stored(bound, config, where).model_dump(mode="json")
-
-
-def _read_stored(values: Mapping[str, Any], config: Config, where: Path) -> Config:
-    """Validate the stored ``values`` as a config of this version.
-
-    Raises ConfigError about ``run.output_dir`` if this version does not accept them.
-    """
-    try:
-        return validate(values, str(where))
-    except ConfigError as exc:
-        raise ConfigError(
-            "run.output_dir",
-            config.run.output_dir,
-            f"{where} contains settings that this version of prelora_ds does not accept: "
-            f"{exc.key} = {exc.value!r}: {exc.problem}",
-            "continue with the version that wrote them, or choose another run.output_dir",
-        ) from exc
+    return read_stored(bound, config, where).model_dump(mode="json")
 
 
 def _check_same_settings(

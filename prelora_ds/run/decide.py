@@ -32,7 +32,7 @@ def decide(run: Run, records: Records, state: RunState, step: int,
 
     decision = on_rank_0(lambda: to_json(run.controller.next(before, observation)))
     after = from_json(PhaseState, decision)
-    records.decision(before, after)
+    records.decision(before, after, step)
     if step == run.timeline.total_steps:
         return replace(
             after, plan=before.plan, index=before.index, first_window=before.first_window

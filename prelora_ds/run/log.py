@@ -23,6 +23,7 @@ class EventKind(StrEnum):
     """The kind of an event: the value of the key ``event`` in its row."""
 
     PLAN = "plan"  # a plan that begins after ``step``, its reason, and the cost of the switch to it
+    WAIT = "wait"  # a phase is over, but the next one waits for windows
     BYTES = "bytes"  # predicted and measured bytes under a plan
     RESUME = "resume"  # the run continues from a checkpoint
     STRAGGLER = "straggler"  # a rank that slows down the others

@@ -13,6 +13,7 @@ from prelora_ds.core.controller import PhaseState
 from prelora_ds.core.stragglers import StragglerWatch
 from prelora_ds.core.switch_tests.prelora import Observation
 from prelora_ds.cost.bytes import predict_bytes, worst_deviation
+from prelora_ds.cost.forecast import why_unfinished
 from prelora_ds.data.setup import fingerprints
 from prelora_ds.engine.build import Engine, StepStats
 from prelora_ds.engine.census import census, peak_rss_bytes
@@ -128,8 +129,15 @@ class Records:
     def observation(self, observation: Observation) -> None:
         self._log.observation(observation)
 
-    def decision(self, before: PhaseState, after: PhaseState) -> None:
-        """Log the window that has just closed, if any, and report the verdict if it was tested."""
+    def decision(self, before: PhaseState, after: PhaseState, step: int) -> None:
+        """Log the window that has just closed, if any, and report the verdict if it was tested.
+
+        Once a phase is over, that the next one waits for windows is logged and reported, too.
+        """
+        same_phase = after.index == before.index
+        if same_phase and after.tests == before.tests and after.reason != before.reason:
+            self._log.event(EventKind.WAIT, step, phase=before.plan.phase, reason=after.reason)
+            self.say(f"step {step}: {after.reason}")
         last_before = [window.index for window in before.windows[-1:]]
         last_after = [window.index for window in after.windows[-1:]]
         if last_after == last_before:
@@ -175,6 +183,13 @@ class Records:
             )
 
     # ---- start and end
+
+    def begun(self, state: RunState) -> None:
+        """Warn if the method cannot be finished within the run, which is probably a mistake."""
+        run = self.run
+        problem = why_unfinished(run.config, run.layout, run.timeline, state.phase, state.step)
+        if problem is not None:
+            self.say(f"warning: {problem}")
 
     def resumed(self, engine: Engine, checkpoint: Checkpoint) -> None:
         """Log that this job continues from ``checkpoint``."""

@@ -89,3 +89,27 @@ def test_a_fork_keeps_past_phases_and_may_change_later_ones(whole, forge, shards
                   resume=str(source))
     assert refused.end()[0] == 2 and "phases.full.until = " in refused.said(), refused.said()[-3000:]
     assert "which is in phase low" in refused.said()
+
+
+def test_a_fork_that_observes_otherwise_begins_its_windows_anew(whole, forge, shards, tmp_path):
+    """The windows of its source last two steps; the test needs two windows of one step."""
+    out = tmp_path / "fork"
+    fork = Job(forge, out, shards, *SETTINGS, "observe.every=1 steps", "train.duration=10 steps",
+               phases(FULL, LOW, "{name: rest}"), resume=str(whole / "checkpoints/step-00000006"))
+    assert fork.end() == [0, 0], fork.said()[-3000:]
+    assert "because observe.every is another one here" in fork.said()
+    assert walk(out) == [("low", 2), ("rest", 2)]
+    assert [row["index"] for row in read_lines(out / "windows.jsonl")] == [0, 1, 2, 3]
+
+
+def test_a_fork_with_other_families_waits_for_the_windows_of_its_ranks(whole, forge, shards, tmp_path):
+    """They cannot be taken from the source, which did not measure these families."""
+    out = tmp_path / "fork"
+    low = f"{{name: low, adapters: {{ranks: {{rule: prelora}}, families: [q, v]}}, until: {TEST}}}"
+    fork = Job(forge, out, shards, *SETTINGS, "train.duration=9 steps", phases(FULL, low, "{name: rest}"),
+               resume=str(whole / "checkpoints/step-00000003"))
+    assert fork.end() == [0, 0], fork.said()[-3000:]
+    assert walk(out) == [("full", 3), ("low", 3)]
+    said = fork.said()
+    assert said.count("phase low waits until 2 windows have closed") == 1
+    assert "warning: the run ends after step 9, before rest can begin: the test of phase low needs 2 windows" in said

@@ -7,12 +7,21 @@ registers both.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
-from prelora_ds.core.adapters import KINDS, AdapterCost, AdapterSpec, Capabilities, Needs, Shape
+from prelora_ds.core.adapters import (
+    KINDS,
+    AdapterCost,
+    AdapterSpec,
+    Capabilities,
+    Needs,
+    Option,
+    Shape,
+)
 from prelora_ds.model.adapters import HALVES
 from prelora_ds.model.families import ADAPTER_NAME
 
@@ -29,6 +38,7 @@ class ToyKind:
         zero_stages=frozenset({0, 1, 2, 3}),
         at_attach="exact",
     )
+    options: Mapping[str, Option] = MappingProxyType({})
 
     def parameters(self, weight: Shape, spec: AdapterSpec) -> Mapping[str, Shape]:
         return {"gain": (weight[0],)}

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from prelora_ds.core.switch_tests.prelora import Observation, PreloraTest, Verdict, WindowStats
+from prelora_ds.core.switch_tests.prelora import PreloraTest, Verdict, Windowing, WindowStats
 
 
 class SwitchTest(Protocol):
@@ -16,7 +16,7 @@ class SwitchTest(Protocol):
 
     title: its name in messages.
     k: how many windows it compares.
-    m: how many observations make a window.
+    windowing: how its windows are made.
     """
 
     @property
@@ -26,11 +26,7 @@ class SwitchTest(Protocol):
     def k(self) -> int: ...
 
     @property
-    def m(self) -> int: ...
-
-    def close(self, index: int, observations: Sequence[Observation]) -> WindowStats:
-        """Reduce ``observations``, oldest first, to a window."""
-        ...
+    def windowing(self) -> Windowing: ...
 
     def __call__(self, windows: Sequence[WindowStats]) -> Verdict:
         """Decide whether the phase ends. ``windows`` are at least ``k`` windows, oldest first."""

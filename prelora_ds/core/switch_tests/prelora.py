@@ -48,6 +48,22 @@ class WindowStats:
 
 
 @dataclass(frozen=True)
+class Windowing:
+    """How observations become windows; only windows that were made alike can be compared.
+
+    m: how many observations make a window.
+    statistic: the norm of a window, as in `close_window`.
+    """
+
+    m: int
+    statistic: str = "mean"
+
+    def close(self, index: int, observations: Sequence[Observation]) -> WindowStats:
+        """Reduce ``observations``, oldest first, to a window."""
+        return close_window(index, observations, self.statistic)
+
+
+@dataclass(frozen=True)
 class Verdict:
     """The result of Algorithm 1.
 
@@ -224,8 +240,9 @@ class PreloraTest:
     aggregate: str = "norm_of_mean"
     title = "Algorithm 1"
 
-    def close(self, index: int, observations: Sequence[Observation]) -> WindowStats:
-        return close_window(index, observations, self.statistic)
+    @property
+    def windowing(self) -> Windowing:
+        return Windowing(self.m, self.statistic)
 
     def __call__(self, windows: Sequence[WindowStats]) -> Verdict:
         return partially_converged(windows, k=self.k, tau=self.tau, zeta=self.zeta, aggregate=self.aggregate)

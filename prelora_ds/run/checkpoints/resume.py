@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,8 @@ class Checkpoint:
     """A checkpoint that was verified on all ranks.
 
     run: the state of the run. engine: this rank's part of the state of the engine.
+    config: the config of the run that wrote it, as JSON.
+    data: the fingerprints of that run's data sets, by config key.
     """
 
     folder: Path
@@ -51,6 +53,8 @@ class Checkpoint:
     engine: EngineState
     counters: Counters
     rng: str
+    config: Mapping[str, Any]
+    data: Mapping[str, str]
 
     def belongs_to(self, folder: RunFolder) -> bool:
         """Whether this is a checkpoint of the run in ``folder``, and not of another run."""
@@ -187,6 +191,8 @@ def read_checkpoint(folder: Path, layout: Layout, rank: int, world_size: int) ->
         run = from_json(RunState, document["run"])
         counters = from_json(Counters, document["counters"])
         adam_steps = dict(document["adam_steps"])
+        config = dict(document["config"])
+        data = dict(document["data"])
         plan = run.phase.plan
         shapes = plan.parameters(layout)
         unknown = [*(plan.trainable - shapes.keys())]
@@ -206,7 +212,7 @@ def read_checkpoint(folder: Path, layout: Layout, rank: int, world_size: int) ->
             f"{folder}: the state of the random number generators is missing"
         )
     state.adam_steps = adam_steps
-    return Checkpoint(folder, manifest, run, state, counters, metadata["rng"])
+    return Checkpoint(folder, manifest, run, state, counters, metadata["rng"], config, data)
 
 
 def rewind_output(

@@ -154,7 +154,8 @@ def test_a_cpu_has_bytes_and_with_a_calibration_times(planned: Any, tmp_path: Pa
     (["--walltime", "soon"], "--walltime = 'soon'", "write 6h"),
     (["--walltime", "0h"], "--walltime = '0h'", "write 6h"),
     (["--calibration", "none.json"], "--calibration = 'none.json'", "prelora calibrate"),
-    (["model.factory=a.b:c", "model.families.x=(?P<layer>.)"], "model.factory", "without model.factory"),
+    (["model.factory=a.b:c", "model.families.x=(?P<layer>.)", "lora.families=[x]"], "model.factory",
+     "without model.factory"),
 ])
 def test_a_mistake_is_one_message_and_exit_code_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[object], key: str, remedy: str

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
+from pydantic import Discriminator, Tag, ValidationError, create_model
 
 from prelora_ds.config.changes import differences, what_binds
 from prelora_ds.config.documents import write_yaml
+from prelora_ds.config.fields import DurationField, Positive
 from prelora_ds.config.load import dump_yaml, load_config, validate
+from prelora_ds.config.phases import (
+    AdaptersConfig,
+    PhaseConfig,
+    PreloraRule,
+    PreloraUntil,
+    RankRuleConfig,
+    SwitchTestConfig,
+    _kind_of_until,
+)
 from prelora_ds.config.tree import Config
 from prelora_ds.core.duration import Duration
 from prelora_ds.core.phases import Adapters, PhaseSpec
+from prelora_ds.core.rank_rules import RANK_RULES
 from prelora_ds.core.rank_rules.prelora import PreloraRanks
 from prelora_ds.core.rank_rules.uniform import UniformRank
-from prelora_ds.core.switch_tests.prelora import PreloraTest
+from prelora_ds.core.switch_tests import SWITCH_TESTS
+from prelora_ds.core.switch_tests.prelora import PreloraTest, Verdict, Windowing, WindowStats
 from prelora_ds.errors import ConfigError
 
 BASE: dict[str, Any] = {
@@ -57,6 +72,16 @@ def test_a_list_is_read_phase_by_phase() -> None:
                   freeze_below=1))
 
 
+@pytest.mark.parametrize(("written", "kept"), [
+    ({"adapters": 16.0, "a": 1.0}, {"adapters": 16.0, "a": 1.0}),  # without "a", its factor would be 16
+    ({"adapters": 16.0, "a": 16.0}, {"adapters": 16.0}),
+    ({"adapters": 1.0, "a": 1.0, "b": 2.0, "base": 1.0}, {"b": 2.0}),
+    (1.0, {}),
+    (0.5, {"base": 0.5, "adapters": 0.5})])
+def test_a_role_keeps_its_factor_unless_it_has_it_anyway(written: Any, kept: dict[str, float]) -> None:
+    assert method(*LIST[:2], {"name": "c", "lr_scale": written}).specs()[2].lr_scale == kept
+
+
 def test_the_preset_is_three_phases_with_the_parameters_of_two_sections() -> None:
     config = validate({**BASE, "convergence": {"tau": 1.0, "zeta": 5.0}, "observe": {"every": "2 steps"},
                        "lora": {"r_min": 2, "r_max": 4, "warmup": "4 steps", "lr_scale": 0.5, "train_rest": False,
@@ -90,9 +115,22 @@ def test_adapters_keep_what_they_are_and_may_change_how_they_train() -> None:
     assert config.for_phase("low").adapters.dropout == 0.0
 
 
+def test_kept_adapters_train_as_before_except_for_what_is_set(tmp_path: Path) -> None:
+    new = {**LIST[1], "adapters": {"rank": 4, "dropout": 0.1, "weight_decay": 0.05, "mode": "peft"}}
+    third = {**LIST[2], "adapters": {"from": "keep", "mode": "branch"}}
+    fourth = {**LIST[3], "adapters": {"from": "keep", "dropout": 0.0}}
+    config = method(LIST[0], new, third, fourth)
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_yaml(config))
+    for read in (config, load_config(path)):
+        trained = [read.for_phase(name).adapters for name in ("low", "thaw", "last")]
+        assert [(a.dropout, a.weight_decay, a.mode) for a in trained] == [
+            (0.1, 0.05, "peft"), (0.1, 0.05, "branch"), (0.0, 0.05, "branch")]
+
+
 def test_norms_are_measured_of_what_any_phase_adapts() -> None:
     assert method(*LIST).families() == ("q", "v")
-    assert method(LIST[3] | {"name": "full", "train": "all"}).families() == ("q", "k", "v", "o", "fc1", "fc2")
+    assert method({"name": "full"}).families() == ("q", "k", "v", "o", "fc1", "fc2")
 
 
 # ---- overrides
@@ -134,13 +172,20 @@ def test_an_override_of_a_phase_that_is_not_there_names_those_that_are(tmp_path:
     ([LIST[0], {"name": "b", "adapters": {"rank": 4, "kind": "dora"}}], "phases.b.adapters.kind", "known are lora"),
     ([LIST[0], {"name": "b", "adapters": {"rank": 4, "families": []}}], "phases.b.adapters.families", "once"),
     ([LIST[0], {"name": "b", "adapters": {"from": "keep"}}], "phases.b.adapters.from", "no adapters before"),
-    ([LIST[0], {"name": "b", "adapters": {"from": "keep", "rank": 4}}], "phases.b.adapters.rank", "remove it"),
+    ([LIST[0], {"name": "b", "adapters": {"from": "keep", "rank": 4}}], "phases.b.adapters.rank", "applies to new"),
     ([*LIST[:2], {"name": "c", "adapters": {"rank": 4}}], "phases.c.adapters.from", "would discard"),
     ([*LIST[:2], {"name": "c", "adapters": "none"}], "phases.c.adapters", "would discard"),
     ([LIST[0], {"name": "b", "train": "adapters"}], "phases.b.train", "there are none"),
+    ([LIST[0], {"name": "b", "train": 5}], "phases.b.train", "5, which is not a text"),
+    ([LIST[0], {"name": "b", "train": ["head", None]}], "phases.b.train", "None, which is not a text"),
+    ([LIST[0], {"name": "calibration"}], "phases.calibration.name", "is the former name of machine.calibration"),
+    ([LIST[0], {"name": "b", "adapters": {"rank": 4, "families": ["q", "kk"]}}], "phases.b.adapters.families",
+     "is not a family of this model"),
     ([LIST[0], {"name": "b", "train": []}], "phases.b.train", "at least one set of parameters"),
     ([LIST[0], {"name": "b", "train": "head("}], "phases.b.train", "neither one of all, adapters"),
     ([LIST[0], {"name": "b", "lr_scale": {"c": 2.0}}], "phases.b.lr_scale.c", "is not a role"),
+    ([LIST[0], {"name": "b", "lr_scale": {"a": 2.0}}], "phases.b.lr_scale.a", "which has base"),
+    ([*LIST[:2], {"name": "c", "lr_scale": {"c": 2.0}}], "phases.c.lr_scale.c", "which has base, adapters, a, b"),
     ([LIST[0], {"name": "b", "lr_scale": 0}], "phases.b.lr_scale", "greater than 0"),
     ([LIST[0], {"name": "b", "freeze_below": 2}], "phases.b.freeze_below", "layers 0 to 1"),
     ([LIST[0], {"name": "b", "until": {**TEST, "k": 1}}, {"name": "c"}], "phases.b.until.k", "greater than or equal"),
@@ -156,13 +201,31 @@ def test_what_cannot_work_is_refused_with_phase_and_key(phases: list[dict[str, A
     assert problem in error.problem
 
 
+@pytest.mark.parametrize(("options", "key", "said"), [
+    ({"trian_a": False}, "trian_a", "is not an option of the kind lora; did you mean train_a?"),
+    ({"rank": 8}, "rank", "is not an option of the kind lora; the kind lora has these options: train_a"),
+    ({"train_a": "false"}, "train_a", "is not true or false; the default is true"),
+    ({"train_a": 0}, "train_a", "is not true or false; the default is true")])
+def test_an_option_is_one_of_its_kind_and_has_its_type(options: dict[str, Any], key: str, said: str) -> None:
+    error = refused(LIST[0], {"name": "b", "adapters": {"rank": 4, "options": options}})
+    assert error.key == f"phases.b.adapters.options.{key}"
+    assert f"{error.problem}; {error.remedy}".replace(" (in r.yaml)", "") == said
+
+
+def test_an_option_with_its_default_makes_no_difference() -> None:
+    plain, default, fixed = (
+        method(LIST[0], {"name": "b", "adapters": {"rank": 4, "options": options}}).specs()[1].adapters
+        for options in ({}, {"train_a": True}, {"train_a": False}))
+    assert plain == default != fixed
+
+
 def test_parameters_of_the_preset_have_no_place_beside_a_list() -> None:
     assert refused(*LIST, convergence={"tau": 1.0, "zeta": 5.0}).key == "convergence"
     assert refused(*LIST, lora={"r_max": 32}).key == "lora"
 
 
 @pytest.mark.parametrize(("sections", "key"), [
-    ({"phases": {"preset": "prelora"}}, "convergence"),
+    ({"phases": {"preset": "prelora"}}, "convergence"), ({"lora": {"families": ["q", "kk"]}}, "lora.families"),
     ({"phases": {"preset": "full"}, "convergence": {"tau": 1.0, "zeta": 5.0}}, "convergence"),
     ({"phases": {"preset": "relora"}}, "phases.preset"), ({"phases": {"low": {"zero_stage": 1}}}, "phases.low"),
     ({"phases": {"lora": {"train": "all"}}}, "phases.lora.train"), ({"phases": "prelora"}, "phases")])
@@ -183,3 +246,82 @@ def test_a_resumed_run_keeps_its_method_and_may_run_its_phases_otherwise() -> No
     bound = what_binds(before, settings)
     assert validate(bound, "r").phase_list[1].zero_stage == 2
     assert [phase["name"] for phase in bound["phases"]] == ["full", "low", "thaw", "last"]
+
+
+def test_overrides_make_a_list_of_phases_of_a_preset(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(write_yaml({**BASE, "convergence": {"tau": 1.0, "zeta": 5.0}, "lora": {"r_max": 32}}))
+    config = load_config(recipe, ["phases=[{name: all}]", "convergence=null", "lora=null"])
+    assert [phase.name for phase in config.phase_list] == ["all"]
+
+
+# ---- a further rule and a further test, by the recipes of CONTRIBUTING.md
+
+@dataclass(frozen=True)
+class FirstLayer:
+    """A rule that needs no windows: one rank for the first layer, and 1 for all others."""
+
+    first: int
+    windows = 0
+
+    @property
+    def highest(self) -> int:
+        return self.first
+
+    def __call__(self, families: Any, windows: Any) -> dict[str, dict[int, int]]:
+        return {name: {layer: 1 if layer else self.first for layer in layers} for name, layers in families.items()}
+
+
+class FirstLayerRule(RankRuleConfig):
+    rule: Literal["first"]
+    first: Positive = 8
+
+
+@dataclass(frozen=True)
+class LossBelow:
+    """A test that passes when the loss of a window is below a limit."""
+
+    limit: float
+    title = "the limit"
+    k = 1
+    windowing = Windowing(2)
+
+    def __call__(self, windows: Sequence[WindowStats]) -> Verdict:
+        return Verdict(windows[-1].loss < self.limit, "", {}, ())
+
+
+class LossUntil(SwitchTestConfig):
+    test: Literal["loss"]
+    limit: float
+
+
+def extended(monkeypatch: pytest.MonkeyPatch) -> type[Config]:
+    """The config with both, as if they were joined to the unions of `prelora_ds.config.phases`."""
+    monkeypatch.setitem(RANK_RULES, "first", FirstLayer)
+    monkeypatch.setitem(SWITCH_TESTS, "loss", LossBelow)
+    until = Annotated[
+        Annotated[DurationField, Tag("as a duration")] | Annotated[PreloraUntil | LossUntil, Tag("as a test")],
+        Discriminator(_kind_of_until)]
+    adapters = create_model("Adapters", __base__=AdaptersConfig, ranks=(PreloraRule | FirstLayerRule | None, None))
+    phase = create_model("Phase", __base__=PhaseConfig, adapters=(adapters | None, None),
+                         until=(until | None, None))
+    return create_model("Extended", __base__=Config, phases=(tuple[phase, ...], ...))  # type: ignore[valid-type]
+
+
+def test_a_further_rule_and_a_further_test_need_only_their_two_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = extended(monkeypatch).model_validate({**BASE, "phases": [
+        {"name": "a", "adapters": {"ranks": {"rule": "first", "first": 4}}, "until": {"test": "loss", "limit": 0.5}},
+        {"name": "b", "until": TEST}, {"name": "c"}]})
+    first, second, _ = config.specs()
+    assert first.adapters is not None and first.adapters.ranks == FirstLayer(4)
+    assert (first.until, second.until) == (LossBelow(0.5), PreloraTest(1.0, 5.0, 2, 2))
+    assert config.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_a_rule_that_needs_windows_needs_a_test_whatever_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = extended(monkeypatch)
+    phases = [{"name": "a", "until": {"test": "loss", "limit": 0.5}},
+              {"name": "b", "adapters": {"ranks": {"rule": "prelora"}}}]
+    assert len(model.model_validate({**BASE, "phases": phases}).specs()) == 2
+    with pytest.raises(ValidationError, match="no phase before this one closes any"):
+        model.model_validate({**BASE, "phases": [{**phases[0], "until": "2 steps"}, phases[1]]})

@@ -313,3 +313,52 @@ def test_a_file_in_the_place_of_the_model_is_reported_before_the_run(tmp_path: P
     with pytest.raises(ConfigError, match="contains a file or link named model, where the run") as refused:
         claim(tmp_path)
     assert refused.value.key == "run.output_dir"
+
+
+LIST = ("convergence=null", "lora=null", "observe.every=2 steps")
+FULL = "{name: full, until: {test: prelora, tau: 1.0, zeta: 5.0, m: 2}}"
+LOW = "{name: low, adapters: {rank: 4, dropout: 0.1}, train: [norms, head], until: 5 steps}"
+
+
+def phases(*entries: str) -> str:
+    return f"phases=[{', '.join(entries)}]"
+
+
+@pytest.mark.parametrize(("low", "key", "said"), [
+    (LOW.replace("rank: 4", "rank: 8"), "adapters.rank", "was 4 in"),
+    (LOW.replace("rank: 4", "rank: 4, alpha_over_r: 2"), "adapters.alpha_over_r", "was 1.0 in"),
+    (LOW.replace("dropout: 0.1", "weight_decay: 0.5"), "adapters.dropout", "was 0.1 in"),
+    (LOW.replace("dropout: 0.1", "dropout: 0.1, weight_decay: 0.5"), "adapters.weight_decay", "was 0.0 in"),
+    ("{name: low, train: head, until: 5 steps}", "adapters", "was {'kind': 'lora', 'rank': 4, "),
+    (LOW.replace("[norms, head]", "head"), "train", r"was ['head', 'norms'] in"),
+    (LOW.replace("5 steps", "5 steps, rewarm: 2 steps"), "rewarm", "was None in")])
+def test_a_fork_that_changes_a_phase_is_refused_with_the_key_of_the_recipe(
+        tmp_path: Path, low: str, key: str, said: str) -> None:
+    saved = forked_from(tmp_path, *LIST, phases(FULL, LOW, "{name: last}"))
+    with pytest.raises(ConfigError) as caught:
+        claim(tmp_path / "new", str(saved), *LIST, phases(FULL, low, "{name: last}"))
+    assert caught.value.key == f"phases.low.{key}"
+    assert caught.value.problem.startswith(said)
+
+
+@pytest.mark.parametrize("low", [
+    LOW.replace("[norms, head]", "[head, norms]"),
+    LOW.replace("dropout: 0.1", "dropout: 0.1, mode: branch, options: {train_a: true}"),
+    LOW.replace("5 steps", "9 steps")])
+def test_a_fork_may_write_a_phase_in_another_way(tmp_path: Path, low: str) -> None:
+    saved = forked_from(tmp_path, *LIST, phases(FULL, LOW, "{name: last}"))
+    assert claim(tmp_path / "new", str(saved), *LIST, phases(FULL, low, "{name: last}")) == [saved]
+
+
+def test_a_fork_may_change_kernel_and_stage_together(tmp_path: Path) -> None:
+    """The kernel of the source does not fit the stage of the fork, but is not used there."""
+    saved = forked_from(tmp_path, "lora.mode=merged", "deepspeed.zero_optimization.stage=2")
+    assert claim(tmp_path / "new", str(saved), "lora.mode=branch", "deepspeed.zero_optimization.stage=3") == [saved]
+
+
+def forked_from(tmp_path: Path, *overrides: str) -> Path:
+    """Write a checkpoint of a run in its second phase."""
+    def in_second(state: dict[str, Any]) -> None:
+        state["run"]["phase"] = {"index": 1, "plan": {"phase": "any"}}
+
+    return checkpoint(tmp_path / "old", 10, *overrides, change=in_second)

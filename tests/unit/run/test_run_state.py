@@ -96,3 +96,5 @@ def test_a_new_run_keeps_the_closed_windows_of_another_run_but_nothing_that_is_o
     assert (state.corrupt, state.best_acc1, state.phase.open) == ((0, 0), None, ())
     assert state.phase.windows == phase.windows
     assert state.phase.first_window == 4  # the next window is entirely in this phase
+    anew = state.phase.without_windows()
+    assert (anew.windows, anew.open, anew.first_window, anew.next_window) == ((), (), 0, 0)

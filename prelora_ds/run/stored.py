@@ -1,0 +1,28 @@
+"""The config of a run that a checkpoint or an output folder stores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prelora_ds.config.load import validate
+from prelora_ds.config.tree import Config
+from prelora_ds.errors import ConfigError
+
+
+def read_stored(values: Mapping[str, Any], config: Config, where: Path) -> Config:
+    """Validate the stored ``values`` as a config of this version, for the run of ``config``.
+
+    Raises ConfigError about ``run.output_dir`` if this version does not accept them.
+    """
+    try:
+        return validate(values, str(where))
+    except ConfigError as exc:
+        raise ConfigError(
+            "run.output_dir",
+            config.run.output_dir,
+            f"{where} contains settings that this version of prelora_ds does not accept: "
+            f"{exc.key} = {exc.value!r}: {exc.problem}",
+            "continue with the version that wrote them, or choose another run.output_dir",
+        ) from exc

@@ -1,0 +1,79 @@
+"""The steps of each phase, and whether a method can be finished, before a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.claims import config
+
+from prelora_ds.core.controller import PhaseController, PhaseState
+from prelora_ds.core.layout import Layout
+from prelora_ds.core.phases import PhaseSpec
+from prelora_ds.core.schedule import Timeline
+from prelora_ds.core.switch_tests.prelora import Observation
+from prelora_ds.cost.forecast import steps_of_phases, why_unfinished
+
+FAMILIES = ("q", "k", "v", "o", "fc1", "fc2")
+LAYOUT = Layout(
+    {f"{family}.weight": (8, 8) for family in FAMILIES},
+    {family: {0: family} for family in FAMILIES},
+)
+BY_RULE = "{name: l, adapters: {ranks: {rule: prelora}}, until: "
+TEST = "{test: prelora, tau: 1.0, zeta: 5.0, k: 2, m: 3}}"
+LAST = "{name: last}"
+
+
+def run(*phases: str, steps: int = 10) -> Any:
+    """The config, layout and timeline of a run that observes every 2 steps."""
+    settings = config(
+        Path("o"), "convergence=null", "lora=null", "observe.every=2 steps",
+        f"train.duration={steps} steps", f"phases=[{', '.join(phases)}]",
+    )
+    timeline = Timeline(640, settings.train.global_batch_size, settings.train.duration)
+    return settings, LAYOUT, timeline
+
+
+def begun(*phases: str, steps: int = 10) -> tuple[Any, PhaseState]:
+    settings, layout, timeline = run(*phases, steps=steps)
+    specs: tuple[PhaseSpec, ...] = settings.specs()
+    controller = PhaseController(layout=layout, timeline=timeline, phases=specs, seed=0)
+    return (settings, layout, timeline), controller.initial()
+
+
+def test_a_phase_whose_ranks_depend_on_windows_is_foreseen_to_wait_for_them() -> None:
+    method = run("{name: full, until: 2 steps}", BY_RULE + TEST, LAST, steps=20)
+    assert steps_of_phases(*method, passes=False) == {"full": 12, "l": 8}
+
+
+@pytest.mark.parametrize(("phases", "said"), [
+    (("{name: full, until: 100 epochs}", LAST), "before last can begin: phase full lasts until the first observation"),
+    (("{name: full, until: 9 steps}", LAST), "phase full lasts until the first observation from step 9 on"),
+    (("{name: full, until: " + TEST, LAST),
+     "the test of phase full needs 2 windows of 3 observations (observe.every = 2 steps)"),
+    (("{name: full, until: 2 steps}", BY_RULE + TEST, LAST),
+     "before l, last can begin: phase full has lasted 2 steps; phase l waits until 2 windows have closed")])
+def test_a_method_that_cannot_be_finished_is_recognized(phases: tuple[str, ...], said: str) -> None:
+    method, state = begun(*phases)
+    problem = why_unfinished(*method, state, 0)
+    assert problem is not None and said in problem
+    assert problem.startswith("the run ends after step 10, before ")
+
+
+@pytest.mark.parametrize("phases", [
+    (LAST,), ("{name: full, until: 8 steps}", LAST), ("{name: full, until: 0 steps}", LAST)])
+def test_a_method_that_can_be_finished_gives_no_warning(phases: tuple[str, ...]) -> None:
+    method, state = begun(*phases)
+    assert why_unfinished(*method, state, 0) is None
+
+
+def test_a_resumed_run_counts_what_it_has_measured() -> None:
+    method, state = begun("{name: full, until: " + TEST, LAST, steps=14)
+    settings, layout, timeline = method
+    controller = PhaseController(layout=layout, timeline=timeline, phases=settings.specs(), seed=0)
+    assert why_unfinished(*method, state, 4) is not None  # as if nothing had been measured
+    for step in (2, 4):
+        norms = {family: {0: float(step)} for family in FAMILIES}
+        state = controller.next(state, Observation(step, 1, 1.0, norms))
+    assert why_unfinished(*method, state, 4) is None

@@ -1,0 +1,50 @@
+"""Which windows a fork can compare with those of its source."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.claims import config
+
+from prelora_ds.run.forks import windows_differ
+
+LIST = ("convergence=null", "lora=null", "observe.every=2 steps")
+UNTIL = "{test: prelora, tau: 1.0, zeta: 5.0, k: 2, m: 2}"
+SOURCE = f"phases=[{{name: full, until: {UNTIL}}}, {{name: l, adapters: {{rank: 4}}}}]"
+
+
+def differs(*overrides: str, data: str = "a", index: int = 0) -> str | None:
+    """Compare the windows of a fork with those of the run of `SOURCE`."""
+    source = config(Path("o"), *LIST, SOURCE).model_dump(mode="json")
+    fork = config(Path("o"), *LIST, SOURCE, *overrides)
+    return windows_differ(source, {"data.train": "a"}, fork, {"data.train": data}, index, Path("c"))
+
+
+@pytest.mark.parametrize("overrides", [
+    (), ("phases.full.until.k=3",), ("phases.full.until.tau=2",), ("optimizer.lr=0.1",),
+    ("phases.l.adapters.rank=8",), ("train.duration=9 epochs",)])
+def test_windows_that_are_made_alike_are_kept(overrides: tuple[str, ...]) -> None:
+    assert differs(*overrides) is None
+
+
+@pytest.mark.parametrize(("overrides", "name"), [
+    (("observe.every=1 steps",), "observe.every"),
+    (("train.label_smoothing=0.3",), "train.label_smoothing"),
+    (("phases.full.until.m=1",), "the test that makes windows"),
+    (("phases.full.until.statistic=last",), "the test that makes windows"),
+    (("phases.l.adapters.families=[q, v]",), "the families whose norms are measured")])
+def test_windows_of_other_settings_are_not_compared(overrides: tuple[str, ...], name: str) -> None:
+    assert differs(*overrides) == name
+
+
+def test_windows_of_other_data_are_not_compared() -> None:
+    assert differs(data="b") == "data.train"
+
+
+def test_an_interval_that_is_a_share_of_the_run_depends_on_its_duration() -> None:
+    share = ("observe.every=10 %",)
+    source = config(Path("o"), *LIST, SOURCE, *share).model_dump(mode="json")
+    for duration, name in (("20 steps", None), ("30 steps", "observe.every")):
+        fork = config(Path("o"), *LIST, SOURCE, *share, f"train.duration={duration}")
+        assert windows_differ(source, {}, fork, {}, 0, Path("c")) == name
