@@ -89,3 +89,17 @@ def test_a_fork_keeps_past_phases_and_may_change_later_ones(whole, forge, shards
                   resume=str(source))
     assert refused.end()[0] == 2 and "phases.full.until = " in refused.said(), refused.said()[-3000:]
     assert "which is in phase low" in refused.said()
+
+
+def test_a_phase_after_one_at_stage_3_computes_as_after_a_resume(forge, shards, tmp_path):
+    """DeepSpeed replaces torch's linear at stage 3, which a resumed job at stage 1 does not do."""
+    settings = (*SETTINGS, phases(FULL, "{name: last, train: [head, norms, '.*fc1.*'], zero_stage: 1}"))
+    run = Job(forge, tmp_path / "run", shards, *settings, zero=3)
+    assert run.end() == [0, 0], run.said()[-3000:]
+    resumed = Job(forge, tmp_path / "resumed", shards, *settings, zero=3,
+                  resume=str(tmp_path / "run/checkpoints/step-00000006"))
+    assert resumed.end() == [0, 0], resumed.said()[-3000:]
+
+    expected, found = traces(tmp_path / "run"), traces(tmp_path / "resumed")
+    expected["metrics"] = [row for row in expected["metrics"] if row["step"] > 6]
+    assert differences({part: expected[part] for part in ("metrics", "model")}, found) == []
