@@ -138,12 +138,13 @@ def _first_difference(before: object, after: object, key: str) -> tuple[str, obj
 
 
 def thawed_later(phases: Sequence[PhaseSpec], layout: Layout, index: int) -> frozenset[str]:
-    """The model's own parameters that a phase after ``index`` trains.
+    """The parameters of phase ``index``, adapters included, that a later phase trains.
 
     While they are frozen before it, their fp32 values are kept.
     """
-    later = plans_at_rank(phases, layout)[index + 1:]
-    return frozenset().union(*(plan.trainable for plan in later)) & layout.parameters.keys()
+    plans = plans_at_rank(phases, layout)
+    existing = plans[index].parameters(layout).keys()
+    return frozenset().union(*(plan.trainable for plan in plans[index + 1:])) & existing
 
 
 def layers_of(adapters: Adapters, layout: Layout) -> dict[str, list[int]]:

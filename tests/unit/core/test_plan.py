@@ -11,7 +11,9 @@ from support.plans import full_plan, lora_plan, warmup_plan
 from prelora_ds.core.adapters import AdapterSpec
 from prelora_ds.core.codec import to_json
 from prelora_ds.core.layout import Layout
+from prelora_ds.core.phases import Adapters, PhaseSpec, thawed_later
 from prelora_ds.core.plan import Plan
+from prelora_ds.core.rank_rules.uniform import UniformRank
 
 LAYOUT = Layout(
     parameters={"embed": (1, 5, 8), "block.0.q.weight": (8, 8), "block.0.q.bias": (8,), "block.0.fc.weight": (16, 8),
@@ -155,3 +157,12 @@ def test_a_rate_is_scaled_by_role() -> None:
     assert scales.keys() == plan.parameters(LAYOUT).keys()
     assert {scales[name] for name in LAYOUT.parameters} == {1.0}
     assert scales["block.0.q.lora_A.weight"] == 2.0 and scales["block.0.q.lora_B.weight"] == 16.0
+
+
+def test_adapters_that_are_frozen_and_trained_again_are_thawed_later_once_they_exist() -> None:
+    attach = PhaseSpec("attach", Adapters("lora", ("q", "fc"), UniformRank(2)))
+    phases = [PhaseSpec("full"), attach, PhaseSpec("rest", train=("rest",)), PhaseSpec("again", train=("adapters",))]
+    assert thawed_later(phases, LAYOUT, 2) == ADAPTERS
+    assert thawed_later(phases, LAYOUT, 3) == frozenset()
+    assert thawed_later(phases[:3], LAYOUT, 1) == REST
+    assert thawed_later([phases[0], attach], LAYOUT, 0) == set(LAYOUT.parameters)
