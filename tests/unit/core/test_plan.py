@@ -11,7 +11,7 @@ from support.plans import full_plan, lora_plan, warmup_plan
 from prelora_ds.core.adapters import AdapterSpec
 from prelora_ds.core.codec import to_json
 from prelora_ds.core.layout import Layout
-from prelora_ds.core.phases import Adapters, PhaseSpec, thawed_later
+from prelora_ds.core.phases import Adapters, PhaseSpec, plan_of, thawed_later
 from prelora_ds.core.plan import Plan
 from prelora_ds.core.rank_rules.uniform import UniformRank
 
@@ -166,3 +166,12 @@ def test_adapters_that_are_frozen_and_trained_again_are_thawed_later_once_they_e
     assert thawed_later(phases, LAYOUT, 3) == frozenset()
     assert thawed_later(phases[:3], LAYOUT, 1) == REST
     assert thawed_later([phases[0], attach], LAYOUT, 0) == set(LAYOUT.parameters)
+
+
+@pytest.mark.parametrize("spec", [PhaseSpec("none", train=("rest",), freeze_below=1), PhaseSpec("none", train=("x",))])
+def test_a_phase_that_trains_nothing_is_refused(spec: PhaseSpec) -> None:
+    layout = Layout({"x": (2, 2), "0.q.weight": (2, 2), "1.q.weight": (2, 2)}, {"q": {0: "0.q", 1: "1.q"}})
+    ranks = {"q": {0: 1, 1: 1}}
+    adapters = Adapters("lora", ("q",), UniformRank(1))
+    with pytest.raises(ValueError, match="no parameter would train"):
+        plan_of(replace(spec, adapters=adapters, freeze_below=1), layout, seed=0, ranks=ranks)
