@@ -20,6 +20,7 @@ LAYOUT = Layout(
                 "block.0.norm.weight": (8,), "block.1.q.weight": (8, 8), "block.1.q.bias": (8,),
                 "block.1.fc.weight": (16, 8), "head.weight": (3, 8), "head.bias": (3,)},
     targets={"q": {0: "block.0.q", 1: "block.1.q"}, "fc": {0: "block.0.fc", 1: "block.1.fc"}},
+    blocks={"block.0.": 0, "block.1.": 1},
 )
 RANKS = {"q": {0: 2, 1: 4}, "fc": {0: 8, 1: 2}}
 ADAPTERS = {"block.0.q.lora_A.weight", "block.0.q.lora_B.weight", "block.1.q.lora_A.weight", "block.1.q.lora_B.weight",
@@ -168,10 +169,18 @@ def test_adapters_that_are_frozen_and_trained_again_are_thawed_later_once_they_e
     assert thawed_later([phases[0], attach], LAYOUT, 0) == set(LAYOUT.parameters)
 
 
-@pytest.mark.parametrize("spec", [PhaseSpec("none", train=("rest",), freeze_below=1), PhaseSpec("none", train=("x",))])
-def test_a_phase_that_trains_nothing_is_refused(spec: PhaseSpec) -> None:
-    layout = Layout({"x": (2, 2), "0.q.weight": (2, 2), "1.q.weight": (2, 2)}, {"q": {0: "0.q", 1: "1.q"}})
-    ranks = {"q": {0: 1, 1: 1}}
-    adapters = Adapters("lora", ("q",), UniformRank(1))
+@pytest.mark.parametrize("train", ["rest", "x"])
+def test_a_phase_that_trains_nothing_is_refused(train: str) -> None:
+    layout = Layout({"x": (2, 2), "0.q.weight": (2, 2), "1.q.weight": (2, 2)}, {"q": {0: "0.q", 1: "1.q"}},
+                    {"0.": 0, "1.": 1})
+    spec = PhaseSpec("none", Adapters("lora", ("q",), UniformRank(1)), train=(train,), freeze_below=1)
     with pytest.raises(ValueError, match="no parameter would train"):
-        plan_of(replace(spec, adapters=adapters, freeze_below=1), layout, seed=0, ranks=ranks)
+        plan_of(spec, layout, seed=0, ranks={"q": {0: 1, 1: 1}})
+
+
+def test_layers_of_several_stacks_have_no_single_block() -> None:
+    stacks = replace(LAYOUT, blocks={"encoder.0.": 0, "decoder.0.": 0})
+    with pytest.raises(ValueError, match=r"more than one layer 0: encoder\.0\., decoder\.0\."):
+        stacks.block(0)
+    with pytest.raises(ValueError, match="the model has no layer 1"):
+        stacks.block(1)
