@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from prelora_ds.config.load import check_world, dump_yaml, load_config
+from prelora_ds.config.phases import PresetConfig
 from prelora_ds.config.tree import Config
 from prelora_ds.console import stamped
 from prelora_ds.core.layout import Layout
@@ -169,9 +170,9 @@ def report_if_possible(folder: RunFolder) -> None:
 def check_phases(config: Config, num_labels: int) -> Layout:
     """Return the model's layout. Raise ConfigError if a phase does not fit the model.
 
-    A phase does not fit if a family or a set of parameters matches nothing, or an adapter cannot
-    be attached. This check runs before training, not days into a run. The model is built without
-    weights (on the meta device).
+    A phase does not fit if a family or a set of parameters matches nothing, if nothing trains, if
+    its kernel cannot run at its ZeRO stage, or if an adapter cannot be attached. This check runs
+    before training, not days into a run. The model is built without weights (on the meta device).
     """
     import torch
 
@@ -189,6 +190,19 @@ def check_phases(config: Config, num_labels: int) -> Layout:
             shown = phase.model_dump(mode="json", exclude_defaults=True)
             raise ConfigError(f"phases.{phase.name}", shown, str(exc),
                               "name parameters and layers of this model") from exc
+
+        in_phase = config.for_phase(phase.name)
+        if phase.zero_stage != "auto" and not in_phase.runs_at(in_phase.zero.stage, plan):
+            is_preset = isinstance(config.phases, PresetConfig)
+            key = "lora.mode" if is_preset else f"phases.{phase.name}.adapters.mode"
+            raise ConfigError(
+                key,
+                "merged",
+                "needs every frozen weight with an adapter complete on every rank, but ZeRO stage 3 "
+                "partitions it",
+                f"choose branch, or ZeRO stage 0, 1 or 2 for phase {phase.name}",
+            )
+
         if phase.new_adapters is None:
             continue
         with torch.device("meta"):

@@ -36,21 +36,17 @@ def plan(
     calibration: Annotated[Path | None, typer.Option(help="use rates measured by `prelora calibrate`")] = None,
 ) -> None:
     """Predict memory, step time, epoch time and number of jobs for RECIPE, for each phase and ZeRO stage."""
-    import torch
-
     from prelora_ds.config.fields import parse_walltime
     from prelora_ds.config.load import load_config
     from prelora_ds.cost.forecast import check_costs_are_known, predict_run
     from prelora_ds.cost.machines import Cluster
-    from prelora_ds.model.families import find_layout
-    from prelora_ds.model.vit import build_model
     from prelora_ds.reporting.forecast_table import print_forecast
+    from prelora_ds.start import check_phases
 
     config = load_config(recipe, overrides or (), deepspeed_config)
     check_costs_are_known(config)
     images, images_from, labels, labels_from = _data(config, images)
-    with torch.device("meta"):
-        layout = find_layout(build_model(config.model, labels), config.families(), config.model.families)
+    layout = check_phases(config, labels)
 
     cluster = Cluster(hosts, gpus_per_host, gpu, intra_bandwidth, inter_bandwidth)
     walltime_s = None if walltime is None else parse_walltime(walltime)

@@ -34,6 +34,7 @@ from prelora_ds.config.phases import (
 from prelora_ds.config.preset import ConvergenceConfig, LoraConfig, expanded
 from prelora_ds.config.training import ObserveConfig, OptimizerConfig, TrainConfig
 from prelora_ds.core.phases import PhaseSpec
+from prelora_ds.core.plan import Plan
 
 MERGED_MAX_WIDTH = 384  # of model.hidden_size, for the kernel `auto`
 
@@ -276,6 +277,14 @@ class Config(Strict):
             return "branch"
         return mode
 
+    def runs_at(self, stage: int, plan: Plan) -> bool:
+        """Whether the kernel of this phase can compute ``plan`` at ZeRO ``stage``.
+
+        ``merged`` needs the weight of each frozen linear with an adapter complete on every rank, but
+        stage 3 partitions it.
+        """
+        return not (stage == 3 and self.kernel(stage) == "merged" and plan.frozen_targets())
+
     @property
     def zero(self) -> ZeroSettings:
         """The parts of the DeepSpeed config that other modules use."""
@@ -348,14 +357,6 @@ class Config(Strict):
                 and phase.freeze_below >= self.model.num_hidden_layers:
             raise FieldError(f"phases.{phase.name}.freeze_below", phase.freeze_below,
                              f"is not a layer: the model has layers 0 to {self.model.num_hidden_layers - 1}")
-        config = self.for_phase(phase.name)
-        if phase.zero_stage != "auto" and "all" not in phase.trained \
-                and config.adapters.mode == "merged" and config.zero.stage == 3:
-            key = self.adapters_key(phase.name, "mode")
-            raise FieldError(
-                key, "merged",
-                f"{key} merged needs every weight complete on every rank, but ZeRO stage 3 partitions "
-                f"them; choose branch, or stage 0, 1 or 2 for phase {phase.name}")
 
     def grad_accum_steps(self, world_size: int) -> int:
         """Micro-batches per rank and optimizer step.

@@ -59,7 +59,8 @@ def plan_of(spec: PhaseSpec, layout: Layout, *, seed: int, since_step: int = 0, 
     rewarm: the number of steps over which the learning rate rises.
     ranks: family -> layer -> rank, for the families of the phase's new adapters.
 
-    Raises ValueError for a set of parameters that matches nothing, and for a layer or kind that does not exist.
+    Raises ValueError for a set of parameters that matches nothing, for a layer or kind that does not exist, and if
+    nothing trains.
     """
     if spec.adapters is None:
         adapters = {} if before is None else dict(before.adapters)
@@ -74,7 +75,11 @@ def plan_of(spec: PhaseSpec, layout: Layout, *, seed: int, since_step: int = 0, 
 
     plan = Plan(spec.name, trainable_names(spec.train, layout, adapters), adapters, lr_scale=dict(spec.lr_scale),
                 since_step=since_step, rewarm=rewarm, cycle=0 if before is None else before.cycle)
-    return plan if spec.freeze_below is None else _frozen_below(plan, layout, spec.freeze_below)
+    if spec.freeze_below is not None:
+        plan = _frozen_below(plan, layout, spec.freeze_below)
+    if not plan.trainable:
+        raise ValueError("no parameter would train")
+    return plan
 
 
 def _frozen_below(plan: Plan, layout: Layout, layer: int) -> Plan:
@@ -105,12 +110,13 @@ def plans_at_rank(phases: Sequence[PhaseSpec], layout: Layout, lora_rank: int | 
 
 
 def thawed_later(phases: Sequence[PhaseSpec], layout: Layout, index: int) -> frozenset[str]:
-    """The model's own parameters that a phase after ``index`` trains.
+    """The parameters of phase ``index``, adapters included, that a later phase trains.
 
     While they are frozen before it, their fp32 values are kept.
     """
-    later = plans_at_rank(phases, layout)[index + 1:]
-    return frozenset().union(*(plan.trainable for plan in later)) & layout.parameters.keys()
+    plans = plans_at_rank(phases, layout)
+    existing = plans[index].parameters(layout).keys()
+    return frozenset().union(*(plan.trainable for plan in plans[index + 1:])) & existing
 
 
 def layers_of(adapters: Adapters, layout: Layout) -> dict[str, list[int]]:

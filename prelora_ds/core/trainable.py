@@ -47,7 +47,7 @@ def _names_of(name: str, layout: Layout, adapters: Mapping[str, AdapterSpec], le
     if name == "biases":
         return {key for key in base if key.endswith(".bias")}
     if name == "embeddings":
-        return set(layout.before(layout.layers()[0]))
+        return set(layout.before_blocks())
     if name == "head":
         return set(layout.after_blocks()) - norms
     if name == "rest":

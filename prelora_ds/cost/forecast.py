@@ -58,8 +58,8 @@ def predict_run(config: Config, cluster: Cluster, layout: Layout, images: int, *
     runs = []
     phases = config.specs()
     parked = [thawed_later(phases, layout, index) for index in range(len(phases))]
-    for zero in _settings(config, accum):
-        plans = plans_at_rank(phases, layout, mean_rank)
+    plans = plans_at_rank(phases, layout, mean_rank)
+    for zero in _settings(config, plans, accum):
         rows_of_stage = [
             _row(config, plan, layout, zero, cluster, rates, memory_gib, images, kept)
             for plan, kept in zip(plans, parked, strict=True)
@@ -109,11 +109,11 @@ def fastest_images_per_s(config: Config, layout: Layout, ranks_per_host: int, wo
     return config.train.global_batch_size / world_size / float(step_s)
 
 
-def _settings(config: Config, accum: int) -> Iterator[ZeroSettings]:
+def _settings(config: Config, plans: Sequence[Plan], accum: int) -> Iterator[ZeroSettings]:
     """All stages that can train this recipe; also the configured one with offload, if it has offload."""
-    merged = any(config.for_phase(phase.name).adapters.mode == "merged" for phase in config.phase_list)
     for stage in range(4):
-        if not (stage == 0 and accum > 1) and not (stage == 3 and merged):
+        runs = all(config.for_phase(plan.phase).runs_at(stage, plan) for plan in plans)
+        if runs and not (stage == 0 and accum > 1):
             yield replace(config.zero, stage=stage, offload_optimizer=False)
     if config.zero.offload_optimizer:
         yield config.zero

@@ -370,9 +370,7 @@ def empty_module(
                 linear.keep_fp32_weight()
 
     if config.model.compile:
-        blocks = [
-            module.get_submodule(layout.block(layer).rstrip(".")) for layer in layout.layers()
-        ]
+        blocks = [module.get_submodule(prefix.removesuffix(".")) for prefix in layout.blocks]
         if config.zero.stage == 3:
             # Gather each block as a unit: DeepSpeed's hooks on its submodules would break the
             # compiled graph of the block.

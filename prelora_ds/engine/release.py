@@ -11,6 +11,7 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import parameter_offload
+from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
 from prelora_ds.engine.build import Engine
@@ -29,6 +30,8 @@ def release(engine: Engine) -> None:
 
     The engine must be dead before the next one is built: a late ``DeepSpeedEngine.__del__`` would
     run destroy() a second time, on mappings that a newer engine owns.
+
+    The next engine must also compute as in a new process, so torch's own linear is put back.
     """
     ds, engine.ds = engine.ds, None
     ds.module_forward_pre_hook.remove()
@@ -45,6 +48,7 @@ def release(engine: Engine) -> None:
     parameter_offload.FWD_MODULE_STACK.clear()
     # The cache of this method keeps the coordinator, and so the module, alive.
     clear_cache(PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release)
+    restore_linear()
     dead = weakref.ref(ds)
     del ds, p
     trim_memory()
@@ -53,6 +57,17 @@ def release(engine: Engine) -> None:
         raise RuntimeError(
             f"the old DeepSpeed engine is still referenced, by: {', '.join(holders)}"
         )
+
+
+def restore_linear() -> None:
+    """Put back torch's own ``torch.nn.functional.linear``.
+
+    An engine at ZeRO stage 3 replaces it in DeepSpeed 0.19, for the whole process, by a function
+    that rounds differently (runtime/zero/partition_parameters.py, _enable_mem_efficient_linear).
+    """
+    original = getattr(InsertPostInitMethodToModuleSubClasses, "linear_bk", None)
+    if original is not None:
+        torch.nn.functional.linear = original
 
 
 def clear_cache(method: Any) -> None:

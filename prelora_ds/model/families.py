@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -74,7 +74,33 @@ def find_layout(
                 f"choose among {', '.join(patterns)}, or add it to model.families",
             )
         targets[family] = _linears_by_layer(modules, family, patterns[family])
-    return Layout(shapes, targets, {name: tuple(b.shape) for name, b in module.named_buffers()})
+    blocks = _blocks(modules, [patterns[family] for family in wanted])
+    buffers = {name: tuple(b.shape) for name, b in module.named_buffers()}
+    return Layout(shapes, targets, blocks, buffers)
+
+
+def _blocks(modules: Mapping[str, nn.Module], patterns: Iterable[str]) -> dict[str, int]:
+    """Return dotted prefix -> layer of the blocks whose linears ``patterns`` match, and of others.
+
+    The path of a block ends with the component that contains the number of the layer. Modules
+    beside it of the same class are blocks too, even if no pattern matches their linears.
+    """
+    siblings: set[tuple[str, type[nn.Module]]] = set()
+    for pattern in patterns:
+        for path in modules:
+            match = re.fullmatch(pattern, path)
+            if match is not None:
+                start, end = match.span("layer")
+                rest = path[end:].partition(".")[0]
+                block = path[:end] + rest
+                numbered = rf"{re.escape(path[:start])}(\d+){re.escape(rest)}"
+                siblings.add((numbered, type(modules[block])))
+    return {
+        f"{path}.": int(match[1])
+        for path, module in modules.items()
+        for numbered, kind in siblings
+        if type(module) is kind and (match := re.fullmatch(numbered, path))
+    }
 
 
 def _linears_by_layer(

@@ -115,12 +115,9 @@ def _setting_candidates(
 
 
 def _stages(config: Config, plan: Plan) -> Iterator[ZeroSettings]:
-    """Yield all ZeRO stages, with and without offload if the run uses it.
-
-    Stage 3 is skipped for merged weights, which cannot be partitioned.
-    """
+    """Yield all ZeRO stages that can run ``plan``, with and without offload if the run uses it."""
     for stage in range(4):
-        if stage == 3 and config.adapters.mode == "merged" and plan.frozen_targets():
+        if not config.runs_at(stage, plan):
             continue
         for offload in {False, config.zero.offload_optimizer and stage >= 2}:
             yield replace(config.zero, stage=stage, offload_optimizer=offload)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
 from prelora_ds.core.controller import PhaseState
 from prelora_ds.core.divergence import DivergenceWatch
 from prelora_ds.core.phases import thawed_later
-from prelora_ds.data.setup import identity
+from prelora_ds.data.setup import fingerprints
 from prelora_ds.engine.build import Engine, build_engine
 from prelora_ds.engine.measure import check_ranks_agree
 from prelora_ds.engine.rng import seed_rng
 from prelora_ds.engine.state import EngineState, initial_state
 from prelora_ds.engine.transition import release_checked
+from prelora_ds.errors import ConfigError
 from prelora_ds.model.losses import init_sigmoid_head
 from prelora_ds.model.vit import build_model
 from prelora_ds.run.checkpoints.resume import Checkpoint, rewind_output
@@ -26,17 +29,30 @@ from prelora_ds.run.run_state import RunState
 
 def begin(run: Run, records: Records, saver: Saver,
           checkpoint: Checkpoint | None) -> tuple[Engine, RunState]:
-    """Build the first engine and run state, or restore them from ``checkpoint``. Collective."""
+    """Build the first engine and run state, or restore them from ``checkpoint``. Collective.
+
+    Raises ConfigError on all ranks if a later phase trains parameters of which ``checkpoint`` has
+    only BF16 copies.
+    """
     if checkpoint is None:
         state = RunState(0, run.controller.initial(), DivergenceWatch())
-        plan = state.phase.plan
-        engine = build_engine(run.config, plan, run.layout, run.labels, _first_weights(run))
+        weights = _first_weights(run)
+        saver.save_frozen(weights, state.phase.plan)
+        engine = build_engine(
+            run.config,
+            state.phase.plan,
+            run.layout,
+            run.labels,
+            weights,
+            parked=_thawed_later(run, state),
+        )
         seed_rng(run.config.run.seed, dist.get_rank())  # Dropout differs between ranks.
     else:
         state = checkpoint.run
         if not checkpoint.belongs_to(run.folder):
             state.phase = _as_fork(run, records, state.phase, checkpoint)
-        parked = thawed_later(run.config.specs(), run.layout, state.phase.index)
+        thawed = _thawed_later(run, state)
+        check_fp32(checkpoint, thawed - state.phase.plan.trainable)
         engine = build_engine(
             run.config,
             state.phase.plan,
@@ -44,7 +60,7 @@ def begin(run: Run, records: Records, saver: Saver,
             run.labels,
             checkpoint.engine,
             checkpoint.counters,
-            parked=parked,
+            parked=thawed,
         )
         checkpoint.restore_rng(run.config.run.seed)
         saver.continue_from(checkpoint)
@@ -69,7 +85,7 @@ def roll_back(run: Run, records: Records, saver: Saver, engine: Engine,
 
 def _as_fork(run: Run, records: Records, phase: PhaseState, source: Checkpoint) -> PhaseState:
     """``phase`` of a fork, without the windows of its source if they cannot be compared."""
-    data = identity(run.train_data, run.val_data)
+    data = fingerprints(run.train_data, run.val_data)
     differs = windows_differ(
         source.config, source.data, run.config, data, phase.index, source.folder
     )
@@ -80,6 +96,29 @@ def _as_fork(run: Run, records: Records, phase: PhaseState, source: Checkpoint) 
         "windows of this run begin anew"
     )
     return phase.without_windows()
+
+
+def check_fp32(checkpoint: Checkpoint, names: frozenset[str]) -> None:
+    """Raise ConfigError on all ranks if ``checkpoint`` has only a BF16 copy of one of ``names``."""
+    slices = checkpoint.engine.slices
+    rounded = [
+        name for name in names if name in slices and slices[name].value.dtype != torch.float32
+    ]
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, rounded)
+    found = sorted({name for names_of_rank in ranks for name in names_of_rank})
+    if found:
+        raise ConfigError(
+            "--resume",
+            str(checkpoint.folder),
+            f"contains only BF16 copies of {len(found)} frozen parameters that a later phase "
+            f"trains, such as {found[0]}",
+            "begin from a checkpoint of a phase that trains them, or leave them frozen",
+        )
+
+
+def _thawed_later(run: Run, state: RunState) -> frozenset[str]:
+    return thawed_later(run.config.specs(), run.layout, state.phase.index)
 
 
 def _first_weights(run: Run) -> EngineState:

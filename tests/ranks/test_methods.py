@@ -5,12 +5,21 @@ from __future__ import annotations
 import signal
 from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from support.launches import Job, differences, traces
 
+from prelora_ds.config.load import load_config
+from prelora_ds.engine.state import EngineState, Slice
+from prelora_ds.errors import ConfigError
+from prelora_ds.model.families import find_layout
+from prelora_ds.model.vit import build_model
 from prelora_ds.reporting.table import phase_rows
+from prelora_ds.run.begin import check_fp32
 from prelora_ds.run.checkpoints.checkpoint_folder import step_of
+from prelora_ds.run.checkpoints.resume import read_checkpoint
 from prelora_ds.run.folder import RunFolder
 from prelora_ds.run.log import read_lines
 
@@ -40,6 +49,13 @@ def whole(forge, shards, tmp_path_factory):
 def walk(out: Path) -> list[tuple[str, int]]:
     rows = read_lines(out / "metrics.jsonl")
     return [(name, len(list(group))) for name, group in groupby(rows, key=lambda row: row["phase"])]
+
+
+def differences_after(step: int, run: Path, other: Path) -> list[str]:
+    """The differences of the steps after ``step``, and of the exported models, of two runs."""
+    expected = traces(run)
+    expected["metrics"] = [row for row in expected["metrics"] if row["step"] > step]
+    return differences({part: expected[part] for part in ("metrics", "model")}, traces(other))
 
 
 def test_every_phase_begins_when_the_one_before_is_over(whole):
@@ -113,3 +129,79 @@ def test_a_fork_with_other_families_waits_for_the_windows_of_its_ranks(whole, fo
     said = fork.said()
     assert said.count("phase low waits until 2 windows have closed") == 1
     assert "warning: the run ends after step 9, before rest can begin: the test of phase low needs 2 windows" in said
+
+
+def test_a_phase_after_one_at_stage_3_computes_as_after_a_resume(forge, shards, tmp_path):
+    """DeepSpeed replaces torch's linear at stage 3, which a resumed job at stage 1 does not do."""
+    settings = (*SETTINGS, phases(FULL, "{name: last, train: [head, norms, '.*fc1.*'], zero_stage: 1}"))
+    run = Job(forge, tmp_path / "run", shards, *settings, zero=3)
+    assert run.end() == [0, 0], run.said()[-3000:]
+    resumed = Job(forge, tmp_path / "resumed", shards, *settings, zero=3,
+                  resume=str(tmp_path / "run/checkpoints/step-00000006"))
+    assert resumed.end() == [0, 0], resumed.said()[-3000:]
+
+    assert differences_after(6, tmp_path / "run", tmp_path / "resumed") == []
+
+
+HEAD = "{name: head, train: [head], until: 4 steps}"
+
+
+def test_a_first_phase_that_freezes_keeps_the_fp32_values_of_what_is_thawed(forge, shards, tmp_path):
+    """Parked by the first engine, and in the base, from which also a fork may thaw them."""
+    settings = (*SETTINGS, phases(HEAD, "{name: all}"))
+    run = Job(forge, tmp_path / "run", shards, *settings)
+    assert run.end() == [0, 0], run.said()[-3000:]
+    host = [row["measured"]["host"] for row in read_lines(tmp_path / "run/events.jsonl") if row["event"] == "bytes"]
+    assert host[0] > 0 and host[1] == 0
+
+    source = Job(forge, tmp_path / "source", shards, *SETTINGS, phases("{name: head, train: [head]}"))
+    assert source.end() == [0, 0], source.said()[-3000:]
+    fork = Job(forge, tmp_path / "fork", shards, *settings, resume=str(tmp_path / "source/checkpoints/step-00000002"))
+    assert fork.end() == [0, 0], fork.said()[-3000:]
+    assert differences_after(2, tmp_path / "run", tmp_path / "fork") == []
+
+
+NORMS = "{name: norms, train: [head, norms], until: 4 steps}"
+
+
+def test_a_fork_thaws_the_fp32_values_of_what_two_phases_froze(forge, shards, tmp_path):
+    settings = (*SETTINGS, phases(FULL, NORMS, HEAD, "{name: all}"))
+    planned = Job(forge, tmp_path / "planned", shards, *settings)
+    assert planned.end() == [0, 0], planned.said()[-3000:]
+    source = Job(forge, tmp_path / "source", shards, *SETTINGS, phases(FULL, NORMS, "{name: head, train: [head]}"))
+    assert source.end() == [0, 0], source.said()[-3000:]
+    fork = Job(forge, tmp_path / "fork", shards, *settings, resume=str(tmp_path / "source/checkpoints/step-00000010"))
+    assert fork.end() == [0, 0], fork.said()[-3000:]
+    assert differences_after(10, tmp_path / "planned", tmp_path / "fork") == []
+
+
+def test_the_fp32_values_of_frozen_parameters_survive_another_number_of_ranks(forge, shards, tmp_path):
+    settings, out = (*SETTINGS, phases(FULL, NORMS, "{name: head, train: [head]}")), tmp_path / "out"
+    killed = Job(forge, out, shards, *settings, faults={1: {"place": "step", "call": 7, "delay": 0}})
+    assert killed.end()[1] == -signal.SIGKILL, killed.said()[-3000:]
+    last = Job(forge, out, shards, *settings, world=1)
+    assert last.end() == [0], last.said()[-3000:]
+
+    config = load_config(out / "config.yaml")
+    layout = find_layout(build_model(config.model, 10), config.families())
+    before, after = (read_checkpoint(out / f"checkpoints/step-{step:08d}", layout, 0, 1) for step in (6, 10))
+    frozen = layout.parameters.keys() - before.run.phase.plan.trainable
+    assert after.run.phase.plan.phase == "head" and frozen
+    for name in frozen:
+        expected, found = (each.engine.slices[name].value for each in (before, after))
+        assert found.dtype == torch.float32 and torch.equal(expected, found), name
+
+
+def test_a_checkpoint_with_bf16_copies_of_what_is_thawed_is_refused_by_all_ranks(ranks):
+    ranks.run(only_copies)
+
+
+def only_copies():
+    import torch.distributed as dist
+
+    dtype = torch.bfloat16 if dist.get_rank() == 1 else torch.float32
+    slices = {"a": Slice(0, torch.zeros(2, dtype=dtype)), "b": Slice(0, torch.zeros(2, dtype=torch.bfloat16))}
+    checkpoint = SimpleNamespace(folder=Path("step-00000006"), engine=EngineState(slices))
+    check_fp32(checkpoint, frozenset({"elsewhere"}))
+    with pytest.raises(ConfigError, match=r"only BF16 copies of 1 frozen parameters .* such as a"):
+        check_fp32(checkpoint, frozenset({"a", "elsewhere"}))

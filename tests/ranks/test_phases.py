@@ -54,6 +54,35 @@ def thaw(zero):
     t.close()
 
 
+@pytest.mark.parametrize("zero", ["zero1", "zero3"])
+def test_thawed_adapters_continue_from_their_fp32_values_bitwise(ranks, zero):
+    ranks.run(thaw_adapters, zero=zero)
+
+
+def thaw_adapters(zero):
+    t = Trainer(config(zero))
+    t.switch(t.warmup)
+    t.train(2)
+    masters = t.whole_state()
+    adapters = t.warmup.leaves(t.layout).keys()
+
+    phases = [*prelora(t.layout)[:2], PhaseSpec("lora", train=("rest",)), PhaseSpec("warmup", train=("adapters",))]
+    parked = thawed_later(phases, t.layout, 2)
+    frozen = replace(t.lora, trainable=t.lora.trainable - adapters)
+    t.engine, _ = transition(t.engine, frozen, parked=parked)
+    predicted = predict_bytes(frozen, t.layout, t.cfg.zero, t.world, after_backward=False, parked=parked)
+    measured = wait_until(lambda: census(t.engine), lambda found: found["other"] == 0)
+    assert predicted.host > 0
+    assert abs(measured["host"] - predicted.host) <= 0.02 * predicted.host, (predicted, measured)
+    t.train(1)
+
+    t.engine, _ = transition(t.engine, replace(t.warmup, trainable=frozenset(adapters)))
+    thawed = {(name, "master"): masters[name, "master"] for name in adapters}
+    assert any(not torch.equal(value.bfloat16().float(), value) for value in thawed.values())
+    assert same(thawed, t.whole_state()) == []
+    t.close()
+
+
 @pytest.mark.parametrize("zero", ["zero1", "zero2", "zero3"])
 def test_parked_values_have_the_predicted_size_and_one_owner(ranks, zero):
     ranks.run(parked_bytes, zero=zero)
@@ -82,7 +111,7 @@ def nothing_is_parked():
     phases = [*prelora(t.layout), PhaseSpec("again", train=("norms",)), PhaseSpec("all")]
     assert [len(thawed_later(phases[:3], t.layout, i) - t.lora.trainable) for i in range(3)] == [len(
         t.layout.parameters.keys() - t.lora.trainable), 0, 0]
-    assert thawed_later(phases, t.layout, 2) == t.layout.parameters.keys()
+    assert thawed_later(phases, t.layout, 2) == t.lora.parameters(t.layout).keys()
     t.close()
 
 

@@ -1,14 +1,17 @@
-"""What the start of a run prints before training."""
+"""What the start of a run checks and prints before training."""
 
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
+from support.configs import mistake
 
-from prelora_ds.config.load import load_config
+from prelora_ds.config.load import load_config, validate
+from prelora_ds.config.tree import Config
 from prelora_ds.core.schedule import Timeline
-from prelora_ds.start import warn_of_a_short_run
+from prelora_ds.start import check_phases, warn_of_a_short_run
 
 STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
 
@@ -24,3 +27,50 @@ def test_a_warm_up_longer_than_the_run_prints_a_warning_with_the_time(
     timeline = Timeline(64, config.train.global_batch_size, config.train.duration)
     warn_of_a_short_run(config, timeline)
     assert re.fullmatch(printed, capsys.readouterr().out)
+
+
+# ---- phases that do not fit the model
+
+MODEL = {"image_size": 16, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+         "intermediate_size": 32}
+FULL = {"name": "full", "until": "2 steps"}
+MERGED = {"rank": 4, "mode": "merged"}
+
+
+def method(*phases: dict[str, Any], **sections: Any) -> Config:
+    return validate({
+        "run": {"name": "t", "output_dir": "o"}, "data": {"train": "a", "val": "b"}, "model": MODEL,
+        "train": {"duration": "10 steps", "global_batch_size": 8, "micro_batch_size": 4},
+        **({"phases": list(phases)} if phases else {}), **sections}, "test")
+
+
+def test_a_phase_that_trains_nothing_is_refused_before_training() -> None:
+    error = mistake(method(FULL, {"name": "none", "train": ["embeddings"], "freeze_below": 1}), 10, call=check_phases)
+    assert error.key == "phases.none"
+    assert error.problem == "no parameter would train"
+
+
+@pytest.mark.parametrize("phase", [
+    {"train": "adapters"}, {"train": ["all"], "freeze_below": 1}, {"train": [".*lora.*"], "freeze_below": 1}])
+def test_merged_weights_are_refused_at_stage_3_where_one_is_frozen(phase: dict[str, Any]) -> None:
+    config = method(FULL, {"name": "b", "adapters": MERGED, "zero_stage": 3, **phase})
+    error = mistake(config, 10, call=check_phases)
+    assert error.key == "phases.b.adapters.mode"
+    assert "complete on every rank" in error.problem
+
+
+@pytest.mark.parametrize("phase", [
+    {"zero_stage": 2, "train": "adapters"}, {"zero_stage": "auto", "train": "adapters"}, {"train": ".*"},
+    {"train": "adapters", "adapters": {**MERGED, "dropout": 0.1}}])
+def test_merged_weights_are_accepted_where_they_are_whole(phase: dict[str, Any]) -> None:
+    """Dropout uses the kernel branch."""
+    stage_3 = {"zero_optimization": {"stage": 3}}
+    check_phases(method(FULL, {"name": "b", "adapters": MERGED, **phase}, deepspeed=stage_3), 10)
+
+
+def test_merged_weights_of_the_preset_are_refused_at_stage_3_by_its_key() -> None:
+    sections: dict[str, Any] = {"deepspeed": {"zero_optimization": {"stage": 3}}, "lora": {"mode": "merged"},
+                                "convergence": {"tau": 1.0, "zeta": 5.0}}
+    error = mistake(method(**sections), 10, call=check_phases)
+    assert (error.key, error.value) == ("lora.mode", "merged")
+    check_phases(method(**sections, phases={"lora": {"zero_stage": 1}}), 10)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -24,14 +25,16 @@ from prelora_ds.errors import NotSavedError, Stopped
 from prelora_ds.files import replace_file, sync_folder
 from prelora_ds.run.checkpoints.checkpoint_folder import (
     RUN_STATE,
+    BrokenCheckpointError,
     CheckpointManifest,
     FileRecord,
     base_name,
     commit,
+    load_base,
     retain,
     step_folder,
 )
-from prelora_ds.run.checkpoints.part import part_name, write_part
+from prelora_ds.run.checkpoints.part import part_name, read_state, write_part
 from prelora_ds.run.checkpoints.resume import Checkpoint
 from prelora_ds.run.folder import RunFolder
 from prelora_ds.run.log import sync_logs
@@ -205,12 +208,15 @@ class Saver:
     def save_frozen(self, state: EngineState, plan: Plan) -> None:
         """Write the parameters that ``plan`` freezes once, for all later checkpoints to reference.
 
-        It is called by `transition`. If they cannot be written, every checkpoint includes them.
+        It is called before the first engine is built, and by `transition`. If they cannot be
+        written, every checkpoint includes them.
         """
         if self._removal is not None:
             # A running removal does not know the new base and might delete it.
             self._removal.result()
-        self.base = None
+        if self.base is not None:
+            self._restore_fp32(state, self.base)
+            self.base = None
         partial = self.root / ".base.partial"
         frozen = EngineState(
             {
@@ -245,6 +251,42 @@ class Saver:
             return
         dist.broadcast_object_list(name, src=0)
         self.base = name[0]
+
+    def _restore_fp32(self, state: EngineState, base: str) -> None:
+        """Replace the parameters of ``base`` in ``state`` by their fp32 values there.
+
+        An engine has only BF16 copies of what it has frozen, and a fork may train it again.
+        """
+        slices_per_rank: list[Any] = [None] * self._world
+        mine = {name: s.value.numel() for name, s in state.slices.items()}
+        dist.all_gather_object(slices_per_rank, mine)
+        elements: Counter[str] = Counter()
+        for lengths in slices_per_rank:
+            elements.update(lengths)
+
+        frozen, problem = EngineState({}), None
+        try:
+            world = load_base(self.root, base).world_size
+            frozen, _ = read_state(
+                [self.root / base], [world], elements, self._rank, self._world
+            )
+        except (BrokenCheckpointError, OSError) as exc:
+            problem = f"rank {self._rank}: {exc}"
+        votes: list[Any] = [None] * self._world
+        dist.all_gather_object(votes, (list(frozen.slices), problem))
+        problem = next((error for _, error in votes if error is not None), None)
+        if problem is not None:
+            self.say(
+                "warning: the weights that are already frozen could not be read, and only their "
+                f"BF16 copies are kept: {problem}"
+            )
+            return
+
+        # The ranks may have shared these parameters otherwise when the base was written.
+        for names, _ in votes:
+            for name in names:
+                state.slices.pop(name, None)
+        state.slices |= frozen.slices
 
     def close(self) -> None:
         """End the thread without waiting for what it is writing."""

@@ -189,3 +189,15 @@ def test_a_calibration_of_other_content_is_refused(tmp_path: Path, change: dict[
     path.write_text(json.dumps(good | change))
     with pytest.raises(ConfigError, match="is not a calibration"):
         read_calibration(path, "--calibration")
+
+
+def test_a_phase_that_trains_nothing_is_refused_by_its_name(
+        monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = yaml.safe_load(RECIPE.read_text())
+    for section in ("convergence", "lora"):
+        recipe.pop(section, None)
+    recipe["phases"] = [{"name": "full", "until": "2 steps"},
+                        {"name": "none", "train": ["embeddings"], "freeze_below": 1}]
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    assert plan(monkeypatch, *SMALL, recipe=tmp_path / "r.yaml") == 2
+    assert "phases.none" in (said := capsys.readouterr().err) and "no parameter would train" in said

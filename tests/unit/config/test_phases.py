@@ -192,8 +192,6 @@ def test_an_override_of_a_phase_that_is_not_there_names_those_that_are(tmp_path:
     ([LIST[0], {"name": "b", "until": "soon"}, {"name": "c"}], "phases.b.until", "'soon' is not a duration"),
     ([LIST[0], {"name": "b", "untill": "9 steps"}], "phases.b.untill", "unknown key"),
     ([LIST[0], {"name": "b", "zero_stage": 4}], "phases.b.zero_stage", "0, 1, 2, 3 or 'auto'"),
-    ([LIST[0], {"name": "b", "adapters": {"rank": 4, "mode": "merged"}, "train": "adapters", "zero_stage": 3}],
-     "phases.b.adapters.mode", "needs every weight complete"),
 ])
 def test_what_cannot_work_is_refused_with_phase_and_key(phases: list[dict[str, Any]], key: str, problem: str) -> None:
     error = refused(*phases)

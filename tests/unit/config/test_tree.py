@@ -278,12 +278,3 @@ def test_how_an_adapter_computes_goes_by_width_stage_and_dropout(width: int, sta
                                              "deepspeed": {"zero_optimization": {"stage": stage}}}).for_phase("lora")
     assert config.kernel() == mode
     assert config.kernel(3) == ("branch" if lora == {} else mode)
-
-
-def test_merged_weights_need_a_lora_phase_that_leaves_them_whole() -> None:
-    stage_3 = VALUES | {"deepspeed": {"zero_optimization": {"stage": 3}}, "lora": {"mode": "merged"},
-                        "convergence": {"tau": 1.0, "zeta": 5.0}}
-    with pytest.raises(ValidationError, match="merged needs every weight complete"):
-        Config.model_validate(stage_3)
-    config = Config.model_validate(stage_3 | {"phases": {"lora": {"zero_stage": 1}}})
-    assert config.for_phase("lora").zero.stage == 1

@@ -11,13 +11,16 @@ from support.plans import full_plan, lora_plan, warmup_plan
 from prelora_ds.core.adapters import AdapterSpec
 from prelora_ds.core.codec import to_json
 from prelora_ds.core.layout import Layout
+from prelora_ds.core.phases import Adapters, PhaseSpec, plan_of, thawed_later
 from prelora_ds.core.plan import Plan
+from prelora_ds.core.rank_rules.uniform import UniformRank
 
 LAYOUT = Layout(
     parameters={"embed": (1, 5, 8), "block.0.q.weight": (8, 8), "block.0.q.bias": (8,), "block.0.fc.weight": (16, 8),
                 "block.0.norm.weight": (8,), "block.1.q.weight": (8, 8), "block.1.q.bias": (8,),
                 "block.1.fc.weight": (16, 8), "head.weight": (3, 8), "head.bias": (3,)},
     targets={"q": {0: "block.0.q", 1: "block.1.q"}, "fc": {0: "block.0.fc", 1: "block.1.fc"}},
+    blocks={"block.0.": 0, "block.1.": 1},
 )
 RANKS = {"q": {0: 2, 1: 4}, "fc": {0: 8, 1: 2}}
 ADAPTERS = {"block.0.q.lora_A.weight", "block.0.q.lora_B.weight", "block.1.q.lora_A.weight", "block.1.q.lora_B.weight",
@@ -155,3 +158,29 @@ def test_a_rate_is_scaled_by_role() -> None:
     assert scales.keys() == plan.parameters(LAYOUT).keys()
     assert {scales[name] for name in LAYOUT.parameters} == {1.0}
     assert scales["block.0.q.lora_A.weight"] == 2.0 and scales["block.0.q.lora_B.weight"] == 16.0
+
+
+def test_adapters_that_are_frozen_and_trained_again_are_thawed_later_once_they_exist() -> None:
+    attach = PhaseSpec("attach", Adapters("lora", ("q", "fc"), UniformRank(2)))
+    phases = [PhaseSpec("full"), attach, PhaseSpec("rest", train=("rest",)), PhaseSpec("again", train=("adapters",))]
+    assert thawed_later(phases, LAYOUT, 2) == ADAPTERS
+    assert thawed_later(phases, LAYOUT, 3) == frozenset()
+    assert thawed_later(phases[:3], LAYOUT, 1) == REST
+    assert thawed_later([phases[0], attach], LAYOUT, 0) == set(LAYOUT.parameters)
+
+
+@pytest.mark.parametrize("train", ["rest", "x"])
+def test_a_phase_that_trains_nothing_is_refused(train: str) -> None:
+    layout = Layout({"x": (2, 2), "0.q.weight": (2, 2), "1.q.weight": (2, 2)}, {"q": {0: "0.q", 1: "1.q"}},
+                    {"0.": 0, "1.": 1})
+    spec = PhaseSpec("none", Adapters("lora", ("q",), UniformRank(1)), train=(train,), freeze_below=1)
+    with pytest.raises(ValueError, match="no parameter would train"):
+        plan_of(spec, layout, seed=0, ranks={"q": {0: 1, 1: 1}})
+
+
+def test_layers_of_several_stacks_have_no_single_block() -> None:
+    stacks = replace(LAYOUT, blocks={"encoder.0.": 0, "decoder.0.": 0})
+    with pytest.raises(ValueError, match=r"more than one layer 0: encoder\.0\., decoder\.0\."):
+        stacks.block(0)
+    with pytest.raises(ValueError, match="the model has no layer 1"):
+        stacks.block(1)

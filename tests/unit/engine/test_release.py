@@ -6,8 +6,11 @@ import functools
 from collections.abc import Callable
 
 import pytest
+import torch
+from deepspeed.runtime.zero import partition_parameters
+from deepspeed.runtime.zero.partition_parameters import Init
 
-from prelora_ds.engine.release import clear_cache
+from prelora_ds.engine.release import clear_cache, restore_linear
 
 
 def hidden(function: Callable[[int], int]) -> Callable[[int], int]:
@@ -42,3 +45,15 @@ def test_a_deepspeed_version_whose_method_has_no_cache_is_refused() -> None:
         RuntimeError, match=r"does not support DeepSpeed [0-9.]+: .*hidden.* has no cache"
     ):
         clear_cache(hidden(lambda number: number))
+
+
+def test_the_linear_that_stage_3_replaces_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", original)
+    monkeypatch.setattr(partition_parameters, "print_rank_0", lambda *_, **__: None)
+    Init._enable_mem_efficient_linear(object.__new__(Init))
+    assert torch.nn.functional.linear is not original
+    restore_linear()
+    assert torch.nn.functional.linear is original
+    restore_linear()
+    assert torch.nn.functional.linear is original

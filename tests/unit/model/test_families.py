@@ -9,6 +9,7 @@ from torch import nn
 
 from prelora_ds.config.model import ModelConfig
 from prelora_ds.config.phases import FAMILIES
+from prelora_ds.core.trainable import trainable_names
 from prelora_ds.errors import ConfigError
 from prelora_ds.model.families import canonical_name, find_layout, frobenius, named_parameters
 from prelora_ds.model.vit import build_model
@@ -115,6 +116,51 @@ def test_layers_are_sorted_as_numbers() -> None:
     assert list(
         find_layout(module, ("fc",), {"fc": r"blocks\.(?P<layer>\d+)\.fc"}).targets["fc"]
     ) == [0, 2, 10, 11]
+
+
+# ---- blocks
+
+
+@pytest.mark.parametrize(
+    ("layers", "wanted", "pattern"),
+    [
+        (1, FAMILIES, None),
+        (1, ("q",), None),
+        (4, ("v",), r"vit\.layers\.(?P<layer>[12])\.attention\.v_proj"),
+        (4, FAMILIES, None),
+    ],
+)
+def test_head_and_embeddings_lie_outside_all_blocks(
+    layers: int, wanted: tuple[str, ...], pattern: str | None
+) -> None:
+    """Also with one layer, and if only the linears of some layers may have adapters."""
+    with torch.device("meta"):
+        module = build_model(SIZES.model_copy(update={"num_hidden_layers": layers}), 10)
+    layout = find_layout(module, wanted, None if pattern is None else {"v": pattern})
+    assert layout.blocks == {f"vit.layers.{layer}.": layer for layer in range(layers)}
+    assert trainable_names(["head"], layout, {}) == {"classifier.weight", "classifier.bias"}
+    assert trainable_names(["embeddings"], layout, {}) == {
+        name for name in layout.parameters if name.startswith("vit.embeddings.")
+    }
+    last = layers - 1
+    below = {n for n in layout.parameters if n.startswith(f"vit.layers.{last}.")}
+    assert not layout.before(last) & (below | layout.after_blocks())
+
+
+def test_only_modules_of_the_class_of_a_block_are_blocks() -> None:
+    """The first and the last module have a number, too."""
+    module = nn.Sequential(nn.Linear(4, 4), *Mixer().blocks, nn.LayerNorm(4), nn.Linear(4, 3))
+    layout = find_layout(module, ("up",), {"up": r"(?P<layer>\d+)\.0"})
+    assert layout.blocks == {"1.": 1, "2.": 2}
+    assert layout.before_blocks() == {"0.weight", "0.bias"}
+    assert trainable_names(["head"], layout, {}) == {"4.weight", "4.bias"}
+
+
+def test_the_number_of_a_layer_may_be_a_part_of_a_name() -> None:
+    linears = {f"body.block{i}_a.fc": nn.Linear(2, 2) for i in range(3)}
+    module = nested({"stem": nn.Linear(2, 2), **linears, "head": nn.Linear(2, 2)})
+    layout = find_layout(module, ("fc",), {"fc": r"body\.block(?P<layer>[02])_a\.fc"})
+    assert layout.blocks == {"body.block0_a.": 0, "body.block1_a.": 1, "body.block2_a.": 2}
 
 
 # ---- any other module

@@ -353,5 +353,5 @@ def test_freeze_below_in_a_full_plan_freezes_all_earlier_parameters() -> None:
             ("classifier", "vit.layernorm", "vit.layers.3.", "vit.layers.4.", "vit.layers.5.")
         )
     }
-    with pytest.raises(ValueError, match="no family has a layer 6"):
+    with pytest.raises(ValueError, match="the model has no layer 6"):
         plan_of(PhaseSpec("full", freeze_below=6), layout, seed=0)
