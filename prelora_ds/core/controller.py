@@ -57,7 +57,7 @@ class PhaseState:
         return replace(self, open=(), first_window=min(self.first_window, self.next_window))
 
     def without_windows(self) -> PhaseState:
-        """The same state with nothing measured, so that its windows begin anew."""
+        """The same state with nothing measured, so that its windows start again."""
         return replace(self, open=(), windows=(), first_window=0)
 
     @classmethod

@@ -92,8 +92,8 @@ def _as_fork(run: Run, records: Records, phase: PhaseState, source: Checkpoint) 
     if differs is None or not phase.windows:
         return phase
     records.say(
-        f"the windows of {source.folder} are not used, because {differs} is another one here: the "
-        "windows of this run begin anew"
+        f"the windows of {source.folder} are not used, because {differs} differs: this "
+        "run starts new windows"
     )
     return phase.without_windows()
 

@@ -113,7 +113,7 @@ def test_a_fork_that_observes_otherwise_begins_its_windows_anew(whole, forge, sh
     fork = Job(forge, out, shards, *SETTINGS, "observe.every=1 steps", "train.duration=10 steps",
                phases(FULL, LOW, "{name: rest}"), resume=str(whole / "checkpoints/step-00000006"))
     assert fork.end() == [0, 0], fork.said()[-3000:]
-    assert "because observe.every is another one here" in fork.said()
+    assert "because observe.every differs" in fork.said()
     assert walk(out) == [("low", 2), ("rest", 2)]
     assert [row["index"] for row in read_lines(out / "windows.jsonl")] == [0, 1, 2, 3]
 
