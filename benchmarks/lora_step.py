@@ -27,8 +27,8 @@ from support.plans import full_plan, lora_plan, warmup_plan
 from torch import nn
 from torch.profiler import ProfilerActivity
 
+from prelora_ds.config.adapters import FAMILIES
 from prelora_ds.config.model import ModelConfig
-from prelora_ds.config.phases import FAMILIES
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.plan import Plan
 from prelora_ds.model.adapters import attach_adapters

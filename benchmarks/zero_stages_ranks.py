@@ -15,8 +15,8 @@ import torch
 from lora_step import ranks_in_turn
 from support.plans import full_plan, lora_plan, warmup_plan
 
+from prelora_ds.config.adapters import FAMILIES
 from prelora_ds.config.load import validate
-from prelora_ds.config.phases import FAMILIES
 from prelora_ds.config.tree import Config
 from prelora_ds.core.codec import to_json
 from prelora_ds.core.layout import Layout

@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
+from prelora_ds.config.adapters import KEPT_MAY_CHANGE, AdaptersConfig, check_kernel
 from prelora_ds.config.changes import RENAMED
-from prelora_ds.config.fields import DurationField, FieldError, Positive, Share, Strict, Text
-from prelora_ds.core.adapters import KINDS, Option
+from prelora_ds.config.fields import DurationField, FieldError, Positive, Strict
+from prelora_ds.core.adapters import KINDS
 from prelora_ds.core.duration import Duration
 from prelora_ds.core.phases import Adapters, PhaseSpec
 from prelora_ds.core.plan import ADAPTERS, BASE, without_defaults
-from prelora_ds.core.rank_rules import RANK_RULES, RankRule
 from prelora_ds.core.switch_tests import SWITCH_TESTS, SwitchTest
 from prelora_ds.core.trainable import SETS
-
-_TYPES: Mapping[type, str] = {
-    bool: "true or false",
-    int: "an integer",
-    float: "a number",
-    str: "a text",
-}
-# What adapters that are kept may change: how they train, but not what they are.
-KEPT_MAY_CHANGE = ("dropout", "weight_decay", "mode")
-FAMILIES = ("q", "k", "v", "o", "fc1", "fc2")
-Mode = Literal["auto", "peft", "branch", "merged"]
 
 
 class PhaseSettings(Strict):
@@ -61,15 +48,6 @@ class PhaseSettings(Strict):
         return "auto" in (self.micro_batch_size, self.zero_stage)
 
 
-class RankRuleConfig(Strict):
-    """A rule that gives each adapter its rank: its name and its parameters."""
-
-    rule: str
-
-    def rank_rule(self) -> RankRule:
-        return RANK_RULES[self.rule](**self.model_dump(exclude={"rule"}))
-
-
 class SwitchTestConfig(Strict):
     """A test that ends a phase: its name and its parameters."""
 
@@ -77,27 +55,6 @@ class SwitchTestConfig(Strict):
 
     def switch_test(self) -> SwitchTest:
         return SWITCH_TESTS[self.test](**self.model_dump(exclude={"test"}))
-
-
-class PreloraRule(RankRuleConfig):
-    """Ranks by PreLoRA's Algorithm 2: powers of two, the larger the more a layer still changes."""
-
-    rule: Literal["prelora"]
-    """
-    The rule: `prelora` is Algorithm 2, which gives the layers that still change most the largest
-    ranks.
-    """
-
-    r_min: Positive = 8
-    """The smallest rank; a power of two."""
-
-    r_max: Positive = 64
-    """The largest rank; a power of two, and at least the smallest."""
-
-    @model_validator(mode="after")
-    def _ranks_are_powers_of_two(self) -> PreloraRule:
-        check_powers_of_two(self.r_min, self.r_max)
-        return self
 
 
 class Algorithm1(Strict):
@@ -136,99 +93,7 @@ class PreloraUntil(Algorithm1, SwitchTestConfig):
 
 
 # All rules and all tests that a recipe can name; CONTRIBUTING.md says how to add one.
-AnyRankRule = PreloraRule
 AnySwitchTest = PreloraUntil
-
-
-class AdapterTraining(Strict):
-    """How adapters train, whatever their ranks."""
-
-    alpha_over_r: Annotated[float, Field(gt=0)] = 1.0
-    """
-    LoRA's scaling alpha / r: the factor of what an adapter adds to its linear, the same for every
-    rank.
-    """
-
-    dropout: Share = 0.0
-    """The probability of dropout on the input of each adapter."""
-
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """AdamW's weight decay of the adapters."""
-
-    mode: Mode = "auto"
-    """
-    How a linear with an adapter is computed: `branch` adds the adapter's two products, `merged`
-    uses one product with the merged weight (and keeps the frozen weight in fp32), `peft` is peft's
-    own code. `auto` takes the one that was measured to be fastest: `merged` for ViTs of at most 384
-    features below ZeRO stage 3, otherwise `branch`. With dropout, `merged` is computed as `branch`.
-    """
-
-
-class AdaptersConfig(AdapterTraining):
-    """The adapters of a phase."""
-
-    kind: Text = "lora"
-    """The kind of adapter; `lora` is the only one."""
-
-    rank: Positive | None = None
-    """One rank for all adapters. New adapters need either this or `phases.*.adapters.ranks`."""
-
-    ranks: AnyRankRule | None = None
-    """
-    A rule that gives each adapter its rank, from the windows of an earlier phase that ends by a
-    test.
-    """
-
-    families: tuple[str, ...] | None = None
-    """The families of linears that get adapters; `null` for all families of the model."""
-
-    options: dict[str, Option] = Field(default_factory=dict)
-    """Options of the kind. `lora` has one, `train_a`: `false` leaves A at its first value (LoRA-FA)."""
-
-    from_: Literal["fresh", "keep"] = Field(default="fresh", alias="from")
-    """
-    Where the adapters come from: `fresh` attaches new ones where there are none; `keep` takes over
-    those of the phase before, and may change only `dropout`, `weight_decay` and `mode`, each of
-    which otherwise stays as it is.
-    """
-
-    @model_validator(mode="after")
-    def _kind_can(self) -> AdaptersConfig:
-        if self.from_ == "keep":
-            self._check_kept()
-            return self
-        if self.kind not in KINDS:
-            raise FieldError("kind", self.kind, f"is not a kind of adapter; known are {', '.join(KINDS)}")
-        can = KINDS[self.kind].can
-        _check_kernel(self.mode, self.kind)
-        if self.ranks is not None and not can.rank_per_module:
-            raise FieldError("ranks", self.ranks.rule, f"gives each linear its own rank, but the kind {self.kind} "
-                             "supports only one rank for all; set rank instead")
-        check_families(self.families)
-        _check_options(self.kind, self.options)
-        given = [key for key in ("rank", "ranks") if getattr(self, key) is not None]
-        if len(given) != 1:
-            raise FieldError("rank", self.rank, "set either rank (one rank for all) or ranks (a rule), not both")
-        return self
-
-    def _check_kept(self) -> None:
-        """Raise FieldError if a key says what the adapters are, which were attached before."""
-        for key, field in type(self).model_fields.items():
-            default = field.get_default(call_default_factory=True)
-            value = getattr(self, key)
-            if key not in ("from_", *KEPT_MAY_CHANGE) and value != default:
-                raise FieldError(
-                    key,
-                    value,
-                    "applies to new adapters only, but from: keep takes over the existing ones",
-                    f"remove {key}",
-                )
-
-    @property
-    def rank_rule(self) -> RankRule:
-        if self.ranks is not None:
-            return self.ranks.rank_rule()
-        return RANK_RULES["uniform"](rank=self.rank)
 
 
 def _kind_of_until(value: Any) -> str:
@@ -465,7 +330,7 @@ def _check_adapters(phase: PhaseConfig, before: AdaptersConfig | None, *, first:
     elif isinstance(phase.adapters, AdaptersConfig):
         if before is None:
             raise FieldError(f"{key}.from", "keep", "there are no adapters before this phase; choose fresh")
-        _check_kernel(phase.adapters.mode, before.kind, f"{key}.mode")
+        check_kernel(phase.adapters.mode, before.kind, f"{key}.mode")
 
     if adapters is None and "adapters" in phase.trained:
         raise FieldError(f"{phase.name}.train", list(phase.trained),
@@ -491,55 +356,6 @@ def _check_roles(phase: PhaseConfig, adapters: AdaptersConfig | None) -> None:
                 factor,
                 f"is not a role in this phase, which has {', '.join(roles)}",
             )
-
-
-def _check_kernel(mode: str, kind: str, key: str = "mode") -> None:
-    """Raise FieldError about ``key`` if adapters of ``kind`` cannot be computed by ``mode``."""
-    kernels = ("auto", *KINDS[kind].can.kernels)
-    if mode not in kernels:
-        raise FieldError(
-            key, mode, f"is not a kernel of the kind {kind}; choose {', '.join(kernels)}"
-        )
-
-
-def _check_options(kind: str, options: Mapping[str, Option]) -> None:
-    """Raise FieldError for an option that ``kind`` does not have, or with another type."""
-    defaults = KINDS[kind].options
-    for name, value in options.items():
-        if name not in defaults:
-            near = difflib.get_close_matches(name, defaults, n=1)
-            known = ", ".join(defaults) or "none"
-            raise FieldError(
-                f"options.{name}",
-                value,
-                f"is not an option of the kind {kind}",
-                f"did you mean {near[0]}?" if near else f"the kind {kind} has these options: {known}",
-            )
-
-        wanted = type(defaults[name])
-        if type(value) not in ({int, float} if wanted is float else {wanted}):
-            raise FieldError(
-                f"options.{name}",
-                value,
-                f"is not {_TYPES[wanted]}",
-                f"the default is {json.dumps(defaults[name])}",
-            )
-
-
-def check_families(families: Sequence[str] | None) -> None:
-    """Raise FieldError if ``families`` is empty or lists a family twice."""
-    if families is not None and (not families or len(set(families)) != len(families)):
-        raise FieldError("families", list(families), "must name at least one family, and each only once")
-
-
-def check_powers_of_two(r_min: int, r_max: int) -> None:
-    """Raise FieldError for bounds that Algorithm 2 cannot use."""
-    for name, rank in (("r_min", r_min), ("r_max", r_max)):
-        if rank & (rank - 1):
-            raise FieldError(name, rank, f"{name} {rank} is not a power of two, and Algorithm 2 picks powers of "
-                             f"two; use for example {1 << rank.bit_length() - 1} or {1 << rank.bit_length()}")
-    if r_min > r_max:
-        raise FieldError("r_min", r_min, f"r_min {r_min} is larger than r_max {r_max}")
 
 
 def _until(until: Duration | SwitchTestConfig | None) -> Duration | SwitchTest | None:

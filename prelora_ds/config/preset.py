@@ -6,20 +6,22 @@ from typing import Any
 
 from pydantic import model_validator
 
-from prelora_ds.config.fields import DurationField, Positive
-from prelora_ds.config.phases import (
+from prelora_ds.config.adapters import (
     FAMILIES,
     AdaptersConfig,
     AdapterTraining,
+    PreloraRule,
+    check_families,
+    check_powers_of_two,
+)
+from prelora_ds.config.fields import DurationField, Positive
+from prelora_ds.config.phases import (
     Algorithm1,
     Factor,
     PhaseConfig,
     PhaseSettings,
-    PreloraRule,
     PreloraUntil,
     PresetConfig,
-    check_families,
-    check_powers_of_two,
 )
 from prelora_ds.core.duration import Duration
 

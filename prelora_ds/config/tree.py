@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
+from prelora_ds.config.adapters import FAMILIES, AdaptersConfig, Mode
 from prelora_ds.config.data import DataConfig
 from prelora_ds.config.fields import (
     FieldError,
@@ -22,9 +23,6 @@ from prelora_ds.config.fields import (
 from prelora_ds.config.job import CheckpointConfig, GuardConfig, LaunchConfig, MachineConfig
 from prelora_ds.config.model import ModelConfig
 from prelora_ds.config.phases import (
-    FAMILIES,
-    AdaptersConfig,
-    Mode,
     PhaseConfig,
     PhaseSettings,
     PhasesField,

@@ -11,19 +11,12 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import Discriminator, Tag, ValidationError, create_model
 
+from prelora_ds.config.adapters import AdaptersConfig, PreloraRule, RankRuleConfig
 from prelora_ds.config.changes import differences, what_binds
 from prelora_ds.config.documents import write_yaml
 from prelora_ds.config.fields import DurationField, Positive
 from prelora_ds.config.load import dump_yaml, load_config, validate
-from prelora_ds.config.phases import (
-    AdaptersConfig,
-    PhaseConfig,
-    PreloraRule,
-    PreloraUntil,
-    RankRuleConfig,
-    SwitchTestConfig,
-    _kind_of_until,
-)
+from prelora_ds.config.phases import PhaseConfig, PreloraUntil, SwitchTestConfig, _kind_of_until
 from prelora_ds.config.tree import Config
 from prelora_ds.core.duration import Duration
 from prelora_ds.core.phases import Adapters, PhaseSpec
@@ -294,7 +287,7 @@ class LossUntil(SwitchTestConfig):
 
 
 def extended(monkeypatch: pytest.MonkeyPatch) -> type[Config]:
-    """The config with both, as if they were joined to the unions of `prelora_ds.config.phases`."""
+    """The config with both, as if they were joined to the unions of the config."""
     monkeypatch.setitem(RANK_RULES, "first", FirstLayer)
     monkeypatch.setitem(SWITCH_TESTS, "loss", LossBelow)
     until = Annotated[

@@ -9,8 +9,8 @@ import pytest
 import torch
 from support.plans import full_plan, lora_plan, warmup_plan
 
+from prelora_ds.config.adapters import FAMILIES
 from prelora_ds.config.model import ModelConfig
-from prelora_ds.config.phases import FAMILIES
 from prelora_ds.config.tree import ZeroSettings
 from prelora_ds.core.layout import Layout
 from prelora_ds.cost.bytes import predict_bytes, worst_deviation

@@ -10,8 +10,8 @@ import torch
 from support.plans import full_plan, lora_plan, warmup_plan
 from torch import nn
 
+from prelora_ds.config.adapters import FAMILIES
 from prelora_ds.config.model import ModelConfig
-from prelora_ds.config.phases import FAMILIES
 from prelora_ds.config.tree import ZeroSettings
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.plan import Plan

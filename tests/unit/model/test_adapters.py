@@ -9,8 +9,8 @@ from peft import get_peft_model_state_dict
 from support.plans import full_plan, lora_plan, warmup_plan
 from torch import nn
 
+from prelora_ds.config.adapters import FAMILIES
 from prelora_ds.config.model import ModelConfig
-from prelora_ds.config.phases import FAMILIES
 from prelora_ds.core.adapters import AdapterSpec
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.plan import Plan

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from prelora_ds.config.adapters import FAMILIES
 from prelora_ds.config.model import ModelConfig
-from prelora_ds.config.phases import FAMILIES
 from prelora_ds.core.trainable import trainable_names
 from prelora_ds.errors import ConfigError
 from prelora_ds.model.families import canonical_name, find_layout, frobenius, named_parameters

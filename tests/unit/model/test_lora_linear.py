@@ -10,8 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from support.plans import lora_plan, warmup_plan
 from torch import nn
 
+from prelora_ds.config.adapters import FAMILIES
 from prelora_ds.config.model import ModelConfig
-from prelora_ds.config.phases import FAMILIES
 from prelora_ds.core.phases import PhaseSpec, plan_of
 from prelora_ds.core.plan import Plan
 from prelora_ds.model.adapters import attach_adapters

@@ -8,8 +8,8 @@ import pytest
 import torch
 from support.plans import warmup_plan
 
+from prelora_ds.config.adapters import FAMILIES
 from prelora_ds.config.model import ModelConfig
-from prelora_ds.config.phases import FAMILIES
 from prelora_ds.errors import ConfigError
 from prelora_ds.model.adapters import attach_adapters
 from prelora_ds.model.families import find_layout, named_parameters

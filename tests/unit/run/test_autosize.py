@@ -10,9 +10,9 @@ import pytest
 import torch
 from support.plans import full_plan, lora_plan, warmup_plan
 
+from prelora_ds.config.adapters import FAMILIES
 from prelora_ds.config.load import validate
 from prelora_ds.config.model import ModelConfig
-from prelora_ds.config.phases import FAMILIES
 from prelora_ds.config.tree import Config
 from prelora_ds.core.layout import Layout
 from prelora_ds.cost.candidates import USABLE, predict_candidate, predict_candidates
