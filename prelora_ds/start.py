@@ -203,6 +203,12 @@ def check_phases(config: Config, num_labels: int) -> Layout:
                 f"choose branch, or ZeRO stage 0, 1 or 2 for phase {phase.name}",
             )
 
+        trained = sorted(f"{path}.weight" for path in plan.adapters.keys() - plan.frozen_targets())
+        if phase.merge is not None and trained:
+            raise ConfigError(f"phases.{phase.name}.train", list(phase.trained),
+                              f"trains {trained[0]}, so no adapter can be merged into it",
+                              "train [adapters, rest], or remove merge")
+
         if phase.new_adapters is None:
             continue
         with torch.device("meta"):

@@ -105,7 +105,7 @@ def loop(run: Run, records: Records, saver: Saver, stop: StopRequest, guard: Gua
         engine.backward(micro_batches)
         if due.bytes(step, engine.plan):
             records.bytes(engine, step)
-        lr = lr_at(step, engine.plan, timeline=run.timeline, schedule=config.optimizer)
+        lr = lr_at(step, state.phase.restarts, timeline=run.timeline, schedule=config.optimizer)
         flags = (stop.asked(saver.slowest_s), saver.writing)
         accept = partial(state.watch.accepts, step, limits=config.train.divergence)
         stats = engine.finish_step(lr=lr, flags=flags, data_s=loader.waited_s, accept=accept)
@@ -134,12 +134,13 @@ def loop(run: Run, records: Records, saver: Saver, stop: StopRequest, guard: Gua
             measured |= norm_columns(norms)
         if due.observation(step) and state.window.steps:
             state.phase = decide(run, records, state, step, norms)
+        state.phase = run.controller.after_step(state.phase, step)
         if measured or due.log(step):
             records.step(state, engine, step, stats, lr, measured)
         state.step = step
 
         # Follow a new plan: rebuild the engine, or change what trains on this one.
-        engine = follow_plan(run, records, saver, engine, loader, state.phase)
+        engine = follow_plan(run, records, saver, engine, loader, state.phase, step)
 
         # Save, and report progress to the guard.
         save = due.checkpoint(step, improved=improved)

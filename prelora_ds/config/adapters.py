@@ -103,11 +103,12 @@ class AdaptersConfig(AdapterTraining):
     options: dict[str, Option] = Field(default_factory=dict)
     """Options of the kind. `lora` has one, `train_a`: `false` leaves A at its first value (LoRA-FA)."""
 
-    from_: Literal["fresh", "keep"] = Field(default="fresh", alias="from")
+    from_: Literal["fresh", "keep", "merge"] = Field(default="fresh", alias="from")
     """
     Where the adapters come from: `fresh` attaches new ones where there are none; `keep` takes over
     those of the phase before, and may change only `dropout`, `weight_decay` and `mode`, each of
-    which otherwise stays as it is.
+    which otherwise stays as it is; `merge` merges those of the phase before into the weights and
+    attaches new ones.
     """
 
     @model_validator(mode="after")

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator,
 from prelora_ds.config.adapters import KEPT_MAY_CHANGE, AdaptersConfig, check_kernel
 from prelora_ds.config.changes import RENAMED
 from prelora_ds.config.fields import DurationField, FieldError, Positive, Strict
+from prelora_ds.config.merging import MergeConfig
 from prelora_ds.core.adapters import KINDS
 from prelora_ds.core.duration import Duration
 from prelora_ds.core.phases import Adapters, PhaseSpec
@@ -160,6 +161,12 @@ class PhaseConfig(PhaseSettings):
     the backward pass ends there. `null` freezes nothing.
     """
 
+    merge: MergeConfig | None = None
+    """
+    How often the adapters are merged into the frozen weights and begin again (ReLoRA); `null` never
+    merges them.
+    """
+
     @field_validator("train", mode="before")
     @classmethod
     def _is_text_or_texts(cls, value: Any) -> Any:
@@ -208,7 +215,7 @@ class PhaseConfig(PhaseSettings):
     @property
     def new_adapters(self) -> AdaptersConfig | None:
         """The adapters that are attached at the start of this phase."""
-        if isinstance(self.adapters, AdaptersConfig) and self.adapters.from_ == "fresh":
+        if isinstance(self.adapters, AdaptersConfig) and self.adapters.from_ != "keep":
             return self.adapters
         return None
 
@@ -228,7 +235,8 @@ class PhaseConfig(PhaseSettings):
             BASE: self.lr_scale, ADAPTERS: self.lr_scale}
 
         return PhaseSpec(self.name, adapters, self.trained, _until(self.until),
-                         without_defaults(scale), self.rewarm, self.freeze_below)
+                         without_defaults(scale), self.rewarm, self.freeze_below,
+                         None if self.merge is None else self.merge.merge())
 
 
 class PresetConfig(Strict):
@@ -321,9 +329,14 @@ def _check_adapters(phase: PhaseConfig, before: AdaptersConfig | None, *, first:
 
     if (new := phase.new_adapters) is not None:
         adapters = new
-        if before is not None:
+        if before is not None and new.from_ == "fresh":
             raise FieldError(f"{key}.from", "fresh", "would discard what the adapters of the phase before "
-                             "have learned; choose keep")
+                             "have learned; choose keep, or merge")
+        if before is None and new.from_ == "merge":
+            raise FieldError(f"{key}.from", "merge", "there are no adapters before this phase; choose fresh")
+        if new.from_ == "merge" and before is not None and not KINDS[before.kind].can.merges:
+            raise FieldError(f"{key}.from", "merge", f"adapters of the kind {before.kind} cannot be merged into the "
+                             "weights; choose keep")
         if new.ranks is not None and new.rank_rule.windows > 0 and (first or not tests):
             raise FieldError(f"{key}.ranks.rule", new.ranks.rule, "needs the windows of a test, but no phase "
                              "before this one closes any; set a rank, or let an earlier phase end by a test")
@@ -335,6 +348,7 @@ def _check_adapters(phase: PhaseConfig, before: AdaptersConfig | None, *, first:
     if adapters is None and "adapters" in phase.trained:
         raise FieldError(f"{phase.name}.train", list(phase.trained),
                          "contains adapters, but there are none in this phase")
+    _check_merge(phase, adapters)
     if adapters is not None and phase.zero_stage not in (None, "auto"):
         stages = KINDS[adapters.kind].can.zero_stages
         if phase.zero_stage not in stages:
@@ -342,6 +356,23 @@ def _check_adapters(phase: PhaseConfig, before: AdaptersConfig | None, *, first:
                              f"adapters of the kind {adapters.kind} train only at ZeRO stages "
                              f"{', '.join(map(str, sorted(stages)))}")
     return adapters
+
+
+def _check_merge(phase: PhaseConfig, adapters: AdaptersConfig | None) -> None:
+    """Raise FieldError if the phase merges adapters that it cannot merge."""
+    if phase.merge is None:
+        return
+    key = f"{phase.name}.merge"
+    if adapters is None:
+        raise FieldError(key, phase.merge.model_dump(mode="json"), "merges adapters, but there are none in this phase",
+                         "remove it, or attach adapters")
+    can = KINDS[adapters.kind].can
+    if not (can.merges and can.restarts):
+        raise FieldError(key, phase.merge.model_dump(mode="json"), f"adapters of the kind {adapters.kind} cannot be "
+                         "merged and begin again", "remove it")
+    if "all" in phase.trained:
+        raise FieldError(f"{phase.name}.train", list(phase.trained), "trains the weights themselves, so there is "
+                         f"nothing to merge adapters into ({key})", "train [adapters, rest], or remove merge")
 
 
 def _check_roles(phase: PhaseConfig, adapters: AdaptersConfig | None) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 from prelora_ds.core.codec import fields_from_json
 from prelora_ds.core.duration import Duration
 from prelora_ds.core.layout import Layout
-from prelora_ds.core.phases import PhaseSpec, layers_of, plan_of, rewarm_steps, windows_of
+from prelora_ds.core.merge import Merge
+from prelora_ds.core.phases import PhaseSpec, layers_of, plan_of, windows_of
 from prelora_ds.core.plan import Plan
-from prelora_ds.core.schedule import Timeline
+from prelora_ds.core.schedule import Restart, Timeline
 from prelora_ds.core.switch_tests import SwitchTest
 from prelora_ds.core.switch_tests.prelora import Observation, WindowStats
 
@@ -32,6 +33,7 @@ class PhaseState:
     first_window: the index of the first window that began in this phase.
     reason: the last decision in words.
     tests: how often a test was evaluated so far.
+    restarts: where the learning rate began to rise from 0 again, ascending.
     """
 
     plan: Plan
@@ -41,6 +43,7 @@ class PhaseState:
     first_window: int = 0
     reason: str = ""
     tests: int = 0
+    restarts: tuple[Restart, ...] = ()
 
     @property
     def next_window(self) -> int:
@@ -106,6 +109,20 @@ class PhaseController:
             return self._after_duration(state, until, step)
         return self._test(state, until, step) if closed else state
 
+    def after_step(self, state: PhaseState, step: int) -> PhaseState:
+        """The state after a step: where a cycle ends, the plan is that of the next cycle."""
+        merge = self.phases[state.index].merge
+        if merge is None or step == self.timeline.total_steps or not self._ends_cycle(state.plan, merge, step):
+            return state
+        plan = replace(state.plan, cycle=state.plan.cycle + 1)
+        return replace(state, plan=plan, restarts=self._restarts(state, step, merge.rewarm))
+
+    def _ends_cycle(self, plan: Plan, merge: Merge, step: int) -> bool:
+        end = plan.since_step
+        while end < step:
+            end = max(end + 1, self.timeline.step_after(end, merge.every))
+        return end == step > plan.since_step
+
     def _test(self, state: PhaseState, test: SwitchTest, step: int) -> PhaseState:
         if len(state.windows_of_phase) < test.k:
             return state
@@ -132,15 +149,21 @@ class PhaseController:
                      "closed, because its ranks depend on them")
             return replace(state, reason=waits)
         return replace(state, plan=self._plan(index, state.plan, step, state.windows), index=index, reason=reason,
-                       first_window=state.next_window + bool(state.open))
+                       first_window=state.next_window + bool(state.open),
+                       restarts=self._restarts(state, step, self.phases[index].rewarm))
+
+    def _restarts(self, state: PhaseState, step: int, rewarm: Duration | None) -> tuple[Restart, ...]:
+        """The restarts of the learning rate so far, with one after ``step`` if it is to rise again there."""
+        if rewarm is None:
+            return state.restarts
+        return (*state.restarts, Restart(step, self.timeline.step_after(step, rewarm) - step))
 
     def _plan(self, index: int, before: Plan | None, step: int, windows: Sequence[WindowStats]) -> Plan:
         spec = self.phases[index]
         ranks = None
         if spec.adapters is not None:
             ranks = spec.adapters.ranks(layers_of(spec.adapters, self.layout), windows)
-        return plan_of(spec, self.layout, seed=self.seed, since_step=step, before=before, ranks=ranks,
-                       rewarm=rewarm_steps(spec, self.timeline, step))
+        return plan_of(spec, self.layout, seed=self.seed, since_step=step, before=before, ranks=ranks)
 
 
 def _observed(state: PhaseState, observation: Observation, test: SwitchTest) -> PhaseState:

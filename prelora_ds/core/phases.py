@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from prelora_ds.core.adapters import AdapterSpec, Option
 from prelora_ds.core.duration import Duration
 from prelora_ds.core.layout import Layout
+from prelora_ds.core.merge import Merge
 from prelora_ds.core.plan import Plan
 from prelora_ds.core.rank_rules import RankRule
 from prelora_ds.core.rank_rules.uniform import UniformRank
-from prelora_ds.core.schedule import Timeline
 from prelora_ds.core.switch_tests import SwitchTest
 from prelora_ds.core.trainable import trainable_names
 
@@ -40,6 +40,7 @@ class PhaseSpec:
     lr_scale: role -> factor of the learning rate (`Plan.lr_scale`).
     rewarm: how long the learning rate rises to its schedule when the phase begins.
     freeze_below: a block; everything that the module defines before it is frozen.
+    merge: when the adapters are merged and begin again; None never merges them.
     """
 
     name: str
@@ -49,14 +50,14 @@ class PhaseSpec:
     lr_scale: Mapping[str, float] = field(default_factory=dict)
     rewarm: Duration | None = None
     freeze_below: int | None = None
+    merge: Merge | None = None
 
 
-def plan_of(spec: PhaseSpec, layout: Layout, *, seed: int, since_step: int = 0, rewarm: int = 0,
+def plan_of(spec: PhaseSpec, layout: Layout, *, seed: int, since_step: int = 0,
             before: Plan | None = None, ranks: Mapping[str, Mapping[int, int]] | None = None) -> Plan:
     """The plan of a phase that begins after ``since_step`` and follows the plan ``before``.
 
     seed: the seed of the first values of adapters.
-    rewarm: the number of steps over which the learning rate rises.
     ranks: family -> layer -> rank, for the families of the phase's new adapters.
 
     Raises ValueError for a set of parameters that matches nothing, for a layer or kind that does not exist, and if
@@ -74,12 +75,19 @@ def plan_of(spec: PhaseSpec, layout: Layout, *, seed: int, since_step: int = 0, 
         }
 
     plan = Plan(spec.name, trainable_names(spec.train, layout, adapters), adapters, lr_scale=dict(spec.lr_scale),
-                since_step=since_step, rewarm=rewarm, cycle=0 if before is None else before.cycle)
+                since_step=since_step, cycle=_cycle(spec, before))
     if spec.freeze_below is not None:
         plan = _frozen_below(plan, layout, spec.freeze_below)
     if not plan.trainable:
         raise ValueError("no parameter would train")
     return plan
+
+
+def _cycle(spec: PhaseSpec, before: Plan | None) -> int:
+    """New adapters that replace others begin another cycle: the others are merged."""
+    if before is None:
+        return 0
+    return before.cycle + bool(spec.adapters is not None and before.adapters)
 
 
 def _frozen_below(plan: Plan, layout: Layout, layer: int) -> Plan:
@@ -109,26 +117,24 @@ def plans_at_rank(phases: Sequence[PhaseSpec], layout: Layout, lora_rank: int | 
     return plans
 
 
-def thawed_later(phases: Sequence[PhaseSpec], layout: Layout, index: int) -> frozenset[str]:
-    """The parameters of phase ``index``, adapters included, that a later phase trains.
+def needed_in_fp32(phases: Sequence[PhaseSpec], layout: Layout, index: int) -> frozenset[str]:
+    """The parameters of phase ``index``, adapters included, whose fp32 values are kept while they are frozen.
 
-    While they are frozen before it, their fp32 values are kept.
+    A later phase trains them, or adapters are merged into them in this phase or a later one.
     """
     plans = plans_at_rank(phases, layout)
-    existing = plans[index].parameters(layout).keys()
-    return frozenset().union(*(plan.trainable for plan in plans[index + 1:])) & existing
+    needed = {name for plan in plans[index + 1:] for name in plan.trainable}
+    for i in range(index, len(plans)):
+        is_merged = phases[i].merge is not None
+        is_replaced = i + 1 < len(plans) and plans[i + 1].cycle != plans[i].cycle
+        if is_merged or is_replaced:
+            needed |= {f"{path}.weight" for path in plans[i].adapters}
+    return frozenset(needed & plans[index].parameters(layout).keys())
 
 
 def layers_of(adapters: Adapters, layout: Layout) -> dict[str, list[int]]:
     """Family -> the layers whose linears ``adapters`` wrap."""
     return {family: list(layout.targets[family]) for family in adapters.families}
-
-
-def rewarm_steps(spec: PhaseSpec, timeline: Timeline, since_step: int) -> int:
-    """The number of steps over which the learning rate rises in a phase that begins after ``since_step``."""
-    if spec.rewarm is None:
-        return 0
-    return timeline.step_after(since_step, spec.rewarm) - since_step
 
 
 def windows_of(phases: Sequence[PhaseSpec], index: int) -> SwitchTest | None:

@@ -28,7 +28,6 @@ class Plan:
         is not listed itself.
     active: the parameters of ``trainable`` that train now; None means all of them.
     since_step: the optimizer step after which this plan began.
-    rewarm: the number of steps after ``since_step`` over which the learning rate rises to its schedule.
     cycle: how often the adapters were merged and restarted.
     """
 
@@ -38,7 +37,6 @@ class Plan:
     lr_scale: Mapping[str, float] = field(default_factory=dict)
     active: frozenset[str] | None = None
     since_step: int = 0
-    rewarm: int = 0
     cycle: int = 0
 
     def structure(self) -> tuple[Any, ...]:

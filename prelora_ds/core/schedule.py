@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Protocol
 
 from prelora_ds.core.duration import Duration
-from prelora_ds.core.plan import Plan
 
 
 class Schedule(Protocol):
@@ -86,23 +86,54 @@ class Timeline:
         return int(duration.value)
 
 
-def lr_at(step: int, plan: Plan, *, timeline: Timeline, schedule: Schedule) -> float:
+@dataclass(frozen=True)
+class Restart:
+    """After optimizer step ``step`` the learning rate begins at 0 and rises for ``rewarm`` steps to the schedule."""
+
+    step: int
+    rewarm: int
+
+
+def rate_factor(step: int, *, total: int, warmup: int, min_ratio: float, restarts: Sequence[int] = (),
+                rewarm: int | Sequence[int] = 0) -> float:
+    """Return the learning rate at ``step`` as a share of its peak.
+
+    It is a jagged cosine (ReLoRA, Lialin et al. 2023, section 3): it rises linearly for ``warmup`` steps and then
+    follows one cosine that ends at ``min_ratio`` after ``total`` steps. At each restart it falls to 0. From there it
+    rises linearly, and after ``rewarm`` steps it is on the cosine again.
+
+    restarts: the steps at which it is 0, ascending. rewarm: a number of steps for all restarts, or one for each.
+
+    Raises ValueError if there is not one ``rewarm`` for each restart.
+    """
+    each = [rewarm] * len(restarts) if isinstance(rewarm, int) else rewarm
+    if len(each) != len(restarts):
+        raise ValueError(f"{len(each)} numbers of steps to rewarm for {len(restarts)} restarts")
+    return _rate(1.0, step, total, warmup, min_ratio, list(map(Restart, restarts, each)))
+
+
+def lr_at(step: int, restarts: Sequence[Restart], *, timeline: Timeline, schedule: Schedule) -> float:
     """The learning rate of the ``step``-th optimizer step (the first is 1), before any scale per role.
 
-    The last step of the warm-up has ``schedule.lr``, and the last step of the run ``min_lr_ratio`` times that. In the
-    first ``rewarm`` steps of a plan the learning rate rises linearly to this schedule (ReLoRA, Lialin et al. 2023,
-    section 3).
+    The last step of the warm-up has ``schedule.lr``, and the last step of the run ``min_lr_ratio`` times that.
     """
-    lr = _scheduled(step, timeline, schedule)
-    steps_in_plan = step - plan.since_step
-    return lr * steps_in_plan / plan.rewarm if steps_in_plan < plan.rewarm else lr
-
-
-def _scheduled(step: int, timeline: Timeline, schedule: Schedule) -> float:
-    total = timeline.total_steps
     warmup = timeline.step_after(0, schedule.warmup)
-    if step <= warmup:
-        return schedule.lr * step / warmup
+    return _rate(schedule.lr, step, timeline.total_steps, warmup, schedule.min_lr_ratio, restarts)
+
+
+def _rate(peak: float, step: int, total: int, warmup: int, min_ratio: float, restarts: Sequence[Restart]) -> float:
+    past = [restart for restart in restarts if restart.step <= step]
+    if past and step - past[-1].step < past[-1].rewarm:
+        last = past[-1]
+        target = _scheduled(peak, last.step + last.rewarm, total, warmup, min_ratio)
+        return target * (step - last.step) / last.rewarm
+    return _scheduled(peak, step, total, warmup, min_ratio)
+
+
+def _scheduled(peak: float, step: int, total: int, warmup: int, min_ratio: float) -> float:
+    """The learning rate without restarts."""
+    if step < warmup or step == warmup > 0:
+        return peak * step / warmup
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return schedule.lr * (schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * cosine)
+    return peak * (min_ratio + (1 - min_ratio) * cosine)

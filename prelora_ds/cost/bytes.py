@@ -48,7 +48,7 @@ def predict_bytes(plan: Plan, layout: Layout, zero: ZeroSettings, world_size: in
     staging buffers.
 
     kernel: "merged" keeps an fp32 copy of each frozen weight with an adapter.
-    parked: the parameters whose fp32 values stay on the host while they are frozen.
+    parked: the parameters whose fp32 values stay on the host while they are frozen, unless the kernel keeps them.
     """
     sizes = {name: math.prod(shape) for name, shape in plan.parameters(layout).items()}
     small = [name for name, size in sizes.items() if size <= zero.persistence_threshold]
@@ -63,8 +63,8 @@ def predict_bytes(plan: Plan, layout: Layout, zero: ZeroSettings, world_size: in
 
     weights = BF16 * n
     buffers = 0
-    if kernel == "merged":
-        weights += FP32 * sum(sizes[f"{module}.weight"] for module in plan.frozen_targets())
+    in_module = {f"{module}.weight" for module in plan.frozen_targets()} if kernel == "merged" else set()
+    weights += FP32 * sum(sizes[name] for name in in_module)
     if stage == 3:
         # A single rank gathers nothing, because its partition of a parameter is the parameter.
         gathered = sum(sizes[name] for name in small) if w > 1 else 0
@@ -79,7 +79,7 @@ def predict_bytes(plan: Plan, layout: Layout, zero: ZeroSettings, world_size: in
         masters=FP32 * t // sharded,
         moments=2 * FP32 * t // sharded,
         buffers=buffers,
-        host=FP32 * sum(sizes[name] for name in parked - plan.trainable) // w,
+        host=FP32 * sum(sizes[name] for name in parked - plan.trainable - in_module) // w,
     )
 
 

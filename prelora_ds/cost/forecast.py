@@ -13,7 +13,7 @@ from prelora_ds.config.tree import Config, ZeroSettings
 from prelora_ds.core.controller import PhaseController, PhaseState
 from prelora_ds.core.duration import Duration
 from prelora_ds.core.layout import Layout
-from prelora_ds.core.phases import plans_at_rank, thawed_later
+from prelora_ds.core.phases import needed_in_fp32, plans_at_rank
 from prelora_ds.core.plan import Plan
 from prelora_ds.core.rank_rules.uniform import UniformRank
 from prelora_ds.core.schedule import Timeline
@@ -57,7 +57,7 @@ def predict_run(config: Config, cluster: Cluster, layout: Layout, images: int, *
     rows = []
     runs = []
     phases = config.specs()
-    parked = [thawed_later(phases, layout, index) for index in range(len(phases))]
+    parked = [needed_in_fp32(phases, layout, index) for index in range(len(phases))]
     plans = plans_at_rank(phases, layout, mean_rank)
     for zero in _settings(config, plans, accum):
         rows_of_stage = [

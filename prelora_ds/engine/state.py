@@ -160,11 +160,16 @@ def _collect(
             done(tensor)
 
     if frozen:
-        fp32 = fp32_weights(engine.module)
-        for name, p in named_parameters(engine.module).items():
-            if name not in adam_steps_of:
-                slices[name] = _frozen_slice(fp32.get(name, p), rank, world)
+        slices |= frozen_slices(engine)
     return EngineState(slices, adam_steps, _buffers(engine.module))
+
+
+def frozen_slices(engine: DeepSpeedEngine) -> dict[str, Slice]:
+    """Return copies of this rank's part of each frozen parameter, in BF16 or, if it has that, in fp32."""
+    trained = inner_optimizer(engine).steps
+    fp32 = fp32_weights(engine.module)
+    return {name: _frozen_slice(fp32.get(name, p), comm.get_rank(), comm.get_world_size())
+            for name, p in named_parameters(engine.module).items() if name not in trained}
 
 
 def _host_copy(part: torch.Tensor) -> torch.Tensor:
@@ -217,7 +222,7 @@ def restore_state(
     Parameters of the plan that are not in the state are adapters and get their initial value.
 
     Returns this rank's fp32 slices of the frozen parameters ``parked``, which the ranks share like
-    exported frozen parameters.
+    exported frozen parameters. Weights that the module itself keeps in fp32 are not among them.
 
     Raises RuntimeError on every rank if the state does not fit the plan, or if DeepSpeed's masters
     do not match the weights afterwards.
@@ -243,8 +248,8 @@ def restore_state(
             full = gather_full(state, name, "value", shape, engine.device)
         else:
             full = initial_adapter_value(name, shape, plan, leaves).to(engine.device)
-        _write_bf16(parameters[name], full)
-        if name in parked:
+        write_bf16(parameters[name], full)
+        if name in parked and name not in fp32:
             parked_slices[name] = _share(
                 parameters[name], full, comm.get_rank(), comm.get_world_size()
             )
@@ -380,7 +385,7 @@ def gather_full(
     return full.view(shape)
 
 
-def _write_bf16(p: nn.Parameter, full: torch.Tensor) -> None:
+def write_bf16(p: nn.Parameter, full: torch.Tensor) -> None:
     """Write ``full`` into the BF16 parameter, at stage 3 into this rank's partition of it."""
     if hasattr(p, "ds_tensor"):
         partitioned: Any = p  # with the attributes that DeepSpeed gives it

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from prelora_ds.core.controller import PhaseState
 from prelora_ds.core.divergence import DivergenceWatch
-from prelora_ds.core.phases import thawed_later
+from prelora_ds.core.phases import needed_in_fp32
 from prelora_ds.data.setup import fingerprints
 from prelora_ds.engine.build import Engine, build_engine
 from prelora_ds.engine.measure import check_ranks_agree
@@ -44,14 +44,14 @@ def begin(run: Run, records: Records, saver: Saver,
             run.layout,
             run.labels,
             weights,
-            parked=_thawed_later(run, state),
+            parked=_needed_in_fp32(run, state),
         )
         seed_rng(run.config.run.seed, dist.get_rank())  # Dropout differs between ranks.
     else:
         state = checkpoint.run
         if not checkpoint.belongs_to(run.folder):
             state.phase = _as_fork(run, records, state.phase, checkpoint)
-        thawed = _thawed_later(run, state)
+        thawed = _needed_in_fp32(run, state)
         check_fp32(checkpoint, thawed - state.phase.plan.trainable)
         engine = build_engine(
             run.config,
@@ -117,8 +117,8 @@ def check_fp32(checkpoint: Checkpoint, names: frozenset[str]) -> None:
         )
 
 
-def _thawed_later(run: Run, state: RunState) -> frozenset[str]:
-    return thawed_later(run.config.specs(), run.layout, state.phase.index)
+def _needed_in_fp32(run: Run, state: RunState) -> frozenset[str]:
+    return needed_in_fp32(run.config.specs(), run.layout, state.phase.index)
 
 
 def _first_weights(run: Run) -> EngineState:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 from prelora_ds.core.codec import from_json, to_json
 from prelora_ds.core.controller import PhaseState
-from prelora_ds.core.phases import thawed_later
+from prelora_ds.core.phases import needed_in_fp32
 from prelora_ds.data.loader import Loader
 from prelora_ds.engine.build import Engine
+from prelora_ds.engine.merge import fold_adapters, merge_adapters
 from prelora_ds.engine.runtime import on_rank_0
+from prelora_ds.engine.state import EngineState, frozen_slices
 from prelora_ds.engine.transition import transition
 from prelora_ds.run.checkpoints.saver import Saver
 from prelora_ds.run.context import Run
@@ -41,8 +44,8 @@ def decide(run: Run, records: Records, state: RunState, step: int,
 
 
 def follow_plan(run: Run, records: Records, saver: Saver, engine: Engine, loader: Loader,
-                phase: PhaseState) -> Engine:
-    """Return the engine for the plan of ``phase``. Collective.
+                phase: PhaseState, step: int) -> Engine:
+    """Return the engine for the plan of ``phase`` after ``step``. Collective.
 
     It is ``engine`` itself if the plan has the same structure, otherwise a rebuilt one.
     """
@@ -50,12 +53,24 @@ def follow_plan(run: Run, records: Records, saver: Saver, engine: Engine, loader
     if plan == engine.plan:
         return engine
     if plan.structure() == engine.plan.structure():
+        if plan.cycle != engine.plan.cycle:
+            _merge(run, records, saver, engine, phase, step)
         engine.set_active(plan.training())
         engine.plan = plan
         return engine
 
-    later = thawed_later(run.config.specs(), run.layout, phase.index)
-    engine, switch = transition(engine, plan, keep_frozen=saver.save_frozen, parked=later)
+    later = needed_in_fp32(run.config.specs(), run.layout, phase.index)
+    edit = partial(fold_adapters, layout=run.layout) if plan.cycle != engine.plan.cycle else None
+    engine, switch = transition(engine, plan, edit=edit, keep_frozen=saver.save_frozen, parked=later)
     loader.rebatch(engine.config.train.micro_batch_size)
     records.plan(engine, phase, switch)
     return engine
+
+
+def _merge(run: Run, records: Records, saver: Saver, engine: Engine, phase: PhaseState, step: int) -> None:
+    """Merge the adapters, and write the frozen weights that came of it for later checkpoints. Collective."""
+    merge = run.config.specs()[phase.index].merge
+    assert merge is not None, "only such a phase has cycles"
+    report = merge_adapters(engine, phase.plan, merge.reset)
+    records.merge(step, phase.plan, merge.reset, report)
+    saver.save_frozen(EngineState(frozen_slices(engine.ds) | dict(engine.parked)), phase.plan)

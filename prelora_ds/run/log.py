@@ -27,6 +27,7 @@ class EventKind(StrEnum):
     BYTES = "bytes"  # predicted and measured bytes under a plan
     RESUME = "resume"  # the run continues from a checkpoint
     STRAGGLER = "straggler"  # a rank that slows down the others
+    MERGE = "merge"  # adapters were merged into the weights and began again
     END = "end"  # the run has finished
 
 

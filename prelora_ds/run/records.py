@@ -10,6 +10,8 @@ import torch.distributed as dist
 
 from prelora_ds.core.codec import to_json
 from prelora_ds.core.controller import PhaseState
+from prelora_ds.core.merge import Reset
+from prelora_ds.core.plan import Plan
 from prelora_ds.core.stragglers import StragglerWatch
 from prelora_ds.core.switch_tests.prelora import Observation
 from prelora_ds.cost.bytes import predict_bytes, worst_deviation
@@ -17,6 +19,7 @@ from prelora_ds.cost.forecast import why_unfinished
 from prelora_ds.data.setup import fingerprints
 from prelora_ds.engine.build import Engine, StepStats
 from prelora_ds.engine.census import census, peak_rss_bytes
+from prelora_ds.engine.merge import MergeReport
 from prelora_ds.engine.runtime import make_monitor
 from prelora_ds.engine.transition import Switch
 from prelora_ds.run.checkpoints.resume import Checkpoint
@@ -181,6 +184,22 @@ class Records:
                 f"{trainable:,} trainable parameters; "
                 f"released {released_mib:,.1f} MiB in {switch.seconds:.1f} s"
             )
+
+    def merge(self, step: int, plan: Plan, reset: Reset, report: MergeReport) -> None:
+        """Log a merge of the adapters and what it moved."""
+        self._log.event(
+            EventKind.MERGE,
+            step,
+            cycle=plan.cycle,
+            rule=reset.rule,
+            reset_share=report.reset_share,
+            output_change=report.output_change,
+        )
+        self.say(
+            f"merged the adapters after step {step} (cycle {plan.cycle} begins): "
+            f"{report.reset_share:.2%} of their moments reset, "
+            f"outputs changed by {report.output_change:.2%}"
+        )
 
     # ---- start and end
 

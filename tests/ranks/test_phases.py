@@ -11,7 +11,7 @@ from support.runs import MEDIUM, ZEROS, Trainer, config, same
 from support.toy_kind import register
 
 from prelora_ds.core.adapters import AdapterSpec
-from prelora_ds.core.phases import PhaseSpec, plan_of, thawed_later
+from prelora_ds.core.phases import PhaseSpec, needed_in_fp32, plan_of
 from prelora_ds.cost.bytes import predict_bytes
 from prelora_ds.engine.census import census, wait_until
 from prelora_ds.engine.measure import gathered, weight_norms
@@ -67,7 +67,7 @@ def thaw_adapters(zero):
     adapters = t.warmup.leaves(t.layout).keys()
 
     phases = [*prelora(t.layout)[:2], PhaseSpec("lora", train=("rest",)), PhaseSpec("warmup", train=("adapters",))]
-    parked = thawed_later(phases, t.layout, 2)
+    parked = needed_in_fp32(phases, t.layout, 2)
     frozen = replace(t.lora, trainable=t.lora.trainable - adapters)
     t.engine, _ = transition(t.engine, frozen, parked=parked)
     predicted = predict_bytes(frozen, t.layout, t.cfg.zero, t.world, after_backward=False, parked=parked)
@@ -109,9 +109,9 @@ def test_only_what_a_later_phase_trains_is_parked(ranks):
 def nothing_is_parked():
     t = Trainer(config("zero2"))
     phases = [*prelora(t.layout), PhaseSpec("again", train=("norms",)), PhaseSpec("all")]
-    assert [len(thawed_later(phases[:3], t.layout, i) - t.lora.trainable) for i in range(3)] == [len(
+    assert [len(needed_in_fp32(phases[:3], t.layout, i) - t.lora.trainable) for i in range(3)] == [len(
         t.layout.parameters.keys() - t.lora.trainable), 0, 0]
-    assert thawed_later(phases, t.layout, 2) == t.lora.parameters(t.layout).keys()
+    assert needed_in_fp32(phases, t.layout, 2) == t.lora.parameters(t.layout).keys()
     t.close()
 
 

@@ -94,7 +94,7 @@ def set_active(linear: nn.Module, active: bool) -> None:
     """Do nothing: this kind merges nothing."""
 
 
-def initial(name: str, leaf: str, shape: Shape, spec: AdapterSpec) -> torch.Tensor:
+def initial(name: str, leaf: str, shape: Shape, spec: AdapterSpec, cycle: int) -> torch.Tensor:
     return torch.zeros(shape)
 
 

@@ -33,7 +33,13 @@ class Half(Protocol):
 
     def set_active(self, linear: nn.Module, active: bool) -> None: ...
 
-    def initial(self, name: str, leaf: str, shape: Shape, spec: AdapterSpec) -> torch.Tensor: ...
+    def initial(
+        self, name: str, leaf: str, shape: Shape, spec: AdapterSpec, cycle: int
+    ) -> torch.Tensor: ...
+
+    def product(
+        self, values: Mapping[str, torch.Tensor], spec: AdapterSpec, rows: slice
+    ) -> torch.Tensor: ...
 
     def effective(
         self, weight: torch.Tensor, values: Mapping[str, torch.Tensor], spec: AdapterSpec
@@ -126,7 +132,7 @@ def initial_adapter_value(
     """Return the fp32 initial value of an adapter's parameter. leaves: `Plan.leaves`."""
     path, leaf = leaves[name]
     spec = plan.adapters[path]
-    return half_of(spec.kind).initial(name, leaf, shape, spec)
+    return half_of(spec.kind).initial(name, leaf, shape, spec, plan.cycle)
 
 
 def effective_weight(

@@ -234,18 +234,26 @@ def set_active(linear: nn.Module, active: bool) -> None:
         linear.active = active
 
 
-def initial(name: str, leaf: str, shape: Shape, spec: AdapterSpec) -> torch.Tensor:
+def initial(
+    name: str, leaf: str, shape: Shape, spec: AdapterSpec, cycle: int = 0
+) -> torch.Tensor:
     """Return the fp32 initial value of ``name``: A kaiming-uniform(sqrt 5), B zero.
 
-    Source: LoRA, section 4.1. The value depends only on the spec's seed and on ``name``, so it is
-    the same on every rank and for every world size.
+    Source: LoRA, section 4.1. The value depends only on the spec's seed, on ``cycle``
+    (`Plan.cycle`) and on ``name``, so it is the same on every rank and for every world size.
     """
     value = torch.zeros(shape)
     if leaf == Lora.A:
-        digest = hashlib.sha256(f"{spec.seed}/{name}".encode()).digest()
+        key = f"{spec.seed}/{name}" if cycle == 0 else f"{spec.seed}/{cycle}/{name}"
+        digest = hashlib.sha256(key.encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
     return value
+
+
+def product(values: Mapping[str, torch.Tensor], spec: AdapterSpec, rows: slice) -> torch.Tensor:
+    """Return ``rows`` of s B A, in the dtype of ``values`` (A [rank, in] and B [out, rank])."""
+    return (values[Lora.B][rows] @ values[Lora.A]).mul_(spec.scaling)
 
 
 def effective(

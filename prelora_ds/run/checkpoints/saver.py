@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from prelora_ds.config.tree import Config
@@ -253,12 +254,16 @@ class Saver:
         self.base = name[0]
 
     def _restore_fp32(self, state: EngineState, base: str) -> None:
-        """Replace the parameters of ``base`` in ``state`` by their fp32 values there.
+        """Replace BF16 copies in ``state`` by their fp32 values in ``base``.
 
-        An engine has only BF16 copies of what it has frozen, and a fork may train it again.
+        An engine has only BF16 copies of most of what it has frozen, and a fork may train it again.
         """
         slices_per_rank: list[Any] = [None] * self._world
-        mine = {name: s.value.numel() for name, s in state.slices.items()}
+        mine = {
+            name: s.value.numel()
+            for name, s in state.slices.items()
+            if s.value.dtype != torch.float32
+        }
         dist.all_gather_object(slices_per_rank, mine)
         elements: Counter[str] = Counter()
         for lengths in slices_per_rank:
@@ -272,6 +277,7 @@ class Saver:
             )
         except (BrokenCheckpointError, OSError) as exc:
             problem = f"rank {self._rank}: {exc}"
+        frozen.slices = {name: s for name, s in frozen.slices.items() if name in elements}
         votes: list[Any] = [None] * self._world
         dist.all_gather_object(votes, (list(frozen.slices), problem))
         problem = next((error for _, error in votes if error is not None), None)

@@ -19,7 +19,9 @@ from prelora_ds.config.load import dump_yaml, load_config, validate
 from prelora_ds.config.phases import PhaseConfig, PreloraUntil, SwitchTestConfig, _kind_of_until
 from prelora_ds.config.tree import Config
 from prelora_ds.core.duration import Duration
-from prelora_ds.core.phases import Adapters, PhaseSpec
+from prelora_ds.core.layout import Layout
+from prelora_ds.core.merge import Merge, Reset
+from prelora_ds.core.phases import Adapters, PhaseSpec, needed_in_fp32, plans_at_rank
 from prelora_ds.core.rank_rules import RANK_RULES
 from prelora_ds.core.rank_rules.prelora import PreloraRanks
 from prelora_ds.core.rank_rules.uniform import UniformRank
@@ -42,6 +44,9 @@ LIST: list[dict[str, Any]] = [
      "freeze_below": 1},
 ]
 
+CYCLE = {"every": "5 steps"}
+LORA = {"name": "b", "adapters": {"rank": 4}, "train": ["adapters", "rest"]}
+
 
 def method(*phases: dict[str, Any], **sections: Any) -> Config:
     return validate({**BASE, "phases": [deepcopy(phase) for phase in phases], **sections}, "r.yaml")
@@ -54,6 +59,22 @@ def refused(*phases: dict[str, Any], **sections: Any) -> ConfigError:
 
 
 # ---- what is read
+
+def test_merges_are_read_with_their_resets() -> None:
+    reset = {"rule": "magnitude", "share": 0.75}
+    phases = [LIST[0], {**LORA, "until": "9 steps", "merge": {**CYCLE, "reset": reset, "rewarm": "2 steps"}},
+              {"name": "joint", "adapters": {"rank": 2, "from": "merge"}}]
+    _, relora, joint = method(*phases).specs()
+    assert relora.merge == Merge(Duration("5 steps"), Reset("magnitude", 0.75), Duration("2 steps"))
+    assert joint.merge is None and joint.adapters is not None and joint.adapters.ranks == UniformRank(2)
+    shapes = {"0.q.weight": (8, 8), "0.q.bias": (8,), "head": (2, 8)}
+    layout = Layout(shapes, {family: {0: "0.q"} for family in ("q", "k", "v", "o", "fc1", "fc2")})
+    plans = plans_at_rank((PhaseSpec("full"), relora, joint), layout)
+    assert [plan.cycle for plan in plans] == [0, 0, 1], "the adapters of relora are merged when joint begins"
+    last = PhaseSpec("last", train=("adapters",))
+    needed = needed_in_fp32((PhaseSpec("full"), relora, last), layout, 1)
+    assert needed & shapes.keys() == {"0.q.weight"}, "what the adapters are merged into"
+
 
 def test_a_list_is_read_phase_by_phase() -> None:
     adapters = Adapters("lora", ("q", "v"), UniformRank(4))
@@ -167,6 +188,17 @@ def test_an_override_of_a_phase_that_is_not_there_names_those_that_are(tmp_path:
     ([LIST[0], {"name": "b", "adapters": {"from": "keep"}}], "phases.b.adapters.from", "no adapters before"),
     ([LIST[0], {"name": "b", "adapters": {"from": "keep", "rank": 4}}], "phases.b.adapters.rank", "applies to new"),
     ([*LIST[:2], {"name": "c", "adapters": {"rank": 4}}], "phases.c.adapters.from", "would discard"),
+    ([*LIST[:2], {"name": "c", "adapters": {"rank": 4, "from": "resize"}}], "phases.c.adapters.from", "'merge'"),
+    ([LIST[0], {"name": "b", "adapters": {"rank": 4, "from": "merge"}}], "phases.b.adapters.from",
+     "no adapters before"),
+    ([LIST[0], {"name": "b", "train": "rest", "merge": CYCLE}], "phases.b.merge", "there are none"),
+    ([LIST[0], {**LORA, "train": "all", "merge": CYCLE}], "phases.b.train", "nothing to merge adapters into"),
+    ([LIST[0], {**LORA, "merge": {}}], "phases.b.merge.every", "is required"),
+    ([LIST[0], {**LORA, "merge": {"every": "0 steps"}}], "phases.b.merge.every", "longer than 0"),
+    ([LIST[0], {**LORA, "merge": {**CYCLE, "reset": {"rule": "magnitud"}}}], "phases.b.merge.reset.rule", "magnitude"),
+    ([LIST[0], {**LORA, "merge": {**CYCLE, "reset": {"rule": "random", "share": 1.5}}}], "phases.b.merge.reset.share",
+     "less than or equal to 1"),
+    ([LIST[0], {**LORA, "merge": {**CYCLE, "reset": {"share": 0.5}}}], "phases.b.merge.reset.share", "rule zero"),
     ([*LIST[:2], {"name": "c", "adapters": "none"}], "phases.c.adapters", "would discard"),
     ([LIST[0], {"name": "b", "train": "adapters"}], "phases.b.train", "there are none"),
     ([LIST[0], {"name": "b", "train": 5}], "phases.b.train", "5, which is not a text"),

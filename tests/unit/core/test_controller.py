@@ -18,8 +18,10 @@ from prelora_ds.core.codec import to_json
 from prelora_ds.core.controller import KEPT_WINDOWS, PhaseController, PhaseState
 from prelora_ds.core.duration import Duration
 from prelora_ds.core.layout import Layout
-from prelora_ds.core.phases import PhaseSpec
-from prelora_ds.core.schedule import Timeline
+from prelora_ds.core.merge import Merge, Reset
+from prelora_ds.core.phases import Adapters, PhaseSpec
+from prelora_ds.core.rank_rules.uniform import UniformRank
+from prelora_ds.core.schedule import Restart, Timeline
 from prelora_ds.core.switch_tests.prelora import Observation, partially_converged
 
 LAYERS = 4
@@ -286,3 +288,58 @@ def test_a_run_whose_state_goes_through_json_every_time_is_the_same_run(
             straight.windows, k=k, tau=1.0, zeta=5.0).passed)
         assert (straight.plan.phase != "full") == passed
         assert straight.tests <= max(0, n // m - k + 1)
+
+
+# ---- cycles of merges
+
+def relora(every: str, *, rewarm: str | None = None, until: str = "30 steps") -> PhaseController:
+    """Full training for 10 steps, then merges ``every`` so often; the run has 60 steps."""
+    merge = Merge(Duration(every), Reset(), None if rewarm is None else Duration(rewarm))
+    phases = [PhaseSpec("full", until=Duration("10 steps")),
+              PhaseSpec("relora", Adapters("lora", ("q", "v"), UniformRank(4)), ("adapters",), Duration(until),
+                        merge=merge),
+              PhaseSpec("last", train=("adapters",))]
+    timeline = Timeline(SAMPLES, BATCH, Duration("60 steps"))
+    return PhaseController(layout=LAYOUT, timeline=timeline, phases=phases, seed=0)
+
+
+def cycles(control: PhaseController) -> tuple[list[int], PhaseState]:
+    """The steps after which a cycle began, and the last state; every step is observed."""
+    state, begun = control.initial(), []
+    for step in range(1, 61):
+        before = state
+        state = control.next(state, Observation(step, step * BATCH, 1.0, {}))
+        state = control.after_step(reloaded(state), step)
+        if state.plan.cycle != before.plan.cycle:
+            begun.append(step)
+    return begun, state
+
+
+def test_cycles_are_counted_from_the_start_of_their_phase() -> None:
+    begun, state = cycles(relora("7 steps"))
+    assert begun == [17, 24, 31, 38], "and none at its own start or after its end"
+    assert (state.plan.phase, state.plan.cycle, state.restarts) == ("last", 4, ())
+
+
+def test_a_merge_is_a_restart_of_the_learning_rate_if_it_rewarms() -> None:
+    _, state = cycles(relora("7 steps", rewarm="3 steps"))
+    assert state.restarts == (Restart(17, 3), Restart(24, 3), Restart(31, 3), Restart(38, 3))
+
+
+def test_a_cycle_in_epochs_ends_with_an_epoch() -> None:
+    begun, _ = cycles(relora("1 epoch"))
+    assert begun == [13, 19, 25, 32, 38]
+
+
+def test_the_last_step_of_a_run_merges_nothing() -> None:
+    control = relora("10 steps", until="90 steps")
+    assert cycles(control)[0] == [20, 30, 40, 50]
+
+
+def test_a_merge_does_not_need_a_new_engine() -> None:
+    control = relora("7 steps")
+    state = control.initial()
+    for step in range(1, 17):
+        state = control.after_step(control.next(state, Observation(step, step * BATCH, 1.0, {})), step)
+    after = control.after_step(control.next(state, Observation(17, 17 * BATCH, 1.0, {})), 17)
+    assert after.plan != state.plan and after.plan.structure() == state.plan.structure()

@@ -11,7 +11,7 @@ from support.plans import full_plan, lora_plan, warmup_plan
 from prelora_ds.core.adapters import AdapterSpec
 from prelora_ds.core.codec import to_json
 from prelora_ds.core.layout import Layout
-from prelora_ds.core.phases import Adapters, PhaseSpec, plan_of, thawed_later
+from prelora_ds.core.phases import Adapters, PhaseSpec, needed_in_fp32, plan_of
 from prelora_ds.core.plan import Plan
 from prelora_ds.core.rank_rules.uniform import UniformRank
 
@@ -39,7 +39,7 @@ PLANS = st.builds(
         AdapterSpec, st.just("lora"), st.none() | st.integers(1, 4096), st.floats(1e-3, 1e6), st.integers(0, 2**63),
         st.dictionaries(names, st.booleans() | st.integers() | names))),
     lr_scale=st.dictionaries(names, st.floats(1e-3, 1e3)), active=st.none() | st.frozensets(names),
-    since_step=st.integers(0, 10**9), rewarm=st.integers(0, 10**6), cycle=st.integers(0, 99))
+    since_step=st.integers(0, 10**9), cycle=st.integers(0, 99))
 
 
 def test_layout_lists_the_modules_family_by_family() -> None:
@@ -143,7 +143,7 @@ def test_a_plan_of_0_1_0_is_read_with_its_ranks_scalings_and_seed() -> None:
 def test_the_structure_is_what_a_rebuild_depends_on() -> None:
     specs = {path: replace(spec, seed=99) for path, spec in LORA.adapters.items()}
     for same in (replace(LORA, cycle=3), replace(LORA, active=frozenset()), replace(LORA, adapters=specs),
-                 replace(LORA, since_step=1, rewarm=5)):
+                 replace(LORA, since_step=1)):
         assert same != LORA
         assert same.structure() == LORA.structure()
     larger = {path: replace(spec, rank=32) for path, spec in LORA.adapters.items()}
@@ -163,10 +163,10 @@ def test_a_rate_is_scaled_by_role() -> None:
 def test_adapters_that_are_frozen_and_trained_again_are_thawed_later_once_they_exist() -> None:
     attach = PhaseSpec("attach", Adapters("lora", ("q", "fc"), UniformRank(2)))
     phases = [PhaseSpec("full"), attach, PhaseSpec("rest", train=("rest",)), PhaseSpec("again", train=("adapters",))]
-    assert thawed_later(phases, LAYOUT, 2) == ADAPTERS
-    assert thawed_later(phases, LAYOUT, 3) == frozenset()
-    assert thawed_later(phases[:3], LAYOUT, 1) == REST
-    assert thawed_later([phases[0], attach], LAYOUT, 0) == set(LAYOUT.parameters)
+    assert needed_in_fp32(phases, LAYOUT, 2) == ADAPTERS
+    assert needed_in_fp32(phases, LAYOUT, 3) == frozenset()
+    assert needed_in_fp32(phases[:3], LAYOUT, 1) == REST
+    assert needed_in_fp32([phases[0], attach], LAYOUT, 0) == set(LAYOUT.parameters)
 
 
 @pytest.mark.parametrize("train", ["rest", "x"])

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from prelora_ds.config.training import OptimizerConfig
 from prelora_ds.core.duration import Duration
-from prelora_ds.core.plan import Plan
-from prelora_ds.core.schedule import Timeline, lr_at
+from prelora_ds.core.schedule import Restart, Timeline, lr_at, rate_factor
 
 SIZES = st.tuples(st.integers(1, 60), st.integers(1, 40), st.integers(1, 12))  # samples, global batch, epochs
 
@@ -124,14 +123,12 @@ def test_ticks_lie_in_the_run_contain_its_last_step_and_none_is_left_out(
 
 # ---- learning rate
 
-PLAN = Plan("full", frozenset())
-
 @pytest.mark.parametrize(("step", "factor"), [(250, .5), (500, 1), (4999, .886878), (9999, .568192), (1, 1 / 500),
                                               (20000, .1)])
 def test_learning_rate_vectors(step: int, factor: float) -> None:
     t = timeline(duration="20000 steps")
     config = OptimizerConfig(lr=3e-4, warmup="500 steps", min_lr_ratio=.1)
-    assert lr_at(step, PLAN, timeline=t, schedule=config) == pytest.approx(3e-4 * factor, rel=1e-6)
+    assert lr_at(step, (), timeline=t, schedule=config) == pytest.approx(3e-4 * factor, rel=1e-6)
 
 
 @given(st.integers(2, 400), st.integers(0, 400), st.floats(0, 1), st.floats(1e-6, 10))
@@ -141,7 +138,7 @@ def test_the_rate_rises_to_its_peak_falls_to_its_minimum_and_does_not_jump(
     warmup = min(warmup, total - 1)
     t = timeline(duration=f"{total} steps")
     config = OptimizerConfig(lr=lr, warmup=f"{warmup} steps", min_lr_ratio=ratio)
-    rates = [lr_at(step, PLAN, timeline=t, schedule=config) for step in range(1, total + 1)]
+    rates = [lr_at(step, (), timeline=t, schedule=config) for step in range(1, total + 1)]
     noise = lr * 1e-9
     assert rates[-1] == pytest.approx(lr * ratio, rel=1e-9, abs=noise)
     assert all(-noise <= rate <= lr + noise for rate in rates)
@@ -157,7 +154,7 @@ def test_the_rate_rises_to_its_peak_falls_to_its_minimum_and_does_not_jump(
 
 
 def test_without_warmup_the_first_step_is_already_on_the_cosine() -> None:
-    first = lr_at(1, PLAN, timeline=timeline(duration="4 steps"), schedule=OptimizerConfig(lr=1.0, warmup="0 steps"))
+    first = lr_at(1, (), timeline=timeline(duration="4 steps"), schedule=OptimizerConfig(lr=1.0, warmup="0 steps"))
     assert first == pytest.approx(.5 * (1 + math.cos(math.pi / 4)))
 
 
@@ -165,20 +162,41 @@ def test_warmup_in_epochs_and_shares_is_that_many_steps() -> None:
     t = timeline(100, 16, "20 epochs")  # 125 steps
     for warmup, steps in (("2 epochs", 13), ("10 %", 13), ("13 steps", 13)):
         config = OptimizerConfig(lr=1.0, warmup=warmup)
-        assert lr_at(steps, PLAN, timeline=t, schedule=config) == 1.0
-        assert lr_at(steps - 1, PLAN, timeline=t, schedule=config) == pytest.approx((steps - 1) / steps)
-        assert lr_at(steps + 1, PLAN, timeline=t, schedule=config) < 1.0
+        assert lr_at(steps, (), timeline=t, schedule=config) == 1.0
+        assert lr_at(steps - 1, (), timeline=t, schedule=config) == pytest.approx((steps - 1) / steps)
+        assert lr_at(steps + 1, (), timeline=t, schedule=config) < 1.0
 
 
 def test_a_minimum_of_one_is_a_constant_rate_after_the_warmup() -> None:
     config = OptimizerConfig(lr=2.0, warmup="3 steps", min_lr_ratio=1)
-    rates = [lr_at(step, PLAN, timeline=timeline(duration="9 steps"), schedule=config) for step in range(3, 10)]
+    rates = [lr_at(step, (), timeline=timeline(duration="9 steps"), schedule=config) for step in range(3, 10)]
     assert rates == [2.0] * 7
 
 
-def test_a_rewarm_takes_a_growing_share_of_the_schedule_from_the_begin_of_its_plan() -> None:
-    t, schedule = timeline(duration="100 steps"), OptimizerConfig(lr=2.0, warmup="10 steps")
-    plan = replace(PLAN, since_step=40, rewarm=4)
-    scheduled = [lr_at(step, PLAN, timeline=t, schedule=schedule) for step in range(41, 47)]
-    rates = [lr_at(step, plan, timeline=t, schedule=schedule) for step in range(41, 47)]
-    assert rates == [scheduled[0] * 1 / 4, scheduled[1] * 2 / 4, scheduled[2] * 3 / 4, *scheduled[3:]]
+def test_after_a_restart_the_rate_rises_to_the_schedule() -> None:
+    t = timeline(duration="100 steps")
+    schedule = OptimizerConfig(lr=2.0, warmup="10 steps")
+    scheduled = [lr_at(step, (), timeline=t, schedule=schedule) for step in range(41, 47)]
+    rates = [lr_at(step, (Restart(40, 4),), timeline=t, schedule=schedule) for step in range(41, 47)]
+    assert rates == [scheduled[3] * n / 4 for n in (1, 2, 3)] + scheduled[3:]
+    two = (Restart(40, 50), Restart(43, 2))
+    rates = [lr_at(step, two, timeline=t, schedule=schedule) for step in range(43, 47)]
+    assert rates == [0.0, scheduled[4] / 2, *scheduled[4:]], "only the last restart counts"
+
+
+@pytest.mark.parametrize(("step", "factor"), [
+    (250, .5), (500, 1), (4999, .886878), (5000, 0), (5001, .00882), (5050, .440989), (5100, .881979), (9999, .568192),
+    (10050, .280437), (15100, .233086), (20000, .1)])
+def test_the_jagged_cosine_of_relora(step: int, factor: float) -> None:
+    """5,000 steps per cycle, of which 100 rewarm."""
+    restarts = (5000, 10000, 15000)
+    found = rate_factor(step, total=20000, warmup=500, min_ratio=.1, restarts=restarts, rewarm=100)
+    assert found == pytest.approx(factor, abs=1e-6)
+    assert found == rate_factor(step, total=20000, warmup=500, min_ratio=.1, restarts=restarts, rewarm=[100] * 3)
+
+
+def test_each_restart_may_rewarm_for_a_time_of_its_own() -> None:
+    at = partial(rate_factor, total=1000, warmup=0, min_ratio=1.0, restarts=(100, 200), rewarm=(10, 50))
+    assert [at(step) for step in (105, 110, 200, 225, 250)] == [.5, 1.0, 0.0, .5, 1.0]
+    with pytest.raises(ValueError, match="1 numbers of steps to rewarm for 2 restarts"):
+        rate_factor(1, total=1000, warmup=0, min_ratio=1.0, restarts=(100, 200), rewarm=(10,))
