@@ -1,6 +1,6 @@
-"""The parts of a run's logs and accuracy.json that the report is made of.
+"""Read the parts of a run's logs and accuracy.json that the report needs.
 
-They are checked when they are read: anybody may have edited the files.
+They are checked while they are read, because anybody may have edited the files.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from prelora_ds.run.log import EventKind
 
 
 def _printable(text: str) -> str:
-    text.encode()  # raises a ValueError for a surrogate, which JSON may escape and no terminal shows
+    text.encode()  # raises a ValueError for a surrogate, which JSON can hold and no terminal can print
     return text
 
 
 Text = Annotated[str, AfterValidator(_printable)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Real = Annotated[float, Field(ge=-1e300, le=1e300, allow_inf_nan=False)]
-# Logs of earlier versions have NaN and infinities, where null stands today.
+# Logs of earlier versions have NaN and infinities where today's have null.
 Measured = Annotated[
     Real | None,
     BeforeValidator(
@@ -51,7 +51,7 @@ T = TypeVar("T", bound=Record)
 
 
 class Step(Record):
-    """A row of metrics.jsonl; None stands for what was not measured at this step, or not finite."""
+    """A row of metrics.jsonl; None means not measured at this step, or not finite."""
 
     step: Annotated[Count, Field(ge=1)]
     epoch: Real
@@ -62,16 +62,18 @@ class Step(Record):
 
 
 class Event(Record):
-    """A row of the events of no other kind."""
+    """A row of events.jsonl; the report needs only the step of most kinds."""
 
     step: Count
 
 
 class Resume(Event):
-    pass
+    """A job that continued from a checkpoint after ``step``."""
 
 
 class Switch(Record):
+    """The cost of a switch."""
+
     seconds: Real
 
 
@@ -108,7 +110,7 @@ class End(Event):
 
 
 class Accuracy(Record):
-    """What `prelora evaluate` wrote; earlier versions named neither data nor identity."""
+    """The result that `prelora evaluate` wrote; earlier versions wrote neither data nor identity."""
 
     correct: Count
     samples: Annotated[Count, Field(ge=1)]
@@ -127,12 +129,12 @@ _KINDS: Mapping[str, type[Event]] = {
 
 
 def parse_steps(rows: Sequence[dict[str, Any]], path: Path) -> list[Step]:
-    """``rows`` of the metrics.jsonl at ``path``. Raises ConfigError, which names the line."""
+    """Parse the ``rows`` of metrics.jsonl. Raises ConfigError, which names ``path`` and line."""
     return [_parsed(Step, row, path, f"line {number}") for number, row in enumerate(rows, start=1)]
 
 
 def parse_events(rows: Sequence[dict[str, Any]], path: Path) -> list[Event]:
-    """``rows`` of the events at ``path``. Raises ConfigError, which names the line."""
+    """Parse the ``rows`` of the events. Raises ConfigError, which names ``path`` and line."""
     return [
         _parsed(_KINDS.get(str(row.get("event")), Event), row, path, f"line {number}")
         for number, row in enumerate(rows, start=1)
@@ -140,7 +142,7 @@ def parse_events(rows: Sequence[dict[str, Any]], path: Path) -> list[Event]:
 
 
 def read_accuracy(path: Path) -> Accuracy:
-    """Raises ConfigError."""
+    """Read an accuracy.json. Raises ConfigError."""
     try:
         content = json.loads(path.read_bytes())
     except OSError as exc:

@@ -113,7 +113,7 @@ def _notes(rows: Sequence[dict[str, Any]], events: Sequence[Event]) -> Iterator[
 
 
 def _accuracy_note(folder: RunFolder, events: Sequence[Event]) -> Iterator[str]:
-    """The last result of `prelora evaluate`, with the data that it was measured on."""
+    """Yield the last result of `prelora evaluate`, with the data that it was measured on."""
     if not folder.accuracy.is_file():
         return
     result = read_accuracy(folder.accuracy)
@@ -124,7 +124,7 @@ def _accuracy_note(folder: RunFolder, events: Sequence[Event]) -> Iterator[str]:
 
 
 def _data_of(result: Accuracy, validation: str | None) -> str:
-    """Which data the accuracy belongs to. validation: the fingerprint of the run's data.val, None if not known."""
+    """Name the data of the accuracy. validation: the fingerprint of the run's data.val, or None if it is not known."""
     if result.data is None:
         return " on unnamed data"
     if None in (result.identity, validation):
