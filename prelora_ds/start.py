@@ -72,7 +72,7 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
 
     def give_up(error: LaunchError) -> NoReturn:
         record.record_error(error)
-        end_now(error.exit_code, stamped(f"error: {error}"))
+        end_now(error.exit_code, f"error: {error}")
 
     ranks = with_master_addr(ranks, config.launch.interface)
     assert ranks.master_addr is not None, "with_master_addr finds the address or raises"

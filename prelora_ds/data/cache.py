@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from prelora_ds.console import stamped
 from prelora_ds.data.manifest import Manifest, Shard, is_url
 
 _CHUNK_BYTES = 8 << 20
@@ -177,25 +178,25 @@ class CacheFiller:
                 kind = getattr(error, "strerror", None) or type(error).__name__
                 if kind not in reported:
                     reported.add(kind)
-                    print(
-                        f"warning: {location} is not copied to {self._cache.folder} on host "
+                    _warn(
+                        f"{location} is not copied to {self._cache.folder} on host "
                         f"{socket.gethostname()}: {error}; further errors of this kind are not "
-                        "reported",
-                        file=sys.stderr,
-                        flush=True,
+                        "reported"
                     )
                 self._stop.wait(_PAUSE_AFTER_ERROR_S)
 
     def _warn_full(self, shard: Shard) -> None:
         """Print one warning per node, whose ranks share the folder."""
         if not self._stop.is_set() and os.environ.get("LOCAL_RANK", "0") == "0":
-            print(
-                f"warning: {self._cache.folder} on host {socket.gethostname()} is full "
+            _warn(
+                f"{self._cache.folder} on host {socket.gethostname()} is full "
                 f"({shard.name} needs {shard.size_bytes} bytes): the remaining shards will be read "
-                f"from {self._manifest.folder}",
-                file=sys.stderr,
-                flush=True,
+                f"from {self._manifest.folder}"
             )
+
+
+def _warn(text: str) -> None:
+    print(stamped(f"warning: {text}"), file=sys.stderr, flush=True)
 
 
 def _opened(location: str) -> Any:

@@ -13,6 +13,7 @@ from itertools import count
 
 from torch import Tensor
 
+from prelora_ds.console import stamped
 from prelora_ds.data.batch import MicroBatch
 from prelora_ds.data.cache import CacheFiller, ShardCache
 from prelora_ds.data.datasets import PADDING, BatchRows, EvalImages, ImagePipeline, TrainImages
@@ -111,7 +112,7 @@ class Loader(ABC):
         for fault in (fault for batch in micro_batches for fault in batch.faults):
             if self._warnings < _MAX_WARNINGS:
                 warning = f"warning (rank {self._rank}, step {self._step}): {fault}"
-                print(warning, file=sys.stderr, flush=True)
+                print(stamped(warning), file=sys.stderr, flush=True)
             self._warnings += 1
         return micro_batches
 

@@ -15,6 +15,7 @@ import torch
 
 from prelora_ds.config.phases import PhaseConfig, PhaseSettings
 from prelora_ds.config.tree import Config, ZeroSettings
+from prelora_ds.console import stamped
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.phases import plans_at_rank
 from prelora_ds.core.plan import Plan
@@ -67,7 +68,8 @@ def resolve_auto(config: Config, layout: Layout, ranks: Ranks) -> Config:
         chosen = fastest(_largest_of_each_stage(fitting), rates, ranks_per_host)
         config = _with_setting(config, plan.phase, chosen)
         if ranks.rank == 0:
-            print(_message(plan.phase, chosen, memory_gib, rates, ranks_per_host), flush=True)
+            message = _message(plan.phase, chosen, memory_gib, rates, ranks_per_host)
+            print(stamped(message), flush=True)
     return config
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
+from prelora_ds.console import stamped
 from prelora_ds.errors import HANG_EXIT_CODE, ORPHAN_EXIT_CODE
 from prelora_ds.run.stop import StopRequest
 
@@ -134,9 +135,9 @@ class Guard:
 
 
 def say(message: str) -> None:
-    """Print to standard error from any thread; works even if standard error is closed."""
+    """Print with the time to standard error, from any thread, even if standard error is closed."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        print(message, file=sys.__stderr__, flush=True)
+        print(stamped(message), file=sys.__stderr__, flush=True)
 
 
 def end_now(code: int, message: str, *, stacks: bool = False) -> NoReturn:

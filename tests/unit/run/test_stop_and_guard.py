@@ -14,6 +14,13 @@ from prelora_ds.run import stop as stop_module
 from prelora_ds.run.stop import StopRequest
 
 
+def unstamped(text: str) -> str:
+    """The text of a line without its date and time."""
+    date, time_of_day, rest = text.split(" ", 2)
+    assert (date.count("-"), time_of_day.count(":")) == (2, 2), text
+    return rest
+
+
 @pytest.fixture
 def kept_handlers():
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -86,7 +93,7 @@ def test_a_process_that_makes_progress_is_not_ended() -> None:
 def test_a_check_ends_the_process_with_its_own_code() -> None:
     done = guarded("guard.watch(lambda: (88, 'fenced'))\n"
                    "for _ in range(99): time.sleep(0.1); guard.beat()")
-    assert (done.returncode, done.stderr.strip()) == (88, "error (rank 3): fenced")
+    assert (done.returncode, unstamped(done.stderr)) == (88, "error (rank 3): fenced\n")
 
 
 def test_the_guard_ends_a_process_whose_standard_error_has_no_reader() -> None:
@@ -108,7 +115,7 @@ def test_a_check_that_raises_is_reported_once_and_the_guard_continues() -> None:
 
 def test_an_error_in_before_exit_does_not_keep_the_process_alive() -> None:
     done = guarded("guard.before_exit = lambda code, why: 1 / 0\nguard.watch(lambda: (88, 'fenced'))\ntime.sleep(60)")
-    assert (done.returncode, done.stderr.strip()) == (88, "error (rank 3): fenced")
+    assert (done.returncode, unstamped(done.stderr)) == (88, "error (rank 3): fenced\n")
 
 
 ORPHAN = """
@@ -136,7 +143,7 @@ def test_an_orphan_that_takes_steps_is_asked_to_stop_and_exits_by_itself() -> No
 
 def test_an_orphan_ends_with_87_before_the_first_step_or_without_progress() -> None:
     done = orphan("guard.start(); time.sleep(60)")
-    assert (done.returncode, done.stderr) == (87, "error (rank 3): the launcher is gone\n")
+    assert (done.returncode, unstamped(done.stderr)) == (87, "error (rank 3): the launcher is gone\n")
     done = orphan("stop.begin_steps(); guard.start()\ndef lost_in_here(): time.sleep(60)\nlost_in_here()")
     assert done.returncode == 87 and "no progress for" in done.stderr and "lost_in_here" in done.stderr
 
