@@ -82,7 +82,7 @@ class ShardCache:
                 return False
             partial = path.with_name(path.name + _PARTIAL)
             try:
-                with _opened(location) as source, partial.open("wb") as target:
+                with open_location(location) as source, partial.open("wb") as target:
                     crc32 = 0
                     while part := source.read(_CHUNK_BYTES):
                         if stop is not None and stop.is_set():
@@ -199,7 +199,7 @@ def _warn(text: str) -> None:
     print(stamped(f"warning: {text}"), file=sys.stderr, flush=True)
 
 
-def _opened(location: str) -> Any:
+def open_location(location: str) -> Any:
     if not is_url(location):
         return open(location, "rb")
     import fsspec

@@ -20,13 +20,13 @@ def stage_and_report(
     """Copy slowly, and report the shards that this process has actually read."""
     import prelora_ds.data.cache as module
 
-    opened, opener = [], module._opened
+    opened, opener = [], module.open_location
 
     def slow(place: str) -> object:
         opened.append(Path(place).name)
         time.sleep(0.1)
         return opener(place)
 
-    module._opened = slow
+    module.open_location = slow
     stage(manifest, ShardCache(folder, limit))
     results.put(opened)

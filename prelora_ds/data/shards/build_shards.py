@@ -160,7 +160,7 @@ def build(
             (work / f"{number:06d}.bad").unlink(missing_ok=True)
         progress(done(), shards)
         for _ in map_unordered(
-            _write_shard,
+            write_shard,
             (_job(partial, n, plan, items, options) for n in mine),
             max(1, min(workers, len(mine))),
         ):
@@ -223,7 +223,7 @@ def _job(
     )
 
 
-def _write_shard(job: _Job) -> None:
+def write_shard(job: _Job) -> None:
     """Write a shard, scan what is on the disk, and only then record its rows or its bad images."""
     path = job.folder / f"shard-{job.shard:06d}.tar"
     hidden = path.with_name(f".{path.name}.{uuid4().hex}")

@@ -171,7 +171,7 @@ def test_a_kill_between_the_last_two_steps_is_mended(tree, whole, tmp_path, monk
 def interrupted(tree, tmp_path):
     """The folder of a build that has two of five shards."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(building, "_write_shard", stopping(building._write_shard, 2))
+        patch.setattr(building, "write_shard", stopping(building.write_shard, 2))
         with pytest.raises(KeyboardInterrupt):
             build(Request(tree[0]), tmp_path / "out", OPTIONS)
     return tmp_path / "out"
