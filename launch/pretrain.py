@@ -1,4 +1,4 @@
-"""Pre-train one recipe on the ranks that a launcher started.
+r"""Pre-train one recipe on the ranks that a launcher started.
 
     deepspeed --num_accelerators 2 launch/pretrain.py --recipe launch/recipes/digits_demo.yaml \
         --deepspeed_config ds_configs/zero2.json [a.b=c ...]
@@ -26,6 +26,8 @@ from prelora_ds.run.stop import StopRequest
 
 
 def main(argv: list[str]) -> None:
+    if {"-h", "--help"} & set(argv):
+        parse_arguments(argv, __doc__)  # prints the help and exits, also without a launcher
     ancestors = Ancestors()  # first: a launcher may be killed while the rank starts
     ignore_output_errors()
     ranks = Ranks(rank=0, local_rank=0, world_size=1)

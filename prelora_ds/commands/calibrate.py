@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from prelora_ds.commands.options import DeepspeedConfig, Overrides
+from prelora_ds.commands.options import DeepspeedConfig, Overrides, Recipe
 from prelora_ds.commands.output import save_json, tell
 
 
 def calibrate(
-    recipe: Path,
-    out: Path,
+    recipe: Recipe,
+    out: Annotated[Path, typer.Argument(help="JSON file to write", show_default=False)],
     overrides: Overrides = None,
     deepspeed_config: DeepspeedConfig = None,
     ranks: Annotated[int, typer.Option(min=1, help="number of ranks that train on one host")] = 1,
@@ -22,7 +22,7 @@ def calibrate(
     from prelora_ds.config.load import load_config
     from prelora_ds.run.calibrate import calibrate as measure
 
-    result = measure(load_config(recipe, overrides or [], deepspeed_config), ranks)
+    result = measure(load_config(recipe, overrides or [], deepspeed_config, recipe_key="RECIPE"), ranks)
     save_json(out, result, "OUT")
     for row in result["samples"]:
         tell(f"{row['phase']:7} batch {row['micro_batch_size']:4} rank {row['lora_rank']:3} x {row['accum']}: "

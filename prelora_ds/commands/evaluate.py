@@ -11,7 +11,10 @@ import typer
 from prelora_ds.commands.output import save_json, tell
 
 
-def evaluate(model: Path, data: Annotated[Path, typer.Option(help="folder of shards to evaluate on")]) -> None:
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="folder of an exported model, such as RUN/model", show_default=False)],
+    data: Annotated[Path, typer.Option(help="folder of shards to evaluate on")],
+) -> None:
     """Evaluate an exported MODEL folder (top-1), loaded through transformers, and write accuracy.json into it."""
     from prelora_ds.core.codec import to_json
     from prelora_ds.run.evaluate import evaluate_folder

@@ -11,8 +11,9 @@ from prelora_ds.commands.output import refuse_url, tell
 
 
 def export(
-    run_or_checkpoint: Path,
-    out: Path,
+    run_or_checkpoint: Annotated[Path, typer.Argument(help="output folder of a run, or one of its checkpoints",
+                                                      show_default=False)],
+    out: Annotated[Path, typer.Argument(help="new folder to write", show_default=False)],
     export_format: Annotated[str, typer.Option("--format", help="hf, peft, timm or deepspeed")] = "hf",
 ) -> None:
     """Convert a checkpoint (default: the run's newest) to OUT for transformers, peft, timm or DeepSpeed."""

@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from prelora_ds.commands.options import DeepspeedConfig, Overrides
+from prelora_ds.commands.options import DeepspeedConfig, Overrides, Recipe
 from prelora_ds.commands.output import save, tell
 
 
 def job(
-    recipe: Path,
+    recipe: Recipe,
     profile: Annotated[str, typer.Option(
         help="polaris, perlmutter, frontier, pbs, slurm, or the path of a .yaml file")],
     overrides: Overrides = None,
@@ -48,7 +48,7 @@ def job(
     from prelora_ds.run.folder import RunFolder
 
     site = load_profile(profile)
-    config = load_config(recipe, overrides or (), deepspeed_config)
+    config = load_config(recipe, overrides or (), deepspeed_config, recipe_key="RECIPE")
     check_world(config, nodes * site.ranks_per_node)
     request = Job(name=config.run.name,
                   script=out.resolve(),

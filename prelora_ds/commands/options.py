@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+Recipe = Annotated[Path, typer.Argument(help="YAML file, e.g. from launch/recipes/", show_default=False)]
+
 Overrides = Annotated[list[str] | None, typer.Argument(
     metavar="[KEY=VALUE]...", show_default=False,
     help="overrides of recipe keys, such as train.duration='10 epochs'")]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prelora_ds.commands.options import DeepspeedConfig, JsonFile, Overrides
+from prelora_ds.commands.options import DeepspeedConfig, JsonFile, Overrides, Recipe
 from prelora_ds.commands.output import save_json
 
 if TYPE_CHECKING:
@@ -19,11 +19,11 @@ ASSUMED = "assumed, as in ImageNet-1k: data.train has no manifest here"
 
 
 def plan(
-    recipe: Path,
+    recipe: Recipe,
     overrides: Overrides = None,
     deepspeed_config: DeepspeedConfig = None,
-    hosts: Annotated[int, typer.Option(min=1)] = 1,
-    gpus_per_host: Annotated[int, typer.Option(min=1)] = 4,
+    hosts: Annotated[int, typer.Option(min=1, help="number of hosts")] = 1,
+    gpus_per_host: Annotated[int, typer.Option(min=1, help="number of GPUs, and ranks, per host")] = 4,
     gpu: Annotated[str, typer.Option(
         help="A100-40, A100-80, H100, H200, MI250X (one rank per die) or CPU")] = "A100-40",
     intra_bandwidth: Annotated[float | None, typer.Option(min=1e-3, help="GB/s between GPUs of one host")] = None,
@@ -43,7 +43,7 @@ def plan(
     from prelora_ds.reporting.forecast_table import print_forecast
     from prelora_ds.start import check_phases
 
-    config = load_config(recipe, overrides or (), deepspeed_config)
+    config = load_config(recipe, overrides or (), deepspeed_config, recipe_key="RECIPE")
     check_costs_are_known(config)
     images, images_from, labels, labels_from = _data(config, images)
     layout = check_phases(config, labels)

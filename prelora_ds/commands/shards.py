@@ -31,9 +31,14 @@ _LAUNCHERS = (
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
 )
 
-AtLeast1 = Annotated[int, typer.Option(min=1)]
-Seed = Annotated[int, typer.Option(min=0)]
-SamplesPerShard = AtLeast1
+Source = Annotated[
+    Path, typer.Argument(help="folder or archive with the images", show_default=False)
+]
+Out = Annotated[Path, typer.Argument(help="new folder to write", show_default=False)]
+Images = Annotated[int, typer.Option(min=1, help="number of images in this split")]
+ShortSide = Annotated[int, typer.Option(min=1, help="pixels of the short side")]
+Seed = Annotated[int, typer.Option(min=0, help="seed of the order, or of the cuts")]
+SamplesPerShard = Annotated[int, typer.Option(min=1, help="number of samples per shard")]
 Workers = Annotated[
     int | None, typer.Option(min=1, help="number of worker processes (default: all usable cores)")
 ]
@@ -72,7 +77,7 @@ def rank_and_world_size(environ: Mapping[str, str]) -> tuple[int, int]:
 
 
 @shards_app.command()
-def digits(out: Path, samples_per_shard: SamplesPerShard = 512) -> None:
+def digits(out: Out, samples_per_shard: SamplesPerShard = 512) -> None:
     """Write scikit-learn's digits (1,797 real 8x8 images) to OUT/train and OUT/val."""
     from prelora_ds.data.shards import writer
 
@@ -83,10 +88,10 @@ def digits(out: Path, samples_per_shard: SamplesPerShard = 512) -> None:
 
 @shards_app.command()
 def photographs(
-    out: Path,
-    train: AtLeast1 = 256,
-    val: AtLeast1 = 64,
-    short_side: AtLeast1 = 384,
+    out: Out,
+    train: Images = 256,
+    val: Images = 64,
+    short_side: ShortSide = 384,
     seed: Seed = 0,
     samples_per_shard: SamplesPerShard = 128,
 ) -> None:
@@ -110,8 +115,8 @@ def photographs(
 
 @shards_app.command()
 def build(
-    source: Path,
-    out: Path,
+    source: Source,
+    out: Out,
     source_format: Annotated[
         str | None,
         typer.Option(
@@ -135,7 +140,7 @@ def build(
         typer.Option(min=1, help="resize the short side to this many pixels and re-encode as JPEG"),
     ] = None,
     quality: Annotated[
-        int | None, typer.Option(min=1, max=100, help="JPEG quality for --resize-short [90]")
+        int | None, typer.Option(min=1, max=100, help="JPEG quality for --resize-short (default: 90)")
     ] = None,
     skip_bad: Annotated[
         bool,
@@ -188,7 +193,9 @@ def build(
 
 @shards_app.command()
 def verify(
-    folder: str,
+    folder: Annotated[
+        str, typer.Argument(help="folder of shards with a manifest, or its URL", show_default=False)
+    ],
     decode: Annotated[bool, typer.Option("--decode", help="also decode every image")] = False,
     workers: Workers = None,
 ) -> None:
@@ -216,7 +223,13 @@ def verify(
 
 @shards_app.command()
 def index(
-    source: str,
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="folder of shards, or a pattern such as URL/train-{0000..1023}.tar",
+            show_default=False,
+        ),
+    ],
     out: Annotated[
         Path | None, typer.Option(help="where to write the manifest (default: next to the shards)")
     ] = None,

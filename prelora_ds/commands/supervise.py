@@ -31,15 +31,16 @@ def supervise(
     patience: Annotated[float, typer.Option(
         help="seconds without a supervisor heartbeat after which a rank exits")] = 60.0,
     grace: Annotated[float, typer.Option(
-        help="seconds to wait before SIGTERM, and again before SIGKILL")] = 15.0,
+        help="seconds to wait for the ranks to end before SIGTERM, and then again before "
+             "SIGKILL")] = 15.0,
     probe_every: Annotated[float, typer.Option(
         help="seconds between host probes")] = 20.0,
     probe: Annotated[str | None, typer.Option(
-        help="probe command ({host} is replaced; default: ssh); empty disables probing")] = None,
+        help="probe command ({host} is replaced; default: ssh {host} true); empty disables probing")] = None,
     interface: Annotated[str | None, typer.Option(
         help="network interface, see launch.interface")] = None,
     master_port: Annotated[int, typer.Option(
-        help="port of rank 0; each attempt adds its number")] = 29500,
+        help="port of rank 0; attempt n uses this port + n")] = 29500,
 ) -> None:
     """Run COMMAND on healthy hosts; restart it from the last checkpoint when a host fails.
 

@@ -16,13 +16,15 @@ OWNED_BY_RECIPE = {
     "gradient_clipping": "optimizer.clip_grad_norm",
     "optimizer": "optimizer",
     "scheduler": "optimizer.warmup and optimizer.min_lr_ratio",
-    "fp16": "nothing: the engine trains in BF16",
-    "data_types": "nothing: gradients are accumulated in fp32",
-    "communication_data_type": "nothing: gradients are reduced in fp32",
-    "prescale_gradients": "nothing: gradients are reduced in fp32",
-    "gradient_predivide_factor": "nothing: gradients are reduced in fp32",
-    "zero_allow_untested_optimizer": "nothing: the optimizer is an AdamW with its own step count for each parameter",
     "tensorboard": "run.output_dir",
+}
+NOT_SUPPORTED = {
+    "fp16": "the engine trains in BF16",
+    "data_types": "gradients are accumulated in fp32",
+    "communication_data_type": "gradients are reduced in fp32",
+    "prescale_gradients": "gradients are reduced in fp32",
+    "gradient_predivide_factor": "gradients are reduced in fp32",
+    "zero_allow_untested_optimizer": "the optimizer is an AdamW with its own step count for each parameter",
 }
 # The other keys that are allowed. DeepSpeed itself ignores misspelt ones silently.
 KNOWN_KEYS = ("zero_optimization", "bf16", "zero_force_ds_cpu_optimizer", "comms_logger", "wall_clock_breakdown",
@@ -68,6 +70,10 @@ def check_deepspeed(values: Mapping[str, Any], source: str) -> None:
         if key in values:
             raise ConfigError(f"{source}: {key}", values[key], f"this key is set by the recipe ({owner})",
                               f'remove "{key}" from {source} and set it in the recipe')
+    for key, why in NOT_SUPPORTED.items():
+        if key in values:
+            raise ConfigError(f"{source}: {key}", values[key], f"is not supported: {why}",
+                              f'remove "{key}" from {source}')
     _only(values, (*OWNED_BY_RECIPE, *KNOWN_KEYS), f"{source}: ")
     zero = _section(values, "zero_optimization", f"{source}: ")
     bf16 = _section(values, "bf16", f"{source}: ")

@@ -24,19 +24,23 @@ _NOTHING = object()
 
 
 def load_config(recipe: str | Path, overrides: Sequence[str] = (),
-                deepspeed_config: str | Path | None = None) -> Config:
+                deepspeed_config: str | Path | None = None, *, recipe_key: str = "--recipe") -> Config:
     """The validated config of a run.
+
+    recipe_key: the name by which the user gave ``recipe``, for messages.
 
     Raises ConfigError, with key, value and remedy, for a missing or unreadable file, an unknown key,
     an invalid value, or a DeepSpeed JSON that sets a key of the recipe.
     """
-    return validate(read_settings(recipe, overrides, deepspeed_config), str(recipe))
+    values = read_settings(recipe, overrides, deepspeed_config, recipe_key=recipe_key)
+    return validate(values, str(recipe), overrides)
 
 
 def read_settings(recipe: str | Path, overrides: Sequence[str] = (),
-                  deepspeed_config: str | Path | None = None) -> dict[str, Any]:
+                  deepspeed_config: str | Path | None = None, *,
+                  recipe_key: str = "--recipe") -> dict[str, Any]:
     """The values that `load_config` validates. Raises ConfigError."""
-    tree = renamed(_read_recipe(Path(recipe)))
+    tree = renamed(_read_recipe(Path(recipe), recipe_key))
     if deepspeed_config is not None:
         given = read_deepspeed_json(Path(deepspeed_config))
         _refuse_another(tree.get("deepspeed"), str(recipe), given, str(deepspeed_config))
@@ -52,11 +56,11 @@ def read_settings(recipe: str | Path, overrides: Sequence[str] = (),
     return values
 
 
-def validate(values: Mapping[str, Any], source: str) -> Config:
+def validate(values: Mapping[str, Any], source: str, overrides: Sequence[str] = ()) -> Config:
     """Make a Config from a plain mapping.
 
     Keys of an older version are read under their new names. Raises ConfigError for the first
-    invalid key; ``source`` is the recipe that the message names.
+    invalid key. Its message names where the key is set: one of ``overrides``, otherwise ``source``.
     """
     values = with_new_names(values)
     if isinstance(values.get("deepspeed"), dict):
@@ -67,7 +71,7 @@ def validate(values: Mapping[str, Any], source: str) -> Config:
     try:
         config = Config.model_validate(values)
     except ValidationError as exc:
-        raise _config_error(exc, source, values) from exc
+        raise _config_error(exc, source, values, overrides) from exc
 
     # A phase's zero_stage is combined with the offloading of the run's section: check that as well.
     for phase in config.phase_list:
@@ -111,9 +115,11 @@ def _check_batch(config: Config, world_size: int, key: str) -> None:
     try:
         config.grad_accum_steps(world_size)
     except ValueError as exc:
-        raise ConfigError(key, config.train.micro_batch_size, str(exc),
-                          "choose a micro-batch size such that global_batch_size = micro_batch_size x ranks x an "
-                          "integer (1 at ZeRO stage 0), or choose another ZeRO stage") from exc
+        remedy = "choose a micro-batch size such that global_batch_size = micro_batch_size x ranks x an integer, or " \
+                 "another global batch or number of ranks"
+        if config.zero.stage == 0:
+            remedy += "; at ZeRO stage 0 the integer must be 1, so another ZeRO stage helps as well"
+        raise ConfigError(key, config.train.micro_batch_size, str(exc), remedy) from exc
 
 
 def read_deepspeed_json(path: Path) -> dict[str, Any]:
@@ -174,15 +180,15 @@ def dump_yaml(config: Config) -> str:
     return write_yaml(without_interpolation(config.model_dump(mode="json")))
 
 
-def _read_recipe(path: Path) -> dict[str, Any]:
+def _read_recipe(path: Path, key: str) -> dict[str, Any]:
     near = difflib.get_close_matches(path.name, _neighbours(path), n=1)
-    hint = f"did you mean {path.parent / near[0]}?" if near else "see launch/recipes/"
+    hint = f"did you mean {path.parent / near[0]}?" if near else "check the path; launch/recipes/ has examples"
     try:
-        tree = read_yaml(_read_text(path, "--recipe", hint), is_text)
+        tree = read_yaml(_read_text(path, key, hint), is_text)
     except UnreadableError as exc:
-        raise ConfigError("--recipe", str(path), f"is not valid YAML: {exc}", "fix the file") from exc
+        raise ConfigError(key, str(path), f"is not valid YAML: {exc}", "fix the file") from exc
     if not isinstance(tree, dict):
-        raise ConfigError("--recipe", str(path), "must be a mapping", "see launch/recipes/")
+        raise ConfigError(key, str(path), "must be a mapping", "see launch/recipes/")
     return tree
 
 
@@ -206,7 +212,8 @@ def _read_text(path: Path, key: str, hint: str) -> str:
                           "save it as UTF-8") from exc
 
 
-def _config_error(exc: ValidationError, source: str, values: Mapping[str, Any]) -> ConfigError:
+def _config_error(exc: ValidationError, source: str, values: Mapping[str, Any],
+                  overrides: Sequence[str]) -> ConfigError:
     # Report unknown keys before missing ones: a typo in a required key causes both.
     error = min(exc.errors(), key=lambda e: e["type"] != "extra_forbidden")
     unknown = error["type"] == "extra_forbidden"
@@ -214,11 +221,13 @@ def _config_error(exc: ValidationError, source: str, values: Mapping[str, Any]) 
     if unknown:
         place = (*place, error["loc"][-1])
     key = _dotted(place, values) or source
+    source = _where(key, source, overrides)
     if unknown:
         known = keys_of(Config, place[:-1])
         near = difflib.get_close_matches(str(place[-1]), known, n=1)
+        hint = f"did you mean {'.'.join(filter(None, (_dotted(place[:-1], values), *near)))}?"
         return ConfigError(key, error["input"], f"unknown key (in {source})",
-                           f"did you mean {near[0]}?" if near else f"valid keys: {', '.join(known)}")
+                           hint if near else f"valid keys: {', '.join(known)}")
     if error["type"] == "missing":
         *section, last = place
         remedy = f"set {key}" if isinstance(last, str) else \
@@ -239,11 +248,22 @@ def _config_error(exc: ValidationError, source: str, values: Mapping[str, Any]) 
         "bool_type": "set it to true or false",
         "int_type": "set it to an integer",
         "float_type": "set it to a number",
-        "string_type": "set it to a text",
+        "string_type": "set it to a string",
+        "literal_error": "choose one of them",
     }
-    return ConfigError(key, value, f"{message[0].lower()}{message[1:]} (in {source})",
+    problem = f"{message[0].lower()}{message[1:]}".replace("input should be", "must be", 1)
+    return ConfigError(key, value, f"{problem} (in {source})",
                        better_remedy or remedies.get(error["type"],
                                                      f"choose a different value for {key}"))
+
+
+def _where(key: str, source: str, overrides: Sequence[str]) -> str:
+    """The override that sets ``key`` or a section around it, otherwise ``source``."""
+    for text in reversed(overrides):
+        name = text.partition("=")[0]
+        if key == name or key.startswith(f"{name}.") or name.startswith(f"{key}."):
+            return f"the override of {name}"
+    return source
 
 
 def _place(loc: Sequence[str | int]) -> tuple[str | int, ...]:

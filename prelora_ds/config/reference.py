@@ -21,6 +21,7 @@ from pydantic.fields import FieldInfo
 from prelora_ds.config.changes import RENAMED, may_differ
 from prelora_ds.config.deepspeed_section import (
     KNOWN_KEYS,
+    NOT_SUPPORTED,
     OFFLOAD_KEYS,
     OWNED_BY_RECIPE,
     REFUSED_ZERO_KEYS,
@@ -261,8 +262,10 @@ def _deepspeed_keys() -> str:
         f"The accepted keys of `zero_optimization.offload_optimizer` are {_listed(OFFLOAD_KEYS)}.",
         "These keys of `zero_optimization` are refused:",
         _table(refused, "reason"),
-        "These keys are refused because the recipe or the engine decides them:",
-        _table(OWNED_BY_RECIPE, "decided by"),
+        "These keys are refused because the recipe sets them:",
+        _table(OWNED_BY_RECIPE, "set by"),
+        "These keys are not supported:",
+        _table(NOT_SUPPORTED, "reason"),
     )
     return "\n" + "\n\n".join(part if part.startswith("|") else _wrapped(part) for part in paragraphs) + "\n"
 

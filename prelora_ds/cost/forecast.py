@@ -27,7 +27,7 @@ from prelora_ds.errors import ConfigError
 
 NOTES = (
     "All values are predictions. Bytes are per rank: states at the end of backward, activations at its start.",
-    "peak: the larger of the two moments, with staging copies and gathered weights; it fits if it takes at most "
+    "peak: the larger of these two sums, with staging copies and gathered weights; it fits if it takes at most "
     f"{USABLE:.0%} of the memory.",
     "host: fp32 values, in host memory, of weights that a phase freezes and a later phase trains again.",
     "step: computation, optimizer and communication one after another, without loading, evaluation and checkpoints.",

@@ -34,9 +34,10 @@ def parse_arguments(words: Sequence[str], description: str | None = None) -> arg
     parser.add_argument("--deepspeed_config", "--deepspeed-config",
                         help="DeepSpeed JSON, e.g. from ds_configs/ (default: ZeRO stage 0)")
     parser.add_argument("--resume", default="auto", metavar="auto|never|PATH",
-                        help="auto: resume the run in run.output_dir if there is one; PATH: resume "
-                             "from this checkpoint or run")
-    parser.add_argument("--local_rank", type=int, help="ignored; LOCAL_RANK is used")
+                        help="auto: resume the run in run.output_dir if there is one; never: "
+                             "refuse a folder in which a run has started; PATH: resume from this "
+                             "checkpoint or run")
+    parser.add_argument("--local_rank", type=int, help="passed by some launchers; LOCAL_RANK is used instead")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c",
                         help="overrides of the recipe")
     return parser.parse_intermixed_args(words)

@@ -360,7 +360,10 @@ def _group_lives(process: subprocess.Popen[bytes]) -> bool:
 
 def check_policy(policy: Policy, hosts: Sequence[Host]) -> None:
     """Raise ConfigError when there are fewer hosts than the run needs."""
-    if not 1 <= policy.min_nodes <= policy.nodes <= len(hosts):
+    if policy.nodes > len(hosts):
+        raise ConfigError("--nodes", policy.nodes, f"the hostfile has only {len(hosts)} hosts",
+                          "list more hosts, or lower --nodes")
+    if not 1 <= policy.min_nodes <= policy.nodes:
         raise ConfigError("--nodes", policy.nodes,
-                          f"does not fit --min-nodes {policy.min_nodes} and {len(hosts)} hosts",
-                          "choose 1 <= min-nodes <= nodes <= hosts in the hostfile")
+                          f"does not fit --min-nodes {policy.min_nodes}",
+                          "choose 1 <= min-nodes <= nodes")

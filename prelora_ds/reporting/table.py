@@ -37,9 +37,11 @@ def phase_rows(folder: RunFolder) -> list[dict[str, Any]]:
 
 
 def _read(folder: RunFolder) -> tuple[list[Step], list[Event]]:
+    if not folder.path.exists():
+        raise ConfigError("OUTPUT", str(folder.path), "does not exist", "pass the run.output_dir of a run")
     metrics, logged = folder.metrics, folder.events_to_read
     if not metrics.is_file() or not logged.is_file():
-        raise ConfigError("OUTPUT", str(folder.path), "does not contain a run", "name the run.output_dir of a run")
+        raise ConfigError("OUTPUT", str(folder.path), "does not contain a run", "pass the run.output_dir of a run")
     steps = parse_steps(read_lines(metrics), metrics)
     events = parse_events(read_lines(logged), logged)
     if not steps:

@@ -158,7 +158,7 @@ MISTAKES = {
                           "did you mean reduce_bucket_size?"),
     "zero value that DeepSpeed refuses": (["deepspeed.zero_optimization.allgather_bucket_size=-2"],
                                           "zero_optimization.allgather_bucket_size", "refuses"),
-    "unknown key": (["train.micro_batch=8"], "train.micro_batch", "did you mean micro_batch_size?"),
+    "unknown key": (["train.micro_batch=8"], "train.micro_batch", "did you mean train.micro_batch_size?"),
     "missing recipe": (["--recipe", "launch/recipes/nothing.yaml"], "--recipe", "does not exist"),
     "missing data": (["data.train=/nowhere"], "data.train", "/nowhere"),
     "impossible batch": (["train.global_batch_size=50"], "train.micro_batch_size", "50"),

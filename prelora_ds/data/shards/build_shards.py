@@ -200,7 +200,7 @@ def _finish_killed_build(out: Path, requested: dict[str, Any]) -> Manifest:
     """Finish a build that was killed just before its last step; otherwise raise ConfigError."""
     plan = out / "work" / "plan.json"
     if not plan.exists() or json.loads(plan.read_text())["asked"] != requested:
-        raise ConfigError("OUT", str(out), "exists already", "remove it, or give another folder")
+        raise ConfigError("OUT", str(out), "already exists", "remove it, or give another folder")
     shutil.rmtree(out / "work")
     return Manifest.load(out, "OUT")
 

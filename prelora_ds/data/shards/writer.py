@@ -131,7 +131,7 @@ def _check_new(folder: Path) -> None:
     with _writing(folder):
         if os.path.lexists(folder):
             raise ConfigError(
-                "folder", str(folder), "exists already", "remove it, or give another folder"
+                "folder", str(folder), "already exists", "remove it, or give another folder"
             )
 
 

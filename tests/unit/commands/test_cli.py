@@ -11,9 +11,11 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
+from typer.main import get_command
 
 from prelora_ds import cli
 from prelora_ds.commands.output import refuse_empty
@@ -39,7 +41,7 @@ def test_a_config_error_is_one_message_on_stderr_and_exit_code_2(
     out, err = capsys.readouterr()
     assert out == ""
     assert err == (f"error: OUTPUT = {str(tmp_path)!r}: does not contain a run\n"
-                   "  remedy: name the run.output_dir of a run\n")
+                   "  remedy: pass the run.output_dir of a run\n")
 
 
 def test_a_data_folder_that_is_missing_is_told_by_its_option(
@@ -68,6 +70,16 @@ def test_help_lists_the_commands(option: str, monkeypatch: pytest.MonkeyPatch,
     assert all(command in out for command in ("shards", "plan", "evaluate", "report"))
     assert prelora(monkeypatch, "shards", "build", option) == 0
     assert "--samples-per-shard" in capsys.readouterr().out
+
+
+def test_every_option_and_argument_has_a_help_text() -> None:
+    def without_help(command: Any, path: str) -> list[str]:
+        missing = [f"{path} {p.name}" for p in command.params if not getattr(p, "help", None)]
+        for name, below in getattr(command, "commands", {}).items():
+            missing += without_help(below, f"{path} {name}")
+        return missing
+
+    assert without_help(get_command(cli.app), "prelora") == []
 
 
 def test_the_version_is_that_of_the_package(monkeypatch: pytest.MonkeyPatch,

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from support.configs import MINIMAL, merged, mistake
 
-from prelora_ds.config.deepspeed_section import OWNED_BY_RECIPE, REFUSED_ZERO_KEYS, ZERO_KEYS
+from prelora_ds.config.deepspeed_section import NOT_SUPPORTED, OWNED_BY_RECIPE, REFUSED_ZERO_KEYS, ZERO_KEYS
 from prelora_ds.config.load import check_world, dump_yaml, load_config, read_deepspeed_json, validate
 from prelora_ds.config.tree import Config
 from prelora_ds.core.duration import Duration
@@ -144,19 +144,19 @@ def test_an_override_that_cannot_be_read_is_named_with_the_cause(
 # ---- keys and values
 
 @pytest.mark.parametrize(("override", "key", "value", "remedy"), [
-    ("train.micro_batch_sise=4", "train.micro_batch_sise", 4, "did you mean micro_batch_size?"),
-    ("convergence.taus=4", "convergence.taus", 4, "did you mean tau?"),
+    ("train.micro_batch_sise=4", "train.micro_batch_sise", 4, "did you mean train.micro_batch_size?"),
+    ("convergence.taus=4", "convergence.taus", 4, "did you mean convergence.tau?"),
     ("trane.log_every=4", "trane", {"log_every": 4}, "did you mean train?"),
     ("data.xyzzy=1", "data.xyzzy", 1, "valid keys: train, val, reader, samples_per_epoch, tail, "
      "crop, flip, augment, mixup, cutmix, random_erasing, corrupt_budget, cache_dir, cache_gib, workers, worker_start"),
-    ("lora.rmin=1", "lora.rmin", 1, "did you mean r_min?"),
+    ("lora.rmin=1", "lora.rmin", 1, "did you mean lora.r_min?"),
 ])
 def test_an_unknown_key_is_named_with_its_value_and_what_may_be_meant(
     recipe: Path, override: str, key: str, value: object, remedy: str
 ) -> None:
     error = mistake(recipe, [override])
     assert (error.key, error.value, error.remedy) == (key, value, remedy)
-    assert error.problem == f"unknown key (in {recipe})"
+    assert error.problem == f"unknown key (in the override of {override.partition('=')[0]})"
     assert key in str(error)
     assert repr(value) in str(error)
     assert remedy in str(error)
@@ -166,7 +166,7 @@ def test_a_required_key_that_is_misspelt_is_told_as_a_misspelling() -> None:
     values = merged({"train": {"duratoin": "3 steps"}})
     del values["train"]["duration"]
     error = mistake(values, "r.yaml", call=validate)
-    assert (error.key, error.remedy) == ("train.duratoin", "did you mean duration?")
+    assert (error.key, error.remedy) == ("train.duratoin", "did you mean train.duration?")
 
 
 def test_a_missing_key_is_named() -> None:
@@ -304,7 +304,16 @@ def test_a_deepspeed_json_that_sets_what_the_recipe_owns_names_both_places(tmp_p
     assert error.remedy == f'remove "{key}" from {path} and set it in the recipe'
 
 
-@pytest.mark.parametrize("key", OWNED_BY_RECIPE)
+@pytest.mark.parametrize("key", NOT_SUPPORTED)
+def test_a_deepspeed_key_that_cannot_be_set_anywhere_is_refused_with_the_reason(tmp_path: Path, key: str) -> None:
+    path = deepspeed_json(tmp_path, {"zero_optimization": {"stage": 2}, key: 17})
+    error = mistake(path, call=read_deepspeed_json)
+    assert (error.key, error.value) == (f"{path}: {key}", 17)
+    assert error.problem == f"is not supported: {NOT_SUPPORTED[key]}"
+    assert error.remedy == f'remove "{key}" from {path}'
+
+
+@pytest.mark.parametrize("key", [*OWNED_BY_RECIPE, *NOT_SUPPORTED])
 def test_auto_leaves_a_key_to_its_owner(recipe: Path, tmp_path: Path, key: str) -> None:
     path = deepspeed_json(tmp_path, {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}, key: "auto"})
     assert load_config(recipe, (), path).deepspeed == {"zero_optimization": {"stage": 2}}
@@ -485,6 +494,14 @@ def test_check_world_names_key_value_and_figures() -> None:
     error = mistake(config, 5, call=check_world)
     assert (error.key, error.value) == ("train.micro_batch_size", 4)
     assert "24 is not divisible by train.micro_batch_size 4 x 5 ranks = 20" in error.problem
+
+
+def test_a_bad_override_is_named_as_the_place_of_the_mistake(recipe: Path) -> None:
+    for override, key, remedy in (("train.duraton=10 steps", "train.duraton", "did you mean train.duration?"),
+                                  ("train.loss=mse", "train.loss", "choose one of them")):
+        error = mistake(recipe, (override,))
+        assert (error.key, error.remedy) == (key, remedy)
+        assert error.problem.endswith(f"(in the override of {key})")
 
 
 def test_check_world_refuses_accumulation_at_stage_0() -> None:

@@ -65,3 +65,9 @@ def test_a_rank_records_a_usage_error_for_its_supervisor_before_it_prints(
     process.communicate()
     assert record["code"] == 2 and why in record["why"]
     assert record["rank"] == (int(ranks["RANK"]) if ranks else None)
+
+
+def test_the_help_needs_no_launcher() -> None:
+    done = subprocess.run([sys.executable, "launch/pretrain.py", "--help"], capture_output=True, text=True, check=True,
+                          env={"PATH": os.environ["PATH"]})
+    assert "--deepspeed_config" in done.stdout and "launch/recipes/digits_demo.yaml \\\n" in done.stdout

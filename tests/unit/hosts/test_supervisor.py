@@ -334,9 +334,11 @@ def test_a_failure_caused_by_another_ranks_is_an_echo() -> None:
     assert not is_echo({"code": 85, "why": "was suspended for 20 s, then: hung", "slept_s": 20.0})
 
 
-@pytest.mark.parametrize("policy", [Policy(4, 4), Policy(2, 3), Policy(1, 0)])
-def test_a_policy_that_does_not_fit_the_hosts_is_refused(policy: Policy) -> None:
-    with pytest.raises(ConfigError):
+@pytest.mark.parametrize(("policy", "problem"), [
+    (Policy(4, 4), "the hostfile has only 3 hosts"), (Policy(2, 3), "does not fit --min-nodes 3"),
+    (Policy(1, 0), "does not fit --min-nodes 0")])
+def test_a_policy_that_does_not_fit_the_hosts_is_refused(policy: Policy, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
         check_policy(policy, HOSTS)
 
 

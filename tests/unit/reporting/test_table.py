@@ -340,5 +340,5 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path, there: tuple[str, ...
 
 
 def test_a_folder_that_is_missing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="does not contain a run"):
+    with pytest.raises(ConfigError, match="does not exist"):
         phase_rows(RunFolder(tmp_path / "none"))

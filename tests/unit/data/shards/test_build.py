@@ -225,7 +225,7 @@ def test_a_worker_that_is_killed_is_reported():
 
 def test_an_existing_folder_is_refused_and_untouched(tree, tmp_path):
     (tmp_path / "out").mkdir()
-    with pytest.raises(ConfigError, match="exists already"):
+    with pytest.raises(ConfigError, match="already exists"):
         build(Request(tree[0]), tmp_path / "out", OPTIONS)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

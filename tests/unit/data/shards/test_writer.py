@@ -65,11 +65,11 @@ def test_the_same_samples_give_the_same_bytes_and_nothing_else_is_left(tmp_path)
 def test_an_existing_folder_is_refused_and_untouched(tmp_path):
     write(some(3), tmp_path / "data")
     before = contents(tmp_path / "data")
-    with pytest.raises(ConfigError, match="exists already"):
+    with pytest.raises(ConfigError, match="already exists"):
         write(some(6), tmp_path / "data")
     assert contents(tmp_path / "data") == before
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="exists already"):
+    with pytest.raises(ConfigError, match="already exists"):
         write(some(6), tmp_path / "empty")
 
 
@@ -162,14 +162,14 @@ def test_photographs_that_could_not_be_decoded_are_refused_before_any_is_made(tm
 @pytest.mark.parametrize("there", ["train", "val"])
 def test_no_split_is_written_where_the_folder_of_one_exists(tmp_path, there):
     (tmp_path / there).mkdir()
-    with pytest.raises(ConfigError, match=f"{there}.*exists already"):
+    with pytest.raises(ConfigError, match=f"{there}.*already exists"):
         write_digits(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [there]
 
 
 def test_a_link_to_nothing_is_in_the_way_too(tmp_path):
     (tmp_path / "data").symlink_to("nowhere")
-    with pytest.raises(ConfigError, match="exists already"):
+    with pytest.raises(ConfigError, match="already exists"):
         write(some(2), tmp_path / "data")
 
 
