@@ -92,7 +92,7 @@ def _arrow() -> Any:
         import pyarrow.parquet
     except ImportError as error:
         raise ConfigError(
-            "SOURCE", "huggingface", "needs pyarrow", "pip install 'prelora_ds[data]'"
+            "SOURCE", "huggingface", "needs pyarrow", "pip install '.[data]'"
         ) from error
     return pyarrow
 
