@@ -137,10 +137,14 @@ def test_a_phase_may_have_its_own_stage_and_micro_batch(ranks, before, after):
 
 
 def own_settings(before, after):
-    """The state is carried bitwise between stages, and the bytes are those of the new stage."""
-    own = {"deepspeed": {"zero_optimization": ZEROS[after]}, "micro_batch_size": 8}
-    t = Trainer(config(before, model=MEDIUM, batch=16, deepspeed={"zero_force_ds_cpu_optimizer": False},
-                       phases={"lora": own}))
+    """The state is carried bitwise between stages, and the bytes are those of the new stage.
+
+    So are the outputs, if stage 3 computes with torch's own linear (`memory_efficient_linear`).
+    """
+    torch_linear = {"memory_efficient_linear": False}
+    own = {"deepspeed": {"zero_optimization": ZEROS[after] | torch_linear}, "micro_batch_size": 8}
+    deepspeed = {"zero_force_ds_cpu_optimizer": False, "zero_optimization": ZEROS[before] | torch_linear}
+    t = Trainer(config(before, model=MEDIUM, batch=16, deepspeed=deepspeed, phases={"lora": own}))
     t.train(2)
     t.switch(t.warmup)
     t.train(2)
