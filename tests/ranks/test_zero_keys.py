@@ -20,6 +20,8 @@ OTHER = {
     "stage3_gather_16bit_weights_on_model_save": True, "stage3_use_all_reduce_for_fetch_params": True,
     "stage3_allgather_sequential": True,
 }
+# DeepSpeed's own linear, which it uses at stage 3 by default, adds the bias after rounding the product to BF16.
+ROUNDS_AT_STAGE_3 = ("memory_efficient_linear",)
 OTHER_OF_OFFLOAD = {"pin_memory": True, "buffer_count": 2, "cpuadam_cores_perc": 0.5}
 OTHER_OF_STAGE = {"overlap_comm": {3: False}}  # the default differs between stages
 
@@ -47,7 +49,11 @@ def losses_with_every_key(zero):
         if key.startswith("stage3_") and stage != 3:
             continue
         value = OTHER_OF_STAGE.get(key, {}).get(stage, value)
-        assert three_steps(zero, {key: value}) == expected, key
+        losses = three_steps(zero, {key: value})
+        if key in ROUNDS_AT_STAGE_3 and stage == 3:
+            assert losses == pytest.approx(expected, rel=2e-3), key
+        else:
+            assert losses == expected, key
 
 
 def losses_with_every_offload_key(zero):
