@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 IMAGENET_IMAGES = 1_281_167
 IMAGENET_LABELS = 1000
+MEAN_RANK = 30  # for ranks from 8 to 64, as in the benchmarks
 ASSUMED = "assumed, as in ImageNet-1k: data.train has no manifest here"
 
 
@@ -31,7 +32,8 @@ def plan(
     walltime: Annotated[str | None, typer.Option(help="walltime per job, e.g. 6h, 90m, 06:00:00")] = None,
     images: Annotated[int | None, typer.Option(
         min=1, help="images per epoch (default: from the manifest, otherwise ImageNet-1k's 1,281,167)")] = None,
-    mean_rank: Annotated[int, typer.Option(min=1, help="assume this LoRA rank for every adapter")] = 30,
+    mean_rank: Annotated[int | None, typer.Option(
+        min=1, help="assume this LoRA rank for every adapter (default: 30, or the recipe's highest)")] = None,
     json_file: JsonFile = None,
     calibration: Annotated[Path | None, typer.Option(help="use rates measured by `prelora calibrate`")] = None,
 ) -> None:
@@ -50,6 +52,9 @@ def plan(
 
     cluster = Cluster(hosts, gpus_per_host, gpu, intra_bandwidth, inter_bandwidth)
     walltime_s = None if walltime is None else parse_walltime(walltime)
+    if mean_rank is None:
+        highest = [spec.adapters.ranks.highest for spec in config.specs() if spec.adapters is not None]
+        mean_rank = min(MEAN_RANK, *highest) if highest else MEAN_RANK
     result = predict_run(config, cluster, layout, images, walltime_s=walltime_s, mean_rank=mean_rank,
                          calibration=calibration)
     result |= {"images_from": images_from, "labels": labels, "labels_from": labels_from}

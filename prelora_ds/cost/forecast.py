@@ -74,7 +74,7 @@ def predict_run(config: Config, cluster: Cluster, layout: Layout, images: int, *
         **asdict(cluster),
         "world_size": world,
         "images": images,
-        "mean_rank": mean_rank,
+        "mean_rank": mean_rank, "configured_stage": stage_name(config.zero),
         "micro_batch_size": config.train.micro_batch_size,
         "grad_accum_steps": accum,
         "walltime_s": walltime_s,
@@ -84,6 +84,11 @@ def predict_run(config: Config, cluster: Cluster, layout: Layout, images: int, *
         "runs": runs,
         "notes": list(NOTES),
     }
+
+
+def stage_name(zero: ZeroSettings) -> str:
+    """A ZeRO stage in words, such as "2 with offload"."""
+    return f"{zero.stage} with offload" if zero.offload_optimizer else str(zero.stage)
 
 
 def check_costs_are_known(config: Config) -> None:

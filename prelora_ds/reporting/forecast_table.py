@@ -26,7 +26,8 @@ def print_forecast(result: dict[str, Any], console: Console | None = None) -> No
                         f"{result['gpu']}, micro-batch {result['micro_batch_size']} x {result['grad_accum_steps']}, "
                         f"LoRA rank {result['mean_rank']}; memory per rank")
     for stage in dict.fromkeys(map(_stage, rows)):
-        print_line(console, f"\nZeRO {stage}")
+        configured = " (configured)" if stage == result["configured_stage"] else ""
+        print_line(console, f"\nZeRO {stage}{configured}")
         columns = [(row["phase"], _cells(row, memory, factor)) for row in rows if _stage(row) == stage]
         print_columns(console, labels, columns)
         for run in result["runs"]:
@@ -34,7 +35,8 @@ def print_forecast(result: dict[str, Any], console: Console | None = None) -> No
                 print_line(console, _sentence(run))
 
     rates = result["rates"]
-    source = rates["source"] if rates else "no rates for this machine: run `prelora calibrate`"
+    source = rates["source"] if rates else \
+        "no rates for this machine: run `prelora calibrate RECIPE FILE`, then pass --calibration FILE"
     for line in ("", f"images per epoch: {result['images']:,} ({result['images_from']})",
                  f"classes: {result['labels']:,} ({result['labels_from']})", f"time: {source}", *result["notes"]):
         print_line(console, line)

@@ -118,6 +118,14 @@ def test_figures_that_cannot_be_kept_are_one_message(
     assert "cannot be written (Not a directory)" in capsys.readouterr().err
 
 
+def test_the_rank_is_one_that_the_recipe_can_give_and_its_own_stage_is_marked(
+        planned: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert planned(*SMALL)["mean_rank"] == 30
+    assert "\nZeRO 2 (configured)\n" in capsys.readouterr().out
+    assert planned(*SMALL, "lora.r_min=2", "lora.r_max=4")["mean_rank"] == 4
+    assert planned(*SMALL, "--mean-rank", 16)["mean_rank"] == 16
+
+
 def test_what_a_phase_freezes_for_a_later_one_is_in_the_host_s_memory(
         planned: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     preset = planned(*SMALL)["rows"]
