@@ -205,7 +205,7 @@ def test_a_missing_recipe_is_told_with_the_nearest_name(recipe: Path) -> None:
     error = mistake(recipe.with_name("recipee.yaml"))
     assert (error.key, error.problem) == ("--recipe", "does not exist")
     assert error.remedy == f"did you mean {recipe}?"
-    assert mistake(recipe.with_name("other.yaml")).remedy == "see launch/recipes/"
+    assert mistake(recipe.with_name("other.yaml")).remedy == "check the path; launch/recipes/ has examples"
 
 
 @pytest.mark.parametrize(("content", "problem"), [
