@@ -25,7 +25,7 @@ from prelora_ds.core.merge import Reset
 from prelora_ds.core.plan import Plan
 from prelora_ds.engine.fragments import Fragment, adam_state, fragments
 from prelora_ds.engine.optimizer import MOMENTS, inner_optimizer
-from prelora_ds.engine.state import EngineState, Slice, gather_full, write_bf16
+from prelora_ds.engine.state import EngineState, Slice, gather_full, gather_parts, write_bf16
 from prelora_ds.model.adapters import fp32_weights, half_of, initial_adapter_value
 from prelora_ds.model.adapters.lora import refresh_merged_weights
 from prelora_ds.model.families import named_parameters
@@ -87,7 +87,7 @@ def _merge_weights(engine: Engine) -> None:
             continue
         part = engine.parked[name]
         add_product(part, shapes[name], values, spec)
-        _write_slice(parameters[name], part, name, shapes[name], ds.device)
+        _write_slice(parameters[name], part, shapes[name], ds.device)
 
 
 def _restart_adapters(engine: Engine, plan: Plan, reset: Reset) -> tuple[int, int]:
@@ -124,12 +124,12 @@ def _restart_adapters(engine: Engine, plan: Plan, reset: Reset) -> tuple[int, in
         mine = slice(fragment.start, fragment.stop)
         fragment.of(fragment.flat).copy_(first.view(-1)[mine])
         state = moments.get(fragment.flat, {})
-        for key in MOMENTS:
-            if key in state:
-                part = fragment.of(state[key])
-                part.masked_fill_(gone[mine].to(part.device), 0.0)
+        zeroed = gone[mine]
+        for part in (fragment.of(state[key]) for key in MOMENTS if key in state):
+            part.masked_fill_(gone[mine].to(part.device), 0.0)
+            zeroed = zeroed & (part == 0.0).cpu()
         if not replicated or comm.get_rank() == 0:
-            done += int(gone[mine].sum())
+            done += int(zeroed.sum())
 
     total = torch.tensor(done, device=ds.device)
     comm.all_reduce(total)
@@ -233,16 +233,15 @@ def _gathered(engine: Engine, fragment: Fragment | None, part: torch.Tensor | No
     if engine.ds.zero_optimization_stage() == 0:  # every rank holds all of it
         assert part is not None
         return part.clone().view(shape)
-    slices = {} if part is None or fragment is None else {"": Slice(fragment.start, part)}
-    return gather_full(EngineState(slices), "", "value", shape, engine.ds.device)
+    return gather_parts(0 if fragment is None else fragment.start, part, shape, engine.ds.device)
 
 
-def _write_slice(p: Any, part: Slice, name: str, shape: Shape, device: torch.device) -> None:
+def _write_slice(p: Any, part: Slice, shape: Shape, device: torch.device) -> None:
     """Write a frozen weight, of which each rank holds an fp32 slice, into the BF16 parameter. Collective."""
     if hasattr(p, "ds_tensor") and p.data.numel() != p.ds_numel:
         p.ds_tensor.detach()[: part.value.numel()].copy_(part.value)  # the slice is this rank's partition
     else:
-        write_bf16(p, gather_full(EngineState({name: part}), name, "value", shape, device))
+        write_bf16(p, gather_parts(part.start, part.value, shape, device))
 
 
 def _logits_of_probes(engine: Engine) -> torch.Tensor:

@@ -6,7 +6,7 @@ Each rank holds 1/world of everything. Restoring gathers one tensor of one param
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -164,12 +164,20 @@ def _collect(
     return EngineState(slices, adam_steps, _buffers(engine.module))
 
 
-def frozen_slices(engine: DeepSpeedEngine) -> dict[str, Slice]:
-    """Return copies of this rank's part of each frozen parameter, in BF16 or, if it has that, in fp32."""
+def frozen_slices(
+    engine: DeepSpeedEngine, *, without: Collection[str] = ()
+) -> dict[str, Slice]:
+    """Copy this rank's part of each frozen parameter, in fp32 if the module has that, else in BF16.
+
+    without: parameters that are left out.
+    """
     trained = inner_optimizer(engine).steps
     fp32 = fp32_weights(engine.module)
-    return {name: _frozen_slice(fp32.get(name, p), comm.get_rank(), comm.get_world_size())
-            for name, p in named_parameters(engine.module).items() if name not in trained}
+    return {
+        name: _frozen_slice(fp32.get(name, p), comm.get_rank(), comm.get_world_size())
+        for name, p in named_parameters(engine.module).items()
+        if name not in trained and name not in without
+    }
 
 
 def _host_copy(part: torch.Tensor) -> torch.Tensor:
@@ -372,15 +380,26 @@ def gather_full(
     """Return the full fp32 tensor ``key`` of ``name`` on all ranks. Collective.
 
     key: "value" or a moment.
+    """
+    part = state.slices.get(name)
+    if part is None:
+        return gather_parts(0, None, shape, device)
+    return gather_parts(
+        part.start, part.value if key == "value" else part.moments[key], shape, device
+    )
 
-    The slices of the ranks are disjoint, so summing their bits as integers combines them exactly,
-    including negative zeros and NaN payloads.
+
+def gather_parts(
+    start: int, part: torch.Tensor | None, shape: tuple[int, ...], device: torch.device
+) -> torch.Tensor:
+    """Return the full fp32 tensor of which each rank holds a ``part`` from ``start`` on. Collective.
+
+    part: None if other ranks hold all of it. The parts are disjoint, so summing their bits as
+        integers combines them exactly, including negative zeros and NaN payloads.
     """
     full = torch.zeros(math.prod(shape), device=device)
-    part = state.slices.get(name)
     if part is not None:
-        values = part.value if key == "value" else part.moments[key]
-        full[part.start : part.start + values.numel()].copy_(values)
+        full[start : start + part.numel()].copy_(part)
     comm.all_reduce(full.view(torch.int32))
     return full.view(shape)
 

@@ -73,4 +73,5 @@ def _merge(run: Run, records: Records, saver: Saver, engine: Engine, phase: Phas
     assert merge is not None, "only such a phase has cycles"
     report = merge_adapters(engine, phase.plan, merge.reset)
     records.merge(step, phase.plan, merge.reset, report)
-    saver.save_frozen(EngineState(frozen_slices(engine.ds) | dict(engine.parked)), phase.plan)
+    rest = frozen_slices(engine.ds, without=engine.parked.keys())
+    saver.save_frozen(EngineState(rest | dict(engine.parked)), phase.plan)

@@ -268,6 +268,8 @@ class Saver:
         elements: Counter[str] = Counter()
         for lengths in slices_per_rank:
             elements.update(lengths)
+        if not elements:
+            return
 
         frozen, problem = EngineState({}), None
         try:
