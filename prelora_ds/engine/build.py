@@ -26,9 +26,10 @@ from prelora_ds.data.batch import MicroBatch, mix_images, mix_labels
 from prelora_ds.data.transforms import to_float
 from prelora_ds.engine.active import apply_active, check_active
 from prelora_ds.engine.optimizer import bind_names, make_optimizer
+from prelora_ds.engine.restore import restore_state
 from prelora_ds.engine.runtime import device, synchronize
 from prelora_ds.engine.skip_update import skipping_update
-from prelora_ds.engine.state import EngineState, Slice, restore_state
+from prelora_ds.engine.state import EngineState, Slice
 from prelora_ds.engine.stopwatch import Stopwatch
 from prelora_ds.model.adapters import attach_adapters, check_adapters, check_names
 from prelora_ds.model.adapters.lora import lora_linears, refresh_merged_weights

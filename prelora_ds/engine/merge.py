@@ -25,7 +25,8 @@ from prelora_ds.core.merge import Reset
 from prelora_ds.core.plan import Plan
 from prelora_ds.engine.fragments import Fragment, adam_state, fragments
 from prelora_ds.engine.optimizer import MOMENTS, inner_optimizer
-from prelora_ds.engine.state import EngineState, Slice, gather_full, gather_parts, write_bf16
+from prelora_ds.engine.restore import write_bf16
+from prelora_ds.engine.state import EngineState, Slice, gather_full, gather_parts
 from prelora_ds.model.adapters import fp32_weights, half_of, initial_adapter_value
 from prelora_ds.model.adapters.lora import refresh_merged_weights
 from prelora_ds.model.families import named_parameters

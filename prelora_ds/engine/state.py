@@ -1,6 +1,6 @@
-"""Export an engine's state to the host as slices per rank, and restore it into a new engine.
+"""An engine's state on the host as slices per rank: exported, copied, and gathered again.
 
-Each rank holds 1/world of everything. Restoring gathers one tensor of one parameter at a time.
+Each rank holds 1/world of everything. restore.py writes it into a new engine.
 """
 
 from __future__ import annotations
@@ -10,22 +10,17 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import deepspeed
 import torch
 from deepspeed import comm
 
-from prelora_ds.core.layout import Layout
-from prelora_ds.core.plan import Plan
 from prelora_ds.engine.fragments import (
     Fragment,
     adam_state,
     fragments,
     trained_names,
-    updated_weights,
 )
 from prelora_ds.engine.optimizer import MOMENTS, inner_optimizer
-from prelora_ds.model.adapters import fp32_weights, initial_adapter_value
-from prelora_ds.model.adapters.lora import refresh_merged_weights
+from prelora_ds.model.adapters import fp32_weights
 from prelora_ds.model.families import named_parameters
 
 if TYPE_CHECKING:
@@ -189,10 +184,10 @@ def _frozen_slice(p: torch.Tensor, rank: int, world: int) -> Slice:
     if hasattr(p, "ds_tensor"):
         start, stop = _span(p, rank, world)
         return Slice(start, p.ds_tensor.detach()[: stop - start].to("cpu", copy=True))
-    return _share(p, p, rank, world)
+    return share_of(p, p, rank, world)
 
 
-def _share(p: torch.Tensor, full: torch.Tensor, rank: int, world: int) -> Slice:
+def share_of(p: torch.Tensor, full: torch.Tensor, rank: int, world: int) -> Slice:
     """Return this rank's part of ``full``, the full value of the frozen parameter ``p``."""
     start, stop = _span(p, rank, world)
     return Slice(start, full.detach().view(-1)[start:stop].to("cpu", copy=True))
@@ -213,165 +208,6 @@ def _span(p: torch.Tensor, rank: int, world: int) -> tuple[int, int]:
 
 def _buffers(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: b.detach().to("cpu", copy=True) for name, b in module.named_buffers()}
-
-
-@torch.no_grad()
-def restore_state(
-    engine: DeepSpeedEngine,
-    plan: Plan,
-    layout: Layout,
-    state: EngineState,
-    *,
-    parked: frozenset[str] = frozenset(),
-) -> dict[str, Slice]:
-    """Write ``state`` into a newly built engine. Collective.
-
-    BF16 weights, fp32 masters, Adam moments and steps are written, and ``state`` is consumed.
-    Parameters of the plan that are not in the state are adapters and get their initial value.
-
-    Returns this rank's fp32 slices of the frozen parameters ``parked``, which the ranks share like
-    exported frozen parameters. Weights that the module itself keeps in fp32 are not among them.
-
-    Raises RuntimeError on every rank if the state does not fit the plan, or if DeepSpeed's masters
-    do not match the weights afterwards.
-    """
-    in_state = _check_fits(engine.module, plan, layout, state)
-    parameters = named_parameters(engine.module)
-    inner = adam_state(engine)
-    inner.clear()  # DeepSpeed 0.19 took one step on zero gradients at stage 0
-    fragment_of: dict[str, Any] = {f.name: f for f in fragments(engine)}
-    steps = inner_optimizer(engine).steps
-    for flat, names in trained_names(engine):
-        flat.detach().zero_()  # padding included
-        steps |= {name: state.adam_steps.get(name, 0) for name in names}
-        # Moments can exist at step 0: the name was not active yet, or its steps were reset.
-        if any(name in state.adam_steps for name in names):
-            inner[flat] = {key: torch.zeros_like(flat.detach()) for key in MOMENTS}
-
-    fp32 = fp32_weights(engine.module)
-    leaves = plan.leaves(layout)
-    parked_slices: dict[str, Slice] = {}
-    for name, shape in plan.parameters(layout).items():
-        if name in in_state:
-            full = gather_full(state, name, "value", shape, engine.device)
-        else:
-            full = initial_adapter_value(name, shape, plan, leaves).to(engine.device)
-        write_bf16(parameters[name], full)
-        if name in parked and name not in fp32:
-            parked_slices[name] = _share(
-                parameters[name], full, comm.get_rank(), comm.get_world_size()
-            )
-        if name in fp32:
-            fp32[name].copy_(full)
-
-        fragment = fragment_of.get(name)
-        if fragment is not None:
-            fragment.of(fragment.flat).copy_(full.view(-1)[fragment.start : fragment.stop])
-        if name in plan.trainable and name in state.adam_steps:
-            for key in MOMENTS:
-                full = gather_full(state, name, key, shape, engine.device)
-                if fragment is not None:
-                    moment = fragment.of(inner[fragment.flat][key])
-                    moment.copy_(full.view(-1)[fragment.start : fragment.stop])
-        state.slices.pop(name, None)
-
-    refresh_merged_weights(engine.module, inactive=True)
-    for name, buffer in engine.module.named_buffers():
-        buffer.copy_(state.buffers[name])
-    check_masters(engine)
-    return parked_slices
-
-
-def _check_fits(module: nn.Module, plan: Plan, layout: Layout, state: EngineState) -> set[str]:
-    """Check that ``state`` fits ``plan``. Collective.
-
-    Returns the names of which any rank holds a slice.
-
-    Restoring takes one collective per tensor, and an error on one rank would leave the others
-    waiting in it. Therefore everything is checked before, with the data of all ranks. Raises the
-    same RuntimeError on every rank.
-    """
-    spans = {
-        name: (
-            s.start,
-            s.value.numel(),
-            *(len(s.moments[key]) for key in MOMENTS if key in s.moments),
-        )
-        for name, s in state.slices.items()
-        if s.value.numel()
-    }
-    buffers = {name: tuple(b.shape) for name, b in state.buffers.items()}
-    ranks: list[Any] = [None] * comm.get_world_size()
-    torch.distributed.all_gather_object(ranks, (spans, dict(state.adam_steps), buffers))
-
-    shapes = plan.parameters(layout)
-    in_state = {name for spans, _, _ in ranks for name in spans}
-    problems = [
-        f"{name} is not a parameter of the plan" for name in sorted(in_state - shapes.keys())
-    ]
-    problems += [f"{name} is missing" for name in layout.parameters if name not in in_state]
-    for name in (name for name in shapes if name in in_state):  # in the same order on all ranks
-        spans_of_name = [spans[name] for spans, _, _ in ranks if name in spans]
-        has_moments = name in state.adam_steps
-        problems += _span_problems(
-            name, math.prod(shapes[name]), spans_of_name, has_moments=has_moments
-        )
-    if any(steps != ranks[0][1] for _, steps, _ in ranks):
-        problems.append("the ranks hold different Adam steps")
-    expected = {name: tuple(b.shape) for name, b in module.named_buffers()}
-    problems += [
-        f"rank {rank} holds the buffers {exported}, but the module has {expected}"
-        for rank, (_, _, exported) in enumerate(ranks)
-        if exported != expected
-    ]
-
-    if problems:
-        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-        raise RuntimeError(
-            f"the state does not fit the plan of phase {plan.phase}: "
-            f"{'; '.join(problems[:5])}{more}"
-        )
-    return in_state
-
-
-def _span_problems(
-    name: str, numel: int, spans: list[tuple[int, ...]], *, has_moments: bool
-) -> list[str]:
-    """Return what is wrong with the slices that the ranks hold of one parameter.
-
-    spans: per rank that holds a slice, (start, elements, elements of each moment).
-    """
-    reached = 0
-    for start, length, *_ in sorted(spans):
-        if start != reached:
-            low, high = sorted((start, reached))
-            return [f"elements {low} to {high} of {name} are missing or held twice"]
-        reached += length
-    if reached != numel:
-        return [f"{name} has {reached:,} elements in the state but {numel:,} in the plan"]
-    expected = len(MOMENTS) if has_moments else 0
-    if any(moments != [length] * expected for _, length, *moments in spans):
-        return [f"the Adam moments of {name} do not match its Adam step"]
-    return []
-
-
-def check_masters(engine: DeepSpeedEngine) -> None:
-    """Compare each weight bitwise with the master that DeepSpeed overwrites it from. Collective.
-
-    A master at the wrong position would be trained and silently written into another weight at the
-    first step. Raises the same RuntimeError on every rank.
-    """
-    wrong = sum(
-        int((weight.view(torch.int16) != master.to(weight.dtype).view(torch.int16)).sum())
-        for weight, master in updated_weights(engine)
-    )
-    ranks: list[Any] = [None] * comm.get_world_size()
-    torch.distributed.all_gather_object(ranks, wrong)
-    if any(ranks):
-        raise RuntimeError(
-            f"{ranks} elements of the weights, by rank, differ from their fp32 masters rounded "
-            f"to BF16: fragments.py does not support DeepSpeed {deepspeed.__version__}"
-        )
 
 
 def gather_full(
@@ -402,19 +238,3 @@ def gather_parts(
         full[start : start + part.numel()].copy_(part)
     comm.all_reduce(full.view(torch.int32))
     return full.view(shape)
-
-
-def write_bf16(p: nn.Parameter, full: torch.Tensor) -> None:
-    """Write ``full`` into the BF16 parameter, at stage 3 into this rank's partition of it."""
-    if hasattr(p, "ds_tensor"):
-        partitioned: Any = p  # with the attributes that DeepSpeed gives it
-        start = partitioned.ds_tensor.ds_numel * comm.get_rank()
-        part = full.view(-1)[start : start + partitioned.ds_tensor.ds_numel]
-        partitioned.ds_tensor.detach()[: part.numel()].copy_(part)
-        partitioned.ds_tensor.detach()[
-            part.numel() :
-        ].zero_()  # padding, uninitialized in DeepSpeed 0.19
-        if p.data.numel() == partitioned.ds_numel:  # small parameters stay gathered
-            p.data.copy_(full)
-    else:
-        p.data.copy_(full)

@@ -14,7 +14,8 @@ from prelora_ds.core.merge import Reset
 from prelora_ds.engine.build import build_engine
 from prelora_ds.engine.merge import fold_adapters, merge_adapters, reset_mask
 from prelora_ds.engine.optimizer import MOMENTS, inner_optimizer
-from prelora_ds.engine.state import check_masters, export_state
+from prelora_ds.engine.restore import check_masters
+from prelora_ds.engine.state import export_state
 from prelora_ds.engine.transition import transition
 from prelora_ds.model.adapters import initial_adapter_value
 

@@ -14,7 +14,7 @@ from support.runs import MEDIUM, SMALL, ZEROS, Trainer, config, same
 from prelora_ds.core.adapters import Lora
 from prelora_ds.cost.bytes import predict_bytes
 from prelora_ds.engine import build as build_module
-from prelora_ds.engine import state as state_module
+from prelora_ds.engine import restore as restore_module
 from prelora_ds.engine.census import OWNERS, census, engine_storages, live_storages, rss_bytes, wait_until
 from prelora_ds.engine.measure import check_ranks_agree, gathered, weight_norms
 from prelora_ds.engine.release import release, trim_memory
@@ -214,7 +214,7 @@ def memory_during_a_switch(zero):
         share = 12 * sum(torch.Size(shapes[name]).numel() for name in t.engine.plan.trainable) / t.world
         largest = 4 * max(torch.Size(shape).numel() for shape in shapes.values())
         samples = []
-        original = state_module.gather_full
+        original = restore_module.gather_full
 
         def sampled(state, name, *args, samples=samples, original=original):
             full = original(state, name, *args)
@@ -228,11 +228,11 @@ def memory_during_a_switch(zero):
             samples.append(census(None, state) | {"staging": 0})  # the new engine as built by DeepSpeed
             return restore(ds, plan, layout, state, parked=parked)
 
-        state_module.gather_full, build_module.restore_state = sampled, sampled_first
+        restore_module.gather_full, build_module.restore_state = sampled, sampled_first
         try:
             t.switch(plan)
         finally:
-            state_module.gather_full, build_module.restore_state = original, restore
+            restore_module.gather_full, build_module.restore_state = original, restore
         assert len(samples) > 50
         for s in samples:
             device = sum(s.values()) - s["staging"] - s["state"]

@@ -7,7 +7,8 @@ from support.runs import SMALL, ZEROS, Trainer, config, same
 
 from prelora_ds.config.deepspeed_section import OFFLOAD_KEYS, ZERO_KEYS
 from prelora_ds.engine.fragments import flat_masters
-from prelora_ds.engine.state import check_masters, export_state
+from prelora_ds.engine.restore import check_masters
+from prelora_ds.engine.state import export_state
 
 OTHER = {
     "contiguous_gradients": False, "reduce_scatter": False, "reduce_bucket_size": 3000,
