@@ -131,7 +131,7 @@ class AdaptersConfig(AdapterTraining):
         return self
 
     def _check_kept(self) -> None:
-        """Raise FieldError if a key says what the adapters are, which were attached before."""
+        """Raise FieldError if a key describes adapters that an earlier phase has attached already."""
         for key, field in type(self).model_fields.items():
             default = field.get_default(call_default_factory=True)
             value = getattr(self, key)

@@ -1,7 +1,7 @@
 """Merge adapters into the weights that they adapt (ReLoRA).
 
-A merge adds s B A to the fp32 value of each frozen weight. That value exists beside the BF16 weight: as slices in host
-memory (`Engine.parked`), or in full in a linear that trains merged. Then A and B begin again at first values.
+A merge adds s B A to the fp32 value of each frozen weight. That value is kept apart from the BF16 weight: as slices in
+host memory (`Engine.parked`), or in full in a linear that trains merged. Then A and B begin again at first values.
 
 Each rank multiplies only the rows of B that its slice touches, in float64, and rounds the sum once to fp32. So the
 result has the same bits at every world size, on a live engine (`merge_adapters`) and on an exported state

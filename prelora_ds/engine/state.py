@@ -162,7 +162,7 @@ def _collect(
 def frozen_slices(
     engine: DeepSpeedEngine, *, without: Collection[str] = ()
 ) -> dict[str, Slice]:
-    """Copy this rank's part of each frozen parameter, in fp32 if the module has that, else in BF16.
+    """Copy this rank's part of each frozen parameter, in fp32 if the module has that, otherwise in BF16.
 
     without: parameters that are left out.
     """

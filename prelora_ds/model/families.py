@@ -83,7 +83,7 @@ def _blocks(modules: Mapping[str, nn.Module], patterns: Iterable[str]) -> dict[s
     """Return dotted prefix -> layer of the blocks whose linears ``patterns`` match, and of others.
 
     The path of a block ends with the component that contains the number of the layer. Modules
-    beside it of the same class are blocks too, even if no pattern matches their linears.
+    next to it of the same class are blocks too, even if no pattern matches their linears.
     """
     siblings: set[tuple[str, type[nn.Module]]] = set()
     for pattern in patterns:
