@@ -134,7 +134,8 @@ def loop(run: Run, records: Records, saver: Saver, stop: StopRequest, guard: Gua
             measured |= norm_columns(norms)
         if due.observation(step) and state.window.steps:
             state.phase = decide(run, records, state, step, norms)
-        state.phase = run.controller.after_step(state.phase, step)
+        state.phase = run.controller.after_step(state.phase, step, importance=stats.importance,
+                                                updated=not stats.skipped)
         if measured or due.log(step):
             records.step(state, engine, step, stats, lr, measured)
         state.step = step

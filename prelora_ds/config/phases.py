@@ -12,6 +12,7 @@ from prelora_ds.config.adapters import KEPT_MAY_CHANGE, AdaptersConfig, check_ke
 from prelora_ds.config.changes import RENAMED
 from prelora_ds.config.fields import DurationField, FieldError, Positive, Strict
 from prelora_ds.config.merging import MergeConfig
+from prelora_ds.config.selecting import ActiveConfig
 from prelora_ds.core.adapters import KINDS
 from prelora_ds.core.duration import Duration
 from prelora_ds.core.phases import Adapters, PhaseSpec
@@ -167,6 +168,9 @@ class PhaseConfig(PhaseSettings):
     merges them.
     """
 
+    active: ActiveConfig | None = None
+    """Which of the adapters train at a time (DynaLoRA); `null` trains all of them."""
+
     @field_validator("train", mode="before")
     @classmethod
     def _is_text_or_texts(cls, value: Any) -> Any:
@@ -236,7 +240,8 @@ class PhaseConfig(PhaseSettings):
 
         return PhaseSpec(self.name, adapters, self.trained, _until(self.until),
                          without_defaults(scale), self.rewarm, self.freeze_below,
-                         None if self.merge is None else self.merge.merge())
+                         None if self.merge is None else self.merge.merge(),
+                         None if self.active is None else self.active.selection())
 
 
 class PresetConfig(Strict):
@@ -349,6 +354,7 @@ def _check_adapters(phase: PhaseConfig, before: AdaptersConfig | None, *, first:
         raise FieldError(f"{phase.name}.train", list(phase.trained),
                          "contains adapters, but there are none in this phase")
     _check_merge(phase, adapters)
+    _check_active(phase, adapters)
     if adapters is not None and phase.zero_stage not in (None, "auto"):
         stages = KINDS[adapters.kind].can.zero_stages
         if phase.zero_stage not in stages:
@@ -373,6 +379,21 @@ def _check_merge(phase: PhaseConfig, adapters: AdaptersConfig | None) -> None:
     if "all" in phase.trained:
         raise FieldError(f"{phase.name}.train", list(phase.trained), "trains the weights themselves, so there is "
                          f"nothing to merge adapters into ({key})", "train [adapters, rest], or remove merge")
+
+
+def _check_active(phase: PhaseConfig, adapters: AdaptersConfig | None) -> None:
+    """Raise FieldError if the phase selects adapters that it does not have or whose code knows no selection."""
+    if phase.active is None:
+        return
+    key = f"{phase.name}.active"
+    if adapters is None or not {"all", "adapters"} & set(phase.trained):
+        raise FieldError(key, phase.active.choose, "selects adapters that train, but there are none in this phase",
+                         "remove it, or train adapters")
+    for name in ("dropout", "mode"):
+        value = getattr(phase.adapters if isinstance(phase.adapters, AdaptersConfig) else adapters, name)
+        if value not in (0, "auto", "branch", "merged"):
+            raise FieldError(f"{phase.name}.adapters.{name}", value, "runs peft's code, which knows no inactive "
+                             f"adapters ({key})", "use dropout 0 and the kernel branch or merged")
 
 
 def _check_roles(phase: PhaseConfig, adapters: AdaptersConfig | None) -> None:

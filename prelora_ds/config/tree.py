@@ -256,6 +256,12 @@ class Config(Strict):
                 adapters = phase.adapters
         return adapters
 
+    @property
+    def measures_importance(self) -> bool:
+        """Whether this phase measures the importance of its adapters."""
+        assert self._phase is not None, "importance belongs to a phase"
+        return self._phase.active is not None and self._phase.active.importance == "forward"
+
     def kernel(self, stage: int | None = None) -> str:
         """The kernel of a linear with an adapter in this phase at ZeRO ``stage`` (default: the phase's stage).
 

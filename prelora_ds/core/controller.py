@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prelora_ds.core.codec import fields_from_json
 from prelora_ds.core.duration import Duration
 from prelora_ds.core.layout import Layout
-from prelora_ds.core.merge import Merge
 from prelora_ds.core.phases import PhaseSpec, layers_of, plan_of, windows_of
 from prelora_ds.core.plan import Plan
 from prelora_ds.core.schedule import Restart, Timeline
+from prelora_ds.core.selection import Selection, active_adapters, first_choice, next_choice, with_active
 from prelora_ds.core.switch_tests import SwitchTest
 from prelora_ds.core.switch_tests.prelora import Observation, WindowStats
 
@@ -34,6 +34,9 @@ class PhaseState:
     reason: the last decision in words.
     tests: how often a test was evaluated so far.
     restarts: where the learning rate began to rise from 0 again, ascending.
+    importance: adapter -> its importance, summed since the phase began.
+    updates: adapter -> the optimizer steps of this phase that updated it.
+    choices: how often adapters were chosen in this phase.
     """
 
     plan: Plan
@@ -44,6 +47,9 @@ class PhaseState:
     reason: str = ""
     tests: int = 0
     restarts: tuple[Restart, ...] = ()
+    importance: Mapping[str, float] = field(default_factory=dict)
+    updates: Mapping[str, int] = field(default_factory=dict)
+    choices: int = 0
 
     @property
     def next_window(self) -> int:
@@ -92,7 +98,7 @@ class PhaseController:
         """The state before the first step."""
         first = self.phases[0]
         plan = self._plan(0, None, 0, ())
-        return PhaseState(plan, reason=f"training begins in phase {first.name}")
+        return PhaseState(plan, reason=f"training begins in phase {first.name}", choices=1)
 
     def next(self, state: PhaseState, observation: Observation) -> PhaseState:
         """The state after one more measurement. A transition has happened if and only if the plan differs."""
@@ -109,18 +115,46 @@ class PhaseController:
             return self._after_duration(state, until, step)
         return self._test(state, until, step) if closed else state
 
-    def after_step(self, state: PhaseState, step: int) -> PhaseState:
-        """The state after a step: where a cycle ends, the plan is that of the next cycle."""
+    def after_step(self, state: PhaseState, step: int, *, importance: Mapping[str, float] | None = None,
+                   updated: bool = True) -> PhaseState:
+        """The state after a step, whose plan differs where a cycle ends or other adapters are chosen.
+
+        importance: adapter -> its importance in this step. updated: whether the step's update was taken.
+        """
+        return self._chosen(self._merged(state, step), step, importance or {}, updated=updated)
+
+    def _chosen(self, state: PhaseState, step: int, importance: Mapping[str, float], *, updated: bool) -> PhaseState:
+        selection = self.phases[state.index].selection
+        if selection is None or state.plan.since_step == step:
+            return state
+        summed = {path: state.importance.get(path, 0.0) + importance.get(path, 0.0) for path in state.plan.adapters}
+        updates = {path: state.updates.get(path, 0) + (updated and path in active_adapters(state.plan, self.layout))
+                   for path in state.plan.adapters}
+        state = replace(state, importance=summed, updates=updates)
+        if step == self.timeline.total_steps or not self._chooses(selection, state.plan, step):
+            return state
+        chosen = next_choice(selection, state.plan, self.seed, state.choices, summed, updates)
+        plan = with_active(state.plan, self.layout, chosen, cut_backward=selection.cut_backward)
+        return replace(state, plan=plan, choices=state.choices + 1)
+
+    def _chooses(self, selection: Selection, plan: Plan, step: int) -> bool:
+        if selection.once_at is not None:
+            return step == self.timeline.step_after(plan.since_step, selection.once_at)
+        assert selection.every is not None
+        return self._ends_period(plan, selection.every, step)
+
+    def _merged(self, state: PhaseState, step: int) -> PhaseState:
         merge = self.phases[state.index].merge
-        if merge is None or step == self.timeline.total_steps or not self._ends_cycle(state.plan, merge, step):
+        if merge is None or step == self.timeline.total_steps or not self._ends_period(state.plan, merge.every, step):
             return state
         plan = replace(state.plan, cycle=state.plan.cycle + 1)
         return replace(state, plan=plan, restarts=self._restarts(state, step, merge.rewarm))
 
-    def _ends_cycle(self, plan: Plan, merge: Merge, step: int) -> bool:
+    def _ends_period(self, plan: Plan, every: Duration, step: int) -> bool:
+        """Whether a whole number of periods has passed after ``step``, counted from the start of the plan's phase."""
         end = plan.since_step
         while end < step:
-            end = max(end + 1, self.timeline.step_after(end, merge.every))
+            end = max(end + 1, self.timeline.step_after(end, every))
         return end == step > plan.since_step
 
     def _test(self, state: PhaseState, test: SwitchTest, step: int) -> PhaseState:
@@ -150,7 +184,8 @@ class PhaseController:
             return replace(state, reason=waits)
         return replace(state, plan=self._plan(index, state.plan, step, state.windows), index=index, reason=reason,
                        first_window=state.next_window + bool(state.open),
-                       restarts=self._restarts(state, step, self.phases[index].rewarm))
+                       restarts=self._restarts(state, step, self.phases[index].rewarm), importance={}, updates={},
+                       choices=1)
 
     def _restarts(self, state: PhaseState, step: int, rewarm: Duration | None) -> tuple[Restart, ...]:
         """The restarts of the learning rate so far, with one after ``step`` if it is to rise again there."""
@@ -163,7 +198,11 @@ class PhaseController:
         ranks = None
         if spec.adapters is not None:
             ranks = spec.adapters.ranks(layers_of(spec.adapters, self.layout), windows)
-        return plan_of(spec, self.layout, seed=self.seed, since_step=step, before=before, ranks=ranks)
+        plan = plan_of(spec, self.layout, seed=self.seed, since_step=step, before=before, ranks=ranks)
+        if spec.selection is None:
+            return plan
+        chosen = first_choice(spec.selection, plan, self.seed)
+        return with_active(plan, self.layout, chosen, cut_backward=spec.selection.cut_backward)
 
 
 def _observed(state: PhaseState, observation: Observation, test: SwitchTest) -> PhaseState:

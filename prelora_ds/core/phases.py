@@ -12,6 +12,7 @@ from prelora_ds.core.merge import Merge
 from prelora_ds.core.plan import Plan
 from prelora_ds.core.rank_rules import RankRule
 from prelora_ds.core.rank_rules.uniform import UniformRank
+from prelora_ds.core.selection import Selection
 from prelora_ds.core.switch_tests import SwitchTest
 from prelora_ds.core.trainable import trainable_names
 
@@ -41,6 +42,7 @@ class PhaseSpec:
     rewarm: how long the learning rate rises to its schedule when the phase begins.
     freeze_below: a block; everything that the module defines before it is frozen.
     merge: when the adapters are merged and begin again; None never merges them.
+    selection: which adapters train at a time; None trains all of them.
     """
 
     name: str
@@ -51,6 +53,7 @@ class PhaseSpec:
     rewarm: Duration | None = None
     freeze_below: int | None = None
     merge: Merge | None = None
+    selection: Selection | None = None
 
 
 def plan_of(spec: PhaseSpec, layout: Layout, *, seed: int, since_step: int = 0,

@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import deepspeed
@@ -25,6 +25,7 @@ from prelora_ds.core.plan import Plan
 from prelora_ds.data.batch import MicroBatch, mix_images, mix_labels
 from prelora_ds.data.transforms import to_float
 from prelora_ds.engine.active import apply_active, check_active
+from prelora_ds.engine.importance import measure_importance, take_importance
 from prelora_ds.engine.optimizer import bind_names, make_optimizer
 from prelora_ds.engine.restore import restore_state
 from prelora_ds.engine.runtime import device, synchronize
@@ -60,6 +61,7 @@ class StepStats:
     forward_s: per rank, the seconds spent in forward passes.
     data_s: per rank, the seconds spent waiting for data.
     step_s: this rank's seconds from the first forward pass to the end of the update.
+    importance: adapter -> its importance in this step, if the config measures it.
     """
 
     loss: float
@@ -70,6 +72,7 @@ class StepStats:
     forward_s: tuple[float, ...] = ()
     data_s: tuple[float, ...] = ()
     step_s: float = 0.0
+    importance: Mapping[str, float] = field(default_factory=dict)
 
 
 class Engine:
@@ -202,6 +205,7 @@ class Engine:
             forward_s=seconds[:world],
             data_s=seconds[world:],
             step_s=time.perf_counter() - self._begun,
+            importance=take_importance(self.module),
         )
 
     def set_active(self, names: Iterable[str]) -> None:
@@ -279,6 +283,7 @@ def build_engine(
     bind_names(ds)
     kept = restore_state(ds, plan, layout, state, parked=parked - plan.trainable)
     apply_active(ds, plan, layout)
+    measure_importance(ds.module, on=config.measures_importance)
     for name, value in vars(counters).items():
         setattr(ds, name, value)
     # DeepSpeed ends a step when micro_steps is a multiple of the accumulation. Realign it: the

@@ -55,6 +55,8 @@ def follow_plan(run: Run, records: Records, saver: Saver, engine: Engine, loader
     if plan.structure() == engine.plan.structure():
         if plan.cycle != engine.plan.cycle:
             _merge(run, records, saver, engine, phase, step)
+        if plan.training() != engine.plan.training():
+            records.active(step, plan)
         engine.set_active(plan.training())
         engine.plan = plan
         return engine

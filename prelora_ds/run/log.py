@@ -28,6 +28,7 @@ class EventKind(StrEnum):
     RESUME = "resume"  # the run continues from a checkpoint
     STRAGGLER = "straggler"  # a rank that slows down the others
     MERGE = "merge"  # adapters were merged into the weights and began again
+    ACTIVE = "active"  # other adapters train from this step on
     END = "end"  # the run has finished
 
 

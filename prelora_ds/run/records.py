@@ -12,6 +12,7 @@ from prelora_ds.core.codec import to_json
 from prelora_ds.core.controller import PhaseState
 from prelora_ds.core.merge import Reset
 from prelora_ds.core.plan import Plan
+from prelora_ds.core.selection import active_adapters
 from prelora_ds.core.stragglers import StragglerWatch
 from prelora_ds.core.switch_tests.prelora import Observation
 from prelora_ds.cost.bytes import predict_bytes, worst_deviation
@@ -200,6 +201,11 @@ class Records:
             f"{report.reset_share:.2%} of their moments reset, "
             f"outputs changed by {report.output_change:.2%}"
         )
+
+    def active(self, step: int, plan: Plan) -> None:
+        """Log the adapters that train from the next step on."""
+        chosen = active_adapters(plan, self.run.layout)
+        self._log.event(EventKind.ACTIVE, step, adapters=sorted(chosen))
 
     # ---- start and end
 

@@ -44,14 +44,17 @@ class LoraLinear(PeftLinear):
     the adapter.
 
     active: whether the adapter trains now; an inactive one still adds its branch.
+    importance: while it is measured, the sum over samples of the L2 norm of the output, fp64, otherwise None.
     fp32_weight: the fp32 W while the linear's weight holds W + s B A, otherwise None.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.active = True
+        self.importance = None
         self.fp32_weight = None
 
+    importance: torch.Tensor | None
     fp32_weight: torch.Tensor | None
 
     @property
@@ -75,6 +78,8 @@ class LoraLinear(PeftLinear):
         output: torch.Tensor = _LoraProduct.apply(
             x, linear.weight, linear.bias, a, b, self.scaling[ADAPTER_NAME], merged
         )
+        if self.importance is not None and self.training and not _is_recomputed():
+            self.importance += norms_of_samples(output.detach()).sum(dtype=torch.float64)
         return output
 
     def keep_fp32_weight(self) -> None:
@@ -98,6 +103,24 @@ class LoraLinear(PeftLinear):
         linear: Any = self.get_base_layer()
         weight: torch.Tensor = linear.weight
         return weight
+
+
+def norms_of_samples(output: torch.Tensor) -> torch.Tensor:
+    """Return the L2 norm of each sample of ``output`` [samples, ..., features], in fp32.
+
+    On a CPU it takes one sample at a time: torch 2.14 makes an fp32 copy of what it reduces in fp32, and memory for a
+    copy of everything would be mapped again in each call.
+    """
+    if output.device.type != "cpu":
+        norms: torch.Tensor = torch.linalg.vector_norm(output.flatten(1), dim=1, dtype=torch.float32)
+        return norms
+    one_by_one = [torch.linalg.vector_norm(sample, dtype=torch.float32) for sample in output.flatten(1)]
+    return torch.stack(one_by_one)
+
+
+def _is_recomputed() -> bool:
+    """Whether this is the second forward pass of activation checkpointing, which runs inside a backward pass."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 class _LoraProduct(torch.autograd.Function):

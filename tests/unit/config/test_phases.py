@@ -45,6 +45,7 @@ LIST: list[dict[str, Any]] = [
 ]
 
 CYCLE = {"every": "5 steps"}
+TOP = {"choose": "top_k", "every": "5 steps"}
 LORA = {"name": "b", "adapters": {"rank": 4}, "train": ["adapters", "rest"]}
 
 
@@ -191,6 +192,17 @@ def test_an_override_of_a_phase_that_is_not_there_names_those_that_are(tmp_path:
     ([*LIST[:2], {"name": "c", "adapters": {"rank": 4, "from": "resize"}}], "phases.c.adapters.from", "'merge'"),
     ([LIST[0], {"name": "b", "adapters": {"rank": 4, "from": "merge"}}], "phases.b.adapters.from",
      "no adapters before"),
+    ([LIST[0], {"name": "b", "active": {**TOP, "k": 2}}], "phases.b.active", "there are none"),
+    ([LIST[0], {**LORA, "active": {"choose": "top", "k": 2, "every": "5 steps"}}], "phases.b.active.choose", "'top_k'"),
+    ([LIST[0], {**LORA, "active": TOP}], "phases.b.active.k", "either k or share"),
+    ([LIST[0], {**LORA, "active": {**TOP, "k": 2, "share": 0.5}}], "phases.b.active.k", "either k or share"),
+    ([LIST[0], {**LORA, "active": {**TOP, "share": 1.5}}], "phases.b.active.share", "less than or equal to 1"),
+    ([LIST[0], {**LORA, "active": {**TOP, "choose": "threshold", "k": 2}}], "phases.b.active.share", "needs a share"),
+    ([LIST[0], {**LORA, "active": {**TOP, "k": 2, "once_at": "9 steps"}}], "phases.b.active.every", "either every"),
+    ([LIST[0], {**LORA, "adapters": {"rank": 4, "dropout": 0.1}, "active": {**TOP, "k": 2}}],
+     "phases.b.adapters.dropout", "no inactive"),
+    ([LIST[0], {**LORA, "adapters": {"rank": 4, "mode": "peft"}, "active": {**TOP, "k": 2}}],
+     "phases.b.adapters.mode", "no inactive"),
     ([LIST[0], {"name": "b", "train": "rest", "merge": CYCLE}], "phases.b.merge", "there are none"),
     ([LIST[0], {**LORA, "train": "all", "merge": CYCLE}], "phases.b.train", "nothing to merge adapters into"),
     ([LIST[0], {**LORA, "merge": {}}], "phases.b.merge.every", "is required"),

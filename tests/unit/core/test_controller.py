@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from prelora_ds.core.merge import Merge, Reset
 from prelora_ds.core.phases import Adapters, PhaseSpec
 from prelora_ds.core.rank_rules.uniform import UniformRank
 from prelora_ds.core.schedule import Restart, Timeline
+from prelora_ds.core.selection import Selection, active_adapters
 from prelora_ds.core.switch_tests.prelora import Observation, partially_converged
 
 LAYERS = 4
@@ -343,3 +345,68 @@ def test_a_merge_does_not_need_a_new_engine() -> None:
         state = control.after_step(control.next(state, Observation(step, step * BATCH, 1.0, {})), step)
     after = control.after_step(control.next(state, Observation(17, 17 * BATCH, 1.0, {})), 17)
     assert after.plan != state.plan and after.plan.structure() == state.plan.structure()
+
+
+# ---- selections of adapters
+
+def dyna(**parameters: Any) -> PhaseController:
+    """Adapters on 8 linears from step 10 on, of which some train at a time; the run has 60 steps."""
+    phases = [PhaseSpec("full", until=Duration("10 steps")),
+              PhaseSpec("dyna", Adapters("lora", ("q", "v"), UniformRank(4)), ("adapters", "head"),
+                        selection=Selection(**parameters))]
+    layout = replace(LAYOUT, blocks={f"{layer}.": layer for layer in range(LAYERS)})
+    timeline = Timeline(SAMPLES, BATCH, Duration("60 steps"))
+    return PhaseController(layout=layout, timeline=timeline, phases=phases, seed=0)
+
+
+def choices(control: PhaseController, importance: Mapping[str, float]) -> dict[int, frozenset[str]]:
+    """Step -> the adapters that train after it, where they change; each step has the same importance."""
+    state, found = control.initial(), {}
+    for step in range(1, 61):
+        before = active_adapters(state.plan, LAYOUT)
+        state = control.next(state, Observation(step, step * BATCH, 1.0, {}))
+        state = control.after_step(reloaded(state), step, importance=importance if state.index else {})
+        if active_adapters(state.plan, LAYOUT) != before:
+            found[step] = active_adapters(state.plan, LAYOUT)
+    return found
+
+
+IMPORTANT = {f"{layer}.{family}": 10.0 * layer + (family == "v") for layer in range(LAYERS) for family in ("q", "v")}
+
+
+def test_the_first_choice_is_drawn_and_the_next_is_by_importance() -> None:
+    found = choices(dyna(choose="top_k", k=2, every=Duration("20 steps")), IMPORTANT)
+    assert list(found) == [10, 30], "the choice after 50 steps is the same as that after 30"
+    assert len(found[10]) == 2 and found[30] == {"3.q", "3.v"}
+
+
+def test_a_single_further_choice_is_made_when_it_is_asked_for() -> None:
+    found = choices(dyna(choose="top_k", share=0.25, once_at=Duration("5 steps")), IMPORTANT)
+    assert list(found) == [10, 15] and found[15] == {"3.q", "3.v"}
+
+
+def test_discounted_choices_prefer_what_has_trained_little() -> None:
+    """Over many choices every adapter has its turn, and the sums are those of all steps."""
+    control = dyna(choose="discounted", k=2, every=Duration("1 steps"))
+    found = choices(control, dict.fromkeys(IMPORTANT, 1.0))
+    assert frozenset().union(*found.values()) == set(IMPORTANT)
+
+
+def test_the_head_trains_whatever_is_chosen_unless_it_lies_below() -> None:
+    for cut in (False, True):
+        control = dyna(choose="top_k", k=1, every=Duration("5 steps"), cut_backward=cut)
+        state = control.initial()
+        for step in range(1, 16):
+            state = control.next(state, Observation(step, step * BATCH, 1.0, {}))
+            state = control.after_step(state, step, importance=IMPORTANT if state.index else {})
+        assert state.plan.training() == {"3.v.lora_A.weight", "3.v.lora_B.weight", "head"}
+        assert sum(state.updates.values()) == 5, "one adapter per step"
+
+
+def test_a_skipped_update_is_not_counted() -> None:
+    control = dyna(choose="random", k=1, every=Duration("50 steps"))
+    state = control.initial()
+    for step in range(1, 14):
+        state = control.next(state, Observation(step, step * BATCH, 1.0, {}))
+        state = control.after_step(state, step, updated=step != 12)
+    assert sum(state.updates.values()) == 2
