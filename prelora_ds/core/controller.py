@@ -12,7 +12,7 @@ from prelora_ds.core.layout import Layout
 from prelora_ds.core.phases import PhaseSpec, layers_of, plan_of, windows_of
 from prelora_ds.core.plan import Plan
 from prelora_ds.core.schedule import Restart, Timeline
-from prelora_ds.core.selection import Selection, active_adapters, first_choice, next_choice, with_active
+from prelora_ds.core.selection import Selection, active_adapters, next_choice, with_active
 from prelora_ds.core.switch_tests import SwitchTest
 from prelora_ds.core.switch_tests.prelora import Observation, WindowStats
 
@@ -133,7 +133,7 @@ class PhaseController:
         state = replace(state, importance=summed, updates=updates)
         if step == self.timeline.total_steps or not self._chooses(selection, state.plan, step):
             return state
-        chosen = next_choice(selection, state.plan, self.seed, state.choices, summed, updates)
+        chosen = next_choice(selection, state.plan, self.layout, self.seed, state.choices, summed, updates)
         plan = with_active(state.plan, self.layout, chosen, cut_backward=selection.cut_backward)
         return replace(state, plan=plan, choices=state.choices + 1)
 
@@ -198,11 +198,7 @@ class PhaseController:
         ranks = None
         if spec.adapters is not None:
             ranks = spec.adapters.ranks(layers_of(spec.adapters, self.layout), windows)
-        plan = plan_of(spec, self.layout, seed=self.seed, since_step=step, before=before, ranks=ranks)
-        if spec.selection is None:
-            return plan
-        chosen = first_choice(spec.selection, plan, self.seed)
-        return with_active(plan, self.layout, chosen, cut_backward=spec.selection.cut_backward)
+        return plan_of(spec, self.layout, seed=self.seed, since_step=step, before=before, ranks=ranks)
 
 
 def _observed(state: PhaseState, observation: Observation, test: SwitchTest) -> PhaseState:

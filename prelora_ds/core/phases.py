@@ -12,7 +12,7 @@ from prelora_ds.core.merge import Merge
 from prelora_ds.core.plan import Plan
 from prelora_ds.core.rank_rules import RankRule
 from prelora_ds.core.rank_rules.uniform import UniformRank
-from prelora_ds.core.selection import Selection
+from prelora_ds.core.selection import Selection, first_choice, with_active
 from prelora_ds.core.switch_tests import SwitchTest
 from prelora_ds.core.trainable import trainable_names
 
@@ -63,8 +63,8 @@ def plan_of(spec: PhaseSpec, layout: Layout, *, seed: int, since_step: int = 0,
     seed: the seed of the first values of adapters.
     ranks: family -> layer -> rank, for the families of the phase's new adapters.
 
-    Raises ValueError for a set of parameters that matches nothing, for a layer or kind that does not exist, and if
-    nothing trains.
+    Raises ValueError for a set of parameters that matches nothing, for a layer or kind that does not exist, if nothing
+    trains, and if more adapters are to train at a time than there are.
     """
     if spec.adapters is None:
         adapters = {} if before is None else dict(before.adapters)
@@ -83,7 +83,10 @@ def plan_of(spec: PhaseSpec, layout: Layout, *, seed: int, since_step: int = 0,
         plan = _frozen_below(plan, layout, spec.freeze_below)
     if not plan.trainable:
         raise ValueError("no parameter would train")
-    return plan
+    if spec.selection is None:
+        return plan
+    chosen = first_choice(spec.selection, plan, layout, seed)
+    return with_active(plan, layout, chosen, cut_backward=spec.selection.cut_backward)
 
 
 def _cycle(spec: PhaseSpec, before: Plan | None) -> int:

@@ -38,21 +38,29 @@ class Selection:
     cut_backward: bool = False
 
 
-def first_choice(selection: Selection, plan: Plan, seed: int) -> frozenset[str]:
+def candidates(plan: Plan, layout: Layout) -> frozenset[str]:
+    """Return the adapters of which a leaf can train."""
+    return frozenset(path for name, (path, _) in plan.leaves(layout).items() if name in plan.trainable)
+
+
+def first_choice(selection: Selection, plan: Plan, layout: Layout, seed: int) -> frozenset[str]:
     """Draw adapters with equal probability, because no importance is known at the start of a phase."""
-    return select("random", dict.fromkeys(plan.adapters, 1.0), k=selection.k, share=selection.share,
+    return select("random", dict.fromkeys(candidates(plan, layout), 1.0), k=selection.k, share=selection.share,
                   rng=random.Random(f"{seed}/{plan.phase}/0"))
 
 
-def next_choice(selection: Selection, plan: Plan, seed: int, number: int, importance: Mapping[str, float],
-                updates: Mapping[str, int]) -> frozenset[str]:
+def next_choice(selection: Selection, plan: Plan, layout: Layout, seed: int, number: int,
+                importance: Mapping[str, float], updates: Mapping[str, int]) -> frozenset[str]:
     """Choose adapters by what was measured since the start of the phase.
 
     number: how many choices were made before. importance, updates: adapter -> its sum, and its optimizer steps.
     """
     rng = random.Random(f"{seed}/{plan.phase}/{number}")
+    among = sorted(candidates(plan, layout))
     if selection.importance == "random":
-        importance = {path: rng.random() for path in sorted(plan.adapters)}
+        importance = {path: rng.random() for path in among}
+    else:
+        importance = {path: importance[path] for path in among}
     k = None if selection.choose == THRESHOLD else selection.k
     return select(selection.choose, importance, k=k, share=selection.share, updates=updates, rng=rng)
 
