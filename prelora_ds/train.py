@@ -105,10 +105,15 @@ def loop(run: Run, records: Records, saver: Saver, stop: StopRequest, guard: Gua
         engine.backward(micro_batches)
         if due.bytes(step, engine.plan):
             records.bytes(engine, step)
-        lr = lr_at(step, state.phase.restarts, timeline=run.timeline, schedule=config.optimizer)
+        rate = partial(lr_at, restarts=state.phase.restarts, timeline=run.timeline,
+                       schedule=config.optimizer)
+        lr = rate(step)
+        own_steps = run.controller.own_steps(state.phase)
+        own_lr = {adapter: rate(own_step) for adapter, own_step in own_steps.items()}
         flags = (stop.asked(saver.slowest_s), saver.writing)
         accept = partial(state.watch.accepts, step, limits=config.train.divergence)
-        stats = engine.finish_step(lr=lr, flags=flags, data_s=loader.waited_s, accept=accept)
+        stats = engine.finish_step(lr=lr, flags=flags, data_s=loader.waited_s, accept=accept,
+                                   adapter_lr=own_lr)
         records.stragglers(step, stats)
 
         # Stop, skip the update or roll back: too many unreadable samples, or a step that diverged.
@@ -151,6 +156,6 @@ def loop(run: Run, records: Records, saver: Saver, stop: StopRequest, guard: Gua
     loader.close()
     saver.finish_pending()
     export_model(engine, run.folder.model, run.train_data.classes)
-    records.end()
+    records.end(state.phase)
     assert state.accuracy is not None, "the last step is a tick of every duration"
     return state.accuracy

@@ -17,6 +17,7 @@ from prelora_ds.core.adapters import KINDS
 from prelora_ds.core.duration import Duration
 from prelora_ds.core.phases import Adapters, PhaseSpec
 from prelora_ds.core.plan import ADAPTERS, BASE, without_defaults
+from prelora_ds.core.selection import UNCONVERGED
 from prelora_ds.core.switch_tests import SWITCH_TESTS, SwitchTest
 from prelora_ds.core.trainable import SETS
 
@@ -354,7 +355,7 @@ def _check_adapters(phase: PhaseConfig, before: AdaptersConfig | None, *, first:
         raise FieldError(f"{phase.name}.train", list(phase.trained),
                          "contains adapters, but there are none in this phase")
     _check_merge(phase, adapters)
-    _check_active(phase, adapters)
+    _check_active(phase, adapters, tests=tests)
     if adapters is not None and phase.zero_stage not in (None, "auto"):
         stages = KINDS[adapters.kind].can.zero_stages
         if phase.zero_stage not in stages:
@@ -381,7 +382,7 @@ def _check_merge(phase: PhaseConfig, adapters: AdaptersConfig | None) -> None:
                          f"nothing to merge adapters into ({key})", "train [adapters, rest], or remove merge")
 
 
-def _check_active(phase: PhaseConfig, adapters: AdaptersConfig | None) -> None:
+def _check_active(phase: PhaseConfig, adapters: AdaptersConfig | None, *, tests: bool) -> None:
     """Raise FieldError if the phase selects adapters that it does not have or whose code knows no selection."""
     if phase.active is None:
         return
@@ -389,6 +390,9 @@ def _check_active(phase: PhaseConfig, adapters: AdaptersConfig | None) -> None:
     if adapters is None or not {"all", "adapters"} & set(phase.trained):
         raise FieldError(key, phase.active.choose, "selects adapters that train, but there are none in this phase",
                          "remove it, or train adapters")
+    if phase.active.choose == UNCONVERGED and not tests:
+        raise FieldError(f"{key}.choose", UNCONVERGED, "compares the windows of a test, but no phase ends by a test",
+                         "choose another rule, or let a phase end by a test")
     for name in ("dropout", "mode"):
         value = getattr(phase.adapters if isinstance(phase.adapters, AdaptersConfig) else adapters, name)
         if value not in (0, "auto", "branch", "merged"):

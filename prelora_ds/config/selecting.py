@@ -8,27 +8,37 @@ from pydantic import Field, model_validator
 
 from prelora_ds.config.fields import DurationField, FieldError, Positive, Strict
 from prelora_ds.core.allocators import THRESHOLD
-from prelora_ds.core.selection import ImportanceKind, Selection
+from prelora_ds.core.selection import UNCONVERGED, ImportanceKind, Selection
 
 
 class ActiveConfig(Strict):
     """Which adapters of a phase train at a time. The others keep their values, moments and Adam steps."""
 
-    choose: Literal["top_k", "threshold", "stochastic", "discounted", "random"]
+    choose: Literal["top_k", "threshold", "stochastic", "discounted", "random", "unconverged"]
     """
     The rule: `top_k` takes the most important adapters, `threshold` the fewest that have `share` of
     all importance together, `stochastic` draws them in proportion to their importance, `discounted`
     in proportion to their importance per optimizer step that has updated them, and `random` with
-    equal probability.
+    equal probability. `unconverged` needs no importance: from the bottom of the model upwards,
+    adapters leave whose weight norm changes by at most `tau`, and they do not return.
     """
 
     k: Positive | None = None
-    """The number of adapters that train at a time. All rules but `threshold` need either this or `share`."""
+    """
+    The number of adapters that train at a time. All rules but `threshold` and `unconverged` need
+    either this or `share`.
+    """
 
     share: Annotated[float, Field(gt=0, le=1)] | None = None
     """
     With `threshold`, the share of the importance that is reached; otherwise the share of the
     adapters that train at a time, rounded up.
+    """
+
+    tau: Annotated[float, Field(gt=0)] | None = None
+    """
+    With `unconverged`, the largest change of an effective weight's norm between the last two windows
+    of the phase, in per cent, of an adapter that leaves.
     """
 
     every: DurationField | None = None
@@ -40,8 +50,17 @@ class ActiveConfig(Strict):
     importance: ImportanceKind = "forward"
     """
     What the importance is: `forward` is the sum over training samples of the L2 norm of a linear's
-    output, `random` takes random numbers in its place, as a control. At the start of a phase nothing
-    is measured yet, and the adapters are drawn with equal probability.
+    output; `backward` is the sum over optimizer steps of the L2 norm of an adapter's gradient before
+    clipping, which only adapters that train have, so that those that trained before are preferred;
+    `random` takes random numbers in their place, as a control. At the start of a phase nothing is
+    measured yet, and the adapters are drawn with equal probability.
+    """
+
+    optimizer: Literal["global", "local"] = "global"
+    """
+    Which learning rate an adapter has: that of the run (`global`), or that of a schedule which
+    advances, from the start of the phase, only in the steps that update the adapter (`local`). Its
+    Adam moments and Adam step advance only in those steps in any case.
     """
 
     cut_backward: bool = False
@@ -52,10 +71,16 @@ class ActiveConfig(Strict):
 
     @model_validator(mode="after")
     def _parameters_fit(self) -> ActiveConfig:
-        if self.choose == THRESHOLD and (self.share is None or self.k is not None):
-            raise FieldError("share", self.share, "the rule threshold needs a share and takes no k")
-        if self.choose != THRESHOLD and (self.k is None) == (self.share is None):
-            raise FieldError("k", self.k, f"the rule {self.choose} needs either k or share", "set one of them")
+        wanted = {THRESHOLD: ("share",), UNCONVERGED: ("tau",)}.get(self.choose, ("k", "share"))
+        given = [key for key in ("k", "share", "tau") if getattr(self, key) is not None]
+        for key in given:
+            if key not in wanted:
+                raise FieldError(key, getattr(self, key), f"is not used by the rule {self.choose}", f"remove {key}")
+        if len(given) != 1:
+            either = " or ".join(wanted)
+            raise FieldError(wanted[0], getattr(self, wanted[0]),
+                             f"the rule {self.choose} needs {'either ' if len(wanted) > 1 else ''}{either}",
+                             f"set {'one of them' if len(wanted) > 1 else either}")
         if (self.every is None) == (self.once_at is None):
             raise FieldError("every", None if self.every is None else str(self.every),
                              "set either every or once_at", "set one of them")
@@ -65,4 +90,5 @@ class ActiveConfig(Strict):
 
     def selection(self) -> Selection:
         """Return the selection in the form that the controller needs."""
-        return Selection(self.choose, self.k, self.share, self.every, self.once_at, self.importance, self.cut_backward)
+        return Selection(self.choose, self.k, self.share, self.tau, self.every, self.once_at, self.importance,
+                         self.optimizer == "local", self.cut_backward)

@@ -33,6 +33,7 @@ from prelora_ds.config.preset import ConvergenceConfig, LoraConfig, expanded
 from prelora_ds.config.training import ObserveConfig, OptimizerConfig, TrainConfig
 from prelora_ds.core.phases import PhaseSpec
 from prelora_ds.core.plan import Plan
+from prelora_ds.core.selection import Measured
 
 MERGED_MAX_WIDTH = 384  # of model.hidden_size, for the kernel `auto`
 
@@ -257,10 +258,10 @@ class Config(Strict):
         return adapters
 
     @property
-    def measures_importance(self) -> bool:
-        """Whether this phase measures the importance of its adapters."""
+    def importance(self) -> Measured | None:
+        """The importance of its adapters that this phase measures."""
         assert self._phase is not None, "importance belongs to a phase"
-        return self._phase.active is not None and self._phase.active.importance == "forward"
+        return None if self._phase.active is None else self._phase.active.selection().measured
 
     def kernel(self, stage: int | None = None) -> str:
         """The kernel of a linear with an adapter in this phase at ZeRO ``stage`` (default: the phase's stage).

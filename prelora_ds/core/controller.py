@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 from prelora_ds.core.codec import fields_from_json
@@ -119,7 +120,9 @@ class PhaseController:
                    updated: bool = True) -> PhaseState:
         """The state after a step, whose plan differs where a cycle ends or other adapters are chosen.
 
-        importance: adapter -> its importance in this step. updated: whether the step's update was taken.
+        importance: adapter -> its importance in this step.
+        updated: whether the step's update was taken. Otherwise its importance is not counted, because it may not be
+            finite.
         """
         return self._chosen(self._merged(state, step), step, importance or {}, updated=updated)
 
@@ -127,15 +130,31 @@ class PhaseController:
         selection = self.phases[state.index].selection
         if selection is None or state.plan.since_step == step:
             return state
-        summed = {path: state.importance.get(path, 0.0) + importance.get(path, 0.0) for path in state.plan.adapters}
-        updates = {path: state.updates.get(path, 0) + (updated and path in active_adapters(state.plan, self.layout))
-                   for path in state.plan.adapters}
+        summed = dict(state.importance)
+        updates = dict(state.updates)
+        if updated:
+            active = active_adapters(state.plan, self.layout)
+            summed = {path: summed.get(path, 0.0) + importance.get(path, 0.0) for path in state.plan.adapters}
+            updates = {path: updates.get(path, 0) + (path in active) for path in state.plan.adapters}
         state = replace(state, importance=summed, updates=updates)
         if step == self.timeline.total_steps or not self._chooses(selection, state.plan, step):
             return state
-        chosen = next_choice(selection, state.plan, self.layout, self.seed, state.choices, summed, updates)
+        chosen = next_choice(selection, state.plan, self.layout, self.seed, state.choices, importance=summed,
+                             updates=updates, windows=state.windows_of_phase)
         plan = with_active(state.plan, self.layout, chosen, cut_backward=selection.cut_backward)
         return replace(state, plan=plan, choices=state.choices + 1)
+
+    def own_steps(self, state: PhaseState) -> dict[str, int]:
+        """The step of the schedule that gives each active adapter its learning rate in the next optimizer step.
+
+        It is {} if the rate of adapters is that of the run. Otherwise an adapter advances only in the steps that update
+        it, from the start of the phase.
+        """
+        selection = self.phases[state.index].selection
+        if selection is None or not selection.local_rate:
+            return {}
+        return {path: state.plan.since_step + state.updates.get(path, 0) + 1
+                for path in active_adapters(state.plan, self.layout)}
 
     def _chooses(self, selection: Selection, plan: Plan, step: int) -> bool:
         if selection.once_at is not None:
@@ -152,10 +171,7 @@ class PhaseController:
 
     def _ends_period(self, plan: Plan, every: Duration, step: int) -> bool:
         """Whether a whole number of periods has passed after ``step``, counted from the start of the plan's phase."""
-        end = plan.since_step
-        while end < step:
-            end = max(end + 1, self.timeline.step_after(end, every))
-        return end == step > plan.since_step
+        return step in _period_ends(self.timeline, plan.since_step, every)
 
     def _test(self, state: PhaseState, test: SwitchTest, step: int) -> PhaseState:
         if len(state.windows_of_phase) < test.k:
@@ -199,6 +215,20 @@ class PhaseController:
         if spec.adapters is not None:
             ranks = spec.adapters.ranks(layers_of(spec.adapters, self.layout), windows)
         return plan_of(spec, self.layout, seed=self.seed, since_step=step, before=before, ranks=ranks)
+
+
+@lru_cache
+def _period_ends(timeline: Timeline, begin: int, every: Duration) -> frozenset[int]:
+    """The steps after ``begin`` at which a whole number of periods has passed, to the end of the run.
+
+    At least one step lies between two of them.
+    """
+    ends = []
+    end = begin
+    while end < timeline.total_steps:
+        end = max(end + 1, timeline.step_after(end, every))
+        ends.append(end)
+    return frozenset(ends)
 
 
 def _observed(state: PhaseState, observation: Observation, test: SwitchTest) -> PhaseState:

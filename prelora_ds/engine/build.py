@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import deepspeed
@@ -22,11 +23,12 @@ from torch import nn
 from prelora_ds.config.tree import Config
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.plan import Plan
+from prelora_ds.core.selection import Measured
 from prelora_ds.data.batch import MicroBatch, mix_images, mix_labels
 from prelora_ds.data.transforms import to_float
 from prelora_ds.engine.active import apply_active, check_active
-from prelora_ds.engine.importance import measure_importance, take_importance
-from prelora_ds.engine.optimizer import bind_names, make_optimizer
+from prelora_ds.engine.importance import importance_of, measure_outputs, parts_of_importance
+from prelora_ds.engine.optimizer import bind_names, inner_optimizer, make_optimizer
 from prelora_ds.engine.restore import restore_state
 from prelora_ds.engine.runtime import device, synchronize
 from prelora_ds.engine.skip_update import skipping_update
@@ -61,7 +63,7 @@ class StepStats:
     forward_s: per rank, the seconds spent in forward passes.
     data_s: per rank, the seconds spent waiting for data.
     step_s: this rank's seconds from the first forward pass to the end of the update.
-    importance: adapter -> its importance in this step, if the config measures it.
+    importance: adapter -> its importance in this step, if it is measured (`Engine.measure`).
     """
 
     loss: float
@@ -105,6 +107,7 @@ class Engine:
         self._sums = torch.zeros(2)  # of the last backward pass: mean loss, unreadable samples
         self._forward = Stopwatch()
         self._begun = 0.0
+        self._importance: Measured | None = None
 
     @property
     def module(self) -> nn.Module:
@@ -164,6 +167,7 @@ class Engine:
         flags: Sequence[bool] = (),
         data_s: float = 0.0,
         accept: Callable[[float], bool] = lambda loss: True,
+        adapter_lr: Mapping[str, float] = MappingProxyType({}),
     ) -> StepStats:
         """Take the optimizer step that follows `backward`. Collective.
 
@@ -172,22 +176,25 @@ class Engine:
             collective.
         data_s: this rank's seconds of waiting for data, reduced likewise.
         accept: called with the loss; if it returns False, the update is skipped.
+        adapter_lr: adapter -> the learning rate that it has in place of ``lr``.
         """
         for group in self.ds.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
+        inner_optimizer(self.ds).own_lr = self._by_name(adapter_lr)
 
         # One all-reduce (a sum) for everything: each rank fills its own column of the seconds.
         world = comm.get_world_size()
         rank_seconds = torch.zeros(2, world)
         rank_seconds[:, comm.get_rank()] = torch.tensor([self._forward.read(), data_s])
-        flag_values = torch.tensor(flags, dtype=rank_seconds.dtype)
-        extras = torch.cat([flag_values, rank_seconds.flatten()]).to(self._sums.device)
-        reduced = torch.cat([self._sums, extras])
+        parts = parts_of_importance(self, self._importance)
+        values = (torch.tensor(flags), rank_seconds.flatten(), *(part.view(1) for part in parts.values()))
+        reduced = torch.cat([self._sums.double(), *(value.to(self._sums.device, torch.float64) for value in values)])
         comm.all_reduce(reduced)
 
         total, corrupt, *rest = reduced.tolist()
         raised = rest[: len(flags)]
-        seconds = tuple(rest[len(flags) :])
+        seconds = tuple(rest[len(flags) : len(flags) + 2 * world])
+        importance = dict(zip(parts, rest[len(flags) + 2 * world :], strict=True))
         loss = total / world
 
         skipped_before = self.ds.skipped_steps
@@ -205,8 +212,20 @@ class Engine:
             forward_s=seconds[:world],
             data_s=seconds[world:],
             step_s=time.perf_counter() - self._begun,
-            importance=take_importance(self.module),
+            importance=importance_of(self._importance, importance),
         )
+
+    def measure(self, importance: Measured | None) -> None:
+        """Measure this importance of each adapter from the next step on, or none (`StepStats.importance`)."""
+        self._importance = importance
+        measure_outputs(self.module, on=importance == "forward")
+
+    def _by_name(self, of_adapters: Mapping[str, float]) -> dict[str, float]:
+        """Return parameter -> the value of its adapter, for the adapters in ``of_adapters``."""
+        if not of_adapters:
+            return {}
+        leaves = self.plan.leaves(self.layout)
+        return {name: of_adapters[path] for name, (path, _) in leaves.items() if path in of_adapters}
 
     def set_active(self, names: Iterable[str]) -> None:
         """Train only ``names`` from the next step on. Collective; call it between two steps.
@@ -283,13 +302,14 @@ def build_engine(
     bind_names(ds)
     kept = restore_state(ds, plan, layout, state, parked=parked - plan.trainable)
     apply_active(ds, plan, layout)
-    measure_importance(ds.module, on=config.measures_importance)
     for name, value in vars(counters).items():
         setattr(ds, name, value)
     # DeepSpeed ends a step when micro_steps is a multiple of the accumulation. Realign it: the
     # accumulation may have changed with the world size or the micro-batch size.
     ds.micro_steps -= ds.micro_steps % ds.gradient_accumulation_steps()
-    return Engine(run_config, plan, layout, num_labels, ds, kept)
+    engine = Engine(run_config, plan, layout, num_labels, ds, kept)
+    engine.measure(config.importance)
+    return engine
 
 
 @contextlib.contextmanager

@@ -105,6 +105,37 @@ def _stage3_fragments(optimizer: Any, names: dict[int, str]) -> Iterator[Fragmen
                 yield Fragment(names[id(param)], start, stop, flat, offset)
 
 
+def gradients(engine: DeepSpeedEngine) -> Iterator[tuple[Fragment, torch.Tensor]]:
+    """Yield this rank's fragments with their gradients, averaged over ranks and not clipped.
+
+    Call it between the last backward pass and the optimizer step. At stage 3, and with offload, a
+    parameter that did not require a gradient may show an old one.
+    """
+    optimizer: Any = engine.optimizer
+    stage = engine.zero_optimization_stage()
+    parameters = named_parameters(engine.module)
+    groups = {id(flat): i for i, flat in enumerate(flat_masters(engine))}
+    for fragment in fragments(engine):
+        i = groups[id(fragment.flat)]
+        if stage == 0:
+            gradient = parameters[fragment.name].grad
+        elif stage == 3 and optimizer.offload_optimizer:
+            gradient = fragment.flat.grad
+        elif stage == 3:
+            p: Any = parameters[fragment.name]
+            parts = optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+            yield fragment, parts[p.ds_id].view(-1)[: fragment.stop - fragment.start]
+            continue
+        elif hasattr(optimizer, "fp32_groups_gradient_flat_partition"):
+            gradient = optimizer.fp32_groups_gradient_flat_partition[i]
+        elif optimizer.cpu_offload:
+            gradient = optimizer.single_partition_of_fp32_groups[i].grad
+        else:
+            gradient = getattr(optimizer.averaged_gradients.get(i), "flat_partition", None)
+        if gradient is not None:
+            yield fragment, fragment.of(gradient)
+
+
 def bit16_groups(engine: DeepSpeedEngine) -> list[list[nn.Parameter]]:
     """Return the trainable parameters by optimizer group (at stage 3 by sub-group)."""
     optimizer: Any = engine.optimizer

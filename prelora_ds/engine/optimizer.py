@@ -108,8 +108,8 @@ class _Flat:
 class StepRanges:
     """The ranges that one group updates in a step.
 
-    The four lists of tensors correspond to each other, and ``steps`` holds the Adam step of each
-    range.
+    The four lists of tensors correspond to each other, ``steps`` holds the Adam step of each range,
+    and ``rates`` its learning rate.
     """
 
     weights: list[torch.Tensor] = field(default_factory=list)
@@ -117,6 +117,7 @@ class StepRanges:
     exp_avgs: list[torch.Tensor] = field(default_factory=list)
     exp_avg_sqs: list[torch.Tensor] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
 
 
 class AdamByName(torch.optim.Optimizer):
@@ -129,12 +130,15 @@ class AdamByName(torch.optim.Optimizer):
         step advances the count of all active names, whichever rank holds them. When DeepSpeed skips
         an update, it does not call `step`.
     active: the names to update, or None for all.
+    own_lr: name -> the learning rate, before the scale of its group, of names that do not have the
+        group's.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.steps: dict[str, int] = {}
         self.active: frozenset[str] | None = None
+        self.own_lr: Mapping[str, float] = {}
         self._flats: dict[torch.Tensor, _Flat] = {}
 
     def bind(
@@ -173,11 +177,13 @@ class AdamByName(torch.optim.Optimizer):
         for group in self.param_groups:
             ranges = StepRanges()
             for tensor in group["params"]:
-                self._add_ranges(ranges, tensor)
+                self._add_ranges(ranges, tensor, group)
             if ranges.steps:
                 self.update(group, ranges)
 
-    def _add_ranges(self, ranges: StepRanges, tensor: torch.Tensor) -> None:
+    def _add_ranges(
+        self, ranges: StepRanges, tensor: torch.Tensor, group: Mapping[str, Any]
+    ) -> None:
         """Advance the steps of the active names in ``tensor``, and add its ranges to ``ranges``."""
         flat = self._flats[tensor]
         active = self.active
@@ -185,17 +191,20 @@ class AdamByName(torch.optim.Optimizer):
             if active is None or name in active:
                 self.steps[name] += 1
 
-        # Neighbours with equal steps form one span.
+        # Neighbours with equal steps and rates form one span.
         spans: list[tuple[int, int]] = []
-        steps: list[int] = []
+        settings: list[tuple[int, float]] = []
         for name, start, stop in flat.ranges:
             if active is not None and name not in active:
                 continue
-            if steps and steps[-1] == self.steps[name] and spans[-1][1] == start:
+            own = self.own_lr.get(name)
+            rate = group["lr"] if own is None else own * group["lr_scale"]
+            setting = (self.steps[name], rate)
+            if settings and settings[-1] == setting and spans[-1][1] == start:
                 spans[-1] = (spans[-1][0], stop)
             else:
                 spans.append((start, stop))
-                steps.append(self.steps[name])
+                settings.append(setting)
 
         state = self.state[tensor]
         # Every rank creates the moments, whether or not it holds an active name, because an export
@@ -212,7 +221,8 @@ class AdamByName(torch.optim.Optimizer):
         assert tensor.grad is not None  # DeepSpeed sets the gradient of every flat tensor
         gradient = tensor.grad.reshape(-1)
         ranges.grads += [gradient[start:stop] for start, stop in spans]
-        ranges.steps += steps
+        ranges.steps += [step for step, _ in settings]
+        ranges.rates += [rate for _, rate in settings]
         lists = (ranges.weights, ranges.exp_avgs, ranges.exp_avg_sqs)
         for views, cached in zip(lists, flat.views, strict=True):
             views += cached
@@ -240,26 +250,26 @@ class TorchAdamByName(AdamByName, torch.optim.AdamW):
 
     def update(self, group: Mapping[str, Any], ranges: StepRanges) -> None:
         beta1, beta2 = group["betas"]
-        steps_before = (
-            torch.tensor(ranges.steps, dtype=torch.float32) - 1
-        ).unbind()  # adamw adds 1
-        adamw(
-            ranges.weights,
-            ranges.grads,
-            ranges.exp_avgs,
-            ranges.exp_avg_sqs,
-            [],
-            list(steps_before),
-            foreach=group["foreach"],
-            fused=group["fused"],
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
+        for rate in dict.fromkeys(ranges.rates):
+            of_rate = [i for i, other in enumerate(ranges.rates) if other == rate]
+            steps = torch.tensor([ranges.steps[i] for i in of_rate], dtype=torch.float32)
+            adamw(
+                [ranges.weights[i] for i in of_rate],
+                [ranges.grads[i] for i in of_rate],
+                [ranges.exp_avgs[i] for i in of_rate],
+                [ranges.exp_avg_sqs[i] for i in of_rate],
+                [],
+                list((steps - 1).unbind()),  # adamw adds 1
+                foreach=group["foreach"],
+                fused=group["fused"],
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=rate,
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
 
 
 class CPUAdamByName(AdamByName, DeepSpeedCPUAdam):  # type: ignore[misc]  # it is not annotated
@@ -270,18 +280,19 @@ class CPUAdamByName(AdamByName, DeepSpeedCPUAdam):  # type: ignore[misc]  # it i
 
     def update(self, group: Mapping[str, Any], ranges: StepRanges) -> None:
         beta1, beta2 = group["betas"]
-        for weight, grad, exp_avg, exp_avg_sq, step in zip(
+        for weight, grad, exp_avg, exp_avg_sq, step, rate in zip(
             ranges.weights,
             ranges.grads,
             ranges.exp_avgs,
             ranges.exp_avg_sqs,
             ranges.steps,
+            ranges.rates,
             strict=True,
         ):
             self.ds_opt_adam.adam_update(
                 self.opt_id,
                 step,
-                group["lr"],
+                rate,
                 beta1,
                 beta2,
                 group["eps"],

@@ -56,7 +56,7 @@ def follow_plan(run: Run, records: Records, saver: Saver, engine: Engine, loader
         if plan.cycle != engine.plan.cycle:
             _merge(run, records, saver, engine, phase, step)
         if plan.training() != engine.plan.training():
-            records.active(step, plan)
+            records.active(step, phase)
         engine.set_active(plan.training())
         engine.plan = plan
         return engine

@@ -178,6 +178,8 @@ class Records:
             switch=to_json(switch),
             plan=to_json(plan),
         )
+        if plan.active is not None:
+            self.active(plan.since_step, phase)
         if switch is not None:
             released_mib = switch.released_bytes / 2**20
             self.say(
@@ -202,10 +204,10 @@ class Records:
             f"outputs changed by {report.output_change:.2%}"
         )
 
-    def active(self, step: int, plan: Plan) -> None:
-        """Log the adapters that train from the next step on."""
-        chosen = active_adapters(plan, self.run.layout)
-        self._log.event(EventKind.ACTIVE, step, adapters=sorted(chosen))
+    def active(self, step: int, phase: PhaseState) -> None:
+        """Log the adapters that train from the next step on, and how many steps have updated each adapter."""
+        chosen = active_adapters(phase.plan, self.run.layout)
+        self._log.event(EventKind.ACTIVE, step, adapters=sorted(chosen), updates=dict(phase.updates))
 
     # ---- start and end
 
@@ -228,13 +230,14 @@ class Records:
         )
         self.say(f"resuming after step {step} from {checkpoint.folder}")
 
-    def end(self) -> None:
-        """Log the end of the run, with the peak memory of every rank. Collective."""
+    def end(self, phase: PhaseState) -> None:
+        """Log the end of the run in ``phase``, with the peak memory of every rank. Collective."""
         peaks = [0] * dist.get_world_size()
         dist.all_gather_object(peaks, peak_rss_bytes())
         self._log.event(
             EventKind.END,
             self.run.timeline.total_steps,
             peak_rss_bytes=peaks,
+            updates=dict(phase.updates),
             data=fingerprints(self.run.train_data, self.run.val_data),
         )

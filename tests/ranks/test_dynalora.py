@@ -9,7 +9,6 @@ import torch
 from support.launches import Job, differences, traces
 from support.runs import SMALL, Trainer, config
 
-from prelora_ds.engine.importance import measure_importance, take_importance
 from prelora_ds.model.adapters.lora import lora_linears
 from prelora_ds.run.log import read_lines
 
@@ -37,8 +36,9 @@ def whole(forge, shards, tmp_path_factory):
 
 def test_choices_are_logged(whole):
     rows = [row for row in read_lines(whole / "events.jsonl") if row["event"] == "active"]
-    assert {row["step"] for row in rows} <= {5, 8, 11} and rows
+    assert rows[0]["step"] == 2 and {row["step"] for row in rows[1:]} <= {5, 8, 11} and rows[1:]
     assert all(len(row["adapters"]) == 6 for row in rows)
+    assert [sum(row["updates"].values()) for row in rows] == [6 * (row["step"] - 2) for row in rows]
 
 
 @pytest.mark.parametrize("step", [4, 6, 9])
@@ -70,7 +70,7 @@ def test_importance_is_that_of_the_whole_outputs_at_every_world_size(pools):
 def importance():
     """The importance of one step, compared with what hooks see of the outputs."""
     t = Trainer(config("zero2", micro=4, batch=16, lora={"mode": "branch"}), begin="lora")
-    measure_importance(t.engine.module, on=True)
+    t.engine.measure("forward")
     seen = {}
     names = {id(m): path for path, m in t.engine.module.named_modules()}
 
@@ -87,7 +87,9 @@ def importance():
     total = torch.tensor(list(seen.values()), dtype=torch.float64)
     torch.distributed.all_reduce(total)
     assert list(found.values()) == pytest.approx(total.tolist(), rel=1e-5)
-    assert all(value == 0.0 for value in take_importance(t.engine.module).values()), "each step begins at 0"
+    t.step += 1
+    t.engine.backward(t.batches())
+    assert t.engine.finish_step(lr=0.0).importance == pytest.approx(found, rel=0.2), "each step begins at 0"
     t.close()
     return found
 
@@ -100,7 +102,7 @@ def recomputed():
     found = []
     for checkpointing in (False, True):
         t = Trainer(config("zero2", model={**SMALL, "activation_checkpointing": checkpointing}), begin="lora")
-        measure_importance(t.engine.module, on=True)
+        t.engine.measure("forward")
         t.engine.backward(t.batches())
         found.append(t.engine.finish_step(lr=1e-3).importance)
         t.close()

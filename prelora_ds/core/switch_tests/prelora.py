@@ -155,19 +155,24 @@ def partially_converged(
     return Verdict(not failed, reason, norm_changes, loss_changes)
 
 
-def changes_by_layer(previous: WindowStats, last: WindowStats) -> dict[str, dict[int, float]]:
-    """Family -> layer -> |dW|, the change between two windows in per cent: the input of Algorithm 2.
+def layer_changes(previous: WindowStats, last: WindowStats) -> dict[str, dict[int, float]]:
+    """Family -> layer -> |dW|, the change of its norm between two windows in per cent.
 
-    Raises ValueError for a change that is not finite, and if the windows differ in their families or layers.
+    Raises ValueError if the windows differ in their families or layers.
     """
     layout = _common_layout([previous.norms, last.norms])
-    changes = {
+    return {
         family: {
             layer: abs(_change(previous.norms[family][layer], last.norms[family][layer]))
             for layer in layers
         }
         for family, layers in layout.items()
     }
+
+
+def changes_by_layer(previous: WindowStats, last: WindowStats) -> dict[str, dict[int, float]]:
+    """`layer_changes` as the input of Algorithm 2. Raises ValueError as well for a change that is not finite."""
+    changes = layer_changes(previous, last)
     for family, layers in changes.items():
         for layer, change in layers.items():
             if not math.isfinite(change):

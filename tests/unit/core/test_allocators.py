@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from typing import Any
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prelora_ds.core.allocators import NAMES, select
+from prelora_ds.core.allocators.unconverged import unconverged
 
 PAPER = {"0": 0.5, "1": 0.3, "2": 0.2}
 
@@ -100,3 +102,33 @@ def test_parameters_that_cannot_work_are_refused(name: str, parameters: dict[str
 def test_importance_that_means_nothing_is_refused(importance: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"importance|no adapters"):
         chosen("random", importance, k=1)
+
+
+# ---- progressive freezing
+
+def test_converged_adapters_leave_from_the_bottom() -> None:
+    changes = [("a", 0.1), ("b", 0.2), ("c", 3.0), ("d", 0.1), ("e", 5.0)]
+    assert unconverged(changes, 1.0) == {"c", "d", "e"}, "d has converged too, but above c"
+    assert unconverged(changes, 0.15) == {"b", "c", "d", "e"}
+    assert unconverged(changes, 0.05) == {"a", "b", "c", "d", "e"}
+
+
+def test_a_change_of_exactly_tau_has_converged_and_one_that_is_not_finite_has_not() -> None:
+    assert unconverged([("a", 1.0), ("b", math.nan), ("c", 0.0)], 1.0) == {"b", "c"}
+    assert unconverged([("a", math.inf), ("b", 0.0)], 1.0) == {"a", "b"}
+
+
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=20), st.floats(0.1, 9), st.floats(0.1, 9))
+def test_the_last_adapter_always_trains_and_a_larger_tau_frees_more(sizes: list[float], low: float,
+                                                                    high: float) -> None:
+    changes = list(enumerate(sizes))
+    few, many = (unconverged([(str(i), change) for i, change in changes], tau) for tau in sorted((low, high))[::-1])
+    assert str(len(sizes) - 1) in few <= many
+
+
+@pytest.mark.parametrize(("changes", "tau", "said"), [([], 1.0, "no adapters"), ([("a", 1.0)], 0.0, "not positive"),
+                                                      ([("a", 1.0)], math.nan, "not positive")])
+def test_nothing_to_choose_from_and_a_limit_that_is_none_are_errors(changes: list[tuple[str, float]], tau: float,
+                                                                    said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        unconverged(changes, tau)

@@ -24,7 +24,7 @@ from prelora_ds.core.phases import Adapters, PhaseSpec
 from prelora_ds.core.rank_rules.uniform import UniformRank
 from prelora_ds.core.schedule import Restart, Timeline
 from prelora_ds.core.selection import Selection, active_adapters
-from prelora_ds.core.switch_tests.prelora import Observation, partially_converged
+from prelora_ds.core.switch_tests.prelora import Observation, PreloraTest, partially_converged
 
 LAYERS = 4
 LAYOUT = Layout(
@@ -410,3 +410,42 @@ def test_a_skipped_update_is_not_counted() -> None:
         state = control.next(state, Observation(step, step * BATCH, 1.0, {}))
         state = control.after_step(state, step, updated=step != 12)
     assert sum(state.updates.values()) == 2
+
+
+def test_an_adapter_with_a_local_rate_advances_only_when_it_is_updated() -> None:
+    control = dyna(choose="top_k", k=1, every=Duration("5 steps"), local_rate=True)
+    state = control.initial()
+    assert control.own_steps(state) == {}, "the phase before has no adapters"
+    for step in range(1, 21):
+        state = control.next(state, Observation(step, step * BATCH, 1.0, {}))
+        if step == 10:
+            first = active_adapters(state.plan, LAYOUT)
+            assert control.own_steps(state) == dict.fromkeys(first, 11)
+        state = control.after_step(state, step, importance=IMPORTANT if state.index else {}, updated=step != 12)
+    assert control.own_steps(state) == {"3.v": 16}, "it was chosen after step 15 and has trained for 5 steps"
+    everyone = dyna(choose="top_k", k=1, every=Duration("5 steps"))
+    assert everyone.own_steps(state) == {}
+
+
+def test_adapters_that_no_longer_change_leave_and_do_not_return() -> None:
+    """After step 10 the norms of the lower half stand still; later those of the upper half do, and the lower move."""
+    test = PreloraTest(0.001, 0.001, k=2, m=1)
+    phases = [PhaseSpec("full", until=Duration("10 steps")),
+              PhaseSpec("dyna", Adapters("lora", ("q", "v"), UniformRank(4)), ("adapters",), until=test,
+                        selection=Selection("unconverged", tau=1.0, every=Duration("5 steps"))),
+              PhaseSpec("last", train=("adapters",))]
+    control = PhaseController(layout=LAYOUT, timeline=Timeline(SAMPLES, BATCH, Duration("60 steps")), phases=phases,
+                              seed=0)
+    state, found = control.initial(), {}
+    for step in range(1, 41):
+        still = (0, 1) if step <= 20 else (2, 3)
+        norms = {family: {layer: 100.0 if layer in still else 100.0 * 1.1 ** step for layer in range(LAYERS)}
+                 for family in ("q", "v")}
+        state = control.next(state, Observation(step, 1, 1.0 + step, norms))
+        state = control.after_step(reloaded(state), step)
+        if state.index:
+            found[step] = active_adapters(state.plan, LAYOUT)
+    upper = {f"{layer}.{family}" for layer in (2, 3) for family in ("q", "v")}
+    assert found[10] == found[14] == set(IMPORTANT), "all of them at first"
+    assert found[15] == found[24] == upper
+    assert found[25] == {"3.v"}, "nothing changes any longer, and the lower adapters do not return"
