@@ -7,10 +7,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from prelora_ds.config.fields import FieldError, Positive, Share, Strict, Text
-from prelora_ds.core.adapters import KINDS, Option
+from prelora_ds.config.fields import DurationField, FieldError, Positive, Share, Strict, Text
+from prelora_ds.core.adapters import KINDS, AdapterSpec, Option
+from prelora_ds.core.duration import Duration
 from prelora_ds.core.rank_rules import RANK_RULES, RankRule
 
 _TYPES: Mapping[type, str] = {
@@ -19,8 +20,10 @@ _TYPES: Mapping[type, str] = {
     float: "a number",
     str: "a text",
 }
-# What adapters that are kept may change: how they train, but not what they are.
+# What adapters that continue to train may change: how they train, but not what they are.
 KEPT_MAY_CHANGE = ("dropout", "weight_decay", "mode")
+# What an adapter has from its first phase on; with other ranks it continues to have it.
+LASTING = ("kind", "families", "options", "alpha_over_r")
 FAMILIES = ("q", "k", "v", "o", "fc1", "fc2")
 Mode = Literal["auto", "peft", "branch", "merged"]
 
@@ -30,8 +33,21 @@ class RankRuleConfig(Strict):
 
     rule: str
 
+    every: DurationField | None = None
+    """
+    How often the ranks are chosen again during the phase, by the windows that have closed until
+    then; `null` never does. An adapter that gets another rank is resized as with `from: resize`.
+    """
+
+    @field_validator("every")
+    @classmethod
+    def _is_longer_than_nothing(cls, every: Duration | None) -> Duration | None:
+        if every is not None and every.value == 0:
+            raise FieldError("", str(every), "must be longer than 0")
+        return every
+
     def rank_rule(self) -> RankRule:
-        return RANK_RULES[self.rule](**self.model_dump(exclude={"rule"}))
+        return RANK_RULES[self.rule](**self.model_dump(exclude={"rule", "every"}))
 
 
 class PreloraRule(RankRuleConfig):
@@ -103,18 +119,20 @@ class AdaptersConfig(AdapterTraining):
     options: dict[str, Option] = Field(default_factory=dict)
     """Options of the kind. `lora` has one, `train_a`: `false` leaves A at its first value (LoRA-FA)."""
 
-    from_: Literal["fresh", "keep", "merge"] = Field(default="fresh", alias="from")
+    from_: Literal["fresh", "keep", "merge", "resize"] = Field(default="fresh", alias="from")
     """
     Where the adapters come from: `fresh` attaches new ones where there are none; `keep` takes over
     those of the phase before, and may change only `dropout`, `weight_decay` and `mode`, each of
     which otherwise stays as it is; `merge` merges those of the phase before into the weights and
-    attaches new ones.
+    attaches new ones; `resize` takes over those of the phase before like `keep`, but with other
+    ranks, without a change of the outputs.
     """
 
     @model_validator(mode="after")
     def _kind_can(self) -> AdaptersConfig:
-        if self.from_ == "keep":
+        if self.from_ in ("keep", "resize"):
             self._check_kept()
+        if self.from_ == "keep":
             return self
         if self.kind not in KINDS:
             raise FieldError("kind", self.kind, f"is not a kind of adapter; known are {', '.join(KINDS)}")
@@ -132,14 +150,15 @@ class AdaptersConfig(AdapterTraining):
 
     def _check_kept(self) -> None:
         """Raise FieldError if a key describes adapters that an earlier phase has attached already."""
+        may_change = KEPT_MAY_CHANGE + (("rank", "ranks") if self.from_ == "resize" else ())
         for key, field in type(self).model_fields.items():
             default = field.get_default(call_default_factory=True)
             value = getattr(self, key)
-            if key not in ("from_", *KEPT_MAY_CHANGE) and value != default:
+            if key not in ("from_", *may_change) and value != default:
                 raise FieldError(
                     key,
                     value,
-                    "applies to new adapters only, but from: keep takes over the existing ones",
+                    f"applies to new adapters only, but from: {self.from_} takes over the existing ones",
                     f"remove {key}",
                 )
 
@@ -173,6 +192,17 @@ def check_kernel(mode: str, kind: str, key: str = "mode") -> None:
         raise FieldError(
             key, mode, f"is not a kernel of the kind {kind}; choose {', '.join(kernels)}"
         )
+
+
+def check_resizes(kind: str, options: Mapping[str, Option], key: str, value: object) -> None:
+    """Raise FieldError about ``key`` if adapters of ``kind`` with these ``options`` cannot change their ranks."""
+    spec = AdapterSpec(kind, 1, 1.0, 0, options)
+    leaves = KINDS[kind].parameters((1, 1), spec).keys()
+    if not KINDS[kind].can.resizes:
+        raise FieldError(key, value, f"gives adapters other ranks, but those of the kind {kind} cannot change theirs")
+    if frozen := sorted(leaves - KINDS[kind].trains(spec)):
+        raise FieldError(key, value, f"gives adapters other ranks, but {frozen[0]} keeps its first value in this "
+                         "recipe (options)", "use merge, or let all of the adapter train")
 
 
 def _check_options(kind: str, options: Mapping[str, Option]) -> None:

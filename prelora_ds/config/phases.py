@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
-from prelora_ds.config.adapters import KEPT_MAY_CHANGE, AdaptersConfig, check_kernel
+from prelora_ds.config.adapters import KEPT_MAY_CHANGE, LASTING, AdaptersConfig, check_kernel, check_resizes
 from prelora_ds.config.changes import RENAMED
 from prelora_ds.config.fields import DurationField, FieldError, Positive, Strict
 from prelora_ds.config.merging import MergeConfig
@@ -219,7 +219,7 @@ class PhaseConfig(PhaseSettings):
 
     @property
     def new_adapters(self) -> AdaptersConfig | None:
-        """The adapters that are attached at the start of this phase."""
+        """The adapters that are attached, or get other ranks, at the start of this phase."""
         if isinstance(self.adapters, AdaptersConfig) and self.adapters.from_ != "keep":
             return self.adapters
         return None
@@ -234,7 +234,8 @@ class PhaseConfig(PhaseSettings):
             defaults = KINDS[fresh.kind].options
             options = {name: v for name, v in fresh.options.items() if v != defaults[name]}
             adapters = Adapters(fresh.kind, tuple(fresh.families or families), fresh.rank_rule,
-                                fresh.alpha_over_r, options)
+                                fresh.alpha_over_r, options, fresh.from_ == "resize",
+                                None if fresh.ranks is None else fresh.ranks.every)
 
         scale: Mapping[str, float] = self.lr_scale if isinstance(self.lr_scale, dict) else {
             BASE: self.lr_scale, ADAPTERS: self.lr_scale}
@@ -273,14 +274,15 @@ def _kind_of_phases(value: Any) -> str:
 
 
 def _inherited(phases: tuple[PhaseConfig, ...]) -> tuple[PhaseConfig, ...]:
-    """``phases`` in which adapters that are kept train as before, except for the keys that are set."""
+    """``phases`` in which adapters that are kept or resized are as before, except for the keys that are set."""
     before: AdaptersConfig | None = None
     complete = []
     for phase in phases:
         adapters = phase.adapters
         if isinstance(adapters, AdaptersConfig):
-            if adapters.from_ == "keep" and before is not None:
-                unset = [key for key in KEPT_MAY_CHANGE if key not in adapters.model_fields_set]
+            if adapters.from_ in ("keep", "resize") and before is not None:
+                keys = KEPT_MAY_CHANGE + (LASTING if adapters.from_ == "resize" else ())
+                unset = [key for key in keys if key not in adapters.model_fields_set]
                 inherited = {key: getattr(before, key) for key in unset}
                 adapters = adapters.model_copy(update=inherited)
                 phase = phase.model_copy(update={"adapters": adapters})
@@ -337,9 +339,13 @@ def _check_adapters(phase: PhaseConfig, before: AdaptersConfig | None, *, first:
         adapters = new
         if before is not None and new.from_ == "fresh":
             raise FieldError(f"{key}.from", "fresh", "would discard what the adapters of the phase before "
-                             "have learned; choose keep, or merge")
-        if before is None and new.from_ == "merge":
-            raise FieldError(f"{key}.from", "merge", "there are no adapters before this phase; choose fresh")
+                             "have learned; choose keep, resize or merge")
+        if before is None and new.from_ in ("merge", "resize"):
+            raise FieldError(f"{key}.from", new.from_, "there are no adapters before this phase; choose fresh")
+        if new.from_ == "resize":
+            check_resizes(new.kind, new.options, f"{key}.from", "resize")
+        if new.ranks is not None and new.ranks.every is not None:
+            _check_every(phase, new, f"{key}.ranks.every", str(new.ranks.every))
         if new.from_ == "merge" and before is not None and not KINDS[before.kind].can.merges:
             raise FieldError(f"{key}.from", "merge", f"adapters of the kind {before.kind} cannot be merged into the "
                              "weights; choose keep")
@@ -363,6 +369,14 @@ def _check_adapters(phase: PhaseConfig, before: AdaptersConfig | None, *, first:
                              f"adapters of the kind {adapters.kind} train only at ZeRO stages "
                              f"{', '.join(map(str, sorted(stages)))}")
     return adapters
+
+
+def _check_every(phase: PhaseConfig, new: AdaptersConfig, key: str, every: str) -> None:
+    """Raise FieldError about ``key`` if the ranks cannot be chosen again during the phase."""
+    check_resizes(new.kind, new.options, key, every)
+    if phase.merge is not None:
+        raise FieldError(key, every, f"would change the ranks within a cycle of {phase.name}.merge",
+                         "remove one of the two")
 
 
 def _check_merge(phase: PhaseConfig, adapters: AdaptersConfig | None) -> None:

@@ -160,6 +160,7 @@ class Config(Strict):
             training = self.for_phase(phase.name).adapters
             adapters: dict[str, Any] = {}
             if new is not None and spec.adapters is not None:
+                adapters["from"] = new.from_
                 for key in ("kind", "rank", "ranks", "alpha_over_r"):
                     adapters[key] = shown["adapters"][key]
                 adapters["families"] = list(spec.adapters.families)
@@ -174,6 +175,8 @@ class Config(Strict):
                 "lr_scale": dict(spec.lr_scale),
                 "rewarm": shown["rewarm"],
                 "freeze_below": spec.freeze_below,
+                "merge": shown["merge"],
+                "active": shown["active"],
             })
         return normal
 

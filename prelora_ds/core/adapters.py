@@ -39,6 +39,7 @@ class Capabilities:
 
     merges: whether the adapter can be merged into the weight, for norms, export and ReLoRA.
     restarts: whether it can start again from first values without changing the outputs.
+    resizes: whether its rank can change while it trains, without changing the outputs.
     rank_per_module: whether each linear may have its own rank.
     kernels: the ways to compute it; the first one works always.
     needs_weight: whether its first values are a function of the weight.
@@ -48,6 +49,7 @@ class Capabilities:
 
     merges: bool
     restarts: bool
+    resizes: bool
     rank_per_module: bool
     kernels: tuple[str, ...]
     needs_weight: bool
@@ -127,7 +129,8 @@ class Lora:
     """
 
     A, B = "lora_A.weight", "lora_B.weight"
-    can = Capabilities(merges=True, restarts=True, rank_per_module=True, kernels=("branch", "merged", "peft"),
+    can = Capabilities(merges=True, restarts=True, resizes=True, rank_per_module=True,
+                       kernels=("branch", "merged", "peft"),
                        needs_weight=False, zero_stages=frozenset({0, 1, 2, 3}), at_attach="exact")
     options: Mapping[str, Option] = MappingProxyType({"train_a": True})
 

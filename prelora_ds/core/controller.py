@@ -10,7 +10,7 @@ from typing import Any
 from prelora_ds.core.codec import fields_from_json
 from prelora_ds.core.duration import Duration
 from prelora_ds.core.layout import Layout
-from prelora_ds.core.phases import PhaseSpec, layers_of, plan_of, windows_of
+from prelora_ds.core.phases import PhaseSpec, layers_of, plan_of, windows_of, with_ranks
 from prelora_ds.core.plan import Plan
 from prelora_ds.core.schedule import Restart, Timeline
 from prelora_ds.core.selection import Selection, active_adapters, next_choice, with_active
@@ -38,6 +38,7 @@ class PhaseState:
     importance: adapter -> its importance, summed since the phase began.
     updates: adapter -> the optimizer steps of this phase that updated it.
     choices: how often adapters were chosen in this phase.
+    ranked: the step after which the ranks of the adapters were chosen last.
     """
 
     plan: Plan
@@ -51,6 +52,7 @@ class PhaseState:
     importance: Mapping[str, float] = field(default_factory=dict)
     updates: Mapping[str, int] = field(default_factory=dict)
     choices: int = 0
+    ranked: int = 0
 
     @property
     def next_window(self) -> int:
@@ -108,13 +110,29 @@ class PhaseController:
         if test is not None:
             state = _observed(state, observation, test)
 
+        after = self._ended(state, observation.step, closed=closed)
+        return self._reranked(after, observation.step) if after.index == state.index else after
+
+    def _ended(self, state: PhaseState, step: int, *, closed: bool) -> PhaseState:
+        """The state in the next phase if this one ends after ``step``. closed: whether a window has just closed."""
         until = self.phases[state.index].until
-        step = observation.step
         if until is None:
             return state
         if isinstance(until, Duration):
             return self._after_duration(state, until, step)
         return self._test(state, until, step) if closed else state
+
+    def _reranked(self, state: PhaseState, step: int) -> PhaseState:
+        """The state with other ranks, if it is time to choose them again and enough windows have closed."""
+        adapters = self.phases[state.index].adapters
+        if adapters is None or adapters.rechosen is None or len(state.windows) < adapters.ranks.windows:
+            return state
+        if step < self.timeline.step_after(state.ranked, adapters.rechosen):
+            return state
+        plan = with_ranks(state.plan, self.layout, adapters.ranks(layers_of(adapters, self.layout), state.windows))
+        changed = sum(plan.adapters[path] != spec for path, spec in state.plan.adapters.items())
+        reason = f"the ranks were chosen again, and {changed} of {len(plan.adapters)} changed"
+        return replace(state, plan=plan, ranked=step, reason=reason)
 
     def after_step(self, state: PhaseState, step: int, *, importance: Mapping[str, float] | None = None,
                    updated: bool = True) -> PhaseState:
@@ -201,7 +219,7 @@ class PhaseController:
         return replace(state, plan=self._plan(index, state.plan, step, state.windows), index=index, reason=reason,
                        first_window=state.next_window + bool(state.open),
                        restarts=self._restarts(state, step, self.phases[index].rewarm), importance={}, updates={},
-                       choices=1)
+                       choices=1, ranked=step)
 
     def _restarts(self, state: PhaseState, step: int, rewarm: Duration | None) -> tuple[Restart, ...]:
         """The restarts of the learning rate so far, with one after ``step`` if it is to rise again there."""

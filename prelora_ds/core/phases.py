@@ -19,9 +19,11 @@ from prelora_ds.core.trainable import trainable_names
 
 @dataclass(frozen=True)
 class Adapters:
-    """New adapters, which a phase attaches when it begins.
+    """New adapters, which a phase attaches when it begins, or new ranks for those that exist.
 
     scaling: the factor of what each adapter adds, the same for every rank (``alpha / rank`` in LoRA).
+    resized: whether the adapters of the phase before continue, with other ranks. Otherwise they are merged.
+    rechosen: how often ``ranks`` is applied again while the phase lasts; None never does.
     """
 
     kind: str
@@ -29,6 +31,8 @@ class Adapters:
     ranks: RankRule
     scaling: float = 1.0
     options: Mapping[str, Option] = field(default_factory=dict)
+    resized: bool = False
+    rechosen: Duration | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,18 @@ def _cycle(spec: PhaseSpec, before: Plan | None) -> int:
     """New adapters that replace others begin another cycle: the others are merged."""
     if before is None:
         return 0
-    return before.cycle + bool(spec.adapters is not None and before.adapters)
+    replaces = spec.adapters is not None and not spec.adapters.resized and before.adapters
+    return before.cycle + bool(replaces)
+
+
+def with_ranks(plan: Plan, layout: Layout, ranks: Mapping[str, Mapping[int, int]]) -> Plan:
+    """``plan`` with other ranks of its adapters. ranks: family -> layer -> rank."""
+    adapters = dict(plan.adapters)
+    for family, layers in ranks.items():
+        for layer, rank in layers.items():
+            path = layout.targets[family][layer]
+            adapters[path] = replace(adapters[path], rank=rank)
+    return replace(plan, adapters=adapters)
 
 
 def _frozen_below(plan: Plan, layout: Layout, layer: int) -> Plan:
@@ -131,9 +146,11 @@ def needed_in_fp32(phases: Sequence[PhaseSpec], layout: Layout, index: int) -> f
     plans = plans_at_rank(phases, layout)
     needed = {name for plan in plans[index + 1:] for name in plan.trainable}
     for i in range(index, len(plans)):
-        is_merged = phases[i].merge is not None
-        is_replaced = i + 1 < len(plans) and plans[i + 1].cycle != plans[i].cycle
-        if is_merged or is_replaced:
+        here = phases[i].adapters
+        then = phases[i + 1].adapters if i + 1 < len(plans) else None
+        is_merged = phases[i].merge is not None or then is not None  # an adapter that shrinks is partly merged
+        is_shrunk = here is not None and here.rechosen is not None
+        if is_merged or is_shrunk:
             needed |= {f"{path}.weight" for path in plans[i].adapters}
     return frozenset(needed & plans[index].parameters(layout).keys())
 

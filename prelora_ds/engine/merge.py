@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from prelora_ds.core.plan import Plan
 from prelora_ds.engine.fragments import Fragment, adam_state, fragments
 from prelora_ds.engine.optimizer import MOMENTS, inner_optimizer
 from prelora_ds.engine.restore import write_bf16
+from prelora_ds.engine.runtime import device
 from prelora_ds.engine.state import EngineState, Slice, gather_full, gather_parts
 from prelora_ds.model.adapters import fp32_weights, half_of, initial_adapter_value
 from prelora_ds.model.adapters.lora import refresh_merged_weights
@@ -148,20 +149,12 @@ def fold_adapters(state: EngineState, before: Plan, after: Plan, *, layout: Layo
 
     Raises RuntimeError on every rank if an adapted weight has no fp32 value.
     """
-    device = torch.device("cpu")
-    rounded: list[Any] = [None] * comm.get_world_size()
-    torch.distributed.all_gather_object(rounded, [
-        name for name in (f"{path}.weight" for path in before.adapters)
-        if name in state.slices and state.slices[name].value.dtype != torch.float32])
-    for names in rounded:
-        if names:
-            raise RuntimeError(f"{names[0]} has no fp32 value, so no adapter can be merged into it")
-
+    check_fp32_weights(state, [f"{path}.weight" for path in before.adapters])
     shapes = before.parameters(layout)
     for path, spec in before.adapters.items():
         weight = f"{path}.weight"
         leaves = kind_of(spec).parameters(shapes[weight], spec)
-        values = {leaf: gather_full(state, f"{path}.{leaf}", "value", shape, device)
+        values = {leaf: gather_full(state, f"{path}.{leaf}", "value", shape, device())
                   for leaf, shape in leaves.items()}
         if weight in state.slices:
             add_product(state.slices[weight], shapes[weight], values, spec)
@@ -170,21 +163,43 @@ def fold_adapters(state: EngineState, before: Plan, after: Plan, *, layout: Layo
             state.adam_steps.pop(f"{path}.{leaf}", None)
 
 
-def add_product(part: Slice, shape: Shape, values: Mapping[str, torch.Tensor], spec: AdapterSpec) -> None:
+def check_fp32_weights(state: EngineState, names: Sequence[str]) -> None:
+    """Raise RuntimeError on every rank if the state has only a BF16 value of one of the weights ``names``. Collective.
+
+    A product that is added to a BF16 value would mostly be lost.
+    """
+    rounded: list[Any] = [None] * comm.get_world_size()
+    torch.distributed.all_gather_object(rounded, [
+        name for name in names if name in state.slices and state.slices[name].value.dtype != torch.float32])
+    for found in rounded:
+        if found:
+            raise RuntimeError(f"{found[0]} has no fp32 value, so no adapter can be merged into it")
+
+
+def add_product(part: Slice, shape: Shape, values: Mapping[str, torch.Tensor], spec: AdapterSpec, *,
+                without: Mapping[str, torch.Tensor] | None = None) -> None:
     """Add to ``part`` what the adapter adds to these elements of the weight.
 
-    part: an fp32 slice of a weight of the shape [out, in]. values: leaf -> its full value. Products and sum are in
-    float64, and the sum is rounded once to fp32.
+    part: an fp32 slice of a weight of the shape [out, in].
+    values: leaf -> its full value.
+    without: the values of another adapter with the same scaling, whose product is subtracted.
+
+    Products and sum are in float64, and the sum is rounded once to fp32.
     """
     start, count, width = part.start, part.value.numel(), shape[1]
     if not count:
         return
     low = start // width
     high = -(-(start + count) // width)
-    exact = {leaf: value.double() for leaf, value in values.items()}
-    product = half_of(spec.kind).product(exact, spec, slice(low, high)).view(-1)
-    mine = product[start - low * width:][:count]
-    part.value.copy_((part.value.double() + mine.to(part.value.device)).float())
+
+    def product(leaves: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        exact = {leaf: value.double() for leaf, value in leaves.items()}
+        return half_of(spec.kind).product(exact, spec, slice(low, high)).view(-1)[start - low * width:][:count]
+
+    added = product(values)
+    if without is not None:
+        added -= product(without)
+    part.value.copy_((part.value.double() + added.to(part.value.device)).float())
 
 
 def reset_mask(name: str, shape: Shape, seed: int, cycle: int, reset: Reset,

@@ -69,7 +69,7 @@ def begin(run: Run, records: Records, saver: Saver,
     records.attach_monitor(engine)
 
     if checkpoint is None or not checkpoint.belongs_to(run.folder):
-        records.plan(engine, state.phase, switch=None)
+        records.plan(engine, state.phase, state.phase.plan.since_step, switch=None)
     return engine, state
 
 

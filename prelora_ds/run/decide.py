@@ -12,6 +12,7 @@ from prelora_ds.core.phases import needed_in_fp32
 from prelora_ds.data.loader import Loader
 from prelora_ds.engine.build import Engine
 from prelora_ds.engine.merge import fold_adapters, merge_adapters
+from prelora_ds.engine.resize import resize_adapters
 from prelora_ds.engine.runtime import on_rank_0
 from prelora_ds.engine.state import EngineState, frozen_slices
 from prelora_ds.engine.transition import transition
@@ -62,10 +63,11 @@ def follow_plan(run: Run, records: Records, saver: Saver, engine: Engine, loader
         return engine
 
     later = needed_in_fp32(run.config.specs(), run.layout, phase.index)
-    edit = partial(fold_adapters, layout=run.layout) if plan.cycle != engine.plan.cycle else None
-    engine, switch = transition(engine, plan, edit=edit, keep_frozen=saver.save_frozen, parked=later)
+    edit = fold_adapters if plan.cycle != engine.plan.cycle else resize_adapters
+    engine, switch = transition(engine, plan, edit=partial(edit, layout=run.layout), keep_frozen=saver.save_frozen,
+                                parked=later)
     loader.rebatch(engine.config.train.micro_batch_size)
-    records.plan(engine, phase, switch)
+    records.plan(engine, phase, step, switch)
     return engine
 
 

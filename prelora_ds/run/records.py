@@ -159,8 +159,8 @@ class Records:
         if tested:
             self.say(f"window {window.index}: {after.reason}")
 
-    def plan(self, engine: Engine, phase: PhaseState, switch: Switch | None) -> None:
-        """Log a plan that begins, and the reason for it.
+    def plan(self, engine: Engine, phase: PhaseState, step: int, switch: Switch | None) -> None:
+        """Log a plan that begins after ``step``, and the reason for it.
 
         switch: what the rebuild of the engine cost; None if the engine was not rebuilt.
         """
@@ -170,7 +170,7 @@ class Records:
         trainable = sum(math.prod(shapes[name]) for name in plan.trainable)
         self._log.event(
             EventKind.PLAN,
-            plan.since_step,
+            step,
             phase=plan.phase,
             reason=phase.reason,
             trainable_parameters=trainable,
@@ -179,11 +179,11 @@ class Records:
             plan=to_json(plan),
         )
         if plan.active is not None:
-            self.active(plan.since_step, phase)
+            self.active(step, phase)
         if switch is not None:
             released_mib = switch.released_bytes / 2**20
             self.say(
-                f"-> {plan.phase} after step {plan.since_step} ({phase.reason}): "
+                f"-> {plan.phase} after step {step} ({phase.reason}): "
                 f"{trainable:,} trainable parameters; "
                 f"released {released_mib:,.1f} MiB in {switch.seconds:.1f} s"
             )

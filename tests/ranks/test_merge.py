@@ -36,15 +36,6 @@ def adapted(t: Trainer) -> frozenset[str]:
     return frozenset(f"{path}.weight" for path in t.lora.adapters)
 
 
-def values(t: Trainer) -> dict[str, torch.Tensor]:
-    """The parked fp32 weights in full, on every rank."""
-    from prelora_ds.engine.state import EngineState, gather_full
-
-    shapes = t.lora.parameters(t.layout)
-    return {name: gather_full(EngineState({name: part}), name, "value", shapes[name], torch.device("cpu"))
-            for name, part in sorted(t.engine.parked.items())}
-
-
 @ALL
 @pytest.mark.parametrize("rule", RULES)
 def test_a_live_merge_equals_one_by_a_transition(ranks, zero, rule):
@@ -69,7 +60,7 @@ def live_and_by_transition(zero, rule):
             t.engine, _ = transition(t.engine, following, parked=adapted(t),
                                      edit=partial(restart, layout=t.layout, reset=reset))
         check_masters(t.engine.ds)
-        parked = values(t)
+        parked = t.parked_weights()
         losses = t.train(3)
         runs.append((losses, t.whole_state(), parked))
         t.close()
@@ -107,13 +98,13 @@ def test_a_merge_is_rounded_once_and_moves_nothing_else(ranks, zero):
 def rounded_once(zero):
     t = relora(zero)
     rest = {key: value for key, value in t.whole_state().items() if key[0] not in t.lora.leaves(t.layout)}
-    before, full = values(t), dict(t.whole_state())
+    before, full = t.parked_weights(), dict(t.whole_state())
     merge_adapters(t.engine, replace(t.engine.plan, cycle=1), Reset())
     for path, spec in t.lora.adapters.items():
         a, b = (full[f"{path}.{leaf}", "master"].double().view(t.lora.parameters(t.layout)[f"{path}.{leaf}"])
                 for leaf in ("lora_A.weight", "lora_B.weight"))
         exact = before[f"{path}.weight"].double() + spec.scaling * (b @ a)
-        assert torch.equal(values(t)[f"{path}.weight"], exact.float()), path
+        assert torch.equal(t.parked_weights()[f"{path}.weight"], exact.float()), path
     after = t.whole_state()
     assert same(rest, {key: after[key] for key in rest}) == [], "head, norms and biases keep values, moments and steps"
     steps = inner_optimizer(t.engine.ds).steps

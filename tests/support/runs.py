@@ -200,6 +200,16 @@ class Trainer:
         comm.barrier()
         return whole
 
+    def parked_weights(self) -> dict[str, Any]:
+        """Return the parked fp32 weights in full, on every rank. Collective."""
+        import torch
+
+        from prelora_ds.engine.state import EngineState, gather_full
+
+        shapes = self.engine.plan.parameters(self.layout)
+        return {name: gather_full(EngineState({name: part}), name, "value", shapes[name], torch.device("cpu"))
+                for name, part in sorted(self.engine.parked.items())}
+
     def close(self) -> None:
         """Release the engine."""
         from prelora_ds.engine.release import release

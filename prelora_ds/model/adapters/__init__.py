@@ -41,6 +41,10 @@ class Half(Protocol):
         self, values: Mapping[str, torch.Tensor], spec: AdapterSpec, rows: slice
     ) -> torch.Tensor: ...
 
+    def shrunk(
+        self, values: Mapping[str, torch.Tensor], spec: AdapterSpec
+    ) -> dict[str, torch.Tensor]: ...
+
     def effective(
         self, weight: torch.Tensor, values: Mapping[str, torch.Tensor], spec: AdapterSpec
     ) -> torch.Tensor: ...

@@ -279,6 +279,22 @@ def product(values: Mapping[str, torch.Tensor], spec: AdapterSpec, rows: slice) 
     return (values[Lora.B][rows] @ values[Lora.A]).mul_(spec.scaling)
 
 
+def shrunk(values: Mapping[str, torch.Tensor], spec: AdapterSpec) -> dict[str, torch.Tensor]:
+    """Return A and B of ``spec.rank`` whose product is nearest to that of ``values``.
+
+    values: A [larger rank, in] and B [out, larger rank].
+
+    It is the truncated singular value decomposition of B A (Eckart and Young 1936), computed from
+    decompositions of the two thin factors. A and B get the square root of the singular values each.
+    """
+    b, b_part = torch.linalg.qr(values[Lora.B])
+    a, a_part = torch.linalg.qr(values[Lora.A].t())
+    left, singular, right = torch.linalg.svd(b_part @ a_part.t(), full_matrices=False)
+    kept = slice(_rank(spec))
+    root = singular[kept].sqrt()
+    return {Lora.A: (a @ right[kept].t() * root).t(), Lora.B: b @ left[:, kept] * root}
+
+
 def effective(
     weight: torch.Tensor, values: Mapping[str, torch.Tensor], spec: AdapterSpec
 ) -> torch.Tensor:

@@ -189,7 +189,13 @@ def test_an_override_of_a_phase_that_is_not_there_names_those_that_are(tmp_path:
     ([LIST[0], {"name": "b", "adapters": {"from": "keep"}}], "phases.b.adapters.from", "no adapters before"),
     ([LIST[0], {"name": "b", "adapters": {"from": "keep", "rank": 4}}], "phases.b.adapters.rank", "applies to new"),
     ([*LIST[:2], {"name": "c", "adapters": {"rank": 4}}], "phases.c.adapters.from", "would discard"),
-    ([*LIST[:2], {"name": "c", "adapters": {"rank": 4, "from": "resize"}}], "phases.c.adapters.from", "'merge'"),
+    ([*LIST[:2], {"name": "c", "adapters": {"rank": 4, "from": "merg"}}], "phases.c.adapters.from", "'merge'"),
+    ([LIST[0], {"name": "b", "adapters": {"rank": 4, "from": "resize"}}], "phases.b.adapters.from",
+     "no adapters before"),
+    ([*LIST[:2], {"name": "c", "adapters": {"rank": 4, "families": ["q"], "from": "resize"}}],
+     "phases.c.adapters.families", "from: resize takes over"),
+    ([LIST[0], {**LIST[1], "adapters": {"rank": 8, "options": {"train_a": False}}},
+      {"name": "c", "adapters": {"rank": 4, "from": "resize"}}], "phases.c.adapters.from", "keeps its first value"),
     ([LIST[0], {"name": "b", "adapters": {"rank": 4, "from": "merge"}}], "phases.b.adapters.from",
      "no adapters before"),
     ([LIST[0], {"name": "b", "active": {**TOP, "k": 2}}], "phases.b.active", "there are none"),
@@ -365,3 +371,33 @@ def test_a_rule_that_needs_windows_needs_a_test_whatever_its_kind(monkeypatch: p
     assert len(model.model_validate({**BASE, "phases": phases}).specs()) == 2
     with pytest.raises(ValidationError, match="no phase before this one closes any"):
         model.model_validate({**BASE, "phases": [{**phases[0], "until": "2 steps"}, phases[1]]})
+
+
+@pytest.mark.parametrize("change", [{"merge": CYCLE}, {"active": {**TOP, "k": 2}}, {"rewarm": "2 steps"},
+                                    {"adapters": {"rank": 8}}])
+def test_phases_that_train_otherwise_have_another_normal_form(change: dict[str, Any]) -> None:
+    assert method(LIST[0], LORA).trained_phases() == method(LIST[0], {**LORA, "zero_stage": 1}).trained_phases()
+    assert method(LIST[0], LORA).trained_phases() != method(LIST[0], {**LORA, **change}).trained_phases()
+
+
+def test_adapters_with_other_ranks_are_otherwise_what_they_were() -> None:
+    adapters = {"rank": 4, "families": ["q"], "alpha_over_r": 2.0, "dropout": 0.1}
+    first = {**LORA, "adapters": adapters, "until": "9 steps"}
+    config = method(LIST[0], first, {"name": "c", "adapters": {"rank": 16, "from": "resize", "dropout": 0.0}})
+    _, before, after = (spec.adapters for spec in config.specs())
+    assert before is not None and after is not None and after.resized and not before.resized
+    assert (after.families, after.scaling, after.kind) == (before.families, before.scaling, before.kind)
+    assert config.for_phase("c").adapters.dropout == 0.0
+
+
+@pytest.mark.parametrize(("change", "key", "said"), [
+    ({"merge": CYCLE}, "phases.low.adapters.ranks.every", "within a cycle"),
+    ({"adapters": {"ranks": {"rule": "prelora", "every": "0 steps"}}}, "phases.low.adapters.ranks.every", "longer"),
+    ({"adapters": {"ranks": {"rule": "prelora", "every": "9 steps"}, "options": {"train_a": False}}},
+     "phases.low.adapters.ranks.every", "keeps its first value"),
+])
+def test_ranks_that_cannot_be_chosen_again_are_refused(change: dict[str, Any], key: str, said: str) -> None:
+    first = {"name": "full", "until": TEST}
+    low = {"name": "low", "adapters": {"ranks": {"rule": "prelora", "every": "9 steps"}}, "train": ["adapters", "rest"]}
+    error = refused(first, {**low, **change})
+    assert error.key == key and said in error.problem

@@ -20,7 +20,8 @@ from prelora_ds.core.controller import KEPT_WINDOWS, PhaseController, PhaseState
 from prelora_ds.core.duration import Duration
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.merge import Merge, Reset
-from prelora_ds.core.phases import Adapters, PhaseSpec
+from prelora_ds.core.phases import Adapters, PhaseSpec, plan_of
+from prelora_ds.core.rank_rules.prelora import PreloraRanks
 from prelora_ds.core.rank_rules.uniform import UniformRank
 from prelora_ds.core.schedule import Restart, Timeline
 from prelora_ds.core.selection import Selection, active_adapters
@@ -449,3 +450,35 @@ def test_adapters_that_no_longer_change_leave_and_do_not_return() -> None:
     assert found[10] == found[14] == set(IMPORTANT), "all of them at first"
     assert found[15] == found[24] == upper
     assert found[25] == {"3.v"}, "nothing changes any longer, and the lower adapters do not return"
+
+
+# ---- ranks that change during a phase
+
+def test_ranks_are_chosen_again_by_the_windows_that_have_closed() -> None:
+    """Layer 3 changes most until step 20, layer 0 after it."""
+    test = PreloraTest(0.001, 0.001, k=2, m=1)
+    again = Adapters("lora", ("q",), PreloraRanks(4, 16), rechosen=Duration("10 steps"))
+    phases = [PhaseSpec("full", until=Duration("10 steps")), PhaseSpec("lora", again, ("adapters",), until=test),
+              PhaseSpec("last", train=("adapters",))]
+    control = PhaseController(layout=LAYOUT, timeline=Timeline(SAMPLES, BATCH, Duration("60 steps")), phases=phases,
+                              seed=0)
+    state, norms, ranks = control.initial(), dict.fromkeys(range(LAYERS), 100.0), {}
+    for step in range(1, 41):
+        norms = {layer: norm * (1 + (layer if step <= 20 else LAYERS - layer) / 100) for layer, norm in norms.items()}
+        before = state.plan
+        state = control.next(state, Observation(step, 1, 1.0 + step, {"q": norms}))
+        state = control.after_step(reloaded(state), step)
+        if state.plan != before:
+            ranks[step] = [spec.rank for spec in state.plan.adapters.values()]
+    assert ranks == {10: [4, 4, 8, 16], 30: [16, 8, 4, 4]}, "after 20 steps they were the same"
+    assert (state.plan.since_step, state.plan.cycle, state.ranked) == (10, 0, 40)
+
+
+def test_resized_adapters_continue_their_cycle() -> None:
+    layers = {"q": {layer: 4 for layer in range(LAYERS)}}
+    first = PhaseSpec("a", Adapters("lora", ("q",), UniformRank(4)), ("adapters",))
+    rank_4 = plan_of(first, LAYOUT, seed=0, ranks=layers)
+    for resized, cycle in ((True, 0), (False, 1)):
+        spec = PhaseSpec("b", Adapters("lora", ("q",), UniformRank(8), resized=resized), ("adapters",))
+        ranks = {"q": {layer: 8 for layer in range(LAYERS)}}
+        assert plan_of(spec, LAYOUT, seed=0, before=rank_4, ranks=ranks).cycle == cycle

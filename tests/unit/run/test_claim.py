@@ -329,7 +329,8 @@ def phases(*entries: str) -> str:
     (LOW.replace("rank: 4", "rank: 4, alpha_over_r: 2"), "adapters.alpha_over_r", "was 1.0 in"),
     (LOW.replace("dropout: 0.1", "weight_decay: 0.5"), "adapters.dropout", "was 0.1 in"),
     (LOW.replace("dropout: 0.1", "dropout: 0.1, weight_decay: 0.5"), "adapters.weight_decay", "was 0.0 in"),
-    ("{name: low, train: head, until: 5 steps}", "adapters", "was {'kind': 'lora', 'rank': 4, "),
+    ("{name: low, train: head, until: 5 steps}", "adapters", "was {'from': 'fresh', 'kind': 'lora', 'rank': 4, "),
+    (LOW.replace("5 steps", "5 steps, merge: {every: 9 steps}"), "merge", "was None in"),
     (LOW.replace("[norms, head]", "head"), "train", r"was ['head', 'norms'] in"),
     (LOW.replace("5 steps", "5 steps, rewarm: 2 steps"), "rewarm", "was None in")])
 def test_a_fork_that_changes_a_phase_is_refused_with_the_key_of_the_recipe(
