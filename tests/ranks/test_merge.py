@@ -12,6 +12,7 @@ from support.runs import ZEROS, Trainer, config, same
 
 from prelora_ds.core.merge import Reset
 from prelora_ds.engine.build import build_engine
+from prelora_ds.engine.measure import check_ranks_agree
 from prelora_ds.engine.merge import fold_adapters, merge_adapters, reset_mask
 from prelora_ds.engine.optimizer import MOMENTS, inner_optimizer
 from prelora_ds.engine.restore import check_masters
@@ -60,6 +61,7 @@ def live_and_by_transition(zero, rule):
             t.engine, _ = transition(t.engine, following, parked=adapted(t),
                                      edit=partial(restart, layout=t.layout, reset=reset))
         check_masters(t.engine.ds)
+        check_ranks_agree(t.engine)
         parked = t.parked_weights()
         losses = t.train(3)
         runs.append((losses, t.whole_state(), parked))
