@@ -17,9 +17,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import switch_ranks
 from harness import ROOT, print_table, record
 from ranks import Ranks
+from switch_ranks import freed_by_hand, freed_by_us, rebuilt_by_hand, rebuilt_by_us, switches
 
 VIT_LARGE = {
     "image_size": 224,
@@ -60,7 +60,7 @@ def main() -> None:
     name, model = ("switch_quick", VIT_SMALL) if args.quick else ("switch", VIT_LARGE)
     (ROOT / "out").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=ROOT / "out") as base:
-        by_rank = on_ranks(switch_ranks.switches, model, args.micro_batch, args.steps, Path(base))
+        by_rank = on_ranks(switches, model, args.micro_batch, args.steps, Path(base))
     step = median(max(seconds) for seconds in zip(*(r["steps"] for r in by_rank), strict=True))
     parts, memory, down = (
         rows_of_parts(by_rank[0], step),
@@ -160,9 +160,9 @@ def rows_of_memory(by_rank: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def rows_of_teardown() -> list[dict[str, Any]]:
     """Return what each way frees at stages 2 and 3, and what rebuilds leave at 2, on the worst rank."""
     ways = {
-        "ours": (switch_ranks.freed_by_us, ()),
-        "by hand": (switch_ranks.freed_by_hand, (True,)),
-        "by hand, module dropped too": (switch_ranks.freed_by_hand, (False,)),
+        "ours": (freed_by_us, ()),
+        "by hand": (freed_by_hand, (True,)),
+        "by hand, module dropped too": (freed_by_hand, (False,)),
     }
     rows = []
     for stage in (2, 3):
@@ -177,9 +177,7 @@ def rows_of_teardown() -> list[dict[str, Any]]:
                     "limit, share": 1.0,
                 }
             )
-    for row, function in zip(
-        rows, (switch_ranks.rebuilt_by_us, switch_ranks.rebuilt_by_hand), strict=False
-    ):
+    for row, function in zip(rows, (rebuilt_by_us, rebuilt_by_hand), strict=False):
         seconds, grown = zip(*on_ranks(function, VIT_SMALL, REBUILDS), strict=True)
         row |= {"growth, bytes": max(grown), "limit, bytes": 0, "s/rebuild": max(seconds)}
     return rows

@@ -226,11 +226,24 @@ def first_engine(
     model: Mapping[str, Any], micro: int, stage: int
 ) -> tuple[Engine, tuple[Plan, Plan, Plan]]:
     """Return an engine in the full phase, and all plans, with ranks 8, 16 and 32 in turn."""
+    engine = new_engine(model, micro, stage, full_plan)
+    ranks = {
+        family: {layer: 8 << (i + layer) % 3 for layer in layers}
+        for i, (family, layers) in enumerate(engine.layout.targets.items())
+    }
+    warmup = warmup_plan(engine.layout, ranks)
+    return engine, (engine.plan, warmup, lora_plan(engine.layout, warmup))
+
+
+def new_engine(
+    model: Mapping[str, Any], micro: int, stage: int, plan_of: Callable[[Layout], Plan]
+) -> Engine:
+    """Return an engine with new weights under the plan that ``plan_of`` makes."""
     freeze_imports()
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     cfg = validate(
         {
-            "run": {"name": "switch", "output_dir": "-"},
+            "run": {"name": "benchmark", "output_dir": "-"},
             "model": dict(model),
             "data": {"train": "-", "val": "-"},
             "optimizer": {"warmup": "0 steps"},
@@ -240,28 +253,22 @@ def first_engine(
                 "micro_batch_size": micro,
             },
             "deepspeed": {"zero_optimization": {"stage": stage}},
+            "convergence": {"tau": 1.0, "zeta": 5.0},  # selects PreLoRA's phases
         },
-        "benchmarks/switch.py",
+        "a benchmark",
     )
     torch.manual_seed(0)
     module = build_model(cfg.model, LABELS)
     layout = find_layout(module, cfg.lora.families, cfg.model.families)
-    ranks = {
-        family: {layer: 8 << (i + layer) % 3 for layer in layers}
-        for i, (family, layers) in enumerate(layout.targets.items())
-    }
-    full = full_plan(layout)
-    warmup = warmup_plan(layout, ranks)
-    lora = lora_plan(layout, warmup)
     state = initial_state(module, rank, world)
     del module
-    return build_engine(cfg, full, layout, LABELS, state), (full, warmup, lora)
+    return build_engine(cfg, plan_of(layout), layout, LABELS, state)
 
 
-def one_step(engine: Engine) -> float:
-    """Take a training step on a random batch, and return its seconds."""
+def one_step(engine: Engine, images_per_rank: int | None = None) -> float:
+    """Take a training step on a random batch, by default of the config's size; return its seconds."""
     m = engine.config.model
-    micro = engine.config.train.micro_batch_size
+    micro = images_per_rank or engine.config.train.micro_batch_size
     images = torch.randint(
         0, 256, (micro, m.num_channels, m.image_size, m.image_size), dtype=torch.uint8
     )

@@ -161,6 +161,7 @@ def config_of(model: Mapping[str, Any], zero: Mapping[str, Any], micro: int, wor
                 "micro_batch_size": micro,
             },
             "deepspeed": {"zero_optimization": dict(zero)},
+            "convergence": {"tau": 1.0, "zeta": 5.0},  # selects PreLoRA's phases
         },
         "zero_stages.py",
     )

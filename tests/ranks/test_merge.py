@@ -151,3 +151,15 @@ def test_masks_have_exactly_the_share_and_break_ties_by_index():
     moments = torch.tensor([[3.0, -1.0], [-4.0, 2.0]])
     assert reset_mask("x", (2, 2), 0, 1, Reset("magnitude", 0.5), moments).tolist() == [False, True, False, True]
     assert reset_mask("x", (2, 2), 0, 1, Reset("zero", 0.5), None).all()
+
+
+@pytest.mark.parametrize("share", [0.0001, 0.3, 0.75, 1.0])
+def test_magnitude_resets_what_a_stable_sort_puts_first(share):
+    generator = torch.Generator().manual_seed(0)
+    moments = torch.randn(50, 40, generator=generator)
+    half_zero = torch.where(torch.rand(50, 40, generator=generator) < 0.5, 0.0, moments)
+    with_ties = torch.randint(-3, 4, (50, 40), generator=generator).float()
+    for exp_avg in (moments, half_zero, with_ties):
+        first = exp_avg.abs().view(-1).argsort(stable=True)[: round(share * 2000)]
+        mask = reset_mask("x", (50, 40), 0, 1, Reset("magnitude", share), exp_avg)
+        assert mask.nonzero().flatten().tolist() == sorted(first.tolist())

@@ -1,0 +1,245 @@
+"""What do DynaLoRA and ReLoRA save and cost, compared with the steps around them?
+
+    python benchmarks/methods.py
+
+2 ranks, ZeRO 2, BF16, micro-batch 16, in three parts:
+
+- DynaLoRA on blocks of ViT-L: steps in which 2/3, 1/2 or 1/3 of the adapters train, compared with a
+  LoRA step in which all do. They are scattered, or those of the last blocks with everything below
+  frozen. All variants take turns on one live engine. The mean rank is 30. Head, norms and
+  embeddings train as well, except below the lowest active block where the bottom is frozen.
+- Re-selections on ViT-L with 144 adapters, compared with its LoRA step.
+- Merges of adapters of rank 256 into ViT-L, part by part, compared with its full step.
+
+Goals: at most 0.985 of a LoRA step with 2/3 active and scattered, and at most 0.75 with 1/2 active
+and the bottom frozen; a re-selection within 0.05 of a LoRA step; a merge within 0.5 of a full step.
+It should take about 12 minutes, and 9 GiB per rank, on 2 cores that multiply BF16 in hardware.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping, Sequence
+from statistics import mean, median, quantiles
+from typing import Any
+
+import torch
+from harness import interleaved, print_table, record
+from methods_ranks import (
+    MERGED_RANK,
+    PARTS,
+    RESETS,
+    STAGE,
+    Variant,
+    merges,
+    reselections,
+    steps_of_variants,
+)
+from ranks import Ranks
+from switch import VIT_LARGE, on_ranks
+
+LORA = "LoRA, all active"
+SCATTERED = "2/3 active, scattered"
+# Name in the table -> the variant, and the name of its figure.
+VARIANTS = {
+    LORA: (Variant(1), None),
+    SCATTERED: (Variant(2 / 3), "dyna_two_thirds_vs_lora"),
+    "1/2 active, scattered": (Variant(1 / 2), "dyna_half_vs_lora"),
+    "1/3 active, scattered": (Variant(1 / 3), "dyna_third_vs_lora"),
+    "2/3 active, bottom frozen": (Variant(2 / 3, bottom_frozen=True), "dyna_bottom_two_thirds_vs_lora"),
+    "1/2 active, bottom frozen": (Variant(1 / 2, bottom_frozen=True), "dyna_bottom_half_vs_lora"),
+    "1/3 active, bottom frozen": (Variant(1 / 3, bottom_frozen=True), "dyna_bottom_third_vs_lora"),
+    "2/3 active, scattered, importance measured": (
+        Variant(2 / 3, importance=True),
+        "dyna_two_thirds_measured_vs_lora",
+    ),
+}
+WORLD = 2
+GIB = 2**30
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--layers", type=int, default=6, help="blocks for the steps with some adapters active"
+    )
+    parser.add_argument(
+        "--whole-layers", type=int, default=24, help="blocks for re-selections and merges"
+    )
+    parser.add_argument(
+        "--image-size", type=int, default=224, help="with 32, a quick trial of the script"
+    )
+    parser.add_argument("--micro-batch", type=int, default=16)
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=7,
+        help="turns of each variant that are counted, after a first one that is not",
+    )
+    parser.add_argument(
+        "--steps", type=int, default=2, help="LoRA and full steps of ViT-L, after first ones"
+    )
+    parser.add_argument("--choices", type=int, default=50, help="re-selections")
+    parser.add_argument("--merges", type=int, default=2, help="merges for each rule of RESETS")
+    args = parser.parse_args()
+    rates = rates_of_products()
+    if args.image_size >= 224 and rates["BF16"] < rates["fp32"]:
+        parser.error(
+            f"this CPU multiplies BF16 at {rates['BF16'] / 1e9:.1f} GFLOP/s and fp32 at "
+            f"{rates['fp32'] / 1e9:.1f}. Without BF16 in hardware the steps take hours, and their "
+            "ratios are not those of other machines. --image-size 32 tries the script"
+        )
+    # Blocks use eager attention as in lora_step.py; ViT-L uses sdpa as in switch.py, which stores less.
+    whole = VIT_LARGE | {"image_size": args.image_size, "num_hidden_layers": args.whole_layers}
+    blocks = whole | {"num_hidden_layers": args.layers, "attn_implementation": "eager"}
+
+    variants, next_step = rows_of_variants(blocks, args.micro_batch, args.rounds)
+    print_table(variants, f"{args.layers} blocks of ViT-L, micro-batch {args.micro_batch}")
+    choice = row_of_reselections(
+        on_ranks(reselections, whole, args.micro_batch, args.steps, args.choices)
+    )
+    print_table([choice], "Re-selections on the live engine")
+    by_rank = on_ranks(merges, whole, args.micro_batch, args.steps, args.merges)
+    full_step = median(slowest([r["steps"] for r in by_rank]))
+    by_rule = {rule: rows_of_merge(by_rank, rule, full_step) for rule in RESETS}
+    parts = [row for rows in by_rule.values() for row in rows]
+    print_table(parts, f"Merges at rank {MERGED_RANK}; a full step takes {full_step:.2f} s")
+
+    record(
+        "methods",
+        {
+            **{
+                figure: row["of LoRA"]
+                for row, (_, figure) in zip(variants, VARIANTS.values(), strict=True)
+                if figure is not None
+            },
+            "dyna_next_step_vs_first": next_step,
+            "dyna_reselect_in_steps": choice["LoRA steps"],
+            "dyna_reselect_s": choice["median s"],
+            "merge_in_full_steps": by_rule["zero"][-1]["full steps"],
+            "merge_limit_in_full_steps": by_rule["zero"][-1]["limit, s"] / full_step,
+            "merge_magnitude_in_full_steps": by_rule["magnitude"][-1]["full steps"],
+            "merge_s": by_rule["zero"][-1]["seconds"],
+            "full_step_s": full_step,
+            "full_step_peak_gib": max(r["peak_rss"] for r in by_rank) / GIB,
+            "bf16_product_vs_fp32": rates["BF16"] / rates["fp32"],
+        },
+        [*variants, choice, *parts],
+        f"{WORLD} ranks with one core each, ZeRO {STAGE}, micro-batch {args.micro_batch}, images of "
+        f"{args.image_size} pixels. Variants: {args.layers} blocks, eager attention, mean rank 30; head, norms and "
+        "embeddings train, except below the lowest active block where the bottom is frozen. Each turn chooses adapters "
+        "anew, scattered ones at random, and takes one step. of LoRA: median over rounds of the ratio to the LoRA step "
+        "of the same round. FLOPs are not a limit: they count neither memory traffic nor the smaller gradients that "
+        "are communicated. Saved activations: predicted. Importance is measured only where the row says so. "
+        "dyna_next_step_vs_first: the second step after a re-selection of 2/3, divided by the first. Re-selections and "
+        f"merges: {args.whole_layers} blocks, sdpa attention, without activation checkpointing. Merges: the frozen "
+        "weights are parked, kernel branch; parts on rank 0. Limits of parts: bytes written at the speed of a memory "
+        "copy, and products (float64 for the merge, BF16 for the probes) at the speed of a large one.",
+    )
+
+
+def rows_of_variants(
+    model: Mapping[str, Any], micro: int, rounds: int
+) -> tuple[list[dict[str, Any]], float]:
+    """Return a row per variant, and the ratio of the second to the first step after a re-selection."""
+    ranks = Ranks(steps_of_variants, model, micro, world=WORLD)
+    answers: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
+
+    def turn(name: str) -> float:
+        """Take a turn; return the seconds of the step after the re-selection on the slower rank."""
+        taken = answers[name]
+        ranks.send((VARIANTS[name][0], len(taken), 2 if name == SCATTERED else 1))
+        by_rank = ranks.gather()
+        taken.append(by_rank[0] | {"seconds": slowest([r["seconds"] for r in by_rank])})
+        first: float = taken[-1]["seconds"][0]
+        return first
+
+    seconds = interleaved({name: lambda n=name: turn(n) for name in VARIANTS}, rounds)
+    ranks.send(None)
+    ranks.gather()
+    ranks.join()
+
+    rows = []
+    for name in VARIANTS:
+        ratios = [a / b for a, b in zip(seconds[name], seconds[LORA], strict=True)]
+        low, middle, high = quantiles(ratios, n=4)
+        of_lora = {
+            key: mean(a[key] for a in answers[name]) / mean(a[key] for a in answers[LORA])
+            for key in ("flops", "saved")
+        }
+        rows.append(
+            {
+                "variant": name,
+                "step s": median(seconds[name]),
+                "of LoRA": middle,
+                "quartiles": f"{low:.3f}-{high:.3f}",
+                "limit by FLOPs only": of_lora["flops"],
+                "saved activations, of LoRA": of_lora["saved"],
+            }
+        )
+    pairs = [answer["seconds"] for answer in answers[SCATTERED][1:]]
+    return rows, median(second / first for first, second in pairs)
+
+
+def row_of_reselections(by_rank: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the row of the re-selections on ViT-L."""
+    step = median(slowest([r["steps"] for r in by_rank]))
+    seconds = slowest([r["reselections"] for r in by_rank])
+    return {
+        "adapters": by_rank[0]["adapters"],
+        "re-selections": len(seconds),
+        "median s": median(seconds),
+        "slowest s": max(seconds),
+        "limit, s": 0.0,
+        "LoRA step s": step,
+        "LoRA steps": median(seconds) / step,
+    }
+
+
+def rows_of_merge(
+    by_rank: Sequence[Mapping[str, Any]], rule: str, full_step: float
+) -> list[dict[str, Any]]:
+    """Return the median seconds of each part of the merges with ``rule``, and of the whole merge."""
+    of_ranks = [[m for m in r["merges"] if m["rule"] == rule] for r in by_rank]
+    total = median(slowest([[m["seconds"] for m in of_rank] for of_rank in of_ranks]))
+    parts = {part: median(m["parts"][part] for m in of_ranks[0]) for part in PARTS}
+    limits = by_rank[0]["limits"]
+    measured = parts | {"the rest": total - sum(parts.values()), "total": total}
+    least = limits | {"total": sum(limits.values())}
+    return [
+        {
+            "moments reset": rule,
+            "part": part,
+            "seconds": seconds,
+            "limit, s": least.get(part),
+            "full steps": seconds / full_step,
+        }
+        for part, seconds in measured.items()
+    ]
+
+
+def slowest(by_rank: Sequence[Sequence[float]]) -> list[float]:
+    """Return the seconds of the slowest rank, one by one."""
+    return [max(seconds) for seconds in zip(*by_rank, strict=True)]
+
+
+def rates_of_products() -> dict[str, float]:
+    """Return the FLOP/s of one core in a product of a backward pass, of gradients and a weight."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    rates = {}
+    for name, dtype in (("BF16", torch.bfloat16), ("fp32", torch.float32)):
+        gradients, weight = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+        gradients @ weight
+        begun = time.perf_counter()
+        gradients @ weight
+        rates[name] = 2 * 256 * 1024 * 1024 / (time.perf_counter() - begun)
+    torch.set_num_threads(threads)
+    return rates
+
+
+if __name__ == "__main__":
+    main()
