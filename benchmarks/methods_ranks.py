@@ -27,7 +27,6 @@ from prelora_ds.cost.flops import micro_batch
 from prelora_ds.engine import merge as merge_module
 from prelora_ds.engine.build import Engine
 from prelora_ds.engine.census import peak_rss_bytes
-from prelora_ds.engine.importance import measure_importance
 from prelora_ds.engine.merge import PROBES, merge_adapters
 from prelora_ds.engine.transition import transition
 
@@ -74,7 +73,7 @@ def steps_of_variants(pipe: Connection, model: Mapping[str, Any], micro: int) ->
     while (message := pipe.recv()) is not None:
         variant, seed, steps = message
         engine.set_active(choose(engine, variant, seed).training())
-        measure_importance(engine.module, on=variant.importance)
+        engine.measure("forward" if variant.importance else None)
         seconds = [one_step(engine) for _ in range(steps)]
         cost = micro_batch(
             engine.config.model, engine.plan, engine.layout, micro, kernel=engine.config.kernel()
