@@ -349,6 +349,7 @@ def _check_adapters(phase: PhaseConfig, before: AdaptersConfig | None, *, first:
         if before is None:
             raise FieldError(f"{key}.from", "keep", "there are no adapters before this phase; choose fresh")
         check_kernel(phase.adapters.mode, before.kind, f"{key}.mode")
+        adapters = before.model_copy(update={name: getattr(phase.adapters, name) for name in KEPT_MAY_CHANGE})
 
     if adapters is None and "adapters" in phase.trained:
         raise FieldError(f"{phase.name}.train", list(phase.trained),
@@ -390,7 +391,7 @@ def _check_active(phase: PhaseConfig, adapters: AdaptersConfig | None) -> None:
         raise FieldError(key, phase.active.choose, "selects adapters that train, but there are none in this phase",
                          "remove it, or train adapters")
     for name in ("dropout", "mode"):
-        value = getattr(phase.adapters if isinstance(phase.adapters, AdaptersConfig) else adapters, name)
+        value = getattr(adapters, name)
         if value not in (0, "auto", "branch", "merged"):
             raise FieldError(f"{phase.name}.adapters.{name}", value, "runs peft's code, which knows no inactive "
                              f"adapters ({key})", "use dropout 0 and the kernel branch or merged")
