@@ -169,7 +169,10 @@ class PhaseConfig(PhaseSettings):
     """
 
     active: ActiveConfig | None = None
-    """Which of the adapters train at a time (DynaLoRA); `null` trains all of them."""
+    """
+    Which of the adapters train at a time (DynaLoRA); `null` trains all of them. It cannot be combined
+    with `model.compile`.
+    """
 
     @field_validator("train", mode="before")
     @classmethod
