@@ -58,7 +58,7 @@ test: setup  ## run all tests
 test-long: setup  ## run the additional settings of long tests (about 10 minutes)
 	pytest -m long --durations=0
 
-test-faults: setup  ## kill ranks 32 times at random (seeded) moments, and compare with undisturbed runs (about 6 minutes)
+test-faults: setup  ## kill ranks 44 times at random (seeded) moments, and compare with undisturbed runs (about 8 minutes)
 	python benchmarks/faults.py
 
 test-hosts: setup  ## start runs on 2, 4 and 16 hosts (namespaces) and try every fault; needs root (about 30 minutes)

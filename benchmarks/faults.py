@@ -1,13 +1,14 @@
 """Is a run that is killed and resumed many times bitwise identical to an uninterrupted run?
 
-    python benchmarks/faults.py            # make test-faults: at least 30 kills
-    python benchmarks/faults.py --kills 60 --seed 7
+    python benchmarks/faults.py            # make test-faults: 32 kills in PreLoRA, 12 in ReLoRA and DynaLoRA
+    python benchmarks/faults.py --kills 60 --kills-in-stages 20 --seed 7
 
-At each ZeRO stage one run is left undisturbed. In other runs ranks are killed with SIGKILL at
-moments drawn by the seed: in a step, a switch, at a window's end, in an evaluation, while a
-checkpoint is copied, written, voted on or committed, while one is read, and in the export. Each
-time the same command starts the run again. All logged losses and norms, all verdicts and plans, and
-all bits of the exported model are compared. Goal and limit: all of them are equal.
+With each method one run at each ZeRO stage is left undisturbed. In other runs ranks are killed with
+SIGKILL at moments drawn by the seed: in a step, a switch, a merge, a choice of adapters, at a window's end,
+in an evaluation, while frozen weights or a checkpoint are copied, written, voted on or committed, while one is
+read, and in the export. Each time the same command starts the run again. All logged losses and norms, all
+verdicts, plans, merges and choices, and all bits of the exported model are compared. Goal and limit: all of
+them are equal.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,12 @@ from prelora_ds.run.folder import RunFolder
 STAGES = (0, 1, 2, 3)
 WORLD = 2
 SETTINGS = ("checkpoint.every=2 steps", "model.hidden_dropout_prob=0.1", "train.eval_every=5 steps")
+STAGES_OF_ADAPTERS = (
+    "phases=[{name: relora, adapters: {rank: 4}, train: [adapters, rest], until: 8 steps, "
+    "merge: {every: 3 steps, reset: {rule: magnitude, share: 0.75}, rewarm: 2 steps}}, "
+    "{name: dynalora, adapters: {rank: 4, from: merge}, train: [adapters, rest], "
+    "active: {choose: discounted, k: 3, every: 3 steps, cut_backward: true}}]",
+    "convergence=null", "lora=null")
 # Place -> (the last call that may be interrupted, seconds of a call on a slow machine).
 PLACES = {
     "step": (12, 0.1),
@@ -40,29 +49,43 @@ PLACES = {
     "write": (5, 0.05),
     "vote": (5, 0.02),
     "commit": (5, 0.01),
-    "window": (5, 0.02),
     "evaluate": (3, 0.1),
-    "switch": (2, 0.5),
     "restore": (1, 0.05),
     "export": (1, 0.1),
 }
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """A method whose runs are killed: its overrides, and the places where only such a run can be killed."""
+
+    name: str
+    overrides: tuple[str, ...]
+    places: Mapping[str, tuple[int, float]]
+
+
+PRELORA = Method("PreLoRA", (), {"window": (5, 0.02), "switch": (2, 0.5)})
+ADAPTERS = Method("ReLoRA, DynaLoRA", STAGES_OF_ADAPTERS, {
+    "merge": (2, 0.05), "choice": (4, 0.005), "base": (3, 0.05), "switch": (1, 0.5)})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kills", type=int, default=32)
+    parser.add_argument("--kills", type=int, default=32, help="in PreLoRA")
+    parser.add_argument("--kills-in-stages", type=int, default=12, help="in ReLoRA and DynaLoRA")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    per_stage = -(-args.kills // len(STAGES))
+    kills = {PRELORA: args.kills, ADAPTERS: args.kills_in_stages}
     with tempfile.TemporaryDirectory() as folder, zygote() as forge:
         shards = Path(folder) / "digits"
         write_digits(shards)
         rows = [
             row
+            for method, count in kills.items()
             for zero in STAGES
-            for row in stage(forge, Path(folder), shards, zero, per_stage, args.seed)
+            for row in stage(forge, Path(folder), shards, method, zero, -(-count // len(STAGES)), args.seed)
         ]
     print_table(rows, f"Kills, seed {args.seed}")
     resumes = sum(row["bitwise"] for row in rows)
@@ -83,24 +106,33 @@ def main() -> None:
 
 
 def stage(
-    forge: Zygote, folder: Path, shards: Path, zero: int, kills: int, seed: int
+    forge: Zygote, folder: Path, shards: Path, method: Method, zero: int, kills: int, seed: int
 ) -> list[dict[str, Any]]:
     """Kill ranks ``kills`` times at stage ``zero``, in as many runs as needed; return a row each."""
-    settings = (*SETTINGS, "train.micro_batch_size=32") if zero == 0 else SETTINGS
-    rng = random.Random(1000 * seed + zero)
-    undisturbed = folder / f"zero{zero}"
+    if not kills:
+        return []
+    settings = (*SETTINGS, *method.overrides)
+    if zero == 0:
+        settings += ("train.micro_batch_size=32",)
+    rng = random.Random(f"{seed}/{method.name}/{zero}")
+    name = f"{method.name.split(',')[0]}-zero{zero}"
+    undisturbed = folder / name
     job = Job(forge, undisturbed, shards, *settings, zero=zero)
     if any(job.end()):
         sys.exit(job.said())
 
-    places = rng.sample(list(PLACES), len(PLACES))
+    everywhere = [*PLACES, *method.places]
+    places = rng.sample(everywhere, len(everywhere))
     rows: list[dict[str, Any]] = []
+    runs = 0
     while len(rows) < kills:
-        out = folder / f"zero{zero}-after-{len(rows)}"
-        killed = one_run(forge, out, shards, settings, zero, rng, places, kills - len(rows))
+        runs += 1
+        out = folder / f"{name}-{runs}"
+        killed = one_run(forge, out, shards, method, settings, zero, rng, places, kills - len(rows))
         different = differences(traces(undisturbed), traces(out))
         rows += [
-            row | {"bitwise": not different, "differs in": "; ".join(different)} for row in killed
+            {"method": method.name, **row, "bitwise": not different, "differs in": "; ".join(different)}
+            for row in killed
         ]
     return rows
 
@@ -109,6 +141,7 @@ def one_run(
     forge: Zygote,
     out: Path,
     shards: Path,
+    method: Method,
     settings: tuple[str, ...],
     zero: int,
     rng: random.Random,
@@ -123,7 +156,7 @@ def one_run(
         if len(rows) < kills:
             place = places[0]
             places.append(places.pop(0))
-            last_call, seconds = PLACES[place]
+            last_call, seconds = (PLACES | method.places)[place]
             call = rng.randint(1, last_call)
             delay = round(rng.random() * seconds, 3)
             rank = 0 if place == "commit" else rng.randrange(WORLD)

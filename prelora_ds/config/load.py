@@ -6,6 +6,7 @@ This is the only module that reads configuration files.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -249,12 +250,18 @@ def _config_error(exc: ValidationError, source: str, values: Mapping[str, Any],
         "int_type": "set it to an integer",
         "float_type": "set it to a number",
         "string_type": "set it to a string",
-        "literal_error": "choose one of them",
+        "literal_error": _nearest(error["input"], error.get("ctx", {}).get("expected", "")),
     }
     problem = f"{message[0].lower()}{message[1:]}".replace("input should be", "must be", 1)
     return ConfigError(key, value, f"{problem} (in {source})",
                        better_remedy or remedies.get(error["type"],
                                                      f"choose a different value for {key}"))
+
+
+def _nearest(value: Any, expected: str) -> str:
+    """The remedy for a ``value`` that is not one of the ``expected`` ones, which pydantic lists in quotes."""
+    near = difflib.get_close_matches(str(value), re.findall("'([^']*)'", expected), n=1)
+    return f"did you mean {near[0]}?" if near else "choose one of them"
 
 
 def _where(key: str, source: str, overrides: Sequence[str]) -> str:

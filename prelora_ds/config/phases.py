@@ -170,7 +170,10 @@ class PhaseConfig(PhaseSettings):
     """
 
     active: ActiveConfig | None = None
-    """Which of the adapters train at a time (DynaLoRA); `null` trains all of them."""
+    """
+    Which of the adapters train at a time (DynaLoRA); `null` trains all of them. It cannot be combined
+    with `model.compile`.
+    """
 
     @field_validator("train", mode="before")
     @classmethod
@@ -356,6 +359,7 @@ def _check_adapters(phase: PhaseConfig, before: AdaptersConfig | None, *, first:
         if before is None:
             raise FieldError(f"{key}.from", "keep", "there are no adapters before this phase; choose fresh")
         check_kernel(phase.adapters.mode, before.kind, f"{key}.mode")
+        adapters = before.model_copy(update={name: getattr(phase.adapters, name) for name in KEPT_MAY_CHANGE})
 
     if adapters is None and "adapters" in phase.trained:
         raise FieldError(f"{phase.name}.train", list(phase.trained),
@@ -408,7 +412,7 @@ def _check_active(phase: PhaseConfig, adapters: AdaptersConfig | None, *, tests:
         raise FieldError(f"{key}.choose", UNCONVERGED, "compares the windows of a test, but no phase ends by a test",
                          "choose another rule, or let a phase end by a test")
     for name in ("dropout", "mode"):
-        value = getattr(phase.adapters if isinstance(phase.adapters, AdaptersConfig) else adapters, name)
+        value = getattr(adapters, name)
         if value not in (0, "auto", "branch", "merged"):
             raise FieldError(f"{phase.name}.adapters.{name}", value, "runs peft's code, which knows no inactive "
                              f"adapters ({key})", "use dropout 0 and the kernel branch or merged")

@@ -365,6 +365,10 @@ class Config(Strict):
                 and phase.freeze_below >= self.model.num_hidden_layers:
             raise FieldError(f"phases.{phase.name}.freeze_below", phase.freeze_below,
                              f"is not a layer: the model has layers 0 to {self.model.num_hidden_layers - 1}")
+        if phase.active is not None and self.model.compile:
+            raise FieldError(f"phases.{phase.name}.active", phase.active.choose, "would need other compiled code for "
+                             "each choice of adapters, and beyond a limit torch runs uncompiled without a message",
+                             "set model.compile=false, or remove active")
 
     def grad_accum_steps(self, world_size: int) -> int:
         """Micro-batches per rank and optimizer step.

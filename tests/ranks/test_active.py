@@ -9,16 +9,19 @@ import pytest
 import torch
 from support.runs import SMALL, ZEROS, Trainer, config, same
 
+from prelora_ds.core.adapters import Lora
 from prelora_ds.engine.fragments import adam_state, fragments
 from prelora_ds.engine.measure import check_ranks_agree
 from prelora_ds.engine.optimizer import inner_optimizer
 from prelora_ds.model.adapters.lora import lora_linears
-from prelora_ds.model.families import named_parameters
+from prelora_ds.model.families import canonical_name, named_parameters
 
 ALL = pytest.mark.parametrize("zero", ZEROS)
 CLIP = 0.05  # far below every gradient norm here
 MODEL = {**SMALL, "num_hidden_layers": 2}
 OFFLOADS = ("zero2_offload", "zero3_offload")
+KERNELS = [*((zero, "branch") for zero in ZEROS), ("zero1", "merged"), ("zero2", "merged")]
+B = Lora.B
 TORCH_ADAM = {"zero_force_ds_cpu_optimizer": False}
 
 
@@ -81,13 +84,13 @@ def against_stock(zero):
 
 # ---- some of them not
 
-@ALL
-def test_inactive_parameters_stay_bitwise_and_each_name_has_its_own_step(ranks, zero):
-    ranks.run(two_selections, zero=zero)
+@pytest.mark.parametrize(("zero", "mode"), KERNELS)
+def test_inactive_parameters_stay_bitwise_and_each_name_has_its_own_step(ranks, zero, mode):
+    ranks.run(two_selections, zero=zero, mode=mode)
 
 
-def two_selections(zero):
-    t = trainer(zero)
+def two_selections(zero, mode):
+    t = trainer(zero, lora={"mode": mode})
     t.train(2)
     expected = dict.fromkeys(t.lora.trainable, 2)
     for names in selections(t.lora):
@@ -103,7 +106,8 @@ def two_selections(zero):
         assert steps_of(t) == expected  # on every rank, no matter which one holds the parameter
         after = everything(t)
         moved = {name for name, what in same(before, after) if what != "step"}
-        assert moved <= names, sorted(moved - names)[:3]
+        merged = {f"{path}.weight" for path in t.lora.adapters if mode == "merged" and f"{path}.{B}" in names}
+        assert moved <= names | merged, sorted(moved - names - merged)[:3]
         assert {name for name in names if (name, "master") in after} == {
             name for name, what in same(before, after) if what == "master"}
         check_ranks_agree(t.engine)
@@ -115,7 +119,10 @@ def two_selections(zero):
     # They share one flat tensor, except at stage 0, where each parameter has its own.
     assert max(map(len, by_flat.values())) == (1 if zero == "zero0" else 3)
     del f
-    a_rebuild_carries_it(t, expected)
+    if mode == "branch":
+        a_rebuild_carries_it(t, expected)
+    else:
+        t.close()
 
 
 def a_rebuild_carries_it(t, expected):
@@ -175,6 +182,36 @@ def against_frozen(zero, deepspeed):
     assert all(live_state[key] == value for key, value in frozen_state.items() if key[1] == "step")
 
 
+@pytest.mark.parametrize(("zero", "mode"), KERNELS)
+def test_an_inactive_adapter_stores_no_input_and_computes_no_gradient(ranks, zero, mode):
+    ranks.run(what_backward_needs, zero=zero, mode=mode)
+
+
+def what_backward_needs(zero, mode):
+    t = trainer(zero, lora={"mode": mode})
+    t.train(1)
+    names, seen = selections(t.lora)[0], {}
+    paths = {module: path for path, module in t.engine.module.named_modules()}
+
+    def see(module, _, output):
+        node = output.grad_fn
+        while "_LoraProduct" not in type(node).__name__:  # DeepSpeed's hooks of stage 3 wrap the output
+            node = node.next_functions[0][0]
+        x, h, *_ = node.saved_tensors
+        kept = x is not None or h is not None
+        seen.setdefault(canonical_name(paths[module]), set()).add((kept, *node.needs_input_grad[3:5]))
+
+    hooks = [linear.register_forward_hook(see) for linear in lora_linears(t.engine.module)]
+    for active in (names, t.lora.trainable):
+        t.engine.set_active(active)
+        seen.clear()
+        t.train(1)
+        assert seen == {path: {(f"{path}.{B}" in active,) * 3} for path in t.lora.adapters}
+    for hook in hooks:
+        hook.remove()
+    t.close()
+
+
 @ALL
 def test_a_gradient_that_is_not_finite_vanishes_with_its_adapter(ranks, zero):
     ranks.run(nan_in_one_adapter, zero=zero)
@@ -202,6 +239,32 @@ def nan_in_one_adapter(zero):
 
 
 # ---- in other settings
+
+@pytest.mark.parametrize("zero", [
+    "zero1", "zero2", "zero3", *(pytest.param(zero, marks=pytest.mark.long) for zero in OFFLOADS)])
+def test_one_active_adapter_trains_with_small_buckets_and_overlapping_collectives(ranks, zero):
+    ranks.run(one_adapter, zero=zero)
+
+
+def one_adapter(zero):
+    settings = {"overlap_comm": True, "contiguous_gradients": False, "reduce_bucket_size": 3000,
+                "allgather_bucket_size": 3000}
+    if "zero3" in zero:
+        settings |= {"sub_group_size": 3000, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}
+    t = trainer(zero, deepspeed={"zero_optimization": {**ZEROS[zero], **settings}})
+    modules = sorted(t.lora.adapters)
+    first, second = without(t.lora, modules[::2]), without(t.lora, modules[1::2])
+    only = frozenset(name for name in t.lora.leaves(t.layout) if name.startswith(modules[5]))
+    assert len(only) == 2
+    t.train(1)
+    for names in (first, second, only, t.lora.trainable):
+        t.engine.set_active(names)
+        before = t.whole_state()
+        assert all(isfinite(loss) for loss in t.train(2))
+        moved = {name for name, what in same(before, t.whole_state()) if what == "master"}
+        assert moved == names, (sorted(moved - names)[:3], sorted(names - moved)[:3])
+    t.close()
+
 
 @pytest.mark.parametrize("zero", ["zero1", "zero2", "zero3"])
 def test_a_selection_trains_the_same_with_checkpointed_activations(ranks, zero):

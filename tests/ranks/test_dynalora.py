@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
+from functools import cache
+from itertools import pairwise
 
 import pytest
 import torch
+from deepspeed import comm
+from support.checkpoints import engine_of, method_of
 from support.launches import Job, differences, traces
-from support.runs import SMALL, Trainer, config
+from support.runs import SMALL, Trainer, config, micro_batches
 
+from prelora_ds.core.adapters import Lora
+from prelora_ds.core.allocators import NAMES, THRESHOLD
+from prelora_ds.core.controller import PhaseController
+from prelora_ds.core.schedule import Timeline
+from prelora_ds.core.selection import active_adapters
+from prelora_ds.engine.release import release
 from prelora_ds.model.adapters.lora import lora_linears
+from prelora_ds.run.checkpoints.resume import read_checkpoint
 from prelora_ds.run.log import read_lines
 
 NONE = ("convergence=null", "lora.r_min=8", "lora.r_max=64", "lora.warmup=10 epochs")
@@ -22,33 +34,109 @@ def phases(active: str) -> str:
     return f"phases=[{FULL}, {{name: dyna, adapters: {{rank: 4}}, train: [adapters, rest]{active}}}]"
 
 
-TOP = ", active: {choose: top_k, share: 0.5, every: 3 steps}"
+CUT = ", active: {choose: discounted, k: 3, every: 3 steps, cut_backward: true}"
+SEED = "run.seed=20"  # its first choice in phase dyna leaves the lowest block alone, and a later one does not
+
+
+def start(forge, shards, out, zero, **options):
+    micro = ["train.micro_batch_size=32"] if zero == 0 else []  # stage 0 does not accumulate
+    return Job(forge, out, shards, *SETTINGS, phases(CUT), SEED, *micro, zero=zero, **options)
 
 
 @pytest.fixture(scope="module")
-def whole(forge, shards, tmp_path_factory):
-    """An uninterrupted run that chooses half of its 12 adapters after steps 2, 5, 8 and 11."""
-    out = tmp_path_factory.mktemp("dynalora") / "whole"
-    job = Job(forge, out, shards, *SETTINGS, phases(TOP))
-    assert job.end() == [0, 0], job.said()[-3000:]
-    return out
+def wholes(forge, shards, tmp_path_factory):
+    """Uninterrupted runs by ZeRO stage, each made when it is first needed.
+
+    They choose 3 of their 12 adapters after steps 2, 5, 8 and 11.
+    """
+    @cache
+    def whole(zero):
+        out = tmp_path_factory.mktemp("dynalora") / "whole"
+        job = start(forge, shards, out, zero)
+        assert job.end() == [0, 0], job.said()[-3000:]
+        return out
+
+    return whole
 
 
-def test_choices_are_logged(whole):
-    rows = [row for row in read_lines(whole / "events.jsonl") if row["event"] == "active"]
-    assert rows[0]["step"] == 2 and {row["step"] for row in rows[1:]} <= {5, 8, 11} and rows[1:]
-    assert all(len(row["adapters"]) == 6 for row in rows)
-    assert [sum(row["updates"].values()) for row in rows] == [6 * (row["step"] - 2) for row in rows]
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_choices_are_followed_without_a_rebuild_and_all_else_stays_bitwise(wholes, zero):
+    out = wholes(zero)
+    events = read_lines(out / "events.jsonl")
+    assert [row["phase"] for row in events if row["event"] == "plan"] == ["full", "dyna"]
+    rows = [row for row in events if row["event"] == "active"]
+    assert [sum(row["updates"].values()) for row in rows] == [3 * (row["step"] - 2) for row in rows]
+    chosen = {row["step"]: row["adapters"] for row in rows}
+    assert {2} < chosen.keys() <= {2, 5, 8, 11} and len(chosen) > 2
+    assert all(len(adapters) == 3 for adapters in chosen.values())
+
+    _, layout = method_of(out)
+    folders = [out / f"checkpoints/step-{step:08d}" for step in range(3, 15)]
+    checkpoints = [read_checkpoint(folder, layout, 0, 1) for folder in folders]
+    lowest = set()
+    for before, after in pairwise(checkpoints):
+        plan = before.run.phase.plan
+        lowest.add(layer_below_which_nothing_trains(plan, layout))
+        for name, part in before.engine.slices.items():
+            then, trains = after.engine.slices[name], name in plan.training()
+            still = torch.equal(part.value, then.value) and all(
+                torch.equal(part.moments[key], then.moments[key]) for key in part.moments)
+            assert trains or still, name
+            assert not (trains and still) or name.endswith(Lora.A), name  # A has no gradient while B is zero
+            steps = (c.engine.adam_steps.get(name) for c in (before, after))
+            assert next(steps) == next(steps) - 1 if trains else next(steps) == next(steps), name
+    assert lowest == {0, 1}, "the run has both kinds of choices"
 
 
-@pytest.mark.parametrize("step", [4, 6, 9])
-def test_a_run_that_was_killed_equals_the_one_that_was_not(whole, forge, shards, tmp_path, step):
+def layer_below_which_nothing_trains(plan, layout):
+    """Return the lowest layer with a chosen adapter, after a check that nothing before it trains."""
+    layers = {path: layer for found in layout.targets.values() for layer, path in found.items()}
+    lowest = min(layers[path] for path in active_adapters(plan, layout))
+    assert not plan.training() & layout.before(lowest)
+    return lowest
+
+
+@pytest.mark.parametrize(("zero", "step"), [
+    (1, 9), (3, 6), *(pytest.param(*more, marks=pytest.mark.long) for more in [(0, 6), (2, 4), (2, 9), (3, 12)])])
+def test_a_run_that_was_killed_equals_the_one_that_was_not(wholes, forge, shards, tmp_path, zero, step):
     out = tmp_path / "out"
-    killed = Job(forge, out, shards, *SETTINGS, phases(TOP), faults={1: {"place": "step", "call": step, "delay": 0}})
+    killed = start(forge, shards, out, zero, faults={1: {"place": "step", "call": step, "delay": 0}})
     assert killed.end()[1] == -signal.SIGKILL, killed.said()[-3000:]
-    again = Job(forge, out, shards, *SETTINGS, phases(TOP))
+    again = start(forge, shards, out, zero)
     assert again.end() == [0, 0], again.said()[-3000:]
-    assert differences(traces(whole), traces(out)) == []
+    assert "resuming after step" in again.said()
+    assert differences(traces(wholes(zero)), traces(out)) == []
+
+
+def test_one_two_and_four_ranks_choose_the_same_adapters(wholes, pools):
+    """The importance of the last step before a choice differs only by the order of summation."""
+    checkpoint = wholes(2) / "checkpoints/step-00000004"
+    by_world = [pools(world).run(choices, folder=checkpoint)[0] for world in (1, 2, 4)]
+    assert by_world[0] == by_world[1] == by_world[2]
+    assert by_world[0].keys() == set(NAMES) and len(set(map(frozenset, by_world[0].values()))) > 2
+
+
+def choices(folder):
+    """Return what each rule chooses after one more step from a checkpoint."""
+    checkpoint, engine = engine_of(folder)
+    state, step = checkpoint.run.phase, checkpoint.run.step + 1
+    config, layout = engine.run_config, engine.layout
+    engine.backward(micro_batches(config, step, comm.get_rank(), comm.get_world_size()))
+    importance = engine.finish_step(lr=1e-3).importance
+    assert len(importance) == 12 and all(value > 0 for value in importance.values())
+    full, dyna = config.specs()
+    found = {}
+    for name in NAMES:
+        share = 0.4 if name == THRESHOLD else None
+        selection = replace(dyna.selection, choose=name, k=None if share else 3, share=share)
+        controller = PhaseController(
+            layout=layout, timeline=Timeline(1437, config.train.global_batch_size, config.train.duration),
+            phases=[full, replace(dyna, selection=selection)], seed=config.run.seed)
+        after = controller.after_step(state, step, importance=importance)
+        assert after.choices == state.choices + 1
+        found[name] = sorted(active_adapters(after.plan, layout))
+    release(engine)
+    return found
 
 
 def test_a_run_with_all_adapters_active_is_plain_lora(forge, shards, tmp_path):

@@ -24,10 +24,10 @@ ALL = pytest.mark.parametrize("zero", ZEROS)
 RULES = {"zero": Reset(), "magnitude": Reset("magnitude", 0.75), "random": Reset("random", 0.3)}
 
 
-def relora(zero: str, **settings: object) -> Trainer:
-    """A run in the LoRA phase after three steps, whose frozen weights are parked."""
+def relora(zero: str, *, full_steps: int = 1, **settings: object) -> Trainer:
+    """A run after three steps in the LoRA phase, whose frozen weights are parked."""
     t = Trainer(config(zero, lora={"mode": "branch"}, **settings))
-    t.train(1)
+    t.train(full_steps)
     t.engine, _ = transition(t.engine, t.lora, parked=adapted(t))
     t.train(3)
     return t
@@ -93,15 +93,15 @@ def restart(state, before, after, *, layout, reset):
 
 
 @ALL
-def test_a_merge_is_rounded_once_and_moves_nothing_else(ranks, zero):
+def test_a_merge_is_rounded_once_moves_nothing_else_and_survives_a_rebuild(ranks, zero):
     ranks.run(rounded_once, zero=zero)
 
 
 def rounded_once(zero):
-    t = relora(zero)
+    t = relora(zero, full_steps=0)  # so the rest has taken as many Adam steps as the adapters
     rest = {key: value for key, value in t.whole_state().items() if key[0] not in t.lora.leaves(t.layout)}
     before, full = t.parked_weights(), dict(t.whole_state())
-    merge_adapters(t.engine, replace(t.engine.plan, cycle=1), Reset())
+    merge_adapters(t.engine, replace(t.engine.plan, cycle=1), RULES["magnitude"])
     for path, spec in t.lora.adapters.items():
         a, b = (full[f"{path}.{leaf}", "master"].double().view(t.lora.parameters(t.layout)[f"{path}.{leaf}"])
                 for leaf in ("lora_A.weight", "lora_B.weight"))
@@ -111,6 +111,12 @@ def rounded_once(zero):
     assert same(rest, {key: after[key] for key in rest}) == [], "head, norms and biases keep values, moments and steps"
     steps = inner_optimizer(t.engine.ds).steps
     assert {steps[name] for name in t.lora.leaves(t.layout)} == {0}
+    assert {steps[name] for name, what in rest if what == "step"} == {3}
+
+    parked = t.parked_weights()
+    t.engine, _ = transition(t.engine, t.engine.plan, parked=adapted(t))
+    assert same(after, t.whole_state()) == [], "a rebuild carries moments whose Adam step is 0"
+    assert all(torch.equal(parked[name], value) for name, value in t.parked_weights().items())
     t.close()
 
 

@@ -121,7 +121,7 @@ def test_a_fork_that_observes_otherwise_begins_its_windows_anew(whole, forge, sh
 def test_a_fork_with_other_families_waits_for_the_windows_of_its_ranks(whole, forge, shards, tmp_path):
     """They cannot be taken from the source, which did not measure these families."""
     out = tmp_path / "fork"
-    low = f"{{name: low, adapters: {{ranks: {{rule: prelora}}, families: [q, v]}}, until: {TEST}}}"
+    low = f"{{name: low, adapters: {{ranks: {{rule: prelora, r_max: 32}}, families: [q, v]}}, until: {TEST}}}"
     fork = Job(forge, out, shards, *SETTINGS, "train.duration=9 steps", phases(FULL, low, "{name: rest}"),
                resume=str(whole / "checkpoints/step-00000003"))
     assert fork.end() == [0, 0], fork.said()[-3000:]

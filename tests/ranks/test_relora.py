@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 import signal
+from dataclasses import replace
+from functools import cache
 
 import pytest
+import torch
+from support.checkpoints import engine_of, method_of
 from support.launches import Job, differences, traces
 
+from prelora_ds.core.merge import Reset
+from prelora_ds.engine.merge import merge_adapters
+from prelora_ds.engine.optimizer import MOMENTS
+from prelora_ds.engine.release import release
+from prelora_ds.engine.state import copy_state, gather_full
+from prelora_ds.run.checkpoints.checkpoint_folder import BrokenCheckpointError, CheckpointManifest
+from prelora_ds.run.checkpoints.resume import read_checkpoint
 from prelora_ds.run.log import read_lines
 
 NONE = ("convergence=null", "lora.r_min=8", "lora.r_max=64", "lora.warmup=10 epochs")
@@ -27,13 +40,30 @@ def events(out, kind):
     return [row for row in read_lines(out / "events.jsonl") if row["event"] == kind]
 
 
+def start(forge, shards, out, zero, mode, **options):
+    micro = ["train.micro_batch_size=32"] if zero == 0 else []  # stage 0 does not accumulate
+    return Job(forge, out, shards, *SETTINGS, phases(mode=mode), *micro, zero=zero, **options)
+
+
 @pytest.fixture(scope="module")
-def whole(forge, shards, tmp_path_factory):
-    """An uninterrupted run of the hybrid, which merges after steps 5 and 8, and when the base thaws after 10."""
-    out = tmp_path_factory.mktemp("relora") / "whole"
-    job = Job(forge, out, shards, *SETTINGS, phases())
-    assert job.end() == [0, 0], job.said()[-3000:]
-    return out
+def wholes(forge, shards, tmp_path_factory):
+    """Uninterrupted runs of the hybrid by ZeRO stage and kernel, each made when it is first needed.
+
+    They merge after steps 5 and 8, and after 10, when the base thaws.
+    """
+    @cache
+    def whole(zero, mode="branch"):
+        out = tmp_path_factory.mktemp("relora") / "whole"
+        job = start(forge, shards, out, zero, mode)
+        assert job.end() == [0, 0], job.said()[-3000:]
+        return out
+
+    return whole
+
+
+@pytest.fixture(scope="module")
+def whole(wholes):
+    return wholes(2)
 
 
 def test_merges_are_logged_with_the_share_that_was_reset(whole):
@@ -48,17 +78,19 @@ def test_merges_are_logged_with_the_share_that_was_reset(whole):
     assert rates[6] < 0.6 * rates[5] and rates[7] > 1.5 * rates[6]
 
 
-@pytest.mark.parametrize("step", [4, 6, 9, 12])
-def test_a_run_that_was_killed_equals_the_one_that_was_not(whole, forge, shards, tmp_path, step):
-    """Kill it within a cycle, right after a merge, within the second cycle, and after the thaw."""
+@pytest.mark.parametrize(("zero", "mode", "step"), [
+    (2, "branch", 6), (3, "branch", 9), (2, "merged", 9),
+    *(pytest.param(*more, marks=pytest.mark.long) for more in [
+        (0, "branch", 9), (1, "branch", 6), (2, "branch", 4), (2, "branch", 12), (3, "branch", 12)])])
+def test_a_run_that_was_killed_equals_the_one_that_was_not(wholes, forge, shards, tmp_path, zero, mode, step):
+    """Kill it within a cycle (4), right after a merge (6 and 9), or after the thaw (12)."""
     out = tmp_path / "out"
-    killed = Job(forge, out, shards, *SETTINGS, phases(), faults={1: {"place": "step", "call": step, "delay": 0}})
+    killed = start(forge, shards, out, zero, mode, faults={1: {"place": "step", "call": step, "delay": 0}})
     assert killed.end()[1] == -signal.SIGKILL, killed.said()[-3000:]
-    again = Job(forge, out, shards, *SETTINGS, phases())
+    again = start(forge, shards, out, zero, mode)
     assert again.end() == [0, 0], again.said()[-3000:]
     assert "resuming after step" in again.said()
-    assert differences(traces(whole), traces(out)) == []
-    assert events(out, "merge") == events(whole, "merge")
+    assert differences(traces(wholes(zero, mode)), traces(out)) == []
 
 
 def test_cycles_that_never_end_are_static_lora(forge, shards, tmp_path):
@@ -71,14 +103,48 @@ def test_cycles_that_never_end_are_static_lora(forge, shards, tmp_path):
     assert differences(*runs) == []
 
 
-@pytest.mark.parametrize(("zero", "mode"), [(0, "branch"), (3, "branch"), (2, "merged")])
-def test_every_stage_and_kernel_walks_the_same_way(forge, shards, tmp_path, zero, mode):
-    settings = [phases(mode=mode), *(["train.micro_batch_size=32"] if zero == 0 else [])]
-    run = Job(forge, tmp_path / "run", shards, *SETTINGS, *settings, zero=zero)
-    assert run.end() == [0, 0], run.said()[-3000:]
-    assert [(row["step"], row["cycle"]) for row in events(tmp_path / "run", "merge")] == [(5, 1), (8, 2)]
-    resumed = Job(forge, tmp_path / "resumed", shards, *SETTINGS, *settings, zero=zero,
-                  resume=str(tmp_path / "run/checkpoints/step-00000008"))
-    assert resumed.end() == [0, 0], resumed.said()[-3000:]
-    expected, found = traces(tmp_path / "run"), traces(tmp_path / "resumed")
-    assert found["model"] == expected["model"]
+@pytest.mark.parametrize(("zero", "mode"), [(0, "branch"), (1, "branch"), (3, "branch"), (2, "merged")])
+def test_every_stage_and_kernel_walks_the_same_way(wholes, zero, mode):
+    out = wholes(zero, mode)
+    assert [(row["step"], row["cycle"]) for row in events(out, "merge")] == [(5, 1), (8, 2)]
+    assert [row["phase"] for row in events(out, "plan")] == ["full", "relora", "joint", "lora"]
+
+
+# ---- from one checkpoint
+
+def test_one_two_and_four_ranks_reset_the_same_moments_and_write_the_same_weights(whole, pools):
+    checkpoint = whole / "checkpoints/step-00000004"
+    for reset in (Reset("magnitude", 0.75), Reset("random", 0.3)):
+        by_world = [pools(world).run(merged_state, folder=checkpoint, reset=reset)[0] for world in (1, 2, 4)]
+        assert by_world[0] == by_world[1] == by_world[2]
+        assert len(by_world[0]) > 3 * 12
+
+
+def merged_state(folder, reset):
+    """A digest of each weight and moment after a merge."""
+    checkpoint, engine = engine_of(folder)
+    plan = checkpoint.run.phase.plan
+    merge_adapters(engine, replace(plan, cycle=plan.cycle + 1), reset)
+    state = copy_state(engine.ds, parked=engine.parked)
+    digests = {}
+    for name, shape in plan.parameters(engine.layout).items():
+        for key in ("value", *(MOMENTS if name in state.adam_steps else ())):
+            full = gather_full(state, name, key, shape, torch.device("cpu"))
+            digests[name, key] = hashlib.sha256(full.numpy().tobytes()).hexdigest()
+    release(engine)
+    return digests | state.adam_steps
+
+
+def test_a_checkpoint_is_refused_with_the_base_of_another_cycle(whole, tmp_path):
+    """Those of one cycle share a base, whose name is a hash of its content."""
+    root = tmp_path / "checkpoints"
+    shutil.copytree(whole / "checkpoints", root)
+    bases = [CheckpointManifest.load(root / f"step-{step:08d}").base for step in range(3, 11)]
+    assert bases[0] == bases[1] and len(set(bases[2:5])) == 1 and len(set(bases[5:7])) == 1
+    assert len({bases[0], bases[2], bases[5]}) == 3
+    _, layout = method_of(whole)
+    read_checkpoint(root / "step-00000005", layout, 0, 1)
+    shutil.rmtree(root / bases[2])
+    shutil.copytree(root / bases[0], root / bases[2])
+    with pytest.raises(BrokenCheckpointError, match=f"the base with this content is named {bases[0]}"):
+        read_checkpoint(root / "step-00000005", layout, 0, 1)

@@ -167,7 +167,8 @@ def zygote() -> Iterator[Zygote]:
 def traces(out: Path) -> dict[str, Any]:
     """Return the output of a run that depends only on its settings.
 
-    These are the logged rows without times, windows, plans, observations, and all exported bits.
+    These are the logged rows without times, windows, plans, merges, choices of adapters, observations, and all
+    exported bits.
     """
     from prelora_ds.run.folder import RunFolder
     from prelora_ds.run.log import EventKind, read_lines
@@ -177,7 +178,7 @@ def traces(out: Path) -> dict[str, Any]:
     plans = [
         {k: v for k, v in row.items() if k != "switch"}
         for row in read_lines(folder.events_to_read)
-        if row["event"] == EventKind.PLAN
+        if row["event"] in (EventKind.PLAN, EventKind.MERGE, EventKind.ACTIVE)
     ]
     # Version 0.1.0 did not write observations.
     observations = read_lines(folder.observations) if folder.observations.exists() else []

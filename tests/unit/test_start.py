@@ -69,8 +69,51 @@ def test_merged_weights_are_accepted_where_they_are_whole(phase: dict[str, Any])
 
 
 def test_merged_weights_of_the_preset_are_refused_at_stage_3_by_its_key() -> None:
-    sections: dict[str, Any] = {"deepspeed": {"zero_optimization": {"stage": 3}}, "lora": {"mode": "merged"},
-                                "convergence": {"tau": 1.0, "zeta": 5.0}}
+    sections: dict[str, Any] = {"deepspeed": {"zero_optimization": {"stage": 3}},
+                                "lora": {"mode": "merged", "r_max": 16}, "convergence": {"tau": 1.0, "zeta": 5.0}}
     error = mistake(method(**sections), 10, call=check_phases)
     assert (error.key, error.value) == ("lora.mode", "merged")
     check_phases(method(**sections, phases={"lora": {"zero_stage": 1}}), 10)
+
+
+# ---- adapters that the model cannot have
+
+RULE = {"ranks": {"rule": "prelora", "r_max": 32}}
+UNTIL_TEST = {"name": "full", "until": {"test": "prelora", "tau": 1.0, "zeta": 5.0}}
+
+
+@pytest.mark.parametrize(("phases", "key", "value"), [
+    ([FULL, {"name": "b", "adapters": {"rank": 17}}], "phases.b.adapters.rank", 17),
+    ([UNTIL_TEST, {"name": "b", "adapters": RULE}], "phases.b.adapters.ranks.r_max", 32),
+    ([FULL, {"name": "b", "adapters": {"rank": 16}, "until": "1 step"},
+      {"name": "c", "adapters": {"rank": 20, "from": "merge"}}], "phases.c.adapters.rank", 20)])
+def test_a_rank_above_the_size_of_a_linear_is_refused(phases: list[dict[str, Any]], key: str, value: int) -> None:
+    error = mistake(method(*phases), 10, call=check_phases)
+    assert (error.key, error.value) == (key, value)
+    assert "(16 to 16 features)" in error.problem and "choose at most 16" in str(error.remedy)
+
+
+def test_a_rank_of_the_preset_above_the_size_of_a_linear_is_refused_by_its_key() -> None:
+    sections = {"lora": {"r_max": 32}, "convergence": {"tau": 1.0, "zeta": 5.0}}
+    error = mistake(method(**sections), 10, call=check_phases)
+    assert (error.key, error.value) == ("lora.r_max", 32)
+
+
+LORA = {"name": "b", "adapters": {"rank": 4}, "train": ["adapters", "rest"]}
+TOP = {"choose": "top_k", "every": "5 steps"}
+
+
+def test_more_adapters_than_there_are_cannot_train_at_a_time() -> None:
+    check_phases(method(FULL, {**LORA, "active": {**TOP, "k": 12}}), 10)
+    error = mistake(method(FULL, {**LORA, "active": {**TOP, "k": 13}}), 10, call=check_phases)
+    assert (error.key, error.value) == ("phases.b.active.k", 13)
+    assert error.problem == "is more than the 12 adapters that train in this phase"
+    above = {**LORA, "freeze_below": 1, "active": {**TOP, "k": 7}}
+    assert mistake(method(FULL, above), 10, call=check_phases).problem.startswith("is more than the 6 adapters")
+
+
+def test_no_adapters_can_be_chosen_where_all_of_them_are_frozen() -> None:
+    model = {**MODEL, "families": {"q": r"vit\.layers\.(?P<layer>0)\.attention\.q_proj"}}
+    frozen = {**LORA, "freeze_below": 1, "active": {**TOP, "share": 0.5}}
+    error = mistake(method(FULL, frozen, model=model), 10, call=check_phases)
+    assert (error.key, error.problem) == ("phases.b.active", "selects adapters, but none trains")

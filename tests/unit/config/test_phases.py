@@ -209,13 +209,19 @@ def test_an_override_of_a_phase_that_is_not_there_names_those_that_are(tmp_path:
     ([LIST[0], {**LORA, "active": {**TOP, "k": 2, "tau": 1.0}}], "phases.b.active.tau", "not used by the rule"),
     ([{**LIST[0], "until": "5 steps"}, {**LORA, "active": {**TOP, "choose": "unconverged", "tau": 1.0}}],
      "phases.b.active.choose", "no phase ends by a test"),
+    ([LIST[0], {**LORA, "active": {**TOP, "share": 0}}], "phases.b.active.share", "greater than 0"),
     ([LIST[0], {**LORA, "active": {**TOP, "k": 2, "once_at": "9 steps"}}], "phases.b.active.every", "either every"),
     ([LIST[0], {**LORA, "adapters": {"rank": 4, "dropout": 0.1}, "active": {**TOP, "k": 2}}],
      "phases.b.adapters.dropout", "no inactive"),
     ([LIST[0], {**LORA, "adapters": {"rank": 4, "mode": "peft"}, "active": {**TOP, "k": 2}}],
      "phases.b.adapters.mode", "no inactive"),
+    ([LIST[0], {**LORA, "until": "1 step"}, {"name": "c", "adapters": {"from": "keep", "mode": "peft"},
+                                             "until": "1 step"}, {"name": "d", "active": {**TOP, "k": 2}}],
+     "phases.d.adapters.mode", "no inactive"),
     ([LIST[0], {"name": "b", "train": "rest", "merge": CYCLE}], "phases.b.merge", "there are none"),
     ([LIST[0], {**LORA, "train": "all", "merge": CYCLE}], "phases.b.train", "nothing to merge adapters into"),
+    ([{**LORA, "train": "all", "merge": CYCLE}], "phases.b.train", "nothing to merge adapters into"),
+    ([{**LORA, "adapters": {"rank": 4, "from": "merge"}}], "phases.b.adapters.from", "no adapters before"),
     ([LIST[0], {**LORA, "merge": {}}], "phases.b.merge.every", "is required"),
     ([LIST[0], {**LORA, "merge": {"every": "0 steps"}}], "phases.b.merge.every", "longer than 0"),
     ([LIST[0], {**LORA, "merge": {**CYCLE, "reset": {"rule": "magnitud"}}}], "phases.b.merge.reset.rule", "magnitude"),
@@ -247,6 +253,30 @@ def test_what_cannot_work_is_refused_with_phase_and_key(phases: list[dict[str, A
     assert problem in error.problem
 
 
+@pytest.mark.parametrize(("phase", "key", "remedy"), [
+    ({"active": {**TOP, "choose": "treshold", "share": 0.5}}, "active.choose", "did you mean threshold?"),
+    ({"active": {**TOP, "k": 2, "importance": "forwards"}}, "active.importance", "did you mean forward?"),
+    ({"merge": {**CYCLE, "reset": {"rule": "magnitud"}}}, "merge.reset.rule", "did you mean magnitude?"),
+    ({"adapters": {"ranks": {"rule": "perlora"}}}, "adapters.ranks.rule", "did you mean prelora?"),
+    ({"adapters": {"rank": 4, "from": "merged"}}, "adapters.from", "did you mean merge?"),
+    ({"until": {**TEST, "test": "prelore"}}, "until.test", "did you mean prelora?"),
+    ({"until": {**TEST, "statistic": "means"}}, "until.statistic", "did you mean mean?"),
+    ({"adapters": {"rank": 4, "from": "elsewhere"}}, "adapters.from", "choose one of them"),
+    ({"zero_stage": 4}, "zero_stage", "choose one of them")])
+def test_a_misspelt_choice_is_told_with_the_nearest_one(phase: dict[str, Any], key: str, remedy: str) -> None:
+    error = refused(LIST[0], {**LORA, **phase}, {"name": "last"})
+    assert (error.key, error.remedy) == (f"phases.b.{key}", remedy)
+
+
+@pytest.mark.parametrize("when", ["every", "once_at"])
+def test_adapters_are_not_chosen_in_compiled_blocks(when: str) -> None:
+    active = {"choose": "top_k", "k": 2, when: "5 steps"}
+    error = refused(LIST[0], {**LORA, "active": active}, model={**BASE["model"], "compile": True})
+    assert (error.key, error.value) == ("phases.b.active", "top_k")
+    assert error.remedy == "set model.compile=false, or remove active"
+    method(LIST[0], {**LORA, "merge": CYCLE}, model={**BASE["model"], "compile": True})
+
+
 @pytest.mark.parametrize(("options", "key", "said"), [
     ({"trian_a": False}, "trian_a", "is not an option of the kind lora; did you mean train_a?"),
     ({"rank": 8}, "rank", "is not an option of the kind lora; the kind lora has these options: train_a"),
@@ -274,7 +304,10 @@ def test_parameters_of_the_preset_have_no_place_beside_a_list() -> None:
     ({"phases": {"preset": "prelora"}}, "convergence"), ({"lora": {"families": ["q", "kk"]}}, "lora.families"),
     ({"phases": {"preset": "full"}, "convergence": {"tau": 1.0, "zeta": 5.0}}, "convergence"),
     ({"phases": {"preset": "relora"}}, "phases.preset"), ({"phases": {"low": {"zero_stage": 1}}}, "phases.low"),
-    ({"phases": {"lora": {"train": "all"}}}, "phases.lora.train"), ({"phases": "prelora"}, "phases")])
+    ({"phases": {"lora": {"train": "all"}}}, "phases.lora.train"),
+    ({"phases": {"lora": {"active": {**TOP, "k": 2}}}}, "phases.lora.active"),
+    ({"lora": {"active": {**TOP, "k": 2}}}, "lora.active"),
+    ({"phases": {"lora": {"merge": CYCLE}}}, "phases.lora.merge"), ({"phases": "prelora"}, "phases")])
 def test_a_preset_is_held_to_its_sections(sections: dict[str, Any], key: str) -> None:
     with pytest.raises(ConfigError) as caught:
         validate({**BASE, **sections}, "r.yaml")

@@ -1,13 +1,17 @@
-"""Which windows a fork can compare with those of its source."""
+"""What a fork must have in common with its source: past phases, and windows that it compares."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.claims import config
+from support.configs import MINIMAL, mistake
 
-from prelora_ds.run.forks import windows_differ
+from prelora_ds.config.load import validate
+from prelora_ds.config.tree import Config
+from prelora_ds.run.forks import check_fork, windows_differ
 
 LIST = ("convergence=null", "lora=null", "observe.every=2 steps")
 UNTIL = "{test: prelora, tau: 1.0, zeta: 5.0, k: 2, m: 2}"
@@ -48,3 +52,24 @@ def test_an_interval_that_is_a_share_of_the_run_depends_on_its_duration() -> Non
     for duration, name in (("20 steps", None), ("30 steps", "observe.every")):
         fork = config(Path("o"), *LIST, SOURCE, *share, f"train.duration={duration}")
         assert windows_differ(source, {}, fork, {}, 0, Path("c")) == name
+
+
+LORA = {"name": "b", "adapters": {"rank": 4}, "train": ["adapters", "rest"]}
+MERGE = {"every": "5 steps"}
+ACTIVE = {"choose": "top_k", "k": 2, "every": "5 steps"}
+
+
+@pytest.mark.parametrize(("before", "after", "key"), [
+    ({"merge": MERGE}, {"merge": {**MERGE, "every": "6 steps"}}, "merge.every"), ({}, {"merge": MERGE}, "merge"),
+    ({"active": ACTIVE}, {"active": {**ACTIVE, "k": 3}}, "active.k"), ({"active": ACTIVE}, {}, "active")])
+def test_a_fork_merges_and_chooses_as_its_source_did(before: dict[str, Any], after: dict[str, Any], key: str) -> None:
+    def method(phase: dict[str, Any]) -> Config:
+        phases = [{"name": "full", "until": "2 steps"}, {**LORA, **phase, "until": "9 steps"}, {"name": "c"}]
+        return validate({**MINIMAL, "phases": phases}, "r.yaml")
+
+    state = {"config": method(before).model_dump(mode="json"), "run": {"phase": {"index": 1}}}
+    check_fork(state, method(before), Path("step-00000006"))
+    error = mistake(state, method(after), Path("step-00000006"), call=check_fork)
+    assert error.key == f"phases.b.{key}" and "which is in phase b" in error.problem
+    state["run"]["phase"]["index"] = 0
+    check_fork(state, method(after), Path("step-00000002"))
