@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from prelora_ds.config.fields import DurationField, FieldError, Positive, Strict
 from prelora_ds.core.allocators import THRESHOLD
+from prelora_ds.core.duration import Duration
 from prelora_ds.core.selection import UNCONVERGED, ImportanceKind, Selection
 
 
@@ -50,10 +51,10 @@ class ActiveConfig(Strict):
     importance: ImportanceKind = "forward"
     """
     What the importance is: `forward` is the sum over training samples of the L2 norm of a linear's
-    output; `backward` is the sum over optimizer steps of the L2 norm of an adapter's gradient before
-    clipping, which only adapters that train have, so that those that trained before are preferred;
-    `random` takes random numbers in their place, as a control. At the start of a phase nothing is
-    measured yet, and the adapters are drawn with equal probability.
+    output; `backward` is the L2 norm of an adapter's gradient before clipping. Only an adapter that
+    trains has a gradient, so all of them train in the last step before each choice, and `backward` is
+    summed over these steps. `random` takes random numbers in their place, as a control. At the start
+    of a phase nothing is measured yet, and the adapters are drawn with equal probability.
     """
 
     optimizer: Literal["global", "local"] = "global"
@@ -84,9 +85,18 @@ class ActiveConfig(Strict):
         if (self.every is None) == (self.once_at is None):
             raise FieldError("every", None if self.every is None else str(self.every),
                              "set either every or once_at", "set one of them")
-        if self.every is not None and self.every.value == 0:
-            raise FieldError("every", str(self.every), "must be longer than 0")
+        for key in ("every", "once_at"):
+            self._check_length(key, getattr(self, key))
         return self
+
+    def _check_length(self, key: str, length: Duration | None) -> None:
+        if length is None:
+            return
+        if key == "every" and length.value == 0:
+            raise FieldError(key, str(length), "must be longer than 0")
+        if self.selection().measured == "backward" and length.unit == "step" and length.value < 2:
+            raise FieldError(key, str(length), "is too short for importance: backward, because all adapters train in "
+                             "the last step before each choice", "set at least 2 steps")
 
     def selection(self) -> Selection:
         """Return the selection in the form that the controller needs."""

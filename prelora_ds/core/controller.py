@@ -148,19 +148,31 @@ class PhaseController:
         selection = self.phases[state.index].selection
         if selection is None or state.plan.since_step == step:
             return state
-        summed = dict(state.importance)
-        updates = dict(state.updates)
         if updated:
-            active = active_adapters(state.plan, self.layout)
-            summed = {path: summed.get(path, 0.0) + importance.get(path, 0.0) for path in state.plan.adapters}
-            updates = {path: updates.get(path, 0) + (path in active) for path in state.plan.adapters}
-        state = replace(state, importance=summed, updates=updates)
-        if step == self.timeline.total_steps or not self._chooses(selection, state.plan, step):
+            state = self._counted(state, selection, importance)
+        if step == self.timeline.total_steps:
             return state
-        chosen = next_choice(selection, state.plan, self.layout, self.seed, state.choices, importance=summed,
-                             updates=updates, windows=state.windows_of_phase)
-        plan = with_active(state.plan, self.layout, chosen, cut_backward=selection.cut_backward)
-        return replace(state, plan=plan, choices=state.choices + 1)
+        if self._chooses(selection, state.plan, step):
+            chosen = next_choice(selection, state.plan, self.layout, self.seed, state.choices,
+                                 importance=state.importance, updates=state.updates, windows=state.windows_of_phase)
+            plan = with_active(state.plan, self.layout, chosen, cut_backward=selection.cut_backward)
+            return replace(state, plan=plan, choices=state.choices + 1)
+        measures_next = step + 1 < self.timeline.total_steps and self._chooses(selection, state.plan, step + 1)
+        if selection.measured == "backward" and measures_next:
+            return replace(state, plan=replace(state.plan, active=None))  # so that all of them have a gradient
+        return state
+
+    def _counted(self, state: PhaseState, selection: Selection, importance: Mapping[str, float]) -> PhaseState:
+        """The state after a step that was taken, with its importance and its updates.
+
+        An adapter that does not train has no gradient, so a step in which not all of them train does not measure them.
+        """
+        active = active_adapters(state.plan, self.layout)
+        updates = {path: state.updates.get(path, 0) + (path in active) for path in state.plan.adapters}
+        if selection.measured == "backward" and state.plan.active is not None:
+            return replace(state, updates=updates)
+        summed = {path: state.importance.get(path, 0.0) + importance.get(path, 0.0) for path in state.plan.adapters}
+        return replace(state, importance=summed, updates=updates)
 
     def own_steps(self, state: PhaseState) -> dict[str, int]:
         """The step of the schedule that gives each active adapter its learning rate in the next optimizer step.

@@ -28,8 +28,8 @@ class Selection:
     every: how often the adapters are chosen, from the start of the phase; None with ``once_at``.
     once_at: when they are chosen for the second and last time.
     importance: ``forward`` is the sum over training samples of the L2 norm of a linear's whole output; ``backward``
-        is the sum over optimizer steps of the L2 norm of the gradient of the adapter, before clipping; ``random`` takes
-        random numbers in their place, as a control.
+        is the L2 norm of the gradient of the adapter, before clipping, summed over the last steps before each choice,
+        in which all adapters train; ``random`` takes random numbers in their place, as a control.
     local_rate: whether the learning rate of an adapter follows the schedule only in the steps that update the adapter.
     cut_backward: whether everything that the model defines before the lowest chosen adapter stops training as well, so
         that the backward pass ends there.

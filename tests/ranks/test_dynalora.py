@@ -195,3 +195,27 @@ def recomputed():
         found.append(t.engine.finish_step(lr=1e-3).importance)
         t.close()
     assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+GRADIENTS = ", active: {choose: stochastic, share: 0.5, every: 3 steps, importance: backward, optimizer: local}"
+CONVERGED = ("phases=[{name: full, until: {test: prelora, tau: 90.0, zeta: 90.0, k: 2, m: 1}}, {name: dyna, "
+             "adapters: {rank: 4}, train: [adapters, rest], active: {choose: unconverged, tau: 0.2, every: 2 steps, "
+             "cut_backward: true}}]")
+
+
+@pytest.mark.parametrize("method", [phases(GRADIENTS), CONVERGED], ids=["gradients, own rates", "unconverged"])
+def test_other_choices_resume_bitwise_too(forge, shards, tmp_path, method):
+    jobs = []
+    for name, faults in (("whole", {}), ("killed", {1: {"place": "step", "call": 10, "delay": 0}}), ("killed", {})):
+        job = Job(forge, tmp_path / name, shards, *SETTINGS, method, faults=faults)
+        assert (job.end() == [0, 0]) == (not faults), job.said()[-3000:]
+        jobs.append(job)
+    assert "resuming after step" in jobs[-1].said()
+    assert differences(traces(tmp_path / "whole"), traces(tmp_path / "killed")) == []
+    rows = [row for row in read_lines(tmp_path / "whole/events.jsonl") if row["event"] == "active"]
+    if method == CONVERGED:
+        sizes = [len(row["adapters"]) for row in rows]
+        assert sizes == sorted(sizes, reverse=True) and sizes[-1] < 12, sizes
+    else:
+        measured = [row["step"] for row in rows if len(row["adapters"]) == 12]
+        assert measured == [4, 7, 10], "before the choices after steps 5, 8 and 11"

@@ -210,6 +210,8 @@ def test_an_override_of_a_phase_that_is_not_there_names_those_that_are(tmp_path:
     ([{**LIST[0], "until": "5 steps"}, {**LORA, "active": {**TOP, "choose": "unconverged", "tau": 1.0}}],
      "phases.b.active.choose", "no phase ends by a test"),
     ([LIST[0], {**LORA, "active": {**TOP, "share": 0}}], "phases.b.active.share", "greater than 0"),
+    ([LIST[0], {**LORA, "active": {**TOP, "k": 2, "every": "1 step", "importance": "backward"}}],
+     "phases.b.active.every", "too short"),
     ([LIST[0], {**LORA, "active": {**TOP, "k": 2, "once_at": "9 steps"}}], "phases.b.active.every", "either every"),
     ([LIST[0], {**LORA, "adapters": {"rank": 4, "dropout": 0.1}, "active": {**TOP, "k": 2}}],
      "phases.b.adapters.dropout", "no inactive"),

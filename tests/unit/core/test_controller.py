@@ -413,6 +413,20 @@ def test_a_skipped_update_is_not_counted() -> None:
     assert sum(state.updates.values()) == 2
 
 
+def test_all_adapters_train_in_the_step_before_a_choice_by_their_gradients() -> None:
+    control = dyna(choose="top_k", k=1, every=Duration("5 steps"), importance="backward")
+    state, sizes = control.initial(), {}
+    for step in range(1, 21):
+        active = active_adapters(state.plan, LAYOUT)
+        state = control.next(state, Observation(step, step * BATCH, 1.0, {}))
+        state = control.after_step(reloaded(state), step, importance={path: IMPORTANT[path] for path in active})
+        sizes[step + 1] = len(active_adapters(state.plan, LAYOUT))
+    assert [step for step, size in sizes.items() if size == 8 and step > 10] == [15, 20], sizes
+    assert all(size == 1 for step, size in sizes.items() if step > 10 and step not in (15, 20))
+    assert active_adapters(state.plan, LAYOUT) == {"3.v"}
+    assert state.importance == {path: 2 * value for path, value in IMPORTANT.items()}, "of these two steps only"
+
+
 def test_an_adapter_with_a_local_rate_advances_only_when_it_is_updated() -> None:
     control = dyna(choose="top_k", k=1, every=Duration("5 steps"), local_rate=True)
     state = control.initial()
