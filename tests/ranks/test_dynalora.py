@@ -41,6 +41,11 @@ def test_choices_are_logged(whole):
     assert all(len(row["adapters"]) == 6 for row in rows)
 
 
+def test_the_run_measures_the_bytes_that_were_predicted(whole):
+    (measured,) = [row for row in read_lines(whole / "events.jsonl") if row["event"] == "bytes"]
+    assert measured["phase"] == "dyna" and measured["worst_deviation"] < 0.02
+
+
 @pytest.mark.parametrize("step", [4, 6, 9])
 def test_a_run_that_was_killed_equals_the_one_that_was_not(whole, forge, shards, tmp_path, step):
     out = tmp_path / "out"

@@ -48,6 +48,13 @@ def test_merges_are_logged_with_the_share_that_was_reset(whole):
     assert rates[6] < 0.6 * rates[5] and rates[7] > 1.5 * rates[6]
 
 
+def test_the_run_measures_the_bytes_that_were_predicted(whole):
+    measured = events(whole, "bytes")
+    assert [row["phase"] for row in measured] == ["relora", "joint", "lora"]
+    assert all(row["worst_deviation"] < 0.02 for row in measured)
+    assert [row["measured"]["host"] > 0 for row in measured] == [True, False, False]
+
+
 @pytest.mark.parametrize("step", [4, 6, 9, 12])
 def test_a_run_that_was_killed_equals_the_one_that_was_not(whole, forge, shards, tmp_path, step):
     """Kill it within a cycle, right after a merge, within the second cycle, and after the thaw."""
