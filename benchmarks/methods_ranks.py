@@ -20,14 +20,14 @@ from switch_ranks import copy_bytes_per_second, elements, new_engine, one_step
 
 from prelora_ds.core.allocators import select
 from prelora_ds.core.layout import Layout
-from prelora_ds.core.merge import Reset
+from prelora_ds.core.merge import PROBES, Reset
 from prelora_ds.core.plan import Plan
 from prelora_ds.core.selection import candidates, with_active
 from prelora_ds.cost.flops import micro_batch
 from prelora_ds.engine import merge as merge_module
 from prelora_ds.engine.build import Engine
 from prelora_ds.engine.census import peak_rss_bytes
-from prelora_ds.engine.merge import PROBES, merge_adapters
+from prelora_ds.engine.merge import merge_adapters
 from prelora_ds.engine.transition import transition
 
 STAGE = 2

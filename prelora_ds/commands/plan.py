@@ -33,13 +33,14 @@ def plan(
     images: Annotated[int | None, typer.Option(
         min=1, help="images per epoch (default: from the manifest, otherwise ImageNet-1k's 1,281,167)")] = None,
     mean_rank: Annotated[int | None, typer.Option(
-        min=1, help="assume this LoRA rank for every adapter (default: 30, or the recipe's highest)")] = None,
+        min=1, help="the rank of adapters whose rank a rule chooses (default: 30, or the rule's highest)")] = None,
     json_file: JsonFile = None,
     calibration: Annotated[Path | None, typer.Option(help="use rates measured by `prelora calibrate`")] = None,
 ) -> None:
     """Predict memory, step time, epoch time and number of jobs for RECIPE, for each phase and ZeRO stage."""
     from prelora_ds.config.fields import parse_walltime
     from prelora_ds.config.load import load_config
+    from prelora_ds.core.rank_rules.uniform import UniformRank
     from prelora_ds.cost.forecast import check_costs_are_known, predict_run
     from prelora_ds.cost.machines import Cluster
     from prelora_ds.reporting.forecast_table import print_forecast
@@ -53,8 +54,8 @@ def plan(
     cluster = Cluster(hosts, gpus_per_host, gpu, intra_bandwidth, inter_bandwidth)
     walltime_s = None if walltime is None else parse_walltime(walltime)
     if mean_rank is None:
-        highest = [spec.adapters.ranks.highest for spec in config.specs() if spec.adapters is not None]
-        mean_rank = min(MEAN_RANK, *highest) if highest else MEAN_RANK
+        rules = [spec.adapters.ranks for spec in config.specs() if spec.adapters is not None]
+        mean_rank = min([MEAN_RANK, *(rule.highest for rule in rules if not isinstance(rule, UniformRank))])
     result = predict_run(config, cluster, layout, images, walltime_s=walltime_s, mean_rank=mean_rank,
                          calibration=calibration)
     result |= {"images_from": images_from, "labels": labels, "labels_from": labels_from}

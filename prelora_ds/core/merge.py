@@ -9,6 +9,7 @@ from prelora_ds.core.duration import Duration
 
 ResetRule = Literal["zero", "magnitude", "random"]
 RESET_RULES: tuple[ResetRule, ...] = get_args(ResetRule)
+PROBES = 4  # random images on which the change of the outputs is measured, before and after a merge
 
 
 @dataclass(frozen=True)

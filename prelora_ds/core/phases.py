@@ -121,11 +121,13 @@ def _frozen_below(plan: Plan, layout: Layout, layer: int) -> Plan:
     return replace(plan, trainable=plan.trainable - below)
 
 
-def plans_at_rank(phases: Sequence[PhaseSpec], layout: Layout, lora_rank: int | None = None) -> list[Plan]:
+def plans_at_rank(phases: Sequence[PhaseSpec], layout: Layout, lora_rank: int | None = None, *,
+                  seed: int = 0) -> list[Plan]:
     """The plan of each phase, with the same rank for all adapters whose rank a rule would choose.
 
     These plans serve predictions, timings and checks before the ranks are known.
     lora_rank: that rank; the default is the highest rank of each rule.
+    seed: the seed of the run, on which the first choice of adapters depends.
     """
     plans: list[Plan] = []
     for spec in phases:
@@ -134,7 +136,7 @@ def plans_at_rank(phases: Sequence[PhaseSpec], layout: Layout, lora_rank: int | 
             rule = spec.adapters.ranks
             known = rule if isinstance(rule, UniformRank) else UniformRank(lora_rank or rule.highest)
             ranks = known(layers_of(spec.adapters, layout), ())
-        plans.append(plan_of(spec, layout, seed=0, before=plans[-1] if plans else None, ranks=ranks))
+        plans.append(plan_of(spec, layout, seed=seed, before=plans[-1] if plans else None, ranks=ranks))
     return plans
 
 

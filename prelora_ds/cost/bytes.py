@@ -2,10 +2,10 @@
 
 This module shares no code with engine/census.py, which measures them.
 
-n is the number of elements of all parameters, t of those that train, and w the number of ranks. Weights are BF16 (2
-bytes); gradients, masters and Adam moments are fp32 (4 bytes each). Stage 3 pads each parameter to a multiple of w, so
-a bias of 1,408 elements occupies 2,048 on 1,024 ranks. The padding of stages 1 and 2 (at most 2w elements per group)
-is not counted.
+n is the number of elements of all parameters, t of those that the optimizer holds, a of those that train now
+(`Plan.training`), and w the number of ranks. Weights are BF16 (2 bytes); gradients, masters and Adam moments are fp32
+(4 bytes each). Stage 3 pads each parameter to a multiple of w, so a bias of 1,408 elements occupies 2,048 on 1,024
+ranks. The padding of stages 1 and 2 (at most 2w elements per group) is not counted.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ def predict_bytes(plan: Plan, layout: Layout, zero: ZeroSettings, world_size: in
     trained = [sizes[name] for name in plan.trainable]
     n = sum(sizes.values())
     t = sum(trained)
+    a = sum(sizes[name] for name in plan.training())
     w = world_size
     stage = zero.stage
     sharded = w if stage else 1
@@ -75,7 +76,7 @@ def predict_bytes(plan: Plan, layout: Layout, zero: ZeroSettings, world_size: in
 
     return Bytes(
         weights=weights,
-        gradients=_gradients(t, w, zero, after_backward),
+        gradients=_gradients(t, a, w, zero, after_backward),
         masters=FP32 * t // sharded,
         moments=2 * FP32 * t // sharded,
         buffers=buffers,
@@ -83,16 +84,21 @@ def predict_bytes(plan: Plan, layout: Layout, zero: ZeroSettings, world_size: in
     )
 
 
-def _gradients(t: int, w: int, zero: ZeroSettings, after_backward: bool) -> int:
+def _gradients(t: int, a: int, w: int, zero: ZeroSettings, after_backward: bool) -> int:
+    """Only the BF16 gradients are spared by what does not train now: the fp32 buffers have room for all of t."""
     share = FP32 * t // w
     if zero.stage == 0:
-        return BF16 * t if after_backward else 0
+        return BF16 * a if after_backward else 0
     if zero.stage == 1:
-        return FP32 * t + (BF16 * t if after_backward else 0)
+        return FP32 * t + (BF16 * a if after_backward else 0)
     if zero.stage == 2:
         at_rest = share if zero.offload_optimizer else 0
         return at_rest + share if after_backward else at_rest
-    return share * (2 if zero.offload_optimizer else 1)
+    if zero.offload_optimizer:
+        return 2 * share
+    # Until the step, DeepSpeed 0.19 also holds zeros in BF16 for what does not train
+    # (runtime/zero/stage3.py, independent_gradient_partition_epilogue).
+    return share + (BF16 * (t - a) // w if after_backward else 0)
 
 
 def worst_deviation(predicted: Bytes, measured: Mapping[str, int]) -> float:

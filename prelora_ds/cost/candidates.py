@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from prelora_ds.config.tree import Config, ZeroSettings
 from prelora_ds.core.layout import Layout
@@ -19,7 +19,9 @@ USABLE = 0.9  # share of a device's memory; the rest is for the driver, fragment
 class Candidate:
     """A phase with one choice of ZeRO stage and micro-batch size, and what is predicted for it.
 
-    states, peak_bytes: the result of `costs.peak_bytes` for one rank.
+    states: the states of one rank at the end of the backward pass (`costs.peak_bytes`).
+    peak_bytes: the device peak of one rank in a step. Where adapters are chosen again and again, it is that of the
+        plan's own choice or that of all adapters at once, whichever is larger.
     work: the work of one rank in an optimizer step.
     """
 
@@ -39,11 +41,17 @@ def predict_candidate(config: Config, plan: Plan, layout: Layout, zero: ZeroSett
     """Predict ``config`` (of the plan's phase) with ``zero`` and ``micro_batch_size`` instead of its own."""
     kernel = config.kernel(zero.stage)
     reuse = reuse_distance(config)
-    image = costs.micro_batch(config.model, plan, layout, 1, kernel=kernel)
     accum = config.train.global_batch_size // (micro_batch_size * world_size)
-    activations = micro_batch_size * (image.saved_bytes + image.recomputed_bytes)
-    states, peak = costs.peak_bytes(plan, layout, zero, world_size, accum, activations, kernel=kernel,
-                                    reuse_distance=reuse)
+
+    def states_and_peak(plan: Plan) -> tuple[Bytes, int]:
+        image = costs.micro_batch(config.model, plan, layout, 1, kernel=kernel)
+        activations = micro_batch_size * (image.saved_bytes + image.recomputed_bytes)
+        return costs.peak_bytes(plan, layout, zero, world_size, accum, activations, kernel=kernel,
+                                reuse_distance=reuse)
+
+    states, peak = states_and_peak(plan)
+    if plan.active is not None:
+        peak = max(peak, states_and_peak(replace(plan, active=None))[1])
     work = step_work(config.model, plan, layout, zero, micro_batch_size=micro_batch_size, world_size=world_size,
                      accum=accum, kernel=kernel, reuse_distance=reuse)
     return Candidate(config, zero, micro_batch_size, states, peak, work)

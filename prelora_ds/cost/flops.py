@@ -88,7 +88,7 @@ def micro_batch(model: ModelConfig, plan: Plan, layout: Layout, size: int, *,
         w.saved += normed
     labels = layout.parameters["classifier.weight"][0]
     w.saved += size * (FP32 * labels + 8)  # the loss keeps fp32 log-probabilities and int64 labels
-    return MicroBatch(w.forward, w.gemm, w.adapters, w.traffic, w.calls + len(plan.trainable), w.saved,
+    return MicroBatch(w.forward, w.gemm, w.adapters, w.traffic, w.calls + len(w.training), w.saved,
                       recomputed)
 
 
@@ -230,21 +230,26 @@ def communication(plan: Plan, layout: Layout, zero: ZeroSettings, accum: int, *,
 
     Source: ZeRO (Rajbhandari et al. 2020, section 7), and DeepSpeed 0.19 where it differs: stage 2 all-reduces its
     buckets in every micro-batch, where the paper has one reduce-scatter; and stage 3 keeps the weights gathered in the
-    forward pass for the backward pass, unless more than ``reuse_distance`` elements are used in between.
+    forward pass for the backward pass, unless more than ``reuse_distance`` elements are used in between. Gradients of
+    what does not train now are sent only at stage 1, which reduces its whole buffer; stages 1 and 2 gather all weights
+    that the optimizer holds.
     """
     sizes = _sizes(plan, layout)
     n = sum(sizes.values())
-    t = sum(sizes[name] for name in plan.trainable)
-    if zero.stage < 2:
-        return Communication(FP32 * t, BF16 * t * zero.stage, 0, math.ceil(t / ENGINE_BUCKET) * (1 + zero.stage))
-    buckets = accum * math.ceil(t / min(t, zero.reduce_bucket_size))
+    t = _held(plan, layout)
+    a = _training(plan, layout)
+    if zero.stage == 0:
+        return Communication(FP32 * a, 0, 0, math.ceil(a / ENGINE_BUCKET))
+    if zero.stage == 1:
+        return Communication(FP32 * t, BF16 * t, 0, 2 * math.ceil(t / ENGINE_BUCKET))
+    buckets = accum * math.ceil(a / min(t, zero.reduce_bucket_size))
     if zero.stage == 2:
-        return Communication(FP32 * t * accum, BF16 * t, 0, buckets + 1)
+        return Communication(FP32 * a * accum, BF16 * t, 0, buckets + 1)
     small = [size for size in sizes.values() if size <= zero.persistence_threshold]
     gathered = n - sum(small)
     again = max(0, gathered - reuse_distance // 2)
     gathers = math.ceil(gathered / PREFETCH_BUCKET) + math.ceil(again / PREFETCH_BUCKET)
-    return Communication(0, BF16 * (accum * (gathered + again) + sum(small)), FP32 * t * accum,
+    return Communication(0, BF16 * (accum * (gathered + again) + sum(small)), FP32 * a * accum,
                          accum * gathers + len(small) + buckets)
 
 
@@ -253,20 +258,22 @@ def state_traffic_bytes(plan: Plan, layout: Layout, zero: ZeroSettings, world_si
 
     Adding the BF16 gradients of each micro-batch to the fp32 gradients takes 10 bytes per element. The optimizer works
     on the rank's share: AdamW reads gradient, master and moments and writes the last three (28 bytes per element), the
-    norm takes 4, clipping 8, and the BF16 weight 6. With offload the host does the optimizer's part.
+    norm takes 4, clipping 8, and the BF16 weight 6. The last three are done for everything that the optimizer holds,
+    the others for what trains now. With offload the host does the optimizer's part.
     """
-    t = _trained(plan, layout)
-    gradients = 10 * t * accum
+    t = _held(plan, layout)
+    a = _training(plan, layout)
+    gradients = 10 * a * accum
     if zero.offload_optimizer:
         return gradients
-    return gradients + 46 * t // (world_size if zero.stage else 1)
+    return gradients + (28 * a + 18 * t) // (world_size if zero.stage else 1)
 
 
 def host_traffic_bytes(plan: Plan, layout: Layout, zero: ZeroSettings, world_size: int) -> int:
     """The bytes that a rank moves on and to the host with optimizer offload: gradients, weights, and AdamW."""
     if not zero.offload_optimizer:
         return 0
-    return (FP32 + BF16 + 28) * _trained(plan, layout) // world_size
+    return ((FP32 + 28) * _training(plan, layout) + BF16 * _held(plan, layout)) // world_size
 
 
 def buckets_bytes(plan: Plan, layout: Layout, zero: ZeroSettings) -> int:
@@ -276,8 +283,8 @@ def buckets_bytes(plan: Plan, layout: Layout, zero: ZeroSettings) -> int:
     (4); at stage 2 it is staged in BF16, flattened and converted to fp32 (8); at stage 3 it is ordered by ranks in fp32
     (4).
     """
-    t = _trained(plan, layout)
-    bucket = min(t, zero.reduce_bucket_size if zero.stage > 1 else ENGINE_BUCKET)
+    reduced = _held(plan, layout) if zero.stage == 1 else _training(plan, layout)
+    bucket = min(reduced, zero.reduce_bucket_size if zero.stage > 1 else ENGINE_BUCKET)
     return (6, 4, 8, 4)[zero.stage] * bucket
 
 
@@ -312,6 +319,13 @@ def _sizes(plan: Plan, layout: Layout) -> Mapping[str, int]:
     return {name: math.prod(shape) for name, shape in plan.parameters(layout).items()}
 
 
-def _trained(plan: Plan, layout: Layout) -> int:
+def _held(plan: Plan, layout: Layout) -> int:
+    """The elements that the optimizer holds."""
     sizes = _sizes(plan, layout)
     return sum(sizes[name] for name in plan.trainable)
+
+
+def _training(plan: Plan, layout: Layout) -> int:
+    """The elements that train now."""
+    sizes = _sizes(plan, layout)
+    return sum(sizes[name] for name in plan.training())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,18 @@ from prelora_ds.config.tree import Config, ZeroSettings
 from prelora_ds.core.controller import PhaseController, PhaseState
 from prelora_ds.core.duration import Duration
 from prelora_ds.core.layout import Layout
-from prelora_ds.core.phases import needed_in_fp32, plans_at_rank
+from prelora_ds.core.merge import Merge
+from prelora_ds.core.phases import PhaseSpec, needed_in_fp32, plans_at_rank
 from prelora_ds.core.plan import Plan
 from prelora_ds.core.rank_rules.uniform import UniformRank
 from prelora_ds.core.schedule import Timeline
+from prelora_ds.core.selection import active_adapters, candidates
 from prelora_ds.core.switch_tests.prelora import Observation, Verdict, Windowing, WindowStats
 from prelora_ds.cost import flops as costs
 from prelora_ds.cost.bytes import predict_bytes
 from prelora_ds.cost.candidates import USABLE, predict_candidate, predict_candidates, reuse_distance
 from prelora_ds.cost.machines import Cluster, rates_and_memory
+from prelora_ds.cost.merging import merge_work
 from prelora_ds.cost.timing import Rates
 from prelora_ds.errors import ConfigError
 
@@ -29,9 +32,19 @@ NOTES = (
     "All values are predictions. Bytes are per rank: states at the end of backward, activations at its start.",
     "peak: the larger of these two sums, with staging copies and gathered weights; it fits if it takes at most "
     f"{USABLE:.0%} of the memory.",
-    "host: fp32 values, in host memory, of weights that a phase freezes and a later phase trains again.",
+    "host: fp32 values, in host memory, of weights that a phase freezes, and that a later phase trains again or that "
+    "adapters are merged into.",
     "step: computation, optimizer and communication one after another, without loading, evaluation and checkpoints.",
     "jobs: of the given walltime, back to back; queueing, start-up and repeated steps are not included.",
+)
+ACTIVE_NOTE = (
+    "training at a time: the first choice of adapters, which is drawn at random with run.seed. Activations and times "
+    "are those of this one draw; later choices may cost more or less. Peak, fits and the largest micro-batch allow for "
+    "all adapters at once."
+)
+MERGE_NOTE = (
+    "merge: the seconds of one, if one core of the host does the rank's part; without writing the merged weights for "
+    "later checkpoints. The hours of the run include all merges."
 )
 
 
@@ -41,9 +54,10 @@ def predict_run(config: Config, cluster: Cluster, layout: Layout, images: int, *
 
     layout: the layout of the recipe's ViT.
     images: the number of images per epoch.
-    mean_rank: the rank of every adapter.
+    mean_rank: the rank of every adapter whose rank a rule chooses.
 
-    Seconds, and whether a phase fits, are None if nothing is known about the machine.
+    Seconds, and whether a phase fits, are None if nothing is known about the machine. In the row of a phase, ``active``
+    is None unless only some adapters train at a time, and ``merge`` unless its adapters are merged again and again.
 
     Raises ConfigError for a batch that cannot be divided, an unknown GPU, an invalid calibration, or a model that is
     not a ViT.
@@ -58,11 +72,11 @@ def predict_run(config: Config, cluster: Cluster, layout: Layout, images: int, *
     runs = []
     phases = config.specs()
     parked = [needed_in_fp32(phases, layout, index) for index in range(len(phases))]
-    plans = plans_at_rank(phases, layout, mean_rank)
+    plans = plans_at_rank(phases, layout, mean_rank, seed=config.run.seed)
     for zero in _settings(config, plans, accum):
         rows_of_stage = [
-            _row(config, plan, layout, zero, cluster, rates, memory_gib, images, kept)
-            for plan, kept in zip(plans, parked, strict=True)
+            _row(config, spec, plan, layout, zero, cluster, rates, memory_gib, timeline, kept)
+            for spec, plan, kept in zip(phases, plans, parked, strict=True)
         ]
         rows += rows_of_stage
         if rates is not None:
@@ -82,7 +96,7 @@ def predict_run(config: Config, cluster: Cluster, layout: Layout, images: int, *
         "rates": rates and asdict(rates),
         "rows": rows,
         "runs": runs,
-        "notes": list(NOTES),
+        "notes": _notes(phases),
     }
 
 
@@ -124,29 +138,42 @@ def _settings(config: Config, plans: Sequence[Plan], accum: int) -> Iterator[Zer
         yield config.zero
 
 
-def _row(config: Config, plan: Plan, layout: Layout, zero: ZeroSettings, cluster: Cluster, rates: Rates | None,
-         memory_gib: float | None, images: int, parked: frozenset[str]) -> dict[str, Any]:
+def _notes(phases: Sequence[PhaseSpec]) -> list[str]:
+    notes = list(NOTES)
+    if any(spec.selection is not None for spec in phases):
+        notes.append(ACTIVE_NOTE)
+    if any(spec.merge is not None for spec in phases):
+        notes.append(MERGE_NOTE)
+    return notes
+
+
+def _row(config: Config, spec: PhaseSpec, plan: Plan, layout: Layout, zero: ZeroSettings, cluster: Cluster,
+         rates: Rates | None, memory_gib: float | None, timeline: Timeline, parked: frozenset[str]) -> dict[str, Any]:
     config = config.for_phase(plan.phase)
     world = cluster.world_size
     batch = config.train.global_batch_size
     micro = config.train.micro_batch_size
-    image = costs.micro_batch(config.model, plan, layout, 1, kernel=config.kernel(zero.stage))
+    kernel = config.kernel(zero.stage)
+    image = costs.micro_batch(config.model, plan, layout, 1, kernel=kernel)
     configured = predict_candidate(config, plan, layout, zero, world, micro)
     step_s = rates and rates.step_seconds(configured.work, cluster.gpus_per_host)
 
     gathered = costs.gathered_bytes(plan, layout, zero, reuse_distance=reuse_distance(config))
     extra = costs.buckets_bytes(plan, layout, zero) + gathered
-    host = predict_bytes(plan, layout, zero, world, after_backward=False, parked=parked).host
+    host = predict_bytes(plan, layout, zero, world, after_backward=False, kernel=kernel, parked=parked).host
 
     largest = memory_gib
     if memory_gib:
-        candidates = predict_candidates(config, plan, layout, zero, world)
-        largest = max((each.micro_batch_size for each in candidates if each.fits(memory_gib)), default=0)
+        settings = predict_candidates(config, plan, layout, zero, world)
+        largest = max((each.micro_batch_size for each in settings if each.fits(memory_gib)), default=0)
 
     return {
         "stage": zero.stage,
         "offload_optimizer": zero.offload_optimizer,
         "phase": plan.phase,
+        "ranks": sorted({adapter.rank for adapter in plan.adapters.values() if adapter.rank is not None}),
+        "active": _active(spec, plan, layout),
+        "merge": _merge(config, spec.merge, plan, layout, zero, world, rates, timeline),
         "weights_bytes": configured.states.weights,
         "gradients_bytes": configured.states.gradients,
         "masters_bytes": configured.states.masters,
@@ -158,19 +185,50 @@ def _row(config: Config, plan: Plan, layout: Layout, zero: ZeroSettings, cluster
         "fits": None if memory_gib is None else configured.fits(memory_gib),
         "largest_micro_batch": largest,
         "step_s": step_s,
-        "epoch_s": step_s and step_s * images / batch,
+        "epoch_s": step_s and step_s * timeline.samples / batch,
         "wire_bytes": int(configured.work.wire_gb * 1e9),
         "gflop_per_image": image.flops / 1e9,
+    }
+
+
+def _active(spec: PhaseSpec, plan: Plan, layout: Layout) -> dict[str, int] | None:
+    """How many adapters, and how many parameters, train at a time, and how many could."""
+    if spec.selection is None:
+        return None
+    sizes = {name: math.prod(shape) for name, shape in plan.parameters(layout).items()}
+    return {
+        "adapters": len(active_adapters(plan, layout)),
+        "adapters_in_all": len(candidates(plan, layout)),
+        "parameters": sum(sizes[name] for name in plan.training()),
+        "parameters_in_all": sum(sizes[name] for name in plan.trainable),
+    }
+
+
+def _merge(config: Config, merge: Merge | None, plan: Plan, layout: Layout, zero: ZeroSettings, world: int,
+           rates: Rates | None, timeline: Timeline) -> dict[str, Any] | None:
+    """How often adapters are merged, and the seconds of a merge."""
+    if merge is None:
+        return None
+    steps = max(1, timeline.step_after(0, merge.every))
+    work = merge_work(config.model, plan, layout, merge.reset, zero, world, kernel=config.kernel(zero.stage))
+    return {
+        "every_steps": steps,
+        "per_epoch": timeline.samples / timeline.global_batch / steps,
+        "seconds": rates and work.seconds(rates, world),
     }
 
 
 def _run(config: Config, layout: Layout, zero: ZeroSettings, rows: list[dict[str, Any]], timeline: Timeline,
          walltime_s: float | None) -> dict[str, Any]:
     step_s = {row["phase"]: row["step_s"] for row in rows}
+    merge_s = {row["phase"]: row["merge"]["seconds"] for row in rows if row["merge"]}
 
     def entry(steps: dict[str, int]) -> dict[str, Any]:
+        merges = merges_of_phases(config, timeline, steps)
         seconds = sum(step_s[phase] * count for phase, count in steps.items())
-        return {"steps": steps, "hours": seconds / 3600, "jobs": walltime_s and math.ceil(seconds / walltime_s)}
+        seconds += sum(merge_s[phase] * count for phase, count in merges.items())
+        return {"steps": steps, "merges": merges, "hours": seconds / 3600,
+                "jobs": walltime_s and math.ceil(seconds / walltime_s)}
 
     tests = any(spec.until is not None and not isinstance(spec.until, Duration) for spec in config.specs())
     return {
@@ -217,6 +275,24 @@ def steps_of_phases(config: Config, layout: Layout, timeline: Timeline, *, passe
             begun = tick
         state = after
     return {**steps, names[state.index]: timeline.total_steps - begun}
+
+
+def merges_of_phases(config: Config, timeline: Timeline, steps: Mapping[str, int]) -> dict[str, int]:
+    """The number of merges of each phase that has them, without that at the end of the phase.
+
+    steps: the result of `steps_of_phases`.
+    """
+    merges = {}
+    begun = 0
+    for spec in config.specs():
+        end = begun + steps.get(spec.name, 0)
+        if spec.merge is not None:
+            merges[spec.name] = 0
+            step = begun
+            while (step := max(step + 1, timeline.step_after(step, spec.merge.every))) < end:
+                merges[spec.name] += 1
+        begun = end
+    return merges
 
 
 def why_unfinished(config: Config, layout: Layout, timeline: Timeline, state: PhaseState,

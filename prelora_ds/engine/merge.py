@@ -21,7 +21,7 @@ from deepspeed import comm
 
 from prelora_ds.core.adapters import AdapterSpec, Shape, kind_of
 from prelora_ds.core.layout import Layout
-from prelora_ds.core.merge import Reset
+from prelora_ds.core.merge import PROBES, Reset
 from prelora_ds.core.plan import Plan
 from prelora_ds.engine.fragments import Fragment, adam_state, fragments
 from prelora_ds.engine.optimizer import MOMENTS, inner_optimizer
@@ -34,8 +34,6 @@ from prelora_ds.model.families import named_parameters
 
 if TYPE_CHECKING:
     from prelora_ds.engine.build import Engine
-
-PROBES = 4  # random images on which the change of the outputs is measured
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -9,6 +11,29 @@ from rich.console import Console
 from prelora_ds.reporting.columns import print_columns, print_line
 
 OWNERS = ("weights", "gradients", "masters", "moments", "buckets", "activations")
+
+
+def _ranks(row: dict[str, Any]) -> str:
+    return "-".join(str(rank) for rank in sorted({*row["ranks"][:1], *row["ranks"][-1:]})) or "-"
+
+
+def _share(row: dict[str, Any], what: str) -> str:
+    active = row["active"]
+    return "-" if active is None else f"{active[what] / active[f'{what}_in_all']:.0%}"
+
+
+def _merges(row: dict[str, Any], key: str) -> str:
+    return "-" if row["merge"] is None or row["merge"][key] is None else f"{row['merge'][key]:.3g}"
+
+
+# What only some phases have: label -> the cell of a row, "-" for a phase without it.
+DETAILS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "adapter rank": _ranks,
+    "adapters training at a time": partial(_share, what="adapters"),
+    "parameters training at a time": partial(_share, what="parameters"),
+    "merges per epoch": partial(_merges, key="per_epoch"),
+    "merge, s": partial(_merges, key="seconds"),
+}
 FITS = {True: "yes", False: "no", None: "-"}
 
 
@@ -21,15 +46,17 @@ def print_forecast(result: dict[str, Any], console: Console | None = None) -> No
     if any(row["host_bytes"] for row in rows):
         memory.append("host")
     labels = [*(f"{owner}, {unit}" for owner in memory), "fits", "largest micro-batch", "step, ms", "epoch, min"]
+    details = {label: cell for label, cell in DETAILS.items() if any(cell(row) != "-" for row in rows)}
 
     print_line(console, f"{result['recipe']}, predicted: {result['hosts']} x {result['gpus_per_host']} "
-                        f"{result['gpu']}, micro-batch {result['micro_batch_size']} x {result['grad_accum_steps']}, "
-                        f"LoRA rank {result['mean_rank']}; memory per rank")
+                        f"{result['gpu']}, micro-batch {result['micro_batch_size']} x {result['grad_accum_steps']}; "
+                        "memory per rank")
     for stage in dict.fromkeys(map(_stage, rows)):
         configured = " (configured)" if stage == result["configured_stage"] else ""
         print_line(console, f"\nZeRO {stage}{configured}")
-        columns = [(row["phase"], _cells(row, memory, factor)) for row in rows if _stage(row) == stage]
-        print_columns(console, labels, columns)
+        columns = [(row["phase"], [*(cell(row) for cell in details.values()), *_cells(row, memory, factor)])
+                   for row in rows if _stage(row) == stage]
+        print_columns(console, [*details, *labels], columns)
         for run in result["runs"]:
             if _stage(run) == stage:
                 print_line(console, _sentence(run))
@@ -56,10 +83,12 @@ def _cells(row: dict[str, Any], memory: list[str], factor: int) -> list[str]:
 
 
 def _sentence(run: dict[str, Any]) -> str:
-    """Hours and jobs of the run at the earliest possible switch and without a switch."""
+    """Hours, jobs and merges of the run at the earliest possible switch and without a switch."""
     parts = []
     for key, words in (("earliest", "if every test passes as early as it can"), ("never", "if no test ever passes")):
         if run[key]:
-            jobs = "" if run[key]["jobs"] is None else f" (jobs: {run[key]['jobs']})"
-            parts.append(f"{run[key]['hours']:.3g} h{jobs} {words}")
+            counts = {} if run[key]["jobs"] is None else {"jobs": run[key]["jobs"]}
+            counts |= {f"merges in {phase}": count for phase, count in run[key]["merges"].items()}
+            counted = ", ".join(f"{what}: {count}" for what, count in counts.items())
+            parts.append(f"{run[key]['hours']:.3g} h{f' ({counted})' if counted else ''} {words}")
     return "The run takes " + ", ".join(parts) + "."

@@ -32,7 +32,8 @@ from prelora_ds.hosts.discovery import Ranks
 def resolve_auto(config: Config, layout: Layout, ranks: Ranks) -> Config:
     """Return ``config`` with every `auto` of a phase resolved; rank 0 prints each choice.
 
-    Adapters are assumed to have the largest rank that their rule can give. Raises ConfigError if
+    Adapters are assumed to have the largest rank that their rule can give, and where only some of
+    them train at a time, memory is predicted for all of them. Raises ConfigError if
     nothing fits, if the calibration cannot be read, or if the model is not a ViT, because only the
     costs of a ViT are known.
     """
@@ -48,7 +49,7 @@ def resolve_auto(config: Config, layout: Layout, ranks: Ranks) -> Config:
             "set micro_batch_size and zero_stage to numbers",
         )
     memory_gib, rates = _machine(config, world_size, ranks_per_host)
-    for plan in plans_at_rank(config.specs(), layout):
+    for plan in plans_at_rank(config.specs(), layout, seed=config.run.seed):
         phase = config.phase(plan.phase)
         if not phase.is_auto:
             continue

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from support.runs import MEDIUM, ZEROS, Trainer, config
 
+from prelora_ds.core.merge import Reset
+from prelora_ds.core.selection import with_active
 from prelora_ds.cost.flops import communication
+from prelora_ds.cost.merging import merge_work
+from prelora_ds.engine.merge import merge_adapters
+from prelora_ds.engine.transition import transition
 
 SENT = {"all_reduce": "all_reduce", "all_gather": "all_gather_into_tensor", "reduce_scatter": "reduce_scatter_tensor"}
 
@@ -22,26 +28,51 @@ def test_payloads_are_as_predicted(ranks, zero, accum, keys):
 
 
 def payloads_as_predicted(zero, accum, keys):
-    from deepspeed.comm import comm
-
     t = Trainer(config(zero, model=MEDIUM, batch=8 * accum, deepspeed={"zero_optimization": ZEROS[zero] | keys}))
-    for plan in (t.full, t.lora):
-        if plan is not t.full:
+    dyna = with_active(t.lora, t.layout, frozenset(sorted(t.lora.adapters)[::2]), cut_backward=False)
+    for plan in (t.full, t.lora, dyna):
+        if plan is t.lora:
             t.switch(plan)
+        t.engine.set_active(plan.training())
         t.train(3)  # ZeRO-3 records its trace first
-        bytes_sent = Counter()
-        for name in SENT.values():
-            setattr(comm.cdb, name, counted(getattr(comm.cdb, name), name, bytes_sent))
-        try:
-            t.train(1)
-        finally:
-            for name in SENT.values():
-                delattr(comm.cdb, name)
+        bytes_sent = sent_by(lambda: t.train(1))
         predicted = communication(plan, t.layout, t.cfg.zero, accum,
                                   reuse_distance=keys.get("stage3_max_reuse_distance", 10**9))
         for term, name in SENT.items():
-            assert bytes_sent[name] == pytest.approx(getattr(predicted, term), rel=0.01, abs=100), (plan.phase, term)
+            assert bytes_sent[name] == pytest.approx(getattr(predicted, term), rel=0.01, abs=100), (plan, term)
     t.close()
+
+
+@pytest.mark.parametrize(("zero", "rule"), [("zero0", "zero"), ("zero2", "zero"), ("zero2", "magnitude"),
+                                            ("zero3", "zero")])
+def test_the_payload_of_a_merge_is_as_predicted(ranks, zero, rule):
+    ranks.run(payload_of_a_merge, zero=zero, rule=rule)
+
+
+def payload_of_a_merge(zero, rule):
+    t = Trainer(config(zero, deepspeed={"zero_optimization": ZEROS[zero] | {"stage3_param_persistence_threshold": 0}}))
+    t.engine, _ = transition(t.engine, t.lora, parked=frozenset(f"{path}.weight" for path in t.lora.adapters))
+    t.train(2)
+    reset = Reset(rule, 1.0 if rule == "zero" else 0.5)
+    bytes_sent = sent_by(lambda: merge_adapters(t.engine, replace(t.lora, cycle=1), reset))
+    predicted = merge_work(t.cfg.model, t.lora, t.layout, reset, t.cfg.zero, t.world, kernel="branch")
+    assert bytes_sent["all_reduce"] == pytest.approx(predicted.all_reduce, abs=100)
+    t.close()
+
+
+def sent_by(run):
+    """The bytes that each collective of DeepSpeed's backend is given while ``run()`` runs."""
+    from deepspeed.comm import comm
+
+    bytes_sent = Counter()
+    for name in SENT.values():
+        setattr(comm.cdb, name, counted(getattr(comm.cdb, name), name, bytes_sent))
+    try:
+        run()
+    finally:
+        for name in SENT.values():
+            delattr(comm.cdb, name)
+    return bytes_sent
 
 
 def counted(collective, name, bytes_sent):

@@ -88,6 +88,11 @@ def test_choices_are_followed_without_a_rebuild_and_all_else_stays_bitwise(whole
     assert lowest == {0, 1}, "the run has both kinds of choices"
 
 
+def test_the_run_measures_the_bytes_that_were_predicted(wholes):
+    (measured,) = [row for row in read_lines(wholes(2) / "events.jsonl") if row["event"] == "bytes"]
+    assert measured["phase"] == "dyna" and measured["worst_deviation"] < 0.02
+
+
 def layer_below_which_nothing_trains(plan, layout):
     """Return the lowest layer with a chosen adapter, after a check that nothing before it trains."""
     layers = {path: layer for found in layout.targets.values() for layer, path in found.items()}

@@ -78,6 +78,13 @@ def test_merges_are_logged_with_the_share_that_was_reset(whole):
     assert rates[6] < 0.6 * rates[5] and rates[7] > 1.5 * rates[6]
 
 
+def test_the_run_measures_the_bytes_that_were_predicted(wholes):
+    measured = events(wholes(2, "branch"), "bytes")
+    assert [row["phase"] for row in measured] == ["relora", "joint", "lora"]
+    assert all(row["worst_deviation"] < 0.02 for row in measured)
+    assert [row["measured"]["host"] > 0 for row in measured] == [True, False, False]
+
+
 @pytest.mark.parametrize(("zero", "mode", "step"), [
     (2, "branch", 6), (3, "branch", 9), (2, "merged", 9),
     *(pytest.param(*more, marks=pytest.mark.long) for more in [

@@ -9,13 +9,13 @@ from functools import partial
 
 import pytest
 import torch
-from support.runs import MEDIUM, SMALL, ZEROS, Trainer, config, same
+from support.runs import MEDIUM, SMALL, ZEROS, Trainer, config, only_owned, same
 
 from prelora_ds.core.adapters import Lora
 from prelora_ds.cost.bytes import predict_bytes
 from prelora_ds.engine import build as build_module
 from prelora_ds.engine import restore as restore_module
-from prelora_ds.engine.census import OWNERS, census, engine_storages, live_storages, rss_bytes, wait_until
+from prelora_ds.engine.census import census, engine_storages, live_storages, rss_bytes, wait_until
 from prelora_ds.engine.measure import check_ranks_agree, gathered, weight_norms
 from prelora_ds.engine.release import release, trim_memory
 from prelora_ds.engine.state import export_state
@@ -55,35 +55,6 @@ def carry_over_both_switches(zero):
     # The adapters began at step 3; the other parameters have trained from step 0.
     assert {value for name, value in steps.items() if ".lora_" in name} == {6}
     assert {value for name, value in steps.items() if ".lora_" not in name} == {9}
-    t.close()
-
-
-@ALL
-def test_bytes_of_every_owner_are_as_predicted(ranks, zero):
-    ranks.run(bytes_as_predicted, zero=zero)
-
-
-def bytes_as_predicted(zero, lora=None):
-    t = Trainer(config(zero, model=MEDIUM, lora=lora or {"mode": "auto"}))
-    for plan in (t.full, t.warmup, t.lora):
-        if plan is not t.full:
-            t.switch(plan)
-        t.train(2)
-        batches = t.batches()
-        t.engine.backward(batches)
-        at_backward = wait_until(lambda: census(t.engine), only_owned)
-        t.engine.finish_step(lr=1e-3)
-        t.step += 1
-        del batches
-        at_rest = wait_until(lambda: census(t.engine), only_owned)
-        for measured, after_backward in ((at_backward, True), (at_rest, False)):
-            predicted = vars(predict_bytes(plan, t.layout, t.cfg.zero, t.world, after_backward=after_backward,
-                                           kernel=t.engine.config.kernel()))
-            for owner, expected in predicted.items():
-                assert abs(measured[owner] - expected) <= 0.02 * expected, (plan.phase, owner, after_backward,
-                                                                            predicted, measured)
-            assert only_owned(measured), (plan.phase, measured)
-            assert measured["state"] == 0 and set(measured) == set(OWNERS)
     t.close()
 
 
@@ -163,17 +134,6 @@ def own_settings(before, after):
     for owner, expected in predicted.items():
         assert abs(measured[owner] - expected) <= 0.02 * expected, (owner, predicted, measured)
     t.close()
-
-
-@pytest.mark.parametrize(("lora", "zero"), [
-    ({"mode": "merged"}, "zero0"), ({"mode": "merged"}, "zero2"), ({"train_a": False}, "zero2"),
-    ({"train_a": False}, "zero3")])
-def test_bytes_of_other_adapters_are_as_predicted(ranks, lora, zero):
-    ranks.run(bytes_as_predicted, zero=zero, lora=lora)
-
-
-def only_owned(measured):
-    return measured["other"] <= 0.02 * sum(measured.values())
 
 
 @ALL

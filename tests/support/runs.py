@@ -46,10 +46,13 @@ def config(
     deepspeed: dict[str, Any] | None = None,
     micro: int = 4,
     batch: int = 8,
-    **sections: dict[str, Any],
+    **sections: dict[str, Any] | list[Any] | None,
 ) -> Config:
-    """Return the config of a small ViT. ``sections`` replace keys of its sections."""
-    values: dict[str, dict[str, Any]] = {
+    """Return the config of a small ViT.
+
+    A mapping among ``sections`` replaces keys of that section, anything else the whole section.
+    """
+    values: dict[str, Any] = {
         "run": {"name": "test", "output_dir": "out/test"},
         "model": model or SMALL,
         "data": {"train": "-", "val": "-"},
@@ -61,7 +64,8 @@ def config(
         "lora": {"mode": "branch"},
     }
     for name, section in sections.items():
-        values[name] = {**values.get(name, {}), **section}
+        is_mapping = isinstance(section, dict)
+        values[name] = {**values.get(name, {}), **section} if is_mapping else section
     return validate(values, "test")
 
 
@@ -230,3 +234,8 @@ def same(a: dict[Any, Any], b: dict[Any, Any]) -> list[Any]:
         if not equal:
             different.append(key)
     return different
+
+
+def only_owned(measured: dict[str, int]) -> bool:
+    """Return whether a census knows the owner of all but 2 % of its bytes."""
+    return measured["other"] <= 0.02 * sum(measured.values())

@@ -12,7 +12,11 @@ import pytest
 import yaml
 
 from prelora_ds import cli
+from prelora_ds.config.load import load_config
+from prelora_ds.core.controller import PhaseController
+from prelora_ds.core.schedule import Timeline
 from prelora_ds.cost.timing import KINDS
+from prelora_ds.start import check_phases
 
 ROOT = Path(__file__).parents[3]
 RECIPE = ROOT / "launch/recipes/vit_large_in1k_prelora_exp1.yaml"
@@ -131,18 +135,99 @@ def test_what_a_phase_freezes_for_a_later_one_is_in_the_host_s_memory(
     preset = planned(*SMALL)["rows"]
     assert all(row["host_bytes"] == 0 for row in preset)
     assert "host, MiB" not in capsys.readouterr().out
-    values = yaml.safe_load(RECIPE.read_text())
-    for section in ("convergence", "lora", "phases"):
-        values.pop(section, None)
-    values["phases"] = [{"name": "low", "adapters": {"rank": 4}, "train": "adapters", "until": "4 steps"},
-                        {"name": "thaw", "train": "all"}]
-    recipe = tmp_path / "thaw.yaml"
-    recipe.write_text(yaml.safe_dump(values))
+    recipe = with_phases(tmp_path, {"name": "low", "adapters": {"rank": 4, "mode": "branch"}, "train": "adapters",
+                                     "until": "4 steps"},
+                         {"name": "thaw", "train": "all"})
     rows = planned(*SMALL, recipe=recipe, stage=1)["rows"]
     assert "host, MiB" in capsys.readouterr().out
     low, thaw = (row for row in rows if row["stage"] == 1)
     model = preset[0]["weights_bytes"] // 2
     assert (low["host_bytes"], thaw["host_bytes"]) == (4 * model // 4, 0), "4 bytes an element over 4 ranks"
+
+
+def with_phases(folder: Path, *phases: dict[str, Any]) -> Path:
+    """A copy of the recipe with these phases."""
+    values = yaml.safe_load(RECIPE.read_text())
+    for section in ("convergence", "lora"):
+        values.pop(section, None)
+    recipe = folder / "phases.yaml"
+    recipe.write_text(yaml.safe_dump({**values, "phases": list(phases)}))
+    return recipe
+
+
+FULL = {"name": "full", "until": "10 epochs"}
+DETAILS = ("training at a time", "merge")
+
+
+def test_only_a_method_with_choices_or_merges_says_something_about_them(
+        planned: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = planned(*SMALL)["rows"]
+    assert all(row["active"] is None and row["merge"] is None for row in rows)
+    assert [row["ranks"] for row in rows[:3]] == [[], [30], [30]]
+    assert not any(word in capsys.readouterr().out for word in DETAILS)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_the_adapters_that_train_at_a_time(planned: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                           cut: bool) -> None:
+    active = {"choose": "top_k", "k": 3, "every": "50 steps", "cut_backward": cut}
+    dyna = {"name": "dyna", "adapters": {"rank": 8, "families": ["q", "fc1", "fc2"]}, "train": "adapters"}
+    some, all_of_them = (planned(*SMALL, recipe=with_phases(tmp_path, FULL, {**dyna, **more}))["rows"][1]
+                         for more in ({"active": active}, {}))
+    out = capsys.readouterr().out
+    # Two blocks of three adapters: q has 8 * (64 + 64) elements, each of the others 8 * (64 + 128).
+    counts = some["active"]
+    assert (counts["adapters"], counts["adapters_in_all"], counts["parameters_in_all"]) == (3, 6, 8192)
+    assert counts["parameters"] in {1024 * q + 1536 * (3 - q) for q in range(3)}
+    assert "50%" in out and f"{counts['parameters'] / 8192:.0%}" in out and "this one draw" in out
+    assert some["gflop_per_image"] < all_of_them["gflop_per_image"]
+    assert some["activations_bytes"] <= all_of_them["activations_bytes"]
+    assert (some["stage"], some["phase"]) == (1, "dyna")
+    # Another choice may need more memory, so whether it fits is that of all adapters; states differ in gradients only.
+    same = ("peak_bytes", "largest_micro_batch", "weights_bytes", "masters_bytes", "moments_bytes")
+    assert all(some[key] == all_of_them[key] for key in same)
+    assert all_of_them["gradients_bytes"] - some["gradients_bytes"] == 2 * (8192 - counts["parameters"])
+
+
+def test_the_first_choice_is_that_of_the_run(planned: Any, tmp_path: Path) -> None:
+    dyna = {"name": "dyna", "adapters": {"rank": 8}, "train": "adapters",
+            "active": {"choose": "random", "k": 2, "every": "50 steps"}}
+    recipe = with_phases(tmp_path, dyna)
+    found = {seed: planned(*SMALL, f"run.seed={seed}", recipe=recipe)["rows"][0]["active"]["parameters"]
+             for seed in range(5)}
+    assert len(set(found.values())) > 1
+    config = load_config(recipe, [*SMALL, "run.seed=3"], ROOT / "ds_configs/zero2.json", recipe_key="RECIPE")
+    layout = check_phases(config, 1000)
+    controller = PhaseController(layout=layout, timeline=Timeline(1000, 256, config.train.duration),
+                                 phases=config.specs(), seed=config.run.seed)
+    plan = controller.initial().plan
+    shapes = plan.parameters(layout)
+    assert found[3] == sum(math.prod(shapes[name]) for name in plan.training())
+
+
+def test_merges_are_counted_and_their_seconds_are_part_of_the_run(
+        planned: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    relora = {"name": "relora", "train": ["adapters", "rest"], "until": "20 epochs",
+              "merge": {"every": "100 steps"}}
+    lora = {"name": "lora", "adapters": {"rank": 8, "from": "merge"}, "train": ["adapters", "rest"]}
+    found = {}
+    for mode in ("branch", "merged"):
+        phases = (FULL, {**relora, "adapters": {"rank": 16, "mode": mode}}, lora)
+        found[mode] = planned(*SMALL, "--images", 25600, "train.duration=50 epochs", "observe.every=1 epoch",
+                              recipe=with_phases(tmp_path, *phases))
+    out = capsys.readouterr().out
+    assert "merges per epoch" in out and "merges in relora: 19" in out and "all merges" in out
+    branch, merged = (next(row for row in result["rows"] if (row["stage"], row["phase"]) == (2, "relora"))
+                      for result in found.values())
+    assert (branch["ranks"], branch["merge"]["every_steps"], branch["merge"]["per_epoch"]) == ([16], 100, 1.0)
+    # The kernel merged keeps the fp32 weights in the module: 2 blocks of 4 * 64 * 64 + 2 * 64 * 128 elements.
+    assert (branch["host_bytes"], merged["host_bytes"]) == (4 * 65536 // 4, 0)
+    assert merged["weights_bytes"] - branch["weights_bytes"] == 4 * 65536
+    run = next(run for run in found["branch"]["runs"] if run["stage"] == 2)["never"]
+    steps_s = {row["phase"]: row["step_s"] for row in found["branch"]["rows"] if row["stage"] == 2}
+    seconds = sum(count * steps_s[phase] for phase, count in run["steps"].items())
+    assert run["merges"] == {"relora": 19}
+    assert run["hours"] == pytest.approx((seconds + 19 * branch["merge"]["seconds"]) / 3600)
 
 
 def test_a_cpu_has_bytes_and_with_a_calibration_times(planned: Any, tmp_path: Path) -> None:
@@ -201,11 +286,7 @@ def test_a_calibration_of_other_content_is_refused(tmp_path: Path, change: dict[
 
 def test_a_phase_that_trains_nothing_is_refused_by_its_name(
         monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = yaml.safe_load(RECIPE.read_text())
-    for section in ("convergence", "lora"):
-        recipe.pop(section, None)
-    recipe["phases"] = [{"name": "full", "until": "2 steps"},
-                        {"name": "none", "train": ["embeddings"], "freeze_below": 1}]
-    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
-    assert plan(monkeypatch, *SMALL, recipe=tmp_path / "r.yaml") == 2
+    recipe = with_phases(tmp_path, {"name": "full", "until": "2 steps"},
+                         {"name": "none", "train": ["embeddings"], "freeze_below": 1})
+    assert plan(monkeypatch, *SMALL, recipe=recipe) == 2
     assert "phases.none" in (said := capsys.readouterr().err) and "no parameter would train" in said

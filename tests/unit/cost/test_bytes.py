@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -17,6 +18,7 @@ LAYOUT = Layout({"a.weight": (64, 32), "a.bias": (64,), "embed": (10, 4)}, {"x":
 FULL = full_plan(LAYOUT)
 WARMUP = warmup_plan(LAYOUT, {"x": {0: 4}})
 LORA = lora_plan(LAYOUT, WARMUP)
+PARTLY = replace(LORA, active=frozenset({"a.lora_B.weight", "embed"}))  # 256 + 40 of 424 elements train
 BARE_LORA = lora_plan(LAYOUT, WARMUP, train_rest=False)
 ZERO3 = {"reduce_bucket_size": 1000, "persistence_threshold": 64}
 
@@ -61,6 +63,28 @@ def test_bytes_of_the_lora_phase_on_two_ranks(zero: ZeroSettings, expected: Byte
     assert predicted(LORA, zero) == expected
 
 
+@pytest.mark.parametrize(("zero", "gradients"), [
+    (ZeroSettings(0), 2 * 296), (ZeroSettings(1), 4 * 424 + 2 * 296), (ZeroSettings(2), 4 * 424 // 2),
+    (ZeroSettings(2, offload_optimizer=True), 8 * 424 // 2),
+    # Stage 3 fills the gaps with zeros in BF16, but not with offload.
+    (ZeroSettings(3, **ZERO3), 4 * 424 // 2 + 2 * 128 // 2),
+    (ZeroSettings(3, offload_optimizer=True, **ZERO3), 8 * 424 // 2),
+])
+def test_what_does_not_train_now_changes_the_gradients_of_a_backward_pass_only(zero: ZeroSettings, gradients: int
+                                                                               ) -> None:
+    assert predicted(PARTLY, zero) == replace(predicted(LORA, zero), gradients=gradients)
+    assert predicted(PARTLY, zero, after=False) == predicted(LORA, zero, after=False)
+
+
+@pytest.mark.parametrize("kernel", ["branch", "merged"])
+def test_parked_values_take_4_bytes_unless_they_train_or_the_kernel_keeps_them(kernel: str) -> None:
+    """The weight has 2048 elements, its bias 64; the embedding trains."""
+    found = predict_bytes(LORA, LAYOUT, ZeroSettings(2), 2, after_backward=False, kernel=kernel,
+                          parked=frozenset({"a.weight", "a.bias", "embed"}))
+    assert found.host == 4 * (64 + (2048 if kernel == "branch" else 0)) // 2
+    assert found.weights == 2 * 2536 + (4 * 2048 if kernel == "merged" else 0)
+
+
 @pytest.mark.parametrize("zero", [ZeroSettings(stage, offload) for stage in (0, 1, 2, 3)
                                   for offload in (False, True) if stage > 1 or not offload])
 @pytest.mark.parametrize(("plan", "trained"), [(LORA, 424), (BARE_LORA, 384), (WARMUP, 2536)])
@@ -84,7 +108,7 @@ def test_what_a_stage_shards_is_divided_by_the_ranks(world: int) -> None:
                                                                 "moments": world}
 
 
-@given(st.sampled_from([FULL, WARMUP, LORA, BARE_LORA]), st.integers(0, 3), st.integers(1, 64), st.booleans())
+@given(st.sampled_from([FULL, WARMUP, LORA, PARTLY, BARE_LORA]), st.integers(0, 3), st.integers(1, 64), st.booleans())
 def test_no_owner_grows_with_the_ranks_or_shrinks_in_the_backward_pass(plan, stage, world, after) -> None:
     zero = ZeroSettings(stage)
     now, more = (vars(predicted(plan, zero, w, after)) for w in (world, world + 1))

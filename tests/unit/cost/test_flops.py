@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -15,6 +16,7 @@ from prelora_ds.config.model import ModelConfig
 from prelora_ds.config.tree import ZeroSettings
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.plan import Plan
+from prelora_ds.core.selection import with_active
 from prelora_ds.cost.flops import (
     Communication,
     buckets_bytes,
@@ -25,7 +27,7 @@ from prelora_ds.cost.flops import (
     peak_bytes,
     state_traffic_bytes,
 )
-from prelora_ds.model.adapters import attach_adapters
+from prelora_ds.model.adapters import activate, attach_adapters
 from prelora_ds.model.adapters.lora import lora_linears
 from prelora_ds.model.families import find_layout, named_parameters
 from prelora_ds.model.vit import build_model
@@ -35,7 +37,7 @@ NARROW = {"image_size": 32, "patch_size": 8, "hidden_size": 64, "num_hidden_laye
           "intermediate_size": 256}
 LONG = {"image_size": 64, "patch_size": 8, "hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3,
         "intermediate_size": 200}
-PHASES = ("full", "warmup", "lora", "bare", "half")
+PHASES = ("full", "warmup", "lora", "bare", "half", "dyna", "cut")
 
 
 @cache
@@ -52,7 +54,9 @@ def plans(model: ModelConfig, rank: int = 8, labels: int = 10, train_a: bool = T
     lora = lora_plan(layout, warmup)
     return layout, {"full": full_plan(layout), "warmup": warmup, "lora": lora,
                     "bare": lora_plan(layout, warmup, train_rest=False),
-                    "half": lora_plan(layout, warmup, freeze_below=model.num_hidden_layers // 2)}
+                    "half": lora_plan(layout, warmup, freeze_below=model.num_hidden_layers // 2),
+                    "dyna": with_active(lora, layout, frozenset(sorted(lora.adapters)[::2]), cut_backward=False),
+                    "cut": with_active(lora, layout, frozenset(sorted(lora.adapters)[-2:]), cut_backward=True)}
 
 
 @pytest.mark.parametrize(("phase", "rank", "gflop"), [
@@ -125,10 +129,12 @@ def activation_bytes(model: ModelConfig, plan: Plan, batch: int, *, kernel: str 
     """The bytes that torch's allocator hands out in a forward pass and that are still in use at its end."""
     torch.manual_seed(0)
     module = build_model(model, 10)
-    attach_adapters(module, plan, find_layout(module, FAMILIES), dropout=0.0, kernel=kernel)
+    layout = find_layout(module, FAMILIES)
+    attach_adapters(module, plan, layout, dropout=0.0, kernel=kernel)
     module.to(torch.bfloat16).train()
     for name, p in named_parameters(module).items():
-        p.requires_grad_(name in plan.trainable)
+        p.requires_grad_(name in plan.training())
+    activate(module, plan, layout)
     if kernel == "merged":
         for linear in lora_linears(module):
             if not linear.get_base_layer().weight.requires_grad:
@@ -151,6 +157,7 @@ def allocated(run: Callable[[], object]) -> int:
 TINY = Layout({"a.weight": (64, 32), "a.bias": (64,), "embed": (10, 4)}, {"x": {0: "a"}})
 FULL = full_plan(TINY)
 LORA = lora_plan(TINY, warmup_plan(TINY, {"x": {0: 4}}))
+PARTLY = replace(LORA, active=frozenset({"a.lora_B.weight", "embed"}))  # 296 of its 424 elements
 
 
 @pytest.mark.parametrize(("plan", "zero", "accum", "expected"), [
@@ -162,6 +169,11 @@ LORA = lora_plan(TINY, warmup_plan(TINY, {"x": {0: 4}}))
     # Small parameters are gathered once per step, large ones once per micro-batch; frozen ones too.
     (LORA, ZeroSettings(3, persistence_threshold=64), 2,
      Communication(0, 2 * (2 * 2432 + 104), 2 * 4 * 424, 2 + 2 + 2)),
+    # Stage 1 reduces its whole buffer, and weights are gathered whether or not they train now.
+    (PARTLY, ZeroSettings(0), 1, Communication(4 * 296, 0, 0, 1)),
+    (PARTLY, ZeroSettings(1), 2, Communication(4 * 424, 2 * 424, 0, 2)),
+    (PARTLY, ZeroSettings(2), 3, Communication(3 * 4 * 296, 2 * 424, 0, 3 + 1)),
+    (PARTLY, ZeroSettings(3, persistence_threshold=64), 1, Communication(0, 2 * 2536, 4 * 296, 1 + 2 + 1)),
 ])
 def test_payloads(plan: Plan, zero: ZeroSettings, accum: int, expected: Communication) -> None:
     assert communication(plan, TINY, zero, accum) == expected
@@ -189,6 +201,13 @@ def test_the_optimizer_s_bytes_are_shared_out_from_stage_1_on() -> None:
     assert state_traffic_bytes(FULL, TINY, ZeroSettings(2), 2, 3) == (30 + 23) * 2152
     assert host_traffic_bytes(FULL, TINY, ZeroSettings(2, offload_optimizer=True), 2) == 17 * 2152
     assert host_traffic_bytes(FULL, TINY, ZeroSettings(2), 2) == 0
+
+
+def test_an_inactive_parameter_costs_its_norm_its_clipping_and_its_bf16_weight_only() -> None:
+    assert state_traffic_bytes(PARTLY, TINY, ZeroSettings(2), 2, 3) == 3 * 10 * 296 + (28 * 296 + 18 * 424) // 2
+    assert host_traffic_bytes(PARTLY, TINY, ZeroSettings(2, offload_optimizer=True), 2) == (32 * 296 + 2 * 424) // 2
+    assert [buckets_bytes(PARTLY, TINY, ZeroSettings(stage)) for stage in range(4)] == [
+        6 * 296, 4 * 424, 8 * 296, 4 * 296]
 
 
 def test_the_peak_is_where_backward_begins_or_where_it_ends() -> None:

@@ -13,7 +13,7 @@ from prelora_ds.core.layout import Layout
 from prelora_ds.core.phases import PhaseSpec
 from prelora_ds.core.schedule import Timeline
 from prelora_ds.core.switch_tests.prelora import Observation
-from prelora_ds.cost.forecast import steps_of_phases, why_unfinished
+from prelora_ds.cost.forecast import merges_of_phases, steps_of_phases, why_unfinished
 
 FAMILIES = ("q", "k", "v", "o", "fc1", "fc2")
 LAYOUT = Layout(
@@ -45,6 +45,24 @@ def begun(*phases: str, steps: int = 10) -> tuple[Any, PhaseState]:
 def test_a_phase_whose_ranks_depend_on_windows_is_foreseen_to_wait_for_them() -> None:
     method = run("{name: full, until: 2 steps}", BY_RULE + TEST, LAST, steps=20)
     assert steps_of_phases(*method, passes=False) == {"full": 12, "l": 8}
+
+
+@pytest.mark.parametrize("every", ["1 step", "3 steps", "4 steps", "0.3 epochs", "10 %", "100 steps"])
+@pytest.mark.parametrize("until", ["8 steps", "100 steps"])
+def test_merges_are_foreseen_as_the_controller_makes_them(every: str, until: str) -> None:
+    relora = f"{{name: relora, adapters: {{rank: 2}}, train: adapters, until: {until}, merge: {{every: {every}}}}}"
+    method, state = begun("{name: full, until: 2 steps}", relora, LAST, steps=20)
+    settings, layout, timeline = method
+    controller = PhaseController(layout=layout, timeline=timeline, phases=settings.specs(), seed=0)
+    merges = 0
+    for step in range(1, 21):
+        if step % 2 == 0 and step < 20:
+            state = controller.next(state, Observation(step, 1, 1.0, {}))
+        after = controller.after_step(state, step)
+        merges += after.plan.cycle > state.plan.cycle
+        state = after
+    steps = steps_of_phases(*method, passes=False)
+    assert merges_of_phases(settings, timeline, steps) == {"relora": merges}
 
 
 @pytest.mark.parametrize(("phases", "said"), [
