@@ -16,8 +16,7 @@ from prelora_ds.cost.flops import micro_batch
 from prelora_ds.cost.timing import Rates
 
 # Of one core, measured on an AMD EPYC with torch 2.14: float64 products of rank 256, and seconds per element of the sum
-# with its rounding to fp32, of a first value, of choosing the
-# smallest moments, and of a random order.
+# with its rounding to fp32, of a first value, of finding the smallest moments, and of a random order.
 PRODUCT_FLOPS = 30e9  # per second
 SUM_S = 2.7e-9
 DRAW_S = 3.7e-9
