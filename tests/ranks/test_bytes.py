@@ -80,17 +80,23 @@ CUT = [
 ZERO_KERNELS = [*((zero, "branch") for zero in ZEROS), ("zero2", "merged")]
 
 
-@pytest.mark.parametrize(("zero", "kernel"), ZERO_KERNELS)
+def only(*quick):
+    """Return all settings, of which only ``quick`` are not marked as long."""
+    return [setting if setting in quick else pytest.param(*setting, marks=pytest.mark.long)
+            for setting in ZERO_KERNELS]
+
+
+@pytest.mark.parametrize(("zero", "kernel"), only(("zero2", "branch")))
 def test_bytes_of_every_phase_of_relora_are_as_predicted(ranks, zero, kernel):
     ranks.run(bytes_of_phases, zero=zero, kernel=kernel, phases=RELORA)
 
 
-@pytest.mark.parametrize(("zero", "kernel"), ZERO_KERNELS)
+@pytest.mark.parametrize(("zero", "kernel"), only(("zero1", "branch"), ("zero3", "branch")))
 def test_bytes_of_every_phase_of_dynalora_are_as_predicted(ranks, zero, kernel):
     ranks.run(bytes_of_phases, zero=zero, kernel=kernel, phases=DYNA)
 
 
-@pytest.mark.parametrize("zero", ["zero1", "zero3"])
+@pytest.mark.parametrize("zero", ["zero1", pytest.param("zero3", marks=pytest.mark.long)])
 def test_bytes_of_a_backward_pass_that_ends_early_are_as_predicted(ranks, zero):
     ranks.run(bytes_of_phases, zero=zero, kernel="branch", phases=CUT)
 
