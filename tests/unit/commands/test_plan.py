@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from prelora_ds import cli
+from prelora_ds.config.load import load_config
 from prelora_ds.cost.timing import KINDS
 
 ROOT = Path(__file__).parents[3]
@@ -36,6 +37,12 @@ def planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         return json.loads((tmp_path / "plan.json").read_text())
 
     return run
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "launch/recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_can_be_planned(recipe: Path, planned: Any) -> None:
+    result = planned("--gpus-per-host", 2, recipe=recipe)
+    assert {row["phase"] for row in result["rows"]} == {spec.name for spec in load_config(recipe).specs()}
 
 
 def test_the_paper_s_run_on_16_hosts(planned: Any, capsys: pytest.CaptureFixture[str]) -> None:
