@@ -12,7 +12,7 @@ DEEPSPEED := deepspeed --num_accelerators 2 launch/pretrain.py
 DEMO := out/digits_demo
 SMOKE := out/smoke_vitl
 
-.PHONY: help setup demo test test-long test-faults test-hosts lint docs smoke-vitl freeze clean data/digits data/photographs
+.PHONY: help setup demo test test-long test-methods test-faults test-hosts lint docs smoke-vitl freeze clean data/digits data/photographs
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ test: setup  ## run all tests
 
 test-long: setup  ## run the additional settings of long tests (about 10 minutes)
 	pytest -m long --durations=0
+
+test-methods: setup  ## train each method on the digits, and compare the accuracies with full training (about 10 minutes)
+	python benchmarks/methods_digits.py
 
 test-faults: setup  ## kill ranks 44 times at random (seeded) moments, and compare with undisturbed runs (about 8 minutes)
 	python benchmarks/faults.py

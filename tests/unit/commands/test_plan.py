@@ -42,6 +42,12 @@ def planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return run
 
 
+@pytest.mark.parametrize("recipe", sorted((ROOT / "launch/recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_can_be_planned(recipe: Path, planned: Any) -> None:
+    result = planned("--gpus-per-host", 2, recipe=recipe)
+    assert {row["phase"] for row in result["rows"]} == {spec.name for spec in load_config(recipe).specs()}
+
+
 def test_the_paper_s_run_on_16_hosts(planned: Any, capsys: pytest.CaptureFixture[str]) -> None:
     result = planned("--hosts", 16, "--gpus-per-host", 4, "--walltime", "6h")
     out = capsys.readouterr().out
