@@ -112,7 +112,7 @@ def one_run(name: str, seed: int, shards: Path, out: Path) -> dict[str, Any]:
         "load": round(load, 1),
         "phases": ", ".join(f"{row['phase']} {row['step'] + 1}" for row in of["plan"]),
         "merges": len(of["merge"]),
-        "choices": len(of["active"]),
+        "choices": sum(row["step"] > of["plan"][-1]["step"] for row in of["active"]),  # without the first of the phase
         "mistakes": "; ".join(mistakes_of(recipe, of)),
     }
 
