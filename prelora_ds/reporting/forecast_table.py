@@ -83,12 +83,13 @@ def _cells(row: dict[str, Any], memory: list[str], factor: int) -> list[str]:
 
 
 def _sentence(run: dict[str, Any]) -> str:
-    """Hours, jobs and merges of the run at the earliest possible switch and without a switch."""
+    """Hours, jobs and merges of the run; where tests end its phases, at the earliest possible switch and without one."""
     parts = []
-    for key, words in (("earliest", "if every test passes as early as it can"), ("never", "if no test ever passes")):
+    never = " if no test ever passes" if run["earliest"] else ""
+    for key, words in (("earliest", " if every test passes as early as it can"), ("never", never)):
         if run[key]:
             counts = {} if run[key]["jobs"] is None else {"jobs": run[key]["jobs"]}
             counts |= {f"merges in {phase}": count for phase, count in run[key]["merges"].items()}
             counted = ", ".join(f"{what}: {count}" for what, count in counts.items())
-            parts.append(f"{run[key]['hours']:.3g} h{f' ({counted})' if counted else ''} {words}")
+            parts.append(f"{run[key]['hours']:.3g} h{f' ({counted})' if counted else ''}{words}")
     return "The run takes " + ", ".join(parts) + "."
