@@ -83,7 +83,7 @@ def _cells(row: dict[str, Any], memory: list[str], factor: int) -> list[str]:
 
 
 def _sentence(run: dict[str, Any]) -> str:
-    """Hours, jobs and merges of the run; where tests end its phases, at the earliest possible switch and without one."""
+    """Hours, jobs and merges of the run: where tests end its phases, with the earliest switch and without one."""
     parts = []
     never = " if no test ever passes" if run["earliest"] else ""
     for key, words in (("earliest", " if every test passes as early as it can"), ("never", never)):
