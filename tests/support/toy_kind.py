@@ -32,6 +32,7 @@ class ToyKind:
     can = Capabilities(
         merges=True,
         restarts=True,
+        resizes=False,
         rank_per_module=False,
         kernels=("branch",),
         needs_weight=False,
