@@ -13,12 +13,12 @@ ALL = frozenset({Lora.A, Lora.B})
 
 
 def test_the_table_of_kinds_in_the_docs_is_what_the_kinds_say() -> None:
-    rows = {cells[1].strip(" `"): [cell.strip() for cell in cells[3:8]]
+    rows = {cells[1].strip(" `"): [cell.strip() for cell in cells[3:9]]
             for line in METHODS.read_text().splitlines() if (cells := line.split("|"))[1:] and "`" in cells[1]}
     for name, kind in KINDS.items():
         can, yes = kind.can, {True: "yes", False: "no"}
         stages = f"{min(can.zero_stages)} to {max(can.zero_stages)}"
-        assert rows[name] == [yes[can.merges], yes[can.restarts], yes[can.rank_per_module], stages,
+        assert rows[name] == [yes[can.merges], yes[can.restarts], yes[can.resizes], yes[can.rank_per_module], stages,
                               ", ".join(can.kernels)]
 
 
