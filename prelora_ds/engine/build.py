@@ -191,10 +191,12 @@ class Engine:
         reduced = torch.cat([self._sums.double(), *(value.to(self._sums.device, torch.float64) for value in values)])
         comm.all_reduce(reduced)
 
-        total, corrupt, *rest = reduced.tolist()
+        # Loss, flags and seconds are rounded to fp32, in which they were measured; importance is not.
+        known = len(reduced) - len(parts)
+        total, corrupt, *rest = reduced[:known].float().tolist()
         raised = rest[: len(flags)]
-        seconds = tuple(rest[len(flags) : len(flags) + 2 * world])
-        importance = dict(zip(parts, rest[len(flags) + 2 * world :], strict=True))
+        seconds = tuple(rest[len(flags) :])
+        importance = dict(zip(parts, reduced[known:].tolist(), strict=True))
         loss = total / world
 
         skipped_before = self.ds.skipped_steps
