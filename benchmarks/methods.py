@@ -131,7 +131,7 @@ def main() -> None:
         f"{WORLD} ranks with one core each, ZeRO {STAGE}, micro-batch {args.micro_batch}, images of "
         f"{args.image_size} pixels. Variants: {args.layers} blocks, eager attention, mean rank 30; head, norms and "
         "embeddings train, except below the lowest active block where the bottom is frozen. Each turn chooses adapters "
-        "anew, scattered ones at random, and takes one step. of LoRA: median over rounds of the ratio to the LoRA step "
+        "again, scattered ones at random, and takes one step. of LoRA: median over rounds of the ratio to the LoRA step "
         "of the same round. FLOPs are not a limit: they count neither memory traffic nor the smaller gradients that "
         "are communicated. Saved activations: predicted. Importance is measured only where the row says so. "
         "dyna_next_step_vs_first: the second step after a re-selection of 2/3, divided by the first. Re-selections and "

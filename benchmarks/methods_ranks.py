@@ -66,7 +66,7 @@ def lora(layout: Layout) -> Plan:
 def steps_of_variants(pipe: Connection, model: Mapping[str, Any], micro: int) -> None:
     """Take steps as the script asks, until it sends None.
 
-    A message is (variant, seed of the choice, number of steps). The adapters are chosen anew before the steps. The
+    A message is (variant, seed of the choice, number of steps). The adapters are chosen before the steps. The
     answer has the seconds of the steps, and the FLOPs and the bytes of activations of one micro-batch.
     """
     engine = new_engine(model, micro, STAGE, lora)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import Any
 
 from prelora_ds.core.codec import fields_from_json
@@ -201,7 +200,7 @@ class PhaseController:
 
     def _ends_period(self, plan: Plan, every: Duration, step: int) -> bool:
         """Whether a whole number of periods has passed after ``step``, counted from the start of the plan's phase."""
-        return step in _period_ends(self.timeline, plan.since_step, every)
+        return step in self.timeline.period_ends(plan.since_step, every)
 
     def _test(self, state: PhaseState, test: SwitchTest, step: int) -> PhaseState:
         if len(state.windows_of_phase) < test.k:
@@ -245,20 +244,6 @@ class PhaseController:
         if spec.adapters is not None:
             ranks = spec.adapters.ranks(layers_of(spec.adapters, self.layout), windows)
         return plan_of(spec, self.layout, seed=self.seed, since_step=step, before=before, ranks=ranks)
-
-
-@lru_cache
-def _period_ends(timeline: Timeline, begin: int, every: Duration) -> frozenset[int]:
-    """The steps after ``begin`` at which a whole number of periods has passed, to the end of the run.
-
-    At least one step lies between two of them.
-    """
-    ends = []
-    end = begin
-    while end < timeline.total_steps:
-        end = max(end + 1, timeline.step_after(end, every))
-        ends.append(end)
-    return frozenset(ends)
 
 
 def _observed(state: PhaseState, observation: Observation, test: SwitchTest) -> PhaseState:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from typing import Protocol
 
 from prelora_ds.core.duration import Duration
@@ -51,6 +52,13 @@ class Timeline:
             return self._epochs_to_steps(self.epochs_done(start) + duration.value)
         return start + self._steps(duration)
 
+    def period_ends(self, start: int, every: Duration) -> frozenset[int]:
+        """The steps after ``start`` at which a whole number of periods has passed, to the end of the run.
+
+        At least one step lies between two of them.
+        """
+        return _period_ends(self, start, every)
+
     def epochs_done(self, step: int) -> int:
         """The number of epochs whose samples have all been trained on after ``step`` optimizer steps."""
         return step * self.global_batch // self.samples
@@ -84,6 +92,16 @@ class Timeline:
         if duration.unit == "%":
             return math.ceil(duration.value * self.total_steps / 100)
         return int(duration.value)
+
+
+@lru_cache  # because it is asked after every step
+def _period_ends(timeline: Timeline, start: int, every: Duration) -> frozenset[int]:
+    ends: list[int] = []
+    end = start
+    while end < timeline.total_steps:
+        end = max(end + 1, timeline.step_after(end, every))
+        ends.append(end)
+    return frozenset(ends)
 
 
 @dataclass(frozen=True)

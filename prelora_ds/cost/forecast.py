@@ -287,10 +287,7 @@ def merges_of_phases(config: Config, timeline: Timeline, steps: Mapping[str, int
     for spec in config.specs():
         end = begun + steps.get(spec.name, 0)
         if spec.merge is not None:
-            merges[spec.name] = 0
-            step = begun
-            while (step := max(step + 1, timeline.step_after(step, spec.merge.every))) < end:
-                merges[spec.name] += 1
+            merges[spec.name] = sum(step < end for step in timeline.period_ends(begun, spec.merge.every))
         begun = end
     return merges
 

@@ -21,6 +21,7 @@ from prelora_ds.model.adapters.lora import LoraLinear
 if TYPE_CHECKING:
     from prelora_ds.engine.build import Engine
 
+
 def measure_outputs(module: nn.Module, *, on: bool) -> None:
     """Let the linears of ``module`` with adapters measure their outputs from the next forward pass on, or stop them."""
     for linear in _linears(module).values():
