@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
-from prelora_ds.config.adapters import KEPT_MAY_CHANGE, LASTING, AdaptersConfig, check_kernel, check_resizes
+from prelora_ds.config.adapters import KEPT_MAY_CHANGE, LASTING, AdaptersConfig
 from prelora_ds.config.changes import RENAMED
 from prelora_ds.config.fields import DurationField, FieldError, Positive, Strict
 from prelora_ds.config.merging import MergeConfig
@@ -17,7 +17,6 @@ from prelora_ds.core.adapters import KINDS
 from prelora_ds.core.duration import Duration
 from prelora_ds.core.phases import Adapters, PhaseSpec
 from prelora_ds.core.plan import ADAPTERS, BASE, without_defaults
-from prelora_ds.core.selection import UNCONVERGED
 from prelora_ds.core.switch_tests import SWITCH_TESTS, SwitchTest
 from prelora_ds.core.trainable import SETS
 
@@ -301,140 +300,5 @@ PhasesField = Annotated[
 ]
 
 
-def check_method(phases: Sequence[PhaseConfig]) -> None:
-    """Raise FieldError, with a key below `phases`, if the phases cannot run one after the other."""
-    if not phases:
-        raise FieldError("", [], "must contain at least one phase")
-    names = [phase.name for phase in phases]
-    for name in names:
-        if names.count(name) > 1:
-            raise FieldError(f"{name}.name", name, "is the name of two phases")
-    tests = any(isinstance(phase.until, SwitchTestConfig) for phase in phases)
-    adapters: AdaptersConfig | None = None
-    for i, phase in enumerate(phases):
-        _check_until(phase, last=i + 1 == len(phases))
-        adapters = _check_adapters(phase, adapters, first=i == 0, tests=tests)
-        _check_roles(phase, adapters)
-
-
-def _check_until(phase: PhaseConfig, *, last: bool) -> None:
-    if last and phase.until is not None:
-        raise FieldError(f"{phase.name}.until", _written(phase.until),
-                         "must not be set in the last phase, which lasts until the end of the run; remove it")
-    if not last and phase.until is None:
-        raise FieldError(f"{phase.name}.until", None,
-                         'is required, because another phase follows; set a duration ("20 epochs") or a test')
-
-
-def _check_adapters(phase: PhaseConfig, before: AdaptersConfig | None, *, first: bool,
-                    tests: bool) -> AdaptersConfig | None:
-    """The adapters that exist during ``phase``; ``before`` are those of the phase before it.
-
-    tests: whether any phase ends by a test. Raises FieldError.
-    """
-    key = f"{phase.name}.adapters"
-    adapters = before
-    if phase.adapters == "none" and before is not None:
-        raise FieldError(key, "none", "would discard what the adapters of the phase before have learned; "
-                         "remove the key, which keeps them")
-
-    if (new := phase.new_adapters) is not None:
-        adapters = new
-        if before is not None and new.from_ == "fresh":
-            raise FieldError(f"{key}.from", "fresh", "would discard what the adapters of the phase before "
-                             "have learned; choose keep, resize or merge")
-        if before is None and new.from_ in ("merge", "resize"):
-            raise FieldError(f"{key}.from", new.from_, "there are no adapters before this phase; choose fresh")
-        if new.from_ == "resize":
-            check_resizes(new.kind, new.options, f"{key}.from", "resize")
-        if new.ranks is not None and new.ranks.every is not None:
-            _check_every(phase, new, f"{key}.ranks.every", str(new.ranks.every))
-        if new.from_ == "merge" and before is not None and not KINDS[before.kind].can.merges:
-            raise FieldError(f"{key}.from", "merge", f"adapters of the kind {before.kind} cannot be merged into the "
-                             "weights; choose keep")
-        if new.ranks is not None and new.rank_rule.windows > 0 and (first or not tests):
-            raise FieldError(f"{key}.ranks.rule", new.ranks.rule, "needs the windows of a test, but no phase "
-                             "before this one closes any; set a rank, or let an earlier phase end by a test")
-    elif isinstance(phase.adapters, AdaptersConfig):
-        if before is None:
-            raise FieldError(f"{key}.from", "keep", "there are no adapters before this phase; choose fresh")
-        check_kernel(phase.adapters.mode, before.kind, f"{key}.mode")
-        adapters = before.model_copy(update={name: getattr(phase.adapters, name) for name in KEPT_MAY_CHANGE})
-
-    if adapters is None and "adapters" in phase.trained:
-        raise FieldError(f"{phase.name}.train", list(phase.trained),
-                         "contains adapters, but there are none in this phase")
-    _check_merge(phase, adapters)
-    _check_active(phase, adapters, tests=tests)
-    if adapters is not None and phase.zero_stage not in (None, "auto"):
-        stages = KINDS[adapters.kind].can.zero_stages
-        if phase.zero_stage not in stages:
-            raise FieldError(f"{phase.name}.zero_stage", phase.zero_stage,
-                             f"adapters of the kind {adapters.kind} train only at ZeRO stages "
-                             f"{', '.join(map(str, sorted(stages)))}")
-    return adapters
-
-
-def _check_every(phase: PhaseConfig, new: AdaptersConfig, key: str, every: str) -> None:
-    """Raise FieldError about ``key`` if the ranks cannot be chosen again during the phase."""
-    check_resizes(new.kind, new.options, key, every)
-    if phase.merge is not None:
-        raise FieldError(key, every, f"would change the ranks within a cycle of {phase.name}.merge",
-                         "remove one of the two")
-
-
-def _check_merge(phase: PhaseConfig, adapters: AdaptersConfig | None) -> None:
-    """Raise FieldError if the phase merges adapters that it cannot merge."""
-    if phase.merge is None:
-        return
-    key = f"{phase.name}.merge"
-    if adapters is None:
-        raise FieldError(key, phase.merge.model_dump(mode="json"), "merges adapters, but there are none in this phase",
-                         "remove it, or attach adapters")
-    can = KINDS[adapters.kind].can
-    if not (can.merges and can.restarts):
-        raise FieldError(key, phase.merge.model_dump(mode="json"), f"adapters of the kind {adapters.kind} cannot be "
-                         "merged and begin again", "remove it")
-    if "all" in phase.trained:
-        raise FieldError(f"{phase.name}.train", list(phase.trained), "trains the weights themselves, so there is "
-                         f"nothing to merge adapters into ({key})", "train [adapters, rest], or remove merge")
-
-
-def _check_active(phase: PhaseConfig, adapters: AdaptersConfig | None, *, tests: bool) -> None:
-    """Raise FieldError if the phase selects adapters that it does not have or whose code knows no selection."""
-    if phase.active is None:
-        return
-    key = f"{phase.name}.active"
-    if adapters is None or not {"all", "adapters"} & set(phase.trained):
-        raise FieldError(key, phase.active.choose, "selects adapters that train, but there are none in this phase",
-                         "remove it, or train adapters")
-    if phase.active.choose == UNCONVERGED and not tests:
-        raise FieldError(f"{key}.choose", UNCONVERGED, "compares the windows of a test, but no phase ends by a test",
-                         "choose another rule, or let a phase end by a test")
-    for name in ("dropout", "mode"):
-        value = getattr(adapters, name)
-        if value not in (0, "auto", "branch", "merged"):
-            raise FieldError(f"{phase.name}.adapters.{name}", value, "runs peft's code, which knows no inactive "
-                             f"adapters ({key})", "use dropout 0 and the kernel branch or merged")
-
-
-def _check_roles(phase: PhaseConfig, adapters: AdaptersConfig | None) -> None:
-    """Raise FieldError if the phase scales the learning rate of a role that it does not have."""
-    roles = [BASE]
-    if adapters is not None:
-        roles += [ADAPTERS, *KINDS[adapters.kind].roles()]
-    for role, factor in phase.lr_scale.items() if isinstance(phase.lr_scale, dict) else ():
-        if role not in roles:
-            raise FieldError(
-                f"{phase.name}.lr_scale.{role}",
-                factor,
-                f"is not a role in this phase, which has {', '.join(roles)}",
-            )
-
-
 def _until(until: Duration | SwitchTestConfig | None) -> Duration | SwitchTest | None:
     return until.switch_test() if isinstance(until, SwitchTestConfig) else until
-
-
-def _written(until: Duration | SwitchTestConfig) -> Any:
-    return str(until) if isinstance(until, Duration) else until.model_dump(mode="json")

@@ -21,13 +21,13 @@ from prelora_ds.config.fields import (
     Text,
 )
 from prelora_ds.config.job import CheckpointConfig, GuardConfig, LaunchConfig, MachineConfig
+from prelora_ds.config.method import check_method
 from prelora_ds.config.model import ModelConfig
 from prelora_ds.config.phases import (
     PhaseConfig,
     PhaseSettings,
     PhasesField,
     PresetConfig,
-    check_method,
 )
 from prelora_ds.config.preset import ConvergenceConfig, LoraConfig, expanded
 from prelora_ds.config.training import ObserveConfig, OptimizerConfig, TrainConfig
