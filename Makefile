@@ -24,7 +24,7 @@ $(READY): setup.py constraints.txt
 	pip install -q -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: setup data/digits  ## train the digits demo through all three phases on 2 CPU ranks (2 minutes; 10 on a CPU without fast BF16)
+demo: setup data/digits  ## train the digits demo through all three phases on 2 CPU ranks (2 to 3 minutes)
 	@if [ -e $(DEMO) ]; then old=$(DEMO).$$(date +%Y%m%d-%H%M%S); mv $(DEMO) $$old; echo "the previous run was moved to $$old"; fi
 	$(DEEPSPEED) --recipe launch/recipes/digits_demo.yaml --deepspeed_config ds_configs/zero2.json
 	prelora evaluate $(DEMO)/model --data data/digits/val

@@ -86,13 +86,16 @@ def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 
 def machine() -> dict[str, Any]:
-    """Return the CPU model, the cores for this process, the memory, and the accelerator if any."""
+    """Return the CPU model, its BF16 products, the cores for this process, the memory, and the accelerator if any."""
     import torch
+
+    from prelora_ds.engine.products import lacks_bf16_products
 
     pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "cpu": _cpu_model(),
+        "bf16_products": "in fp32" if lacks_bf16_products() else "oneDNN",
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(pages / 2**30, 1),
         "accelerator": accelerator,

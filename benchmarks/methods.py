@@ -13,18 +13,16 @@
 
 Goals: at most 0.985 of a LoRA step with 2/3 active and scattered, and at most 0.75 with 1/2 active
 and the bottom frozen; a re-selection within 0.05 of a LoRA step; a merge within 0.5 of a full step.
-It should take about 12 minutes, and 9 GiB per rank, on 2 cores that multiply BF16 in hardware.
+It takes 9 GiB per rank.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Mapping, Sequence
 from statistics import mean, median, quantiles
 from typing import Any
 
-import torch
 from harness import interleaved, print_table, record
 from methods_ranks import (
     MERGED_RANK,
@@ -85,13 +83,6 @@ def main() -> None:
     parser.add_argument("--choices", type=int, default=50, help="re-selections")
     parser.add_argument("--merges", type=int, default=2, help="merges for each rule of RESETS")
     args = parser.parse_args()
-    rates = rates_of_products()
-    if args.image_size >= 224 and rates["BF16"] < rates["fp32"]:
-        parser.error(
-            f"this CPU multiplies BF16 at {rates['BF16'] / 1e9:.1f} GFLOP/s and fp32 at "
-            f"{rates['fp32'] / 1e9:.1f}. Without BF16 in hardware the steps take hours, and their "
-            "ratios are not those of other machines. --image-size 32 tries the script"
-        )
     # Blocks use eager attention as in lora_step.py; ViT-L uses sdpa as in switch.py, which stores less.
     whole = VIT_LARGE | {"image_size": args.image_size, "num_hidden_layers": args.whole_layers}
     blocks = whole | {"num_hidden_layers": args.layers, "attn_implementation": "eager"}
@@ -125,7 +116,6 @@ def main() -> None:
             "merge_s": by_rule["zero"][-1]["seconds"],
             "full_step_s": full_step,
             "full_step_peak_gib": max(r["peak_rss"] for r in by_rank) / GIB,
-            "bf16_product_vs_fp32": rates["BF16"] / rates["fp32"],
         },
         [*variants, choice, *parts],
         f"{WORLD} ranks with one core each, ZeRO {STAGE}, micro-batch {args.micro_batch}, images of "
@@ -225,21 +215,6 @@ def rows_of_merge(
 def slowest(by_rank: Sequence[Sequence[float]]) -> list[float]:
     """Return the seconds of the slowest rank, one by one."""
     return [max(seconds) for seconds in zip(*by_rank, strict=True)]
-
-
-def rates_of_products() -> dict[str, float]:
-    """Return the FLOP/s of one core in a product of a backward pass, of gradients and a weight."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    rates = {}
-    for name, dtype in (("BF16", torch.bfloat16), ("fp32", torch.float32)):
-        gradients, weight = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-        gradients @ weight
-        begun = time.perf_counter()
-        gradients @ weight
-        rates[name] = 2 * 256 * 1024 * 1024 / (time.perf_counter() - begun)
-    torch.set_num_threads(threads)
-    return rates
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from prelora_ds.engine.products import lacks_bf16_products, multiply_in_fp32
 from prelora_ds.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def init_process_group(timeout_s: float = 1800.0) -> None:
     These are RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Does nothing if the group
     exists. On a CPU the backend is gloo, and the JIT build of DeepSpeed 0.19's shared-memory
     collectives (over 90 s on every node at first use) is skipped, because gloo does the same work.
+    A CPU without instructions for BF16 multiplies in fp32 from here on (see `engine.products`).
 
     Raises ConfigError if one of the variables is not set.
     """
@@ -74,6 +76,8 @@ def init_process_group(timeout_s: float = 1800.0) -> None:
         "ignore", category=FutureWarning, module="torch.distributed.c10d_logger"
     )
     if get_accelerator().device_name() == "cpu":
+        if lacks_bf16_products():
+            multiply_in_fp32()
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if "OMP_NUM_THREADS" not in os.environ:
             # By default every rank would use all cores, and the ranks of a host would spend their

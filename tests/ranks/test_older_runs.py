@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.launches import TIMES, Job, traces
+from support.zygote import NATIVE_PRODUCTS
 
 from prelora_ds.core.plan import Plan
 
@@ -38,7 +39,7 @@ def test_it_ends_like_an_uninterrupted_run(forge, shards, tmp_path, start):
     out = tmp_path / "out"
     shutil.copytree(FIXTURE / "run", out)
     resume = "auto" if start == "step-00000016" else str(out / "checkpoints" / start)
-    job = Job(forge, out, shards, *SETTINGS, resume=resume)
+    job = Job(forge, out, shards, *SETTINGS, resume=resume, env={NATIVE_PRODUCTS: "1"})
     assert job.end() == [0, 0], job.said()[-3000:]
     assert start in job.said()
 

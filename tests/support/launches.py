@@ -87,6 +87,7 @@ class Job:
         faults: dict[int, dict[str, Any]] | None = None,
         resume: str = "auto",
         log: str | None = None,
+        env: dict[str, str] | None = None,
     ) -> None:
         self.zygote, self.log = (
             zygote,
@@ -104,7 +105,7 @@ class Job:
             f"data.val={shards / 'val'}",
             *arguments,
         ]
-        env = {
+        env = (env or {}) | {
             "WORLD_SIZE": str(world),
             "LOCAL_SIZE": str(world),
             "MASTER_ADDR": "127.0.0.1",

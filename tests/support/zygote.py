@@ -2,7 +2,7 @@
 
 It reads and writes lines of JSON:
 
-    python zygote.py        {"env": {...}, "argv": [...], "log": PATH, "fault": {...} or null}  ->  {"started": PID}
+    python zygote.py    XX
                             whenever a rank ends: {"ended": PID, "code": CODE}; a signal is negative
 """
 
@@ -22,6 +22,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 DEAD_PIPE = "a pipe that nobody reads"
+# A variable of the environment of ranks that use torch's own BF16 products on any CPU, as version 0.1.0 did.
+NATIVE_PRODUCTS = "NATIVE_PRODUCTS"
 # Place where a rank may be killed -> the module and the function, as the caller of it looks it up.
 PLACES = {
     "step": ("prelora_ds.engine.build", "Engine.finish_step"),
@@ -96,6 +98,8 @@ def rank(env: dict[str, str], argv: list[str], log: str, fault: dict[str, Any] |
     os.environ |= env
     code = 1
     try:
+        if NATIVE_PRODUCTS in env:
+            importlib.import_module("prelora_ds.engine.runtime").lacks_bf16_products = lambda: False
         if fault is not None:
             plant(**fault)
         sys.argv = ["launch/pretrain.py", *argv]
