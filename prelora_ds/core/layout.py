@@ -2,10 +2,33 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from prelora_ds.core.adapters import Shape
+
+# The names of transformers 5 and of the versions before. The paper calls both o and fc1 "dense".
+VIT_FAMILIES = {
+    "q": r".*\.layers?\.(?P<layer>\d+)\.attention\.(q_proj|attention\.query)",
+    "k": r".*\.layers?\.(?P<layer>\d+)\.attention\.(k_proj|attention\.key)",
+    "v": r".*\.layers?\.(?P<layer>\d+)\.attention\.(v_proj|attention\.value)",
+    "o": r".*\.layers?\.(?P<layer>\d+)\.attention\.(o_proj|output\.dense)",
+    "fc1": r".*\.layers?\.(?P<layer>\d+)\.(mlp\.fc1|intermediate\.dense)",
+    "fc2": r".*\.layers?\.(?P<layer>\d+)\.(mlp\.fc2|output\.dense)",
+}
+
+
+def family_and_layer(path: str, patterns: Mapping[str, str] | None = None) -> tuple[str, int]:
+    """Return the family and the layer of the linear at ``path``, by `VIT_FAMILIES` or other ``patterns`` of this form.
+
+    A linear of no family counts as one of its own, in layer 0.
+    """
+    for family, pattern in (VIT_FAMILIES if patterns is None else patterns).items():
+        match = re.fullmatch(pattern, path)
+        if match is not None and (match["layer"] or "").isdecimal():
+            return family, int(match["layer"])
+    return path, 0
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from prelora_ds.core.layout import Layout
+from prelora_ds.core.layout import VIT_FAMILIES, Layout
 from prelora_ds.errors import ConfigError
-
-# The names of transformers 5 and of the versions before. The paper calls both o and fc1 "dense".
-VIT_FAMILIES = {
-    "q": r".*\.layers?\.(?P<layer>\d+)\.attention\.(q_proj|attention\.query)",
-    "k": r".*\.layers?\.(?P<layer>\d+)\.attention\.(k_proj|attention\.key)",
-    "v": r".*\.layers?\.(?P<layer>\d+)\.attention\.(v_proj|attention\.value)",
-    "o": r".*\.layers?\.(?P<layer>\d+)\.attention\.(o_proj|output\.dense)",
-    "fc1": r".*\.layers?\.(?P<layer>\d+)\.(mlp\.fc1|intermediate\.dense)",
-    "fc2": r".*\.layers?\.(?P<layer>\d+)\.(mlp\.fc2|output\.dense)",
-}
 
 # The name of our adapters within peft. Its own "default" could be the name of a module in a model.
 ADAPTER_NAME = "prelora_adapter"

@@ -21,7 +21,9 @@ from pydantic import (
     model_validator,
 )
 
+from prelora_ds.core.plan import Plan
 from prelora_ds.errors import ConfigError
+from prelora_ds.run.folder import RunFolder
 from prelora_ds.run.log import EventKind
 
 
@@ -70,6 +72,10 @@ class Event(Record):
 class Resume(Event):
     """A job that continued from a checkpoint after ``step``."""
 
+    checkpoint: Text = ""
+    world_size: Count | None = None
+    zero_stage: Count | None = None
+
 
 class Switch(Record):
     """The cost of a switch."""
@@ -84,6 +90,43 @@ class Started(Event):
     reason: Text
     trainable_parameters: Count
     switch: Switch | None
+    all_parameters: Count | None = None
+    plan: Any = None
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Path of a linear -> rank of its adapter. Empty if the plan has none, or cannot be understood."""
+        try:
+            adapters = Plan.from_json(self.plan).adapters
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError):
+            return {}
+        return {path: spec.rank for path, spec in adapters.items() if spec.rank is not None}
+
+
+class Merged(Event):
+    """A merge of the adapters into the weights (ReLoRA)."""
+
+    cycle: Count
+    reset_share: Measured = None
+    output_change: Measured = None
+
+
+class Active(Event):
+    """The adapters that train from the next step on, and how many steps have updated each adapter so far."""
+
+    adapters: list[Text]
+    updates: dict[Text, Count] = Field(default_factory=dict)
+
+
+class Slow(Event):
+    """A rank that slows down the others at ``what``, with its seconds per step and those of the median rank."""
+
+    rank: Count
+    host: Text
+    what: Text
+    seconds: Real
+    usual: Real
+    windows: Count = 1
 
 
 class Bytes(Event):
@@ -107,6 +150,7 @@ class End(Event):
 
     peak_rss_bytes: Annotated[list[Count], Field(min_length=1)]
     data: dict[str, Text] = Field(default_factory=dict)
+    updates: dict[Text, Count] = Field(default_factory=dict)
 
 
 class Accuracy(Record):
@@ -125,20 +169,38 @@ class Accuracy(Record):
 
 
 _KINDS: Mapping[str, type[Event]] = {
-    EventKind.RESUME: Resume, EventKind.PLAN: Started, EventKind.BYTES: Bytes, EventKind.END: End}
+    EventKind.RESUME: Resume, EventKind.PLAN: Started, EventKind.BYTES: Bytes, EventKind.END: End,
+    EventKind.MERGE: Merged, EventKind.ACTIVE: Active, EventKind.STRAGGLER: Slow}
+
+
+def find_logs(folder: RunFolder) -> tuple[Path, Path]:
+    """Return the files of metrics and events of the run in ``folder``. Raises ConfigError if there is no run."""
+    if not folder.path.exists():
+        raise ConfigError("RUN", str(folder.path), "does not exist", "pass the run.output_dir of a run")
+    metrics, events = folder.metrics, folder.events_to_read
+    if not metrics.is_file() or not events.is_file():
+        raise ConfigError("RUN", str(folder.path), "does not contain a run", "pass the run.output_dir of a run")
+    return metrics, events
 
 
 def parse_steps(rows: Sequence[dict[str, Any]], path: Path) -> list[Step]:
     """Parse the ``rows`` of metrics.jsonl. Raises ConfigError, which names ``path`` and line."""
-    return [_parsed(Step, row, path, f"line {number}") for number, row in enumerate(rows, start=1)]
+    return [parse_step(row, path, number) for number, row in enumerate(rows, start=1)]
 
 
 def parse_events(rows: Sequence[dict[str, Any]], path: Path) -> list[Event]:
     """Parse the ``rows`` of the events. Raises ConfigError, which names ``path`` and line."""
-    return [
-        _parsed(_KINDS.get(str(row.get("event")), Event), row, path, f"line {number}")
-        for number, row in enumerate(rows, start=1)
-    ]
+    return [parse_event(row, path, number) for number, row in enumerate(rows, start=1)]
+
+
+def parse_event(row: dict[str, Any], path: Path, number: int) -> Event:
+    """Parse the row in line ``number`` of the events. Raises ConfigError, which names ``path`` and line."""
+    return _parsed(_KINDS.get(str(row.get("event")), Event), row, path, f"line {number}")
+
+
+def parse_step(row: dict[str, Any], path: Path, number: int) -> Step:
+    """Parse the row in line ``number`` of metrics.jsonl. Raises ConfigError, which names ``path`` and line."""
+    return _parsed(Step, row, path, f"line {number}")
 
 
 def read_accuracy(path: Path) -> Accuracy:

@@ -19,6 +19,7 @@ from prelora_ds.reporting.history import (
     Resume,
     Started,
     Step,
+    find_logs,
     parse_events,
     parse_steps,
     read_accuracy,
@@ -37,18 +38,14 @@ def phase_rows(folder: RunFolder) -> list[dict[str, Any]]:
 
 
 def _read(folder: RunFolder) -> tuple[list[Step], list[Event]]:
-    if not folder.path.exists():
-        raise ConfigError("OUTPUT", str(folder.path), "does not exist", "pass the run.output_dir of a run")
-    metrics, logged = folder.metrics, folder.events_to_read
-    if not metrics.is_file() or not logged.is_file():
-        raise ConfigError("OUTPUT", str(folder.path), "does not contain a run", "pass the run.output_dir of a run")
+    metrics, logged = find_logs(folder)
     steps = parse_steps(read_lines(metrics), metrics)
     events = parse_events(read_lines(logged), logged)
     if not steps:
-        raise ConfigError("OUTPUT", str(folder.path), "contains a run that has not logged a step yet",
+        raise ConfigError("RUN", str(folder.path), "contains a run that has not logged a step yet",
                           "try again later, or start the run again if it has ended")
     if not any(isinstance(event, Started) for event in events):
-        raise ConfigError("OUTPUT", str(folder.path), f"its {logged.name} does not state when a phase began",
+        raise ConfigError("RUN", str(folder.path), f"its {logged.name} does not state when a phase began",
                           "restore that file; checkpoints and model are not affected")
     return steps, events
 

@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -111,23 +111,44 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     An unfinished last line, left by a kill or a power cut, is skipped. Raises ConfigError if the
     file cannot be read, or if a line is not a JSON object; the error then names the line.
     """
+    return [row for _, row in stream_lines(path)]
+
+
+def stream_lines(
+    path: Path, pass_by: Callable[[ConfigError], None] | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (number of the line, row) of a JSON-lines file, as `read_lines` reads it.
+
+    pass_by: is called with the error of each damaged line, which is then skipped. By default that
+        error is raised.
+    """
     try:
-        # After a power cut, a file may end in zeros for blocks that had not reached the disk.
-        *lines, _ = path.read_bytes().rstrip(b"\0").split(b"\n")
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                # Only the last line can be unfinished. After a power cut it may consist of zeros,
+                # for blocks that had not reached the disk.
+                if not line.endswith(b"\n"):
+                    return
+                try:
+                    yield number, _row(path, number, line)
+                except ConfigError as error:
+                    if pass_by is None:
+                        raise
+                    pass_by(error)
     except OSError as exc:
         raise ConfigError(
             "log", str(path), f"cannot be read ({exc.strerror})", "make it readable"
         ) from exc
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as exc:
-            raise _damaged(path, number, f"is not valid JSON ({exc})") from exc
-        if not isinstance(row, dict):
-            raise _damaged(path, number, "is not a JSON object")
-        rows.append(row)
-    return rows
+
+
+def _row(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as exc:
+        raise _damaged(path, number, f"is not valid JSON ({exc})") from exc
+    if not isinstance(row, dict):
+        raise _damaged(path, number, "is not a JSON object")
+    return row
 
 
 def _damaged(path: Path, number: int, what: str) -> ConfigError:

@@ -40,7 +40,7 @@ def test_a_config_error_is_one_message_on_stderr_and_exit_code_2(
     assert prelora(monkeypatch, "report", tmp_path) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err == (f"error: OUTPUT = {str(tmp_path)!r}: does not contain a run\n"
+    assert err == (f"error: RUN = {str(tmp_path)!r}: does not contain a run\n"
                    "  remedy: pass the run.output_dir of a run\n")
 
 
@@ -92,7 +92,7 @@ def test_debug_prints_the_traceback_before_the_message(monkeypatch: pytest.Monke
                                                        capsys: pytest.CaptureFixture[str]) -> None:
     assert prelora(monkeypatch, "--debug", "report", tmp_path) == 2
     err = capsys.readouterr().err
-    message = f"error: OUTPUT = {str(tmp_path)!r}: does not contain a run"
+    message = f"error: RUN = {str(tmp_path)!r}: does not contain a run"
     assert err.startswith("Traceback") and message in err.splitlines()
 
 

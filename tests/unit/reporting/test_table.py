@@ -313,7 +313,7 @@ def test_damaged_files_are_reported_or_refused_with_one_message(
     try:
         text = printed(tmp_path)
     except ConfigError as error:
-        assert error.remedy and error.key in ("log", "OUTPUT")
+        assert error.remedy and error.key in ("log", "RUN")
         return
     text.encode()  # a terminal can show it
     assert "from step" in text and "exported model" in text
@@ -336,7 +336,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path, there: tuple[str, ...
         with pytest.raises(ConfigError) as caught:
             read(tmp_path)
         error = caught.value
-        assert (error.key, error.value, error.problem) == ("OUTPUT", str(tmp_path), "does not contain a run")
+        assert (error.key, error.value, error.problem) == ("RUN", str(tmp_path), "does not contain a run")
 
 
 def test_a_folder_that_is_missing_is_refused(tmp_path: Path) -> None:

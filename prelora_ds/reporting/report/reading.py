@@ -1,0 +1,384 @@
+"""Read the whole history of a run from its logs, row by row and in bounded memory.
+
+A report is often made of a run that crashed, so a damaged line is passed by and named in the report.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from prelora_ds.config.load import load_config
+from prelora_ds.config.phases import PreloraUntil
+from prelora_ds.config.tree import Config
+from prelora_ds.core.codec import from_json
+from prelora_ds.core.layout import family_and_layer
+from prelora_ds.core.switch_tests.prelora import WindowStats, partially_converged
+from prelora_ds.errors import ConfigError
+from prelora_ds.hosts.diagnosis import succeeded
+from prelora_ds.hosts.heartbeat import attempt_of, read_json
+from prelora_ds.hosts.hostfile import read_hostfile
+from prelora_ds.reporting.history import (
+    Accuracy,
+    Active,
+    Bytes,
+    End,
+    Event,
+    Merged,
+    Resume,
+    Slow,
+    Started,
+    find_logs,
+    parse_event,
+    parse_step,
+    read_accuracy,
+)
+from prelora_ds.reporting.report.curve import Curve
+from prelora_ds.run.folder import RunFolder
+from prelora_ds.run.log import stream_lines
+
+MOST_NOTES = 10  # of one file
+# What later versions may log about a run, under these keys of an event.
+FACTS = ("command", "commit", "versions", "hosts", "world_size")
+WEIGHT_NORMS = ("norm", "norm_base", "norm_adapter")
+
+
+@dataclass
+class Phase:
+    """What was logged of one phase.
+
+    begins: the phase began after this step.
+    ends: its last logged step so far.
+    ranks: (family, layer) -> rank of the adapter.
+    step_s, data_s, img_s: one value per logged step.
+    peaks: column -> the highest value, for columns such as ``peak_gib``.
+    """
+
+    name: str
+    begins: int
+    reason: str
+    trainable_parameters: int
+    all_parameters: int | None
+    switch_s: float | None
+    ranks: Mapping[tuple[str, int], int]
+    ends: int = 0
+    loss: float | None = None
+    acc1: float | None = None
+    predicted: Mapping[str, int] | None = None
+    measured: Mapping[str, int] | None = None
+    step_s: array[float] = field(default_factory=lambda: array("d"))
+    data_s: array[float] = field(default_factory=lambda: array("d"))
+    img_s: array[float] = field(default_factory=lambda: array("d"))
+    peaks: dict[str, float] = field(default_factory=dict)
+
+    def median(self, column: str) -> float | None:
+        values: array[float] = getattr(self, column)
+        return median(values) if values else None
+
+
+@dataclass
+class Run:
+    """The history of a run.
+
+    label: its name in this report, different from that of every other run.
+    curves: column of metrics.jsonl -> its curve; besides, ``mean norm/q`` is the mean of ``norm/q.*`` over layers, and
+        ``change/q`` and ``change/loss`` are the changes between successive windows, in per cent, ``data wait`` is the
+        share of the time, in per cent, and ``merge ...`` are what merges moved.
+    last: column -> its last value. best: (top-1, step).
+    facts: what was logged about the job, for keys of `FACTS`.
+    attempts: one sentence per attempt of `prelora supervise`.
+    notes: what could not be read.
+    """
+
+    label: str
+    folder: RunFolder
+    config: Config | None
+    config_hash: str | None
+    phases: list[Phase] = field(default_factory=list)
+    curves: dict[str, Curve] = field(default_factory=dict)
+    last: dict[str, float] = field(default_factory=dict)
+    best: tuple[float, int] | None = None
+    first_step: int = 0
+    steps: int = 0
+    epochs: float = 0.0
+    hours: float = 0.0
+    corrupt: int = 0
+    resumes: list[Resume] = field(default_factory=list)
+    stragglers: list[Slow] = field(default_factory=list)
+    merges: list[Merged] = field(default_factory=list)
+    active: list[Active] = field(default_factory=list)
+    end: End | None = None
+    accuracy: Accuracy | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    attempts: list[str] = field(default_factory=list)
+    attempt_hosts: int | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def clock(self) -> Curve:
+        return self.curves["epoch"]
+
+    def hours_at(self, step: int) -> float:
+        """The hours of training up to ``step``."""
+        point = self.clock.at(step)
+        return 0.0 if point is None else point.hours
+
+    @property
+    def steps_per_epoch(self) -> float | None:
+        return self.steps / self.epochs if self.epochs > 0 else None
+
+    @property
+    def samples(self) -> int | None:
+        return None if self.config is None else self.steps * self.config.train.global_batch_size
+
+    @property
+    def ranks(self) -> int | None:
+        """The number of ranks of the last job, if a log states it."""
+        if self.end is not None:
+            return len(self.end.peak_rss_bytes)
+        logged = self.facts.get("world_size")
+        if isinstance(logged, int):
+            return logged
+        return self.resumes[-1].world_size if self.resumes else None
+
+    def families(self, kind: str = "norm") -> list[str]:
+        """The families of linears that columns such as ``norm/q.03`` name, in the order of the log."""
+        found = (column.partition("/")[2].rpartition(".")[0] for column in self.curves if column.startswith(f"{kind}/"))
+        return list(dict.fromkeys(found))
+
+    def layers(self, family: str) -> list[int]:
+        """The layers of a family with a weight norm."""
+        start = f"norm/{family}."
+        return sorted(int(column.removeprefix(start)) for column in self.curves if column.startswith(start))
+
+    def add(self, column: str, step: int, value: float) -> None:
+        """Add a point to a curve, at the hours of the run so far."""
+        self.curves.setdefault(column, Curve()).add(step, self.hours, value)
+
+
+def read_run(folder: RunFolder, label: str) -> Run:
+    """Read the run in ``folder``.
+
+    Raises ConfigError if there is no run, if its events do not state when a phase began, if it has not logged a step,
+    or if a file cannot be read at all.
+    """
+    metrics, events = find_logs(folder)
+    run = Run(label, folder, *_config(folder))
+    if run.config is None:
+        run.notes.append("config.yaml cannot be understood or is missing; what depends on it is left out.")
+    measured = _read_events(run, events)
+    if not run.phases:
+        raise ConfigError("RUN", str(folder.path), f"its {events.name} does not state when a phase began",
+                          "restore that file; checkpoints and model are not affected")
+    _read_metrics(run, metrics)
+    if not run.steps:
+        raise ConfigError("RUN", str(folder.path), "contains a run that has not logged a step yet",
+                          "try again later, or start the run again if it has ended")
+    for event in measured:
+        phase = next((p for p in reversed(run.phases) if p.begins < event.step), run.phases[0])
+        if phase.predicted is None:
+            phase.predicted, phase.measured = event.predicted, event.measured
+    for merge in run.merges:
+        for column, value in (("merge output change", merge.output_change), ("merge reset share", merge.reset_share)):
+            if value is not None:
+                run.curves.setdefault(column, Curve()).add(merge.step, run.hours_at(merge.step), value)
+    if folder.windows.is_file():
+        _read_windows(run)
+    if folder.accuracy.is_file():
+        try:
+            run.accuracy = read_accuracy(folder.accuracy)
+        except ConfigError as error:
+            run.notes.append(f"model/accuracy.json {error.problem}.")
+    _read_attempts(run)
+    return run
+
+
+def _config(folder: RunFolder) -> tuple[Config | None, str | None]:
+    """The config of the run and a hash of its file; None for what is missing or was made by another version."""
+    try:
+        digest = hashlib.sha256(folder.config.read_bytes()).hexdigest()[:12]
+    except OSError:
+        return None, None
+    try:
+        return load_config(folder.config), digest
+    except ConfigError:
+        return None, digest
+
+
+def _passing_by(run: Run, path: Path) -> Callable[[ConfigError], None]:
+    """Return a function that notes a damaged line of ``path``."""
+    count = 0
+
+    def note(error: ConfigError) -> None:
+        nonlocal count
+        count += 1
+        if count <= MOST_NOTES:
+            run.notes.append(f"{path.name}: {_short(error.problem)}; the line is passed by.")
+        elif count == MOST_NOTES + 1:
+            run.notes.append(f"{path.name}: further damaged lines are passed by.")
+
+    return note
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 160 else f"{text[:157]}..."
+
+
+def _read_events(run: Run, path: Path) -> list[Bytes]:
+    measured: list[Bytes] = []
+    pass_by = _passing_by(run, path)
+    for number, row in stream_lines(path, pass_by):
+        try:
+            event = parse_event(row, path, number)
+        except ConfigError as error:
+            pass_by(error)
+            continue
+        run.facts |= {key: row[key] for key in FACTS if row.get(key) is not None}
+        if isinstance(event, Bytes):
+            measured.append(event)
+        else:
+            _add_event(run, event)
+    return measured
+
+
+def _add_event(run: Run, event: Event) -> None:
+    match event:
+        case Started():
+            run.phases.append(Phase(
+                event.phase, event.step, event.reason, event.trainable_parameters, event.all_parameters,
+                None if event.switch is None else event.switch.seconds, _by_linear(run.config, event.ranks)))
+        case Resume():
+            if not run.phases:  # a fork: it begins with a checkpoint of another run
+                run.first_step = event.step
+            run.resumes.append(event)
+        case Merged():
+            run.merges.append(event)
+        case Active():
+            run.active.append(event)
+        case Slow():
+            run.stragglers.append(event)
+        case End():
+            run.end = event
+
+
+def _by_linear(config: Config | None, ranks: Mapping[str, int]) -> dict[tuple[str, int], int]:
+    patterns = None if config is None else config.model.families
+    return {family_and_layer(path, patterns): rank for path, rank in ranks.items()}
+
+
+def linear_of(run: Run, path: str) -> tuple[str, int]:
+    """The family and the layer of the linear at ``path``."""
+    return family_and_layer(path, None if run.config is None else run.config.model.families)
+
+
+def _number(value: Any) -> float | None:
+    """``value`` if it is a finite number."""
+    return value if type(value) in (int, float) and abs(value) <= 1e300 else None
+
+
+def _read_metrics(run: Run, path: Path) -> None:
+    pass_by = _passing_by(run, path)
+    before = run.first_step
+    for number, row in stream_lines(path, pass_by):
+        try:
+            step = parse_step(row, path, number)
+            if step.step <= run.steps:
+                raise ConfigError("log", str(path), f"line {number} has step {step.step} again, or too late", "")
+        except ConfigError as error:
+            pass_by(error)
+            continue
+        phase = next((p for p in reversed(run.phases) if p.begins < step.step), run.phases[0])
+        if phase.ends == 0 and phase.switch_s is not None:
+            run.hours += phase.switch_s / 3600
+        run.hours += ((step.step_s or 0.0) + (step.data_s or 0.0)) * max(step.step - before, 0) / 3600
+        before = run.steps = phase.ends = step.step
+        run.epochs = step.epoch
+        _add_columns(run, phase, row)
+        if step.loss is not None:
+            phase.loss = step.loss
+        if step.acc1 is not None:
+            phase.acc1 = step.acc1
+            if run.best is None or step.acc1 > run.best[0]:
+                run.best = step.acc1, step.step
+
+
+def _add_columns(run: Run, phase: Phase, row: Mapping[str, Any]) -> None:
+    step = run.steps
+    norms: dict[str, list[float]] = {}
+    for column, value in row.items():
+        number = _number(value)
+        if number is None or column == "step":
+            continue
+        kind, _, rest = column.partition("/")
+        if kind in WEIGHT_NORMS:
+            family, _, layer = rest.rpartition(".")
+            if not (family and layer.isdecimal()):
+                continue
+            norms.setdefault(f"mean {kind}/{family}", []).append(number)
+        run.add(column, step, number)
+        run.last[column] = number
+        if column in ("step_s", "data_s", "img_s"):
+            getattr(phase, column).append(number)
+        elif column.endswith("peak_gib"):
+            phase.peaks[column] = max(number, phase.peaks.get(column, number))
+    step_s, data_s = _number(row.get("step_s")), _number(row.get("data_s"))
+    if step_s is not None and data_s is not None and step_s + data_s > 0:
+        run.add("data wait", step, 100 * data_s / (step_s + data_s))
+    run.corrupt += int(_number(row.get("data/corrupt")) or 0)
+    for column, values in norms.items():
+        run.add(column, step, fmean(values))
+
+
+def tests_of(run: Run) -> dict[str, PreloraUntil]:
+    """Name of a phase -> the test of Algorithm 1 that ends it."""
+    phases = () if run.config is None else run.config.phase_list
+    return {phase.name: phase.until for phase in phases if isinstance(phase.until, PreloraUntil)}
+
+
+def _read_windows(run: Run) -> None:
+    """Add the changes between successive windows, as Algorithm 1 calculates them."""
+    path = run.folder.windows
+    pass_by = _passing_by(run, path)
+    test = next(iter(tests_of(run).values()), None)
+    aggregate = "norm_of_mean" if test is None else test.aggregate
+    before: WindowStats | None = None
+    for number, row in stream_lines(path, pass_by):
+        try:
+            window = from_json(WindowStats, {key: row[key] for key in ("index", "last_step", "loss", "norms")})
+            if before is not None and window.index == before.index + 1:
+                changes = partially_converged([before, window], k=2, tau=1, zeta=1, aggregate=aggregate)
+                named = {family: change for family, (change,) in changes.norm_changes.items()}
+                for what, change in (named | {"loss": changes.loss_changes[0]}).items():
+                    if _number(change) is not None:
+                        run.curves.setdefault(f"change/{what}", Curve()).add(
+                            window.last_step, run.hours_at(window.last_step), change)
+        except (ValueError, KeyError, OverflowError) as exc:
+            pass_by(ConfigError("log", str(path), f"line {number} cannot be understood ({exc})", ""))
+            continue
+        before = window
+
+
+def _read_attempts(run: Run) -> None:
+    """Describe the attempts of `prelora supervise`, whose folder lies next to the run's."""
+    try:
+        folders = [path for path in RunFolder(run.folder.path.resolve()).supervise.iterdir() if attempt_of(path)]
+    except OSError:
+        return
+    for folder in sorted(folders, key=lambda path: attempt_of(path) or 0):
+        failure = read_json(folder / "failure.json")
+        if failure:
+            how = f"failed with exit code {failure.get('code')}: {_short(str(failure.get('why')))}"
+        elif succeeded(folder):
+            how = "succeeded" if (folder / "DONE").exists() else "stopped with a checkpoint, as requested"
+        else:
+            how = "has not ended, or left no record of its end"
+        run.attempts.append(f"Attempt {attempt_of(folder)} {how}.")
+        try:
+            run.attempt_hosts = len(read_hostfile(folder / "hostfile"))
+        except ConfigError:
+            continue
