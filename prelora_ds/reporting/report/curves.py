@@ -13,6 +13,7 @@ from prelora_ds.reporting.report.reading import Run
 Axis = Literal["step", "hours"]
 TITLES: Mapping[Axis, str] = {"step": "step", "hours": "hours of training"}
 FEWEST_POINTS = 8
+LABELS = 34  # pixels over a view for the labels of switches
 NUMBERED = 2  # up to so many runs, a switch is labeled with the name of its phase
 
 
@@ -26,7 +27,10 @@ class Series:
 
 
 def collect(runs: Sequence[Run], columns: Mapping[str, str], most: int, factor: float = 1.0) -> list[Series]:
-    """Return the curves of ``columns`` (column -> label) of all runs, times ``factor``, with ``most`` points or fewer."""
+    """Return the curves of ``columns`` (column -> label) of all runs, times ``factor``.
+
+    most: the number of points of all curves together, unless each would have fewer than `FEWEST_POINTS`.
+    """
     found = [(run, label, run.curves[column]) for run in runs for column, label in columns.items()
              if column in run.curves]
     each = max(FEWEST_POINTS, min(MOST_POINTS, most // max(1, len(found))))
@@ -79,24 +83,26 @@ def curve_panel(series: Sequence[Series], runs: Sequence[Run], x: Axis, y_title:
         "y": {"field": "value", "type": "quantitative", "title": y_title, "scale": {"zero": False, **(scale or {})},
               **({} if axis is None else {"axis": dict(axis)})},
     }
+    colored: Spec = {}
     if by == "layer":
-        encoding["color"] = {"field": "curve", "type": "quantitative", "scale": SEQUENTIAL, "title": "layer",
-                             "legend": {"orient": "right", "gradientLength": 120, "gradientThickness": 10,
-                                        "format": "d", "tickMinStep": 1}}
+        colored = {"field": "curve", "type": "quantitative", "scale": SEQUENTIAL, "title": "layer",
+                   "legend": {"orient": "right", "direction": "vertical", "gradientLength": 120,
+                              "gradientThickness": 10, "format": "d", "tickMinStep": 1}}
         encoding["detail"] = {"field": "curve"}
     elif by == "curve" and len(labels) > 1:
-        encoding["color"] = {"field": "curve", "type": "nominal", "scale": color_scale(labels), "legend": legend(labels)}
+        colored = {"field": "curve", "type": "nominal", "scale": color_scale(labels), "legend": over_view(labels)}
     elif len(names) > 1:
-        encoding["color"] = {"field": "run", "type": "nominal", "scale": color_scale(names), "legend": legend(names)}
-    dashed = len(names) > 1 and (by == "curve" or len(names) > len(COLORS))
-    if dashed:
-        encoding["strokeDash"] = {"field": "run", "type": "nominal", "legend": legend(names) if by == "curve" else None,
-                                  "scale": {"domain": names, "range": _dashes(names, by)}}
+        colored = {"field": "run", "type": "nominal", "scale": color_scale(names), "legend": over_view(names)}
+    if colored:
+        encoding["color"] = colored
+    if len(names) > 1 and (by == "curve" or len(names) > len(COLORS)):
+        encoding["strokeDash"] = {"field": "run", "type": "nominal", "scale": _dash_scale(names, by),
+                                  "legend": over_view(names) if by == "curve" else None}
     mark: Spec = {"type": "line", "strokeWidth": 1.5, "clip": True}
-    if "color" not in encoding:
+    if not colored:
         mark["color"] = COLORS[0]
     if points:
-        mark["point"] = {"size": 18, "filled": True} | ({} if "color" in encoding else {"color": COLORS[0]})
+        mark["point"] = {"size": 18, "filled": True} | ({} if colored else {"color": COLORS[0]})
     columns = ("run", "curve", x, "value")
     curves = {"name": CURVES, "mark": mark, "encoding": encoding}
     return {"data": inline(Table(columns, rows)), "layer": [*_phases(shown, x), curves, *more]}
@@ -107,14 +113,20 @@ def color_scale(names: Sequence[str]) -> Spec:
     return {"domain": list(names), "range": [COLORS[i % len(COLORS)] for i in range(len(names))]}
 
 
-def _dashes(names: Sequence[str], by: str) -> list[list[int]]:
+def _dash_scale(names: Sequence[str], by: str) -> Spec:
+    """A dash for each name; where colors tell runs apart as well, one for each round of colors."""
     per_dash = 1 if by == "curve" else len(COLORS)
-    return [DASHES[i // per_dash % len(DASHES)] for i in range(len(names))]
+    return {"domain": list(names), "range": [DASHES[i // per_dash % len(DASHES)] for i in range(len(names))]}
 
 
 def legend(labels: Sequence[str]) -> Spec:
     """A legend that a narrow page has room for."""
-    return {"title": None, "columns": max(1, min(len(labels), 300 // (7 * max(map(len, labels)) + 36)))}
+    return {"title": None, "columns": max(1, min(len(labels), 330 // (7 * max(map(len, labels)) + 34)))}
+
+
+def over_view(labels: Sequence[str]) -> Spec:
+    """A `legend` over the labels of the switches."""
+    return {**legend(labels), "offset": LABELS}
 
 
 def _phases(runs: Sequence[Run], x: Axis) -> list[Spec]:
@@ -140,18 +152,20 @@ def _phases(runs: Sequence[Run], x: Axis) -> list[Spec]:
         for phase in run.phases[1:]:
             place = at(run, phase.begins)
             label = f"{phase.name} @ {phase.begins}" if len(runs) <= NUMBERED else f"{phase.begins}"
-            late = isinstance(place, int | float) and place > 0.6 * end
-            rules.append({"at": place, "label": label, "color": color, "run": run.label, "late": late,
-                          "y": -7 - 13 * (len(rules) % 2)})
+            share = place / end if isinstance(place, int | float) and end else 0.0
+            before = share > 0.75 or (share > 0.2 and phase is not run.phases[-1])  # the label ends at the rule
+            row = sum(rule["before"] == before for rule in rules) % 2
+            rules.append({"at": place, "label": label, "color": color, "run": run.label, "before": before,
+                          "y": -7 - 13 * row})
     tooltip = [{"field": "run", "type": "nominal"}, {"field": "label", "type": "nominal", "title": "phase"}]
     if rules:
         layers.append({"data": {"values": rules}, "mark": {"type": "rule", "strokeDash": [3, 3], "opacity": 0.8},
                        "encoding": {"x": along, "color": {"field": "color", "type": "nominal", "scale": None},
                                     "tooltip": tooltip}})
-    for late, y in sorted({(rule["late"], rule["y"]) for rule in rules}):
-        labels = [rule for rule in rules if (rule["late"], rule["y"]) == (late, y)]
+    for before, y in sorted({(rule["before"], rule["y"]) for rule in rules}):
+        labels = [rule for rule in rules if (rule["before"], rule["y"]) == (before, y)]
         layers.append({"data": {"values": labels},
-                       "mark": {"type": "text", "align": "right" if late else "left", "dx": -2 if late else 2},
+                       "mark": {"type": "text", "align": "right" if before else "left", "dx": -2 if before else 2},
                        "encoding": {"x": along, "y": {"value": y}, "text": {"field": "label", "type": "nominal"},
                                     "color": {"field": "color", "type": "nominal", "scale": None}}})
     resumes = [{"at": at(run, resume.step), "run": run.label} for run in runs for resume in run.resumes]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 from prelora_ds.reporting.report.figure import Figure
@@ -27,10 +28,10 @@ def drawings(figure: Figure) -> Iterator[tuple[str, str | bytes]]:
     yield "pdf", vl_convert.svg_to_pdf(svg)
 
 
+@cache
 def scripts() -> str:
     """The JavaScript of Vega, Vega-Lite and Vega-Embed in one piece, as ``vegaEmbed`` of the page."""
-    return str(_vl_convert().javascript_bundle("import vegaEmbed from 'vega-embed'; window.vegaEmbed = vegaEmbed;",
-                                               vl_version=VEGA_LITE))
+    return str(_vl_convert().javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=VEGA_LITE))
 
 
 def embedded(value: Any) -> str:

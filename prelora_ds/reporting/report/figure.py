@@ -23,10 +23,10 @@ FONT = "system-ui, 'Helvetica Neue', Arial, sans-serif"
 # on white.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ([1, 0], [7, 3], [2, 2], [9, 3, 2, 3], [1, 4])
-SEQUENTIAL = {"scheme": "viridis", "extent": [0.15, 0.95]}
+SEQUENTIAL = {"scheme": {"name": "viridis", "extent": [0.15, 0.95]}}
 
 CONFIG: Spec = {
-    "background": None,
+    "background": "transparent",
     "font": FONT,
     "view": {"stroke": None},
     "axis": {"labelColor": INK, "titleColor": INK, "domainColor": INK, "tickColor": INK, "gridColor": INK,
@@ -86,7 +86,7 @@ class Figure:
         """The figure as one drawing, with fixed sizes."""
         if len(self.panels) == 1:
             return {**SCHEMA, "config": CONFIG, "width": WIDTH, "height": HEIGHT, **self.panels[0].spec}
-        views = [{"title": panel.title, "width": PANEL_WIDTH, "height": PANEL_HEIGHT, **panel.spec}
+        views = [{"title": panel.title, "width": PANEL_WIDTH, "height": PANEL_HEIGHT, **_without_names(panel.spec)}
                  for panel in self.panels]
         resolve = {"scale": {"color": "independent"}}
         return {**SCHEMA, "config": CONFIG, "columns": 3 if len(views) > 4 else 2, "concat": views, "resolve": resolve}
@@ -110,6 +110,14 @@ def inline(table: Table) -> Spec:
               for i, name in enumerate(table.columns)}
     parse = {name: "string" if isinstance(value, str) else "number" for name, value in sample.items()}
     return {"values": table.csv(5), "format": {"type": "csv", "parse": parse}}
+
+
+def _without_names(spec: Spec) -> Spec:
+    """``spec`` for a drawing of several views, in which layers of one name would all show the data of the last one."""
+    if "layer" not in spec:
+        return spec
+    layers = [{key: value for key, value in layer.items() if key != "name"} for layer in spec["layer"]]
+    return {**spec, "layer": layers}
 
 
 def _with_values(spec: Spec) -> Spec:

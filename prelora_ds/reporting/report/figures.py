@@ -51,12 +51,12 @@ def all_figures(runs: Sequence[Run], most: int) -> Iterator[Made]:
     yield phases(runs)
     yield speed(runs, most)
     yield data_wait(runs, most)
-    yield from _for_each(runs, lambda run, name, _: state_memory(run, name), most)
-    yield from _for_each(runs, lambda run, name, _: ranks(run, name), most)
+    yield from _for_each(runs, state_memory, most)
+    yield from _for_each(runs, ranks, most)
     yield changes(runs, most)
     yield learning_rate(runs, most)
     yield from _for_each(runs, merges, most)
-    yield from _for_each(runs, lambda run, name, _: active_adapters(run, name), most)
+    yield from _for_each(runs, active_adapters, most)
 
 
 def _for_each(runs: Sequence[Run], make: Callable[[Run, str, int], Made], most: int) -> Iterator[Made]:
@@ -74,12 +74,16 @@ def _curves(name: str, title: str, caption: str, series: Sequence[Series], panel
     return Figure(name, title, caption, panels, as_table(series, value), in_numbers(series), in_words(series))
 
 
+def _families(runs: Sequence[Run], *kinds: str) -> list[str]:
+    """The families of all runs, each once, in the order of the logs."""
+    return list(dict.fromkeys(family for run in runs for kind in kinds for family in run.families(kind)))
+
+
 # ---- curves
 
 def weight_norms(runs: Sequence[Run], most: int) -> Made:
     title = "Weight norms per family"
-    families = list(dict.fromkeys(family for run in runs for family in run.families()))
-    series = collect(runs, {f"mean norm/{family}": family for family in families}, most)
+    series = collect(runs, {f"mean norm/{family}": family for family in _families(runs, "norm")}, most)
     if not series:
         return LeftOut(title, "No weight norms were logged.")
     caption = ("The Frobenius norm of W + s·B·A, as a mean over the layers of a family (Figure 1a of PreLoRA). "
@@ -132,7 +136,7 @@ def norms_by_layer(run: Run, name: str, most: int) -> Made:
 def norms_apart(runs: Sequence[Run], most: int) -> Made:
     title = "Norms of weights and adapters apart"
     parts = {"norm_base": "norm of W", "norm_adapter": "norm of s·B·A"}
-    families = list(dict.fromkeys(family for run in runs for kind in parts for family in run.families(kind)))
+    families = _families(runs, *parts)
     each = {kind: collect(runs, {f"mean {kind}/{family}": family for family in families}, most // 2) for kind in parts}
     if not all(each.values()):
         return LeftOut(title, "The logs do not have the norms of W and of s·B·A apart (norm_base, norm_adapter).")
@@ -177,9 +181,7 @@ def learning_rate(runs: Sequence[Run], most: int) -> Made:
 
 def changes(runs: Sequence[Run], most: int) -> Made:
     title = "Changes between windows, and their thresholds"
-    families = list(dict.fromkeys(column.partition("/")[2] for run in runs for column in run.curves
-                                  if column.startswith("change/") and column != "change/loss"))
-    norms = collect(runs, {f"change/{family}": family for family in families}, most)
+    norms = collect(runs, {f"change/{family}": family for family in _families(runs, "norm")}, most)
     losses = collect(runs, {"change/loss": "loss"}, most)
     if not (norms and losses):
         return LeftOut(title, "Fewer than two windows were closed, so there are no changes between them.")
@@ -190,7 +192,7 @@ def changes(runs: Sequence[Run], most: int) -> Made:
         marks = [(sign * limit, f"{symbol} {sign * limit:+g} %") for limit in limits for sign in (1, -1)]
         scale = {"type": "symlog", "constant": limits[0], "zero": True} if limits else None
         values = [] if not limits else [sign * limits[0] * factor for factor in (1, 5, 20, 100) for sign in (1, -1)]
-        axis = {"values": [0, *values], "format": "~g"} if values else None
+        axis = {"values": [0, *values], "format": ".3~r"} if values else None
         panels.append(Panel(words, curve_panel(series, runs, "step", "change, %", by="curve", scale=scale, axis=axis,
                                                more=threshold(marks) if marks else (), points=True)))
     caption = ("The change of a window relative to the one before. Algorithm 1 passes when the last changes of all "
@@ -254,7 +256,7 @@ def epoch_minutes(run: Run, phase: Phase) -> float | None:
     return (step_s + (data_s or 0.0)) * run.steps_per_epoch / 60
 
 
-def state_memory(run: Run, name: str) -> Made:
+def state_memory(run: Run, name: str, _: int) -> Made:
     title = "State memory per phase"
     sides = [(phase, side, values) for phase in run.phases
              for side, values in (("predicted", phase.predicted), ("measured", phase.measured)) if values is not None]
@@ -274,7 +276,7 @@ def state_memory(run: Run, name: str) -> Made:
                   f"{alt}.")
 
 
-def ranks(run: Run, name: str) -> Made:
+def ranks(run: Run, name: str, _: int) -> Made:
     title = "Ranks of the adapters"
     given = [phase for phase in run.phases if phase.ranks]
     distinct = [phase for before, phase in zip([None, *given], given, strict=False)
@@ -299,7 +301,7 @@ def _pivot(values: Mapping[Linear, float]) -> Table:
                                         for layer in layers])
 
 
-def active_adapters(run: Run, name: str) -> Made:
+def active_adapters(run: Run, name: str, _: int) -> Made:
     title = "Adapters that train (DynaLoRA)"
     if not run.active:
         return LeftOut(title, "All adapters of a phase trained at the same time.")
@@ -318,8 +320,8 @@ def active_adapters(run: Run, name: str) -> Made:
             for first, last, share in bins]
     mean = sum(row[4] for row in rows) / len(rows)
     numbers = _pivot({linear: sum(share for _, _, share in bins) / len(bins) for linear, bins in shares.items()})
-    caption = (f"The share of steps in which an adapter trained, in {TIME_BINS} equal parts of the steps since the "
-               "first choice.")
+    caption = (f"The share of steps in which an adapter trained, in up to {TIME_BINS} equal parts of the steps "
+               "since the first choice.")
     return Figure(f"active_adapters{name}", title, caption, panels,
                   Table(("family", "layer", "first_step", "last_step", "share"), rows), numbers,
                   f"{len(run.active)} choices among {len(shares)} adapters; on average an adapter trained in "
@@ -330,16 +332,17 @@ def _shares(run: Run) -> dict[Linear, list[tuple[int, int, float]]]:
     """Linear -> (first step, last step, share of its steps in which its adapter trained) of each part of the run."""
     first = run.active[0].step
     last = max(run.steps, run.active[-1].step + 1)
-    width = (last - first) / TIME_BINS
+    parts = min(TIME_BINS, last - first)
+    width = (last - first) / parts
     steps: dict[Linear, list[float]] = {}
     paths = {path: linear_of(run, path) for event in run.active for path in event.adapters}
     for linear in sorted(paths.values()):
-        steps[linear] = [0.0] * TIME_BINS
+        steps[linear] = [0.0] * parts
     ends = [event.step for event in run.active[1:]] + [last]
     for event, end in zip(run.active, ends, strict=True):
-        for part in range(int((event.step - first) / width), min(TIME_BINS, int((end - first) / width) + 1)):
+        for part in range(int((event.step - first) / width), min(parts, int((end - first) / width) + 1)):
             overlap = min(end, first + (part + 1) * width) - max(event.step, first + part * width)
             for path in event.adapters if overlap > 0 else ():
                 steps[paths[path]][part] += overlap / width
     return {linear: [(round(first + part * width) + 1, round(first + (part + 1) * width), min(share, 1.0))
-                     for part, share in enumerate(parts)] for linear, parts in steps.items()}
+                     for part, share in enumerate(shares)] for linear, shares in steps.items()}

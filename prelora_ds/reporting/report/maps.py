@@ -43,8 +43,7 @@ def layer_map(values: Mapping[tuple[str, int], float], title: str, form: str) ->
     x = {"field": "family", "type": "nominal", "sort": families, "title": None,
          "axis": {"orient": "top", "labelAngle": 0, "domain": False, "ticks": False}}
     y = {"field": "layer", "type": "ordinal", "title": "layer", "axis": {"domain": False, "ticks": False}}
-    color = {"field": "value", "type": "quantitative", "title": title, "scale": SEQUENTIAL,
-             "legend": {"orient": "right", "gradientLength": 100, "gradientThickness": 10, "format": form}}
+    color = {"field": "value", "type": "quantitative", "scale": SEQUENTIAL, "legend": None}
     tooltip = [{"field": name, "type": "nominal"} for name in ("family", "layer")] + [
         {"field": "value", "type": "quantitative", "title": title, "format": form}]
     return {"height": {"step": ROW_HEIGHT}, "data": inline(data), "layer": [

@@ -169,7 +169,8 @@ def _incidents(run: Run) -> Iterator[str]:
     if len(run.stragglers) > MOST_STRAGGLERS:
         yield f"{len(run.stragglers) - MOST_STRAGGLERS} more reports of slow ranks are in {run.folder.events.name}."
     if run.corrupt:
-        yield f"{run.corrupt:,} samples could not be read and were replaced."
+        samples = "1 sample" if run.corrupt == 1 else f"{run.corrupt:,} samples"
+        yield f"{samples} could not be read; others took their place."
 
 
 # ---- several runs
@@ -260,12 +261,13 @@ def _text(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def final_text(key: str, value: float | None, *, signed: bool = False) -> str:
-    """A number of the table of finals, with its unit."""
+def final_text(key: str, value: float | None, *, difference: bool = False) -> str:
+    """A number of the table of finals, with its unit; a difference of shares is in percentage points."""
     _, factor, digits, unit = FINALS[key]
     if value is None:
         return "-"
-    return f"{value * factor:{'+' if signed else ''},.{digits}f}{f' {unit}' if unit else ''}"
+    unit = "points" if difference and unit == "%" else unit
+    return f"{value * factor:{'+' if difference else ''},.{digits}f}{f' {unit}' if unit else ''}"
 
 
 def finals_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -276,7 +278,7 @@ def finals_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         row = [run["run"]]
         for key in keys:
             difference = (run["difference_to_first"] or {}).get(key)
-            beside = "" if difference is None else f" ({final_text(key, difference, signed=True)})"
+            beside = "" if difference is None else f" ({final_text(key, difference, difference=True)})"
             row.append(final_text(key, run["finals"][key]) + beside)
         rows.append(row)
     for group in result["seeds"]:
