@@ -84,12 +84,13 @@ class Figure:
 
     def for_file(self) -> Spec:
         """The figure as one drawing, with fixed sizes."""
+        top = {**SCHEMA, "config": CONFIG, "background": "white"}
         if len(self.panels) == 1:
-            return {**SCHEMA, "config": CONFIG, "width": WIDTH, "height": HEIGHT, **self.panels[0].spec}
+            return {**top, "width": WIDTH, "height": HEIGHT, **self.panels[0].spec}
         views = [{"title": panel.title, "width": PANEL_WIDTH, "height": PANEL_HEIGHT, **_without_names(panel.spec)}
                  for panel in self.panels]
         resolve = {"scale": {"color": "independent"}}
-        return {**SCHEMA, "config": CONFIG, "columns": 3 if len(views) > 4 else 2, "concat": views, "resolve": resolve}
+        return {**top, "columns": 3 if len(views) > 4 else 2, "concat": views, "resolve": resolve}
 
     def for_page(self) -> list[Spec]:
         """One view per panel, as wide as its place in the page, with values at the pointer."""
