@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ Axis = Literal["step", "hours"]
 TITLES: Mapping[Axis, str] = {"step": "step", "hours": "hours of training"}
 FEWEST_POINTS = 8
 LABELS = 34  # pixels over a view for the labels of switches
-NUMBERED = 2  # up to so many runs, a switch is labeled with the name of its phase
+NUMBERED = 2  # up to so many runs, each has labels of its own for its switches
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _phases(runs: Sequence[Run], x: Axis) -> list[Spec]:
     """The phases of a single run as bands, the switches of all runs as rules, and their resumes as ticks."""
     layers: list[Spec] = []
 
-    def at(run: Run, step: int) -> Cell:
+    def at(run: Run, step: int) -> float:
         return step if x == "step" else run.hours_at(step)
 
     along = {"field": "at", "type": "quantitative", "title": TITLES[x]}
@@ -144,30 +144,16 @@ def _phases(runs: Sequence[Run], x: Axis) -> list[Spec]:
         if bands:
             layers.append({"data": {"values": bands}, "mark": {"type": "rect", "color": INK, "opacity": 0.07},
                            "encoding": {"x": along, "x2": {"field": "end"}}})
-    lasts = [at(run, run.steps) for run in runs]
-    end = max((last for last in lasts if isinstance(last, int | float)), default=0)
-    rules: list[Spec] = []
-    for number, run in enumerate(runs):
-        color = INK if len(runs) == 1 else COLORS[number % len(COLORS)]
-        for phase in run.phases[1:]:
-            place = at(run, phase.begins)
-            label = f"{phase.name} @ {phase.begins}" if len(runs) <= NUMBERED else f"{phase.begins}"
-            share = place / end if isinstance(place, int | float) and end else 0.0
-            before = share > 0.75 or (share > 0.2 and phase is not run.phases[-1])  # the label ends at the rule
-            row = sum(rule["before"] == before for rule in rules) % 2
-            rules.append({"at": place, "label": label, "color": color, "run": run.label, "before": before,
-                          "y": -7 - 13 * row})
-    tooltip = [{"field": "run", "type": "nominal"}, {"field": "label", "type": "nominal", "title": "phase"}]
+    rules = [{"at": at(run, phase.begins), "label": f"{phase.name} @ {phase.begins}", "run": run.label,
+              "color": INK if len(runs) == 1 else COLORS[number % len(COLORS)]}
+             for number, run in enumerate(runs) for phase in run.phases[1:]]
     if rules:
+        tooltip = [{"field": "run", "type": "nominal"}, {"field": "label", "type": "nominal", "title": "phase"}]
         layers.append({"data": {"values": rules}, "mark": {"type": "rule", "strokeDash": [3, 3], "opacity": 0.8},
                        "encoding": {"x": along, "color": {"field": "color", "type": "nominal", "scale": None},
                                     "tooltip": tooltip}})
-    for before, y in sorted({(rule["before"], rule["y"]) for rule in rules}):
-        labels = [rule for rule in rules if (rule["before"], rule["y"]) == (before, y)]
-        layers.append({"data": {"values": labels},
-                       "mark": {"type": "text", "align": "right" if before else "left", "dx": -2 if before else 2},
-                       "encoding": {"x": along, "y": {"value": y}, "text": {"field": "label", "type": "nominal"},
-                                    "color": {"field": "color", "type": "nominal", "scale": None}}})
+    labels = rules if len(runs) <= NUMBERED else _common_labels(runs, at)
+    layers += _labels(labels, along, max(float(at(run, run.steps)) for run in runs))
     resumes = [{"at": at(run, resume.step), "run": run.label} for run in runs for resume in run.resumes]
     if resumes:
         layers.append({"data": {"values": resumes},
@@ -176,6 +162,36 @@ def _phases(runs: Sequence[Run], x: Axis) -> list[Spec]:
                                     "tooltip": [{"field": "run", "type": "nominal", "title": "resumed run"},
                                                 {"field": "at", "type": "quantitative", "title": TITLES[x]}]}})
     return layers
+
+
+def _common_labels(runs: Sequence[Run], at: Callable[[Run, int], float]) -> list[Spec]:
+    """One label per phase for many runs, with the range of steps at which it begins."""
+    begins: dict[str, list[tuple[float, int]]] = {}
+    for run in runs:
+        for phase in run.phases[1:]:
+            begins.setdefault(phase.name, []).append((at(run, phase.begins), phase.begins))
+    labels = []
+    for name, places in begins.items():
+        steps = sorted({step for _, step in places})
+        label = f"{name} @ {steps[0]}" if len(steps) == 1 else f"{name} @ {steps[0]} to {steps[-1]}"
+        labels.append({"at": min(places)[0], "label": label, "color": INK})
+    return labels
+
+
+def _labels(labels: Sequence[Spec], along: Spec, end: float) -> list[Spec]:
+    """Texts over the view. The last one begins at its place, the others end there, if they have room."""
+    placed: dict[tuple[bool, int], list[Spec]] = {}
+    last = max((label["at"] for label in labels), default=0.0)
+    for label in labels:
+        share = label["at"] / end if end else 0.0
+        before = share > 0.75 or (share > 0.2 and label["at"] < last)
+        row = sum(len(others) for (side, _), others in placed.items() if side == before) % 2
+        placed.setdefault((before, row), []).append(label)
+    return [{"data": {"values": texts},
+             "mark": {"type": "text", "align": "right" if before else "left", "dx": -2 if before else 2},
+             "encoding": {"x": along, "y": {"value": -7 - 13 * row}, "text": {"field": "label", "type": "nominal"},
+                          "color": {"field": "color", "type": "nominal", "scale": None}}}
+            for (before, row), texts in placed.items()]
 
 
 def threshold(values: Sequence[tuple[float, str]]) -> list[Spec]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import mean
 
 from prelora_ds.reporting.history import OWNERS
 from prelora_ds.reporting.report.curves import (
@@ -24,6 +25,7 @@ from prelora_ds.reporting.report.maps import bars, grouped_bars, layer_map, time
 from prelora_ds.reporting.report.reading import Phase, Run, linear_of, tests_of
 
 Linear = tuple[str, int]  # family, layer
+MOST_MAPS = 6  # of ranks
 TIME_BINS = 48  # of a map over steps
 ALL_OWNERS = (*OWNERS, "buffers", "host")
 
@@ -278,20 +280,22 @@ def state_memory(run: Run, name: str, _: int) -> Made:
 
 def ranks(run: Run, name: str, _: int) -> Made:
     title = "Ranks of the adapters"
-    given = [phase for phase in run.phases if phase.ranks]
-    distinct = [phase for before, phase in zip([None, *given], given, strict=False)
-                if before is None or before.ranks != phase.ranks]
+    given = [(phase, *ranks) for phase in run.phases for ranks in phase.ranks]
+    distinct = [last for before, last in zip([None, *given], given, strict=False)
+                if before is None or before[2] != last[2]]
     if not distinct:
         return LeftOut(title, "No plan in the log has adapters with ranks.")
-    panels = [Panel(f"{phase.name}, from step {phase.begins + 1}", layer_map(dict(phase.ranks), "rank", "d"))
-              for phase in distinct]
-    table = Table(("phase", "family", "layer", "rank"), [
-        (phase.name, family, layer, rank) for phase in distinct for (family, layer), rank in phase.ranks.items()])
-    alt = "; ".join(f"{phase.name}: {len(phase.ranks)} adapters of ranks {min(phase.ranks.values())} to "
-                    f"{max(phase.ranks.values())}, {sum(phase.ranks.values()) / len(phase.ranks):.3g} on average"
-                    for phase in distinct)
-    caption = "The rank of the adapter of each linear; rows are layers, columns are families."
-    return Figure(f"ranks{name}", title, caption, panels, table, _pivot(distinct[-1].ranks), f"{alt}.")
+    shown = distinct if len(distinct) <= MOST_MAPS else [*distinct[: MOST_MAPS - 1], distinct[-1]]
+    panels = [Panel(f"{phase.name}, from step {step}", layer_map(dict(ranks), "rank", "d"))
+              for phase, step, ranks in shown]
+    table = Table(("phase", "first_step", "family", "layer", "rank"), [
+        (phase.name, step, family, layer, rank) for phase, step, ranks in distinct
+        for (family, layer), rank in ranks.items()])
+    alt = "; ".join(f"{phase.name}, from step {step}: {len(ranks)} adapters of ranks {min(ranks.values())} to "
+                    f"{max(ranks.values())}, {mean(ranks.values()):.3g} on average" for phase, step, ranks in shown)
+    caption = "The rank of the adapter of each linear; rows are layers, columns are families." + (
+        f" Of {len(distinct)} changes, the first and the last are shown." if len(shown) < len(distinct) else "")
+    return Figure(f"ranks{name}", title, caption, panels, table, _pivot(distinct[-1][2]), f"{alt}.")
 
 
 def _pivot(values: Mapping[Linear, float]) -> Table:
@@ -305,7 +309,7 @@ def active_adapters(run: Run, name: str, _: int) -> Made:
     title = "Adapters that train (DynaLoRA)"
     if not run.active:
         return LeftOut(title, "All adapters of a phase trained at the same time.")
-    updates = run.active[-1].updates if run.end is None else run.end.updates
+    updates = (run.end.updates if run.end is not None else None) or run.active[-1].updates
     panels = []
     if updates:
         counts = {linear_of(run, path): float(steps) for path, steps in sorted(updates.items())}
@@ -318,14 +322,14 @@ def active_adapters(run: Run, name: str, _: int) -> Made:
         panels.append(Panel(family, time_map(cells, "share")))
     rows = [(family, layer, first, last, share) for (family, layer), bins in shares.items()
             for first, last, share in bins]
-    mean = sum(row[4] for row in rows) / len(rows)
-    numbers = _pivot({linear: sum(share for _, _, share in bins) / len(bins) for linear, bins in shares.items()})
+    share_of_all = mean(row[4] for row in rows)
+    numbers = _pivot({linear: mean(share for _, _, share in bins) for linear, bins in shares.items()})
     caption = (f"The share of steps in which an adapter trained, in up to {TIME_BINS} equal parts of the steps "
                "since the first choice.")
     return Figure(f"active_adapters{name}", title, caption, panels,
                   Table(("family", "layer", "first_step", "last_step", "share"), rows), numbers,
                   f"{len(run.active)} choices among {len(shares)} adapters; on average an adapter trained in "
-                  f"{mean:.0%} of the steps.")
+                  f"{share_of_all:.0%} of the steps.")
 
 
 def _shares(run: Run) -> dict[Linear, list[tuple[int, int, float]]]:

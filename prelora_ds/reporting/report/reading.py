@@ -54,7 +54,7 @@ class Phase:
 
     begins: the phase began after this step.
     ends: its last logged step so far.
-    ranks: (family, layer) -> rank of the adapter.
+    ranks: (first step, (family, layer) -> rank of the adapter), from its beginning on and for each change of ranks.
     step_s, data_s, img_s: one value per logged step.
     peaks: column -> the highest value, for columns such as ``peak_gib``.
     """
@@ -65,7 +65,7 @@ class Phase:
     trainable_parameters: int
     all_parameters: int | None
     switch_s: float | None
-    ranks: Mapping[tuple[str, int], int]
+    ranks: list[tuple[int, Mapping[tuple[str, int], int]]]
     ends: int = 0
     loss: float | None = None
     acc1: float | None = None
@@ -249,9 +249,7 @@ def _read_events(run: Run, path: Path) -> list[Bytes]:
 def _add_event(run: Run, event: Event) -> None:
     match event:
         case Started():
-            run.phases.append(Phase(
-                event.phase, event.step, event.reason, event.trainable_parameters, event.all_parameters,
-                None if event.switch is None else event.switch.seconds, _by_linear(run.config, event.ranks)))
+            _add_plan(run, event)
         case Resume():
             if not run.phases:  # a fork: it begins with a checkpoint of another run
                 run.first_step = event.step
@@ -266,9 +264,18 @@ def _add_event(run: Run, event: Event) -> None:
             run.end = event
 
 
-def _by_linear(config: Config | None, ranks: Mapping[str, int]) -> dict[tuple[str, int], int]:
-    patterns = None if config is None else config.model.families
-    return {family_and_layer(path, patterns): rank for path, rank in ranks.items()}
+def _add_plan(run: Run, event: Started) -> None:
+    """Begin a phase, or note that the plan has changed within a phase, for example the ranks of its adapters."""
+    seconds = None if event.switch is None else event.switch.seconds
+    ranks = {linear_of(run, path): rank for path, rank in event.ranks.items()}
+    last = run.phases[-1] if run.phases else None
+    if last is None or last.name != event.phase:
+        run.phases.append(last := Phase(event.phase, event.step, event.reason, event.trainable_parameters,
+                                        event.all_parameters, seconds, []))
+    elif seconds is not None:
+        last.switch_s = (last.switch_s or 0.0) + seconds
+    if ranks and (not last.ranks or last.ranks[-1][1] != ranks):
+        last.ranks.append((event.step + 1, ranks))
 
 
 def linear_of(run: Run, path: str) -> tuple[str, int]:

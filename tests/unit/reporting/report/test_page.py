@@ -27,7 +27,8 @@ needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 # Runs in the page: what a reader at this width would stumble over.
 PROBLEMS = """() => {
   const found = [], width = document.documentElement.clientWidth;
-  if (document.documentElement.scrollWidth > width) found.push(`the page is ${document.documentElement.scrollWidth} wide`);
+  const scrolled = document.documentElement.scrollWidth;
+  if (scrolled > width) found.push(`the page is ${scrolled} wide`);
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   for (let node = walker.nextNode(); node; node = walker.nextNode()) {
     const parent = node.parentElement;
@@ -43,12 +44,13 @@ PROBLEMS = """() => {
     if (view.clientWidth < 250) found.push(`${view.id} is only ${view.clientWidth} wide`);
     for (const text of svg.querySelectorAll("text")) {
       const box = text.getBoundingClientRect();
-      const outside = Math.max(all.left - box.left, box.right - all.right, all.top - box.top, box.bottom - all.bottom);
-      if (text.textContent && outside > 2) found.push(`${view.id} cuts ${text.textContent} by ${outside.toFixed(1)} px`);
+      const cut = Math.max(all.left - box.left, box.right - all.right, all.top - box.top, box.bottom - all.bottom);
+      if (text.textContent && cut > 2) found.push(`${view.id} cuts ${text.textContent} by ${cut.toFixed(1)} px`);
     }
   }
   for (const figure of document.querySelectorAll("figure")) {
-    if ((figure.querySelector("[role=img]").getAttribute("aria-label") ?? "").length < 40) found.push(`${figure.id}: no words`);
+    const words = figure.querySelector("[role=img]").getAttribute("aria-label") ?? "";
+    if (words.length < 40) found.push(`${figure.id}: no words`);
     if (!figure.querySelector("details table tbody tr")) found.push(`${figure.id}: no numbers`);
   }
   return found;

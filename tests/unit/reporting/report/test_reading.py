@@ -53,7 +53,21 @@ def test_phases_have_their_own_rows_bytes_and_ranks(folder: RunFolder) -> None:
     assert [len(p.step_s) for p in run.phases] == [12, 12, 12]
     assert [p.predicted and p.predicted["weights"] for p in run.phases] == [1000 * 2**14, 1200 * 2**14, 200 * 2**14]
     assert [p.peaks["peak_gib"] for p in run.phases] == [1.5, 1.5, 1.0]
-    assert run.phases[0].ranks == {} and run.phases[1].ranks[("q", 0)] == 4 and run.phases[2].ranks[("fc2", 1)] == 8
+    (_, warmup), (_, lora) = run.phases[1].ranks[0], run.phases[2].ranks[0]
+    assert run.phases[0].ranks == [] and warmup[("q", 0)] == 4 and lora[("fc2", 1)] == 8
+
+
+def test_a_plan_with_other_ranks_belongs_to_its_phase(folder: RunFolder) -> None:
+    """Ranks may change during a phase (`adapters.ranks.every`), which is a switch as well."""
+    events = read_lines(folder.events)
+    lora = next(row for row in events if row.get("phase") == "lora")
+    for step, rank in ((28, 2), (32, 2)):  # the second change leaves all ranks as they are
+        adapters = {path: spec | {"rank": rank} for path, spec in lora["plan"]["adapters"].items()}
+        events.insert(-1, lora | {"step": step, "plan": lora["plan"] | {"adapters": adapters}})
+    folder.events.write_text("".join(json.dumps(row) + "\n" for row in events))
+    phase = read(folder).phases[2]
+    assert len(read(folder).phases) == 3 and (phase.begins, phase.switch_s) == (24, 4.5)
+    assert [(step, ranks[("q", 0)]) for step, ranks in phase.ranks] == [(25, 4), (29, 2)]
 
 
 def test_changes_are_those_of_algorithm_1(folder: RunFolder) -> None:
@@ -136,7 +150,7 @@ def test_a_config_that_is_missing_or_of_another_version_is_noted(folder: RunFold
     folder.config.write_text("nonsense: 1\n")
     run = read(folder)
     assert run.config is None and run.config_hash is not None and "config.yaml" in run.notes[0]
-    assert run.phases[1].ranks[("q", 0)] == 4  # the names of the ViT are known without it
+    assert run.phases[1].ranks[0][1][("q", 0)] == 4  # the names of the ViT are known without it
     folder.config.unlink()
     assert read(folder).config_hash is None
 
