@@ -86,7 +86,7 @@ def curve_panel(series: Sequence[Series], runs: Sequence[Run], x: Axis, y_title:
     colored: Spec = {}
     if by == "layer":
         colored = {"field": "curve", "type": "quantitative", "scale": SEQUENTIAL, "title": "layer",
-                   "legend": {"orient": "right", "direction": "vertical", "gradientLength": 120,
+                   "legend": {"type": "gradient", "orient": "right", "direction": "vertical", "gradientLength": 120,
                               "gradientThickness": 10, "format": "d", "tickMinStep": 1}}
         encoding["detail"] = {"field": "curve"}
     elif by == "curve" and len(labels) > 1:
@@ -97,7 +97,7 @@ def curve_panel(series: Sequence[Series], runs: Sequence[Run], x: Axis, y_title:
         encoding["color"] = colored
     if len(names) > 1 and (by == "curve" or len(names) > len(COLORS)):
         encoding["strokeDash"] = {"field": "run", "type": "nominal", "scale": _dash_scale(names, by),
-                                  "legend": over_view(names) if by == "curve" else None}
+                                  "legend": {**legend(names), "orient": "bottom"} if by == "curve" else None}
     mark: Spec = {"type": "line", "strokeWidth": 1.5, "clip": True}
     if not colored:
         mark["color"] = COLORS[0]
@@ -119,9 +119,9 @@ def _dash_scale(names: Sequence[str], by: str) -> Spec:
     return {"domain": list(names), "range": [DASHES[i // per_dash % len(DASHES)] for i in range(len(names))]}
 
 
-def legend(labels: Sequence[str]) -> Spec:
-    """A legend that a narrow page has room for."""
-    return {"title": None, "columns": max(1, min(len(labels), 330 // (7 * max(map(len, labels)) + 34)))}
+def legend(labels: Sequence[str], width: int = 330) -> Spec:
+    """A legend that is about ``width`` pixels wide, so that a narrow page has room for it."""
+    return {"title": None, "columns": max(1, min(len(labels), width // (7 * max(map(len, labels)) + 34)))}
 
 
 def over_view(labels: Sequence[str]) -> Spec:
@@ -145,13 +145,13 @@ def _phases(runs: Sequence[Run], x: Axis) -> list[Spec]:
             layers.append({"data": {"values": bands}, "mark": {"type": "rect", "color": INK, "opacity": 0.07},
                            "encoding": {"x": along, "x2": {"field": "end"}}})
     rules = [{"at": at(run, phase.begins), "label": f"{phase.name} @ {phase.begins}", "run": run.label,
-              "color": INK if len(runs) == 1 else COLORS[number % len(COLORS)]}
+              "color": INK if len(runs) == 1 else COLORS[number % len(COLORS)], "last": phase is run.phases[-1]}
              for number, run in enumerate(runs) for phase in run.phases[1:]]
-    if rules:
-        tooltip = [{"field": "run", "type": "nominal"}, {"field": "label", "type": "nominal", "title": "phase"}]
-        layers.append({"data": {"values": rules}, "mark": {"type": "rule", "strokeDash": [3, 3], "opacity": 0.8},
-                       "encoding": {"x": along, "color": {"field": "color", "type": "nominal", "scale": None},
-                                    "tooltip": tooltip}})
+    tooltip = [{"field": "run", "type": "nominal"}, {"field": "label", "type": "nominal", "title": "phase"}]
+    for color in dict.fromkeys(rule["color"] for rule in rules):
+        layers.append({"data": {"values": [rule for rule in rules if rule["color"] == color]},
+                       "mark": {"type": "rule", "strokeDash": [3, 3], "opacity": 0.8, "color": color},
+                       "encoding": {"x": along, "tooltip": tooltip}})
     labels = rules if len(runs) <= NUMBERED else _common_labels(runs, at)
     layers += _labels(labels, along, max(float(at(run, run.steps)) for run in runs))
     resumes = [{"at": at(run, resume.step), "run": run.label} for run in runs for resume in run.resumes]
@@ -174,24 +174,23 @@ def _common_labels(runs: Sequence[Run], at: Callable[[Run, int], float]) -> list
     for name, places in begins.items():
         steps = sorted({step for _, step in places})
         label = f"{name} @ {steps[0]}" if len(steps) == 1 else f"{name} @ {steps[0]} to {steps[-1]}"
-        labels.append({"at": min(places)[0], "label": label, "color": INK})
+        labels.append({"at": min(places)[0], "label": label, "color": INK, "last": name == list(begins)[-1]})
     return labels
 
 
 def _labels(labels: Sequence[Spec], along: Spec, end: float) -> list[Spec]:
-    """Texts over the view. The last one begins at its place, the others end there, if they have room."""
-    placed: dict[tuple[bool, int], list[Spec]] = {}
-    last = max((label["at"] for label in labels), default=0.0)
+    """Texts over the view. That of a last phase begins at its place, the others end there, if they have room."""
+    placed: dict[tuple[bool, int, str], list[Spec]] = {}
     for label in labels:
         share = label["at"] / end if end else 0.0
-        before = share > 0.75 or (share > 0.2 and label["at"] < last)
-        row = sum(len(others) for (side, _), others in placed.items() if side == before) % 2
-        placed.setdefault((before, row), []).append(label)
+        before = share > 0.75 or (share > 0.2 and not label["last"])
+        row = sum(len(others) for (side, *_), others in placed.items() if side == before) % 2
+        placed.setdefault((before, row, label["color"]), []).append(label)
     return [{"data": {"values": texts},
-             "mark": {"type": "text", "align": "right" if before else "left", "dx": -2 if before else 2},
-             "encoding": {"x": along, "y": {"value": -7 - 13 * row}, "text": {"field": "label", "type": "nominal"},
-                          "color": {"field": "color", "type": "nominal", "scale": None}}}
-            for (before, row), texts in placed.items()]
+             "mark": {"type": "text", "align": "right" if before else "left", "dx": -2 if before else 2,
+                      "color": color},
+             "encoding": {"x": along, "y": {"value": -7 - 13 * row}, "text": {"field": "label", "type": "nominal"}}}
+            for (before, row, color), texts in placed.items()]
 
 
 def threshold(values: Sequence[tuple[float, str]]) -> list[Spec]:

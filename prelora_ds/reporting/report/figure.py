@@ -132,9 +132,9 @@ def _with_values(spec: Spec) -> Spec:
         "transform": [{"sample": POINTS_WITH_VALUES}],
         "params": [{"name": "nearest", "select": {"type": "point", "nearest": True, "on": "pointerover",
                                                   "clear": "pointerout"}}],
-        "mark": {"type": "point", "filled": True, "size": 60},
+        "mark": {"type": "point", "size": 60, "color": INK},
         "encoding": {
-            **{channel: encoding[channel] for channel in ("x", "y", "color") if channel in encoding},
+            "x": encoding["x"], "y": encoding["y"],
             "opacity": {"condition": {"param": "nearest", "empty": False, "value": 1}, "value": 0},
             "tooltip": [{"field": field, "type": "nominal"} for field in fields] + [
                 {"field": encoding[axis]["field"], "type": "quantitative", "format": ",.5~g",

@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from prelora_ds.reporting.report.curves import TITLES, color_scale, legend
 from prelora_ds.reporting.report.figure import COLORS, INK, ROW_HEIGHT, SEQUENTIAL, Cell, Spec, Table, inline
 
+LOW_ROW_HEIGHT = 12  # pixels of a row of a map without numbers
+BAR_HEIGHT = 22
+
 
 def bars(rows: Sequence[tuple[str, str, float]], title: str) -> Spec:
     """Horizontal bars. rows: (label on the left, what the color stands for, value)."""
@@ -19,9 +22,9 @@ def bars(rows: Sequence[tuple[str, str, float]], title: str) -> Spec:
     }
     if len(colors) > 1:
         encoding["color"] = {"field": "kind", "type": "nominal", "scale": color_scale(colors),
-                             "legend": {**legend(colors), "symbolType": "square"}}
+                             "legend": {**legend(colors, 220), "symbolType": "square"}}
     mark: Spec = {"type": "bar"} | ({} if len(colors) > 1 else {"color": COLORS[0]})
-    return {"height": {"step": 22}, "data": inline(Table(("label", "kind", "value"), rows)), "mark": mark,
+    return {"height": BAR_HEIGHT * len(labels), "data": inline(Table(("label", "kind", "value"), rows)), "mark": mark,
             "encoding": encoding}
 
 
@@ -31,7 +34,8 @@ def grouped_bars(rows: Sequence[tuple[str, str, float]], title: str) -> Spec:
     if "color" in spec["encoding"]:
         kinds = spec["encoding"]["color"]["scale"]["domain"]
         spec["encoding"]["yOffset"] = {"field": "kind", "type": "nominal", "scale": {"domain": kinds}}
-        spec["height"] = {"step": 14}
+        labels = spec["encoding"]["y"]["sort"]
+        spec["height"] = (BAR_HEIGHT * 2 // 3 * len(kinds) + 8) * len(labels)
     return spec
 
 
@@ -46,7 +50,7 @@ def layer_map(values: Mapping[tuple[str, int], float], title: str, form: str) ->
     color = {"field": "value", "type": "quantitative", "scale": SEQUENTIAL, "legend": None}
     tooltip = [{"field": name, "type": "nominal"} for name in ("family", "layer")] + [
         {"field": "value", "type": "quantitative", "title": title, "format": form}]
-    return {"height": {"step": ROW_HEIGHT}, "data": inline(data), "layer": [
+    return {"height": ROW_HEIGHT * len({layer for _, layer in values}), "data": inline(data), "layer": [
         {"mark": {"type": "rect"}, "encoding": {"x": x, "y": y, "color": color, "tooltip": tooltip}},
         {"mark": {"type": "text"},
          "encoding": {"x": x, "y": y, "text": {"field": "value", "type": "quantitative", "format": form},
@@ -63,8 +67,9 @@ def time_map(cells: Sequence[tuple[int, int, int, float]], title: str) -> Spec:
         "x2": {"field": "last"},
         "y": {"field": "layer", "type": "ordinal", "title": "layer", "axis": {"labelOverlap": True}},
         "color": {"field": "share", "type": "quantitative", "scale": {**SEQUENTIAL, "domain": [0, 1]}, "title": title,
-                  "legend": {"orient": "right", "gradientLength": 80, "gradientThickness": 10, "format": "%"}},
+                  "legend": {"orient": "top", "gradientLength": 100, "gradientThickness": 10, "format": "%"}},
         "tooltip": [{"field": name, "type": "quantitative"} for name in ("layer", "first", "last", "share")],
     }
-    return {"height": {"step": 12}, "data": inline(Table(("layer", "first", "last", "share"), rows)),
+    layers = {layer for layer, *_ in cells}
+    return {"height": LOW_ROW_HEIGHT * len(layers), "data": inline(Table(("layer", "first", "last", "share"), rows)),
             "mark": {"type": "rect", "stroke": INK, "strokeOpacity": 0.1}, "encoding": encoding}

@@ -21,7 +21,7 @@ MOST_STRAGGLERS = 10
 FINALS: dict[str, tuple[str, float, int, str]] = {
     "final_acc1": ("final top-1", 100, 2, "%"),
     "best_acc1": ("best top-1", 100, 2, "%"),
-    "exported_acc1": ("exported model, top-1", 100, 2, "%"),
+    "exported_acc1": ("exported top-1", 100, 2, "%"),
     "final_val_loss": ("final validation loss", 1, 4, ""),
     "final_loss": ("final training loss", 1, 4, ""),
     "steps": ("steps", 1, 0, ""),
@@ -146,7 +146,7 @@ def not_run(run: Run) -> Iterator[str]:
     if "val/acc1" not in run.last:
         yield "No validation accuracy was logged."
     if run.accuracy is None:
-        yield "The exported model was not evaluated (`prelora evaluate`)."
+        yield "The exported model was not evaluated (prelora evaluate)."
     if not any(column.startswith("device_peak") for phase in run.phases for column in phase.peaks):
         yield "No memory of a GPU was logged."
 
@@ -239,7 +239,7 @@ def card(run: dict[str, Any]) -> list[tuple[str, str]]:
         ("run name", run["name"] or NOT_LOGGED),
         ("final top-1", final_text("final_acc1", finals["final_acc1"])),
         ("best top-1", final_text("best_acc1", finals["best_acc1"]) + best),
-        ("exported model, top-1", final_text("exported_acc1", finals["exported_acc1"])),
+        ("exported top-1", final_text("exported_acc1", finals["exported_acc1"])),
         ("steps and epochs", f"{finals['steps']:,} steps, {run['epochs']:.1f} epochs"),
         ("samples", NOT_LOGGED if run["samples"] is None else f"{run['samples']:,}"),
         ("hours of training", f"{hours} h{device_hours}"),

@@ -53,8 +53,8 @@ def test_a_data_folder_that_is_missing_is_told_by_its_option(
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("arguments", [["no-such-command"], ["report"], ["report", "a", "--out"], ["shards", "imagenet"],
-                                       ["shards", "digits", "x", "--samples-per-shard", "0"]])
+@pytest.mark.parametrize("arguments", [["no-such-command"], ["report"], ["report", "a", "--out"],
+                                       ["shards", "imagenet"], ["shards", "digits", "x", "--samples-per-shard", "0"]])
 def test_a_command_line_that_is_wrong_ends_with_exit_code_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:

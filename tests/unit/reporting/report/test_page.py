@@ -148,7 +148,7 @@ def test_the_pointer_shows_values_and_a_legend_shows_a_curve_apart(browser: Brow
         return view.locator("path[stroke][opacity='0.08']").count()
 
     assert faint() == 0
-    shown.locator("#weight_norms .view svg").get_by_text("fc1", exact=True).click()
+    shown.locator("#weight_norms .view svg").get_by_text("fc1", exact=True).click(force=True)
     shown.wait_for_function("document.querySelectorAll(\"#weight_norms path[opacity='0.08']\").length == 5")
     assert faint() == 5 and said == []
 
