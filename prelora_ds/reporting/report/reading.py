@@ -9,6 +9,7 @@ import hashlib
 from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -16,7 +17,6 @@ from typing import Any
 from prelora_ds.config.load import load_config
 from prelora_ds.config.phases import PreloraUntil
 from prelora_ds.config.tree import Config
-from prelora_ds.core.codec import from_json
 from prelora_ds.core.layout import family_and_layer
 from prelora_ds.core.switch_tests.prelora import WindowStats, partially_converged
 from prelora_ds.errors import ConfigError
@@ -148,17 +148,24 @@ class Run:
 
     def families(self, kind: str = "norm") -> list[str]:
         """The families of linears that columns such as ``norm/q.03`` name, in the order of the log."""
-        found = (column.partition("/")[2].rpartition(".")[0] for column in self.curves if column.startswith(f"{kind}/"))
-        return list(dict.fromkeys(found))
+        start = f"mean {kind}/"
+        return [column.removeprefix(start) for column in self.curves if column.startswith(start)]
 
     def layers(self, family: str) -> list[int]:
         """The layers of a family with a weight norm."""
-        start = f"norm/{family}."
-        return sorted(int(column.removeprefix(start)) for column in self.curves if column.startswith(start))
+        mean, start = f"mean norm/{family}", f"norm/{family}."
+        return sorted(int(column.removeprefix(start)) for column in self.curves if _mean_of(column) == mean)
 
     def add(self, column: str, step: int, value: float) -> None:
         """Add a point to a curve, at the hours of the run so far."""
-        self.curves.setdefault(column, Curve()).add(step, self.hours, value)
+        self.curve(column).add(step, self.hours, value)
+
+    def curve(self, column: str) -> Curve:
+        """The curve of ``column``, which may be new."""
+        found = self.curves.get(column)
+        if found is None:
+            found = self.curves[column] = Curve()
+        return found
 
 
 def read_run(folder: RunFolder, label: str) -> Run:
@@ -186,7 +193,7 @@ def read_run(folder: RunFolder, label: str) -> Run:
     for merge in run.merges:
         for column, value in (("merge output change", merge.output_change), ("merge reset share", merge.reset_share)):
             if value is not None:
-                run.curves.setdefault(column, Curve()).add(merge.step, run.hours_at(merge.step), value)
+                run.curve(column).add(merge.step, run.hours_at(merge.step), value)
     if folder.windows.is_file():
         _read_windows(run)
     if folder.accuracy.is_file():
@@ -314,6 +321,14 @@ def _read_metrics(run: Run, path: Path) -> None:
                 run.best = step.acc1, step.step
 
 
+@cache
+def _mean_of(column: str) -> str | None:
+    """The mean that a column is a part of: ``mean norm/q`` for ``norm/q.03``."""
+    kind, _, rest = column.partition("/")
+    family, _, layer = rest.rpartition(".")
+    return f"mean {kind}/{family}" if kind in WEIGHT_NORMS and family and layer.isdecimal() else None
+
+
 def _add_columns(run: Run, phase: Phase, row: Mapping[str, Any]) -> None:
     step = run.steps
     norms: dict[str, list[float]] = {}
@@ -321,12 +336,9 @@ def _add_columns(run: Run, phase: Phase, row: Mapping[str, Any]) -> None:
         number = _number(value)
         if number is None or column == "step":
             continue
-        kind, _, rest = column.partition("/")
-        if kind in WEIGHT_NORMS:
-            family, _, layer = rest.rpartition(".")
-            if not (family and layer.isdecimal()):
-                continue
-            norms.setdefault(f"mean {kind}/{family}", []).append(number)
+        mean = _mean_of(column)
+        if mean is not None:
+            norms.setdefault(mean, []).append(number)
         run.add(column, step, number)
         run.last[column] = number
         if column in ("step_s", "data_s", "img_s"):
@@ -356,15 +368,16 @@ def _read_windows(run: Run) -> None:
     before: WindowStats | None = None
     for number, row in stream_lines(path, pass_by):
         try:
-            window = from_json(WindowStats, {key: row[key] for key in ("index", "last_step", "loss", "norms")})
+            norms = {family: {int(layer): float(norm) for layer, norm in layers.items()}
+                     for family, layers in row["norms"].items()}
+            window = WindowStats(int(row["index"]), int(row["last_step"]), float(row["loss"]), norms)
             if before is not None and window.index == before.index + 1:
                 changes = partially_converged([before, window], k=2, tau=1, zeta=1, aggregate=aggregate)
                 named = {family: change for family, (change,) in changes.norm_changes.items()}
                 for what, change in (named | {"loss": changes.loss_changes[0]}).items():
                     if _number(change) is not None:
-                        run.curves.setdefault(f"change/{what}", Curve()).add(
-                            window.last_step, run.hours_at(window.last_step), change)
-        except (ValueError, KeyError, OverflowError) as exc:
+                        run.curve(f"change/{what}").add(window.last_step, run.hours_at(window.last_step), change)
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as exc:
             pass_by(ConfigError("log", str(path), f"line {number} cannot be understood ({exc})", ""))
             continue
         before = window

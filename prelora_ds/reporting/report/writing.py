@@ -44,10 +44,8 @@ def write_report(folders: Sequence[RunFolder], out: Path) -> list[str]:
             if html is not None:
                 (folder / "index.html").write_bytes(_encoded(html))
                 (folder / "figures").mkdir()
-                for figure in figures:
-                    for kind, content in drawings(figure):
-                        data = _encoded(content) if isinstance(content, str) else content
-                        (folder / f"figures/{figure.name}.{kind}").write_bytes(data)
+                for name, content in drawings(figures):
+                    (folder / "figures" / name).write_bytes(_encoded(content) if isinstance(content, str) else content)
             (folder / "report.json").write_bytes(_encoded(json_text(result, indent=2) + "\n"))
             (folder / "report.md").write_bytes(_encoded(markdown(result, figures, left_out, drawn=drawn)))
     except OSError as exc:
