@@ -13,7 +13,8 @@ BAR_HEIGHT = 22
 
 def bars(rows: Sequence[tuple[str, str, float]], title: str) -> Spec:
     """Horizontal bars. rows: (label on the left, what the color stands for, value)."""
-    labels, colors = (list(dict.fromkeys(row[i] for row in rows)) for i in (0, 1))
+    labels = list(dict.fromkeys(label for label, _, _ in rows))
+    colors = list(dict.fromkeys(kind for _, kind, _ in rows))
     encoding: Spec = {
         "y": {"field": "label", "type": "nominal", "sort": labels, "title": None,
               "axis": {"labelLimit": 140, "domain": False, "ticks": False}},

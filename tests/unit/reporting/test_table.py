@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from support.damage import mutations
 
 from prelora_ds.errors import ConfigError
 from prelora_ds.reporting.table import phase_rows, print_report
@@ -247,39 +247,6 @@ def test_logs_without_what_a_report_needs_are_refused(
 def test_what_rich_would_take_for_markup_is_printed_as_it_is(tmp_path: Path) -> None:
     text = printed(write(tmp_path, METRICS, [plan(0, "[/bold]", 1, "[red]because")]))
     assert "[/bold]" in text and "[/bold] from step 1: [red]because" in text
-
-
-WORDS = [
-    b"null",
-    b"NaN",
-    b"1e999",
-    b"-1",
-    b"0",
-    b'""',
-    b"{}",
-    b"[]",
-    b"true",
-    b"\n",
-    b"\0",
-    b"9" * 25,
-    b'"\\ud800"',
-    b"9" * 5000,
-    b"1e308",
-    b"[" * 3000,
-]
-
-
-@st.composite
-def mutations(draw: st.DrawFn, content: bytes) -> bytes:
-    """``content`` with a value or a few bytes replaced, or as anything at all."""
-    if draw(st.integers(0, 9)) == 0:
-        return draw(st.binary(max_size=40))
-    data, values = content, [m.span(1) for m in re.finditer(rb": ([^,{}\[\]]+)", content)]
-    for _ in range(draw(st.integers(1, 2))):
-        start = draw(st.integers(0, len(data)))
-        start, stop = draw(st.sampled_from(values) | st.just((start, start + 3)))
-        data = data[:start] + draw(st.sampled_from(WORDS) | st.binary(max_size=3)) + data[stop:]
-    return data
 
 
 def lines_of(rows: list[dict[str, Any]]) -> bytes:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -14,12 +15,18 @@ from xml.etree import ElementTree
 
 import psutil
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
+from support.damage import mutations
 from support.run_logs import Logs, events_of_methods, write_logs
 
 from prelora_ds import cli
 from prelora_ds.errors import ConfigError
+from prelora_ds.reporting.report.figure import Figure
+from prelora_ds.reporting.report.figures import all_figures
 from prelora_ds.reporting.report.page import MOST_BYTES
+from prelora_ds.reporting.report.reading import read_run
 from prelora_ds.reporting.report.writing import write_report
 from prelora_ds.run.folder import RunFolder
 from prelora_ds.run.log import read_lines
@@ -286,6 +293,29 @@ def test_a_report_that_fails_leaves_nothing(tmp_path: Path, runs: list[RunFolder
     assert caught.value.exit_code == 75 and list(tmp_path.iterdir()) == []
 
 
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), which=st.sampled_from(["metrics", "events", "windows"]))
+def test_damaged_logs_are_reported_or_refused_with_one_message(
+    data: st.DataObject, which: str, tmp_path_factory: pytest.TempPathFactory, runs: list[RunFolder],
+    without_the_extra: None
+) -> None:
+    folder = RunFolder(tmp_path_factory.mktemp("damaged") / "run")
+    shutil.copytree(runs[0].path, folder.path)
+    path = folder.path / f"{which}.jsonl"
+    path.write_bytes(data.draw(mutations(path.read_bytes())))
+    out = folder.path.with_name("out")
+    try:
+        write_report([folder], out)
+    except ConfigError as error:
+        assert error.remedy and not out.exists()
+        return
+    run = read_run(folder, "run")
+    for figure in all_figures([run], 600):
+        if isinstance(figure, Figure):
+            json.dumps([figure.for_file(), figure.for_page()], allow_nan=False)
+    assert len((out / "report.md").read_text().splitlines()) <= 80
+
+
 # ---- what it costs
 
 LONG = Logs(epochs=300, rows=10, every=125, layers=24, more=False)  # 144 weight norms
@@ -322,8 +352,6 @@ def test_five_runs_of_300_epochs_take_at_most_10_s_and_500_mb(tmp_path: Path) ->
 
 def test_reading_does_not_hold_the_rows(tmp_path: Path, without_the_extra: None) -> None:
     """A run with 10 times the rows takes little more memory: what is kept of a column is bounded."""
-    from prelora_ds.reporting.report.reading import read_run
-
     folder = write_logs(tmp_path / "run", Logs(epochs=300, rows=30, layers=1))
     run = read_run(folder, "run")
     assert run.steps == 9000
