@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,12 @@ def test_a_run_of_three_phases_has_14_figures_and_those_of_its_methods(runs: lis
     both = made(runs)
     assert "loss_over_step" in both and {"ranks_1", "ranks_2", "relora_cycles_1"} <= both.keys()
     assert "relora_cycles_2" not in both
+
+
+def test_the_docs_list_every_figure(runs: list[Run]) -> None:
+    text = (Path(__file__).parents[4] / "docs/reports.md").read_text()
+    rows = "".join(line.split("|")[1] for line in text.splitlines() if line.startswith("| `"))
+    assert re.findall(r"`(\w+)`", rows) == [*OF_ONE_RUN, "relora_cycles", "active_adapters"]
 
 
 def test_every_view_is_valid_vega_lite(runs: list[Run]) -> None:
