@@ -7,7 +7,7 @@ engine.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,7 @@ from prelora_ds.run.guard import Guard
 from prelora_ds.run.log import norm_columns
 from prelora_ds.run.records import Records
 from prelora_ds.run.recover import check_samples, recover
+from prelora_ds.run.setup_record import SetupRecord, job_end, write_setup
 from prelora_ds.run.stop import StopRequest
 
 
@@ -67,7 +68,11 @@ def train(config: Config, train_data: TrainData, val_data: Manifest, hosts: Sequ
     controller = PhaseController(layout=layout, timeline=timeline, phases=config.specs(),
                                  seed=config.run.seed)
 
-    say = partial(print, flush=True) if rank_0 else lambda text: None
+    say: Callable[[str], None] = partial(print, flush=True) if rank_0 else lambda text: None
+    setup = SetupRecord(layout, timeline.samples, dist.get_world_size(), job_end())
+    warning = write_setup(folder, setup) if rank_0 else None
+    if warning is not None:
+        say(warning)
     checkpoint = load_newest(resume_candidates, folder, layout, say)
     done = rewind_output(folder, checkpoint, resumed_from)
 
@@ -136,9 +141,10 @@ def loop(run: Run, records: Records, saver: Saver, stop: StopRequest, guard: Gua
             measured |= {"val/acc1": accuracy.acc1, "val/loss": accuracy.loss}
         if due.norms(step):
             norms = weight_norms(engine)
-            measured |= norm_columns(norms)
+            measured |= norm_columns(norms.effective)
+            measured |= norm_columns(norms.base, "norm_base") | norm_columns(norms.adapter, "norm_adapter")
         if due.observation(step) and state.window.steps:
-            state.phase = decide(run, records, state, step, norms)
+            state.phase = decide(run, records, state, step, norms.effective)
         state.phase = run.controller.after_step(state.phase, step, importance=stats.importance,
                                                 updated=not stats.skipped)
         if measured or due.log(step):
