@@ -23,6 +23,7 @@ from prelora_ds.data.manifest import Manifest
 from prelora_ds.data.setup import TrainData, fingerprints, samples_per_epoch
 from prelora_ds.engine.measure import weight_norms
 from prelora_ds.engine.runtime import freeze_imports
+from prelora_ds.exporting.card import write_run_card
 from prelora_ds.exporting.hf import export_model
 from prelora_ds.model.families import find_layout
 from prelora_ds.model.vit import build_model
@@ -161,7 +162,7 @@ def loop(run: Run, records: Records, saver: Saver, stop: StopRequest, guard: Gua
 
     loader.close()
     saver.finish_pending()
-    export_model(engine, run.folder.model, run.train_data.classes)
+    export_model(engine, run.folder.model, run.train_data.classes, card=partial(write_run_card, run, state))
     records.end(state.phase)
     assert state.accuracy is not None, "the last step is a tick of every duration"
     return state.accuracy
