@@ -139,7 +139,7 @@ def loop(run: Run, records: Records, saver: Saver, stop: StopRequest, guard: Gua
             accuracy = evaluate_engine(engine, run.val_batches(), len(run.val_data),
                                        beat=guard.beat)
             improved = state.evaluated(step, accuracy)
-            measured |= {"val/acc1": accuracy.acc1, "val/loss": accuracy.loss}
+            measured |= accuracy.columns()
         if due.norms(step):
             norms = weight_norms(engine)
             measured |= norm_columns(norms.effective)

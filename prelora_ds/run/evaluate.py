@@ -43,6 +43,11 @@ class Accuracy:
     def acc5(self) -> float | None:
         return None if self.correct5 is None else self.correct5 / self.samples
 
+    def columns(self) -> dict[str, float]:
+        """Return the columns of a logged row."""
+        columns = {"val/acc1": self.acc1, "val/loss": self.loss}
+        return columns if self.acc5 is None else columns | {"val/acc5": self.acc5}
+
 
 @torch.no_grad()
 def evaluate(
