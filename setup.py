@@ -14,7 +14,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["prelora_ds", "prelora_ds.*"]),
-    package_data={"prelora_ds": ["py.typed", "hosts/profiles/*", "reporting/report/*.j2"]},
+    package_data={"prelora_ds": ["py.typed", "hosts/profiles/*", "exporting/card.md", "reporting/report/*.j2"]},
     python_requires=">=3.11",
     # Exact versions are in constraints.txt. The engine depends on DeepSpeed's internals, so its range
     # is one minor release.
@@ -24,6 +24,7 @@ setup(
         "torchvision>=0.29.1,<0.30",
         "simplejpeg>=1.9,<2",
         "transformers>=5.23,<6",
+        "huggingface_hub>=2.4,<3",
         "peft>=0.21.2,<0.22",
         "webdataset>=1.0.2,<2",
         "pydantic>=2.14,<3",

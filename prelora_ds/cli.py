@@ -10,15 +10,18 @@ import typer
 from prelora_ds import __version__
 from prelora_ds.commands.calibrate import calibrate
 from prelora_ds.commands.checkpoints import checkpoints
+from prelora_ds.commands.diff import diff
 from prelora_ds.commands.evaluate import evaluate
 from prelora_ds.commands.export import export
 from prelora_ds.commands.job import job
 from prelora_ds.commands.output import expected_errors_as_messages, refuse_empty
 from prelora_ds.commands.plan import plan
 from prelora_ds.commands.preflight import preflight
+from prelora_ds.commands.replay import replay
 from prelora_ds.commands.report import report
 from prelora_ds.commands.shards import shards_app
 from prelora_ds.commands.supervise import supervise
+from prelora_ds.commands.watch import watch
 from prelora_ds.hosts.exits import ignore_stderr_errors
 
 HELP = "Tools for prelora_ds runs. To train, run launch/pretrain.py."
@@ -26,7 +29,7 @@ HELP = "Tools for prelora_ds runs. To train, run launch/pretrain.py."
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP,
                   context_settings={"help_option_names": ["-h", "--help"]})
 app.add_typer(shards_app, name="shards")
-for command in (plan, calibrate, preflight, supervise, job, report, evaluate, checkpoints, export):
+for command in (plan, calibrate, preflight, supervise, job, watch, report, replay, diff, evaluate, checkpoints, export):
     app.command()(command)
 
 

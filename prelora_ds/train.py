@@ -7,7 +7,7 @@ engine.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from prelora_ds.data.manifest import Manifest
 from prelora_ds.data.setup import TrainData, fingerprints, samples_per_epoch
 from prelora_ds.engine.measure import weight_norms
 from prelora_ds.engine.runtime import freeze_imports
+from prelora_ds.exporting.card import write_run_card
 from prelora_ds.exporting.hf import export_model
 from prelora_ds.model.families import find_layout
 from prelora_ds.model.vit import build_model
@@ -40,6 +41,7 @@ from prelora_ds.run.guard import Guard
 from prelora_ds.run.log import norm_columns
 from prelora_ds.run.records import Records
 from prelora_ds.run.recover import check_samples, recover
+from prelora_ds.run.setup_record import SetupRecord, job_end, write_setup
 from prelora_ds.run.stop import StopRequest
 
 
@@ -67,7 +69,11 @@ def train(config: Config, train_data: TrainData, val_data: Manifest, hosts: Sequ
     controller = PhaseController(layout=layout, timeline=timeline, phases=config.specs(),
                                  seed=config.run.seed)
 
-    say = partial(print, flush=True) if rank_0 else lambda text: None
+    say: Callable[[str], None] = partial(print, flush=True) if rank_0 else lambda text: None
+    setup = SetupRecord(layout, timeline.samples, dist.get_world_size(), job_end())
+    warning = write_setup(folder, setup) if rank_0 else None
+    if warning is not None:
+        say(warning)
     checkpoint = load_newest(resume_candidates, folder, layout, say)
     done = rewind_output(folder, checkpoint, resumed_from)
 
@@ -133,12 +139,13 @@ def loop(run: Run, records: Records, saver: Saver, stop: StopRequest, guard: Gua
             accuracy = evaluate_engine(engine, run.val_batches(), len(run.val_data),
                                        beat=guard.beat)
             improved = state.evaluated(step, accuracy)
-            measured |= {"val/acc1": accuracy.acc1, "val/loss": accuracy.loss}
+            measured |= accuracy.columns()
         if due.norms(step):
             norms = weight_norms(engine)
-            measured |= norm_columns(norms)
+            measured |= norm_columns(norms.effective)
+            measured |= norm_columns(norms.base, "norm_base") | norm_columns(norms.adapter, "norm_adapter")
         if due.observation(step) and state.window.steps:
-            state.phase = decide(run, records, state, step, norms)
+            state.phase = decide(run, records, state, step, norms.effective)
         state.phase = run.controller.after_step(state.phase, step, importance=stats.importance,
                                                 updated=not stats.skipped)
         if measured or due.log(step):
@@ -155,7 +162,7 @@ def loop(run: Run, records: Records, saver: Saver, stop: StopRequest, guard: Gua
 
     loader.close()
     saver.finish_pending()
-    export_model(engine, run.folder.model, run.train_data.classes)
+    export_model(engine, run.folder.model, run.train_data.classes, card=partial(write_run_card, run, state))
     records.end(state.phase)
     assert state.accuracy is not None, "the last step is a tick of every duration"
     return state.accuracy

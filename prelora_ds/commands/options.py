@@ -18,4 +18,4 @@ DeepspeedConfig = Annotated[Path | None, typer.Option(
     "--deepspeed-config", "--deepspeed_config", show_default=False,
     help="DeepSpeed JSON, such as ds_configs/zero2.json (default: ZeRO stage 0)")]
 
-JsonFile = Annotated[Path | None, typer.Option("--json", show_default=False, help="also write the results as JSON")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]

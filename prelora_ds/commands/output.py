@@ -104,6 +104,13 @@ def refuse_url(path: Path | None, key: str) -> None:
                           "name a folder, for example one where the store is mounted")
 
 
+def print_json(value: Any) -> None:
+    """Print ``value`` as JSON on standard output."""
+    from prelora_ds.run.log import json_text
+
+    typer.echo(json_text(value, indent=2))
+
+
 def save_json(path: Path, value: Any, key: str) -> None:
     """Write ``value`` as JSON to the path that the user named by ``key``. Raises ConfigError."""
     from prelora_ds.run.log import json_text

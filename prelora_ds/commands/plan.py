@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prelora_ds.commands.options import DeepspeedConfig, JsonFile, Overrides, Recipe
-from prelora_ds.commands.output import save_json
+from prelora_ds.commands.options import AsJson, DeepspeedConfig, Overrides, Recipe
+from prelora_ds.commands.output import print_json
 
 if TYPE_CHECKING:
     from prelora_ds.config.tree import Config
@@ -34,10 +34,13 @@ def plan(
         min=1, help="images per epoch (default: from the manifest, otherwise ImageNet-1k's 1,281,167)")] = None,
     mean_rank: Annotated[int | None, typer.Option(
         min=1, help="the rank of adapters whose rank a rule chooses (default: 30, or the rule's highest)")] = None,
-    json_file: JsonFile = None,
+    json: AsJson = False,
     calibration: Annotated[Path | None, typer.Option(help="use rates measured by `prelora calibrate`")] = None,
 ) -> None:
-    """Predict memory, step time, epoch time and number of jobs for RECIPE, for each phase and ZeRO stage."""
+    """Predict memory, step time, epoch time and number of jobs for RECIPE, for each phase and ZeRO stage.
+
+    Example: prelora plan launch/recipes/vit_large_in1k_prelora_exp1.yaml --hosts 16 --gpus-per-host 4
+    """
     from prelora_ds.config.fields import parse_walltime
     from prelora_ds.config.load import load_config
     from prelora_ds.core.rank_rules.uniform import UniformRank
@@ -59,9 +62,10 @@ def plan(
     result = predict_run(config, cluster, layout, images, walltime_s=walltime_s, mean_rank=mean_rank,
                          calibration=calibration)
     result |= {"images_from": images_from, "labels": labels, "labels_from": labels_from}
-    if json_file is not None:
-        save_json(json_file, result, "--json")
-    print_forecast(result)
+    if json:
+        print_json(result)
+    else:
+        print_forecast(result)
 
 
 def _data(config: Config, images: int | None) -> tuple[int, str, int, str]:

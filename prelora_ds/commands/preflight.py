@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prelora_ds.commands.options import DeepspeedConfig, JsonFile, Overrides
-from prelora_ds.commands.output import save_json
+from prelora_ds.commands.options import AsJson, DeepspeedConfig, Overrides
+from prelora_ds.commands.output import print_json
 
 if TYPE_CHECKING:
     from prelora_ds.config.tree import Config
@@ -32,9 +32,12 @@ def preflight(
     master_port: Annotated[int, typer.Option(help="port of rank 0")] = 29500,
     ssh: Annotated[str | None, typer.Option(
         help="ssh command; {host} is replaced by the host name")] = None,
-    json_file: JsonFile = None,
+    json: AsJson = False,
 ) -> None:
-    """Check all hosts before a run. Exits with 0, or with 75 if a host fails a check."""
+    """Check all hosts before a run. Exits with 0, or with 75 if a host fails a check.
+
+    Example: prelora preflight --hostfile hosts --recipe launch/recipes/vit_large_in1k_prelora_exp1.yaml
+    """
     from prelora_ds.config.load import load_config
     from prelora_ds.errors import TRY_AGAIN_EXIT_CODE
     from prelora_ds.hosts.hostfile import read_hostfile
@@ -57,9 +60,10 @@ def preflight(
                                          interface=interface,
                                          master_port=master_port,
                                          ssh=ssh or SSH))
-    if json_file is not None:
-        save_json(json_file, report.to_json(), "--json")
-    print_preflight(report)
+    if json:
+        print_json(report.to_json())
+    else:
+        print_preflight(report)
     if not report.ok:
         raise typer.Exit(TRY_AGAIN_EXIT_CODE)
 

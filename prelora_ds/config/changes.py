@@ -39,9 +39,9 @@ def _is_at_or_below(key: list[str], name: list[str]) -> bool:
     return len(key) >= len(name) and all(part in ("*", actual) for part, actual in zip(name, key, strict=False))
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], *, new_run: bool = False,
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], *,
                 prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield (key, old value, new value) wherever two complete configs, as JSON, differ and must not.
+    """Yield (key, old value, new value) wherever two complete configs, as JSON, differ.
 
     Sections that do not have the same keys (one is null, or its keys are chosen by the user) differ
     as a whole.
@@ -49,11 +49,11 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], *, new_run: bool
     old, new = _by_name(old), _by_name(new)
     for key in sorted(old.keys() | new.keys()):
         name, before, after = prefix + key, old.get(key), new.get(key)
-        if before == after or may_differ(name, new_run=new_run):
+        if before == after:
             continue
         if isinstance(before, Mapping) and isinstance(after, Mapping) \
                 and before.keys() == after.keys():
-            yield from differences(before, after, new_run=new_run, prefix=f"{name}.")
+            yield from differences(before, after, prefix=f"{name}.")
         else:
             yield name, before, after
 

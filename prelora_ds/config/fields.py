@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import types
 from collections.abc import Sequence
@@ -84,6 +85,32 @@ def parse_walltime(text: str) -> float:
         return parse_seconds(text)
     except ValueError as exc:
         raise ConfigError("--walltime", text, "is not a walltime", "write 6h, 90m or 06:00:00") from exc
+
+
+def parse_duration(text: str | None, option: str) -> Duration | None:
+    """Parse the value of ``option`` into a duration longer than 0; None stays None. Raises ConfigError."""
+    if text is None:
+        return None
+    try:
+        duration = Duration(text)
+    except ValueError as exc:
+        raise ConfigError(option, text, str(exc), "write for example '500 steps' or '2 epochs'") from exc
+    if duration.value == 0:
+        raise ConfigError(option, text, "must be longer than 0", "write for example '2 epochs'")
+    return duration
+
+
+def parse_numbers(text: str | None, option: str) -> tuple[float, ...] | None:
+    """Parse the value of ``option``, numbers above 0 with commas between them; None stays None. Raises ConfigError."""
+    if text is None:
+        return None
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or not all(0 < number < math.inf for number in numbers):
+        raise ConfigError(option, text, "is not a list of numbers above 0", f"write for example {option} 0.5,1,2")
+    return numbers
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from prelora_ds.files import replace_file
 
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.npy"
+_PARTS = ("train", "training", "val", "valid", "validation", "test")
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # a row's ``extension`` is an index into this
 _VERSION = 2
 _PROTOCOLS = "install what the protocol needs (http: aiohttp, s3: s3fs, gs: gcsfs)"
@@ -37,6 +38,24 @@ _REWRITE = (
     "copy the folder again from an intact source, or write it again with `prelora shards build`; "
     "`prelora shards verify` lists what is damaged"
 )
+
+
+def data_name(place: str) -> str:
+    """Return the name of the data at ``place``, a path, URL or pattern, without what leads there.
+
+    It is the name of the folder, or of that folder and its parent (``imagenet/val``) if the folder is
+    named after a part of a data set.
+    """
+    scheme, _, location = place.partition("://")
+    path = location.partition("?")[0].partition("/")[2] if location else scheme
+    parts = [part for part in path.split("/") if part not in ("", ".", "..")]
+    if parts and parts[-1].endswith(".tar"):
+        del parts[-1]
+    if not parts:
+        return "unnamed data"
+    home = os.path.basename(os.path.expanduser("~"))  # a name that the data must not be given
+    is_part = parts[-1].lower() in _PARTS and parts[-2:-1] not in ([], [home])
+    return "/".join(parts[-2:] if is_part else parts[-1:])
 
 
 class Shard(NamedTuple):

@@ -56,7 +56,7 @@ def eval_transform(pixels: Pixels, *, image_size: int, crop: Crop) -> Tensor:
     image = _channels_first(pixels)
     if crop != "inception":
         return resize(image, image_size, image_size)
-    short = round(image_size * 256 / 224)
+    short = eval_short_side(image_size)
     height, width = image.shape[-2:]
     # Resizing a strip of 1 x 60,000 pixels would need 12 GB, and only its centre is used.
     height, width = min(height, _LONGEST * width), min(width, _LONGEST * height)
@@ -65,6 +65,11 @@ def eval_transform(pixels: Pixels, *, image_size: int, crop: Crop) -> Tensor:
     image = resize(image, short * height // min(height, width), short * width // min(height, width))
     top, left = round((image.shape[-2] - image_size) / 2), round((image.shape[-1] - image_size) / 2)
     return image[:, top : top + image_size, left : left + image_size]
+
+
+def eval_short_side(image_size: int) -> int:
+    """Return the length of the short side from which `eval_transform` cuts out the centre."""
+    return round(image_size * 256 / 224)
 
 
 def to_float(batch: Tensor, dtype: torch.dtype) -> Tensor:

@@ -37,7 +37,7 @@ from prelora_ds.engine.stopwatch import Stopwatch
 from prelora_ds.model.adapters import attach_adapters, check_adapters, check_names
 from prelora_ds.model.adapters.lora import lora_linears, refresh_merged_weights
 from prelora_ds.model.families import named_parameters
-from prelora_ds.model.losses import classification_loss
+from prelora_ds.model.losses import classification_loss, count_right
 from prelora_ds.model.vit import build_model, compile_blocks, logits_of
 
 
@@ -59,6 +59,8 @@ class StepStats:
     grad_norm: the global gradient norm before clipping; NaN if DeepSpeed did not compute it.
     skipped: whether the update was skipped.
     corrupt: the number of unreadable samples in the global batch.
+    top1, top5, judged: of the ``judged`` samples, how many had their label as the largest logit, and how many among
+        the largest 5. Mixed images have no single label and are not judged.
     flags: for each flag, how many ranks raised it.
     forward_s: per rank, the seconds spent in forward passes.
     data_s: per rank, the seconds spent waiting for data.
@@ -70,6 +72,9 @@ class StepStats:
     grad_norm: float
     skipped: bool
     corrupt: int = 0
+    top1: int = 0
+    top5: int = 0
+    judged: int = 0
     flags: tuple[int, ...] = ()
     forward_s: tuple[float, ...] = ()
     data_s: tuple[float, ...] = ()
@@ -104,7 +109,8 @@ class Engine:
         self.ds = ds
         self.parked = parked
 
-        self._sums = torch.zeros(2)  # of the last backward pass: mean loss, unreadable samples
+        # Of the last backward pass: mean loss, unreadable samples, and samples with the right label, among 5, in all.
+        self._sums = torch.zeros(5)
         self._forward = Stopwatch()
         self._begun = 0.0
         self._importance: Measured | None = None
@@ -139,6 +145,7 @@ class Engine:
 
         self.ds.train()
         losses: list[torch.Tensor] = []
+        judged = torch.zeros(3, device=self.ds.device)
         for batch in micro_batches:
             if losses:
                 # Before the last micro-batch this only counts; finish_step takes the real step.
@@ -146,7 +153,9 @@ class Engine:
             with self._forward.running():
                 logits = logits_of(self.ds(self.prepare(batch.images, batch.mix))).float()
             targets = batch.labels.to(self.ds.device)
-            if batch.mix is not None:
+            if batch.mix is None:
+                judged += count_right(logits.detach(), targets)
+            else:
                 targets = mix_labels(targets, batch.mix, logits.shape[-1])
             loss = classification_loss(
                 logits,
@@ -158,7 +167,7 @@ class Engine:
             losses.append(loss.detach())
 
         corrupt = sum(len(batch.faults) for batch in micro_batches)
-        self._sums = torch.stack([torch.stack(losses).mean(), losses[0].new_tensor(corrupt)])
+        self._sums = torch.cat([torch.stack([torch.stack(losses).mean(), losses[0].new_tensor(corrupt)]), judged])
 
     def finish_step(
         self,
@@ -193,7 +202,7 @@ class Engine:
 
         # Loss, flags and seconds are rounded to fp32, in which they were measured; importance is not.
         known = len(reduced) - len(parts)
-        total, corrupt, *rest = reduced[:known].float().tolist()
+        total, corrupt, top1, top5, judged, *rest = reduced[:known].float().tolist()
         raised = rest[: len(flags)]
         seconds = tuple(rest[len(flags) :])
         importance = dict(zip(parts, reduced[known:].tolist(), strict=True))
@@ -210,6 +219,9 @@ class Engine:
             grad_norm=float("nan") if norm is None else float(norm),
             skipped=self.ds.skipped_steps > skipped_before,
             corrupt=int(corrupt),
+            top1=int(top1),
+            top5=int(top5),
+            judged=int(judged),
             flags=tuple(map(int, raised)),
             forward_s=seconds[:world],
             data_s=seconds[world:],

@@ -7,6 +7,7 @@ not know is counted as "other".
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
 import warnings
@@ -75,6 +76,32 @@ def wait_until(count: Callable[[], T], done: Callable[[T], bool], seconds: float
 def peak_rss_bytes() -> int:
     """Return the peak resident set of this process (VmHWM)."""
     return _status_bytes("VmHWM")
+
+
+class PeakMemory:
+    """The peaks of this process's resident memory and of its memory on the accelerator, since `restart` and in all."""
+
+    def __init__(self) -> None:
+        self._before = 0
+
+    def restart(self) -> None:
+        """Measure from now on. Where the kernel does not allow that, the resident peak goes on from the start."""
+        self._before = self.rss_bytes()
+        with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # resets VmHWM: proc(5)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def rss_bytes(self) -> int:
+        """Return the resident peak of the whole process."""
+        return max(self._before, peak_rss_bytes())
+
+    def columns(self) -> dict[str, float]:
+        """Return the peaks since `restart` in GiB, as columns of a row; ``device_peak_gib`` only with a GPU."""
+        columns = {"peak_gib": peak_rss_bytes() / 2**30}
+        if torch.cuda.is_available():
+            columns["device_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        return columns
 
 
 def rss_bytes() -> int:

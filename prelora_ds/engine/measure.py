@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from deepspeed import comm, zero
@@ -14,22 +15,37 @@ from prelora_ds.engine.build import Engine
 from prelora_ds.model.adapters import effective_weight, fp32_weights
 from prelora_ds.model.families import frobenius, named_parameters
 
+Norms = dict[str, dict[int, float]]
+
+
+@dataclass
+class WeightNorms:
+    """Family -> layer -> Frobenius norm.
+
+    effective: of W with its adapter, if any, folded in.
+    base, adapter: of W alone, and of what its adapter adds to it (s B A); only of weights with an adapter.
+    """
+
+    effective: Norms = field(default_factory=dict)
+    base: Norms = field(default_factory=dict)
+    adapter: Norms = field(default_factory=dict)
+
 
 @torch.no_grad()
-def weight_norms(engine: Engine) -> dict[str, dict[int, float]]:
-    """Return family -> layer -> Frobenius norm of W, with its adapter, if any, folded in.
+def weight_norms(engine: Engine) -> WeightNorms:
+    """Return the norms of the weights that may get adapters.
 
-    The norms are of the BF16 weights (fp32 where a merged linear keeps them), summed in fp32. Every
-    rank computes the same values. Collective at stage 3.
+    They are of the BF16 weights (fp32 where a merged linear keeps them), summed in fp32. Every rank computes the same
+    values. Collective at stage 3.
     """
     parameters = named_parameters(engine.module)
     fp32 = fp32_weights(engine.module)
     by_path: dict[str, dict[str, str]] = {}  # path -> name -> leaf
     for name, (path, leaf) in engine.plan.leaves(engine.layout).items():
         by_path.setdefault(path, {})[name] = leaf
-    norms: dict[str, dict[int, float]] = {}
+    norms = WeightNorms()
     for family, layers in engine.layout.targets.items():
-        norms[family] = {}
+        norms.effective[family] = {}
         for layer, path in layers.items():
             name = f"{path}.weight"
             leaves = by_path.get(path, {})
@@ -37,7 +53,10 @@ def weight_norms(engine: Engine) -> dict[str, dict[int, float]]:
                 weight = fp32.get(name, weight)
                 leaf_values = dict(zip(leaves.values(), values, strict=True))
                 effective = effective_weight(weight, leaf_values, engine.plan.adapters.get(path))
-                norms[family][layer] = frobenius(effective)
+                norms.effective[family][layer] = frobenius(effective)
+                if leaves:
+                    norms.base.setdefault(family, {})[layer] = frobenius(weight)
+                    norms.adapter.setdefault(family, {})[layer] = frobenius(effective - weight.float())
     return norms
 
 

@@ -5,16 +5,11 @@ The formats are a Hugging Face folder, a peft adapter, a timm state dict and Dee
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from prelora_ds.config.changes import with_new_names
 from prelora_ds.config.load import validate
@@ -24,9 +19,12 @@ from prelora_ds.core.classes import classes_of
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.plan import Plan
 from prelora_ds.errors import ConfigError, cannot_write
+from prelora_ds.exporting.card import trained_by, write_card
+from prelora_ds.exporting.deepspeed import write_deepspeed
 from prelora_ds.exporting.hf import export_folder, merge, write_model
+from prelora_ds.exporting.peft import write_peft
+from prelora_ds.exporting.timm import write_timm
 from prelora_ds.model.adapters import initial_adapter_value
-from prelora_ds.model.adapters.lora import peft_config
 from prelora_ds.model.families import find_layout
 from prelora_ds.model.vit import build_model
 from prelora_ds.run.checkpoints.checkpoint_folder import (
@@ -40,25 +38,20 @@ from prelora_ds.run.checkpoints.resume import Checkpoint, checkpoints_at, read_c
 from prelora_ds.run.folder import RunFolder
 
 FORMATS = ("hf", "peft", "timm", "deepspeed")
-# Path in transformers' ViT -> path in timm's ViT, where q, k and v are one linear.
-_TIMM = {"vit.embeddings.cls_token": "cls_token", "vit.embeddings.position_embeddings": "pos_embed",
-         "vit.embeddings.patch_embeddings.projection": "patch_embed.proj", "vit.layernorm": "norm",
-         "classifier": "head", "layernorm_before": "norm1", "layernorm_after": "norm2", "attention.o_proj": "attn.proj",
-         "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
-
 
 def export_checkpoint(source: Path, out: Path, export_format: str) -> Path:
     """Convert a checkpoint to ``export_format`` and write it to the new folder ``out``.
 
     source: a checkpoint, or a run (its newest checkpoint).
     export_format: one of `FORMATS`.
-        hf: for ``ViTForImageClassification.from_pretrained``, LoRA merged.
+        hf: for transformers' pipeline and from_pretrained, LoRA merged.
         peft: the adapter, and in ``out/base`` the model that it belongs to.
-        timm: ``model.safetensors`` for the timm model that ``timm.json`` describes, LoRA merged.
+        timm: for ``timm.create_model("local-dir:OUT", pretrained=True)``, LoRA merged.
         deepspeed: DeepSpeed's folder for one rank at stage 2, including the moments.
 
     All values are fp32; a frozen weight has the BF16 value that training saw. The class names are
-    included if the checkpoint has them.
+    included if the checkpoint has them. Each format has a model card, README.md, and no path of
+    this machine.
 
     Returns the folder of the checkpoint. Raises ConfigError, and NotSavedError if the disk fails
     while ``out`` is written; ``out`` does not exist then.
@@ -91,22 +84,22 @@ def export_checkpoint(source: Path, out: Path, export_format: str) -> Path:
         ) from exc
     plan = checkpoint.run.phase.plan
     _check_format_fits(export_format, config, checkpoint)
+    run = RunFolder.of_checkpoints(root_of(folder))
+    trained = trained_by(run, with_new_names(stored), checkpoint.run, checkpoint.data)
 
     with export_folder(out, replace=False) as partial:
         if export_format == "deepspeed":
-            _write_deepspeed(config, classes, layout, checkpoint, partial)
-            return folder
-        values = _full_values(checkpoint, plan, layout, config)
-        persistent = _persistent_names(config, len(classes))
-        buffers = {n: b for n, b in checkpoint.engine.buffers.items() if n in persistent}
-        merged = merge(values, plan, layout) | buffers
-        if export_format == "hf":
-            write_model(merged, config, classes, partial)
-        elif export_format == "timm":
-            _write_timm(merged, config, classes, partial)
+            write_deepspeed(config, classes, layout, checkpoint, partial)
         else:
-            base = out.resolve() / "base"
-            _write_peft(values, plan, layout, config, classes, partial, base_path=base)
+            values = _full_values(checkpoint, plan, layout, config)
+            if export_format == "peft":
+                write_peft(values, plan, layout, config, classes, partial)
+            else:
+                persistent = _persistent_names(config, len(classes))
+                buffers = {n: b for n, b in checkpoint.engine.buffers.items() if n in persistent}
+                write = write_model if export_format == "hf" else write_timm
+                write(merge(values, plan, layout) | buffers, config, classes, partial)
+        write_card(partial, export_format, trained, config, classes)
     return folder
 
 
@@ -156,6 +149,7 @@ def _export_config(
                 "duration": "1 epoch",
                 "global_batch_size": named["train"]["global_batch_size"] if trains else 1,
                 "micro_batch_size": 1,
+                **_only(named["train"], "loss"),
             },
             "optimizer": optimizer,
             "convergence": None if named.get("convergence") is None else {"tau": 1.0, "zeta": 1.0},
@@ -235,133 +229,3 @@ def _persistent_names(config: Config, labels: int) -> set[str]:
     """Return the names in the model's state dict, which lacks non-persistent buffers."""
     with torch.device("meta"):
         return set(build_model(config.model, labels).state_dict())
-
-
-def _write_peft(
-    values: Mapping[str, torch.Tensor],
-    plan: Plan,
-    layout: Layout,
-    config: Config,
-    classes: Sequence[str],
-    out: Path,
-    *,
-    base_path: Path,
-) -> None:
-    """Write the adapter to ``out`` and its base model to ``out/base``.
-
-    base_path: the final path of the base, which goes into the adapter's config and card.
-    """
-    from peft import get_peft_model, set_peft_model_state_dict
-    from transformers import ViTForImageClassification
-
-    (out / "base").mkdir()
-    write_model({name: values[name] for name in layout.parameters}, config, classes, out / "base")
-    base = ViTForImageClassification.from_pretrained(out / "base")
-    base.name_or_path = base.config.name_or_path = str(base_path)  # peft copies both
-    dropout = config.for_phase(plan.phase).adapters.dropout
-    model = get_peft_model(base, peft_config(plan.adapters, dropout))
-    adapters = {f"base_model.model.{name}": value
-                for name, value in values.items() if name not in layout.parameters}
-    # The result is a namedtuple that peft defines inside the function.
-    loaded: Any = set_peft_model_state_dict(model, adapters)
-    if loaded.unexpected_keys:
-        raise RuntimeError(f"peft has no parameter {loaded.unexpected_keys[0]}")
-    # With save_embedding_layers peft would look for a vocabulary in the base, whose folder is not
-    # yet renamed.
-    model.save_pretrained(str(out), save_embedding_layers=False)
-
-
-def _write_timm(
-    weights: Mapping[str, torch.Tensor], config: Config, classes: Sequence[str], out: Path
-) -> None:
-    renamed = {}
-    for name, value in weights.items():
-        block = re.fullmatch(r"vit\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
-        if block is None:
-            path, dot, leaf = (name, "", "") if name in _TIMM else name.rpartition(".")
-            renamed[_TIMM[path] + dot + leaf] = value
-        elif block[2] == "attention.q_proj":
-            stem = name.replace("q_proj", "{}_proj")
-            qkv = torch.cat([weights[stem.format(x)] for x in "qkv"])
-            renamed[f"blocks.{block[1]}.attn.qkv.{block[3]}"] = qkv
-        elif block[2] not in ("attention.k_proj", "attention.v_proj"):
-            renamed[f"blocks.{block[1]}.{_TIMM[block[2]]}.{block[3]}"] = value
-    m = config.model
-    arguments = {
-        "img_size": m.image_size,
-        "patch_size": m.patch_size,
-        "in_chans": m.num_channels,
-        "num_classes": len(classes),
-        "embed_dim": m.hidden_size,
-        "depth": m.num_hidden_layers,
-        "num_heads": m.num_attention_heads,
-        "mlp_ratio": mlp_ratio(m.hidden_size, m.intermediate_size),
-    }
-    save_file({name: value.contiguous() for name, value in renamed.items()}, out / "model.safetensors")
-    (out / "timm.json").write_text(
-        json.dumps(
-            {
-                "class": "timm.models.VisionTransformer",
-                "arguments": arguments,
-                "label_names": list(classes),
-                "note": "norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-12), as in transformers; "
-                "inputs in [-1, 1]",
-            },
-            indent=2,
-        )
-        + "\n"
-    )
-
-
-def mlp_ratio(width: int, hidden: int) -> float:
-    """Return the ratio from which timm computes ``hidden`` again: timm truncates ``width * ratio``.
-
-    Raises ConfigError if the sizes are too large for the precision of a float.
-    """
-    ratio = hidden / width
-    if int(width * ratio) < hidden:
-        ratio = math.nextafter(ratio, math.inf)
-    if int(width * ratio) != hidden:
-        raise ConfigError(
-            "model.intermediate_size",
-            hidden,
-            f"cannot be expressed as a ratio of hidden_size {width}, as timm requires",
-            "choose another --format",
-        )
-    return ratio
-
-
-def _write_deepspeed(
-    config: Config, classes: Sequence[str], layout: Layout, checkpoint: Checkpoint, out: Path
-) -> None:
-    from prelora_ds.engine.build import build_engine
-    from prelora_ds.engine.release import release
-    from prelora_ds.engine.runtime import init_process_group
-
-    one_rank = {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "0",
-    }
-    for key, value in one_rank.items():
-        os.environ.setdefault(key, value)
-    init_process_group()
-    # Use stage 2: DeepSpeed 0.19's stage 1 optimizer for BF16 writes neither its stage nor what is
-    # frozen, and zero_to_fp32.py needs both. Use the kernel "branch": a merged weight would include
-    # the adapters that are stored next to it.
-    phase = checkpoint.run.phase.plan.phase
-    settings = PhaseSettings(micro_batch_size=config.train.global_batch_size, zero_stage=2)
-    export_config = config.with_settings(phase, settings).with_kernel("branch")
-    engine = build_engine(
-        export_config,
-        checkpoint.run.phase.plan,
-        layout,
-        len(classes),
-        checkpoint.engine,
-        checkpoint.counters,
-    )
-    state = {"classes": list(classes)}
-    engine.ds.save_checkpoint(str(out), tag=checkpoint.folder.name, client_state=state)
-    release(engine)

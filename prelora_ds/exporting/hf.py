@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,14 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from transformers import ViTImageProcessor
+from transformers.image_utils import PILImageResampling
 
 from prelora_ds.config.tree import Config
 from prelora_ds.core.classes import unnamed
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.plan import Plan
+from prelora_ds.data.transforms import eval_short_side
 from prelora_ds.engine.build import Engine
 from prelora_ds.engine.release import release
 from prelora_ds.engine.state import export_state, gather_full
@@ -28,17 +31,28 @@ from prelora_ds.model.vit import build_model
 from prelora_ds.run.checkpoints.checkpoint_folder import list_checkpoints
 from prelora_ds.run.folder import RunFolder
 
+# The share of red, green and blue in a grey value, as in Pillow's conversion to "L".
+LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)
+PATCHES = "vit.embeddings.patch_embeddings.projection.weight"
 
-def export_model(engine: Engine, folder: Path, classes: Sequence[str] | None = None) -> None:
+
+def export_model(
+    engine: Engine,
+    folder: Path,
+    classes: Sequence[str] | None = None,
+    *,
+    card: Callable[[Path], None] = lambda _: None,
+) -> None:
     """Write the engine's model to ``folder`` and release the engine. Collective; rank 0 writes.
 
-    A ViT becomes a folder for ``ViTForImageClassification.from_pretrained``. Any other module
-    becomes model.safetensors (with the module's own names) and factory.json. Trained parameters are
+    A ViT becomes a folder for transformers (`write_model`). Any other module becomes
+    model.safetensors (with the module's own names) and factory.json. Trained parameters are
     written from the fp32 masters. A frozen weight is written as the BF16 value that the adapters
     were trained on; the adapters are merged into it in fp32. The folder appears complete or not at
     all.
 
     classes: the names of the labels, which are stored in the folder; None if they are not known.
+    card: writes the model card into the folder that it is given.
 
     Raises NotSavedError on all ranks if the folder cannot be written.
     """
@@ -60,6 +74,7 @@ def export_model(engine: Engine, folder: Path, classes: Sequence[str] | None = N
                 weights = merge(values, engine.plan, engine.layout) | buffers
                 names = classes or unnamed(engine.num_labels)
                 write_model(weights, engine.config, names, partial)
+                card(partial)
         except NotSavedError as error:
             failure = [error]
     dist.broadcast_object_list(failure, src=0)
@@ -129,22 +144,19 @@ def write_model(
 ) -> None:
     """Write the model with the fp32 ``weights`` into the existing ``folder``.
 
+    A ViT can be opened with ``pipeline("image-classification", folder)`` and with
+    ``ViTForImageClassification.from_pretrained(folder)``. It takes RGB images, also if it was
+    trained on grey ones (`with_rgb_patches`).
+
     Raises OSError or SafetensorError.
     """
     if config.model.factory is None:
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()  # It would clutter the output.
-        with torch.device("meta"):
-            model: Any = build_model(config.model, len(classes))  # a ViTForImageClassification
-        model.config.eval_crop = config.data.crop  # how `prelora evaluate` prepares images
-        model.config.id2label = dict(enumerate(classes))
-        model.config.label2id = {name: label for label, name in enumerate(classes)}
-        model.load_state_dict(weights, assign=True)
-        model.save_pretrained(folder)
+        _write_vit(weights, config, classes, folder)
     else:
         save_file(
-            {name: t.contiguous() for name, t in weights.items()}, folder / "model.safetensors"
+            {name: t.contiguous() for name, t in weights.items()},
+            folder / "model.safetensors",
+            {"format": "pt"},
         )
         (folder / "factory.json").write_text(
             json.dumps(
@@ -157,3 +169,63 @@ def write_model(
                 indent=2,
             )
         )
+
+
+def _write_vit(
+    weights: Mapping[str, torch.Tensor], config: Config, classes: Sequence[str], folder: Path
+) -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # It would clutter the output.
+    rgb = config.model.model_copy(update={"num_channels": 3})
+    with torch.device("meta"):
+        model: Any = build_model(rgb, len(classes))  # a ViTForImageClassification
+    # How `prelora evaluate` prepares images: as in training.
+    model.config.eval_crop = config.data.crop
+    model.config.eval_channels = config.model.num_channels
+    model.config.id2label = dict(enumerate(classes))
+    model.config.label2id = {name: label for label, name in enumerate(classes)}
+    if config.train.loss == "sigmoid":
+        model.config.problem_type = "multi_label_classification"  # pipeline then applies a sigmoid
+    model.load_state_dict(with_rgb_patches(weights), assign=True)
+    model.save_pretrained(folder)
+    image_processor(config).save_pretrained(folder)
+
+
+def with_rgb_patches(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the ``weights`` of a ViT for RGB images.
+
+    transformers' pipeline converts every image to RGB. So the weight of the patch embedding of a
+    model for grey images, [D, 1, P, P], is multiplied by the share of each colour in a grey value:
+    [D, 3, P, P]. The model then sees a grey image as it did in training, and a colour image as its
+    grey version, except for rounding.
+    """
+    patches = weights[PATCHES]
+    if patches.shape[1] == 1:
+        luma = torch.tensor(LUMA, dtype=torch.float64).view(1, 3, 1, 1)
+        patches = (patches.double() * luma).float()
+    return {**weights, PATCHES: patches}
+
+
+def image_processor(config: Config) -> ViTImageProcessor:
+    """Return the image processor that prepares RGB images as `eval_transform` does.
+
+    transformers 5 cuts out the centre at ``floor(margin / 2)``, and `eval_transform` rounds a half
+    to even, as torchvision does. They differ by one pixel where the margin leaves the remainder 3
+    when it is divided by 4.
+    """
+    size = config.model.image_size
+    crop = config.data.crop == "inception"
+    return ViTImageProcessor(
+        do_convert_rgb=True,  # for grey arrays; the pipeline itself converts only files and Pillow images
+        do_resize=True,
+        size={"shortest_edge": eval_short_side(size)} if crop else {"height": size, "width": size},
+        resample=PILImageResampling.BILINEAR,
+        do_center_crop=crop,
+        crop_size={"height": size, "width": size},
+        do_rescale=True,
+        rescale_factor=1 / 255,
+        do_normalize=True,
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
+    )

@@ -154,6 +154,7 @@ def _template_values(job: Job, profile: Profile, config: Config, shards: Sequenc
         "ranks_per_node": profile.ranks_per_node,
         "warn_s": job.warn_s,
         "walltime": _clock(job.walltime_s),
+        "walltime_s": int(job.walltime_s),
         "timer_s": int(job.walltime_s) - job.warn_s,
         "max_jobs": job.max_jobs,
         "folder": shlex.quote(str(job.folder)),

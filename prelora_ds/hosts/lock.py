@@ -125,7 +125,7 @@ class Lock:
         """Remove the lock of a dead job. Raises LaunchError if the holder lives."""
         begun = time.monotonic()
         first = read_json(self.path)
-        if first and not _is_dead(first):
+        if first and not is_dead(first):
             here = _is_of_this_machine(first)
             while not here and time.monotonic() - begun < DEAD_AFTER_S:
                 if read_json(self.path) != first:
@@ -148,7 +148,7 @@ class Lock:
         moved.unlink(missing_ok=True)
 
 
-def _is_dead(held: dict[str, Any]) -> bool:
+def is_dead(held: dict[str, Any]) -> bool:
     """Whether the holder was a process of this machine that has ended."""
     return _is_of_this_machine(held) and _start_time(held["pid"]) != held["born"]
 

@@ -37,7 +37,8 @@ from prelora_ds.hosts.network import interface_environment, is_mine
 TICK_S = 0.5
 FENCE_S = 6.0  # the guard of a rank checks the heartbeat every 5 s
 PROBE_TIMEOUT_S = 30.0  # the probes of the Slurm profiles have their own limit of 20 s
-FORWARDED = ("OMP_NUM_THREADS", "DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR", "LD_LIBRARY_PATH", "PATH")
+FORWARDED = ("OMP_NUM_THREADS", "DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR", "LD_LIBRARY_PATH", "PATH",
+             "PRELORA_JOB_END", "SLURM_JOB_END_TIME")
 PROBE = "ssh -o BatchMode=yes -o ConnectTimeout=5 {host} true"
 
 

@@ -35,6 +35,19 @@ def classification_loss(
 
 
 @torch.no_grad()
+def count_right(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return how many samples have their label as the largest logit, how many among the largest 5, and their number.
+
+    The result is fp32 [3].
+
+    logits: [B, K]. labels: int64 [B]. A sample with a logit that is not finite counts as wrong.
+    """
+    largest = logits.topk(min(5, logits.shape[1])).indices
+    hits = (largest == labels[:, None]) & logits.isfinite().all(1, keepdim=True)
+    return torch.stack([hits[:, 0].sum(), hits.sum(), torch.tensor(len(labels), device=logits.device)]).float()
+
+
+@torch.no_grad()
 def init_sigmoid_head(module: nn.Module, num_labels: int) -> None:
     """Initialize the last linear with ``num_labels`` outputs to weight 0 and bias `SIGMOID_BIAS`.
 

@@ -1,55 +1,20 @@
-"""Read the parts of a run's logs and accuracy.json that the report needs.
-
-They are checked while they are read, because anybody may have edited the files.
-"""
+"""Read the parts of a run's logs that the report needs."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import Field, model_validator
 
 from prelora_ds.core.plan import Plan
 from prelora_ds.errors import ConfigError
 from prelora_ds.run.folder import RunFolder
 from prelora_ds.run.log import EventKind
+from prelora_ds.run.parsed import Count, Measured, Real, Record, Text, parsed
 
-
-def _printable(text: str) -> str:
-    text.encode()  # raises a ValueError for a surrogate, which JSON can hold and no terminal can print
-    return text
-
-
-Text = Annotated[str, AfterValidator(_printable)]
-Count = Annotated[int, Field(ge=0, lt=2**63)]
-Real = Annotated[float, Field(ge=-1e300, le=1e300, allow_inf_nan=False)]
-# Logs of earlier versions have NaN and infinities where today's have null.
-Measured = Annotated[
-    Real | None,
-    BeforeValidator(
-        lambda value: None if isinstance(value, float) and not math.isfinite(value) else value
-    ),
-]
 OWNERS = ("weights", "gradients", "masters", "moments")
-
-
-class Record(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore", validate_by_name=True)
-
-
-T = TypeVar("T", bound=Record)
 
 
 class Step(Record):
@@ -153,21 +118,6 @@ class End(Event):
     updates: dict[Text, Count] = Field(default_factory=dict)
 
 
-class Accuracy(Record):
-    """The result that `prelora evaluate` wrote; earlier versions wrote neither data nor identity."""
-
-    correct: Count
-    samples: Annotated[Count, Field(ge=1)]
-    data: Text | None = None
-    identity: Text | None = None
-
-    @model_validator(mode="after")
-    def _at_most_all_are_right(self) -> Accuracy:
-        if self.correct > self.samples:
-            raise ValueError(f"{self.correct} of {self.samples} cannot be right")
-        return self
-
-
 _KINDS: Mapping[str, type[Event]] = {
     EventKind.RESUME: Resume, EventKind.PLAN: Started, EventKind.BYTES: Bytes, EventKind.END: End,
     EventKind.MERGE: Merged, EventKind.ACTIVE: Active, EventKind.STRAGGLER: Slow}
@@ -195,38 +145,9 @@ def parse_events(rows: Sequence[dict[str, Any]], path: Path) -> list[Event]:
 
 def parse_event(row: dict[str, Any], path: Path, number: int) -> Event:
     """Parse the row in line ``number`` of the events. Raises ConfigError, which names ``path`` and line."""
-    return _parsed(_KINDS.get(str(row.get("event")), Event), row, path, f"line {number}")
+    return parsed(_KINDS.get(str(row.get("event")), Event), row, path, f"line {number}")
 
 
 def parse_step(row: dict[str, Any], path: Path, number: int) -> Step:
     """Parse the row in line ``number`` of metrics.jsonl. Raises ConfigError, which names ``path`` and line."""
-    return _parsed(Step, row, path, f"line {number}")
-
-
-def read_accuracy(path: Path) -> Accuracy:
-    """Read an accuracy.json. Raises ConfigError."""
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as exc:
-        raise ConfigError(
-            "log", str(path), f"cannot be read ({exc.strerror})", "make it readable"
-        ) from exc
-    except (ValueError, RecursionError) as exc:
-        raise ConfigError(
-            "log", str(path), f"is not JSON ({exc})", "write it again with `prelora evaluate`"
-        ) from exc
-    return _parsed(Accuracy, content, path, "the file")
-
-
-def _parsed(kind: type[T], row: Any, path: Path, where: str) -> T:
-    try:
-        return kind.model_validate(row)
-    except ValidationError as exc:
-        first = exc.errors(include_url=False, include_input=False)[0]
-        key = ".".join(map(str, first["loc"])) or "the row"
-        raise ConfigError(
-            "log",
-            str(path),
-            f"{where} cannot be understood: {key}: {first['msg']}",
-            "restore that file, or move it away; checkpoints and the model do not depend on it",
-        ) from exc
+    return parsed(Step, row, path, f"line {number}")

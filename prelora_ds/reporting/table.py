@@ -12,7 +12,6 @@ from prelora_ds.errors import ConfigError
 from prelora_ds.reporting.columns import print_columns, print_line
 from prelora_ds.reporting.history import (
     OWNERS,
-    Accuracy,
     Bytes,
     End,
     Event,
@@ -22,8 +21,8 @@ from prelora_ds.reporting.history import (
     find_logs,
     parse_events,
     parse_steps,
-    read_accuracy,
 )
+from prelora_ds.run.accuracy import StoredAccuracy, read_accuracy
 from prelora_ds.run.folder import RunFolder
 from prelora_ds.run.log import read_lines
 
@@ -122,7 +121,7 @@ def _accuracy_note(folder: RunFolder, events: Sequence[Event]) -> Iterator[str]:
            f"{result.samples} correct ({share})")
 
 
-def _data_of(result: Accuracy, validation: str | None) -> str:
+def _data_of(result: StoredAccuracy, validation: str | None) -> str:
     """Name the data of the accuracy. validation: the fingerprint of the run's data.val, or None if it is not known."""
     if result.data is None:
         return " on unnamed data"

@@ -282,7 +282,9 @@ def _check_same_settings(
     checkpoint: what a new run with other settings may start from, if anything.
     """
     after = config.model_dump(mode="json")
-    for key, old, new in differences(before, after, new_run=new_run):
+    for key, old, new in differences(before, after):
+        if may_differ(key, new_run=new_run):
+            continue
         alternative = "choose another run.output_dir"
         if checkpoint is not None and not new_run and may_differ(key, new_run=True):
             alternative += f" and start a new run with --resume {checkpoint}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
@@ -26,15 +26,27 @@ class Accuracy:
     """The top-1 accuracy, ``correct`` of ``samples``, and the mean loss.
 
     loss: the cross-entropy without label smoothing.
+    correct5: of how many samples the right class is among the first five; None for at most five
+        classes, where it would always be.
     """
 
     correct: int
     samples: int
     loss: float
+    correct5: int | None = field(default=None, kw_only=True)
 
     @property
     def acc1(self) -> float:
         return self.correct / self.samples
+
+    @property
+    def acc5(self) -> float | None:
+        return None if self.correct5 is None else self.correct5 / self.samples
+
+    def columns(self) -> dict[str, float]:
+        """Return the columns of a logged row."""
+        columns = {"val/acc1": self.acc1, "val/loss": self.loss}
+        return columns if self.acc5 is None else columns | {"val/acc5": self.acc5}
 
 
 @torch.no_grad()
@@ -46,30 +58,45 @@ def evaluate(
     reduce: Callable[[Tensor], object] | None = None,
     device: torch.device | str = "cpu",
 ) -> Accuracy:
-    """Evaluate top-1 over ``batches`` of (images, labels, mask).
+    """Evaluate top-1 and top-5 over ``batches`` of (images, labels, mask).
 
-    A sample whose logits are not all finite counts as wrong, because argmax would choose NaN.
+    Of classes with equal logits the one with the smaller number comes first. A sample whose logits
+    are not all finite counts as wrong, because argmax would choose NaN.
 
     reduce: sums a tensor over the ranks in place; None for one rank.
 
     Raises RuntimeError unless exactly ``samples`` samples were counted.
     """
-    counts = torch.zeros(2, dtype=torch.int64, device=device)
+    counts = torch.zeros(3, dtype=torch.int64, device=device)
+    classes = 0
     loss = torch.zeros(1, dtype=torch.float64, device=device)
     for images, labels, mask in batches:
         logits = logits_of(images)
         labels, mask = labels.to(logits.device), mask.to(logits.device)
-        is_correct = (logits.argmax(-1) == labels) & logits.isfinite().all(-1)
-        counts += torch.stack([(is_correct & mask).sum(), mask.sum()])
+        counted = mask & logits.isfinite().all(-1)
+        place = _place_of(labels, logits)
+        counts += torch.stack(
+            [((place == 0) & counted).sum(), ((place < 5) & counted).sum(), mask.sum()]
+        )
+        classes = logits.shape[-1]
         losses = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
         loss += losses[mask].double().sum()
     if reduce is not None:
         reduce(counts)
         reduce(loss)
-    correct, counted = counts.tolist()
-    if counted != samples:
-        raise RuntimeError(f"the evaluation counted {counted} samples of {samples}")
-    return Accuracy(correct, counted, float(loss) / counted)
+    correct, correct5, total = counts.tolist()
+    if total != samples:
+        raise RuntimeError(f"the evaluation counted {total} samples of {samples}")
+    return Accuracy(
+        correct, total, float(loss) / total, correct5=correct5 if classes > 5 else None
+    )
+
+
+def _place_of(labels: Tensor, logits: Tensor) -> Tensor:
+    """Return how many classes come before the label of each sample: int64 [B]; 0 where argmax is right."""
+    of_label = logits.gather(-1, labels[:, None])
+    smaller = torch.arange(logits.shape[-1], device=logits.device) < labels[:, None]
+    return ((logits > of_label) | ((logits == of_label) & smaller)).sum(-1)
 
 
 def evaluate_engine(
@@ -103,6 +130,7 @@ def evaluate_engine(
 class Result(Accuracy):
     """The accuracy of an exported model, and the data on which it was measured.
 
+    data: the path or URL of the data, or a name without it.
     identity: the fingerprint of the data, which does not depend on where they are stored.
     """
 
@@ -135,20 +163,23 @@ def evaluate_folder(model: Path, data: Path, *, batch_size: int = 64, workers: i
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vit.eval().to(device)
+    # A model that was trained on grey images takes RGB images, all of whose channels are grey here.
+    channels = config.num_channels
     pipeline = ImagePipeline(
         config.image_size,
-        config.num_channels,
+        getattr(config, "eval_channels", None) or channels,
         getattr(config, "eval_crop", "inception"),
     )
+
+    def logits_of(images: Tensor) -> Tensor:
+        inputs = to_float(images.to(device), torch.float32).expand(-1, channels, -1, -1)
+        logits: Tensor = vit(inputs).logits
+        return logits
+
     batches = eval_batches(
         manifest, pipeline, batch_size=batch_size, rank=0, world_size=1, workers=workers
     )
-    accuracy = evaluate(
-        lambda images: vit(to_float(images.to(device), torch.float32)).logits,
-        batches,
-        samples=len(manifest),
-        device=device,
-    )
+    accuracy = evaluate(logits_of, batches, samples=len(manifest), device=device)
     return Result(**vars(accuracy), data=str(data), identity=manifest.fingerprint)
 
 
@@ -215,7 +246,12 @@ def _check_config(folder: Path, remedy: str) -> None:
         ) from exc
     if not isinstance(config, dict) or config.get("model_type") != "vit":
         raise ConfigError("MODEL", str(folder), "its config.json does not describe a ViT", remedy)
-    for key, allowed in (("num_channels", (1, 3)), ("eval_crop", (None, *get_args(Crop)))):
+    expected = (
+        ("num_channels", (1, 3)),
+        ("eval_channels", (None, 1, config.get("num_channels"))),
+        ("eval_crop", (None, *get_args(Crop))),
+    )
+    for key, allowed in expected:
         if config.get(key) not in allowed:
             raise ConfigError(
                 "MODEL", str(folder), f"its config.json has {key} = {config.get(key)!r}", remedy

@@ -36,6 +36,11 @@ class RunFolder:
         return self.path / "config.yaml"
 
     @property
+    def setup(self) -> Path:
+        """What decides the run besides its config (`run.setup_record`)."""
+        return self.path / "setup.json"
+
+    @property
     def origin(self) -> Path:
         """The ``--resume PATH`` that the run started from."""
         return self.path / "origin"

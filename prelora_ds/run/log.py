@@ -292,6 +292,8 @@ class Meter:
 
     losses: for each step, its loss times its number of samples.
     step_s, data_s: seconds spent in all steps, and in waiting for data.
+    top1, top5, judged: of the ``judged`` samples, how many had their label as the largest logit, and how many among
+        the largest 5.
     corrupt: the number of samples that could not be read.
     """
 
@@ -301,6 +303,9 @@ class Meter:
     step_s: float = 0.0
     data_s: float = 0.0
     corrupt: int = 0
+    top1: int = 0
+    top5: int = 0
+    judged: int = 0
 
     def reset(self) -> None:
         self.losses = []
@@ -309,9 +314,19 @@ class Meter:
         self.step_s = 0.0
         self.data_s = 0.0
         self.corrupt = 0
+        self.top1 = self.top5 = self.judged = 0
 
     def add(
-        self, loss: float, samples: int, *, step_s: float, data_s: float, corrupt: int = 0
+        self,
+        loss: float,
+        samples: int,
+        *,
+        step_s: float,
+        data_s: float,
+        corrupt: int = 0,
+        top1: int = 0,
+        top5: int = 0,
+        judged: int = 0,
     ) -> None:
         self.losses.append(loss * samples)
         self.samples += samples
@@ -319,6 +334,9 @@ class Meter:
         self.step_s += step_s
         self.data_s += data_s
         self.corrupt += corrupt
+        self.top1 += top1
+        self.top5 += top5
+        self.judged += judged
 
     @property
     def loss(self) -> float:
@@ -336,8 +354,12 @@ class Meter:
         """
         if not self.steps:
             return {}
+        accuracy = {}
+        if self.judged:
+            accuracy = {"train/acc1": self.top1 / self.judged, "train/acc5": self.top5 / self.judged}
         return {
             "train/loss": self.loss,
+            **accuracy,
             "step_s": self.step_s / self.steps,
             "data_s": self.data_s / self.steps,
             "img_s": self.samples / (self.step_s + self.data_s),
@@ -345,10 +367,10 @@ class Meter:
         }
 
 
-def norm_columns(norms: Mapping[str, Mapping[int, float]]) -> dict[str, float]:
+def norm_columns(norms: Mapping[str, Mapping[int, float]], group: str = "norm") -> dict[str, float]:
     """Convert norms (family -> layer -> norm) to the columns of a row: ``norm/q.03``."""
     return {
-        f"norm/{family}.{layer:02d}": norm
+        f"{group}/{family}.{layer:02d}": norm
         for family, layers in norms.items()
         for layer, norm in layers.items()
     }

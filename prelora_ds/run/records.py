@@ -19,7 +19,7 @@ from prelora_ds.cost.bytes import predict_bytes, worst_deviation
 from prelora_ds.cost.forecast import why_unfinished
 from prelora_ds.data.setup import fingerprints
 from prelora_ds.engine.build import Engine, StepStats
-from prelora_ds.engine.census import census, peak_rss_bytes
+from prelora_ds.engine.census import PeakMemory, census
 from prelora_ds.engine.merge import MergeReport
 from prelora_ds.engine.runtime import make_monitor
 from prelora_ds.engine.transition import Switch
@@ -47,6 +47,7 @@ class Records:
         self.progress = progress
         self.say: Callable[[str], None] = progress.say
         self._stragglers = StragglerWatch(run.hosts)
+        self._peak = PeakMemory()
         self.open_logs(begun_at)
 
     # ---- files
@@ -73,6 +74,7 @@ class Records:
         row |= measured
         row |= {"lr": lr, "grad_norm": stats.grad_norm}
         row |= state.logged.row()
+        row |= self._peak.columns()
         self._log.metrics(row, samples=self.run.samples(step))
         self.progress.step(row)
         state.logged.reset()
@@ -165,6 +167,7 @@ class Records:
         switch: what the rebuild of the engine cost; None if the engine was not rebuilt.
         """
         self.attach_monitor(engine)
+        self._peak.restart()
         plan = engine.plan
         shapes = plan.parameters(self.run.layout)
         trainable = sum(math.prod(shapes[name]) for name in plan.trainable)
@@ -233,7 +236,7 @@ class Records:
     def end(self, phase: PhaseState) -> None:
         """Log the end of the run in ``phase``, with the peak memory of every rank. Collective."""
         peaks = [0] * dist.get_world_size()
-        dist.all_gather_object(peaks, peak_rss_bytes())
+        dist.all_gather_object(peaks, self._peak.rss_bytes())
         self._log.event(
             EventKind.END,
             self.run.timeline.total_steps,

@@ -72,6 +72,9 @@ class RunState:
                 stats.loss,
                 config.global_batch_size,
                 corrupt=stats.corrupt,
+                top1=stats.top1,
+                top5=stats.top5,
+                judged=stats.judged,
                 step_s=stats.step_s,
                 data_s=data_s,
             )

@@ -36,7 +36,7 @@ def test_preflight_reports_the_problems_of_each_host(site: Site) -> None:
         hostfile.write_text("host1 slots=1\nhost2 slots=1\nhost3 slots=1\nhost9 slots=1\n")
         done = site.cluster.run("host1", [
             "prelora", "preflight", "--hostfile", hostfile, "--recipe", scenarios.RECIPE, "--scratch",
-            site.cluster.scratch, "--json", folder / "json", f"run.output_dir={folder}/out",
+            site.cluster.scratch, "--json", f"run.output_dir={folder}/out",
             f"data.train={site.shards}/train", f"data.val={site.shards}/none", "--interface", "eth0"])
     finally:
         site.cluster.slow_link("host3", None)
@@ -45,8 +45,7 @@ def test_preflight_reports_the_problems_of_each_host(site: Site) -> None:
         clock.unlink()
         metadata.unlink()
         metadata.parent.rmdir()
-    assert (folder / "json").exists(), done.stdout
-    report = json.loads((folder / "json").read_text())
+    report = json.loads(done.stdout)
     assert done.returncode == 75 and not report["fit"], done.stdout
     problems = {host: " ".join(answer["problems"]) for host, answer in report["hosts"].items()}
     assert "there is no manifest" in problems["host1"] or "none" in problems["host1"]
@@ -56,7 +55,6 @@ def test_preflight_reports_the_problems_of_each_host(site: Site) -> None:
     assert [host for host, said in problems.items() if "slow: " in said] == ["host3"]
     for host in ("host1", "host2", "host3"):
         assert report["hosts"][host]["all_reduce"]["correct"]
-        assert f"{host}: " in done.stdout
     assert report["seconds"] < 60
 
 

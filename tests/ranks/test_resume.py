@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from support.launches import Job, differences, traces
 from support.zygote import DEAD_PIPE
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -373,6 +375,7 @@ def logits_of_the_run(reference):
     from transformers import ViTForImageClassification
 
     images = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    images = images.expand(8, 3, 8, 8)  # a grey image as RGB, which the export takes
     vit = ViTForImageClassification.from_pretrained(reference(2) / "model").eval()
     with torch.no_grad():
         return images, vit(images).logits
@@ -403,19 +406,50 @@ def test_peft_opens_adapter_and_base_with_the_same_logits(reference, tmp_path, l
     assert torch.allclose(got, expected, atol=1e-5)
 
 
-def test_timm_opens_the_state_dict_with_the_same_logits(reference, tmp_path, logits_of_the_run):
-    from functools import partial
-
+def test_timm_opens_its_folder_with_the_same_logits(reference, tmp_path, logits_of_the_run):
     import timm
     import torch
-    from safetensors.torch import load_file
 
     out, (images, expected) = exported(reference(2), tmp_path / "timm", "timm"), logits_of_the_run
-    model = timm.models.VisionTransformer(**json.loads((out / "timm.json").read_text())["arguments"],
-                                          norm_layer=partial(torch.nn.LayerNorm, eps=1e-12))
-    model.load_state_dict(load_file(out / "model.safetensors"))
+    model = timm.create_model(f"local-dir:{out}", pretrained=True)
     with torch.no_grad():
-        assert torch.allclose(model.eval()(images), expected, atol=1e-5)
+        assert torch.allclose(model.eval()(images[:, :1]), expected, atol=1e-4)
+
+
+def test_pipeline_classifies_every_image_as_evaluate_does(reference, shards, tmp_path, monkeypatch):
+    """The digits are grey, and the run's own folder is moved. Its card has the accuracy of training."""
+    import socket
+
+    from huggingface_hub import ModelCard
+    from transformers import pipeline
+
+    from prelora_ds.data.manifest import Manifest
+    from prelora_ds.data.store import SampleStore
+    from prelora_ds.run.evaluate import evaluate_folder
+
+    def refuse(*_):
+        raise OSError("a test used the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    model, data = Path(shutil.copytree(reference(2) / "model", tmp_path / "moved")), Manifest.load(shards / "val")
+    classify, store, correct, among5 = pipeline("image-classification", str(model)), SampleStore(data), 0, 0
+    for sample in range(len(data)):
+        image, label = store.read(sample)
+        found = [score["label"] for score in classify(Image.open(io.BytesIO(image)), top_k=5)]
+        correct += found[0] == data.classes[label]
+        among5 += data.classes[label] in found
+    result = evaluate_folder(model, shards / "val")
+    assert (correct, among5) == (result.correct, result.correct5)
+
+    card = ModelCard.load(model / "README.md")
+    last = [row["val/acc1"] for row in read_lines(reference(2) / "metrics.jsonl") if "val/acc1" in row][-1]
+    assert [r.metric_value for r in card.data.eval_results if r.metric_name.startswith("Top-1")] == [last]
+    assert [line.split(" | ")[0] for line in card.text.splitlines() if line.startswith("| ")][1:] == [
+        "| full", "| warmup", "| lora"]
+    assert "had not begun" not in card.text and "a checkpoint after step" not in card.text
+    written = [path.read_bytes() for path in model.iterdir()]
+    assert not any(str(reference(2).parent).encode() in content for content in written)
+    assert not any(str(shards).encode() in content for content in written)
 
 
 def test_deepspeed_opens_its_folder_with_weights_and_moments(reference, pools, tmp_path):

@@ -67,6 +67,22 @@ def test_a_run_goes_through_all_phases_because_algorithm_1_passed(finished):
     assert {s["rank"] for s in plans[1]["plan"]["adapters"].values()} <= {2, 4}
 
 
+def test_rows_have_training_accuracy_peaks_and_the_norms_of_base_and_adapter(finished):
+    rows = read_lines(finished[0] / "metrics.jsonl")
+    assert all(0 <= row["train/acc1"] <= row["train/acc5"] <= 1 for row in rows)
+    assert all((row["train/acc5"] * 64) % 1 == 0 for row in rows), "of 64 samples"
+    assert all(0.1 < row["peak_gib"] < 10 for row in rows)
+    for row in (row for row in rows if "norm/q.00" in row):
+        keys = {key.partition("/")[2] for key in row if key.startswith("norm_adapter/")}
+        assert keys == {key.partition("/")[2] for key in row if key.startswith("norm_base/")}
+        assert bool(keys) == (row["phase"] != "full")
+        for key in keys:
+            whole, base, adapter = (row[f"{group}/{key}"] for group in ("norm", "norm_base", "norm_adapter"))
+            assert adapter > 0 and abs(base - adapter) <= whole * (1 + 1e-5) <= (base + adapter) * (1 + 2e-5)
+    frozen = [row["norm_base/q.00"] for row in rows if row["phase"] == "lora" and "norm_base/q.00" in row]
+    assert len(set(frozen)) == 1 < len(frozen)
+
+
 def test_predicted_and_measured_bytes_are_logged_side_by_side(finished):
     out, printed = finished
     measured = [e for e in read_lines(out / "events.jsonl") if e["event"] == "bytes"]

@@ -12,13 +12,16 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from support.pool import free_port
 
+if TYPE_CHECKING:
+    from prelora_ds.run.folder import RunFolder
+
 ROOT = Path(__file__).parents[2]
 DEBUG = "launch/recipes/vit_tiny_debug.yaml"
-TIMES = ("step_s", "data_s", "img_s")
+TIMES = ("step_s", "data_s", "img_s", "peak_gib")
 
 
 class Zygote:
@@ -175,6 +178,7 @@ def traces(out: Path) -> dict[str, Any]:
     from prelora_ds.run.log import EventKind, read_lines
 
     folder = RunFolder(out)
+    check_replay(folder)
     rows = [{k: v for k, v in row.items() if k not in TIMES} for row in read_lines(folder.metrics)]
     plans = [
         {k: v for k, v in row.items() if k != "switch"}
@@ -190,6 +194,31 @@ def traces(out: Path) -> dict[str, Any]:
         "observations": observations,
         "model": (folder.model / "model.safetensors").read_bytes(),
     }
+
+
+def check_replay(folder: RunFolder) -> None:
+    """Compare the plans of a run with what its own settings decide from its observations.
+
+    A fork has only a part of its observations, and earlier versions have no record of their setup.
+    """
+    from prelora_ds.core.codec import to_json
+    from prelora_ds.core.replay import replay
+    from prelora_ds.reporting.replay import read_logged
+    from prelora_ds.run.log import EventKind, read_lines
+
+    if folder.origin.is_file() or not folder.setup.is_file():
+        return
+    logged = read_logged(folder)
+    decided = [
+        (each.step, each.state.reason, to_json(each.state.plan) | {"active": None})
+        for each in replay(logged.controller(logged.config.specs()), logged.observations).decisions
+    ]
+    plans = [
+        (row["step"], row["reason"], row["plan"] | {"active": None})
+        for row in read_lines(folder.events)
+        if row["event"] == EventKind.PLAN and row["step"] > 0
+    ]
+    assert decided == plans
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:

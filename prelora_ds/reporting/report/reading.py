@@ -24,7 +24,6 @@ from prelora_ds.hosts.diagnosis import succeeded
 from prelora_ds.hosts.heartbeat import attempt_of, read_json
 from prelora_ds.hosts.hostfile import read_hostfile
 from prelora_ds.reporting.history import (
-    Accuracy,
     Active,
     Bytes,
     End,
@@ -36,11 +35,12 @@ from prelora_ds.reporting.history import (
     find_logs,
     parse_event,
     parse_step,
-    read_accuracy,
 )
 from prelora_ds.reporting.report.curve import Curve
+from prelora_ds.run.accuracy import StoredAccuracy, read_accuracy
 from prelora_ds.run.folder import RunFolder
 from prelora_ds.run.log import stream_lines
+from prelora_ds.run.setup_record import read_setup
 
 MOST_NOTES = 10  # of one file
 # What later versions may log about a run, under these keys of an event.
@@ -90,6 +90,7 @@ class Run:
         ``change/q`` and ``change/loss`` are the changes between successive windows, in per cent, ``data wait`` is the
         share of the time, in per cent, and ``merge ...`` are what merges moved.
     last: column -> its last value. best: (top-1, step).
+    world_size: the ranks of the last job, if its record is there.
     facts: what was logged about the job, for keys of `FACTS`.
     attempts: one sentence per attempt of `prelora supervise`.
     notes: what could not be read.
@@ -113,7 +114,8 @@ class Run:
     merges: list[Merged] = field(default_factory=list)
     active: list[Active] = field(default_factory=list)
     end: End | None = None
-    accuracy: Accuracy | None = None
+    accuracy: StoredAccuracy | None = None
+    world_size: int | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     attempts: list[str] = field(default_factory=list)
     attempt_hosts: int | None = None
@@ -144,6 +146,8 @@ class Run:
         logged = self.facts.get("world_size")
         if isinstance(logged, int):
             return logged
+        if self.world_size is not None:
+            return self.world_size
         return self.resumes[-1].world_size if self.resumes else None
 
     def families(self, kind: str = "norm") -> list[str]:
@@ -201,6 +205,12 @@ def read_run(folder: RunFolder, label: str) -> Run:
             run.accuracy = read_accuracy(folder.accuracy)
         except ConfigError as error:
             run.notes.append(f"model/accuracy.json {error.problem}.")
+    try:
+        setup = read_setup(folder)
+    except ConfigError as error:
+        run.notes.append(f"{folder.setup.name} {_short(error.problem)}.")
+    else:
+        run.world_size = None if setup is None else setup.world_size
     _read_attempts(run)
     return run
 

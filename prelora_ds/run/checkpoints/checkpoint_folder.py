@@ -296,12 +296,38 @@ def _manifest_or_none(folder: Path) -> CheckpointManifest | None:
         return None
 
 
-def describe(folder: Path) -> str:
-    """Describe and verify a checkpoint in one line.
+@dataclass(frozen=True)
+class Description:
+    """What `prelora checkpoints` lists of a checkpoint.
 
-    The line has the step, the phase, the number of ranks, the ZeRO stage, the bytes without the
-    base, and whether everything verifies.
+    broken: why it does not verify; the other fields are None then.
+    size: bytes without those of the base.
     """
+
+    name: str
+    broken: str | None = None
+    step: int | None = None
+    phase: str | None = None
+    world_size: int | None = None
+    zero_stage: int | None = None
+    size: int | None = None
+    base: str | None = None
+    acc1: float | None = None
+
+    def line(self) -> str:
+        """Return one line for the terminal."""
+        if self.broken is not None or self.size is None:
+            return f"{self.name}  BROKEN: {self.broken}"
+        base = f" + {self.base}" if self.base else ""
+        accuracy = "" if self.acc1 is None else f"  acc1 {self.acc1:.2%}"
+        return (
+            f"{self.name}  {self.phase:<6}  {self.world_size} ranks, ZeRO {self.zero_stage}  "
+            f"{self.size / 2**20:,.1f} MiB{base}{accuracy}  verified"
+        )
+
+
+def describe(folder: Path) -> Description:
+    """Verify a checkpoint and describe it."""
     try:
         manifest = CheckpointManifest.load(folder)
         check_name(folder, manifest)
@@ -310,16 +336,16 @@ def describe(folder: Path) -> str:
             root = root_of(folder)
             load_base(root, manifest.base).verify(root / manifest.base)
     except (BrokenCheckpointError, ConfigError) as exc:
-        return f"{folder.name}  BROKEN: {exc}"
-
-    mib = sum(record.bytes for record in manifest.files.values()) / 2**20
-    acc1 = evaluated_acc1(folder, manifest)
-    accuracy = "" if acc1 is None else f"  acc1 {acc1:.2%}"
-    base = f" + {manifest.base}" if manifest.base else ""
-    return (
-        f"{folder.name}  {manifest.phase:<6}  "
-        f"{manifest.world_size} ranks, ZeRO {manifest.zero_stage}  "
-        f"{mib:,.1f} MiB{base}{accuracy}  verified"
+        return Description(folder.name, broken=str(exc))
+    return Description(
+        folder.name,
+        step=manifest.step,
+        phase=manifest.phase,
+        world_size=manifest.world_size,
+        zero_stage=manifest.zero_stage,
+        size=sum(record.bytes for record in manifest.files.values()),
+        base=manifest.base,
+        acc1=evaluated_acc1(folder, manifest),
     )
 
 

@@ -16,6 +16,7 @@ from prelora_ds.config.load import load_config
 from prelora_ds.core.controller import PhaseController
 from prelora_ds.core.schedule import Timeline
 from prelora_ds.cost.timing import KINDS
+from prelora_ds.reporting.forecast_table import print_forecast
 from prelora_ds.start import check_phases
 
 ROOT = Path(__file__).parents[3]
@@ -34,10 +35,15 @@ def plan(monkeypatch: pytest.MonkeyPatch, *arguments: object, recipe: Path = REC
 
 
 @pytest.fixture
-def planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+def planned(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     def run(*arguments: object, **options: Any) -> dict[str, Any]:
-        assert plan(monkeypatch, *arguments, "--json", tmp_path / "plan.json", **options) == 0
-        return json.loads((tmp_path / "plan.json").read_text())
+        """Return the JSON that `prelora plan` prints, and print the tables as without --json."""
+        before = capsys.readouterr().out
+        assert plan(monkeypatch, *arguments, "--json", **options) == 0
+        result = json.loads(capsys.readouterr().out)
+        print(before)
+        print_forecast(result)
+        return result
 
     return run
 
@@ -119,13 +125,13 @@ def test_shards_without_a_manifest_have_the_images_that_the_recipe_tells(
     assert (result["labels"], result["labels_from"]) == (10, f"data.val = {shards / 'val'}")
 
 
-def test_figures_that_cannot_be_kept_are_one_message(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    assert plan(monkeypatch, *SMALL, "--json", tmp_path / "none/plan.json") == 2
-    assert "--json = " in capsys.readouterr().err
-    assert plan(monkeypatch, *SMALL, "--json", "/dev/full/plan.json") == 2
-    assert "cannot be written (Not a directory)" in capsys.readouterr().err
+def test_json_or_tables(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(monkeypatch, *SMALL) == 0
+    tables = capsys.readouterr().out
+    assert plan(monkeypatch, *SMALL, "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    print_forecast(result)
+    assert capsys.readouterr().out == tables
 
 
 def test_the_rank_is_one_that_the_recipe_can_give_and_its_own_stage_is_marked(

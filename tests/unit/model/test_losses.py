@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from prelora_ds.errors import ConfigError
-from prelora_ds.model.losses import classification_loss, init_sigmoid_head
+from prelora_ds.model.losses import classification_loss, count_right, init_sigmoid_head
 
 LOGITS = torch.tensor([[2.0, -1.0, 0.5], [0.0, 1.0, -3.0]])
 LABELS = torch.tensor([0, 2])
@@ -22,6 +22,16 @@ def test_hard_and_equivalent_soft_labels_give_the_same_loss(kind, smoothing):
         LOGITS, functional.one_hot(LABELS, 3).float(), kind=kind, label_smoothing=smoothing
     )
     assert hard.shape == () and float(hard) == pytest.approx(float(soft), rel=1e-6)
+
+
+def test_samples_whose_label_is_largest_or_among_five_are_counted():
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(200, 9, generator=generator), torch.randint(0, 9, (200,), generator=generator)
+    logits[3, (labels[3] + 1) % 9] = math.nan
+    places = [sorted(range(9), key=lambda k, row=row: -row[k]).index(label)
+              for i, (row, label) in enumerate(zip(logits.tolist(), labels.tolist(), strict=True)) if i != 3]
+    assert count_right(logits, labels).tolist() == [places.count(0), sum(place < 5 for place in places), 200]
+    assert count_right(logits[:2, :3], torch.tensor([0, 1])).tolist()[1:] == [2, 2], "three classes, all among five"
 
 
 def test_softmax_is_torchs_and_sigmoid_sums_over_classes_by_hand():

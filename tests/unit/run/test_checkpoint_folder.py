@@ -143,7 +143,7 @@ def test_a_base_is_kept_as_long_as_a_checkpoint_names_it_or_the_run_uses_it(tmp_
 def test_a_checkpoint_that_was_copied_without_its_base_says_what_to_copy(tmp_path: Path) -> None:
     folder = make(tmp_path, 2, base="base-0123456789ab")
     missing = f"{tmp_path}/base-0123456789ab: is missing; it contains the frozen weights"
-    assert missing in describe(folder)
+    assert missing in describe(folder).line()
 
 
 def test_no_base_is_removed_while_a_manifest_is_broken(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_a_commit_over_an_existing_checkpoint_does_not_change_it(tmp_path: Path)
 
 def test_a_checkpoint_that_was_set_aside_still_has_its_base(tmp_path: Path) -> None:
     set_aside(tmp_path, [make(tmp_path, 3, base=make_named_base(tmp_path, b"frozen"))])
-    assert describe(tmp_path / ASIDE / "step-00000003").endswith("verified")
+    assert describe(tmp_path / ASIDE / "step-00000003").line().endswith("verified")
 
 
 def test_a_base_of_another_run_under_this_run_s_name_is_detected(tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_a_base_of_another_run_under_this_run_s_name_is_detected(tmp_path: Path)
     folder = make(tmp_path / "a", 3, base=name)
     for path in (tmp_path / "b" / other).iterdir():
         shutil.copy(path, tmp_path / "a" / name)
-    said = describe(folder)
+    said = describe(folder).line()
     assert "BROKEN" in said and "contains the weights of another run" in said and other in said
 
 
@@ -200,21 +200,21 @@ def test_the_best_are_evaluated_ones_and_the_earlier_of_equals(tmp_path: Path) -
 
 def test_a_checkpoint_under_the_name_of_another_step_is_detected(tmp_path: Path) -> None:
     make(tmp_path, 10).rename(step_folder(tmp_path, 25))
-    said = describe(step_folder(tmp_path, 25))
+    said = describe(step_folder(tmp_path, 25)).line()
     assert "BROKEN" in said and "contains step 10" in said
 
 
 def test_a_checkpoint_of_0_1_0_has_no_accuracy_unless_its_state_confirms_an_evaluation() -> None:
     folder = step_folder(FIXTURE / "checkpoints", 16)
     assert CheckpointManifest.load(folder).acc1 == 0.1  # of the evaluation at step 10
-    assert "acc1" not in describe(folder) and describe(folder).endswith("verified")
+    assert "acc1" not in describe(folder).line() and describe(folder).line().endswith("verified")
 
 
 def test_an_accuracy_counts_if_the_state_was_evaluated_at_this_step(tmp_path: Path) -> None:
-    assert "acc1 50.00%" in describe(make(tmp_path, 7, acc1=0.5))
-    assert "acc1 0.00%" in describe(make(tmp_path, 8, acc1=0.0))
+    assert "acc1 50.00%" in describe(make(tmp_path, 7, acc1=0.5)).line()
+    assert "acc1 0.00%" in describe(make(tmp_path, 8, acc1=0.0)).line()
     for step, evaluated_at in ((9, 8), (10, None), (11, "11"), (12, [])):
-        assert "acc1" not in describe(make(tmp_path, step, acc1=0.5, evaluated_at=evaluated_at))
+        assert "acc1" not in describe(make(tmp_path, step, acc1=0.5, evaluated_at=evaluated_at)).line()
 
 
 def test_an_accuracy_of_other_weights_keeps_no_checkpoint(tmp_path: Path) -> None:

@@ -66,6 +66,24 @@ rows = st.lists(st.tuples(st.integers(0, LABELS - 1), st.integers(0, LABELS - 1)
                 max_size=30)
 
 
+def test_top_5_by_hand_with_ties_in_the_order_of_the_classes() -> None:
+    logits = torch.tensor([[6., 5, 4, 3, 2, 1, 0], [0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0],
+                           [torch.nan, 0, 0, 0, 0, 0, 0], [9, 8, 7, 6, 5, 4, 3]])
+    labels, mask = torch.tensor([5, 4, 5, 0, 1, 4]), torch.tensor([True] * 5 + [False])
+    found = evaluate(lambda images: images, [(logits, labels, mask)], samples=5)
+    assert (found.correct, found.correct5) == (1, 2)
+    assert found.acc5 == 0.4
+
+
+@pytest.mark.parametrize(("classes", "counted"), [(5, False), (6, True)])
+def test_top_5_is_measured_for_more_than_five_classes(classes: int, counted: bool) -> None:
+    logits = torch.randn(40, classes, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(40) % classes
+    found = evaluate(lambda images: images, [(logits, labels, torch.ones(40, dtype=torch.bool))], samples=40)
+    among5 = sum(int(label) in row.topk(5).indices for row, label in zip(logits, labels, strict=True))
+    assert found.correct5 == (among5 if counted else None)
+
+
 @settings(deadline=None)  # other work on the machine would count
 @given(rows, st.integers(1, 7))
 def test_counts_are_exact_for_any_batches_and_mask(rows: list[tuple[int, int, bool]], size: int) -> None:
@@ -180,6 +198,19 @@ def test_only_the_number_of_classes_is_compared_for_a_model_without_class_names(
         evaluate_folder(export(tmp_path / "nine", unnamed(9)), shards / "val")
 
 
+def test_an_export_of_an_earlier_version_takes_grey_images(shards: Path, tmp_path: Path) -> None:
+    """It has one channel and no class names. Today's export of the same weights takes RGB images."""
+    cfg = config(model=TINY, data={"crop": "none"})
+    torch.manual_seed(0)
+    vit: Any = build_model(cfg.model, 10)
+    vit.config.eval_crop = "none"
+    vit.save_pretrained(tmp_path / "old")
+    old = evaluate_folder(tmp_path / "old", shards / "val")
+    new = evaluate_folder(export(tmp_path / "new", unnamed(10)), shards / "val")
+    assert (old.correct, old.correct5) == (new.correct, new.correct5)
+    assert old.loss == pytest.approx(new.loss, rel=1e-6)
+
+
 def edited(folder: Path, **values: Any) -> None:
     path = folder / "config.json"
     content = json.loads(path.read_text()) | values
@@ -212,7 +243,8 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "image size is text": lambda folder: edited(folder, image_size="8"),
     "no image size": lambda folder: edited(folder, image_size=...),
     "2 channels": lambda folder: edited(folder, num_channels=2),
-    "3 channels": lambda folder: edited(folder, num_channels=3),
+    "1 channel": lambda folder: edited(folder, num_channels=1),
+    "channels of the images": lambda folder: edited(folder, eval_channels=4),
     "crop": lambda folder: edited(folder, eval_crop="middle"),
     "hidden size": lambda folder: edited(folder, hidden_size=16),
     "hidden size is text": lambda folder: edited(folder, hidden_size="x"),

@@ -1,0 +1,45 @@
+"""`prelora replay`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from prelora_ds.commands.options import AsJson
+from prelora_ds.commands.output import print_json
+
+
+def replay(
+    output: Annotated[Path, typer.Argument(metavar="RUN", help="output folder of a run", show_default=False)],
+    tau: Annotated[str | None, typer.Option(
+        help="thresholds of weight norms in per cent, such as 0.5,1", show_default=False)] = None,
+    zeta: Annotated[str | None, typer.Option(
+        help="thresholds of the loss in per cent, such as 2.5,5", show_default=False)] = None,
+    k: Annotated[int | None, typer.Option(min=2, help="how many windows are compared", show_default=False)] = None,
+    m: Annotated[int | None, typer.Option(min=1, help="observations per window", show_default=False)] = None,
+    every: Annotated[str | None, typer.Option(
+        help="as if observed so often, such as '2 epochs'; a multiple of the log's", show_default=False)] = None,
+    suggest: Annotated[float | None, typer.Option(
+        min=0.0, max=1.0, help="find thresholds that pass at this share of the run", show_default=False)] = None,
+    csv: Annotated[bool, typer.Option("--csv", help="print the grid as CSV instead of tables")] = False,
+    json: AsJson = False,
+) -> None:
+    """Decide again, from the log of RUN, when its phases would have ended: with its own thresholds, or with others.
+
+    Example: prelora replay out/digits_demo --tau 0.5,1,2 --zeta 2.5,5
+    """
+    from prelora_ds.config.fields import parse_duration, parse_numbers
+    from prelora_ds.reporting.replay import Settings, grid_as_csv, print_replay, read_logged, replayed
+    from prelora_ds.run.folder import RunFolder
+
+    settings = Settings(parse_numbers(tau, "--tau"), parse_numbers(zeta, "--zeta"), k, m,
+                        parse_duration(every, "--every"), suggest)
+    result = replayed(read_logged(RunFolder(output)), settings)
+    if json:
+        print_json(result)
+    elif csv:
+        typer.echo(grid_as_csv(result), nl=False)
+    else:
+        print_replay(result)

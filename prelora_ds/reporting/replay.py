@@ -1,0 +1,322 @@
+"""`prelora replay`: decide again from a run's log, with its own settings or with others."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise, product
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from prelora_ds.config.load import load_config
+from prelora_ds.config.phases import PresetConfig
+from prelora_ds.config.preset import ConvergenceConfig, expanded
+from prelora_ds.config.tree import Config
+from prelora_ds.core.codec import CodecError, from_json
+from prelora_ds.core.controller import PhaseController
+from prelora_ds.core.duration import Duration
+from prelora_ds.core.layout import Layout
+from prelora_ds.core.phases import PhaseSpec, needed_in_fp32
+from prelora_ds.core.plan import Plan
+from prelora_ds.core.replay import (
+    Closest,
+    Decision,
+    coarser,
+    compared,
+    replay,
+    suggested,
+    with_tests,
+)
+from prelora_ds.core.schedule import Timeline
+from prelora_ds.core.switch_tests.prelora import Observation, PreloraTest
+from prelora_ds.cost.bytes import predict_bytes
+from prelora_ds.cost.flops import micro_batch
+from prelora_ds.errors import ConfigError
+from prelora_ds.reporting.columns import print_columns, print_line
+from prelora_ds.reporting.history import parse_steps
+from prelora_ds.run.folder import RunFolder
+from prelora_ds.run.log import read_lines
+from prelora_ds.run.setup_record import SetupRecord, read_setup
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The parameters of Algorithm 1 that are tried; None keeps those of the run.
+
+    every: how often the run would have observed.
+    suggest: the share of the run near which thresholds are sought.
+    """
+
+    tau: tuple[float, ...] | None = None
+    zeta: tuple[float, ...] | None = None
+    k: int | None = None
+    m: int | None = None
+    every: Duration | None = None
+    suggest: float | None = None
+
+
+@dataclass(frozen=True)
+class Logged:
+    """What the log of a run contains that decides.
+
+    step_s: phase -> the median seconds of its steps, as measured.
+    """
+
+    config: Config
+    setup: SetupRecord
+    observations: tuple[Observation, ...]
+    step_s: Mapping[str, float]
+
+    @property
+    def timeline(self) -> Timeline:
+        return Timeline(self.setup.samples, self.config.train.global_batch_size, self.config.train.duration)
+
+    def controller(self, phases: Sequence[PhaseSpec]) -> PhaseController:
+        return PhaseController(layout=self.setup.layout, timeline=self.timeline, phases=phases,
+                               seed=self.config.run.seed)
+
+
+def read_logged(folder: RunFolder) -> Logged:
+    """Read the run in ``folder``. Raises ConfigError if there is no run, or if its log does not allow a replay."""
+    if not folder.config.is_file() or not folder.metrics.is_file():
+        raise ConfigError("RUN", str(folder.path), "does not contain a run", "pass the run.output_dir of a run")
+    if folder.origin.is_file():
+        raise ConfigError("RUN", str(folder.path), "is a fork: it began with the windows of another run, which its log "
+                          "does not contain", "replay the run that it began from")
+    setup = read_setup(folder)
+    if setup is None or not folder.observations.is_file():
+        missing = folder.setup if setup is None else folder.observations
+        raise ConfigError("RUN", str(folder.path), f"has no {missing.name}: it was made by an earlier version",
+                          "resume it with this version, which writes the file, or replay another run")
+    config = load_config(folder.config, recipe_key="RUN")
+    rows = read_lines(folder.observations)
+    try:
+        observations = tuple(from_json(Observation, row) for row in rows)
+    except (CodecError, TypeError) as exc:
+        raise ConfigError("RUN", str(folder.observations), f"a row cannot be understood: {exc}",
+                          "restore the file, or replay another run") from exc
+    if not observations:
+        raise ConfigError("RUN", str(folder.path), "has not made an observation yet", "try again later")
+    metrics = read_lines(folder.metrics)
+    return Logged(config, setup, observations, _step_seconds(folder, metrics))
+
+
+def _step_seconds(folder: RunFolder, metrics: Sequence[dict[str, Any]]) -> dict[str, float]:
+    steps = parse_steps(metrics, folder.metrics)
+    seconds: dict[str, list[float]] = {}
+    for row, step in zip(metrics, steps, strict=True):
+        if step.step_s is not None:
+            seconds.setdefault(str(row.get("phase")), []).append(step.step_s)
+    return {phase: median(values) for phase, values in seconds.items()}
+
+
+# ---- deciding
+
+def replayed(logged: Logged, settings: Settings) -> dict[str, Any]:
+    """Decide again, and return the decisions, one row per pair of thresholds, and the suggestion, ready for JSON.
+
+    Raises ConfigError for settings that the log does not allow.
+    """
+    observations = _observed_every(logged, settings.every)
+    own = logged.config.specs()
+    phases = _with_settings(logged, own, settings)
+    run = replay(logged.controller(own), logged.observations).decisions
+    grid: list[dict[str, Any]] = []
+    decisions: list[dict[str, Any]] = []
+    for tau, zeta in product(settings.tau or (None,), settings.zeta or (None,)):
+        tried = with_tests(phases, lambda test, tau=tau, zeta=zeta: replace(  # type: ignore[misc]
+            test, tau=tau or test.tau, zeta=zeta or test.zeta))
+        found = replay(logged.controller(tried), observations)
+        rows = [_row(logged, tried, each) for each in compared(found.decisions, run)]
+        if not grid:
+            decisions = rows
+        grid.append(_cell(logged, tried, rows, found.closest))
+    result: dict[str, Any] = {"decisions": decisions, "grid": grid}
+    if settings.suggest is not None:
+        step = round(settings.suggest * logged.timeline.total_steps)
+        suggestion = suggested(logged.controller(phases), observations, step)
+        result["suggestion"] = suggestion and asdict(suggestion)
+    return result
+
+
+def _observed_every(logged: Logged, every: Duration | None) -> Sequence[Observation]:
+    if every is None:
+        return logged.observations
+    steps = logged.timeline.ticks(every)
+    last = logged.observations[-1].step
+    missing = sorted(step for step in steps - {each.step for each in logged.observations} if step <= last)
+    if missing:
+        raise ConfigError("--every", str(every), f"would observe after step {missing[0]}, but the run observed every "
+                          f"{logged.config.observe.every}", "choose a multiple of that")
+    return tuple(coarser(logged.observations, steps))
+
+
+def _with_settings(logged: Logged, own: Sequence[PhaseSpec], settings: Settings) -> Sequence[PhaseSpec]:
+    """The phases with the given k and m; for a run without a test, those of the preset `prelora`.
+
+    A run of several phases without a test keeps them if no thresholds are given.
+    """
+    config = logged.config
+    phases = own
+    asks = len(own) == 1 or settings.tau or settings.zeta
+    if asks and not any(isinstance(spec.until, PreloraTest) for spec in own):
+        for option, values in (("--tau", settings.tau), ("--zeta", settings.zeta)):
+            if values is None:
+                raise ConfigError(option, None, "is required, because no phase of this run ends by a test",
+                                  f"pass it, for example {option} {'1' if option == '--tau' else '5'}")
+        assert settings.tau is not None and settings.zeta is not None
+        test = ConvergenceConfig(tau=settings.tau[0], zeta=settings.zeta[0])
+        phases = [phase.spec(config.families()) for phase in expanded(PresetConfig(), test, config.lora)]
+    return with_tests(phases, lambda test: replace(test, k=settings.k or test.k, m=settings.m or test.m))
+
+
+# ---- rows
+
+def _row(logged: Logged, phases: Sequence[PhaseSpec], decision: Decision) -> dict[str, Any]:
+    layout, plan = logged.setup.layout, decision.state.plan
+    shapes = plan.parameters(layout)
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    trained = sum(sizes[name] for name in plan.trainable)
+    config = _config_of(logged, plan.phase)
+    predicted = predict_bytes(plan, layout, config.zero, logged.setup.world_size, after_backward=True,
+                              kernel=config.kernel(config.zero.stage),
+                              parked=needed_in_fp32(phases, layout, decision.state.index))
+    seconds, source = _seconds(logged, plan)
+    return {
+        "step": decision.step,
+        "epoch": logged.timeline.epoch_at(decision.step),
+        "phase": plan.phase,
+        "reason": decision.state.reason,
+        "ranks": _ranks(plan, layout),
+        "trainable_parameters": trained,
+        "trainable_share": trained / sum(sizes.values()),
+        "bytes": predicted.total,
+        "step_s": seconds,
+        "step_s_from": source,
+        "extrapolated": decision.extrapolated,
+    }
+
+
+def _config_of(logged: Logged, phase: str) -> Config:
+    """The settings of ``phase``. A phase that the run does not have takes those of its first one."""
+    names = [each.name for each in logged.config.phase_list]
+    return logged.config.for_phase(phase if phase in names else names[0])
+
+
+def _ranks(plan: Plan, layout: Layout) -> dict[str, dict[int, int]]:
+    return {family: ranks for family, layers in layout.targets.items()
+            if (ranks := {layer: plan.adapters[path].rank or 0
+                          for layer, path in layers.items() if path in plan.adapters})}
+
+
+def _seconds(logged: Logged, plan: Plan) -> tuple[float | None, str | None]:
+    """The seconds of a step under ``plan``: measured in the phase of its name, else by FLOPs from the first phase."""
+    first = logged.controller(logged.config.specs()).initial().plan
+    if plan.phase in logged.step_s:
+        return logged.step_s[plan.phase], "measured"
+    if first.phase not in logged.step_s or logged.config.model.factory is not None:
+        return None, None
+    ratio = _flops(logged, plan) / _flops(logged, first)
+    return logged.step_s[first.phase] * ratio, "by FLOPs"
+
+
+def _flops(logged: Logged, plan: Plan) -> int:
+    config = _config_of(logged, plan.phase)
+    return micro_batch(config.model, plan, logged.setup.layout, 1, kernel=config.kernel(config.zero.stage)).flops
+
+
+def _cell(logged: Logged, phases: Sequence[PhaseSpec], rows: Sequence[dict[str, Any]],
+          closest: Closest | None) -> dict[str, Any]:
+    """One pair of thresholds: when the first test passed, and what that saved, or what came closest.
+
+    Without a test it is about the last phase.
+    """
+    tests = [(spec.until, following.name) for spec, following in pairwise(phases)
+             if isinstance(spec.until, PreloraTest)]
+    test, after = tests[0] if tests else (None, phases[-1].name)
+    passed = next((row for row in rows if row["phase"] == after), None)
+    return {
+        **{key: test and getattr(test, key) for key in ("tau", "zeta", "k", "m")},
+        "step": passed and passed["step"],
+        "epoch": passed and passed["epoch"],
+        "hours_saved": _hours_saved(logged, rows),
+        "closest": closest and asdict(closest),
+    }
+
+
+def _hours_saved(logged: Logged, rows: Sequence[dict[str, Any]]) -> float | None:
+    """The hours by which the run is shorter than one whose steps all take as long as those of the first phase."""
+    first = logged.controller(logged.config.specs()).initial().plan.phase
+    full = logged.step_s.get(first)
+    if full is None or any(row["step_s"] is None for row in rows):
+        return None
+    ends = [*(row["step"] for row in rows[1:]), logged.timeline.total_steps][:len(rows)]
+    saved: float = sum((full - row["step_s"]) * (end - row["step"]) for row, end in zip(rows, ends, strict=True))
+    return saved / 3600
+
+
+# ---- printing
+
+def print_replay(result: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print the decisions of the first pair of thresholds, and a table of all pairs if there are several."""
+    console = console or Console()
+    if not result["decisions"]:
+        print_line(console, _never(result["grid"][0]))
+    for row in result["decisions"]:
+        note = " (extrapolated: the run itself decided otherwise before)" if row["extrapolated"] else ""
+        print_line(console, f"{row['phase']} after step {row['step']}, epoch {row['epoch']:.1f}{note}: {row['reason']}")
+    if result["decisions"]:
+        labels = ["step", "epoch", "ranks", "trainable parameters", "share of all", "GiB per rank", "step, ms"]
+        print_columns(console, labels, [(row["phase"], _cells(row)) for row in result["decisions"]])
+    if len(result["grid"]) > 1:
+        table = Table("tau, %", "zeta, %", "switch at step", "epoch", "hours saved", "closest, if never")
+        for cell in result["grid"]:
+            table.add_row(f"{cell['tau']:g}", f"{cell['zeta']:g}", *_grid_cells(cell))
+        console.print(table)
+    if "suggestion" in result:
+        found = result["suggestion"]
+        print_line(console, "no thresholds pass in this log" if found is None else
+                   f"tau {found['tau']:g} and zeta {found['zeta']:g} pass first after step {found['step']}")
+
+
+def grid_as_csv(result: Mapping[str, Any]) -> str:
+    """Return the pairs of thresholds as CSV, with the change that came closest in columns of its own."""
+    text = io.StringIO()
+    rows = [{**{key: value for key, value in cell.items() if key != "closest"},
+             **{f"closest_{key}": value for key, value in (cell["closest"] or {}).items()}} for cell in result["grid"]]
+    columns = dict.fromkeys(key for row in rows for key in row)
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    ranks = [rank for layers in row["ranks"].values() for rank in layers.values()]
+    shown = f"{min(ranks)}-{max(ranks)}" if ranks else "-"
+    seconds = "-" if row["step_s"] is None else f"{row['step_s'] * 1e3:.1f} ({row['step_s_from']})"
+    return [str(row["step"]), f"{row['epoch']:.1f}", shown, f"{row['trainable_parameters']:,}",
+            f"{row['trainable_share']:.1%}", f"{row['bytes'] / 2**30:.2f}", seconds]
+
+
+def _grid_cells(cell: Mapping[str, Any]) -> list[str]:
+    saved = "-" if cell["hours_saved"] is None else f"{cell['hours_saved']:.2f}"
+    if cell["step"] is None:
+        return ["never", "-", "-", _closest_text(cell["closest"])]
+    return [str(cell["step"]), f"{cell['epoch']:.1f}", saved, "-"]
+
+
+def _never(cell: Mapping[str, Any]) -> str:
+    return f"never (closest: {_closest_text(cell['closest'])})"
+
+
+def _closest_text(closest: Mapping[str, Any] | None) -> str:
+    if closest is None:
+        return "no test was made"
+    return f"{closest['what']} {closest['change']:.3g} > {closest['threshold']:g} after step {closest['step']}"

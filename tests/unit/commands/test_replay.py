@@ -1,0 +1,134 @@
+"""`prelora replay` on runs of 300 epochs that were written and not trained."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.histories import write_history
+
+from prelora_ds.run.folder import RunFolder
+
+
+@pytest.fixture(scope="module")
+def exp1(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("replay") / "exp1"
+    write_history(RunFolder(out), "vit_large_in1k_prelora_exp1")
+    return out
+
+
+@pytest.fixture(scope="module")
+def baseline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("replay") / "full"
+    write_history(RunFolder(out), "vit_large_in1k")
+    return out
+
+
+def prelora(*arguments: object, code: int = 0) -> str:
+    done = subprocess.run([sys.executable, "-m", "prelora_ds.cli", "replay", *map(str, arguments)],
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+def as_json(*arguments: object) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(prelora(*arguments, "--json"))
+    return found
+
+
+def test_the_run_s_own_settings(exp1: Path) -> None:
+    warmup, lora = as_json(exp1)["decisions"]
+    assert (warmup["phase"], warmup["epoch"], lora["phase"], lora["epoch"]) == (
+        "warmup", pytest.approx(33, abs=0.01), "lora", pytest.approx(43, abs=0.01))
+    assert "Algorithm 1 passed" in warmup["reason"] and not warmup["extrapolated"]
+    assert set(lora["ranks"]) == {"q", "k", "v", "o", "fc1", "fc2"} and len(lora["ranks"]["q"]) == 24
+    assert lora["trainable_share"] < 0.1 and 0.3 < lora["step_s"] < 0.45 and lora["step_s_from"] == "by FLOPs"
+    assert lora["bytes"] < warmup["bytes"] / 4
+
+
+def test_the_grid_as_csv(exp1: Path) -> None:
+    rows = list(csv.DictReader(io.StringIO(prelora(exp1, "--tau", "0.0001,1", "--csv"))))
+    grid = as_json(exp1, "--tau", "0.0001,1")["grid"]
+    assert [(float(row["tau"]), row["step"]) for row in rows] == [
+        (cell["tau"], "" if cell["step"] is None else str(cell["step"])) for cell in grid]
+    assert float(rows[0]["closest_change"]) == grid[0]["closest"]["change"] and rows[1]["closest_what"] == ""
+
+
+def test_a_grid_of_thresholds_and_what_it_cannot_know(exp1: Path) -> None:
+    found = as_json(exp1, "--tau", "0.0001,0.5,1", "--zeta", "5,10")
+    cells = {(cell["tau"], cell["zeta"]): cell for cell in found["grid"]}
+    assert len(cells) == 6 and cells[0.5, 5.0]["step"] > cells[1.0, 5.0]["step"]
+    assert cells[0.0001, 5.0]["step"] is None and cells[0.0001, 5.0]["closest"]["change"] > 0.0001
+    assert cells[1.0, 5.0]["hours_saved"] > cells[0.5, 5.0]["hours_saved"] > 0
+    assert all(row["extrapolated"] for row in as_json(exp1, "--tau", "0.5")["decisions"]), "it had switched before"
+    table = prelora(exp1, "--tau", "0.0001,1")
+    assert "never" in table and "> 0.0001" in table
+
+
+def test_a_baseline_is_asked_when_it_would_have_switched(baseline: Path, exp1: Path) -> None:
+    found = as_json(baseline, "--tau", "1", "--zeta", "5")["decisions"]
+    assert [row["step"] for row in found] == [row["step"] for row in as_json(exp1)["decisions"]]
+    assert [row["extrapolated"] for row in found] == [False, True]
+    assert "--tau = None: is required" in prelora(baseline, code=2)
+
+
+def test_a_run_whose_phases_end_by_durations(tmp_path: Path) -> None:
+    out = tmp_path / "relora"
+    write_history(RunFolder(out), "vit_large_in1k_relora")
+    (relora,) = as_json(out)["decisions"]
+    assert (relora["phase"], relora["reason"]) == ("relora", "phase full has lasted 15000 steps")
+    assert as_json(out, "--suggest", "0.5")["suggestion"] is None
+
+
+def test_suggested_thresholds_pass_where_they_are_said_to(exp1: Path) -> None:
+    suggestion = as_json(exp1, "--suggest", "0.5")["suggestion"]
+    again = as_json(exp1, "--tau", suggestion["tau"], "--zeta", suggestion["zeta"])
+    assert again["decisions"][0]["step"] == suggestion["step"] == pytest.approx(46_900, rel=0.02)
+
+
+def test_fewer_observations(exp1: Path) -> None:
+    found = as_json(exp1, "--every", "2 epochs")["decisions"]
+    assert found[0]["epoch"] > 33
+    assert "the run observed every 1 epoch" in prelora(exp1, "--every", "1.5 epochs", code=2)
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["--tau", "a"], "--tau = 'a': is not a list of numbers"), (["--tau", "0"], "--tau = '0'"),
+    (["--every", "0 steps"], "longer than 0"), (["--every", "soon"], "is not a duration")])
+def test_bad_values_are_one_message(exp1: Path, arguments: list[str], said: str) -> None:
+    error = prelora(exp1, *arguments, code=2)
+    assert said in error and error.count("error:") == 1 and "Traceback" not in error
+
+
+def test_folders_that_cannot_be_replayed(exp1: Path, tmp_path: Path) -> None:
+    assert "does not contain a run" in prelora(tmp_path, code=2)
+    for name, text, said in (("setup.json", None, "earlier version"), ("setup.json", "{", "cannot be understood"),
+                             ("observations.jsonl", '{"step": 1}\n', "a row cannot be understood"),
+                             ("observations.jsonl", "[\n", "line 1"), ("observations.jsonl", "", "not made an observ"),
+                             ("origin", "elsewhere", "is a fork")):
+        copy = tmp_path / f"{name}-{len(said)}"
+        copy.mkdir()
+        for path in exp1.iterdir():
+            (copy / path.name).write_bytes(path.read_bytes())
+        (copy / name).unlink(missing_ok=True)
+        if text is not None:
+            (copy / name).write_text(text)
+        assert said in prelora(copy, code=2)
+
+
+def test_it_is_fast_and_imports_no_torch(exp1: Path) -> None:
+    """CPU seconds, because other processes may take the cores."""
+    code = ("import sys, time, prelora_ds.cli; sys.argv = ['prelora', 'replay', sys.argv[1]]\n"
+            "try:\n    prelora_ds.cli.main()\nexcept SystemExit:\n    pass\n"
+            "print(time.process_time(), 'torch' in sys.modules)")
+    begun = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code, exp1], capture_output=True, text=True, check=True)
+    seconds, torch = done.stdout.split()[-2:]
+    assert torch == "False" and float(seconds) < 2 and time.monotonic() - begun < 60
