@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from prelora_ds.config.load import check_world, dump_yaml, load_config
-from prelora_ds.config.phases import PhaseConfig, PresetConfig
 from prelora_ds.config.tree import Config
 from prelora_ds.console import stamped
 from prelora_ds.core.layout import Layout
-from prelora_ds.core.phases import plans_at_rank
-from prelora_ds.core.plan import Plan
 from prelora_ds.core.schedule import Timeline
-from prelora_ds.core.selection import candidates
 from prelora_ds.errors import ORPHAN_EXIT_CODE, ConfigError, LaunchError, Stopped
 from prelora_ds.hosts.ancestors import find_launcher
 from prelora_ds.hosts.check_in import announcing_failure, check_in, environment_fingerprint
@@ -171,93 +166,23 @@ def report_if_possible(folder: RunFolder) -> None:
 
 
 def check_phases(config: Config, num_labels: int) -> Layout:
-    """Return the model's layout. Raise ConfigError if a phase does not fit the model.
+    """Return the layout of the config's model, which is built without weights (on the meta device).
 
-    A phase does not fit if a family or a set of parameters matches nothing, if nothing trains, if
-    a rank is larger than a linear, if more adapters are to train at a time than there are, if its
-    kernel cannot run at its ZeRO stage, or if an adapter cannot be attached. This check runs
-    before training, not days into a run. The model is built without weights (on the meta device).
+    Raises ConfigError if a family matches nothing, or a phase does not fit the model (`check_method_fits`).
     """
+    from functools import partial
+
     import torch
 
-    from prelora_ds.model.adapters import attach_adapters
     from prelora_ds.model.families import find_layout
     from prelora_ds.model.vit import build_model
+    from prelora_ds.run.method_fits import check_method_fits
 
+    make_module = partial(build_model, config.model, num_labels)
     with torch.device("meta"):
-        layout = find_layout(build_model(config.model, num_labels), config.families(),
-                             config.model.families)
-    specs = [replace(spec, selection=None) for spec in config.specs()]
-    for i, phase in enumerate(config.phase_list):
-        try:
-            plan = plans_at_rank(specs[: i + 1], layout)[-1]
-        except ValueError as exc:
-            shown = phase.model_dump(mode="json", exclude_defaults=True)
-            raise ConfigError(f"phases.{phase.name}", shown, str(exc),
-                              "name parameters and layers of this model") from exc
-        _check_ranks(config, phase, plan, layout)
-        _check_selection(phase, plan, layout)
-
-        in_phase = config.for_phase(phase.name)
-        if phase.zero_stage != "auto" and not in_phase.runs_at(in_phase.zero.stage, plan):
-            is_preset = isinstance(config.phases, PresetConfig)
-            key = "lora.mode" if is_preset else f"phases.{phase.name}.adapters.mode"
-            raise ConfigError(
-                key,
-                "merged",
-                "needs every frozen weight with an adapter complete on every rank, but ZeRO stage 3 "
-                "partitions it",
-                f"choose branch, or ZeRO stage 0, 1 or 2 for phase {phase.name}",
-            )
-
-        trained = sorted(f"{path}.weight" for path in plan.adapters.keys() - plan.frozen_targets())
-        if phase.merge is not None and trained:
-            raise ConfigError(f"phases.{phase.name}.train", list(phase.trained),
-                              f"trains {trained[0]}, so no adapter can be merged into it",
-                              "train [adapters, rest], or remove merge")
-
-        if phase.new_adapters is None:
-            continue
-        with torch.device("meta"):
-            module = build_model(config.model, num_labels)
-        try:
-            attach_adapters(module, plan, layout, dropout=phase.new_adapters.dropout)
-        except (RuntimeError, ValueError) as exc:
-            families = list(phase.new_adapters.families or config.families())
-            raise ConfigError(config.adapters_key(phase.name, "families"), families,
-                              f"adapters cannot be attached in phase {phase.name}: {exc}",
-                              "choose other families, or narrow model.families") from exc
+        layout = find_layout(make_module(), config.families(), config.model.families)
+    check_method_fits(config, layout, make_module)
     return layout
-
-
-def _check_ranks(config: Config, phase: PhaseConfig, plan: Plan, layout: Layout) -> None:
-    """Raise ConfigError if new adapters can get a rank that their linear cannot have."""
-    if phase.new_adapters is None:
-        return
-    for path, spec in plan.adapters.items():
-        shape = layout.parameters[f"{path}.weight"]
-        if spec.rank is None or spec.rank <= min(shape):
-            continue
-        key = "rank" if phase.new_adapters.ranks is None else "ranks.r_max"
-        if isinstance(config.phases, PresetConfig):
-            key = "r_max"
-        raise ConfigError(config.adapters_key(phase.name, key), spec.rank,
-                          f"is larger than {path} ({shape[1]} to {shape[0]} features), in phase {phase.name}",
-                          f"choose at most {min(shape)}, or other families")
-
-
-def _check_selection(phase: PhaseConfig, plan: Plan, layout: Layout) -> None:
-    """Raise ConfigError if the phase cannot choose as many adapters as it is to."""
-    if phase.active is None:
-        return
-    count = len(candidates(plan, layout))
-    if not count:
-        raise ConfigError(f"phases.{phase.name}.active", phase.active.choose, "selects adapters, but none trains",
-                          "let adapters train in this phase, or remove active")
-    if phase.active.k is not None and phase.active.k > count:
-        raise ConfigError(f"phases.{phase.name}.active.k", phase.active.k,
-                          f"is more than the {count} adapters that train in this phase",
-                          f"choose at most {count}, or share")
 
 
 def close_process_group() -> None:

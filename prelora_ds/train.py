@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from prelora_ds.config.tree import Config
 from prelora_ds.core.controller import PhaseController
-from prelora_ds.core.schedule import Timeline, lr_at
+from prelora_ds.core.schedule import Timeline
 from prelora_ds.data.manifest import Manifest
 from prelora_ds.data.setup import TrainData, fingerprints, samples_per_epoch
 from prelora_ds.engine.measure import weight_norms
@@ -111,11 +111,7 @@ def loop(run: Run, records: Records, saver: Saver, stop: StopRequest, guard: Gua
         engine.backward(micro_batches)
         if due.bytes(step, engine.plan):
             records.bytes(engine, step)
-        rate = partial(lr_at, restarts=state.phase.restarts, timeline=run.timeline,
-                       schedule=config.optimizer)
-        lr = rate(step)
-        own_steps = run.controller.own_steps(state.phase)
-        own_lr = {adapter: rate(own_step) for adapter, own_step in own_steps.items()}
+        lr, own_lr = run.controller.rates(state.phase, step, config.optimizer)
         flags = (stop.asked(saver.slowest_s), saver.writing)
         accept = partial(state.watch.accepts, step, limits=config.train.divergence)
         stats = engine.finish_step(lr=lr, flags=flags, data_s=loader.waited_s, accept=accept,

@@ -37,14 +37,16 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = (),
     return validate(values, str(recipe), overrides)
 
 
-def read_settings(recipe: str | Path, overrides: Sequence[str] = (),
+def read_settings(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] = (),
                   deepspeed_config: str | Path | None = None, *,
                   recipe_key: str = "--recipe") -> dict[str, Any]:
-    """The values that `load_config` validates. Raises ConfigError."""
-    tree = renamed(_read_recipe(Path(recipe), recipe_key))
+    """The values that `load_config` validates, from a file or from the values of one. Raises ConfigError."""
+    given_as_values = isinstance(recipe, Mapping)
+    tree = renamed(recipe if isinstance(recipe, Mapping) else _read_recipe(Path(recipe), recipe_key))
     if deepspeed_config is not None:
         given = read_deepspeed_json(Path(deepspeed_config))
-        _refuse_another(tree.get("deepspeed"), str(recipe), given, str(deepspeed_config))
+        name = "the recipe" if given_as_values else str(recipe)
+        _refuse_another(tree.get("deepspeed"), name, given, str(deepspeed_config))
         tree["deepspeed"] = given  # the overrides below have precedence
     for text in overrides:
         override(tree, text)

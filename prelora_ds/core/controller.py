@@ -11,7 +11,7 @@ from prelora_ds.core.duration import Duration
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.phases import PhaseSpec, layers_of, plan_of, windows_of, with_ranks
 from prelora_ds.core.plan import Plan
-from prelora_ds.core.schedule import Restart, Timeline
+from prelora_ds.core.schedule import Restart, Schedule, Timeline, lr_at
 from prelora_ds.core.selection import Selection, active_adapters, next_choice, with_active
 from prelora_ds.core.switch_tests import SwitchTest
 from prelora_ds.core.switch_tests.prelora import Observation, WindowStats
@@ -184,6 +184,14 @@ class PhaseController:
             return {}
         return {path: state.plan.since_step + state.updates.get(path, 0) + 1
                 for path in active_adapters(state.plan, self.layout)}
+
+    def rates(self, state: PhaseState, step: int, schedule: Schedule) -> tuple[float, dict[str, float]]:
+        """The learning rate of optimizer step ``step``, and adapter -> its rate, for adapters that have their own."""
+
+        def rate(at: int) -> float:
+            return lr_at(at, state.restarts, timeline=self.timeline, schedule=schedule)
+
+        return rate(step), {adapter: rate(own_step) for adapter, own_step in self.own_steps(state).items()}
 
     def _chooses(self, selection: Selection, plan: Plan, step: int) -> bool:
         if selection.once_at is not None:

@@ -27,6 +27,7 @@ from prelora_ds.core.selection import Measured
 from prelora_ds.data.batch import MicroBatch, mix_images, mix_labels
 from prelora_ds.data.transforms import to_float
 from prelora_ds.engine.active import apply_active, check_active
+from prelora_ds.engine.boundary import seeded
 from prelora_ds.engine.importance import importance_of, measure_outputs, parts_of_importance
 from prelora_ds.engine.optimizer import bind_names, inner_optimizer, make_optimizer
 from prelora_ds.engine.restore import restore_state
@@ -36,7 +37,7 @@ from prelora_ds.engine.state import EngineState, Slice
 from prelora_ds.engine.stopwatch import Stopwatch
 from prelora_ds.model.adapters import attach_adapters, check_adapters, check_names
 from prelora_ds.model.adapters.lora import lora_linears, refresh_merged_weights
-from prelora_ds.model.families import named_parameters
+from prelora_ds.model.families import MakeModule, named_parameters
 from prelora_ds.model.losses import classification_loss, count_right
 from prelora_ds.model.vit import build_model, compile_blocks, logits_of
 
@@ -90,6 +91,7 @@ class Engine:
     ds: the DeepSpeed engine; None after a release.
     parked: this rank's fp32 slices, on the host, of frozen parameters that a later phase trains
         again.
+    make_module: see `build_engine`.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class Engine:
         num_labels: int,
         ds: Any,
         parked: Mapping[str, Slice],
+        make_module: MakeModule | None = None,
     ) -> None:
         self.run_config = config
         self.config = config.for_phase(plan.phase)
@@ -108,9 +111,11 @@ class Engine:
         self.num_labels = num_labels
         self.ds = ds
         self.parked = parked
+        self.make_module = make_module
 
-        # Of the last backward pass: mean loss, unreadable samples, and samples with the right label, among 5, in all.
-        self._sums = torch.zeros(5)
+        self._losses: list[torch.Tensor] = []  # of the micro-batches since the last update
+        self._corrupt = 0  # the number of unreadable samples in them
+        self._judged = torch.zeros(3)  # samples with the right label, with it among the first 5, and all of them
         self._forward = Stopwatch()
         self._begun = 0.0
         self._importance: Measured | None = None
@@ -137,24 +142,19 @@ class Engine:
         number of micro-batches is not the engine's gradient accumulation.
         """
         self._begun = time.perf_counter()
-        if len(micro_batches) != self.ds.gradient_accumulation_steps():
+        if len(micro_batches) != self.accumulation:
             raise ValueError(
-                f"got {len(micro_batches)} micro-batches, expected "
-                f"{self.ds.gradient_accumulation_steps()} (gradient accumulation)"
+                f"got {len(micro_batches)} micro-batches, expected {self.accumulation} (gradient accumulation)"
             )
 
         self.ds.train()
-        losses: list[torch.Tensor] = []
-        judged = torch.zeros(3, device=self.ds.device)
+        self._judged = torch.zeros(3, device=self.ds.device)
         for batch in micro_batches:
-            if losses:
-                # Before the last micro-batch this only counts; finish_step takes the real step.
-                self.ds.step()
             with self._forward.running():
                 logits = logits_of(self.ds(self.prepare(batch.images, batch.mix))).float()
             targets = batch.labels.to(self.ds.device)
             if batch.mix is None:
-                judged += count_right(logits.detach(), targets)
+                self._judged += count_right(logits.detach(), targets)
             else:
                 targets = mix_labels(targets, batch.mix, logits.shape[-1])
             loss = classification_loss(
@@ -163,11 +163,43 @@ class Engine:
                 kind=self.config.train.loss,
                 label_smoothing=self.config.train.label_smoothing,
             )
-            self.ds.backward(loss)
-            losses.append(loss.detach())
+            self.backward_of(loss)
+        self._corrupt = sum(len(batch.faults) for batch in micro_batches)
 
-        corrupt = sum(len(batch.faults) for batch in micro_batches)
-        self._sums = torch.cat([torch.stack([torch.stack(losses).mean(), losses[0].new_tensor(corrupt)]), judged])
+    @property
+    def accumulation(self) -> int:
+        """How many micro-batches of this rank make an optimizer step."""
+        return int(self.ds.gradient_accumulation_steps())
+
+    @property
+    def micro_batches_done(self) -> int:
+        """How many micro-batches of the next optimizer step have had their backward pass."""
+        return len(self._losses)
+
+    def backward_of(self, loss: torch.Tensor) -> None:
+        """Run the backward pass of one micro-batch. Collective. loss: its mean loss, a scalar."""
+        self.ds.backward(loss)
+        self._count(loss)
+
+    def backward_from(self, outputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor],
+                      loss: torch.Tensor) -> None:
+        """Run the backward pass of one micro-batch from the gradients of its outputs. Collective.
+
+        gradients: those of the mean loss divided by `accumulation`.
+        loss: the mean loss, a scalar.
+        """
+        self.ds.backward(seeded(outputs, gradients), scale_wrt_gas=False)
+        self._count(loss)
+
+    def _count(self, loss: torch.Tensor) -> None:
+        self._losses.append(loss.detach().float().view(()))
+        if len(self._losses) < self.accumulation:
+            # Before the last micro-batch this only counts; `update` takes the real step.
+            self.ds.step()
+
+    def mean_loss(self) -> torch.Tensor:
+        """Return the mean loss of this rank's micro-batches since the last optimizer step, a scalar on the device."""
+        return torch.stack(self._losses).mean()
 
     def finish_step(
         self,
@@ -187,18 +219,13 @@ class Engine:
         accept: called with the loss; if it returns False, the update is skipped.
         adapter_lr: adapter -> the learning rate that it has in place of ``lr``.
         """
-        for group in self.ds.optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-        inner_optimizer(self.ds).own_lr = self._by_name(adapter_lr)
-
         # One all-reduce (a sum) for everything: each rank fills its own column of the seconds.
         world = comm.get_world_size()
         rank_seconds = torch.zeros(2, world)
         rank_seconds[:, comm.get_rank()] = torch.tensor([self._forward.read(), data_s])
         parts = parts_of_importance(self, self._importance)
-        values = (torch.tensor(flags), rank_seconds.flatten(), *(part.view(1) for part in parts.values()))
-        reduced = torch.cat([self._sums.double(), *(value.to(self._sums.device, torch.float64) for value in values)])
-        comm.all_reduce(reduced)
+        reduced = self.summed([self.mean_loss(), torch.tensor(self._corrupt), self._judged, torch.tensor(flags),
+                               rank_seconds, *parts.values()])
 
         # Loss, flags and seconds are rounded to fp32, in which they were measured; importance is not.
         known = len(reduced) - len(parts)
@@ -208,16 +235,13 @@ class Engine:
         importance = dict(zip(parts, reduced[known:].tolist(), strict=True))
         loss = total / world
 
-        skipped_before = self.ds.skipped_steps
-        with contextlib.nullcontext() if accept(loss) else skipping_update(self.ds.optimizer):
-            self.ds.step()
-        refresh_merged_weights(self.module)
+        skipped = self.update(lr=lr, adapter_lr=adapter_lr, accepted=accept(loss))
         norm = self.ds.get_global_grad_norm()
         synchronize()
         return StepStats(
             loss=loss,
             grad_norm=float("nan") if norm is None else float(norm),
-            skipped=self.ds.skipped_steps > skipped_before,
+            skipped=skipped,
             corrupt=int(corrupt),
             top1=int(top1),
             top5=int(top5),
@@ -228,6 +252,40 @@ class Engine:
             step_s=time.perf_counter() - self._begun,
             importance=importance_of(self._importance, importance),
         )
+
+    def update(self, *, lr: float, adapter_lr: Mapping[str, float] = MappingProxyType({}),
+               accepted: bool = True) -> bool:
+        """Take the optimizer step that follows the backward passes, or skip it, and reduce nothing else. Collective.
+
+        lr, adapter_lr: as in `finish_step`.
+
+        Returns whether the update was skipped.
+        """
+        for group in self.ds.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        inner_optimizer(self.ds).own_lr = self._by_name(adapter_lr)
+
+        skipped_before = self.ds.skipped_steps
+        with contextlib.nullcontext() if accepted else skipping_update(self.ds.optimizer):
+            self.ds.step()
+        refresh_merged_weights(self.module)
+        self._losses = []
+        return bool(self.ds.skipped_steps > skipped_before)
+
+    def take_importance(self) -> dict[str, float]:
+        """Return the importance of each adapter in this step; {} if none is measured. Collective if it is.
+
+        Call it between the backward passes and `update`; `finish_step` does so itself.
+        """
+        parts = parts_of_importance(self, self._importance)
+        sums = self.summed(list(parts.values())).tolist() if parts else []
+        return importance_of(self._importance, dict(zip(parts, sums, strict=True)))
+
+    def summed(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the sums over ranks of ``values``, flattened and joined, in fp64. Collective."""
+        joined = torch.cat([value.to(self.ds.device, torch.float64).view(-1) for value in values])
+        comm.all_reduce(joined)
+        return joined
 
     def measure(self, importance: Measured | None) -> None:
         """Measure this importance of each adapter from the next step on, or none (`StepStats.importance`)."""
@@ -262,10 +320,16 @@ class Engine:
 
         Within the context the module is in evaluation mode, and no gradients are computed.
         """
+        with self.inference():
+            yield lambda images: logits_of(self.ds(self.prepare(images))).float()
+
+    @contextlib.contextmanager
+    def inference(self) -> Iterator[None]:
+        """Within the context the module is in evaluation mode, and no gradients are computed."""
         self.ds.eval()
         try:
             with torch.no_grad():
-                yield lambda images: logits_of(self.ds(self.prepare(images))).float()
+                yield
         finally:
             self.ds.train()
             if self.config.zero.stage == 3:
@@ -293,12 +357,15 @@ def build_engine(
     counters: Counters = Counters(),
     *,
     parked: frozenset[str] = frozenset(),
+    make_module: MakeModule | None = None,
 ) -> Engine:
     """Build an engine for ``plan`` that holds ``state``, which is consumed. Collective.
 
     counters: the step counters of the previous engine.
     parked: parameters whose fp32 values stay on the host if the plan freezes them
         (`Engine.parked`).
+    make_module: returns a new module of the model, on the meta device; None builds the model of
+        ``run_config.model`` with ``num_labels`` labels.
 
     The module is always a new one, because DeepSpeed 0.19 leaves hooks and attributes of an earlier
     engine on its module.
@@ -306,7 +373,9 @@ def build_engine(
     config = run_config.for_phase(plan.phase)
     ds_config = deepspeed_config(config, plan, layout, comm.get_world_size())
     with torch.random.fork_rng(devices=[]):
-        module = empty_module(config, plan, layout, num_labels, ds_config)
+        with torch.device("meta"):
+            module = build_model(config.model, num_labels) if make_module is None else make_module()
+        module = empty_module(module, config, plan, layout, ds_config)
     optimizer = make_optimizer(config, plan, layout, module)
     with _quiet_initialize():
         ds, *_ = deepspeed.initialize(
@@ -321,7 +390,7 @@ def build_engine(
     # DeepSpeed ends a step when micro_steps is a multiple of the accumulation. Realign it: the
     # accumulation may have changed with the world size or the micro-batch size.
     ds.micro_steps -= ds.micro_steps % ds.gradient_accumulation_steps()
-    engine = Engine(run_config, plan, layout, num_labels, ds, kept)
+    engine = Engine(run_config, plan, layout, num_labels, ds, kept, make_module)
     engine.measure(config.importance)
     return engine
 
@@ -372,14 +441,12 @@ def deepspeed_config(config: Config, plan: Plan, layout: Layout, world_size: int
 
 
 def empty_module(
-    config: Config, plan: Plan, layout: Layout, num_labels: int, ds_config: Mapping[str, Any]
+    module: nn.Module, config: Config, plan: Plan, layout: Layout, ds_config: Mapping[str, Any]
 ) -> nn.Module:
-    """Build a BF16 module of zeros on the device, with its adapters attached.
+    """Make ``module``, which is on the meta device, a BF16 module of zeros on this rank's device with its adapters.
 
     At stage 3 each parameter is partitioned as soon as it exists, so no rank ever holds them all.
     """
-    with torch.device("meta"):
-        module = build_model(config.model, num_labels)
     attach_adapters(
         module, plan, layout, dropout=config.adapters.dropout, kernel=config.adapters.mode
     )

@@ -42,7 +42,8 @@ class MergeReport:
 
     reset: how many elements of the adapters had their moments reset.
     elements: how many elements of the adapters train.
-    output_change: the root mean square change of the logits of random images, relative to that of the logits.
+    output_change: the root mean square change of the logits of random images, relative to that of the logits. NaN for
+        a model that `Engine.make_module` returns, because what its inputs look like is not known.
     """
 
     reset: int
@@ -62,12 +63,15 @@ def merge_adapters(engine: Engine, plan: Plan, reset: Reset) -> MergeReport:
 
     Raises RuntimeError on every rank if not as many moments were reset as ``reset`` asks for.
     """
-    before = _logits_of_probes(engine)
+    takes_images = engine.make_module is None
+    before = _logits_of_probes(engine) if takes_images else None
     _merge_weights(engine)
     done, elements = _restart_adapters(engine, plan, reset)
     refresh_merged_weights(engine.module, inactive=True)
     engine.plan = plan
 
+    if before is None:
+        return MergeReport(done, elements, math.nan)
     change = _logits_of_probes(engine) - before
     return MergeReport(done, elements, float(change.square().mean().sqrt() / before.square().mean().sqrt()))
 

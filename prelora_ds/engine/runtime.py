@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
@@ -67,7 +67,7 @@ def init_process_group(timeout_s: float = 1800.0) -> None:
             "environment",
             ", ".join(missing),
             "not set: this process was not started by a launcher",
-            "start with `deepspeed launch/pretrain.py ...`",
+            "start it with a launcher, such as `deepspeed launch/pretrain.py ...`",
         )
 
     # DeepSpeed 0.19 calls collectives by names that torch 2.14 deprecates: one warning per call
@@ -166,6 +166,32 @@ def on_rank_0(decide: Callable[[], T]) -> T:
         raise outcome[1]
     decision: T = outcome[0]
     return decision
+
+
+def on_all_ranks(act: Callable[[], T]) -> T:
+    """Call ``act`` on every rank, and return this rank's result. Collective.
+
+    If it raises on some ranks, every rank raises: raised on some only, the error would leave the others waiting in the
+    next collective. The others raise the same ConfigError, or for another error a RuntimeError with its text.
+    """
+    outcome: T | None = None
+    error: Exception | None = None
+    try:
+        outcome = act()
+    except Exception as exc:
+        error = exc
+    errors: list[Any] = [None] * torch.distributed.get_world_size()
+    shown = error if isinstance(error, ConfigError) or error is None else f"{type(error).__name__}: {error}"
+    torch.distributed.all_gather_object(errors, shown)
+    if error is not None:
+        raise error
+    for rank, other in enumerate(errors):
+        if isinstance(other, ConfigError):
+            raise other
+        if other is not None:
+            raise RuntimeError(f"rank {rank} failed: {other}")
+    result: Any = outcome
+    return cast(T, result)
 
 
 def device() -> torch.device:

@@ -14,6 +14,7 @@ from prelora_ds.engine.release import release, trim_memory
 from prelora_ds.engine.state import EngineState, export_state
 
 Edit = Callable[[EngineState, Plan, Plan], object]
+KeepFrozen = Callable[[EngineState, Plan], object]
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def transition(
     plan: Plan,
     *,
     edit: Edit | None = None,
-    keep_frozen: Callable[[EngineState, Plan], object] | None = None,
+    keep_frozen: KeepFrozen | None = None,
     parked: frozenset[str] = frozenset(),
 ) -> tuple[Engine, Switch]:
     """Replace ``engine`` by an engine for ``plan`` that continues from its state. Collective.
@@ -62,7 +63,8 @@ def transition(
         keep_frozen(state, plan)
 
     new = build_engine(
-        engine.run_config, plan, engine.layout, engine.num_labels, state, counters, parked=parked
+        engine.run_config, plan, engine.layout, engine.num_labels, state, counters, parked=parked,
+        make_module=engine.make_module,
     )
     check_ranks_agree(new)
     return new, Switch(time.perf_counter() - begun, sum(owned.values()))

@@ -56,6 +56,24 @@ def export_model(
 
     Raises NotSavedError on all ranks if the folder cannot be written.
     """
+    config = engine.config
+    names = classes or unnamed(engine.num_labels)
+
+    def write(weights: Mapping[str, torch.Tensor], partial: Path) -> None:
+        write_model(weights, config, names, partial)
+        card(partial)
+
+    export_weights(engine, folder, write)
+
+
+def export_weights(engine: Engine, folder: Path, write: Callable[[Mapping[str, torch.Tensor], Path], object]) -> None:
+    """Release the engine, and let rank 0 write the weights of the model without adapters to ``folder``. Collective.
+
+    write: called with the fp32 parameters and the persistent buffers, by name, and a temporary folder, which becomes
+        ``folder`` once it is complete.
+
+    Raises NotSavedError on all ranks if the folder cannot be written.
+    """
     persistent = set(engine.module.state_dict())  # Not every buffer is part of a module's state.
     device = engine.ds.device
     state = export_state(engine.ds)
@@ -71,10 +89,7 @@ def export_model(
         try:
             fallback = resume_hint(folder.parent)
             with export_folder(folder, replace=True, fallback=fallback) as partial:
-                weights = merge(values, engine.plan, engine.layout) | buffers
-                names = classes or unnamed(engine.num_labels)
-                write_model(weights, engine.config, names, partial)
-                card(partial)
+                write(merge(values, engine.plan, engine.layout) | buffers, partial)
         except NotSavedError as error:
             failure = [error]
     dist.broadcast_object_list(failure, src=0)
@@ -153,11 +168,7 @@ def write_model(
     if config.model.factory is None:
         _write_vit(weights, config, classes, folder)
     else:
-        save_file(
-            {name: t.contiguous() for name, t in weights.items()},
-            folder / "model.safetensors",
-            {"format": "pt"},
-        )
+        write_tensors(weights, folder)
         (folder / "factory.json").write_text(
             json.dumps(
                 {
@@ -174,9 +185,6 @@ def write_model(
 def _write_vit(
     weights: Mapping[str, torch.Tensor], config: Config, classes: Sequence[str], folder: Path
 ) -> None:
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # It would clutter the output.
     rgb = config.model.model_copy(update={"num_channels": 3})
     with torch.device("meta"):
         model: Any = build_model(rgb, len(classes))  # a ViTForImageClassification
@@ -187,8 +195,7 @@ def _write_vit(
     model.config.label2id = {name: label for label, name in enumerate(classes)}
     if config.train.loss == "sigmoid":
         model.config.problem_type = "multi_label_classification"  # pipeline then applies a sigmoid
-    model.load_state_dict(with_rgb_patches(weights), assign=True)
-    model.save_pretrained(folder)
+    write_pretrained(with_rgb_patches(weights), model, folder)
     image_processor(config).save_pretrained(folder)
 
 
@@ -229,3 +236,20 @@ def image_processor(config: Config) -> ViTImageProcessor:
         image_mean=[0.5, 0.5, 0.5],
         image_std=[0.5, 0.5, 0.5],
     )
+
+
+def write_pretrained(weights: Mapping[str, torch.Tensor], model: Any, folder: Path) -> None:
+    """Write transformers' ``model``, which is on the meta device, for ``from_pretrained``.
+
+    Raises OSError or SafetensorError.
+    """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # It would clutter the output.
+    model.load_state_dict(weights, assign=True)
+    model.save_pretrained(folder)
+
+
+def write_tensors(weights: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Write model.safetensors with the module's own names. Raises OSError or SafetensorError."""
+    save_file({name: t.contiguous() for name, t in weights.items()}, folder / "model.safetensors", {"format": "pt"})

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import nn
 
 from prelora_ds.core.layout import VIT_FAMILIES, Layout
 from prelora_ds.errors import ConfigError
+
+MakeModule = Callable[[], nn.Module]  # returns a new module, with the same names and shapes at each call
 
 # The name of our adapters within peft. Its own "default" could be the name of a module in a model.
 ADAPTER_NAME = "prelora_adapter"
@@ -30,12 +32,17 @@ def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def find_layout(
-    module: nn.Module, wanted: tuple[str, ...], patterns: Mapping[str, str] | None = None
+    module: nn.Module,
+    wanted: tuple[str, ...],
+    patterns: Mapping[str, str] | None = None,
+    *,
+    factory: str = "model.factory",
 ) -> Layout:
     """Return the layout of ``module``, which has no adapters, for the families ``wanted``.
 
     ``patterns`` maps a family to a regular expression that matches full module paths and has a
-    group ``layer``; the default are those of transformers' ViT.
+    group ``layer``; the default are those of transformers' ViT. ``factory`` is the name, in messages, of what
+    built the module.
 
     Raises ConfigError for a tied or frozen parameter, and if a family is unknown, matches nothing,
     matches a module that is not a linear, or matches two modules of one layer.
@@ -46,7 +53,7 @@ def find_layout(
     tied_or_frozen = sorted(names - untied_and_trainable)
     if tied_or_frozen:
         raise ConfigError(
-            "model.factory",
+            factory,
             tied_or_frozen[0],
             "is tied to another parameter or frozen by the model",
             "use untied, unfrozen parameters; prelora_ds decides which of them train",
@@ -133,7 +140,8 @@ def _linears_by_layer(
             key,
             pattern,
             "matches no module of this model",
-            f"the linear modules include: {', '.join(linears[:6])}",
+            f"the linear modules include: {', '.join(linears[:6])}" if linears
+            else "choose a model with torch.nn.Linear modules, because only these can have adapters",
         )
     return dict(sorted(path_of.items()))
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from prelora_ds.core.controller import PhaseState
+from prelora_ds.config.tree import Config
+from prelora_ds.core.controller import PhaseController, PhaseState
 from prelora_ds.core.divergence import DivergenceWatch
 from prelora_ds.core.phases import needed_in_fp32
 from prelora_ds.data.setup import fingerprints
@@ -15,8 +16,9 @@ from prelora_ds.engine.build import Engine, build_engine
 from prelora_ds.engine.measure import check_ranks_agree
 from prelora_ds.engine.rng import seed_rng
 from prelora_ds.engine.state import EngineState, initial_state
-from prelora_ds.engine.transition import release_checked
+from prelora_ds.engine.transition import KeepFrozen, release_checked
 from prelora_ds.errors import ConfigError
+from prelora_ds.model.families import MakeModule
 from prelora_ds.model.losses import init_sigmoid_head
 from prelora_ds.model.vit import build_model
 from prelora_ds.run.checkpoints.resume import Checkpoint, rewind_output
@@ -35,42 +37,56 @@ def begin(run: Run, records: Records, saver: Saver,
     only BF16 copies.
     """
     if checkpoint is None:
-        state = RunState(0, run.controller.initial(), DivergenceWatch())
-        weights = _first_weights(run)
-        saver.save_frozen(weights, state.phase.plan)
-        engine = build_engine(
-            run.config,
-            state.phase.plan,
-            run.layout,
-            run.labels,
-            weights,
-            parked=_needed_in_fp32(run, state),
-        )
-        seed_rng(run.config.run.seed, dist.get_rank())  # Dropout differs between ranks.
+        engine, state = first_engine(run.config, run.controller, _first_weights(run), saver.save_frozen,
+                                     num_labels=run.labels)
     else:
         state = checkpoint.run
         if not checkpoint.belongs_to(run.folder):
             state.phase = _as_fork(run, records, state.phase, checkpoint)
-        thawed = _needed_in_fp32(run, state)
-        check_fp32(checkpoint, thawed - state.phase.plan.trainable)
-        engine = build_engine(
-            run.config,
-            state.phase.plan,
-            run.layout,
-            run.labels,
-            checkpoint.engine,
-            checkpoint.counters,
-            parked=thawed,
-        )
-        checkpoint.restore_rng(run.config.run.seed)
+        engine = restored_engine(run.config, run.controller, checkpoint, num_labels=run.labels)
         saver.continue_from(checkpoint)
         records.resumed(engine, checkpoint)
-    check_ranks_agree(engine)
     records.attach_monitor(engine)
 
     if checkpoint is None or not checkpoint.belongs_to(run.folder):
         records.plan(engine, state.phase, state.phase.plan.since_step, switch=None)
     return engine, state
+
+
+def first_engine(config: Config, controller: PhaseController, weights: EngineState, keep_frozen: KeepFrozen | None, *,
+                 num_labels: int, make_module: MakeModule | None = None) -> tuple[Engine, RunState]:
+    """Build the engine of the first step from ``weights``, which are consumed, and the state before it. Collective.
+
+    keep_frozen: saves what the first plan freezes, as in `transition`.
+    make_module: see `build_engine`.
+    """
+    state = RunState(0, controller.initial(), DivergenceWatch())
+    plan = state.phase.plan
+    if keep_frozen is not None:
+        keep_frozen(weights, plan)
+    engine = build_engine(config, plan, controller.layout, num_labels, weights,
+                          parked=_needed_in_fp32(controller, state), make_module=make_module)
+    seed_rng(config.run.seed, dist.get_rank())  # Dropout differs between ranks.
+    check_ranks_agree(engine)
+    return engine, state
+
+
+def restored_engine(config: Config, controller: PhaseController, checkpoint: Checkpoint, *, num_labels: int,
+                    make_module: MakeModule | None = None) -> Engine:
+    """Build the engine of ``checkpoint``, and restore the random generators. Collective.
+
+    make_module: see `build_engine`.
+
+    Raises ConfigError on all ranks as `begin` does.
+    """
+    plan = checkpoint.run.phase.plan
+    thawed = _needed_in_fp32(controller, checkpoint.run)
+    check_fp32(checkpoint, thawed - plan.trainable)
+    engine = build_engine(config, plan, controller.layout, num_labels, checkpoint.engine, checkpoint.counters,
+                          parked=thawed, make_module=make_module)
+    checkpoint.restore_rng(config.run.seed)
+    check_ranks_agree(engine)
+    return engine
 
 
 def roll_back(run: Run, records: Records, saver: Saver, engine: Engine,
@@ -117,8 +133,8 @@ def check_fp32(checkpoint: Checkpoint, names: frozenset[str]) -> None:
         )
 
 
-def _needed_in_fp32(run: Run, state: RunState) -> frozenset[str]:
-    return needed_in_fp32(run.config.specs(), run.layout, state.phase.index)
+def _needed_in_fp32(controller: PhaseController, state: RunState) -> frozenset[str]:
+    return needed_in_fp32(controller.phases, controller.layout, state.phase.index)
 
 
 def _first_weights(run: Run) -> EngineState:

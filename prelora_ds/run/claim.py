@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prelora_ds.config.changes import differences, may_differ, what_binds
+from prelora_ds.config.changes import differences, may_differ
 from prelora_ds.config.load import dump_yaml, read_settings
 from prelora_ds.config.overrides import as_override
 from prelora_ds.config.tree import Config
@@ -27,7 +27,7 @@ from prelora_ds.run.checkpoints.resume import origin_of, resumable_checkpoints
 from prelora_ds.run.folder import RunFolder
 from prelora_ds.run.forks import check_fork
 from prelora_ds.run.log import EventKind, check_logs, read_lines
-from prelora_ds.run.stored import read_stored
+from prelora_ds.run.stored import settings_of
 
 
 @dataclass
@@ -158,7 +158,7 @@ def _check_folder(folder: RunFolder, config: Config, resume: str) -> bool:
     if has_config:
         # Read it even if no run has started: the file may be somebody else's.
         stored = read_settings(folder.config)
-        before = _stored_settings(stored, config, folder.config, new_run=False)
+        before = settings_of(stored, config, folder.config, new_run=False)
         if started:
             checkpoint = folder.path if list_checkpoints(folder.checkpoints) else None
             _check_same_settings(before, config, folder.path, new_run=False, checkpoint=checkpoint)
@@ -207,7 +207,7 @@ def _check_candidates(
             continue
         if not isinstance(before, dict):
             continue
-        stored = _stored_settings(before, config, candidate, new_run=new_run)
+        stored = settings_of(before, config, candidate, new_run=new_run)
         _check_same_settings(stored, config, candidate, new_run=new_run, checkpoint=candidate)
 
         if classes and known_classes:
@@ -256,17 +256,6 @@ def is_finished(folder: RunFolder) -> bool:
     return events.is_file() and any(
         row.get("event") == EventKind.END for row in read_lines(events)
     )
-
-
-def _stored_settings(
-    values: Mapping[str, Any], config: Config, where: Path, *, new_run: bool
-) -> dict[str, Any]:
-    """Return the config of a stored run in the form of this version.
-
-    Another version may have written it. Missing keys get their defaults. Raises ConfigError.
-    """
-    bound = what_binds(values, config.model_dump(mode="json"), new_run=new_run)
-    return read_stored(bound, config, where).model_dump(mode="json")
 
 
 def _check_same_settings(

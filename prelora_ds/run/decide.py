@@ -1,81 +1,128 @@
-"""Decide the next plan from an observation, and make the engine follow a plan."""
+"""Decide the next plan from an observation, and make the engine follow a plan.
+
+`decided`, `to_follow` and `engine_for` serve every loop. `decide` and `follow_plan` are the same with the records of a
+run.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from prelora_ds.core.codec import from_json, to_json
-from prelora_ds.core.controller import PhaseState
+from prelora_ds.core.controller import PhaseController, PhaseState
 from prelora_ds.core.phases import needed_in_fp32
+from prelora_ds.core.switch_tests.prelora import Observation
 from prelora_ds.data.loader import Loader
 from prelora_ds.engine.build import Engine
-from prelora_ds.engine.merge import fold_adapters, merge_adapters
+from prelora_ds.engine.merge import MergeReport, fold_adapters, merge_adapters
 from prelora_ds.engine.resize import resize_adapters
 from prelora_ds.engine.runtime import on_rank_0
 from prelora_ds.engine.state import EngineState, frozen_slices
-from prelora_ds.engine.transition import transition
+from prelora_ds.engine.transition import KeepFrozen, Switch, transition
 from prelora_ds.run.checkpoints.saver import Saver
 from prelora_ds.run.context import Run
 from prelora_ds.run.records import Records
 from prelora_ds.run.run_state import RunState
 
 
-def decide(run: Run, records: Records, state: RunState, step: int,
-           norms: Mapping[str, Mapping[int, float]]) -> PhaseState:
-    """Return the phase state after an observation, which ends the current window of losses.
+@dataclass(frozen=True)
+class Change:
+    """How an engine was made to follow a plan.
 
-    Collective. Rank 0 decides and broadcasts. A decision after the last step is logged but not
-    followed.
+    switch: the cost of the rebuild; None if the engine was not rebuilt.
+    merge: what a merge of the adapters on the live engine did, if there was one.
+    chosen: whether other parameters train on the live engine.
+    """
+
+    switch: Switch | None = None
+    merge: MergeReport | None = None
+    chosen: bool = False
+
+
+def decided(controller: PhaseController, state: RunState, step: int,
+            norms: Mapping[str, Mapping[int, float]]) -> tuple[Observation, PhaseState]:
+    """Return the observation that ends the current window of losses, and the phase state after it.
+
+    Collective. Rank 0 decides and broadcasts.
     """
     observation = state.window.observation(step, norms)
-    before = state.phase
-    records.observation(observation)
     state.window.reset()
+    decision = on_rank_0(lambda: to_json(controller.next(state.phase, observation)))
+    return observation, from_json(PhaseState, decision)
 
-    decision = on_rank_0(lambda: to_json(run.controller.next(before, observation)))
-    after = from_json(PhaseState, decision)
-    records.decision(before, after, step)
-    if step == run.timeline.total_steps:
-        return replace(
-            after, plan=before.plan, index=before.index, first_window=before.first_window
-        )
+
+def to_follow(controller: PhaseController, before: PhaseState, after: PhaseState, step: int) -> PhaseState:
+    """Return ``after``, but with the plan of ``before`` if ``step`` is the last one."""
+    if step == controller.timeline.total_steps:
+        return replace(after, plan=before.plan, index=before.index, first_window=before.first_window)
     return after
+
+
+def engine_for(engine: Engine, phase: PhaseState, controller: PhaseController,
+               keep_frozen: KeepFrozen | None) -> tuple[Engine, Change]:
+    """Return the engine for the plan of ``phase``, and how it came to follow the plan. Collective.
+
+    It is ``engine`` itself if the plan has the same structure, otherwise a rebuilt one.
+
+    keep_frozen: saves frozen parameters, as in `transition`.
+    """
+    plan = phase.plan
+    if plan == engine.plan:
+        return engine, Change()
+    if plan.structure() == engine.plan.structure():
+        merge = None
+        if plan.cycle != engine.plan.cycle:
+            merge = _merge(engine, phase, controller, keep_frozen)
+        chosen = plan.training() != engine.plan.training()
+        engine.set_active(plan.training())
+        engine.plan = plan
+        return engine, Change(merge=merge, chosen=chosen)
+
+    later = needed_in_fp32(controller.phases, controller.layout, phase.index)
+    edit = fold_adapters if plan.cycle != engine.plan.cycle else resize_adapters
+    engine, switch = transition(engine, plan, edit=partial(edit, layout=controller.layout), keep_frozen=keep_frozen,
+                                parked=later)
+    return engine, Change(switch)
+
+
+def _merge(engine: Engine, phase: PhaseState, controller: PhaseController,
+           keep_frozen: KeepFrozen | None) -> MergeReport:
+    """Merge the adapters, and save the frozen weights that came of it for later checkpoints. Collective."""
+    merge = controller.phases[phase.index].merge
+    assert merge is not None, "only such a phase has cycles"
+    report = merge_adapters(engine, phase.plan, merge.reset)
+    if keep_frozen is not None:
+        rest = frozen_slices(engine.ds, without=engine.parked.keys())
+        keep_frozen(EngineState(rest | dict(engine.parked)), phase.plan)
+    return report
+
+
+def decide(run: Run, records: Records, state: RunState, step: int,
+           norms: Mapping[str, Mapping[int, float]]) -> PhaseState:
+    """Return the phase state after an observation, and record both.
+
+    Collective. A decision after the last step is logged but not followed.
+    """
+    before = state.phase
+    observation, after = decided(run.controller, state, step, norms)
+    records.observation(observation)
+    records.decision(before, after, step)
+    return to_follow(run.controller, before, after, step)
 
 
 def follow_plan(run: Run, records: Records, saver: Saver, engine: Engine, loader: Loader,
                 phase: PhaseState, step: int) -> Engine:
-    """Return the engine for the plan of ``phase`` after ``step``. Collective.
-
-    It is ``engine`` itself if the plan has the same structure, otherwise a rebuilt one.
-    """
-    plan = phase.plan
-    if plan == engine.plan:
-        return engine
-    if plan.structure() == engine.plan.structure():
-        if plan.cycle != engine.plan.cycle:
-            _merge(run, records, saver, engine, phase, step)
-        if plan.training() != engine.plan.training():
-            records.active(step, phase)
-        engine.set_active(plan.training())
-        engine.plan = plan
-        return engine
-
-    later = needed_in_fp32(run.config.specs(), run.layout, phase.index)
-    edit = fold_adapters if plan.cycle != engine.plan.cycle else resize_adapters
-    engine, switch = transition(engine, plan, edit=partial(edit, layout=run.layout), keep_frozen=saver.save_frozen,
-                                parked=later)
-    loader.rebatch(engine.config.train.micro_batch_size)
-    records.plan(engine, phase, step, switch)
+    """Return the engine for the plan of ``phase`` after ``step``, and record the change. Collective."""
+    engine, change = engine_for(engine, phase, run.controller, saver.save_frozen)
+    if change.switch is not None:
+        loader.rebatch(engine.config.train.micro_batch_size)
+        records.plan(engine, phase, step, change.switch)
+    if change.merge is not None:
+        merge = run.controller.phases[phase.index].merge
+        assert merge is not None, "only such a phase merges"
+        records.merge(step, phase.plan, merge.reset, change.merge)
+    if change.chosen:
+        records.active(step, phase)
     return engine
-
-
-def _merge(run: Run, records: Records, saver: Saver, engine: Engine, phase: PhaseState, step: int) -> None:
-    """Merge the adapters, and write the frozen weights that came of it for later checkpoints. Collective."""
-    merge = run.config.specs()[phase.index].merge
-    assert merge is not None, "only such a phase has cycles"
-    report = merge_adapters(engine, phase.plan, merge.reset)
-    records.merge(step, phase.plan, merge.reset, report)
-    rest = frozen_slices(engine.ds, without=engine.parked.keys())
-    saver.save_frozen(EngineState(rest | dict(engine.parked)), phase.plan)

@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class Checkpoint:
     run: the state of the run. engine: this rank's part of the state of the engine.
     config: the config of the run that wrote it, as JSON.
     data: the fingerprints of that run's data sets, by config key.
+    own: what the loop of a user saved with it.
     """
 
     folder: Path
@@ -55,6 +56,7 @@ class Checkpoint:
     rng: str
     config: Mapping[str, Any]
     data: Mapping[str, str]
+    own: Mapping[str, Any] = field(default_factory=dict)
 
     def belongs_to(self, folder: RunFolder) -> bool:
         """Whether this is a checkpoint of the run in ``folder``, and not of another run."""
@@ -119,13 +121,15 @@ def checkpoints_at(location: str, key: str = "--resume") -> list[Path]:
 
 
 def load_newest(
-    folders: Sequence[Path], run: RunFolder, layout: Layout, say: Callable[[str], None]
+    folders: Sequence[Path], run: RunFolder, layout: Layout, say: Callable[[str], None], *, key: str = "--resume"
 ) -> Checkpoint | None:
     """Load the first of ``folders`` (as listed by rank 0) that verifies on every rank. Collective.
 
     Every rank verifies its share of the files and reads its part. All ranks skip a checkpoint that
     is broken on any rank, with a message. A checkpoint of another run than ``run`` provides its
     weights, but not what was measured under the settings of that run.
+
+    key: the name by which the user gave the checkpoints, for messages.
 
     Returns None if there are no ``folders``. Raises ConfigError if none of them is intact, or one
     has another format.
@@ -148,11 +152,11 @@ def load_newest(
         say(f"warning: skipping {folder.name}: {problems[-1]}")
     if listed[0]:
         raise ConfigError(
-            "--resume",
+            key,
             str(listed[0][0]),
             f"no intact checkpoint found: {'; '.join(problems)}",
             "restore the files, choose another checkpoint with --resume PATH, or start over in a "
-            "new run.output_dir",
+            "new run.output_dir" if key == "--resume" else "restore the files, or choose another checkpoint",
         )
     return None
 
@@ -193,6 +197,7 @@ def read_checkpoint(folder: Path, layout: Layout, rank: int, world_size: int) ->
         adam_steps = dict(document["adam_steps"])
         config = dict(document["config"])
         data = dict(document["data"])
+        own = dict(document.get("own", {}))
         plan = run.phase.plan
         shapes = plan.parameters(layout)
         unknown = [*(plan.trainable - shapes.keys())]
@@ -212,7 +217,7 @@ def read_checkpoint(folder: Path, layout: Layout, rank: int, world_size: int) ->
             f"{folder}: the state of the random number generators is missing"
         )
     state.adam_steps = adam_steps
-    return Checkpoint(folder, manifest, run, state, counters, metadata["rng"], config, data)
+    return Checkpoint(folder, manifest, run, state, counters, metadata["rng"], config, data, own)
 
 
 def rewind_output(

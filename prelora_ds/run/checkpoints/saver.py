@@ -136,8 +136,11 @@ class Saver:
             )
         raise Stopped(f"stopped after step {state.step} ({why}); run the same command to resume")
 
-    def save(self, engine: Engine, state: RunState, *, wait: bool = False) -> bool:
+    def save(self, engine: Engine, state: RunState, *, wait: bool = False,
+             own: Mapping[str, Any] | None = None) -> bool:
         """Start to write a checkpoint; with ``wait``, or without `checkpoint.async`, finish it too.
+
+        own: what the loop of a user saves with it (`Checkpoint.own`), as values of JSON.
 
         Only one checkpoint is written at a time: the previous one is finished first. Returns False
         if a checkpoint that this call waited for could not be written.
@@ -159,6 +162,7 @@ class Saver:
                     "data": self._data,
                     "config": self._config.model_dump(mode="json"),
                     **({"classes": self._classes} if self._classes else {}),
+                    **({"own": dict(own)} if own else {}),
                 }
             )
         manifest = CheckpointManifest(
