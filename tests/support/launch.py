@@ -12,18 +12,18 @@ from support.pool import free_port
 ROOT = Path(__file__).parents[2]
 
 
-def launch(*arguments, runner="deepspeed.launcher.runner", ranks=2, timeout=200):
-    """Run launch/pretrain.py under DeepSpeed's launcher, and return the completed process.
+def launch(*arguments, runner="deepspeed.launcher.runner", ranks=2, timeout=200, script="launch/pretrain.py"):
+    """Run launch/pretrain.py, or another ``script``, under DeepSpeed's launcher, and return the completed process.
 
     The runner ``deepspeed.launcher.launch`` omits the first stage of the launcher.
     """
-    command, environ = launch_command(*arguments, runner=runner, ranks=ranks)
+    command, environ = launch_command(*arguments, runner=runner, ranks=ranks, script=script)
     return subprocess.run(
         command, cwd=ROOT, timeout=timeout, text=True, capture_output=True, env=environ
     )
 
 
-def launch_command(*arguments, runner="deepspeed.launcher.runner", ranks=2):
+def launch_command(*arguments, runner="deepspeed.launcher.runner", ranks=2, script="launch/pretrain.py"):
     """Return the command and the environment of `launch`."""
     if runner == "deepspeed.launcher.runner":
         options = ["--num_accelerators", str(ranks), "--master_port", str(free_port())]
@@ -35,7 +35,7 @@ def launch_command(*arguments, runner="deepspeed.launcher.runner", ranks=2):
             "--master_addr=127.0.0.1",
             f"--master_port={free_port()}",
         ]
-    command = [sys.executable, "-m", runner, *options, "launch/pretrain.py", *map(str, arguments)]
+    command = [sys.executable, "-m", runner, *options, str(script), *map(str, arguments)]
     return command, os.environ | {
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
