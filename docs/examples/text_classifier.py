@@ -41,6 +41,7 @@ def recipe(zero: int) -> dict[str, Any]:
         "observe": {"every": "2 steps"},
         "convergence": {"tau": 50.0, "zeta": 50.0, "k": 2, "m": 2},
         "lora": {"r_min": 2, "r_max": 8, "warmup": "4 steps"},
+        "checkpoint": {"keep_last": 4},
         "deepspeed": {"zero_optimization": {"stage": zero}},
     }
 
@@ -74,15 +75,15 @@ def rows_at(position: int, count: int, samples: int) -> torch.Tensor:
     return torch.cat(rows)
 
 
-def train(out: Path, zero: int, *, resume: bool = False, stop_after: int | None = None) -> list[tuple[str, float]]:
-    """Train to the end, or stop after some steps; return (phase, this rank's loss) of each step."""
+def train(out: Path, zero: int, *, resume: Path | None = None) -> list[tuple[str, float]]:
+    """Train from the start or from a checkpoint to the end; return (phase, this rank's loss) of each step."""
     ids, labels = snippets()
     phases = Phases(make_model, recipe(zero), families=FAMILIES, samples_per_epoch=len(ids))
-    engine, own = phases.load(out) if resume else (phases.start(), {"position": 0})
+    engine, own = phases.load(resume) if resume else (phases.start(), {"position": 0})
     position = own["position"]
 
     steps = []
-    while not phases.done and phases.step != stop_after:
+    while not phases.done:
         losses = []
         for _ in range(engine.accumulation):
             size = engine.micro_batch_size
@@ -101,10 +102,7 @@ def train(out: Path, zero: int, *, resume: bool = False, stop_after: int | None 
         if dist.get_rank() == 0:
             print(f"step {phases.step}: {steps[-1][0]}, loss {steps[-1][1]:.3f}", flush=True)
 
-    if phases.done:
-        phases.export(out / "model")  # for BertForSequenceClassification.from_pretrained
-    else:
-        phases.close()
+    phases.export(out / "model")  # for BertForSequenceClassification.from_pretrained
     return steps
 
 
@@ -115,5 +113,5 @@ if __name__ == "__main__":
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--local_rank", type=int, help="set by the launcher")
     arguments = parser.parse_args()
-    train(arguments.out, arguments.zero, resume=arguments.resume)
+    train(arguments.out, arguments.zero, resume=arguments.out if arguments.resume else None)
     dist.destroy_process_group()
