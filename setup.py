@@ -3,7 +3,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-VERSION = next(line.split('"')[1] for line in (HERE / "prelora_ds/__init__.py").read_text().splitlines()
+VERSION = next(line.split('"')[1] for line in (HERE / "prelora_ds/version.py").read_text().splitlines()
                if line.startswith("__version__"))
 
 setup(

@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from prelora_ds.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from prelora_ds.config.load import load_config as load_config
     from prelora_ds.config.tree import Config as Config
@@ -33,8 +35,6 @@ if TYPE_CHECKING:
     from prelora_ds.errors import ConfigError as ConfigError
     from prelora_ds.handle import Phases as Phases
     from prelora_ds.model.families import find_layout as find_layout
-
-__version__ = "0.1.0"
 
 # Name -> the module that defines it.
 _HOMES = {

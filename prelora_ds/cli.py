@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from prelora_ds import __version__
 from prelora_ds.commands.calibrate import calibrate
 from prelora_ds.commands.checkpoints import checkpoints
 from prelora_ds.commands.diff import diff
@@ -23,6 +22,7 @@ from prelora_ds.commands.shards import shards_app
 from prelora_ds.commands.supervise import supervise
 from prelora_ds.commands.watch import watch
 from prelora_ds.hosts.exits import ignore_stderr_errors
+from prelora_ds.version import __version__
 
 HELP = "Tools for prelora_ds runs. To train, run launch/pretrain.py."
 

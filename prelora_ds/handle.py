@@ -171,7 +171,7 @@ class Phases:
         if step in self._observed_at:
             self._reduce_losses(engine, step)
             if state.window.steps:
-                state.phase = self._decide(state, step, weight_norms(engine))
+                state.phase = self._decide(state, step, weight_norms(engine).effective)
         state.phase = self._controller.after_step(state.phase, step, importance=taken.importance,
                                                   updated=not taken.skipped)
         state.step = step

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from prelora_ds import __version__
 from prelora_ds.config.model import ModelConfig
 from prelora_ds.config.tree import Config
 from prelora_ds.core.codec import CodecError
@@ -24,6 +23,7 @@ from prelora_ds.files import replace_file
 from prelora_ds.run.accuracy import StoredAccuracy, read_accuracy
 from prelora_ds.run.folder import RunFolder
 from prelora_ds.run.log import EventKind, rows_until
+from prelora_ds.version import __version__
 
 if TYPE_CHECKING:  # they import DeepSpeed, which `prelora evaluate` does not need
     from prelora_ds.run.context import Run

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from statistics import mean, stdev
 from typing import Any
 
-from prelora_ds import __version__
 from prelora_ds.config.changes import differences, may_differ
 from prelora_ds.reporting.report.figure import Cell
 from prelora_ds.reporting.report.figures import epoch_minutes
 from prelora_ds.reporting.report.reading import Phase, Run
+from prelora_ds.version import __version__
 
 SCHEMA_VERSION = 1
 NOT_LOGGED = "not logged"
