@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from prelora_ds.files import replace_file
 from prelora_ds.run.accuracy import StoredAccuracy, read_accuracy
 from prelora_ds.run.folder import RunFolder
 from prelora_ds.run.log import EventKind, rows_until
-from prelora_ds.version import __version__
+from prelora_ds.version import __version__, git_commit
 
 if TYPE_CHECKING:  # they import DeepSpeed, which `prelora evaluate` does not need
     from prelora_ds.run.context import Run
@@ -391,16 +390,3 @@ def _without_deepspeed(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_deepspeed(item) for item in value]
     return value
-
-
-def git_commit() -> str | None:
-    """Return the commit of this package's checkout, with ``-dirty`` if it has changes; None if it is not a checkout."""
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None

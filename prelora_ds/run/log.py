@@ -25,6 +25,7 @@ class EventKind(StrEnum):
     PLAN = "plan"  # a plan that begins after ``step``, its reason, and the cost of the switch to it
     WAIT = "wait"  # a phase is over, but the next one waits for windows
     BYTES = "bytes"  # predicted and measured bytes under a plan
+    JOB = "job"  # a job takes over: its command, commit, versions, hosts and number of ranks
     RESUME = "resume"  # the run continues from a checkpoint
     STRAGGLER = "straggler"  # a rank that slows down the others
     MERGE = "merge"  # adapters were merged into the weights and began again

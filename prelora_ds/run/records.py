@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shlex
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -27,6 +29,7 @@ from prelora_ds.run.checkpoints.resume import Checkpoint
 from prelora_ds.run.context import Run
 from prelora_ds.run.log import EventKind, RunLog
 from prelora_ds.run.run_state import RunState
+from prelora_ds.version import git_commit, versions
 
 DEVIATION_WARNING = 0.05
 
@@ -215,8 +218,17 @@ class Records:
     # ---- start and end
 
     def begun(self, state: RunState) -> None:
-        """Warn if the method cannot be finished within the run, which is probably a mistake."""
+        """Log this job, and warn if the method cannot be finished within the run, which is probably a mistake."""
         run = self.run
+        self._log.event(
+            EventKind.JOB,
+            state.step,
+            command=shlex.join(sys.argv),
+            commit=git_commit(),
+            versions=versions(),
+            hosts=list(dict.fromkeys(run.hosts)),
+            world_size=dist.get_world_size(),
+        )
         problem = why_unfinished(run.config, run.layout, run.timeline, state.phase, state.step)
         if problem is not None:
             self.say(f"warning: {problem}")

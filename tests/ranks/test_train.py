@@ -35,6 +35,7 @@ from prelora_ds.run.context import Run
 from prelora_ds.run.folder import RunFolder
 from prelora_ds.run.log import read_lines
 from prelora_ds.run.records import Records
+from prelora_ds.version import git_commit
 
 ROOT = Path(__file__).parents[2]
 DEBUG = "launch/recipes/vit_tiny_debug.yaml"
@@ -81,6 +82,14 @@ def test_rows_have_training_accuracy_peaks_and_the_norms_of_base_and_adapter(fin
             assert adapter > 0 and abs(base - adapter) <= whole * (1 + 1e-5) <= (base + adapter) * (1 + 2e-5)
     frozen = [row["norm_base/q.00"] for row in rows if row["phase"] == "lora" and "norm_base/q.00" in row]
     assert len(set(frozen)) == 1 < len(frozen)
+
+
+def test_each_job_logs_its_command_commit_versions_and_hosts(finished):
+    (job,) = [event for event in read_lines(finished[0] / "events.jsonl") if event["event"] == "job"]
+    assert job["step"] == 0
+    assert "launch/pretrain.py" in job["command"] and f"run.output_dir={finished[0]}" in job["command"]
+    assert job["commit"] == git_commit() and job["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert len(job["hosts"]) == 1 and job["world_size"] == 2
 
 
 def test_predicted_and_measured_bytes_are_logged_side_by_side(finished):

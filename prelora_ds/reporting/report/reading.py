@@ -43,7 +43,7 @@ from prelora_ds.run.log import stream_lines
 from prelora_ds.run.setup_record import read_setup
 
 MOST_NOTES = 10  # of one file
-# What later versions may log about a run, under these keys of an event.
+# What is logged about each job, under these keys of an event.
 FACTS = ("command", "commit", "versions", "hosts", "world_size")
 WEIGHT_NORMS = ("norm", "norm_base", "norm_adapter")
 

@@ -21,9 +21,10 @@ from typer.testing import CliRunner
 from prelora_ds.cli import app
 from prelora_ds.data.manifest import data_name
 from prelora_ds.errors import ConfigError
-from prelora_ds.exporting.card import CARD, Phase, Trained, git_commit, record_accuracy, write_card
+from prelora_ds.exporting.card import CARD, Phase, Trained, record_accuracy, write_card
 from prelora_ds.exporting.convert import FORMATS, export_checkpoint
 from prelora_ds.run.accuracy import StoredAccuracy
+from prelora_ds.version import git_commit
 
 FIXTURE = Path(__file__).parents[2] / "fixtures" / "run_of_0.1.0" / "run"
 IDENTITY = "360 samples, index b16fb2d4"
