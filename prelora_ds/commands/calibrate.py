@@ -18,7 +18,10 @@ def calibrate(
     deepspeed_config: DeepspeedConfig = None,
     ranks: Annotated[int, typer.Option(min=1, help="number of ranks that train on one host")] = 1,
 ) -> None:
-    """Time a few steps of RECIPE's blocks on this machine and write OUT, for `prelora plan --calibration OUT`."""
+    """Time a few steps of RECIPE's blocks on this machine and write OUT, for `prelora plan --calibration OUT`.
+
+    Example: prelora calibrate launch/recipes/vit_large_in1k_prelora_exp1.yaml rates.json --ranks 4
+    """
     from prelora_ds.config.load import load_config
     from prelora_ds.run.calibrate import calibrate as measure
 

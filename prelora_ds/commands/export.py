@@ -16,7 +16,10 @@ def export(
     out: Annotated[Path, typer.Argument(help="new folder to write", show_default=False)],
     export_format: Annotated[str, typer.Option("--format", help="hf, peft, timm or deepspeed")] = "hf",
 ) -> None:
-    """Convert a checkpoint (default: the run's newest) to OUT for transformers, peft, timm or DeepSpeed."""
+    """Convert a checkpoint (default: the run's newest) to OUT for transformers, peft, timm or DeepSpeed.
+
+    Example: prelora export out/digits_demo exported --format timm
+    """
     refuse_url(out, "OUT")
     from prelora_ds.engine.runtime import choose_accelerator
 

@@ -41,7 +41,10 @@ def job(
     dry_run: Annotated[bool, typer.Option(
         help="print the script without writing it")] = False,
 ) -> None:
-    """Write a batch script that trains RECIPE to completion in a chain of jobs."""
+    """Write a batch script that trains RECIPE to completion in a chain of jobs.
+
+    Example: prelora job launch/recipes/vit_large_in1k_prelora_exp1.yaml --profile slurm --nodes 16 --walltime 6h
+    """
     from prelora_ds.config.fields import parse_walltime
     from prelora_ds.config.load import check_world, load_config
     from prelora_ds.hosts.jobs import Job, load_profile, render

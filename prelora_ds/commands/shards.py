@@ -78,7 +78,10 @@ def rank_and_world_size(environ: Mapping[str, str]) -> tuple[int, int]:
 
 @shards_app.command()
 def digits(out: Out, samples_per_shard: SamplesPerShard = 512) -> None:
-    """Write scikit-learn's digits (1,797 real 8x8 images) to OUT/train and OUT/val."""
+    """Write scikit-learn's digits (1,797 real 8x8 images) to OUT/train and OUT/val.
+
+    Example: prelora shards digits data/digits
+    """
     from prelora_ds.data.shards import writer
 
     refuse_url(out, "OUT")
@@ -98,6 +101,8 @@ def photographs(
     """Write JPEGs cut from real photographs to OUT/train and OUT/val.
 
     The photographs come with the scikit-image and foolbox wheels; the labels are ImageNet's.
+
+    Example: prelora shards photographs data/photographs
     """
     from prelora_ds.data.shards import writer
 
@@ -156,6 +161,8 @@ def build(
 
     Start it under mpiexec or srun to use several hosts. JPEG, PNG and WebP keep their bytes unless
     --resize-short makes them smaller. After a kill, the same command continues where it stopped.
+
+    Example: prelora shards build imagenet/train data/train
     """
     from prelora_ds.data.parallel import usable_cores
     from prelora_ds.data.shards import build_shards as building
@@ -203,6 +210,8 @@ def verify(
 
     With --decode, also list every image that training could not decode. Exits with 1 if there is a
     problem.
+
+    Example: prelora shards verify data/digits/train --decode
     """
     from prelora_ds.data.parallel import usable_cores
     from prelora_ds.data.shards import verify as check
@@ -245,6 +254,8 @@ def index(
 
     A sample is an image (.jpg, .jpeg, .png, .webp) and a label in .cls or .json. Pickled members
     are never decoded.
+
+    Example: prelora shards index data/train-{0000..1023}.tar --out data/train
     """
     from prelora_ds.data.labels import read_classes
     from prelora_ds.data.manifest import Manifest

@@ -45,6 +45,9 @@ def supervise(
     """Run COMMAND on healthy hosts; restart it from the last checkpoint when a host fails.
 
     A failed host is replaced by a spare one.
+
+    Example: prelora supervise --hostfile hosts --nodes 16 -- deepspeed --hostfile {hostfile} launch/pretrain.py
+    --recipe launch/recipes/vit_large_in1k_prelora_exp1.yaml
     """
     import signal
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from prelora_ds.errors import ConfigError, cannot_write
 from prelora_ds.files import new_folder
@@ -28,7 +29,7 @@ def write_report(folders: Sequence[RunFolder], out: Path) -> list[str]:
     an ``out`` that is in use or inside a run.
     """
     _check(folders, out)
-    runs = [read_run(folder, label) for folder, label in zip(folders, _labels(folders), strict=True)]
+    runs = _read(folders)
     result = summary(runs)
     drawn = can_draw()
     figures, left_out, html = _fitting(runs, result, drawn)
@@ -53,10 +54,19 @@ def write_report(folders: Sequence[RunFolder], out: Path) -> list[str]:
     return list(_told(out, figures, result["notes"], drawn))
 
 
-def _check(folders: Sequence[RunFolder], out: Path) -> None:
+def summarized(folders: Sequence[RunFolder]) -> dict[str, Any]:
+    """Return the content of report.json without its figures. Raises ConfigError for folders without a run."""
+    return summary(_read(folders))
+
+
+def _read(folders: Sequence[RunFolder]) -> list[Run]:
     twice = [path for path, count in Counter(folder.path.resolve() for folder in folders).items() if count > 1]
     if twice:
         raise ConfigError("RUN", str(twice[0]), "is named twice", "name each run once")
+    return [read_run(folder, label) for folder, label in zip(folders, _labels(folders), strict=True)]
+
+
+def _check(folders: Sequence[RunFolder], out: Path) -> None:
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise ConfigError("--out", str(out), "exists and is not a folder", "name a new folder")
     if out.is_dir() and any(out.iterdir()):

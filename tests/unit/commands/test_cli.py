@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from support.histories import write_history
 from typer.main import get_command
 
 from prelora_ds import cli
@@ -22,6 +23,7 @@ from prelora_ds.commands.output import refuse_empty
 from prelora_ds.data.shards.writer import write_digits
 from prelora_ds.errors import ConfigError
 from prelora_ds.run.checkpoints.checkpoint_folder import CheckpointManifest, FileRecord, commit, step_folder
+from prelora_ds.run.folder import RunFolder
 
 RECIPE = Path(__file__).parents[3] / "launch/recipes/vit_tiny_debug.yaml"
 
@@ -346,3 +348,36 @@ def test_only_what_is_no_path_may_be_empty() -> None:
                       ["shards", "build", "", "OUT"]):
         with pytest.raises(ConfigError, match="is empty"):
             refuse_empty(arguments)
+
+
+def commands() -> dict[str, Any]:
+    """Each command by its words: ``report``, ``shards build``."""
+    found = {}
+    for name, command in get_command(cli.app).commands.items():  # type: ignore[attr-defined]
+        subcommands = getattr(command, "commands", None)
+        found |= {name: command} if subcommands is None else {f"{name} {sub}": c for sub, c in subcommands.items()}
+    return found
+
+
+@pytest.mark.parametrize("words", sorted(commands()))
+def test_the_example_in_the_help_of_a_command_is_one_that_it_takes(words: str) -> None:
+    """It is parsed as the command line would parse it, without running the command."""
+    command = commands()[words]
+    (example,) = re.findall(r"Example: (prelora .*)", " ".join((command.help or "").split()))
+    prefix = ["prelora", *words.split()]
+    arguments = shlex.split(example)
+    assert arguments[: len(prefix)] == prefix
+    context = command.make_context(words, arguments[len(prefix) :])
+    assert any(value not in (None, False, (), []) for value in context.params.values())
+
+
+def test_a_report_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    write_history(RunFolder(tmp_path / "out"), "vit_large_in1k")
+    (tmp_path / "out/events.jsonl").write_text(json.dumps(
+        {"event": "plan", "step": 0, "phase": "full", "reason": "training begins", "trainable_parameters": 5,
+         "switch": None}) + "\n")
+    assert prelora(monkeypatch, "report", tmp_path / "out", "--json") == 0
+    (run,) = json.loads(capsys.readouterr().out)["runs"]
+    assert run["run"] == "out" and run["finals"]["steps"] == 93_836
+    assert prelora(monkeypatch, "report", tmp_path / "out", "--json", "--out", tmp_path / "new") == 2
+    assert "choose one" in capsys.readouterr().err and not (tmp_path / "new").exists()
