@@ -18,6 +18,7 @@ from prelora_ds.config.load import load_config
 from prelora_ds.config.phases import PresetConfig
 from prelora_ds.config.preset import ConvergenceConfig, expanded
 from prelora_ds.config.tree import Config
+from prelora_ds.console import size
 from prelora_ds.core.codec import CodecError, from_json
 from prelora_ds.core.controller import PhaseController
 from prelora_ds.core.duration import Duration
@@ -272,7 +273,7 @@ def print_replay(result: Mapping[str, Any], console: Console | None = None) -> N
         note = " (extrapolated: the run itself decided otherwise before)" if row["extrapolated"] else ""
         print_line(console, f"{row['phase']} after step {row['step']}, epoch {row['epoch']:.1f}{note}: {row['reason']}")
     if result["decisions"]:
-        labels = ["step", "epoch", "ranks", "trainable parameters", "share of all", "GiB per rank", "step, ms"]
+        labels = ["step", "epoch", "ranks", "trainable parameters", "share of all", "memory per rank", "step, ms"]
         print_columns(console, labels, [(row["phase"], _cells(row)) for row in result["decisions"]])
     if len(result["grid"]) > 1:
         table = Table("tau, %", "zeta, %", "switch at step", "epoch", "hours saved", "closest, if never")
@@ -302,7 +303,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     shown = f"{min(ranks)}-{max(ranks)}" if ranks else "-"
     seconds = "-" if row["step_s"] is None else f"{row['step_s'] * 1e3:.1f} ({row['step_s_from']})"
     return [str(row["step"]), f"{row['epoch']:.1f}", shown, f"{row['trainable_parameters']:,}",
-            f"{row['trainable_share']:.1%}", f"{row['bytes'] / 2**30:.2f}", seconds]
+            f"{row['trainable_share']:.1%}", size(row["bytes"]), seconds]
 
 
 def _grid_cells(cell: Mapping[str, Any]) -> list[str]:

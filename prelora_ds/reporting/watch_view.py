@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from prelora_ds.console import stamped
+from prelora_ds.console import size, stamped
 from prelora_ds.reporting.columns import print_line
 from prelora_ds.reporting.watch import RunWatch, Status
 from prelora_ds.run.folder import RunFolder
@@ -122,8 +122,8 @@ def page(status: Status, *, unicode: bool = True, width: int | None = None) -> I
             text += f", {status.img_s / status.full_img_s:.2f} times the first phase"
         yield text + _unless_none("   waiting for data {:.1%}", status.data_share)
     if status.bytes_measured is not None and status.bytes_predicted is not None:
-        yield (f"memory  {_size(status.bytes_measured)} for weights, gradients, masters and moments of a rank "
-               f"(predicted {_size(status.bytes_predicted)})")
+        yield (f"memory  {size(status.bytes_measured)} for weights, gradients, masters and moments of a rank "
+               f"(predicted {size(status.bytes_predicted)})")
     left = _left(status)
     if left:
         yield f"left    {left}"
@@ -208,10 +208,6 @@ def duration(seconds: float) -> str:
     if whole < 86400:
         return f"{whole // 3600} h {whole % 3600 // 60} min"
     return f"{whole // 86400} d {whole % 86400 // 3600} h"
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def sparkline(values: Sequence[float], width: int, *, unicode: bool = True) -> str:
