@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from prelora_ds.config.changes import differences
+from prelora_ds.config.changes import binding_differences
 from prelora_ds.config.load import check_world, read_settings, validate
 from prelora_ds.config.tree import Config
 from prelora_ds.core.controller import PhaseController, PhaseState
@@ -392,7 +392,7 @@ def _digest_of_values(module: nn.Module) -> str:
 def _check_same_settings(stored: Mapping[str, Any], config: Config, checkpoint: Path) -> None:
     """Raise ConfigError if the settings of a checkpoint may not be replaced by those of ``config``."""
     before = settings_of(stored, config, checkpoint, new_run=False)
-    for key, old, new in differences(before, config.model_dump(mode="json")):
+    for key, old, new in binding_differences(before, config.model_dump(mode="json")):
         raise ConfigError(key, new, f"was {old!r} in {checkpoint} and cannot change when loading",
                           "set it to that value, or begin a new run with start() and save it to another folder")
 

@@ -58,6 +58,12 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], *,
             yield name, before, after
 
 
+def binding_differences(old: Mapping[str, Any], new: Mapping[str, Any], *,
+                        new_run: bool = False) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the `differences` that must not be."""
+    return (row for row in differences(old, new) if not may_differ(row[0], new_run=new_run))
+
+
 def what_binds(stored: Mapping[str, Any], config: Mapping[str, Any], *,
                new_run: bool = False) -> dict[str, Any]:
     """The ``stored`` config of a run, with the values of ``config`` for all keys that may differ.

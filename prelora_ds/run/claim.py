@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prelora_ds.config.changes import differences, may_differ
+from prelora_ds.config.changes import binding_differences, may_differ
 from prelora_ds.config.load import dump_yaml, read_settings
 from prelora_ds.config.overrides import as_override
 from prelora_ds.config.tree import Config
@@ -271,9 +271,7 @@ def _check_same_settings(
     checkpoint: what a new run with other settings may start from, if anything.
     """
     after = config.model_dump(mode="json")
-    for key, old, new in differences(before, after):
-        if may_differ(key, new_run=new_run):
-            continue
+    for key, old, new in binding_differences(before, after, new_run=new_run):
         alternative = "choose another run.output_dir"
         if checkpoint is not None and not new_run and may_differ(key, new_run=True):
             alternative += f" and start a new run with --resume {checkpoint}"

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from statistics import mean, stdev
 from typing import Any
 
-from prelora_ds.config.changes import differences, may_differ
+from prelora_ds.config.changes import binding_differences
 from prelora_ds.reporting.report.figure import Cell
 from prelora_ds.reporting.report.figures import epoch_minutes
 from prelora_ds.reporting.report.reading import Phase, Run
@@ -180,8 +180,7 @@ def _settings(first: Run, run: Run) -> list[str] | None:
     if first.config is None or run.config is None:
         return None
     one, other = (config.model_dump(mode="json") for config in (first.config, run.config))
-    return [f"{key}: {_value(before)} -> {_value(after)}" for key, before, after in differences(one, other)
-            if not may_differ(key)]
+    return [f"{key}: {_value(before)} -> {_value(after)}" for key, before, after in binding_differences(one, other)]
 
 
 def _value(value: Any) -> str:

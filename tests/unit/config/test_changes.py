@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from prelora_ds.config.changes import differences, may_differ
+from prelora_ds.config.changes import binding_differences, differences
 from prelora_ds.config.load import load_config
 
 OLD = {"run": {"output_dir": "a", "seed": 0}, "train": {"micro_batch_size": 4, "duration": "9 steps"},
@@ -12,7 +12,7 @@ OLD = {"run": {"output_dir": "a", "seed": 0}, "train": {"micro_batch_size": 4, "
 
 def changed(new: dict[str, Any], *, new_run: bool = False) -> list[tuple[str, Any, Any]]:
     """What differs from OLD and must not."""
-    return [row for row in differences(OLD, new) if not may_differ(row[0], new_run=new_run)]
+    return list(binding_differences(OLD, new, new_run=new_run))
 
 
 def test_where_and_on_how_many_ranks_may_differ() -> None:

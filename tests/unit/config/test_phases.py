@@ -12,7 +12,7 @@ import pytest
 from pydantic import Discriminator, Tag, ValidationError, create_model
 
 from prelora_ds.config.adapters import AdaptersConfig, PreloraRule, RankRuleConfig
-from prelora_ds.config.changes import differences, what_binds
+from prelora_ds.config.changes import binding_differences, what_binds
 from prelora_ds.config.documents import write_yaml
 from prelora_ds.config.fields import DurationField, Positive
 from prelora_ds.config.load import dump_yaml, load_config, validate
@@ -321,9 +321,10 @@ def test_a_preset_is_held_to_its_sections(sections: dict[str, Any], key: str) ->
 def test_a_resumed_run_keeps_its_method_and_may_run_its_phases_otherwise() -> None:
     before = method(*LIST).model_dump(mode="json")
     settings = method(*(phase | {"micro_batch_size": 8, "zero_stage": 2} for phase in LIST)).model_dump(mode="json")
-    assert list(differences(before, settings)) == []
+    assert list(binding_differences(before, settings)) == []
     other = method(*LIST[:1], {**LIST[1], "adapters": {"rank": 8, "families": ["q", "v"]}}, *LIST[2:])
-    assert [key for key, *_ in differences(before, other.model_dump(mode="json"))] == ["phases.low.adapters.rank"]
+    changed = binding_differences(before, other.model_dump(mode="json"))
+    assert [key for key, *_ in changed] == ["phases.low.adapters.rank"]
     bound = what_binds(before, settings)
     assert validate(bound, "r").phase_list[1].zero_stage == 2
     assert [phase["name"] for phase in bound["phases"]] == ["full", "low", "thaw", "last"]
