@@ -31,6 +31,7 @@ from prelora_ds.config.adapters import FAMILIES
 from prelora_ds.config.model import ModelConfig
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.plan import Plan
+from prelora_ds.engine.products import lacks_bf16_products, multiply_in_fp32
 from prelora_ds.model.adapters import attach_adapters
 from prelora_ds.model.adapters.lora import lora_linears, refresh_merged_weights
 from prelora_ds.model.families import find_layout, named_parameters
@@ -267,6 +268,8 @@ def main() -> None:
     )
     parser.add_argument("--whole-rounds", type=int, default=3)
     args = parser.parse_args()
+    if lacks_bf16_products():
+        multiply_in_fp32()
     config = ModelConfig(
         hidden_size=1024,
         intermediate_size=4096,
