@@ -21,7 +21,7 @@ PAGES = {
     "Use": ["docs/quickstart", "docs/methods", "docs/config", "docs/data", "docs/hpc", "docs/checkpoints",
             "docs/reports", "docs/export", "docs/troubleshooting", "docs/glossary"],
     "Program": ["docs/library", "docs/site/api"],
-    "Results": ["benchmarks/README"],
+    "Results": ["docs/papers", "benchmarks/README"],
     "Develop": ["docs/architecture", "CONTRIBUTING", "CHANGELOG"],
 }
 
@@ -33,6 +33,7 @@ include_patterns = ["*.md", "docs/*.md", "benchmarks/*.md", "docs/site/api.rst"]
 exclude_patterns = sorted({path.name for path in ROOT.iterdir() if path.is_dir()} - {"benchmarks", "docs"})
 show_warning_types = True
 highlight_language = "none"
+smartquotes = False  # quotes and dashes stay as they are written, as in "" or --json
 
 # The anchors that GitHub makes from headings.
 myst_heading_anchors = 6
