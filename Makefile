@@ -11,6 +11,7 @@ export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 DEEPSPEED := deepspeed --num_accelerators 2 launch/pretrain.py
 DEMO := out/digits_demo
 SMOKE := out/smoke_vitl
+SITE := build/site
 
 .PHONY: help setup demo test test-long test-methods test-faults test-hosts lint docs smoke-vitl freeze clean data/digits data/photographs
 
@@ -21,7 +22,7 @@ setup: $(READY)  ## create .venv with the pinned packages
 
 $(READY): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	pip install -q -c constraints.txt -e '.[dev]'
+	pip install -q -c constraints.txt -e '.[dev,docs]'
 	@touch $@
 
 demo: setup data/digits  ## train the digits demo through all three phases on 2 CPU ranks (2 to 3 minutes)
@@ -72,9 +73,12 @@ lint: setup  ## run ruff, mypy and the import contracts
 	mypy prelora_ds
 	lint-imports --no-logo
 
-docs: setup  ## write docs/config.md, the reference of all config keys
+docs: setup  ## write docs/config.md from the code, and build the site of the documentation; a broken link is an error
 	python -c 'from prelora_ds.config.reference import reference; print(end=reference())' > docs/config.tmp
 	mv docs/config.tmp docs/config.md
+	rm -rf $(SITE)
+	sphinx-build -q -W --keep-going -b html -c docs/site . $(SITE)
+	@echo "open $(SITE)/index.html in a browser"
 
 freeze:  ## write the package versions of .venv into constraints.txt
 	@{ head -1 constraints.txt; pip freeze --exclude-editable | grep -v -i -E '^(nvidia|cuda|triton|pip)[-=]' | sort -f; } \

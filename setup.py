@@ -75,6 +75,8 @@ setup(
             "altair>=6.3,<7",
             "playwright>=1.65,<2",
         ],
+        # For `make docs`, and tests/unit/test_site.py. Sphinx 9.0 is the last for Python 3.11.
+        "docs": ["sphinx>=9.0.4,<10", "myst-parser>=5.2,<6", "furo>=2025.12.19,<2027"],
         # For benchmarks/loader.py only.
         "benchmarks": ["timm>=1.0.31,<2"],
     },

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
+from support.browser import CHROMIUM, QUIET, needs_chromium
 from support.run_logs import Logs, events_of_methods, write_logs
 
 from prelora_ds.reporting.report.drawing import scripts
@@ -17,12 +17,7 @@ from prelora_ds.reporting.report.page import MOST_BYTES, page
 from prelora_ds.reporting.report.reading import read_run
 from prelora_ds.reporting.report.summary import summary
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-# They keep Chromium from looking for its makers' hosts.
-QUIET = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync")
 WIDTHS = (1280, 390)
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 
 # Runs in the page: what a reader at this width would stumble over.
 PROBLEMS = """() => {
