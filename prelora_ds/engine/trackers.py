@@ -22,6 +22,7 @@ import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.error import HTTPError, URLError
@@ -41,7 +42,7 @@ FLUSH_S = 1.0  # after which figures for W&B are on the disk
 class Tracker(ABC):
     """One place that metrics go to."""
 
-    what: ClassVar[str]  # as in "... cannot be written"
+    what: str  # as in "... cannot be written"
 
     @abstractmethod
     def open(self, after_samples: int) -> None:
@@ -190,15 +191,12 @@ class Service(Tracker):
     title: ClassVar[str]
 
     def __init__(self, folder: Path, name: str, project: str, say: Callable[[str], None]) -> None:
+        self.what = f"the figures for {self.title}"
         self._folder = folder
         self._name = name
         self._project = project
         self._say = say
         self._held: list[Event] = []
-
-    @property
-    def what(self) -> str:  # type: ignore[override]
-        return f"the figures for {self.title}"
 
     def open(self, after_samples: int) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -475,7 +473,7 @@ def reachable(address: str, timeout_s: float = REACH_S) -> bool:
 
     try:
         within(timeout_s, ask)  # looking up a name may take longer than the timeout of urlopen
-    except (OSError, ValueError):  # a TimeoutError is an OSError
+    except (OSError, ValueError, HTTPException):  # a TimeoutError is an OSError
         return False
     return True
 

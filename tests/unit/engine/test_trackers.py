@@ -72,7 +72,7 @@ class Failing(Tracker):
     """A tracker that fails at ``fault`` for the first time."""
 
     def __init__(self, what: str, fault: str) -> None:
-        self.what = what  # type: ignore[misc]
+        self.what = what
         self.fault = fault
         self.calls: list[str] = []
 
