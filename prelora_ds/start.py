@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -44,6 +45,8 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
     config = load_config(recipe, overrides, deepspeed_config)
     # Another host may have other data, devices and disks: only this rank may fail here.
     with announcing_failure(ranks, os.environ):
+        if ranks.rank == 0:
+            check_trackers(config.run.trackers)
         config, train_data, val_data = check_run(config, ranks)
 
         # torch and DeepSpeed take seconds to import: only now, after the cheap checks.
@@ -141,6 +144,17 @@ def check_run(config: Config, ranks: Ranks) -> tuple[Config, TrainData, Manifest
     train_data, val_data = open_data(config, sizes=ranks.local_rank == 0)
     layout = check_phases(config, len(train_data.classes))
     return resolve_auto(config, layout, ranks), train_data, val_data
+
+
+def check_trackers(trackers: Sequence[str]) -> None:
+    """Raise ConfigError if a tracker needs a package that is not installed here."""
+    for tracker, package in (("wandb", "wandb"), ("comet", "comet_ml")):
+        try:
+            if tracker in trackers:
+                version(package)
+        except PackageNotFoundError as exc:
+            raise ConfigError("run.trackers", tracker, f"needs the package {package}, which is not installed",
+                              f"pip install {package}, or remove {tracker} from run.trackers") from exc
 
 
 def warn_of_a_short_run(config: Config, timeline: Timeline) -> None:

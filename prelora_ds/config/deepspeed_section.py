@@ -16,7 +16,10 @@ OWNED_BY_RECIPE = {
     "gradient_clipping": "optimizer.clip_grad_norm",
     "optimizer": "optimizer",
     "scheduler": "optimizer.warmup and optimizer.min_lr_ratio",
-    "tensorboard": "run.output_dir",
+    "tensorboard": "run.trackers",
+    "csv_monitor": "run.trackers",
+    "wandb": "run.trackers",
+    "comet": "run.trackers",
 }
 NOT_SUPPORTED = {
     "fp16": "the engine trains in BF16",

@@ -7,7 +7,7 @@ It consists of frozen pydantic models, and an unknown key is an error. This modu
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
@@ -54,6 +54,22 @@ class RunConfig(Strict):
     """
     The seed of the model's first values, the order of samples, the augmentation and the dropout.
     """
+
+    trackers: tuple[Literal["tensorboard", "csv", "wandb", "comet"], ...] = ("tensorboard",)
+    """
+    Where the metrics go besides metrics.jsonl: `wandb` is Weights & Biases. [trackers.md](trackers.md)
+    has the details.
+    """
+
+    project: Text = "prelora_ds"
+    """The project at W&B or Comet that the run belongs to."""
+
+    @field_validator("trackers")
+    @classmethod
+    def _named_once(cls, trackers: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(trackers)) < len(trackers):
+            raise ValueError("names a tracker twice")
+        return trackers
 
 
 @dataclass(frozen=True)

@@ -1,70 +1,54 @@
-"""A wrapper of DeepSpeed's monitor, so that a failing disk does not end a run."""
+"""The trackers of a run as one monitor of DeepSpeed, none of which can end the run."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
-from deepspeed.monitor.monitor import MonitorMaster
+from prelora_ds.engine.trackers import Event, Tracker
 
 
 class EnduringMonitor:
-    """A monitor with what DeepSpeed 0.19 needs of one: ``enabled`` and ``write_events``.
+    """All trackers of a run, with what DeepSpeed 0.19 needs of a monitor: ``enabled`` and ``write_events``.
 
-    The first failure is reported once and disables the monitor, because TensorBoard's writer does
-    not recover. Training continues.
+    The first failure of a tracker is reported once and ends this tracker: TensorBoard's writer, for
+    example, does not recover. The other trackers and the training continue.
 
-    make: returns DeepSpeed's monitor.
+    after_samples: where a resumed run continues.
     say: prints a line.
     """
 
-    def __init__(self, make: Callable[[], MonitorMaster], say: Callable[[str], None]) -> None:
+    def __init__(self, trackers: Iterable[Tracker], after_samples: int, say: Callable[[str], None]) -> None:
         self._say = say
-        self._master = None
-        _silence_the_writer()
-        self._attempt(lambda: setattr(self, "_master", make()))
-
-    _master: MonitorMaster | None
+        self._working = list(trackers)
+        self._each(lambda tracker: tracker.open(after_samples))
 
     @property
     def enabled(self) -> bool:
-        """Whether events are still written."""
-        return self._master is not None
+        """Whether any tracker still works."""
+        return bool(self._working)
 
-    def write_events(self, events: Sequence[tuple[str, float, int]]) -> None:
-        """Write ``events``, each (name, value, number of samples)."""
-        master = self._master
-        if master is not None:
-            self._attempt(lambda: master.write_events(events))
+    def write_events(self, events: Sequence[Event]) -> None:
+        """Write the events of a step, before its row."""
+        self._each(lambda tracker: tracker.write(events))
+
+    def write_row(self, events: Sequence[Event]) -> None:
+        """Write the row of a step, after which the step has no more events."""
+        self.write_events(events)
+        self._each(lambda tracker: tracker.end_step())
+
+    def rewind(self, after_samples: int) -> None:
+        """Continue after ``after_samples``, from which the run goes on after a rollback."""
+        self._each(lambda tracker: tracker.rewind(after_samples))
 
     def close(self) -> None:
-        """Flush and close TensorBoard's writer."""
-        if self._master is not None:
-            self._attempt(self._master.tb_monitor.summary_writer.close)
+        """Bring everything to its place, and end. Only the first call has an effect."""
+        self._each(lambda tracker: tracker.close())
+        self._working = []
 
-    def _attempt(self, act: Callable[[], object]) -> None:
-        try:
-            act()
-        except Exception as exc:  # TensorBoard's own errors, or TensorFlow's if it is installed
-            self._master = None
-            self._say(
-                f"warning: TensorBoard's events cannot be written ({exc}); training continues"
-            )
-
-
-def _silence_the_writer() -> None:
-    """Keep TensorBoard's writer thread from printing a traceback.
-
-    The next call to the writer raises the error again, and that call reports it.
-    """
-    former = threading.excepthook
-    if getattr(former, "silences_tensorboard", False):
-        return
-
-    def hook(args: Any) -> None:
-        if not type(args.thread).__module__.startswith("tensorboard."):
-            former(args)
-
-    hook.silences_tensorboard = True  # type: ignore[attr-defined]  # the mark that is checked above
-    threading.excepthook = hook
+    def _each(self, act: Callable[[Tracker], object]) -> None:
+        for tracker in tuple(self._working):
+            try:
+                act(tracker)
+            except Exception as exc:  # every tracker has errors of its own
+                self._working.remove(tracker)
+                self._say(f"warning: {tracker.what} cannot be written ({exc}); training continues")

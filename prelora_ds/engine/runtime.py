@@ -7,18 +7,12 @@ import os
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 
 from prelora_ds.engine.products import lacks_bf16_products, multiply_in_fp32
 from prelora_ds.errors import ConfigError
-
-if TYPE_CHECKING:
-    from deepspeed.monitor.monitor import MonitorMaster
-
-    from prelora_ds.engine.monitor import EnduringMonitor
 
 T = TypeVar("T")
 
@@ -115,38 +109,6 @@ def freeze_imports() -> None:
     """
     gc.collect()
     gc.freeze()
-
-
-def make_monitor(
-    folder: Path, after_samples: int = 0, say: Callable[[str], None] = print
-) -> EnduringMonitor | None:
-    """Return a monitor that writes TensorBoard events to ``folder`` on rank 0; None elsewhere.
-
-    after_samples: where a resumed run continues; later events of an earlier run are purged.
-    say: prints the one warning if events cannot be written.
-    """
-    from deepspeed import comm
-    from deepspeed.monitor.config import get_monitor_config
-    from deepspeed.monitor.monitor import MonitorMaster
-
-    from prelora_ds.engine.monitor import EnduringMonitor
-
-    if comm.get_rank() != 0:
-        return None
-
-    def make() -> MonitorMaster:
-        resumed = folder.is_dir()
-        tensorboard = {"enabled": True, "output_path": str(folder.parent), "job_name": folder.name}
-        monitor = MonitorMaster(get_monitor_config({"tensorboard": tensorboard}))
-        if resumed:
-            old = monitor.tb_monitor.summary_writer
-            old.close()
-            monitor.tb_monitor.summary_writer = type(old)(
-                log_dir=old.log_dir, purge_step=after_samples + 1
-            )
-        return monitor
-
-    return EnduringMonitor(make, say)
 
 
 def on_rank_0(decide: Callable[[], T]) -> T:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,9 +94,7 @@ def roll_back(run: Run, records: Records, saver: Saver, engine: Engine,
               checkpoint: Checkpoint) -> tuple[Engine, RunState]:
     """Release ``engine``, and restore engine and state from ``checkpoint``. Collective."""
     release_checked(engine)
-    records.close_logs()
-    rewind_output(run.folder, checkpoint)
-    records.open_logs(checkpoint.run.step)
+    records.rewind(checkpoint.run.step, partial(rewind_output, run.folder, checkpoint))
     return begin(run, records, saver, checkpoint)
 
 

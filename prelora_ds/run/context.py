@@ -46,7 +46,7 @@ class Run:
         return len(self.train_data.classes)
 
     def samples(self, step: int) -> int:
-        """Return the number of samples in ``step`` optimizer steps: the axis of TensorBoard."""
+        """Return the number of samples in ``step`` optimizer steps: the axis of all trackers."""
         return step * self.config.train.global_batch_size
 
     def loader(self, engine: Engine, start_step: int) -> Loader:

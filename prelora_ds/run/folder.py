@@ -104,6 +104,11 @@ class RunFolder:
         """The folder of TensorBoard's events."""
         return self.path / "tensorboard"
 
+    @property
+    def trackers(self) -> Path:
+        """The folder of the other trackers, in which `engine.trackers` defines the names."""
+        return self.path / "trackers"
+
     # ---- checkpoints
 
     @property

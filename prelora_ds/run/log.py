@@ -1,4 +1,4 @@
-"""The logs of a run, with one JSON object per line, its TensorBoard events, and its meters."""
+"""The logs of a run, with one JSON object per line, and its meters."""
 
 from __future__ import annotations
 
@@ -225,9 +225,9 @@ def sync_logs(folder: RunFolder) -> None:
 class RunLog:
     """The logs of a run in its output folder, which only rank 0 writes.
 
-    monitor: the result of `make_monitor`, or None on ranks other than 0. It is created once per run
-        and attached to each engine, so that TensorBoard shows one run with an unbroken axis
-        (samples, as in DeepSpeed's own events).
+    monitor: an `EnduringMonitor`, or None on ranks other than 0. It is created once per job and
+        attached to each engine, so that every tracker shows one run with an unbroken axis (samples,
+        as in DeepSpeed's own events).
     say: prints one warning per file that cannot be written; training continues.
     """
 
@@ -237,11 +237,11 @@ class RunLog:
         self._folder = folder
         self._say = say
         self._warned = set[Path]()
-        self._open(monitor)
-
-    def _open(self, monitor: Any | None) -> None:
         self.monitor = monitor
-        paths = self._folder.logs if monitor is not None else ()
+        self._open()
+
+    def _open(self) -> None:
+        paths = self._folder.logs if self.monitor is not None else ()
         self._files = {path: JsonLines(path) for path in paths}
 
     def _write(self, path: Path, row: Mapping[str, Any]) -> None:
@@ -253,7 +253,7 @@ class RunLog:
             self._say(f"warning: {path} {lost}; training continues")
 
     def metrics(self, row: Mapping[str, Any], samples: int) -> None:
-        """Write the row of a logged step; its numbers also go to TensorBoard, at ``samples``."""
+        """Write the row of a logged step; its numbers also go to the trackers, at ``samples``."""
         self._write(self._folder.metrics, row)
         if self.monitor is not None:
             events = [
@@ -261,7 +261,7 @@ class RunLog:
                 for key, value in row.items()
                 if isinstance(value, int | float) and key != "step"
             ]
-            self.monitor.write_events(events)
+            self.monitor.write_row(events)
 
     def event(self, kind: EventKind, step: int, **values: Any) -> None:
         """Write an event that happened after ``step`` steps."""
@@ -275,16 +275,22 @@ class RunLog:
         """Write the row of a closed window, with the verdict of Algorithm 1."""
         self._write(self._folder.windows, row)
 
-    def rewind(self, cut: Callable[[], Any | None]) -> None:
-        """Close the files, call ``cut``, and reopen them with the monitor that it returns."""
-        self.close()
-        self._open(cut())
+    def rewind(self, cut: Callable[[], object], samples: int) -> None:
+        """Close the files, call ``cut``, and reopen them; the trackers continue after ``samples``."""
+        self._close_files()
+        cut()
+        self._open()
+        if self.monitor is not None:
+            self.monitor.rewind(samples)
 
     def close(self) -> None:
-        for file in self._files.values():
-            file.close()
+        self._close_files()
         if self.monitor is not None:
             self.monitor.close()
+
+    def _close_files(self) -> None:
+        for file in self._files.values():
+            file.close()
 
 
 @dataclass

@@ -23,7 +23,8 @@ from prelora_ds.data.setup import fingerprints
 from prelora_ds.engine.build import Engine, StepStats
 from prelora_ds.engine.census import PeakMemory, census
 from prelora_ds.engine.merge import MergeReport
-from prelora_ds.engine.runtime import make_monitor
+from prelora_ds.engine.monitor import EnduringMonitor
+from prelora_ds.engine.trackers import make_trackers
 from prelora_ds.engine.transition import Switch
 from prelora_ds.run.checkpoints.resume import Checkpoint
 from prelora_ds.run.context import Run
@@ -51,20 +52,26 @@ class Records:
         self.say: Callable[[str], None] = progress.say
         self._stragglers = StragglerWatch(run.hosts)
         self._peak = PeakMemory()
-        self.open_logs(begun_at)
+        monitor = self._make_monitor(begun_at) if dist.get_rank() == 0 else None
+        self._log = RunLog(run.folder, monitor, self.say)
 
     # ---- files
 
-    def open_logs(self, step: int) -> None:
-        """Open the logs to continue them after ``step`` steps."""
-        monitor = make_monitor(self.run.folder.tensorboard, self.run.samples(step), self.say)
-        self._log = RunLog(self.run.folder, monitor, self.say)
+    def _make_monitor(self, begun_at: int) -> EnduringMonitor:
+        config, folder = self.run.config.run, self.run.folder
+        trackers = make_trackers(config.trackers, folder.tensorboard, folder.trackers, config.name,
+                                 config.project, self.say)
+        return EnduringMonitor(trackers, self.run.samples(begun_at), self.say)
+
+    def rewind(self, step: int, cut: Callable[[], object]) -> None:
+        """Continue the logs after ``step`` steps; ``cut`` removes the later rows from the files."""
+        self._log.rewind(cut, self.run.samples(step))
 
     def close_logs(self) -> None:
         self._log.close()
 
     def attach_monitor(self, engine: Engine) -> None:
-        """Let DeepSpeed write its own metrics into the run's TensorBoard."""
+        """Let DeepSpeed write its own metrics into the run's trackers."""
         if self._log.monitor is not None:
             engine.ds.monitor = self._log.monitor
 

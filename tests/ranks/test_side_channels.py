@@ -8,7 +8,6 @@ from __future__ import annotations
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -59,14 +58,6 @@ def fill(folder: Path) -> Path:
     return folder / "filler"
 
 
-def wait_until_stopped(job: Job, timeout: float = 200.0) -> None:
-    """Wait until rank 0 has received the SIGSTOP of its fault."""
-    deadline = time.monotonic() + timeout
-    while Path(f"/proc/{job.pids[0]}/stat").read_text().rpartition(")")[2].split()[0] != "T":
-        assert not job.zygote.wait(job.pids, 0.05, every=False), job.said()[-3000:]
-        assert time.monotonic() < deadline, job.said()[-3000:]
-
-
 # ---- what may fail
 
 
@@ -106,7 +97,7 @@ def test_logs_and_tensorboard_that_cannot_be_written_cost_one_warning_each(
     running = job(
         out, faults={0: {"place": "step", "call": 3, "delay": 0, "signal": int(signal.SIGSTOP)}}
     )
-    wait_until_stopped(running)
+    running.wait_until_stopped()
     fill(small_disk)
     shutil.rmtree(out / "tensorboard")
     (out / "tensorboard").symlink_to(small_disk)
@@ -127,7 +118,7 @@ def test_logs_that_are_removed_during_training_are_started_again(job, tmp_path):
     running = job(
         out, faults={0: {"place": "step", "call": 5, "delay": 0, "signal": int(signal.SIGSTOP)}}
     )
-    wait_until_stopped(running)
+    running.wait_until_stopped()
     (out / "metrics.jsonl").unlink()
     running.kill(running.pids[0], signal.SIGCONT)
     assert running.end() == [0, 0], running.said()[-3000:]
@@ -148,7 +139,7 @@ def test_a_full_disk_at_the_export_is_75_and_the_same_command_finishes_it(
         log=log,
         faults={0: {"place": "export", "call": 1, "delay": 0, "signal": int(signal.SIGSTOP)}},
     )
-    wait_until_stopped(running)
+    running.wait_until_stopped()
     filler = fill(small_disk)
     running.kill(running.pids[0], signal.SIGCONT)
     assert running.end(grace=20)[0] == 75, running.said()[-3000:]

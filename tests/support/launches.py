@@ -133,6 +133,13 @@ class Job:
             ), self.said()[-3000:]
             time.sleep(0.02)
 
+    def wait_until_stopped(self, timeout: float = 200.0) -> None:
+        """Wait until rank 0 has received the SIGSTOP of its fault."""
+        deadline = time.monotonic() + timeout
+        while Path(f"/proc/{self.pids[0]}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+            assert not self.zygote.wait(self.pids, 0.05, every=False), self.said()[-3000:]
+            assert time.monotonic() < deadline, self.said()[-3000:]
+
     def end(self, timeout: float = 120.0, grace: float = 0.5) -> list[int]:
         """Wait until all ranks have exited, and return their exit codes by rank."""
         deadline = time.monotonic() + timeout

@@ -23,12 +23,12 @@ from prelora_ds.run.log import EventKind, RunLog, check_logs, json_text, read_li
 
 
 class Monitor:
-    """A replacement for TensorBoard, which only rank 0 has."""
+    """A replacement for the trackers, which only rank 0 has."""
 
     def __init__(self) -> None:
         self.events: list[Any] = []
 
-    def write_events(self, events: Any) -> None:
+    def write_row(self, events: Any) -> None:
         self.events += events
 
     def close(self) -> None:
