@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Annotated
 
@@ -55,6 +56,8 @@ def main() -> None:
     # Only options of `prelora` itself stand before the command.
     before_command = arguments[: next((i for i, word in enumerate(arguments) if not word.startswith("-")), None)]
     ignore_stderr_errors()  # it carries progress, and never a result
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may have letters that the locale has not
     try:
         with expected_errors_as_messages(tracebacks="--debug" in before_command):
             refuse_empty(arguments)

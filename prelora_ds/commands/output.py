@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -68,6 +69,21 @@ def _print_error(message: str, with_traceback: bool) -> None:
 def _discard_output() -> None:
     """Send what is left of standard output to /dev/null, where flushing it at exit cannot fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+@contextmanager
+def signals_as_exits() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the command like an error, so that it leaves terminal and folders tidy."""
+
+    def end(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    former = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def tell(text: str) -> None:

@@ -9,6 +9,7 @@ import typer
 
 from prelora_ds.commands.options import AsJson
 from prelora_ds.commands.output import print_json
+from prelora_ds.errors import ConfigError
 
 
 def replay(
@@ -34,6 +35,8 @@ def replay(
     from prelora_ds.reporting.replay import Settings, grid_as_csv, print_replay, read_logged, replayed
     from prelora_ds.run.folder import RunFolder
 
+    if csv and json:
+        raise ConfigError("--csv", True, "and --json exclude each other", "choose one of them")
     settings = Settings(parse_numbers(tau, "--tau"), parse_numbers(zeta, "--zeta"), k, m,
                         parse_duration(every, "--every"), suggest)
     result = replayed(read_logged(RunFolder(output)), settings)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from prelora_ds.commands.options import AsJson
-from prelora_ds.commands.output import print_json, refuse_url, tell
+from prelora_ds.commands.output import print_json, refuse_url, signals_as_exits, tell
 from prelora_ds.errors import ConfigError
 
 
@@ -45,5 +45,7 @@ def report(
     from prelora_ds.reporting.report.writing import write_report
 
     refuse_url(out, "--out")
-    for line in write_report(folders, out):
+    with signals_as_exits():
+        lines = write_report(folders, out)
+    for line in lines:
         tell(line)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from prelora_ds.commands.output import signals_as_exits
+
 NO_RUN_EXIT_CODE = 3
 
 
@@ -35,6 +37,7 @@ def watch(
             raise typer.Exit(NO_RUN_EXIT_CODE)
         return
     try:
-        show(folders, every_s=every, as_json=json)
+        with signals_as_exits():
+            show(folders, every_s=every, as_json=json)
     except KeyboardInterrupt:
         raise typer.Exit from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -76,6 +77,13 @@ class Timeline:
             steps.add(step)
             i += 1
         return frozenset(steps | {total})
+
+    def next_ticks(self, step: int, every: Duration, count: int) -> list[int]:
+        """The first ``count`` of `ticks` after ``step``, or as many as there are."""
+        total = self.total_steps
+        i = bisect_right(range(1, total + 1), step, key=lambda n: self._tick(n, every)) + 1
+        found = [min(total, self._tick(n, every)) for n in range(i, i + count)]
+        return [tick for n, tick in enumerate(found) if tick > step and tick not in found[:n]]
 
     def _tick(self, i: int, every: Duration) -> int:
         """The step of the ``i``-th repetition; there is at least one step between two of them."""

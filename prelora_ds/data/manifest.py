@@ -30,6 +30,8 @@ from prelora_ds.files import replace_file
 
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.npy"
+# Folders that contain one folder per user.
+_HOMES = ("home", "users", "user", "scratch", "work", "lus", "lustre", "gpfs", "projects", "project", "tmp")
 _PARTS = ("train", "training", "val", "valid", "validation", "test")
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # a row's ``extension`` is an index into this
 _VERSION = 2
@@ -44,7 +46,7 @@ def data_name(place: str) -> str:
     """Return the name of the data at ``place``, a path, URL or pattern, without what leads there.
 
     It is the name of the folder, or of that folder and its parent (``imagenet/val``) if the folder is
-    named after a part of a data set.
+    named after a part of a data set. A name that may be a user's is left out.
     """
     scheme, _, location = place.partition("://")
     path = location.partition("?")[0].partition("/")[2] if location else scheme
@@ -53,9 +55,17 @@ def data_name(place: str) -> str:
         del parts[-1]
     if not parts:
         return "unnamed data"
-    home = os.path.basename(os.path.expanduser("~"))  # a name that the data must not be given
-    is_part = parts[-1].lower() in _PARTS and parts[-2:-1] not in ([], [home])
+    parts = [part for i, part in enumerate(parts) if not _may_be_a_user(part, parts[i - 1] if i else "")]
+    if not parts:
+        return "unnamed data"
+    is_part = parts[-1].lower() in _PARTS and len(parts) > 1 and parts[-2].lower() not in _HOMES
     return "/".join(parts[-2:] if is_part else parts[-1:])
+
+
+def _may_be_a_user(name: str, parent: str) -> bool:
+    """Whether ``name``, in a folder named ``parent``, may be the name of a user."""
+    home = os.path.basename(os.path.expanduser("~"))
+    return parent.lower() in _HOMES or name in (home, os.environ.get("USER"), os.environ.get("LOGNAME"))
 
 
 class Shard(NamedTuple):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 
 class Passed:
@@ -90,7 +91,10 @@ class _Seeded(torch.autograd.Function):
 
 
 def _mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Return ``value`` with all tensors in its containers and dataclasses changed."""
+    """Return ``value`` with all tensors changed that are in its containers, dataclasses and objects.
+
+    Objects are copied attribute by attribute, such as the caches of keys and values that transformers' decoders return.
+    """
     if isinstance(value, torch.Tensor):
         return change(value)
     if isinstance(value, Mapping):  # also the outputs of transformers
@@ -105,5 +109,10 @@ def _mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
         changed = copy.copy(value)
         for field in dataclasses.fields(value):
             object.__setattr__(changed, field.name, _mapped(getattr(value, field.name), change))
+        return changed
+    if hasattr(value, "__dict__") and not isinstance(value, type | nn.Module) and not callable(value):
+        changed = copy.copy(value)
+        for name, item in vars(value).items():
+            object.__setattr__(changed, name, _mapped(item, change))
         return changed
     return value

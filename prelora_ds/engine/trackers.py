@@ -456,7 +456,7 @@ def run_id(path: Path) -> str:
     """Return the identifier of a run at its trackers, 32 hexadecimal digits, which is made at the first call."""
     if not path.is_file():
         replace_file(path, f"{uuid4().hex}\n")
-    return path.read_text().strip()
+    return path.read_text(encoding="utf-8").strip()
 
 
 def reachable(address: str, timeout_s: float = REACH_S) -> bool:

@@ -33,7 +33,7 @@ def write_timm(
     Raises ConfigError if timm cannot express its sizes, OSError and SafetensorError.
     """
     description = json.dumps(_description(config, classes), indent=2) + "\n"
-    (folder / "config.json").write_text(description)
+    (folder / "config.json").write_text(description, encoding="utf-8")
     save_file(_renamed(weights), folder / "model.safetensors", {"format": "pt"})
 
 

@@ -11,9 +11,9 @@ from prelora_ds.config.changes import differences
 from prelora_ds.config.load import load_config
 from prelora_ds.errors import ConfigError
 from prelora_ds.reporting.columns import print_columns, print_line
-from prelora_ds.reporting.history import Step, parse_steps
+from prelora_ds.reporting.history import Step, parse_step
 from prelora_ds.run.folder import RunFolder
-from prelora_ds.run.log import read_lines
+from prelora_ds.run.log import stream_lines
 
 # Every run has its own.
 OWN = ("run.name", "run.output_dir")
@@ -25,18 +25,26 @@ def compared_runs(first: RunFolder, second: RunFolder) -> dict[str, Any]:
 
     Raises ConfigError if one of them is not a run, or if its files cannot be understood.
     """
-    configs = [load_config(_config(folder)).model_dump(mode="json") for folder in (first, second)]
-    steps = [parse_steps(read_lines(folder.metrics), folder.metrics) for folder in (first, second)]
+    configs = [load_config(_config(folder), recipe_key="RUN").model_dump(mode="json") for folder in (first, second)]
+    notes: list[str] = []
+    steps = [_steps(folder, notes) for folder in (first, second)]
     return {
         "runs": [str(first.path), str(second.path)],
         "config": [{"key": key, "values": [old, new]} for key, old, new in differences(*configs) if key not in OWN],
         "finals": [_finals(rows) for rows in steps],
         **_first_differences(*steps),
+        "notes": notes,
     }
 
 
+def _steps(folder: RunFolder, notes: list[str]) -> list[Step]:
+    """The logged steps; a damaged line is left out and noted."""
+    lines = stream_lines(folder.metrics, lambda error: notes.append(f"{error.value}: {error.problem}; it is left out"))
+    return [parse_step(row, folder.metrics, number) for number, row in lines]
+
+
 def _config(folder: RunFolder) -> str:
-    if not folder.config.is_file() or not folder.metrics.is_file():
+    if not folder.has_run:
         raise ConfigError("RUN", str(folder.path), "does not contain a run", "pass the run.output_dir of a run")
     return str(folder.config)
 
@@ -54,9 +62,11 @@ def _finals(steps: Sequence[Step]) -> dict[str, Any]:
 
 
 def _first_differences(first: Sequence[Step], second: Sequence[Step]) -> dict[str, Any]:
-    """Compare the losses of all steps that both runs have logged."""
+    """Compare the losses of all steps for which both runs have logged one, or one of them has and the other a NaN."""
     mine = {step.step: step.loss for step in first}
     theirs = {step.step: step.loss for step in second}
+    for step in [step for step in mine.keys() & theirs.keys() if mine[step] is None and theirs[step] is None]:
+        del mine[step]
     common = sorted(mine.keys() & theirs.keys())
     different = [step for step in common if mine[step] != theirs[step]]
     parted = [step for step in different if _relative(mine[step], theirs[step]) >= PART]
@@ -90,6 +100,8 @@ def print_comparison(result: Mapping[str, Any], console: Console | None = None) 
     print_line(console, f"A: {result['runs'][0]}, B: {result['runs'][1]}")
     print_columns(console, labels, columns)
     print_line(console, _sentence(result))
+    for note in result["notes"]:
+        print_line(console, f"note: {note}")
 
 
 def _cells(finals: Mapping[str, Any]) -> list[str]:
@@ -100,7 +112,7 @@ def _cells(finals: Mapping[str, Any]) -> list[str]:
 
 def _sentence(result: Mapping[str, Any]) -> str:
     if not result["common_steps"]:
-        return "The runs have not logged a common step."
+        return "The runs have not logged a loss at a common step."
     same = result["identical_through"]
     start = "The losses differ from the first common step on" if same is None else f"identical through step {same}"
     if result["first_difference"] is None:

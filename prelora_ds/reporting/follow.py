@@ -15,12 +15,14 @@ class LogFollower:
     """A JSON-lines file that another process writes.
 
     damaged: the numbers of the lines that are not JSON objects, which are passed over.
+    problem: why the file could not be read the last time, or None.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._start_over()
         self._file: tuple[int, int] | None = None
+        self.problem: str | None = None
 
     def _start_over(self) -> None:
         self._offset = 0
@@ -48,6 +50,13 @@ class LogFollower:
         return replaced, self._rows() if stat.st_size > self._offset else iter(())
 
     def _rows(self) -> Iterator[dict[str, Any]]:
+        self.problem = None
+        try:
+            yield from self._new_rows()
+        except OSError as exc:
+            self.problem = exc.strerror or str(exc)
+
+    def _new_rows(self) -> Iterator[dict[str, Any]]:
         with self._path.open("rb") as file:
             file.seek(self._offset)
             while chunk := file.read(CHUNK):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -125,22 +126,13 @@ _KINDS: Mapping[str, type[Event]] = {
 
 def find_logs(folder: RunFolder) -> tuple[Path, Path]:
     """Return the files of metrics and events of the run in ``folder``. Raises ConfigError if there is no run."""
-    if not folder.path.exists():
+    if not os.path.exists(folder.path):
         raise ConfigError("RUN", str(folder.path), "does not exist", "pass the run.output_dir of a run")
-    metrics, events = folder.metrics, folder.events_to_read
-    if not metrics.is_file() or not events.is_file():
+    metrics = folder.metrics
+    events = folder.events_to_read if os.path.isfile(metrics) else folder.events
+    if not os.path.isfile(metrics) or not os.path.isfile(events):
         raise ConfigError("RUN", str(folder.path), "does not contain a run", "pass the run.output_dir of a run")
     return metrics, events
-
-
-def parse_steps(rows: Sequence[dict[str, Any]], path: Path) -> list[Step]:
-    """Parse the ``rows`` of metrics.jsonl. Raises ConfigError, which names ``path`` and line."""
-    return [parse_step(row, path, number) for number, row in enumerate(rows, start=1)]
-
-
-def parse_events(rows: Sequence[dict[str, Any]], path: Path) -> list[Event]:
-    """Parse the ``rows`` of the events. Raises ConfigError, which names ``path`` and line."""
-    return [parse_event(row, path, number) for number, row in enumerate(rows, start=1)]
 
 
 def parse_event(row: dict[str, Any], path: Path, number: int) -> Event:

@@ -40,9 +40,9 @@ from prelora_ds.cost.bytes import predict_bytes
 from prelora_ds.cost.flops import micro_batch
 from prelora_ds.errors import ConfigError
 from prelora_ds.reporting.columns import print_columns, print_line
-from prelora_ds.reporting.history import parse_steps
+from prelora_ds.reporting.history import parse_step
 from prelora_ds.run.folder import RunFolder
-from prelora_ds.run.log import read_lines
+from prelora_ds.run.log import read_lines, stream_lines
 from prelora_ds.run.setup_record import SetupRecord, read_setup
 
 
@@ -85,7 +85,7 @@ class Logged:
 
 def read_logged(folder: RunFolder) -> Logged:
     """Read the run in ``folder``. Raises ConfigError if there is no run, or if its log does not allow a replay."""
-    if not folder.config.is_file() or not folder.metrics.is_file():
+    if not folder.has_run:
         raise ConfigError("RUN", str(folder.path), "does not contain a run", "pass the run.output_dir of a run")
     if folder.origin.is_file():
         raise ConfigError("RUN", str(folder.path), "is a fork: it began with the windows of another run, which its log "
@@ -94,7 +94,7 @@ def read_logged(folder: RunFolder) -> Logged:
     if setup is None or not folder.observations.is_file():
         missing = folder.setup if setup is None else folder.observations
         raise ConfigError("RUN", str(folder.path), f"has no {missing.name}: it was made by an earlier version",
-                          "resume it with this version, which writes the file, or replay another run")
+                          "replay a run of this version; if this one has not finished, its next job writes the file")
     config = load_config(folder.config, recipe_key="RUN")
     rows = read_lines(folder.observations)
     try:
@@ -102,16 +102,30 @@ def read_logged(folder: RunFolder) -> Logged:
     except (CodecError, TypeError) as exc:
         raise ConfigError("RUN", str(folder.observations), f"a row cannot be understood: {exc}",
                           "restore the file, or replay another run") from exc
+    _check_fits(config, setup, observations, folder)
     if not observations:
         raise ConfigError("RUN", str(folder.path), "has not made an observation yet", "try again later")
-    metrics = read_lines(folder.metrics)
-    return Logged(config, setup, observations, _step_seconds(folder, metrics))
+    return Logged(config, setup, observations, _step_seconds(folder))
 
 
-def _step_seconds(folder: RunFolder, metrics: Sequence[dict[str, Any]]) -> dict[str, float]:
-    steps = parse_steps(metrics, folder.metrics)
+def _check_fits(config: Config, setup: SetupRecord, observations: Sequence[Observation], folder: RunFolder) -> None:
+    """Raise ConfigError if the files are not those of one run."""
+    expected = {family: set(layers) for family, layers in setup.layout.targets.items()}
+    unknown = [family for family in config.families() if family not in expected]
+    if unknown or setup.samples < 1 or setup.world_size < 1:
+        raise ConfigError("RUN", str(folder.setup), "does not belong to the config of this run",
+                          "restore the file, or replay another run")
+    for number, seen in enumerate(observations, start=1):
+        if {family: set(layers) for family, layers in seen.norms.items()} != expected or seen.samples < 1:
+            raise ConfigError("RUN", str(folder.observations), f"line {number} is not an observation of this model",
+                              "restore the file, or replay another run")
+
+
+def _step_seconds(folder: RunFolder) -> dict[str, float]:
+    """Phase -> the median seconds of its steps; damaged lines are left out, because only times come from this file."""
     seconds: dict[str, list[float]] = {}
-    for row, step in zip(metrics, steps, strict=True):
+    for number, row in stream_lines(folder.metrics, lambda error: None):
+        step = parse_step(row, folder.metrics, number)
         if step.step_s is not None:
             seconds.setdefault(str(row.get("phase")), []).append(step.step_s)
     return {phase: median(values) for phase, values in seconds.items()}
@@ -275,6 +289,13 @@ def print_replay(result: Mapping[str, Any], console: Console | None = None) -> N
     if result["decisions"]:
         labels = ["step", "epoch", "ranks", "trainable parameters", "share of all", "memory per rank", "step, ms"]
         print_columns(console, labels, [(row["phase"], _cells(row)) for row in result["decisions"]])
+    if len(result["grid"]) == 1 and result["decisions"]:
+        cell = result["grid"][0]
+        if cell["hours_saved"] is not None:
+            print_line(console, f"hours saved, if all steps took as long as those of the first phase: "
+                                f"{cell['hours_saved']:.2f}")
+        if cell["step"] is None:
+            print_line(console, _never(cell))
     if len(result["grid"]) > 1:
         table = Table("tau, %", "zeta, %", "switch at step", "epoch", "hours saved", "closest, if never")
         for cell in result["grid"]:

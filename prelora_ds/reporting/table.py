@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import Any
@@ -19,12 +20,12 @@ from prelora_ds.reporting.history import (
     Started,
     Step,
     find_logs,
-    parse_events,
-    parse_steps,
+    parse_event,
+    parse_step,
 )
 from prelora_ds.run.accuracy import StoredAccuracy, read_accuracy
 from prelora_ds.run.folder import RunFolder
-from prelora_ds.run.log import read_lines
+from prelora_ds.run.log import stream_lines
 
 
 def phase_rows(folder: RunFolder) -> list[dict[str, Any]]:
@@ -38,8 +39,8 @@ def phase_rows(folder: RunFolder) -> list[dict[str, Any]]:
 
 def _read(folder: RunFolder) -> tuple[list[Step], list[Event]]:
     metrics, logged = find_logs(folder)
-    steps = parse_steps(read_lines(metrics), metrics)
-    events = parse_events(read_lines(logged), logged)
+    steps = [parse_step(row, metrics, number) for number, row in stream_lines(metrics, _pass_by)]
+    events = [parse_event(row, logged, number) for number, row in stream_lines(logged, _pass_by)]
     if not steps:
         raise ConfigError("RUN", str(folder.path), "contains a run that has not logged a step yet",
                           "try again later, or start the run again if it has ended")
@@ -47,6 +48,11 @@ def _read(folder: RunFolder) -> tuple[list[Step], list[Event]]:
         raise ConfigError("RUN", str(folder.path), f"its {logged.name} does not state when a phase began",
                           "restore that file; checkpoints and model are not affected")
     return steps, events
+
+
+def _pass_by(error: ConfigError) -> None:
+    """Say which damaged line of a log is left out."""
+    print(f"warning: {error.value}: {error.problem}; it is left out", file=sys.stderr)
 
 
 def _rows(steps: Sequence[Step], events: Sequence[Event]) -> list[dict[str, Any]]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -121,7 +123,7 @@ class RunWatch:
         self._folder = folder
         self._start_over()
         self._metrics, self._events, self._windows = (
-            LogFollower(path) for path in (folder.metrics, folder.events, folder.windows))
+            LogFollower(path) for path in (folder.metrics, folder.events_to_read, folder.windows))
         self._heartbeat: tuple[object, float] | None = None
         self._read_at: tuple[int, ...] = ()
 
@@ -141,7 +143,7 @@ class RunWatch:
         """Read what is new and return the status at ``now``, seconds since the epoch (default: the clock)."""
         now = time.time() if now is None else now
         found = Status(str(self._folder.path))
-        if not self._folder.config.is_file():
+        if not os.path.isfile(self._folder.config):  # False as well where the path cannot be looked up
             return found
         self._follow()
         self._set_setup(found)
@@ -154,6 +156,8 @@ class RunWatch:
             found.walltime_left_s = self._setup.ends_at - now
         for follower, path in ((self._metrics, self._folder.metrics), (self._events, self._folder.events),
                                (self._windows, self._folder.windows)):
+            if follower.problem is not None:
+                found.problems.append(f"{path.name} cannot be read ({follower.problem})")
             if follower.damaged:
                 found.problems.append(f"{path.name}: line {follower.damaged[0]} is not JSON and is left out")
         return found
@@ -165,7 +169,7 @@ class RunWatch:
         if any(replaced for replaced, _ in logs):  # a resumed run has cut its logs back
             folder = self._folder
             self._metrics, self._events, self._windows = map(
-                LogFollower, (folder.metrics, folder.events, folder.windows))
+                LogFollower, (folder.metrics, folder.events_to_read, folder.windows))
             self._start_over()
             logs = [follower.read() for follower in (self._metrics, self._events, self._windows)]
         (_, metrics), (_, events), (_, windows) = logs
@@ -197,7 +201,8 @@ class RunWatch:
         if self._last.get("phase") != phase:
             self._recent.clear()
         self._last = {key: row.get(key) for key in ("step", "epoch", "phase", "train/loss", "lr")}
-        self._acc1 = _number(row.get("val/acc1")) or self._acc1
+        acc1 = _number(row.get("val/acc1"))
+        self._acc1 = self._acc1 if acc1 is None else acc1
         if loss is not None:
             self._curve.add(loss)
         if img_s is not None:
@@ -207,7 +212,7 @@ class RunWatch:
 
     def _set_setup(self, found: Status) -> None:
         """Read the config and the setup, again only if one of them has changed."""
-        stamp = tuple(path.stat().st_mtime_ns if path.is_file() else 0
+        stamp = tuple(path.stat().st_mtime_ns if os.path.isfile(path) else 0
                       for path in (self._folder.config, self._folder.setup))
         if stamp != self._read_at:
             self._config: Config | None = None
@@ -277,8 +282,8 @@ class RunWatch:
         if isinstance(until, Duration):
             found.ends_at = timeline.step_after(started, until)
         elif isinstance(until, PreloraTest):
-            observed = sorted(timeline.ticks(self._config.observe.every))
-            found.test = _test_state(until, self._windows_seen, started, observed)
+            next_ticks = partial(timeline.next_ticks, every=self._config.observe.every)
+            found.test = _test_state(until, self._windows_seen, started, next_ticks)
 
     def _set_speed(self, found: Status) -> None:
         if not self._recent:
@@ -296,10 +301,11 @@ class RunWatch:
             found.eta_s = (found.total_steps - found.step) * spent / len(seconds)
 
 
-def _test_state(test: PreloraTest, seen: Sequence[WindowStats], started: int, observed: Sequence[int]) -> TestState:
+def _test_state(test: PreloraTest, seen: Sequence[WindowStats], started: int,
+                next_ticks: Callable[..., list[int]]) -> TestState:
     """Judge those of the windows ``seen`` that began after step ``started``.
 
-    observed: the steps of all observations of the run.
+    next_ticks: returns the steps of so many observations after a step.
     """
     before = {window.index + 1: window.last_step for window in seen} | {0: 0}
     windows = [window for window in seen if before.get(window.index, -1) >= started]
@@ -316,10 +322,10 @@ def _test_state(test: PreloraTest, seen: Sequence[WindowStats], started: int, ob
 
     last = seen[-1].last_step if seen else 0
     # The first test follows k windows, and each later one another window. A window that was open before does not count.
-    is_open = last < started and any(last < step <= started for step in observed)
+    is_open = last < started and any(step <= started for step in next_ticks(last, count=1))
     missing = test.m * (max(1, test.k - len(windows)) + is_open)
-    coming = [step for step in observed if step > last]
-    next_step = coming[missing - 1] if len(coming) >= missing else None
+    coming = next_ticks(last, count=missing)
+    next_step = coming[-1] if len(coming) == missing else None
     return TestState(test.tau, test.zeta, changes, loss_change, held, test.k - 1, next_step)
 
 

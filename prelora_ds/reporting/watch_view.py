@@ -106,6 +106,11 @@ def page(status: Status, *, unicode: bool = True, width: int | None = None) -> I
 
     width: of a terminal; None for lines of any length.
     """
+    for text in _page(status, unicode=unicode, width=width):
+        yield "".join(letter if letter.isprintable() else " " for letter in text)  # a log may hold escape codes
+
+
+def _page(status: Status, *, unicode: bool, width: int | None) -> Iterator[str]:
     yield _head(status, width)
     if status.state == "missing":
         return
@@ -115,15 +120,14 @@ def page(status: Status, *, unicode: bool = True, width: int | None = None) -> I
         text += _unless_none("   rate {:.3g}", status.lr)
         curve = sparkline(status.losses, min(40, (width or 2 * PAGE[0]) - len(text) - 2), unicode=unicode)
         yield f"{text}  {curve}"
-    yield from _test_lines(status)
+    yield from _test_lines(status, width)
     if status.img_s is not None:
         text = f"speed   {status.img_s:,.0f} img/s"
         if status.full_img_s is not None:
             text += f", {status.img_s / status.full_img_s:.2f} times the first phase"
         yield text + _unless_none("   waiting for data {:.1%}", status.data_share)
     if status.bytes_measured is not None and status.bytes_predicted is not None:
-        yield (f"memory  {size(status.bytes_measured)} for weights, gradients, masters and moments of a rank "
-               f"(predicted {size(status.bytes_predicted)})")
+        yield f"memory  {size(status.bytes_measured)} of states per rank (predicted {size(status.bytes_predicted)})"
     left = _left(status)
     if left:
         yield f"left    {left}"
@@ -173,7 +177,18 @@ def _steps(status: Status) -> str:
     return f"  step {status.step:,} of {status.total_steps:,} ({status.step / status.total_steps:.1%})"
 
 
-def _test_lines(status: Status) -> Iterator[str]:
+def _wrapped(head: str, words: Sequence[str], width: int | None) -> Iterator[str]:
+    """Yield ``words`` in lines of ``width``, the first of which begins with ``head``."""
+    line = head
+    for word in words:
+        if width is not None and len(line) + len(word) > width and line.strip() != head.strip():
+            yield line.rstrip()
+            line = " " * len(head)
+        line += f"{word}  "
+    yield line.rstrip()
+
+
+def _test_lines(status: Status, width: int | None) -> Iterator[str]:
     test = status.test
     if test is None:
         if status.ends_at is not None and status.state != "finished":
@@ -182,8 +197,9 @@ def _test_lines(status: Status) -> Iterator[str]:
     if test.loss_change is not None:
         changes = [*((family, change, test.tau) for family, change in test.changes.items()),
                    ("loss", test.loss_change, test.zeta)]
-        shown = "  ".join(f"{what} {change:.2f}{'*' if change > limit else ''}" for what, change, limit in changes)
-        yield f"change  {shown} %   (* above tau {test.tau:g} or zeta {test.zeta:g})"
+        shown = [f"{what} {change:.2f}{'*' if change > limit else ''}" for what, change, limit in changes]
+        yield from _wrapped("change  ", shown, width)
+        yield f"limits  tau {test.tau:g} %, zeta {test.zeta:g} %   (* is above its limit)"
     following = "no further test in this run" if test.next_step is None else f"next test after step {test.next_step:,}"
     yield f"test    {test.held} of {test.needed} comparisons hold; {following}"
 

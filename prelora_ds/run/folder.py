@@ -5,6 +5,7 @@ Lower packages that write there receive a path.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,11 @@ class RunFolder:
     def of_checkpoints(cls, root: Path) -> RunFolder | None:
         """Return the run whose checkpoints are in ``root``, or None if there is no run."""
         return cls(root.parent) if root.name == CHECKPOINTS else None
+
+    @property
+    def has_run(self) -> bool:
+        """Whether there is a run that has begun to log; not if the folder cannot be looked up."""
+        return os.path.isfile(self.config) and os.path.isfile(self.metrics)
 
     # ---- what identifies the run
 
@@ -80,7 +86,7 @@ class RunFolder:
     @property
     def events_to_read(self) -> Path:
         """The events: those of version 0.1.0 until this version has resumed the run."""
-        if self.former_events.is_file() and not self.events.exists():
+        if os.path.isfile(self.former_events) and not os.path.exists(self.events):
             return self.former_events
         return self.events
 

@@ -59,7 +59,7 @@ def read_setup(folder: RunFolder) -> SetupRecord | None:
     Raises ConfigError for a file that cannot be understood.
     """
     try:
-        text = folder.setup.read_text()
+        text = folder.setup.read_text(encoding="utf-8")
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as exc:

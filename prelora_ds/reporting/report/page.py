@@ -19,7 +19,7 @@ MOST_ROWS = 150  # of a table of numbers
 
 def page(result: dict[str, Any], figures: Sequence[Figure], left_out: Sequence[LeftOut]) -> str:
     """Return the HTML of a report. result: its `summary`."""
-    template = resources.files("prelora_ds.reporting.report").joinpath("page.html.j2").read_text()
+    template = resources.files("prelora_ds.reporting.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     specs = {f"view_{figure.name}_{i}": spec for figure in figures for i, spec in enumerate(figure.for_page())}
     names = ", ".join(run["run"] for run in result["runs"])

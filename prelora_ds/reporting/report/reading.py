@@ -90,6 +90,7 @@ class Run:
         ``change/q`` and ``change/loss`` are the changes between successive windows, in per cent, ``data wait`` is the
         share of the time, in per cent, and ``merge ...`` are what merges moved.
     last: column -> its last value. best: (top-1, step).
+    not_a_number: column -> the step from which on its values are not numbers, to the end of the log.
     world_size: the ranks of the last job, if its record is there.
     facts: what was logged about the job, for keys of `FACTS`.
     attempts: one sentence per attempt of `prelora supervise`.
@@ -104,6 +105,7 @@ class Run:
     curves: dict[str, Curve] = field(default_factory=dict)
     last: dict[str, float] = field(default_factory=dict)
     best: tuple[float, int] | None = None
+    not_a_number: dict[str, int] = field(default_factory=dict)
     first_step: int = 0
     steps: int = 0
     epochs: float = 0.0
@@ -344,8 +346,13 @@ def _add_columns(run: Run, phase: Phase, row: Mapping[str, Any]) -> None:
     norms: dict[str, list[float]] = {}
     for column, value in row.items():
         number = _number(value)
-        if number is None or column == "step":
+        if column == "step":
             continue
+        if number is None:
+            if column in ("train/loss", "val/acc1", "val/loss"):
+                run.not_a_number.setdefault(column, step)
+            continue
+        run.not_a_number.pop(column, None)
         mean = _mean_of(column)
         if mean is not None:
             norms.setdefault(mean, []).append(number)

@@ -157,6 +157,9 @@ def _counted(what: str, names: Sequence[str]) -> str:
 
 def _incidents(run: Run) -> Iterator[str]:
     """Yield what disturbed the run, oldest first within each kind."""
+    for column, step in run.not_a_number.items():
+        before = "" if column not in run.last else f"; the last number, {run.last[column]:.4g}, is of an earlier step"
+        yield f"{column} is not a number from step {step:,} on{before}."
     yield from run.attempts
     for resume in run.resumes:
         ranks = "" if resume.world_size is None else f" on {resume.world_size} ranks"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from prelora_ds.errors import ConfigError, cannot_write
 from prelora_ds.files import new_folder
+from prelora_ds.reporting.history import find_logs
 from prelora_ds.reporting.report.drawing import can_draw, drawings
 from prelora_ds.reporting.report.figure import Figure
 from prelora_ds.reporting.report.figures import LeftOut, all_figures
@@ -28,6 +30,9 @@ def write_report(folders: Sequence[RunFolder], out: Path) -> list[str]:
     Returns what to tell the user. Raises ConfigError, before anything is written, for folders without a run and for
     an ``out`` that is in use or inside a run.
     """
+    out = out.absolute()
+    for run_folder in folders:
+        find_logs(run_folder)
     _check(folders, out)
     runs = _read(folders)
     result = summary(runs)
@@ -73,7 +78,7 @@ def _check(folders: Sequence[RunFolder], out: Path) -> None:
         raise ConfigError("--out", str(out), "exists and is not empty", "name a new folder, or remove this one")
     target = out.resolve()
     inside = [path for path in (target, *target.parents)
-              if any(path == folder.path.resolve() for folder in folders) or RunFolder(path).metrics.is_file()]
+              if any(path == folder.path.resolve() for folder in folders) or os.path.isfile(RunFolder(path).metrics)]
     if inside:
         raise ConfigError("--out", str(out), f"is inside the run {inside[0]}", "name a folder outside of every run")
 
@@ -84,7 +89,7 @@ def _labels(folders: Sequence[RunFolder]) -> list[str]:
     for depth in range(1, max(len(path.parts) for path in paths) + 1):
         labels = ["/".join(path.parts[-depth:]) for path in paths]
         if len(set(labels)) == len(labels):
-            return labels
+            return [label.encode(errors="replace").decode() for label in labels]
     raise AssertionError("different paths have different parts")
 
 

@@ -57,7 +57,7 @@ def test_runs_without_a_common_step(runs: Path, tmp_path: Path) -> None:
     found = differ(runs / "a", tmp_path / "c")
     assert found["common_steps"] == 0 and found["identical_through"] is None
     said = CliRunner().invoke(cli.app, ["diff", str(runs / "a"), str(tmp_path / "c")]).stdout
-    assert "have not logged a common step" in said
+    assert "have not logged a loss at a common step" in said
 
 
 def test_a_folder_without_a_run(runs: Path, tmp_path: Path) -> None:

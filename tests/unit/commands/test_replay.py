@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +134,33 @@ def test_it_is_fast_and_imports_no_torch(exp1: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, exp1], capture_output=True, text=True, check=True)
     seconds, torch = done.stdout.split()[-2:]
     assert torch == "False" and float(seconds) < 2 and time.monotonic() - begun < 60
+
+
+def changed(run: Path, folder: Path, name: str, change: Callable[[Any], Any]) -> Path:
+    """A copy of the run with another content of one file; of a log, of its third row."""
+    copy = folder / "copy"
+    shutil.copytree(run, copy)
+    lines = (copy / name).read_text().splitlines(keepends=True)
+    at = 2 if name.endswith("jsonl") else 0
+    lines[at] = json.dumps(change(json.loads(lines[at]))) + "\n"
+    (copy / name).write_text("".join(lines))
+    return copy
+
+
+@pytest.mark.parametrize(("name", "change", "said"), [
+    ("observations.jsonl", lambda row: row | {"norms": {"q": row["norms"]["q"]}}, "line 3 is not an observation"),
+    ("observations.jsonl", lambda row: row | {"samples": 0}, "line 3 is not an observation"),
+    ("setup.json", lambda value: value | {"samples": 0}, "does not belong to the config"),
+    ("setup.json", lambda value: value | {"world_size": 0}, "does not belong to the config"),
+])
+def test_files_that_are_not_of_one_run(exp1: Path, tmp_path: Path, name: str, change: Callable[[Any], Any],
+                                       said: str) -> None:
+    message = prelora(changed(exp1, tmp_path, name, change), code=2)
+    assert said in message and "Traceback" not in message
+
+
+def test_a_damaged_line_of_metrics_is_left_out_and_json_and_csv_exclude_each_other(exp1: Path, tmp_path: Path) -> None:
+    copy = changed(exp1, tmp_path, "metrics.jsonl", lambda row: "no row")
+    assert prelora(copy) == prelora(exp1)
+    assert "exclude each other" in prelora(exp1, "--csv", "--json", code=2)
+    assert "hours saved" in prelora(exp1)

@@ -258,6 +258,53 @@ def test_a_page_that_is_redrawn_at_most_once_a_second_and_never_cleared(out: Pat
         lock.release()
 
 
+def test_sigterm_gives_the_terminal_back(out: Path, ended: list[Terminal]) -> None:
+    terminal = Terminal(80, 24, out)
+    ended.append(terminal)
+    terminal.read_until("not running")
+    terminal.process.terminate()
+    terminal.read_for(3)
+    assert terminal.process.wait(10) == 128 + signal.SIGTERM
+    assert "\x1b[?1049l" in terminal.text and "\x1b[?25h" in terminal.text
+
+
+def test_six_families_fit_on_80_columns(out: Path) -> None:
+    folder = RunFolder(out)
+    append(folder.events, began("full", 0))
+    for i in range(3):
+        norms = {family: {"0": 100.0 + 10 * i} for family in ("q", "k", "v", "o", "fc1", "fc2")}
+        append(folder.windows, {"phase": "full", "index": i, "last_step": 10 * (i + 1), "loss": 2.0, "norms": norms})
+    states = dict.fromkeys(("weights", "gradients", "masters", "moments"), 2**35)
+    append(folder.events, {"event": "bytes", "step": 3, "phase": "full", "predicted": states, "measured": states})
+    append(folder.metrics, {"step": 9, "phase": "full", "epoch": 1.0, "train/loss": 2.0, "val/acc1": 0.5})
+    append(folder.metrics, {"step": 10, "phase": "full", "epoch": 1.0, "train/loss": 2.0, "val/acc1": 0.0})
+    status = RunWatch(folder).status()
+    assert status.acc1 == 0.0
+    status.reason = "a reason\x1b[2J"
+    status.run = "/a/very/long/path" * 9
+    lines = list(page(status, width=80))
+    assert max(map(len, lines)) <= 80 and not any("\x1b" in text for text in lines)
+    text = " ".join(lines)
+    assert all(f"{family} 10.00*" in text for family in norms) and "tau 1 %, zeta 5 %" in text
+    assert "128.00 GiB of states per rank (predicted 128.00 GiB)" in text
+
+
+def test_logs_that_cannot_be_read_are_named(out: Path, tmp_path: Path) -> None:
+    folder = RunFolder(out)
+    folder.windows.unlink(missing_ok=True)
+    folder.windows.mkdir()
+    assert RunWatch(folder).status().problems == ["windows.jsonl cannot be read (Is a directory)"]
+    assert RunWatch(RunFolder(tmp_path / ("x" * 300))).status().state == "missing"
+
+
+def test_a_path_that_the_locale_cannot_show(out: Path, tmp_path: Path) -> None:
+    strange = tmp_path / "tïny [red] x"
+    out.rename(strange)
+    env = os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([*WATCH, str(strange), "--once"], capture_output=True, text=True, timeout=60, env=env)
+    assert done.returncode == 0 and r"t\xefny [red] x" in done.stdout
+
+
 def test_a_small_terminal_gets_three_lines(out: Path, ended: list[Terminal]) -> None:
     terminal = Terminal(60, 8, out)
     ended.append(terminal)

@@ -200,3 +200,12 @@ def test_each_restart_may_rewarm_for_a_time_of_its_own() -> None:
     assert [at(step) for step in (105, 110, 200, 225, 250)] == [.5, 1.0, 0.0, .5, 1.0]
     with pytest.raises(ValueError, match="1 numbers of steps to rewarm for 2 restarts"):
         rate_factor(1, total=1000, warmup=0, min_ratio=1.0, restarts=(100, 200), rewarm=(10,))
+
+
+@pytest.mark.parametrize("every", ["1 step", "7 steps", "3 epochs", "1 epoch", "0.01 epochs", "500 steps"])
+def test_the_next_ticks_are_those_of_all(every: str) -> None:
+    timeline = Timeline(1000, 96, Duration("12 epochs"))
+    ticks = sorted(timeline.ticks(Duration(every)))
+    for step in range(timeline.total_steps + 1):
+        expected = [tick for tick in ticks if tick > step][:3]
+        assert timeline.next_ticks(step, Duration(every), 3) == expected

@@ -239,3 +239,11 @@ def test_data_have_a_name_without_the_path_to_them(place: str, name: str) -> Non
 def test_a_folder_below_the_home_has_no_name_of_its_user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/alice")
     assert data_name("/home/alice/train") == "train"
+
+
+@pytest.mark.parametrize(("place", "name"), [
+    ("/scratch/alice/train", "train"), ("/scratch/alice", "scratch"), ("/home/bob/train", "train"),
+    ("/lus/alice/val/{000..100}.tar", "val"), ("/work/alice/imagenet/val", "imagenet/val"),
+])
+def test_a_folder_of_a_user_does_not_name_the_data(place: str, name: str) -> None:
+    assert data_name(place) == name
