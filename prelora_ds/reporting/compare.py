@@ -44,7 +44,7 @@ def _steps(folder: RunFolder, notes: list[str]) -> list[Step]:
 
 
 def _config(folder: RunFolder) -> str:
-    if not folder.has_run:
+    if not folder.has_run():
         raise ConfigError("RUN", str(folder.path), "does not contain a run", "pass the run.output_dir of a run")
     return str(folder.config)
 

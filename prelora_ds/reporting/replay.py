@@ -85,7 +85,7 @@ class Logged:
 
 def read_logged(folder: RunFolder) -> Logged:
     """Read the run in ``folder``. Raises ConfigError if there is no run, or if its log does not allow a replay."""
-    if not folder.has_run:
+    if not folder.has_run():
         raise ConfigError("RUN", str(folder.path), "does not contain a run", "pass the run.output_dir of a run")
     if folder.origin.is_file():
         raise ConfigError("RUN", str(folder.path), "is a fork: it began with the windows of another run, which its log "

@@ -29,9 +29,8 @@ class RunFolder:
         """Return the run whose checkpoints are in ``root``, or None if there is no run."""
         return cls(root.parent) if root.name == CHECKPOINTS else None
 
-    @property
     def has_run(self) -> bool:
-        """Whether there is a run that has begun to log; not if the folder cannot be looked up."""
+        """Return whether there is a run that has begun to log; not if the folder cannot be looked up."""
         return os.path.isfile(self.config) and os.path.isfile(self.metrics)
 
     # ---- what identifies the run
