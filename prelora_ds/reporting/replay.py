@@ -105,7 +105,12 @@ def read_logged(folder: RunFolder) -> Logged:
     _check_fits(config, setup, observations, folder)
     if not observations:
         raise ConfigError("RUN", str(folder.path), "has not made an observation yet", "try again later")
-    return Logged(config, setup, observations, _step_seconds(folder))
+    logged = Logged(config, setup, observations, _step_seconds(folder))
+    first = logged.timeline.next_ticks(0, config.observe.every, 1)[0]
+    if observations[0].step > first:
+        raise ConfigError("RUN", str(folder.path), f"has no observations before step {observations[0].step}: an "
+                          "earlier version began it", "replay a run that this version has made from its first step")
+    return logged
 
 
 def _check_fits(config: Config, setup: SetupRecord, observations: Sequence[Observation], folder: RunFolder) -> None:

@@ -206,14 +206,15 @@ def traces(out: Path) -> dict[str, Any]:
 def check_replay(folder: RunFolder) -> None:
     """Compare the plans of a run with what its own settings decide from its observations.
 
-    A fork has only a part of its observations, and earlier versions have no record of their setup.
+    A fork has only a part of its observations, as has a run that an earlier version began.
     """
     from prelora_ds.core.codec import to_json
     from prelora_ds.core.replay import replay
     from prelora_ds.reporting.replay import read_logged
     from prelora_ds.run.log import EventKind, read_lines
 
-    if folder.origin.is_file() or not folder.setup.is_file():
+    began = any((row["event"], row["step"]) == (EventKind.JOB, 0) for row in read_lines(folder.events_to_read))
+    if folder.origin.is_file() or not began:
         return
     logged = read_logged(folder)
     decided = [
