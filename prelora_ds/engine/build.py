@@ -223,13 +223,13 @@ class Engine:
         world = comm.get_world_size()
         rank_seconds = torch.zeros(2, world)
         rank_seconds[:, comm.get_rank()] = torch.tensor([self._forward.read(), data_s])
+        on_host = torch.cat([torch.tensor([self._corrupt, *flags]), rank_seconds.flatten()])
         parts = parts_of_importance(self, self._importance)
-        reduced = self.summed([self.mean_loss(), torch.tensor(self._corrupt), self._judged, torch.tensor(flags),
-                               rank_seconds, *parts.values()])
+        reduced = self.summed([self.mean_loss(), self._judged, on_host, *parts.values()])
 
         # Loss, flags and seconds are rounded to fp32, in which they were measured; importance is not.
         known = len(reduced) - len(parts)
-        total, corrupt, top1, top5, judged, *rest = reduced[:known].float().tolist()
+        total, top1, top5, judged, corrupt, *rest = reduced[:known].float().tolist()
         raised = rest[: len(flags)]
         seconds = tuple(rest[len(flags) :])
         importance = dict(zip(parts, reduced[known:].tolist(), strict=True))

@@ -227,15 +227,16 @@ class Records:
     def begun(self, state: RunState) -> None:
         """Log this job, and warn if the method cannot be finished within the run, which is probably a mistake."""
         run = self.run
-        self._log.event(
-            EventKind.JOB,
-            state.step,
-            command=shlex.join(sys.argv),
-            commit=git_commit(),
-            versions=versions(),
-            hosts=list(dict.fromkeys(run.hosts)),
-            world_size=dist.get_world_size(),
-        )
+        if dist.get_rank() == 0:  # git reads the checkout, which may be on a disk that all ranks share
+            self._log.event(
+                EventKind.JOB,
+                state.step,
+                command=shlex.join(sys.argv),
+                commit=git_commit(),
+                versions=versions(),
+                hosts=list(dict.fromkeys(run.hosts)),
+                world_size=dist.get_world_size(),
+            )
         problem = why_unfinished(run.config, run.layout, run.timeline, state.phase, state.step)
         if problem is not None:
             self.say(f"warning: {problem}")
