@@ -15,19 +15,11 @@ import pytest
 
 from prelora_ds.config.load import load_config
 from prelora_ds.engine.monitor import EnduringMonitor
-from prelora_ds.engine.trackers import (
-    Comet,
-    Event,
-    HandedOver,
-    Service,
-    Tracker,
-    Wandb,
-    cut_csv,
-    environment,
-    reachable,
-    run_id,
-    within,
-)
+from prelora_ds.engine.trackers import Event, Tracker
+from prelora_ds.engine.trackers.comet import Comet
+from prelora_ds.engine.trackers.files import cut_csv
+from prelora_ds.engine.trackers.service import HandedOver, Service, environment, reachable, run_id, within
+from prelora_ds.engine.trackers.wandb import Wandb
 from prelora_ds.errors import ConfigError
 from prelora_ds.start import check_trackers
 
