@@ -25,8 +25,8 @@ from prelora_ds.core.plan import Plan
 from prelora_ds.core.selection import candidates, with_active
 from prelora_ds.cost.flops import micro_batch
 from prelora_ds.engine import merge as merge_module
-from prelora_ds.engine.build import Engine
 from prelora_ds.engine.census import peak_rss_bytes
+from prelora_ds.engine.engine import Engine
 from prelora_ds.engine.merge import merge_adapters
 from prelora_ds.engine.transition import transition
 

@@ -23,7 +23,7 @@ from prelora_ds.core.plan import Plan
 from prelora_ds.data.batch import MicroBatch
 from prelora_ds.engine import build as build_module
 from prelora_ds.engine import transition as transition_module
-from prelora_ds.engine.build import Engine, build_engine, deepspeed_config
+from prelora_ds.engine.build import build_engine, deepspeed_config
 from prelora_ds.engine.census import (
     engine_storages,
     live_storages,
@@ -31,6 +31,7 @@ from prelora_ds.engine.census import (
     rss_bytes,
     wait_until,
 )
+from prelora_ds.engine.engine import Engine
 from prelora_ds.engine.release import release, trim_memory
 from prelora_ds.engine.runtime import freeze_imports
 from prelora_ds.engine.state import EngineState, Slice, initial_state

@@ -27,8 +27,9 @@ from prelora_ds.data.batch import MicroBatch
 from prelora_ds.data.datasets import ImagePipeline
 from prelora_ds.data.loader import TrainLoader
 from prelora_ds.data.manifest import Manifest
-from prelora_ds.engine.build import Engine, build_engine
+from prelora_ds.engine.build import build_engine
 from prelora_ds.engine.census import census, peak_rss_bytes, wait_until
+from prelora_ds.engine.engine import Engine
 from prelora_ds.engine.release import release
 from prelora_ds.engine.runtime import freeze_imports, synchronize
 from prelora_ds.engine.state import initial_state

@@ -26,7 +26,7 @@ from prelora_ds.core.controller import PhaseController, PhaseState
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.schedule import Timeline
 from prelora_ds.cost.forecast import why_unfinished
-from prelora_ds.engine.build import Engine, StepStats
+from prelora_ds.engine.engine import Engine, StepStats
 from prelora_ds.engine.loop import LoopEngine, StaleEngineError, Taken
 from prelora_ds.engine.measure import weight_norms
 from prelora_ds.engine.runtime import check_zero_config, init_process_group, on_all_ranks, on_rank_0

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from prelora_ds.engine.build import Engine
+from prelora_ds.engine.engine import Engine
 from prelora_ds.engine.state import EngineState
 from prelora_ds.model.adapters import fp32_weights
 

@@ -19,7 +19,7 @@ from prelora_ds.engine.fragments import gradients
 from prelora_ds.model.adapters.lora import LoraLinear
 
 if TYPE_CHECKING:
-    from prelora_ds.engine.build import Engine
+    from prelora_ds.engine.engine import Engine
 
 
 def measure_outputs(module: nn.Module, *, on: bool) -> None:

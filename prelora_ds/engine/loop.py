@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from prelora_ds.engine.boundary import Passed
-from prelora_ds.engine.build import Engine
+from prelora_ds.engine.engine import Engine
 
 
 class StaleEngineError(RuntimeError):

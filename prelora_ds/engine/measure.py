@@ -11,7 +11,7 @@ import torch
 from deepspeed import comm, zero
 from torch import nn
 
-from prelora_ds.engine.build import Engine
+from prelora_ds.engine.engine import Engine
 from prelora_ds.model.adapters import effective_weight, fp32_weights
 from prelora_ds.model.families import frobenius, named_parameters
 

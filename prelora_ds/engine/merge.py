@@ -33,7 +33,7 @@ from prelora_ds.model.adapters.lora import refresh_merged_weights
 from prelora_ds.model.families import named_parameters
 
 if TYPE_CHECKING:
-    from prelora_ds.engine.build import Engine
+    from prelora_ds.engine.engine import Engine
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
-from prelora_ds.engine.build import Engine
+from prelora_ds.engine.engine import Engine
 
 
 def release(engine: Engine) -> None:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from prelora_ds.core.plan import Plan
-from prelora_ds.engine.build import Engine, build_engine
+from prelora_ds.engine.build import build_engine
 from prelora_ds.engine.census import engine_storages, live_storages, wait_until
+from prelora_ds.engine.engine import Engine
 from prelora_ds.engine.measure import check_ranks_agree
 from prelora_ds.engine.release import release, trim_memory
 from prelora_ds.engine.state import EngineState, export_state

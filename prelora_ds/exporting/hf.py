@@ -21,7 +21,7 @@ from prelora_ds.core.classes import unnamed
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.plan import Plan
 from prelora_ds.data.transforms import eval_short_side
-from prelora_ds.engine.build import Engine
+from prelora_ds.engine.engine import Engine
 from prelora_ds.engine.release import release
 from prelora_ds.engine.state import export_state, gather_full
 from prelora_ds.errors import NotSavedError, is_disk_fault

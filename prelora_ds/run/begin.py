@@ -13,7 +13,8 @@ from prelora_ds.core.controller import PhaseController, PhaseState
 from prelora_ds.core.divergence import DivergenceWatch
 from prelora_ds.core.phases import needed_in_fp32
 from prelora_ds.data.setup import fingerprints
-from prelora_ds.engine.build import Engine, build_engine
+from prelora_ds.engine.build import build_engine
+from prelora_ds.engine.engine import Engine
 from prelora_ds.engine.measure import check_ranks_agree
 from prelora_ds.engine.rng import seed_rng
 from prelora_ds.engine.state import EngineState, initial_state

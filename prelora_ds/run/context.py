@@ -17,7 +17,7 @@ from prelora_ds.data.datasets import ImagePipeline
 from prelora_ds.data.loader import Loader, eval_batches
 from prelora_ds.data.manifest import Manifest
 from prelora_ds.data.setup import TrainData, make_loader
-from prelora_ds.engine.build import Engine
+from prelora_ds.engine.engine import Engine
 from prelora_ds.run.folder import RunFolder
 
 

@@ -15,7 +15,7 @@ from prelora_ds.core.controller import PhaseController, PhaseState
 from prelora_ds.core.phases import needed_in_fp32
 from prelora_ds.core.switch_tests.prelora import Observation
 from prelora_ds.data.loader import Loader
-from prelora_ds.engine.build import Engine
+from prelora_ds.engine.engine import Engine
 from prelora_ds.engine.merge import MergeReport, fold_adapters, merge_adapters
 from prelora_ds.engine.resize import resize_adapters
 from prelora_ds.engine.runtime import on_rank_0

@@ -18,7 +18,7 @@ from prelora_ds.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import ViTForImageClassification
 
-    from prelora_ds.engine.build import Engine
+    from prelora_ds.engine.engine import Engine
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from prelora_ds.core.switch_tests.prelora import Observation
 from prelora_ds.cost.bytes import predict_bytes, worst_deviation
 from prelora_ds.cost.forecast import why_unfinished
 from prelora_ds.data.setup import fingerprints
-from prelora_ds.engine.build import Engine, StepStats
 from prelora_ds.engine.census import PeakMemory, census
+from prelora_ds.engine.engine import Engine, StepStats
 from prelora_ds.engine.merge import MergeReport
 from prelora_ds.engine.monitor import EnduringMonitor
 from prelora_ds.engine.trackers import make_trackers

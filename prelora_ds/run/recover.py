@@ -11,7 +11,7 @@ from prelora_ds.config.training import DivergenceConfig
 from prelora_ds.core.divergence import DivergenceWatch
 from prelora_ds.data.batch import MicroBatch
 from prelora_ds.data.corrupt import CorruptBudget
-from prelora_ds.engine.build import Engine, StepStats
+from prelora_ds.engine.engine import Engine, StepStats
 from prelora_ds.errors import TrainingDivergedError
 from prelora_ds.run.checkpoints.resume import Checkpoint, load_newest, resumable_checkpoints
 from prelora_ds.run.checkpoints.saver import Saver

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from prelora_ds.config.training import TrainConfig
 from prelora_ds.core.controller import PhaseState
 from prelora_ds.core.divergence import DivergenceWatch
-from prelora_ds.engine.build import StepStats
+from prelora_ds.engine.engine import StepStats
 from prelora_ds.run.evaluate import Accuracy
 from prelora_ds.run.log import Meter
 

@@ -26,14 +26,14 @@ DEAD_PIPE = "a pipe that nobody reads"
 NATIVE_PRODUCTS = "NATIVE_PRODUCTS"
 # Place where a rank may be killed -> the module and the function, as the caller of it looks it up.
 PLACES = {
-    "step": ("prelora_ds.engine.build", "Engine.finish_step"),
+    "step": ("prelora_ds.engine.engine", "Engine.finish_step"),
     "write": ("prelora_ds.run.checkpoints.saver", "write_part"),
     "commit": ("prelora_ds.run.checkpoints.saver", "commit"),
     "vote": ("prelora_ds.run.checkpoints.saver", "Saver.commit_if_all_wrote"),
     "copy": ("prelora_ds.run.checkpoints.saver", "copy_state"),
     "switch": ("prelora_ds.run.decide", "transition"),
     "merge": ("prelora_ds.run.decide", "merge_adapters"),
-    "choice": ("prelora_ds.engine.build", "Engine.set_active"),
+    "choice": ("prelora_ds.engine.engine", "Engine.set_active"),
     "base": ("prelora_ds.run.checkpoints.saver", "Saver.save_frozen"),
     "window": ("prelora_ds.train", "decide"),
     "evaluate": ("prelora_ds.train", "evaluate_engine"),

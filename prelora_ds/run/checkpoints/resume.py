@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from prelora_ds.core.codec import CodecError, from_json
 from prelora_ds.core.layout import Layout
-from prelora_ds.engine.build import Counters
+from prelora_ds.engine.engine import Counters
 from prelora_ds.engine.rng import restore_rng, seed_rng
 from prelora_ds.engine.runtime import on_rank_0
 from prelora_ds.engine.state import EngineState

@@ -19,7 +19,7 @@ from prelora_ds.config.tree import Config
 from prelora_ds.core.codec import to_json
 from prelora_ds.core.plan import Plan
 from prelora_ds.core.schedule import Timeline
-from prelora_ds.engine.build import Engine
+from prelora_ds.engine.engine import Engine
 from prelora_ds.engine.rng import capture_rng
 from prelora_ds.engine.state import EngineState, Slice, copy_state
 from prelora_ds.errors import NotSavedError, Stopped

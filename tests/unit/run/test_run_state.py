@@ -18,7 +18,7 @@ from prelora_ds.core.divergence import DivergenceWatch
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.switch_tests.prelora import Observation, WindowStats
 from prelora_ds.cost.bytes import Bytes
-from prelora_ds.engine.build import Counters, StepStats
+from prelora_ds.engine.engine import Counters, StepStats
 from prelora_ds.engine.transition import Switch
 from prelora_ds.run.checkpoints.checkpoint_folder import CheckpointManifest
 from prelora_ds.run.evaluate import Accuracy, Result
