@@ -124,6 +124,11 @@ _KINDS: Mapping[str, type[Event]] = {
     EventKind.MERGE: Merged, EventKind.ACTIVE: Active, EventKind.STRAGGLER: Slow}
 
 
+def finite(value: Any) -> float | None:
+    """Return ``value`` if it is a finite number, otherwise None: a log may hold anything."""
+    return value if type(value) in (int, float) and abs(value) <= 1e300 else None
+
+
 def find_logs(folder: RunFolder) -> tuple[Path, Path]:
     """Return the files of metrics and events of the run in ``folder``. Raises ConfigError if there is no run."""
     if not os.path.exists(folder.path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections import deque
@@ -27,7 +26,7 @@ from prelora_ds.errors import ConfigError
 from prelora_ds.hosts.heartbeat import HEARTBEAT_FILE, read_json
 from prelora_ds.hosts.lock import DEAD_AFTER_S, is_dead
 from prelora_ds.reporting.follow import LogFollower
-from prelora_ds.reporting.history import OWNERS
+from prelora_ds.reporting.history import OWNERS, finite
 from prelora_ds.run.folder import RunFolder
 from prelora_ds.run.log import EventKind
 from prelora_ds.run.setup_record import SetupRecord, read_setup
@@ -195,18 +194,18 @@ class RunWatch:
                 self._ended = True
 
     def _add_step(self, row: Mapping[str, Any]) -> None:
-        phase, loss, img_s = row.get("phase"), _number(row.get("train/loss")), _number(row.get("img_s"))
+        phase, loss, img_s = row.get("phase"), finite(row.get("train/loss")), finite(row.get("img_s"))
         if self._first_phase is None:
             self._first_phase = phase
         if self._last.get("phase") != phase:
             self._recent.clear()
         self._last = {key: row.get(key) for key in ("step", "epoch", "phase", "train/loss", "lr")}
-        acc1 = _number(row.get("val/acc1"))
+        acc1 = finite(row.get("val/acc1"))
         self._acc1 = self._acc1 if acc1 is None else acc1
         if loss is not None:
             self._curve.add(loss)
         if img_s is not None:
-            self._recent.append({key: _number(row.get(key)) for key in ("img_s", "step_s", "data_s")})
+            self._recent.append({key: finite(row.get(key)) for key in ("img_s", "step_s", "data_s")})
             if phase == self._first_phase:
                 self._first.append(img_s)
 
@@ -258,13 +257,13 @@ class RunWatch:
         return Timeline(self._setup.samples, train.global_batch_size, train.duration)
 
     def _set_progress(self, found: Status) -> None:
-        found.step = int(_number(self._last.get("step")) or 0)
+        found.step = int(finite(self._last.get("step")) or 0)
         found.phase = self._last.get("phase") or self._plan.get("phase")
         found.reason = self._plan.get("reason")
-        found.epoch = _number(self._last.get("epoch"))
-        found.loss = _number(self._last.get("train/loss"))
+        found.epoch = finite(self._last.get("epoch"))
+        found.loss = finite(self._last.get("train/loss"))
         found.losses = list(self._curve.points)
-        found.lr = _number(self._last.get("lr"))
+        found.lr = finite(self._last.get("lr"))
         found.acc1 = self._acc1
         if self._timeline is not None:
             found.total_steps = self._timeline.total_steps
@@ -278,7 +277,7 @@ class RunWatch:
         if self._config is None or timeline is None:
             return
         until = next((spec.until for spec in self._config.specs() if spec.name == found.phase), None)
-        started = int(_number(self._plan.get("step")) or 0)
+        started = int(finite(self._plan.get("step")) or 0)
         if isinstance(until, Duration):
             found.ends_at = timeline.step_after(started, until)
         elif isinstance(until, PreloraTest):
@@ -331,11 +330,6 @@ def _test_state(test: PreloraTest, seen: Sequence[WindowStats], started: int,
 
 def _judged(test: PreloraTest, windows: Sequence[WindowStats]) -> Verdict:
     return partially_converged(windows, k=len(windows), tau=test.tau, zeta=test.zeta, aggregate=test.aggregate)
-
-
-def _number(value: object) -> float | None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if is_number else None  # type: ignore[arg-type]
 
 
 def _total(by_owner: object) -> int | None:

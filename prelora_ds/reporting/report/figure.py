@@ -49,7 +49,7 @@ class Table:
     rows: Sequence[Sequence[Cell]]
 
     def csv(self, digits: int | None = None) -> str:
-        """Return the table as CSV: exactly, or with so many significant digits of each float."""
+        """Return the table as CSV: exactly, or with each float rounded to a number of significant digits."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(self.columns)

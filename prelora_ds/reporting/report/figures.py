@@ -149,14 +149,19 @@ def norms_apart(runs: Sequence[Run], most: int) -> Made:
     return _curves("norms_apart", title, caption, every, panels, "norm")
 
 
-def speed(runs: Sequence[Run], most: int) -> Made:
-    title = "Throughput over steps"
-    series = collect(runs, {"img_s": "images per second"}, most)
+def _column(runs: Sequence[Run], most: int, name: str, title: str, column: str, label: str, caption: str,
+            axis: Mapping[str, str] | None = None) -> Made:
+    """The figure of one ``column`` over steps; ``label`` names what it measures."""
+    series = collect(runs, {column: label}, most)
     if not series:
-        return LeftOut(title, "No throughput was logged (img_s).")
-    caption = "Images per second of all ranks, waits for data included."
-    return _curves("throughput", title, caption, series,
-                   [Panel(title, curve_panel(series, runs, "step", "images per second"))], "img_s")
+        return LeftOut(title, f"The logs do not have the {label} ({column}).")
+    return _curves(name, title, caption, series, [Panel(title, curve_panel(series, runs, "step", label, axis=axis))],
+                   column)
+
+
+def speed(runs: Sequence[Run], most: int) -> Made:
+    return _column(runs, most, "throughput", "Throughput over steps", "img_s", "images per second",
+                   "Images per second of all ranks, waits for data included.")
 
 
 def data_wait(runs: Sequence[Run], most: int) -> Made:
@@ -172,13 +177,9 @@ def data_wait(runs: Sequence[Run], most: int) -> Made:
 
 
 def learning_rate(runs: Sequence[Run], most: int) -> Made:
-    title = "Learning rate"
-    series = collect(runs, {"lr": "learning rate"}, most)
-    if not series:
-        return LeftOut(title, "No learning rate was logged (lr).")
-    caption = "The learning rate of the schedule, before the factors of single roles (lr_scale)."
-    return _curves("learning_rate", title, caption, series,
-                   [Panel(title, curve_panel(series, runs, "step", "learning rate", axis={"format": ".1e"}))], "lr")
+    return _column(runs, most, "learning_rate", "Learning rate", "lr", "learning rate",
+                   "The learning rate of the schedule, before the factors of single roles (lr_scale).",
+                   {"format": ".1e"})
 
 
 def changes(runs: Sequence[Run], most: int) -> Made:

@@ -33,6 +33,7 @@ from prelora_ds.reporting.history import (
     Slow,
     Started,
     find_logs,
+    finite,
     parse_event,
     parse_step,
 )
@@ -302,11 +303,6 @@ def linear_of(run: Run, path: str) -> tuple[str, int]:
     return family_and_layer(path, None if run.config is None else run.config.model.families)
 
 
-def _number(value: Any) -> float | None:
-    """``value`` if it is a finite number."""
-    return value if type(value) in (int, float) and abs(value) <= 1e300 else None
-
-
 def _read_metrics(run: Run, path: Path) -> None:
     pass_by = _passing_by(run, path)
     before = run.first_step
@@ -345,7 +341,7 @@ def _add_columns(run: Run, phase: Phase, row: Mapping[str, Any]) -> None:
     step = run.steps
     norms: dict[str, list[float]] = {}
     for column, value in row.items():
-        number = _number(value)
+        number = finite(value)
         if column == "step":
             continue
         if number is None:
@@ -362,10 +358,10 @@ def _add_columns(run: Run, phase: Phase, row: Mapping[str, Any]) -> None:
             getattr(phase, column).append(number)
         elif column.endswith("peak_gib"):
             phase.peaks[column] = max(number, phase.peaks.get(column, number))
-    step_s, data_s = _number(row.get("step_s")), _number(row.get("data_s"))
+    step_s, data_s = finite(row.get("step_s")), finite(row.get("data_s"))
     if step_s is not None and data_s is not None and step_s + data_s > 0:
         run.add("data wait", step, 100 * data_s / (step_s + data_s))
-    run.corrupt += int(_number(row.get("data/corrupt")) or 0)
+    run.corrupt += int(finite(row.get("data/corrupt")) or 0)
     for column, values in norms.items():
         run.add(column, step, fmean(values))
 
@@ -392,7 +388,7 @@ def _read_windows(run: Run) -> None:
                 changes = partially_converged([before, window], k=2, tau=1, zeta=1, aggregate=aggregate)
                 named = {family: change for family, (change,) in changes.norm_changes.items()}
                 for what, change in (named | {"loss": changes.loss_changes[0]}).items():
-                    if _number(change) is not None:
+                    if finite(change) is not None:
                         run.curve(f"change/{what}").add(window.last_step, run.hours_at(window.last_step), change)
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as exc:
             pass_by(ConfigError("log", str(path), f"line {number} cannot be understood ({exc})", ""))
