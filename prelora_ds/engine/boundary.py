@@ -90,29 +90,33 @@ class _Seeded(torch.autograd.Function):
         return None, *ctx.gradients
 
 
-def _mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+def _mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor], seen: dict[int, Any] | None = None) -> Any:
     """Return ``value`` with all tensors changed that are in its containers, dataclasses and objects.
 
     Objects are copied attribute by attribute, such as the caches of keys and values that transformers' decoders return.
+
+    seen: id of an object -> its copy, for objects that refer to each other.
     """
+    seen = {} if seen is None else seen
     if isinstance(value, torch.Tensor):
         return change(value)
+    if id(value) in seen:
+        return seen[id(value)]
     if isinstance(value, Mapping):  # also the outputs of transformers
         changed: Any = copy.copy(value)
         for key, item in value.items():
-            changed[key] = _mapped(item, change)
+            changed[key] = _mapped(item, change, seen)
         return changed
     if isinstance(value, list | tuple):
-        items = [_mapped(item, change) for item in value]
+        items = [_mapped(item, change, seen) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        changed = copy.copy(value)
-        for field in dataclasses.fields(value):
-            object.__setattr__(changed, field.name, _mapped(getattr(value, field.name), change))
-        return changed
-    if hasattr(value, "__dict__") and not isinstance(value, type | nn.Module) and not callable(value):
-        changed = copy.copy(value)
-        for name, item in vars(value).items():
-            object.__setattr__(changed, name, _mapped(item, change))
-        return changed
-    return value
+    if isinstance(value, type | nn.Module) or callable(value):
+        return value
+    fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()  # a dataclass may have slots
+    names = {*(field.name for field in fields), *getattr(value, "__dict__", ())}
+    if not names:
+        return value
+    changed = seen[id(value)] = copy.copy(value)
+    for name in names:
+        object.__setattr__(changed, name, _mapped(getattr(value, name), change, seen))
+    return changed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,3 +45,26 @@ def test_gradients_come_back_through_every_part(part: Any) -> None:
     outputs, gradients = passed.take()
     torch.autograd.backward(outputs, gradients)
     assert torch.equal(x.grad, torch.full((3,), 2.0))
+
+
+@dataclass(frozen=True, slots=True)
+class Slotted:
+    """An output whose class has no ``__dict__``."""
+
+    logits: torch.Tensor
+    words: tuple[str, ...]
+
+
+def test_dataclasses_with_slots() -> None:
+    y = torch.ones(3, requires_grad=True) * 2
+    kept = Passed().across(Slotted(y, ("a", "b")))
+    assert isinstance(kept, Slotted) and kept.words == ("a", "b")
+    assert kept.logits is not y and torch.equal(kept.logits, y)
+
+
+def test_objects_that_refer_to_each_other_are_copied_once() -> None:
+    y = torch.ones(3, requires_grad=True) * 2
+    first = SimpleNamespace(keys=y)
+    first.itself, first.pair = first, [SimpleNamespace(back=first)]
+    kept = Passed().across({"cache": first})["cache"]
+    assert kept is not first and kept.itself is kept and kept.pair[0].back is kept and kept.keys is not y
