@@ -25,11 +25,16 @@ class TensorBoard(Tracker):
         place = {"output_path": str(self._folder.parent), "job_name": self._folder.name}
         self._monitor = deepspeed_monitor(tensorboard=place)
         if resumed:
-            old = self._monitor.tb_monitor.summary_writer
-            old.close()
-            self._monitor.tb_monitor.summary_writer = type(old)(
-                log_dir=old.log_dir, purge_step=after_samples + 1
-            )
+            self.rewind(after_samples)
+
+    def rewind(self, after_samples: int) -> None:
+        # TensorBoard purges what follows when it reads this event. The event goes into the open file, since
+        # TensorBoard reads files in the order of their names, which two files of one second may not keep.
+        from tensorboard.compat.proto.event_pb2 import Event as Record
+        from tensorboard.compat.proto.event_pb2 import SessionLog
+
+        start = Record(step=after_samples + 1, session_log=SessionLog(status=SessionLog.START))
+        self._monitor.tb_monitor.summary_writer.file_writer.add_event(start)
 
     def write(self, events: Sequence[Event]) -> None:
         self._monitor.write_events(events)
