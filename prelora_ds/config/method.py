@@ -28,6 +28,8 @@ def check_method(phases: Sequence[PhaseConfig]) -> None:
         _check_until(phase, last=i + 1 == len(phases))
         adapters = _check_adapters(phase, adapters, first=i == 0, tests=tests)
         _check_roles(phase, adapters)
+        if i == 0 and phase.moments == "reset":
+            raise FieldError(f"{phase.name}.moments", "reset", "has nothing to reset in the first phase; remove it")
 
 
 def _check_until(phase: PhaseConfig, *, last: bool) -> None:

@@ -156,6 +156,13 @@ class PhaseConfig(PhaseSettings):
     own rate.
     """
 
+    moments: Literal["keep", "reset"] = "keep"
+    """
+    What becomes of the Adam moments and steps of the parameters that go on training when the phase
+    begins: `keep` carries them over; with `reset` they begin at zero, as in a new job with a new
+    optimizer.
+    """
+
     freeze_below: Annotated[int, Field(ge=1)] | None = None
     """
     The number of a layer (block): everything that the model defines before it is frozen, so that
@@ -245,7 +252,8 @@ class PhaseConfig(PhaseSettings):
         return PhaseSpec(self.name, adapters, self.trained, _until(self.until),
                          without_defaults(scale), self.rewarm, self.freeze_below,
                          None if self.merge is None else self.merge.merge(),
-                         None if self.active is None else self.active.selection())
+                         None if self.active is None else self.active.selection(),
+                         self.moments == "reset")
 
 
 class PresetConfig(Strict):

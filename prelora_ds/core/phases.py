@@ -47,6 +47,7 @@ class PhaseSpec:
     freeze_below: a block; everything that the module defines before it is frozen.
     merge: when the adapters are merged and begin again; None never merges them.
     selection: which adapters train at a time; None trains all of them.
+    resets_moments: whether all Adam moments and steps begin at zero when the phase begins.
     """
 
     name: str
@@ -58,6 +59,7 @@ class PhaseSpec:
     freeze_below: int | None = None
     merge: Merge | None = None
     selection: Selection | None = None
+    resets_moments: bool = False
 
 
 def plan_of(spec: PhaseSpec, layout: Layout, *, seed: int, since_step: int = 0,

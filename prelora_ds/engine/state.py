@@ -159,6 +159,13 @@ def _collect(
     return EngineState(slices, adam_steps, _buffers(engine.module))
 
 
+def reset_moments(state: EngineState) -> None:
+    """Let all Adam moments and steps begin at zero, as those of parameters that have never trained."""
+    for part in state.slices.values():
+        part.moments = {}
+    state.adam_steps.clear()
+
+
 def frozen_slices(
     engine: DeepSpeedEngine, *, without: Collection[str] = ()
 ) -> dict[str, Slice]:

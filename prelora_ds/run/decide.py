@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 
 from prelora_ds.core.codec import from_json, to_json
 from prelora_ds.core.controller import PhaseController, PhaseState
 from prelora_ds.core.phases import needed_in_fp32
+from prelora_ds.core.plan import Plan
 from prelora_ds.core.switch_tests.prelora import Observation
 from prelora_ds.data.loader import Loader
 from prelora_ds.engine.engine import Engine
 from prelora_ds.engine.merge import MergeReport, fold_adapters, merge_adapters
 from prelora_ds.engine.resize import resize_adapters
 from prelora_ds.engine.runtime import on_rank_0
-from prelora_ds.engine.state import EngineState, frozen_slices
+from prelora_ds.engine.state import EngineState, frozen_slices, reset_moments
 from prelora_ds.engine.transition import KeepFrozen, Switch, transition
 from prelora_ds.run.checkpoints.saver import Saver
 from prelora_ds.run.context import Run
@@ -81,9 +81,15 @@ def engine_for(engine: Engine, phase: PhaseState, controller: PhaseController,
         return engine, Change(merge=merge, chosen=chosen)
 
     later = needed_in_fp32(controller.phases, controller.layout, phase.index)
-    edit = fold_adapters if plan.cycle != engine.plan.cycle else resize_adapters
-    engine, switch = transition(engine, plan, edit=partial(edit, layout=controller.layout), keep_frozen=keep_frozen,
-                                parked=later)
+    resets = controller.phases[phase.index].resets_moments and plan.phase != engine.plan.phase
+
+    def edit(state: EngineState, old: Plan, new: Plan) -> None:
+        change_adapters = fold_adapters if new.cycle != old.cycle else resize_adapters
+        change_adapters(state, old, new, layout=controller.layout)
+        if resets:
+            reset_moments(state)
+
+    engine, switch = transition(engine, plan, edit=edit, keep_frozen=keep_frozen, parked=later)
     return engine, Change(switch)
 
 

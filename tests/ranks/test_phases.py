@@ -11,13 +11,17 @@ from support.runs import MEDIUM, ZEROS, Trainer, config, same
 from support.toy_kind import register
 
 from prelora_ds.core.adapters import AdapterSpec
+from prelora_ds.core.controller import PhaseController, PhaseState
+from prelora_ds.core.duration import Duration
 from prelora_ds.core.phases import PhaseSpec, needed_in_fp32, plan_of
+from prelora_ds.core.schedule import Timeline
 from prelora_ds.cost.bytes import predict_bytes
 from prelora_ds.engine.census import census, wait_until
 from prelora_ds.engine.measure import gathered, weight_norms
 from prelora_ds.engine.transition import transition
 from prelora_ds.model.adapters import check_names
 from prelora_ds.model.families import named_parameters
+from prelora_ds.run.decide import engine_for
 
 LONG = ("zero1", "zero2_offload", "zero3_offload")  # run by `make test-long`
 
@@ -137,6 +141,36 @@ def edited(zero):
     assert seen == [(t.full, t.warmup)]
     assert torch.equal(after[key], 2 * before[key])
     assert same({k: v for k, v in before.items() if k != key}, {k: after[k] for k in before if k != key}) == []
+    t.close()
+
+
+@pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2", "zero3"])
+def test_a_phase_may_begin_with_new_moments(ranks, zero):
+    ranks.run(with_new_moments, zero=zero)
+
+
+def with_new_moments(zero):
+    """Masters stay bitwise; moments and steps are those of parameters that never trained, and training goes on."""
+    t = Trainer(config(zero))
+    t.train(2)
+    before = t.whole_state()
+    assert any(bool(value.any()) for (_, what), value in before.items() if what.startswith("exp"))
+    phases = [PhaseSpec("full", until=Duration("2 steps")), PhaseSpec("warmup", resets_moments=True)]
+    controller = PhaseController(layout=t.layout, timeline=Timeline(8, 8, Duration("9 steps")), phases=phases, seed=0)
+    plan = plan_of(phases[1], t.layout, seed=0, since_step=2, before=t.full)
+    t.engine, change = engine_for(t.engine, PhaseState(plan, index=1), controller, None)
+    assert change.switch is not None
+    after = t.whole_state()
+    assert {key for key in before if key[1] == "master"} <= after.keys() <= before.keys()
+    for (name, what), value in after.items():
+        if what == "master":
+            assert torch.equal(value, before[name, what]), name
+        elif what == "step":
+            assert value == 0, name
+        else:
+            assert not value.any(), (name, what)
+    t.train(1)
+    assert {value for (_, what), value in t.whole_state().items() if what == "step"} == {1}
     t.close()
 
 

@@ -316,6 +316,15 @@ def test_a_preset_is_held_to_its_sections(sections: dict[str, Any], key: str) ->
     assert caught.value.key == key
 
 
+def test_moments_are_kept_unless_a_later_phase_resets_them() -> None:
+    first, *rest = LIST
+    specs = method(first, {**rest[0], "moments": "reset"}, *rest[1:]).specs()
+    assert [spec.resets_moments for spec in specs] == [False, True, False, False]
+    with pytest.raises(ConfigError, match=r"has nothing to reset in the first phase") as caught:
+        method({**first, "moments": "reset"}, *rest)
+    assert caught.value.key == "phases.full.moments"
+
+
 # ---- a resumed run
 
 def test_a_resumed_run_keeps_its_method_and_may_run_its_phases_otherwise() -> None:
