@@ -12,8 +12,10 @@ DEEPSPEED := deepspeed --num_accelerators 2 launch/pretrain.py
 DEMO := out/digits_demo
 SMOKE := out/smoke_vitl
 SITE := build/site
+FASHION := /usr/share/datasets/fashion-mnist
 
-.PHONY: help setup demo test test-long test-methods test-faults test-hosts lint docs smoke-vitl freeze clean data/digits data/photographs
+.PHONY: help setup demo test test-long test-methods test-faults test-hosts lint docs smoke-vitl study freeze clean data/digits \
+	data/photographs data/fashion
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +54,19 @@ data/photographs: data/photographs/val/manifest.json
 data/photographs/val/manifest.json: | setup
 	rm -rf data/photographs
 	prelora shards photographs data/photographs --train 64 --val 16
+
+study: setup data/fashion  ## train each method on Fashion-MNIST with 3 seeds, and compare (about 5 hours; can be stopped and resumed)
+	python benchmarks/study.py
+
+# Of the 60,000 training images, 5,000 are held out for every choice.
+data/fashion: data/fashion/val/manifest.json
+data/fashion/val/manifest.json: | setup
+	@test -d $(FASHION) || { echo "$(FASHION) is missing; install Debian's package dataset-fashion-mnist"; exit 1; }
+	rm -rf data/fashion
+	prelora shards build $(FASHION) data/fashion/all --split train --samples-per-shard 5000
+	prelora shards build $(FASHION) data/fashion/test --split test --samples-per-shard 5000
+	prelora shards index 'data/fashion/all/shard-{000000..000010}.tar' --out data/fashion/train --like data/fashion/all
+	prelora shards index data/fashion/all/shard-000011.tar --out data/fashion/val --like data/fashion/all
 
 test: setup  ## run all tests
 	pytest
