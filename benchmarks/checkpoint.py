@@ -21,10 +21,10 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-import switch_ranks
 from harness import ROOT, print_table, record
 from ranks import Ranks
 from switch import VIT_LARGE, VIT_SMALL
+from switch_ranks import copy_bytes_per_second, first_engine, one_step
 
 RANKS = (8, 16, 32, 64)
 WORLD = 2
@@ -87,16 +87,16 @@ def saves(
     from prelora_ds.run.checkpoints.saver import Saver
     from prelora_ds.run.folder import RunFolder
 
-    engine, _ = switch_ranks.first_engine(model, micro, stage=2)
+    engine, _ = first_engine(model, micro, stage=2)
     config = engine.run_config
     timeline = Timeline(10**6, config.train.global_batch_size, config.train.duration)
     saver = Saver(RunFolder(Path(folder)), config, timeline, say=lambda text: None)
-    copy_speed = switch_ranks.copy_bytes_per_second()
+    copy_speed = copy_bytes_per_second()
     costs = {"full": one_phase(engine, saver, rounds, 0, copy_speed)}
     warmup, lora = plans(engine.layout)
     for plan in (warmup, lora):
         engine, _ = transition(engine, plan, keep_frozen=saver.save_frozen)
-        switch_ranks.one_step(engine)
+        one_step(engine)
     costs["lora"] = one_phase(engine, saver, rounds, 1000, copy_speed)
     saver.close()
     return costs
@@ -130,7 +130,7 @@ def one_phase(
     for _ in range(rounds + 1):  # of the first round, a warm-up, only the first copy counts
         for asynchronous in (True, False):
             step += 1
-            undisturbed += [switch_ranks.one_step(engine) for _ in range(2)]
+            undisturbed += [one_step(engine) for _ in range(2)]
             state = RunState(step, PhaseState(engine.plan), DivergenceWatch())
             begun = time.perf_counter()
             assert saver.save(engine, state, wait=not asynchronous)
@@ -140,7 +140,7 @@ def one_phase(
                 continue
             during = []
             while any_writes(saver):
-                during.append(switch_ranks.one_step(engine))
+                during.append(one_step(engine))
             begun = time.perf_counter()
             assert saver.finish_pending()
             copies.append(seconds)
