@@ -10,7 +10,6 @@ export PATH := $(BIN):$(PATH)
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 DEEPSPEED := deepspeed --num_accelerators 2 launch/pretrain.py
 DEMO := out/digits_demo
-SMOKE := out/smoke_vitl
 SITE := build/site
 FASHION := /usr/share/datasets/fashion-mnist
 
@@ -38,17 +37,29 @@ data/digits/val/manifest.json: | setup
 	rm -rf data/digits
 	prelora shards digits data/digits
 
-smoke-vitl: setup data/photographs  ## train ViT-L/16 at 224 px through all phases on 2 CPU ranks (about 5 minutes, 24 GiB)
+# What lets each recipe go through all its phases in 18 steps.
+RECIPE ?= prelora_exp1
+SHORT_prelora_exp1 := lora.warmup='3 steps'
+SHORT_relora := phases.full.until='3 steps' phases.relora.rewarm='2 steps' \
+	phases.relora.merge.every='5 steps' phases.relora.merge.rewarm='1 steps'
+SHORT_prelora_relora := phases.full.until='2 steps' phases.relora.rewarm='1 steps' \
+	phases.relora.merge.every='4 steps' phases.relora.merge.rewarm='1 steps' phases.warmup.until='3 steps'
+SHORT_dynalora := phases.lora.active.every='3 steps'
+SMOKE = out/smoke_vitl_$(RECIPE)
+SMOKED = benchmarks/results/smoke_vitl_$(RECIPE)
+
+smoke-vitl: setup data/photographs  ## train ViT-L/16 at 224 px through all phases of RECIPE on 2 CPU ranks (5 to 10 minutes, 24 GiB)
+	$(if $(SHORT_$(RECIPE)),,$(error RECIPE=$(RECIPE) is not one of $(patsubst SHORT_%,%,$(filter SHORT_%,$(.VARIABLES)))))
 	rm -rf $(SMOKE) && mkdir -p benchmarks/results
 	@{ date -u +%F; lscpu | grep -E '^(Model name|CPU\(s\))'; grep MemTotal /proc/meminfo; git rev-parse HEAD; \
-		pip list | grep -E '^(torch|deepspeed|transformers|peft) '; } | tee benchmarks/results/smoke_vitl.log
-	$(DEEPSPEED) --recipe launch/recipes/vit_large_in1k_prelora_exp1.yaml --deepspeed_config ds_configs/zero2.json \
+		pip list | grep -E '^(torch|deepspeed|transformers|peft) '; } | tee $(SMOKED).log
+	$(DEEPSPEED) --recipe launch/recipes/vit_large_in1k_$(RECIPE).yaml --deepspeed_config ds_configs/zero2.json \
 		run.output_dir=$(SMOKE) data.train=data/photographs/train data.val=data/photographs/val data.workers=0 \
 		train.global_batch_size=8 train.micro_batch_size=4 train.log_every=1 \
-		train.duration='18 steps' train.eval_every='18 steps' observe.every='1 step' lora.warmup='3 steps' \
-		2>&1 | sed "s|$(CURDIR)/||g" | tee -a benchmarks/results/smoke_vitl.log
+		train.duration='18 steps' train.eval_every='18 steps' observe.every='1 step' $(SHORT_$(RECIPE)) \
+		2>&1 | sed "s|$(CURDIR)/||g" | tee -a $(SMOKED).log
 	prelora evaluate $(SMOKE)/model --data data/photographs/val
-	prelora report $(SMOKE) | tee benchmarks/results/smoke_vitl.txt
+	prelora report $(SMOKE) | tee $(SMOKED).txt
 
 data/photographs: data/photographs/val/manifest.json
 data/photographs/val/manifest.json: | setup
