@@ -54,8 +54,18 @@ class Replay:
     closest: Closest | None
 
 
-def replay(controller: PhaseController, observations: Iterable[Observation]) -> Replay:
+@dataclass(frozen=True)
+class Start:
+    """The state of the controller after ``step``, before the first observation: a fork does not begin at step 0."""
+
+    state: PhaseState
+    step: int
+
+
+def replay(controller: PhaseController, observations: Iterable[Observation], start: Start | None = None) -> Replay:
     """Let ``controller`` decide from ``observations``, oldest first, as a run does.
+
+    start: None for a run that began at step 0.
 
     Which adapters are active is not decided: no log has the importance of every step, and no decision depends on it.
     """
@@ -63,10 +73,10 @@ def replay(controller: PhaseController, observations: Iterable[Observation]) -> 
     controller = PhaseController(layout=controller.layout, timeline=controller.timeline, phases=phases,
                                  seed=controller.seed)
     total = controller.timeline.total_steps
-    state = controller.initial()
+    state = controller.initial() if start is None else start.state
+    done = 0 if start is None else start.step
     decisions: list[Decision] = []
     closest: Closest | None = None
-    done = 0
     for observation in observations:
         state = _merged(controller, state, done, observation.step)
         done = observation.step
@@ -133,13 +143,14 @@ class Suggestion:
     zeta: float
 
 
-def suggested(controller: PhaseController, observations: Iterable[Observation], step: int) -> Suggestion | None:
+def suggested(controller: PhaseController, observations: Iterable[Observation], step: int,
+              start: Start | None = None) -> Suggestion | None:
     """Thresholds with which the first test by Algorithm 1 passes as near to ``step`` as the log allows.
 
     They are the largest changes of one test, rounded up to 4 digits, so a pair that would pass earlier counts with that
     earlier step. None if no test was made, or no change was finite and above 0.
     """
-    tests = _changes_of_tests(controller, observations)
+    tests = _changes_of_tests(controller, observations, start)
     found = []
     for _, *changes in tests:
         if all(0 < change < math.inf for change in changes):
@@ -149,15 +160,15 @@ def suggested(controller: PhaseController, observations: Iterable[Observation], 
     return min(found, key=lambda each: abs(each.step - step), default=None)
 
 
-def _changes_of_tests(controller: PhaseController,
-                      observations: Iterable[Observation]) -> list[tuple[int, float, float]]:
+def _changes_of_tests(controller: PhaseController, observations: Iterable[Observation],
+                      start: Start | None) -> list[tuple[int, float, float]]:
     """The step, and the largest change of a norm and of the loss, of each test in the first phase with a test.
 
     No test passes here, so that this phase lasts to the end of the log.
     """
     phases = with_tests(controller.phases, lambda test: replace(test, tau=_SMALLEST, zeta=_SMALLEST))
     tried = PhaseController(layout=controller.layout, timeline=controller.timeline, phases=phases, seed=controller.seed)
-    state = tried.initial()
+    state = tried.initial() if start is None else start.state
     found = []
     for observation in observations:
         before, state = state, tried.next(state, observation)

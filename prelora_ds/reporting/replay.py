@@ -20,14 +20,15 @@ from prelora_ds.config.preset import ConvergenceConfig, expanded
 from prelora_ds.config.tree import Config
 from prelora_ds.console import size
 from prelora_ds.core.codec import CodecError, from_json
-from prelora_ds.core.controller import PhaseController
+from prelora_ds.core.controller import PhaseController, PhaseState
 from prelora_ds.core.duration import Duration
 from prelora_ds.core.layout import Layout
-from prelora_ds.core.phases import PhaseSpec, needed_in_fp32
+from prelora_ds.core.phases import PhaseSpec, needed_in_fp32, windows_of
 from prelora_ds.core.plan import Plan
 from prelora_ds.core.replay import (
     Closest,
     Decision,
+    Start,
     coarser,
     compared,
     replay,
@@ -42,7 +43,7 @@ from prelora_ds.errors import ConfigError
 from prelora_ds.reporting.columns import print_columns, print_line
 from prelora_ds.reporting.history import parse_step
 from prelora_ds.run.folder import RunFolder
-from prelora_ds.run.log import read_lines, stream_lines
+from prelora_ds.run.log import EventKind, read_lines, stream_lines
 from prelora_ds.run.setup_record import SetupRecord, read_setup
 
 
@@ -67,12 +68,14 @@ class Logged:
     """What the log of a run contains that decides.
 
     step_s: phase -> the median seconds of its steps, as measured.
+    start: where a fork began; None for a run that began at step 0.
     """
 
     config: Config
     setup: SetupRecord
     observations: tuple[Observation, ...]
     step_s: Mapping[str, float]
+    start: Start | None = None
 
     @property
     def timeline(self) -> Timeline:
@@ -87,9 +90,6 @@ def read_logged(folder: RunFolder) -> Logged:
     """Read the run in ``folder``. Raises ConfigError if there is no run, or if its log does not allow a replay."""
     if not folder.has_run():
         raise ConfigError("RUN", str(folder.path), "does not contain a run", "pass the run.output_dir of a run")
-    if folder.origin.is_file():
-        raise ConfigError("RUN", str(folder.path), "is a fork: it began with the windows of another run, which its log "
-                          "does not contain", "replay the run that it began from")
     setup = read_setup(folder)
     if setup is None or not folder.observations.is_file():
         missing = folder.setup if setup is None else folder.observations
@@ -105,12 +105,28 @@ def read_logged(folder: RunFolder) -> Logged:
     _check_fits(config, setup, observations, folder)
     if not observations:
         raise ConfigError("RUN", str(folder.path), "has not made an observation yet", "try again later")
-    logged = Logged(config, setup, observations, _step_seconds(folder))
-    first = logged.timeline.next_ticks(0, config.observe.every, 1)[0]
+    start = _start(folder) if folder.origin.is_file() else None
+    logged = Logged(config, setup, observations, _step_seconds(folder), start)
+    begun = 0 if start is None else start.step
+    first = logged.timeline.next_ticks(begun, config.observe.every, 1)[0]
     if observations[0].step > first:
         raise ConfigError("RUN", str(folder.path), f"has no observations before step {observations[0].step}: an "
                           "earlier version began it", "replay a run that this version has made from its first step")
     return logged
+
+
+def _start(folder: RunFolder) -> Start:
+    """Where a fork began. Raises ConfigError if its log does not contain that."""
+    events = read_lines(folder.events) if folder.events.is_file() else []
+    fork = next((row for row in events if row["event"] == EventKind.FORK), None)
+    if fork is None:
+        raise ConfigError("RUN", str(folder.path), "is a fork that an earlier version began: its log does not contain "
+                          "the windows with which it began", "replay the run that it began from")
+    try:
+        return Start(from_json(PhaseState, fork["state"]), int(fork["step"]))
+    except (ValueError, KeyError, TypeError) as exc:
+        raise ConfigError("RUN", str(folder.events), f"the event {EventKind.FORK} cannot be understood: {exc}",
+                          "restore the file, or replay another run") from exc
 
 
 def _check_fits(config: Config, setup: SetupRecord, observations: Sequence[Observation], folder: RunFolder) -> None:
@@ -146,13 +162,14 @@ def replayed(logged: Logged, settings: Settings) -> dict[str, Any]:
     observations = _observed_every(logged, settings.every)
     own = logged.config.specs()
     phases = _with_settings(logged, own, settings)
-    run = replay(logged.controller(own), logged.observations).decisions
+    run = replay(logged.controller(own), logged.observations, logged.start).decisions
+    start = _start_with(logged, own, phases, settings)
     grid: list[dict[str, Any]] = []
     decisions: list[dict[str, Any]] = []
     for tau, zeta in product(settings.tau or (None,), settings.zeta or (None,)):
         tried = with_tests(phases, lambda test, tau=tau, zeta=zeta: replace(  # type: ignore[misc]
             test, tau=tau or test.tau, zeta=zeta or test.zeta))
-        found = replay(logged.controller(tried), observations)
+        found = replay(logged.controller(tried), observations, start)
         rows = [_row(logged, tried, each) for each in compared(found.decisions, run)]
         if not grid:
             decisions = rows
@@ -160,7 +177,7 @@ def replayed(logged: Logged, settings: Settings) -> dict[str, Any]:
     result: dict[str, Any] = {"decisions": decisions, "grid": grid}
     if settings.suggest is not None:
         step = round(settings.suggest * logged.timeline.total_steps)
-        suggestion = suggested(logged.controller(phases), observations, step)
+        suggestion = suggested(logged.controller(phases), observations, step, start)
         result["suggestion"] = suggestion and asdict(suggestion)
     return result
 
@@ -194,6 +211,23 @@ def _with_settings(logged: Logged, own: Sequence[PhaseSpec], settings: Settings)
         test = ConvergenceConfig(tau=settings.tau[0], zeta=settings.zeta[0])
         phases = [phase.spec(config.families()) for phase in expanded(PresetConfig(), test, config.lora)]
     return with_tests(phases, lambda test: replace(test, k=settings.k or test.k, m=settings.m or test.m))
+
+
+def _start_with(logged: Logged, own: Sequence[PhaseSpec], phases: Sequence[PhaseSpec],
+                settings: Settings) -> Start | None:
+    """Where the replay of a fork begins: without the windows of the source if those of ``phases`` are made otherwise.
+
+    Raises ConfigError if the phase in which the fork began is not one of ``phases``.
+    """
+    if logged.start is None:
+        return None
+    state = logged.start.state
+    if [spec.name for spec in phases[:state.index + 1]] != [spec.name for spec in own[:state.index + 1]]:
+        raise ConfigError("RUN", own[state.index].name, "is the phase in which this fork began, but the method that is "
+                          "replayed does not have it", "replay the run that the fork began from")
+    before, after = (windows_of(each, state.index) for each in (own, phases))
+    alike = settings.every is None and (before and before.windowing) == (after and after.windowing)
+    return logged.start if alike else replace(logged.start, state=state.without_windows())
 
 
 # ---- rows
@@ -276,8 +310,12 @@ def _hours_saved(logged: Logged, rows: Sequence[dict[str, Any]]) -> float | None
     full = logged.step_s.get(first)
     if full is None or any(row["step_s"] is None for row in rows):
         return None
-    ends = [*(row["step"] for row in rows[1:]), logged.timeline.total_steps][:len(rows)]
-    saved: float = sum((full - row["step_s"]) * (end - row["step"]) for row, end in zip(rows, ends, strict=True))
+    begins = [(row["step"], row["step_s"]) for row in rows]
+    if logged.start is not None:
+        seconds, _ = _seconds(logged, logged.start.state.plan)
+        begins.insert(0, (logged.start.step, full if seconds is None else seconds))
+    ends = [*(step for step, _ in begins[1:]), logged.timeline.total_steps][:len(begins)]
+    saved: float = sum((full - seconds) * (end - step) for (step, seconds), end in zip(begins, ends, strict=True))
     return saved / 3600
 
 

@@ -52,6 +52,8 @@ def begin(run: Run, records: Records, saver: Saver,
 
     if checkpoint is None or not checkpoint.belongs_to(run.folder):
         records.plan(engine, state.phase, state.phase.plan.since_step, switch=None)
+    if checkpoint is not None and not checkpoint.belongs_to(run.folder):
+        records.forked(state.phase, state.step)
     return engine, state
 
 

@@ -27,6 +27,7 @@ class EventKind(StrEnum):
     BYTES = "bytes"  # predicted and measured bytes under a plan
     JOB = "job"  # a job takes over: its command, commit, versions, hosts and number of ranks
     RESUME = "resume"  # the run continues from a checkpoint
+    FORK = "fork"  # the controller's state with which a fork begins
     STRAGGLER = "straggler"  # a rank that slows down the others
     MERGE = "merge"  # adapters were merged into the weights and began again
     ACTIVE = "active"  # other adapters train from this step on

@@ -253,6 +253,10 @@ class Records:
         )
         self.say(f"resuming after step {step} from {checkpoint.folder}")
 
+    def forked(self, phase: PhaseState, step: int) -> None:
+        """Log the state with which a fork begins, from which its decisions can be replayed."""
+        self._log.event(EventKind.FORK, step, state=to_json(phase))
+
     def end(self, phase: PhaseState) -> None:
         """Log the end of the run in ``phase``, with the peak memory of every rank. Collective."""
         peaks = [0] * dist.get_world_size()

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.launches import Job, differences, traces
+from support.launches import Job, check_replay, differences, traces
 
 from prelora_ds.config.load import load_config
 from prelora_ds.engine.state import EngineState, Slice
@@ -47,6 +47,8 @@ def whole(forge, shards, tmp_path_factory):
 
 
 def walk(out: Path) -> list[tuple[str, int]]:
+    """Return the phases of a run and their numbers of steps, after a check that a replay decides like the run."""
+    check_replay(RunFolder(out))
     rows = read_lines(out / "metrics.jsonl")
     return [(name, len(list(group))) for name, group in groupby(rows, key=lambda row: row["phase"])]
 

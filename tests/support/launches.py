@@ -206,25 +206,29 @@ def traces(out: Path) -> dict[str, Any]:
 def check_replay(folder: RunFolder) -> None:
     """Compare the plans of a run with what its own settings decide from its observations.
 
-    A fork has only a part of its observations, as has a run that an earlier version began.
+    A run that an earlier version began has only a part of its observations.
     """
     from prelora_ds.core.codec import to_json
     from prelora_ds.core.replay import replay
     from prelora_ds.reporting.replay import read_logged
     from prelora_ds.run.log import EventKind, read_lines
 
-    began = any((row["event"], row["step"]) == (EventKind.JOB, 0) for row in read_lines(folder.events_to_read))
-    if folder.origin.is_file() or not began:
+    events = read_lines(folder.events_to_read)
+    began = any(row["event"] == EventKind.FORK or (row["event"], row["step"]) == (EventKind.JOB, 0) for row in events)
+    if not began:
         return
     logged = read_logged(folder)
+    begins_after = 0 if logged.start is None else logged.start.step
     decided = [
         (each.step, each.state.reason, to_json(each.state.plan) | {"active": None})
-        for each in replay(logged.controller(logged.config.specs()), logged.observations).decisions
+        for each in replay(
+            logged.controller(logged.config.specs()), logged.observations, logged.start
+        ).decisions
     ]
     plans = [
         (row["step"], row["reason"], row["plan"] | {"active": None})
         for row in read_lines(folder.events)
-        if row["event"] == EventKind.PLAN and row["step"] > 0
+        if row["event"] == EventKind.PLAN and row["step"] > begins_after
     ]
     assert decided == plans
 
