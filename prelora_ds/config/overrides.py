@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from prelora_ds.config.changes import new_name
-from prelora_ds.config.documents import DEEPEST, Place, UnreadableError, read_scalar, read_value
+from prelora_ds.config.documents import DEEPEST, Place, UnreadableError, read_scalar, read_value, read_yaml
 from prelora_ds.config.fields import alternatives, annotation_at
 from prelora_ds.config.tree import Config
 from prelora_ds.errors import ConfigError
@@ -49,6 +49,22 @@ def override(tree: dict[str, Any], text: str) -> None:
         raise ConfigError(key, given, f"cannot be read: {exc}",
                           f"choose a different value for {key}") from exc
     _merge(_section(tree, place, given), place[-1], value)
+
+
+def swept(text: str) -> list[str]:
+    """One override for each value of ``a.b=x,y,z``. Raises ConfigError."""
+    key, separator, given = text.partition("=")
+    if not separator or not key:
+        raise ConfigError("--sweep", text, "is not of the form a.b=x,y,z", "write, for example, convergence.tau=0.5,1")
+    try:
+        values = read_yaml(f"[{given}]")
+    except UnreadableError as exc:
+        raise ConfigError("--sweep", text, f"its values cannot be read: {exc}",
+                          "separate them by commas, and quote a value that contains one") from exc
+    overrides = [shlex.split(as_override(key, value))[0] for value in values]
+    if not overrides or len(set(overrides)) < len(overrides):
+        raise ConfigError("--sweep", text, "has no values, or one of them twice", "list each value once")
+    return overrides
 
 
 def _section(tree: dict[str, Any], place: tuple[str, ...], given: str) -> dict[str, Any]:

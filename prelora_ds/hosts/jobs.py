@@ -58,18 +58,32 @@ class Profile(BaseModel):
 
 
 @dataclass(frozen=True)
+class Task:
+    """A run of a job.
+
+    overrides: what sets the run apart from others of the same recipe.
+    output_dir, supervise: the folders of the run and of its supervisor, absolute.
+    """
+
+    overrides: tuple[str, ...]
+    output_dir: Path
+    supervise: Path
+
+
+@dataclass(frozen=True)
 class Job:
     """One job of a chain. All paths are absolute.
 
     folder: the checkout that contains launch/pretrain.py.
-    supervise: the folder that the run's supervisor writes.
+    tasks: the runs; several make the job an array.
+    resume: the checkpoint that each run begins from, or None.
     stage: copy the shards to the profile's scratch folder first.
     """
 
     name: str
     script: Path
     folder: Path
-    supervise: Path
+    tasks: tuple[Task, ...]
     recipe: Path
     overrides: Sequence[str]
     deepspeed_config: Path | None
@@ -85,6 +99,7 @@ class Job:
     network: bool = True
     setup: Sequence[str] | None = None
     container: str | None = None
+    resume: Path | None = None
 
 
 def load_profile(name: str) -> Profile:
@@ -135,7 +150,6 @@ def render(job: Job, profile: Profile, config: Config) -> str:
 
 def _template_values(job: Job, profile: Profile, config: Config, shards: Sequence[str],
                      copies: Sequence[str]) -> dict[str, Any]:
-    output_dir = Path(config.run.output_dir).resolve()
     # The shell must not expand the placeholders, which the supervisor replaces.
     launcher = re.sub(r"(\S*{\w+}\S*)", r"'\1'", profile.launcher)
     if job.container:
@@ -161,29 +175,40 @@ def _template_values(job: Job, profile: Profile, config: Config, shards: Sequenc
         "script": shlex.quote(str(job.script)),
         "setup": profile.setup if job.setup is None else job.setup,
         "environment": {key: shlex.quote(value) for key, value in network.items()},
-        "output_dir": shlex.quote(str(output_dir)),
-        "heartbeat_file": shlex.quote(str(job.supervise / HEARTBEAT_FILE)),
+        "tasks": [
+            {
+                "overrides": " ".join(
+                    map(shlex.quote, [*task.overrides, f"run.output_dir={task.output_dir}"])
+                ),
+                "output_dir": shlex.quote(str(task.output_dir)),
+                "heartbeat_file": shlex.quote(str(task.supervise / HEARTBEAT_FILE)),
+            }
+            for task in job.tasks
+        ],
         "stage": stage,
         "on_host": profile.on_host,
         "prelora": f"{shlex.quote(sys.executable)} -u -m prelora_ds.cli",
         "probe": shlex.quote(profile.probe),
         "launcher": launcher,
-        "run": _training_command(job, profile, config, output_dir, shards, copies),
+        "run": _training_command(job, profile, config, shards, copies),
     }
 
 
-def _training_command(job: Job, profile: Profile, config: Config, output_dir: Path,
+def _training_command(job: Job, profile: Profile, config: Config,
                       shards: Sequence[str], copies: Sequence[str]) -> str:
     words = [str(job.recipe)]
     if job.deepspeed_config:
         words += ["--deepspeed_config", str(job.deepspeed_config)]
-    words += [*job.overrides, f"run.output_dir={output_dir}"]
+    if job.resume:
+        words += ["--resume", str(job.resume)]
+    words += job.overrides
     if not job.stage:
         words += [f"data.train={shards[0]}", f"data.val={shards[1]}"]
     if profile.interface is not None and config.launch.interface is None:
         words.append(f"launch.interface={profile.interface}")
     arguments = " ".join(map(shlex.quote, words))
     command = f"{shlex.quote(sys.executable)} -u {SCRIPT} --recipe {arguments}"
+    command += ' "${overrides[@]}"'
     if job.stage:  # in double quotes: the site's scratch folder contains ${USER}
         command += f' "data.train={copies[0]}" "data.val={copies[1]}"'
     return command

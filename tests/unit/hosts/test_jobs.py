@@ -14,10 +14,13 @@ import pytest
 
 from prelora_ds.config.load import load_config
 from prelora_ds.errors import ConfigError
-from prelora_ds.hosts.jobs import PROFILES, Job, Profile, load_profile, render
+from prelora_ds.hosts.jobs import PROFILES, Job, Profile, Task, load_profile, render
 
 RECIPE = Path("launch/recipes/vit_large_in1k_prelora_exp1.yaml").resolve()
-JOB = Job("chain", Path("/shared/job.sh"), Path.cwd(), Path("/shared/out.supervise"), RECIPE,
+ARRAY = tuple(Task((f"convergence.tau={tau}", f"run.name=chain-tau-{tau}"), Path(f"/shared/out-tau-{tau}"),
+                   Path(f"/shared/out-tau-{tau}.supervise")) for tau in ("0.5", "it's 1"))
+RUN = Task((), Path("/shared/out"), Path("/shared/out.supervise"))
+JOB = Job("chain", Path("/shared/job.sh"), Path.cwd(), (RUN,), RECIPE,
           ["train.log_every=5"], None, 16, 1, 7200.0, 300, 50, account="acct")
 
 
@@ -27,8 +30,9 @@ def script(profile: str, **changes) -> str:
 
 
 @pytest.mark.parametrize("profile", sorted(path.stem for path in PROFILES.glob("*.yaml")))
-@pytest.mark.parametrize("changes", [{}, {"stage": True, "container": "apptainer exec --nv 'my image.sif'",
-                                          "network": False, "setup": ["module load other"], "queue": "q"}])
+@pytest.mark.parametrize("changes", [{}, {"tasks": ARRAY}, {"tasks": ARRAY, "spares": 0},
+                                     {"stage": True, "container": "apptainer exec --nv 'my image.sif'",
+                                      "network": False, "setup": ["module load other"], "queue": "q"}])
 def test_bash_and_shellcheck_accept_the_script_of_every_site(profile: str, changes: dict, tmp_path: Path) -> None:
     if changes.get("stage") and load_profile(profile).scratch is None:
         changes = changes | {"stage": False}
@@ -70,7 +74,8 @@ def test_what_a_site_would_refuse_is_refused_before_submission(profile: str, cha
     assert caught.value.key == key
 
 
-def test_a_pbs_chain_continues_while_the_run_exits_with_99_and_ends_with_the_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("array", [False, True])
+def test_a_pbs_chain_continues_while_the_run_exits_with_99_and_ends_with_the_run(tmp_path: Path, array: bool) -> None:
     """Run the unchanged script with a fake supervisor that needs three jobs; the script's own timer warns it."""
     folder, log = tmp_path / "code", tmp_path / "log"
     (folder / "launch").mkdir(parents=True)
@@ -79,6 +84,7 @@ def test_a_pbs_chain_continues_while_the_run_exits_with_99_and_ends_with_the_run
     run = tmp_path / "python"
     run.write_text(f"""#!/bin/bash
 echo "run begins" >> {log}
+printf '%s\\n' "$@" > {tmp_path}/arguments
 cp "$3" {tmp_path}/hostfile
 [ "$(grep -c run {log})" -ge 3 ] && exit 0
 trap 'echo warned >> {log}; kill $!; exit 99' USR1
@@ -89,24 +95,62 @@ exit 1
     job = tmp_path / "job.sh"
     qsub.write_text(f"""#!/bin/bash
 echo "qsub $*" >> {log}
+[ "$1" = -J ] && export PBS_ARRAY_INDEX="${{2%%-*}}" && shift 2
 [ "$1" = -v ] && export "${{2?}}" && shift 2
 exec bash "$1"
 """)
-    config = load_config(RECIPE, [f"run.output_dir={tmp_path}/out"])
-    text = render(replace(JOB, script=job, folder=folder, walltime_s=3.0, warn_s=1), load_profile("pbs"), config)
+    tasks = [replace(task, output_dir=tmp_path / task.output_dir.name) for task in (ARRAY if array else (RUN,))]
+    text = render(replace(JOB, script=job, folder=folder, walltime_s=3.0, warn_s=1, tasks=tuple(tasks)),
+                  load_profile("pbs"), load_config(RECIPE))
     text = re.sub(r"^\S+ -u -m prelora_ds.cli", str(run), text, flags=re.MULTILINE)
     job.write_text(text)
     for path in (run, qsub):
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
     done = subprocess.run(["bash", job], text=True, capture_output=True, timeout=60, env=os.environ | {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}", "PBS_NODEFILE": str(tmp_path / "nodes")})
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "PBS_NODEFILE": str(tmp_path / "nodes"),
+        **({"PBS_ARRAY_INDEX": "1"} if array else {})})
+    again = "-J 1-2:2 " if array else ""
     assert log.read_text().split("\n") == [
-        "run begins", "warned", f"qsub -v PRELORA_JOBS_BEFORE=1 {job}", "run begins", "warned",
-        f"qsub -v PRELORA_JOBS_BEFORE=2 {job}", "run begins", ""], done.stderr
+        "run begins", "warned", f"qsub {again}-v PRELORA_JOBS_BEFORE=1 {job}", "run begins", "warned",
+        f"qsub {again}-v PRELORA_JOBS_BEFORE=2 {job}", "run begins", ""], done.stderr
     ends = [line.split()[6] for line in done.stdout.splitlines() if "the run exited with" in line]
     assert ends == ["99", "99", "0"]
     assert (tmp_path / "hostfile").read_text() == "n1 slots=4\nn2 slots=4\n"
-    assert not list(tmp_path.glob("out.job.*"))
+    overrides = (tmp_path / "arguments").read_text().splitlines()[-len(tasks[-1].overrides) - 1:]
+    assert overrides == [*tasks[-1].overrides, f"run.output_dir={tasks[-1].output_dir}"]
+    assert not list(tmp_path.glob("out*.job.*"))
+
+
+def job_command(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = ["prelora", "job", RECIPE, "--profile", "slurm", "--out", tmp_path / "job.sh",
+               f"run.output_dir={tmp_path}/out", *arguments]
+    return subprocess.run(command, text=True, capture_output=True, timeout=60, check=False)
+
+
+def test_a_sweep_is_an_array_with_a_run_and_a_folder_for_each_combination(tmp_path: Path) -> None:
+    done = job_command(tmp_path, "--sweep", "convergence.tau=0.5, 1", "--sweep", "lora.warmup=5 epochs,10 epochs",
+                       "--resume", f"{tmp_path}/full/checkpoints/step-00000100")
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "job.sh").read_text()
+    assert "#SBATCH --array=0-3\n" in text and f"--resume {tmp_path}/full/checkpoints/step-00000100" in text
+    folders = re.findall(rf"{tmp_path}/out(\S+): convergence\.tau=(\S+) 'lora\.warmup=(\S+ epochs)'", done.stdout)
+    assert folders == [(f"-tau-{tau}-warmup-{warmup}_epochs", tau, f"{warmup} epochs")
+                       for tau in ("0.5", "1") for warmup in ("5", "10")]
+    for task, (suffix, tau, _) in enumerate(folders):
+        case = re.search(rf"^{task}\)\n(.*?);;", text, re.MULTILINE | re.DOTALL)
+        assert case is not None
+        assert f"convergence.tau={tau} " in case[1] and f"\n    output_dir={tmp_path}/out{suffix}\n" in case[1]
+
+
+@pytest.mark.parametrize(("sweep", "said"), [
+    (["convergence.tau"], "is not of the form"), (["convergence.tau=1,1"], "one of them twice"),
+    (["convergence.tau=0.5,[1"], "cannot be read"), (["convergence.tau=0.5,-1"], "convergence.tau = -1"),
+    (["convergence.tua=1,2"], "did you mean"), (["run.output_dir=a,b"], "is the same for all runs"),
+    (["convergence.tau=1,2", "convergence.tau=3,4"], "is swept twice")])
+def test_a_sweep_with_a_mistake_writes_nothing(tmp_path: Path, sweep: list[str], said: str) -> None:
+    done = job_command(tmp_path, *(f"--sweep={text}" for text in sweep))
+    assert done.returncode == 2 and said in done.stderr, done.stderr
+    assert not (tmp_path / "job.sh").exists()
 
 
 def test_a_folder_without_the_script_that_a_job_starts_is_refused(tmp_path: Path) -> None:
