@@ -26,10 +26,15 @@ if TYPE_CHECKING:
     from prelora_ds.core.rank_rules.prelora import assign_ranks as assign_ranks
     from prelora_ds.core.rank_rules.uniform import UniformRank as UniformRank
     from prelora_ds.core.schedule import Timeline as Timeline
+    from prelora_ds.core.switch_tests.budget import BudgetTest as BudgetTest
+    from prelora_ds.core.switch_tests.combined import AllOf as AllOf
+    from prelora_ds.core.switch_tests.combined import AnyOf as AnyOf
+    from prelora_ds.core.switch_tests.fixed import FixedTest as FixedTest
     from prelora_ds.core.switch_tests.prelora import Observation as Observation
     from prelora_ds.core.switch_tests.prelora import PreloraTest as PreloraTest
     from prelora_ds.core.switch_tests.prelora import WindowStats as WindowStats
     from prelora_ds.core.switch_tests.prelora import partially_converged as partially_converged
+    from prelora_ds.core.switch_tests.t_test import LossTTest as LossTTest
     from prelora_ds.engine.loop import LoopEngine as LoopEngine
     from prelora_ds.engine.loop import StaleEngineError as StaleEngineError
     from prelora_ds.errors import ConfigError as ConfigError
@@ -41,10 +46,15 @@ _HOMES = {
     # pure: no torch
     "Adapters": "core.phases",
     "AdapterSpec": "core.adapters",
+    "AllOf": "core.switch_tests.combined",
+    "AnyOf": "core.switch_tests.combined",
+    "BudgetTest": "core.switch_tests.budget",
     "Config": "config.tree",
     "ConfigError": "errors",
     "Duration": "core.duration",
+    "FixedTest": "core.switch_tests.fixed",
     "Layout": "core.layout",
+    "LossTTest": "core.switch_tests.t_test",
     "Observation": "core.switch_tests.prelora",
     "PhaseController": "core.controller",
     "PhaseSpec": "core.phases",

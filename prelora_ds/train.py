@@ -19,6 +19,7 @@ import torch.distributed as dist
 from prelora_ds.config.tree import Config
 from prelora_ds.core.controller import PhaseController
 from prelora_ds.core.schedule import Timeline
+from prelora_ds.cost.flops import step_flops
 from prelora_ds.data.manifest import Manifest
 from prelora_ds.data.setup import TrainData, fingerprints, samples_per_epoch
 from prelora_ds.engine.measure import weight_norms
@@ -67,7 +68,7 @@ def train(config: Config, train_data: TrainData, val_data: Manifest, hosts: Sequ
         module = build_model(config.model, len(train_data.classes))
     layout = find_layout(module, config.families(), config.model.families)
     controller = PhaseController(layout=layout, timeline=timeline, phases=config.specs(),
-                                 seed=config.run.seed)
+                                 seed=config.run.seed, step_flops=step_flops(config, layout))
 
     say: Callable[[str], None] = partial(print, flush=True) if rank_0 else lambda text: None
     setup = SetupRecord(layout, timeline.samples, dist.get_world_size(), job_end())

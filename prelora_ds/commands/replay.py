@@ -24,21 +24,33 @@ def replay(
         help="as if observed so often, such as '2 epochs'; a multiple of the log's", show_default=False)] = None,
     suggest: Annotated[float | None, typer.Option(
         min=0.0, max=1.0, help="find thresholds that pass at this share of the run", show_default=False)] = None,
+    test: Annotated[str | None, typer.Option(
+        help="another test in place of the run's own: prelora, t_test, fixed or budget", show_default=False)] = None,
+    parameters: Annotated[list[str] | None, typer.Option(
+        "--set", metavar="KEY=VALUE,...", show_default=False,
+        help="values of a parameter of the test, such as alpha=0.01,0.05; may be repeated")] = None,
     csv: Annotated[bool, typer.Option("--csv", help="print the grid as CSV instead of tables")] = False,
     json: AsJson = False,
 ) -> None:
-    """Decide again, from the log of RUN, when its phases would have ended: with its own thresholds, or with others.
+    """Decide again, from the log of RUN, when its phases would have ended: with its own tests, or with others.
+
+    Several values of a parameter make a grid. The parameters of each test are in docs/config.md, phases.*.until.
 
     Example: prelora replay out/digits_demo --tau 0.5,1,2 --zeta 2.5,5
+
+    Example: prelora replay out/digits_demo --test t_test --set alpha=0.01,0.05 --set m=5
     """
     from prelora_ds.config.fields import parse_duration, parse_numbers
+    from prelora_ds.config.named_tests import parse_parameters
     from prelora_ds.reporting.replay import Settings, grid_as_csv, print_replay, read_logged, replayed
     from prelora_ds.run.folder import RunFolder
 
     if csv and json:
         raise ConfigError("--csv", True, "and --json exclude each other", "choose one of them")
-    settings = Settings(parse_numbers(tau, "--tau"), parse_numbers(zeta, "--zeta"), k, m,
-                        parse_duration(every, "--every"), suggest)
+    given = {"tau": parse_numbers(tau, "--tau"), "zeta": parse_numbers(zeta, "--zeta"),
+             "k": None if k is None else (k,), "m": None if m is None else (m,)}
+    values = {key: each for key, each in given.items() if each is not None}
+    settings = Settings(test, values | parse_parameters(parameters or []), parse_duration(every, "--every"), suggest)
     result = replayed(read_logged(RunFolder(output)), settings)
     if json:
         print_json(result)

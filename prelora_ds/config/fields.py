@@ -210,11 +210,16 @@ def annotation_at(model: type[BaseModel], place: Sequence[str | int]) -> Any:
     return annotation
 
 
-def keys_of(model: type[BaseModel], place: Sequence[str | int]) -> list[str]:
-    """The keys of the section at ``place`` in ``model``."""
-    sections = [kind for kind in alternatives(annotation_at(model, place)) if _is_model(kind)]
-    return [field.alias or name for section in sections
-            for name, field in section.model_fields.items()]
+def keys_of(model: type[BaseModel], place: Sequence[str | int], kind: object = None) -> list[str]:
+    """The keys of the section at ``place`` in ``model``.
+
+    kind: where that may be one of several sections, the value of a key that only one of them may have.
+    """
+    sections = sorted(filter(_is_model, alternatives(annotation_at(model, place))), key=lambda each: each.__name__)
+    chosen = [section for section in sections
+              if any(get_args(field.annotation) == (kind,) for field in section.model_fields.values())]
+    return list(dict.fromkeys(field.alias or name for section in chosen or sections
+                              for name, field in section.model_fields.items()))
 
 
 def _inside(annotation: Any, key: str | int) -> Any:

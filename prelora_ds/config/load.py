@@ -226,7 +226,10 @@ def _config_error(exc: ValidationError, source: str, values: Mapping[str, Any],
     key = _dotted(place, values) or source
     source = _where(key, source, overrides)
     if unknown:
-        known = keys_of(Config, place[:-1])
+        known = keys_of(Config, place[:-1], error["loc"][-2] if len(error["loc"]) > 1 else None)
+        if place[-1] in known:  # of another section that could be here
+            return ConfigError(key, error["input"], f"does not go with the other keys here (in {source})",
+                               f"remove {key}")
         near = difflib.get_close_matches(str(place[-1]), known, n=1)
         hint = f"did you mean {'.'.join(filter(None, (_dotted(place[:-1], values), *near)))}?"
         return ConfigError(key, error["input"], f"unknown key (in {source})",

@@ -7,7 +7,7 @@ from typing import Any
 
 from prelora_ds.config.adapters import KEPT_MAY_CHANGE, AdaptersConfig, check_kernel, check_resizes
 from prelora_ds.config.fields import FieldError
-from prelora_ds.config.phases import PhaseConfig, SwitchTestConfig
+from prelora_ds.config.phases import PhaseConfig, UntilConfig
 from prelora_ds.core.adapters import KINDS
 from prelora_ds.core.duration import Duration
 from prelora_ds.core.plan import ADAPTERS, BASE
@@ -22,10 +22,11 @@ def check_method(phases: Sequence[PhaseConfig]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise FieldError(f"{name}.name", name, "is the name of two phases")
-    tests = any(isinstance(phase.until, SwitchTestConfig) for phase in phases)
+    tests = any(phase.switch_test is not None and phase.switch_test.windowing is not None for phase in phases)
     adapters: AdaptersConfig | None = None
     for i, phase in enumerate(phases):
         _check_until(phase, last=i + 1 == len(phases))
+        _check_costs(phase, phases[:i + 1])
         adapters = _check_adapters(phase, adapters, first=i == 0, tests=tests)
         _check_roles(phase, adapters)
         if i == 0 and phase.moments == "reset":
@@ -41,11 +42,22 @@ def _check_until(phase: PhaseConfig, *, last: bool) -> None:
                          'is required, because another phase follows; set a duration ("20 epochs") or a test')
 
 
+def _check_costs(phase: PhaseConfig, so_far: Sequence[PhaseConfig]) -> None:
+    """Raise FieldError if ``phase`` ends by a budget, and the cost of a step so far depends on what is measured."""
+    if phase.switch_test is None or "flops" not in phase.switch_test.needs:
+        return
+    for each in so_far:
+        if each.active is not None:
+            raise FieldError(f"{phase.name}.until", _written(phase.until), "depends on the FLOPs of phase "
+                             f"{each.name}, which depend on the adapters that are chosen ({each.name}.active), so that "
+                             "a replay could not repeat it", "end this phase in another way, or remove active")
+
+
 def _check_adapters(phase: PhaseConfig, before: AdaptersConfig | None, *, first: bool,
                     tests: bool) -> AdaptersConfig | None:
     """The adapters that exist during ``phase``; ``before`` are those of the phase before it.
 
-    tests: whether any phase ends by a test. Raises FieldError.
+    tests: whether any phase ends by a test that looks at windows. Raises FieldError.
     """
     key = f"{phase.name}.adapters"
     adapters = before
@@ -69,7 +81,8 @@ def _check_adapters(phase: PhaseConfig, before: AdaptersConfig | None, *, first:
                              "weights; choose keep")
         if new.ranks is not None and new.rank_rule.windows > 0 and (first or not tests):
             raise FieldError(f"{key}.ranks.rule", new.ranks.rule, "needs the windows of a test, but no phase "
-                             "before this one closes any; set a rank, or let an earlier phase end by a test")
+                             "before this one closes any; set a rank, or let an earlier phase end by a test that makes "
+                             "windows (with m)")
     elif isinstance(phase.adapters, AdaptersConfig):
         if before is None:
             raise FieldError(f"{key}.from", "keep", "there are no adapters before this phase; choose fresh")
@@ -147,5 +160,5 @@ def _check_roles(phase: PhaseConfig, adapters: AdaptersConfig | None) -> None:
             )
 
 
-def _written(until: Duration | SwitchTestConfig) -> Any:
-    return str(until) if isinstance(until, Duration) else until.model_dump(mode="json")
+def _written(until: Duration | UntilConfig | None) -> Any:
+    return until.model_dump(mode="json") if isinstance(until, UntilConfig) else str(until)

@@ -109,22 +109,38 @@ def keys_of_model(model: type[BaseModel], prefix: str = "") -> Iterator[Key]:
         yield Key(prefix + (field.alias or name), field, descriptions.get(name, ""))
 
 
-def _section(paths: Sequence[str], model: type[BaseModel]) -> Iterator[str]:
-    """The entries of ``model``, which lies at each of ``paths``, and then those of the sections in it."""
+def _section(paths: Sequence[str], model: type[BaseModel],
+             above: frozenset[type[BaseModel]] = frozenset()) -> Iterator[str]:
+    """The entries of ``model``, which lies at each of ``paths``, and then those of the sections in it.
+
+    A section that may also lie deeper, within another one of them, is listed once with all of its paths; ``above`` are
+    those that have been listed already.
+    """
     below: dict[type[BaseModel], list[str]] = {}
     for keys in zip(*(keys_of_model(model, f"{path}.") for path in paths), strict=True):
         yield _entry(*keys)
         for key in keys:
             for path, section in key.sections:
                 below.setdefault(section, []).append(path)
+    for section, sections in list(below.items()):
+        for inner_path, inner in (each for path in sections for key in keys_of_model(section, f"{path}.")
+                                  for each in key.sections):
+            if inner in below:
+                below[inner].append(inner_path)
     for section, sections in below.items():
-        yield _heading(sections, section)
-        yield from _section(sections, section)
+        if section not in above:
+            yield _heading(sections, section)
+            yield from _section(sections, section, above | below.keys())
 
 
 def _heading(paths: Sequence[str], model: type[BaseModel]) -> str:
+    """The heading of a section; if a key must have one value there, the heading names it."""
     summary = (inspect.getdoc(model) or "").partition("\n")[0].replace("``", "`")
-    return f"\n### {_listed(paths)}\n\n{_wrapped(summary)}\n\n"
+    named = [f"`{name}: {value}`" for name, field in model.model_fields.items()
+             if get_origin(field.annotation) is Literal and field.is_required()
+             for value in get_args(field.annotation) if len(get_args(field.annotation)) == 1]
+    head = " with ".join([_listed(paths), *named])
+    return f"\n### {head}\n\n{_wrapped(summary)}\n\n"
 
 
 def _entry(*keys: Key, described: bool = True) -> str:

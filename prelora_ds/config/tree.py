@@ -381,6 +381,10 @@ class Config(Strict):
                 and phase.freeze_below >= self.model.num_hidden_layers:
             raise FieldError(f"phases.{phase.name}.freeze_below", phase.freeze_below,
                              f"is not a layer: the model has layers 0 to {self.model.num_hidden_layers - 1}")
+        if self.model.factory is not None and phase.switch_test is not None and "flops" in phase.switch_test.needs:
+            raise FieldError(f"phases.{phase.name}.until", "budget", "needs the FLOPs of a step, which are only known "
+                             "for the built-in ViT", "end this phase in another way, or use a recipe without "
+                             "model.factory")
         if phase.active is not None and self.model.compile:
             raise FieldError(f"phases.{phase.name}.active", phase.active.choose, "would need other compiled code for "
                              "each choice of adapters, and beyond a limit torch runs uncompiled without a message",

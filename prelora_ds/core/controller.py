@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prelora_ds.core.codec import fields_from_json
 from prelora_ds.core.duration import Duration
 from prelora_ds.core.layout import Layout
-from prelora_ds.core.phases import PhaseSpec, layers_of, plan_of, windows_of, with_ranks
+from prelora_ds.core.phases import PhaseSpec, layers_of, plan_of, switch_tests, windowing_of, with_ranks
 from prelora_ds.core.plan import Plan
 from prelora_ds.core.schedule import Restart, Schedule, Timeline, lr_at
 from prelora_ds.core.selection import Selection, active_adapters, next_choice, with_active
-from prelora_ds.core.switch_tests import SwitchTest
-from prelora_ds.core.switch_tests.prelora import Observation, WindowStats
+from prelora_ds.core.switch_tests.combined import single_tests
+from prelora_ds.core.switch_tests.prelora import Observation, Verdict, Windowing, WindowStats
+from prelora_ds.core.switch_tests.progress import Progress
+from prelora_ds.core.switch_tests.protocol import SwitchTest
 
 # The smallest number of closed windows that the state keeps. A fork of this run may compare more windows than this run
 # does; keeping all of them would let the state grow without bound.
@@ -38,6 +40,7 @@ class PhaseState:
     updates: adapter -> the optimizer steps of this phase that updated it.
     choices: how often adapters were chosen in this phase.
     ranked: the step after which the ranks of the adapters were chosen last.
+    flops: what all steps until ``ranked`` have cost; 0 where the costs are not known.
     """
 
     plan: Plan
@@ -52,6 +55,7 @@ class PhaseState:
     updates: Mapping[str, int] = field(default_factory=dict)
     choices: int = 0
     ranked: int = 0
+    flops: int = 0
 
     @property
     def next_window(self) -> int:
@@ -86,15 +90,26 @@ class PhaseController:
     """Takes a run through the phases of its method. A transition is a new plan.
 
     A phase with a duration ends at the first observation after the duration has passed; a phase with a test ends at
-    the observation that closes a window with which the test passes. Windows of m observations are disjoint and
-    continue through all phases (`windows_of`), but a test sees only the windows that began in its own phase.
+    the observation that closes a window with which the test passes, or at any observation if the test needs no windows.
+    Windows continue through all phases (`windowing_of`), but a test sees only the windows that began in its own phase.
+
+    step_flops: the FLOPs of an optimizer step under a plan; None if they are not known. Only a budget needs them.
     """
 
-    def __init__(self, *, layout: Layout, timeline: Timeline, phases: Sequence[PhaseSpec], seed: int) -> None:
+    def __init__(self, *, layout: Layout, timeline: Timeline, phases: Sequence[PhaseSpec], seed: int,
+                 step_flops: Callable[[Plan], int] | None = None) -> None:
         self.layout = layout
         self.timeline = timeline
         self.phases = phases
         self.seed = seed
+        self.step_flops = step_flops
+        self._kept = max([KEPT_WINDOWS,
+                          *(single.k for test in switch_tests(phases) for single in single_tests(test))])
+
+    def with_phases(self, phases: Sequence[PhaseSpec]) -> PhaseController:
+        """The controller of the same run by another method."""
+        return PhaseController(layout=self.layout, timeline=self.timeline, phases=phases, seed=self.seed,
+                               step_flops=self.step_flops)
 
     def initial(self) -> PhaseState:
         """The state before the first step."""
@@ -104,10 +119,10 @@ class PhaseController:
 
     def next(self, state: PhaseState, observation: Observation) -> PhaseState:
         """The state after one more measurement. A transition has happened if and only if the plan differs."""
-        test = windows_of(self.phases, state.index)
-        closed = test is not None and len(state.open) + 1 >= test.windowing.m
-        if test is not None:
-            state = _observed(state, observation, test)
+        windowing = windowing_of(self.phases, state.index)
+        closed = windowing is not None and len(state.open) + 1 >= windowing.m
+        if windowing is not None:
+            state = _observed(state, observation, windowing, self._kept)
 
         after = self._ended(state, observation.step, closed=closed)
         return self._reranked(after, observation.step) if after.index == state.index else after
@@ -119,7 +134,9 @@ class PhaseController:
             return state
         if isinstance(until, Duration):
             return self._after_duration(state, until, step)
-        return self._test(state, until, step) if closed else state
+        if until.windowing is not None and closed:
+            return self._tested(state, until, step)
+        return self._checked(state, until, step) if until.k == 0 else state
 
     def _reranked(self, state: PhaseState, step: int) -> PhaseState:
         """The state with other ranks, if it is time to choose them again and enough windows have closed."""
@@ -131,7 +148,7 @@ class PhaseController:
         plan = with_ranks(state.plan, self.layout, adapters.ranks(layers_of(adapters, self.layout), state.windows))
         changed = sum(plan.adapters[path] != spec for path, spec in state.plan.adapters.items())
         reason = f"the ranks were chosen again, and {changed} of {len(plan.adapters)} changed"
-        return replace(state, plan=plan, ranked=step, reason=reason)
+        return replace(state, plan=plan, ranked=step, flops=self._flops(state, step), reason=reason)
 
     def after_step(self, state: PhaseState, step: int, *, importance: Mapping[str, float] | None = None,
                    updated: bool = True) -> PhaseState:
@@ -210,14 +227,35 @@ class PhaseController:
         """Whether a whole number of periods has passed after ``step``, counted from the start of the plan's phase."""
         return step in self.timeline.period_ends(plan.since_step, every)
 
-    def _test(self, state: PhaseState, test: SwitchTest, step: int) -> PhaseState:
+    def _tested(self, state: PhaseState, test: SwitchTest, step: int) -> PhaseState:
+        """The state after a window has closed, with the verdict on it."""
         if len(state.windows_of_phase) < test.k:
             return state
-        verdict = test(state.windows_of_phase)
+        verdict = self.verdict(state, test, step)
         state = replace(state, reason=verdict.reason, tests=state.tests + 1)
         if not verdict.passed:
             return state
         return self._follow(state, step, f"{test.title} passed at test {state.tests}: {verdict.reason}")
+
+    def _checked(self, state: PhaseState, test: SwitchTest, step: int) -> PhaseState:
+        """The state after an observation that has closed no window of ``test``."""
+        verdict = self.verdict(state, test, step)
+        return self._follow(state, step, f"{test.title} passed: {verdict.reason}") if verdict.passed else state
+
+    def verdict(self, state: PhaseState, test: SwitchTest, step: int) -> Verdict:
+        """What ``test`` says about ``state`` after ``step``."""
+        progress = Progress(step, self.timeline.total_steps)
+        if "flops" in test.needs:
+            assert self.step_flops is not None, "a budget needs the FLOPs of a step"
+            whole = self.timeline.total_steps * self.step_flops(Plan("full", frozenset(self.layout.parameters)))
+            progress = replace(progress, flops=self._flops(state, step), full_flops=whole)
+        return test(state.windows_of_phase, progress)
+
+    def _flops(self, state: PhaseState, step: int) -> int:
+        """The FLOPs of all steps until ``step``, since which ``state`` has had its plan; 0 if they are not known."""
+        if self.step_flops is None:
+            return 0
+        return state.flops + (step - state.ranked) * self.step_flops(state.plan)
 
     def _after_duration(self, state: PhaseState, until: Duration, step: int) -> PhaseState:
         if step < self.timeline.step_after(state.plan.since_step, until):
@@ -235,10 +273,12 @@ class PhaseController:
             waits = (f"{reason}; phase {self.phases[index].name} waits until {adapters.ranks.windows} windows have "
                      "closed, because its ranks depend on them")
             return replace(state, reason=waits)
+        windowing = windowing_of(self.phases, index)
+        shared = 0 if windowing is None else windowing.shared_by(len(state.open))
         return replace(state, plan=self._plan(index, state.plan, step, state.windows), index=index, reason=reason,
-                       first_window=state.next_window + bool(state.open),
+                       first_window=state.next_window + shared,
                        restarts=self._restarts(state, step, self.phases[index].rewarm), importance={}, updates={},
-                       choices=1, ranked=step)
+                       choices=1, ranked=step, flops=self._flops(state, step))
 
     def _restarts(self, state: PhaseState, step: int, rewarm: Duration | None) -> tuple[Restart, ...]:
         """The restarts of the learning rate so far, with one after ``step`` if it is to rise again there."""
@@ -254,11 +294,13 @@ class PhaseController:
         return plan_of(spec, self.layout, seed=self.seed, since_step=step, before=before, ranks=ranks)
 
 
-def _observed(state: PhaseState, observation: Observation, test: SwitchTest) -> PhaseState:
-    """``state`` with the observation in its open window, which closes when it is complete."""
+def _observed(state: PhaseState, observation: Observation, windowing: Windowing, kept: int) -> PhaseState:
+    """``state`` with the observation in its open window, which closes when it is complete.
+
+    kept: how many windows the state keeps.
+    """
     state = replace(state, open=(*state.open, observation))
-    if len(state.open) < test.windowing.m:
+    if len(state.open) < windowing.m:
         return state
-    kept = max(test.k, KEPT_WINDOWS)
-    window = test.windowing.close(state.next_window, state.open)
-    return replace(state, open=(), windows=(*state.windows, window)[-kept:])
+    window = windowing.close(state.next_window, state.open)
+    return replace(state, open=windowing.still_open(state.open), windows=(*state.windows, window)[-kept:])

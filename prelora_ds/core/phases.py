@@ -13,7 +13,8 @@ from prelora_ds.core.plan import Plan
 from prelora_ds.core.rank_rules import RankRule
 from prelora_ds.core.rank_rules.uniform import UniformRank
 from prelora_ds.core.selection import Selection, first_choice, with_active
-from prelora_ds.core.switch_tests import SwitchTest
+from prelora_ds.core.switch_tests.prelora import Windowing
+from prelora_ds.core.switch_tests.protocol import SwitchTest
 from prelora_ds.core.trainable import trainable_names
 
 
@@ -164,13 +165,18 @@ def layers_of(adapters: Adapters, layout: Layout) -> dict[str, list[int]]:
     return {family: list(layout.targets[family]) for family in adapters.families}
 
 
-def windows_of(phases: Sequence[PhaseSpec], index: int) -> SwitchTest | None:
-    """The test whose windows close during phase ``index``.
+def switch_tests(phases: Sequence[PhaseSpec]) -> list[SwitchTest]:
+    """The tests that end ``phases``, without durations."""
+    return [spec.until for spec in phases if spec.until is not None and not isinstance(spec.until, Duration)]
 
-    It is the test of that phase, otherwise of the nearest earlier phase that has one, otherwise of the nearest later
-    phase. Windows continue through phases without a test, because they are the run's history and ranks may depend on
-    them.
+
+def windowing_of(phases: Sequence[PhaseSpec], index: int) -> Windowing | None:
+    """How the windows are made that close during phase ``index``; None if no test of the method looks at windows.
+
+    The test of that phase decides, otherwise that of the nearest earlier phase whose test looks at windows, otherwise
+    of the nearest later phase. Windows continue through phases without such a test, because they are the run's history
+    and ranks may depend on them.
     """
     order = [index, *range(index - 1, -1, -1), *range(index + 1, len(phases))]
-    tests = (until for i in order if (until := phases[i].until) is not None and not isinstance(until, Duration))
-    return next(tests, None)
+    tests = switch_tests([phases[i] for i in order])
+    return next((test.windowing for test in tests if test.windowing is not None), None)

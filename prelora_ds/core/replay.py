@@ -7,8 +7,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from prelora_ds.core.controller import PhaseController, PhaseState
+from prelora_ds.core.duration import Duration
 from prelora_ds.core.phases import PhaseSpec
-from prelora_ds.core.switch_tests.prelora import Observation, PreloraTest
+from prelora_ds.core.switch_tests.combined import with_single_tests
+from prelora_ds.core.switch_tests.prelora import NOISE, Observation, PreloraTest
+from prelora_ds.core.switch_tests.protocol import SwitchTest
 
 
 @dataclass(frozen=True)
@@ -26,10 +29,10 @@ class Decision:
 
 @dataclass(frozen=True)
 class Closest:
-    """The test that came closest to passing: by the change that exceeded its threshold by the smallest factor.
+    """The test that came closest to passing: by the value that exceeded its threshold by the smallest factor.
 
-    what: a family, or ``loss``.
-    change, threshold: in per cent.
+    what: a family or ``loss`` for Algorithm 1, otherwise what the test compares.
+    change, threshold: the value and its limit, for Algorithm 1 in per cent.
     """
 
     step: int
@@ -69,9 +72,7 @@ def replay(controller: PhaseController, observations: Iterable[Observation], sta
 
     Which adapters are active is not decided: no log has the importance of every step, and no decision depends on it.
     """
-    phases = [replace(spec, selection=None) for spec in controller.phases]
-    controller = PhaseController(layout=controller.layout, timeline=controller.timeline, phases=phases,
-                                 seed=controller.seed)
+    controller = controller.with_phases([replace(spec, selection=None) for spec in controller.phases])
     total = controller.timeline.total_steps
     state = controller.initial() if start is None else start.state
     done = 0 if start is None else start.step
@@ -82,8 +83,9 @@ def replay(controller: PhaseController, observations: Iterable[Observation], sta
         done = observation.step
         before, state = state, controller.next(state, observation)
         if state.tests > before.tests and state.index == before.index:
-            found = _closest(controller.phases[state.index], state, done)
-            closest = found if closest is None else min(closest, found, key=lambda each: each.excess)
+            found = _closest(controller, state, done)
+            both = [each for each in (closest, found) if each is not None]
+            closest = min(both, key=lambda each: each.excess, default=None)
         if done == total:
             break  # a decision after the last step is not followed
         if state.plan.structure() != before.plan.structure():
@@ -116,10 +118,10 @@ def compared(decisions: Sequence[Decision], own: Sequence[Decision]) -> tuple[De
     return tuple(replace(each, extrapolated=each.step > first) for each in decisions)
 
 
-def with_tests(phases: Sequence[PhaseSpec], change: Callable[[PreloraTest], PreloraTest]) -> tuple[PhaseSpec, ...]:
-    """``phases`` with ``change`` applied to each test by Algorithm 1."""
-    return tuple(replace(spec, until=change(spec.until)) if isinstance(spec.until, PreloraTest) else spec
-                 for spec in phases)
+def with_tests(phases: Sequence[PhaseSpec], change: Callable[[SwitchTest], SwitchTest]) -> tuple[PhaseSpec, ...]:
+    """``phases`` with ``change`` applied to each single test."""
+    return tuple(spec if spec.until is None or isinstance(spec.until, Duration)
+                 else replace(spec, until=with_single_tests(spec.until, change)) for spec in phases)
 
 
 def coarser(observations: Iterable[Observation], steps: frozenset[int]) -> Iterator[Observation]:
@@ -162,25 +164,29 @@ def suggested(controller: PhaseController, observations: Iterable[Observation], 
 
 def _changes_of_tests(controller: PhaseController, observations: Iterable[Observation],
                       start: Start | None) -> list[tuple[int, float, float]]:
-    """The step, and the largest change of a norm and of the loss, of each test in the first phase with a test.
+    """The step, and the smallest tau and zeta that would pass, of each test in the first phase with a test.
 
     No test passes here, so that this phase lasts to the end of the log.
     """
-    phases = with_tests(controller.phases, lambda test: replace(test, tau=_SMALLEST, zeta=_SMALLEST))
-    tried = PhaseController(layout=controller.layout, timeline=controller.timeline, phases=phases, seed=controller.seed)
+    tried = controller.with_phases(with_tests(controller.phases, _unpassable))
     state = tried.initial() if start is None else start.state
     found = []
     for observation in observations:
         before, state = state, tried.next(state, observation)
-        test = phases[state.index].until
+        test = tried.phases[state.index].until
         if isinstance(test, PreloraTest) and state.tests > before.tests:
-            verdict = test(state.windows_of_phase)
+            verdict = tried.verdict(state, test, observation.step)
             norms = [abs(change) for changes in verdict.norm_changes.values() for change in changes]
-            found.append((observation.step, _largest(norms), _largest(map(abs, verdict.loss_changes))))
+            norm = _largest(norms) + (2 * NOISE if test.strict else 0)
+            found.append((observation.step, norm, _largest(map(abs, verdict.loss_changes))))
     return found
 
 
 _SMALLEST = 1e-300  # a threshold that only a change of 0 keeps
+
+
+def _unpassable(test: SwitchTest) -> SwitchTest:
+    return replace(test, tau=_SMALLEST, zeta=_SMALLEST) if isinstance(test, PreloraTest) else test
 
 
 def _largest(changes: Iterable[float]) -> float:
@@ -193,12 +199,9 @@ def _rounded_up(value: float) -> float:
     return math.ceil(value / unit) * unit
 
 
-def _closest(spec: PhaseSpec, state: PhaseState, step: int) -> Closest:
-    """By what the test that has just failed failed: the change that exceeds its threshold most."""
-    test = spec.until
-    assert isinstance(test, PreloraTest)
-    verdict = test(state.windows_of_phase)
-    judged = [Closest(step, family, abs(change), test.tau)
-              for family, changes in verdict.norm_changes.items() for change in changes]
-    judged += [Closest(step, "loss", abs(change), test.zeta) for change in verdict.loss_changes]
-    return max(judged, key=lambda each: each.excess)
+def _closest(controller: PhaseController, state: PhaseState, step: int) -> Closest | None:
+    """By what the test that has just been made failed; None if it did not fail by a measured value."""
+    test = controller.phases[state.index].until
+    assert test is not None and not isinstance(test, Duration)
+    miss = controller.verdict(state, test, step).miss
+    return None if miss is None else Closest(step, miss.what, abs(miss.value), miss.limit)

@@ -7,11 +7,12 @@ All terms are counted from shapes, in one walk over the modules in the order of 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from prelora_ds.config.model import ModelConfig
-from prelora_ds.config.tree import ZeroSettings
+from prelora_ds.config.tree import Config, ZeroSettings
 from prelora_ds.core.adapters import Needs, kind_of
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.plan import Plan
@@ -90,6 +91,26 @@ def micro_batch(model: ModelConfig, plan: Plan, layout: Layout, size: int, *,
     w.saved += size * (FP32 * labels + 8)  # the loss keeps fp32 log-probabilities and int64 labels
     return MicroBatch(w.forward, w.gemm, w.adapters, w.traffic, w.calls + len(w.training), w.saved,
                       recomputed)
+
+
+def step_flops(config: Config, layout: Layout) -> Callable[[Plan], int] | None:
+    """The FLOPs of an optimizer step under a plan, over all ranks; None if the model is not transformers' ViT.
+
+    They are those of `micro_batch` with the kernel ``branch`` and without activation checkpointing, so that they depend
+    neither on the ranks nor on the settings that may change when a run is resumed.
+    """
+    if config.model.factory is not None:
+        return None
+    model = config.model.model_copy(update={"activation_checkpointing": False})
+    known: dict[Any, int] = {}
+
+    def of_plan(plan: Plan) -> int:
+        key = plan.structure(), plan.active
+        if key not in known:
+            known[key] = micro_batch(model, plan, layout, config.train.global_batch_size, kernel="branch").flops
+        return known[key]
+
+    return of_plan
 
 
 def _block(w: _Walk, model: ModelConfig, path: str, size: int, rows: int, dropped: int) -> None:

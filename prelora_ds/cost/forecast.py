@@ -14,12 +14,15 @@ from prelora_ds.core.controller import PhaseController, PhaseState
 from prelora_ds.core.duration import Duration
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.merge import Merge
-from prelora_ds.core.phases import PhaseSpec, needed_in_fp32, plans_at_rank
+from prelora_ds.core.phases import PhaseSpec, needed_in_fp32, plans_at_rank, switch_tests
 from prelora_ds.core.plan import Plan
 from prelora_ds.core.rank_rules.uniform import UniformRank
 from prelora_ds.core.schedule import Timeline
 from prelora_ds.core.selection import active_adapters, candidates
+from prelora_ds.core.switch_tests.combined import single_tests, with_single_tests
 from prelora_ds.core.switch_tests.prelora import Observation, Verdict, Windowing, WindowStats
+from prelora_ds.core.switch_tests.progress import Progress
+from prelora_ds.core.switch_tests.protocol import SwitchTest
 from prelora_ds.cost import flops as costs
 from prelora_ds.cost.bytes import predict_bytes
 from prelora_ds.cost.candidates import USABLE, predict_candidate, predict_candidates, reuse_distance
@@ -230,7 +233,7 @@ def _run(config: Config, layout: Layout, zero: ZeroSettings, rows: list[dict[str
         return {"steps": steps, "merges": merges, "hours": seconds / 3600,
                 "jobs": walltime_s and math.ceil(seconds / walltime_s)}
 
-    tests = any(spec.until is not None and not isinstance(spec.until, Duration) for spec in config.specs())
+    tests = any(single.k for test in switch_tests(config.specs()) for single in single_tests(test))
     return {
         "stage": zero.stage,
         "offload_optimizer": zero.offload_optimizer,
@@ -247,12 +250,13 @@ class _ForeseenTest:
     """A test with a fixed outcome: it passes as soon as it is evaluated, or never."""
 
     k: int
-    windowing: Windowing
+    windowing: Windowing | None
     passes: bool
     title = "a test"
+    needs = frozenset[str]()
 
-    def __call__(self, windows: Sequence[WindowStats]) -> Verdict:
-        return Verdict(self.passes, "", {}, ())
+    def __call__(self, windows: Sequence[WindowStats], progress: Progress) -> Verdict:
+        return Verdict(self.passes, "")
 
 
 @dataclass(frozen=True)
@@ -317,9 +321,12 @@ def why_unfinished(config: Config, layout: Layout, timeline: Timeline, state: Ph
         if over > observed:
             reason = (f"phase {spec.name} lasts until the first observation from step {over} on, "
                       "and none is made before the last step")
-    elif spec.until is not None and len(end.windows_of_phase) < spec.until.k:
+    elif spec.until is not None and spec.until.windowing is not None and len(end.windows_of_phase) < spec.until.k:
         reason = (f"the test of phase {spec.name} needs {spec.until.k} windows of "
                   f"{spec.until.windowing.m} observations (observe.every = {config.observe.every})")
+    elif spec.until is not None and spec.until.k == 0 and not controller.verdict(end, spec.until, observed).passed:
+        reason = (f"{spec.until.title}, which ends phase {spec.name}, does not pass at an observation before the last "
+                  "step")
     later = ", ".join(spec.name for spec in controller.phases[end.index + 1:])
     return f"the run ends after step {timeline.total_steps}, before {later} can begin: {reason}"
 
@@ -336,16 +343,21 @@ def _course(config: Config, controller: PhaseController, state: PhaseState,
 def _foreseen(config: Config, layout: Layout, timeline: Timeline, passes: bool) -> PhaseController:
     """The controller of a run, without what only the run can determine.
 
-    That is the result of each test, and ranks that depend on windows.
+    That is the result of each test that looks at windows, and ranks that depend on windows.
     """
+
+    def foreseen(test: SwitchTest) -> SwitchTest:
+        return _ForeseenTest(test.k, test.windowing, passes) if test.k else test
+
     phases = []
     for spec in config.specs():
         if spec.until is not None and not isinstance(spec.until, Duration):
-            test = _ForeseenTest(spec.until.k, spec.until.windowing, passes)
-            spec = replace(spec, until=test)
+            spec = replace(spec, until=with_single_tests(spec.until, foreseen))
         if spec.adapters is not None:
             rule = spec.adapters.ranks
             ranks = _ForeseenRanks(rule.highest, rule.windows)
             spec = replace(spec, adapters=replace(spec.adapters, ranks=ranks))
         phases.append(spec)
-    return PhaseController(layout=layout, timeline=timeline, phases=phases, seed=0)
+    needs_flops = any("flops" in test.needs for test in switch_tests(phases))
+    return PhaseController(layout=layout, timeline=timeline, phases=phases, seed=0,
+                           step_flops=costs.step_flops(config, layout) if needs_flops else None)

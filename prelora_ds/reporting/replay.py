@@ -6,7 +6,7 @@ import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise, product
 from statistics import median
 from typing import Any
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from prelora_ds.config.load import load_config
+from prelora_ds.config.named_tests import changed_test, make_test, name_of, parameters_of
 from prelora_ds.config.phases import PresetConfig
 from prelora_ds.config.preset import ConvergenceConfig, expanded
 from prelora_ds.config.tree import Config
@@ -23,7 +24,7 @@ from prelora_ds.core.codec import CodecError, from_json
 from prelora_ds.core.controller import PhaseController, PhaseState
 from prelora_ds.core.duration import Duration
 from prelora_ds.core.layout import Layout
-from prelora_ds.core.phases import PhaseSpec, needed_in_fp32, windows_of
+from prelora_ds.core.phases import PhaseSpec, needed_in_fp32, switch_tests, windowing_of
 from prelora_ds.core.plan import Plan
 from prelora_ds.core.replay import (
     Closest,
@@ -36,9 +37,11 @@ from prelora_ds.core.replay import (
     with_tests,
 )
 from prelora_ds.core.schedule import Timeline
-from prelora_ds.core.switch_tests.prelora import Observation, PreloraTest
+from prelora_ds.core.switch_tests.combined import single_tests
+from prelora_ds.core.switch_tests.prelora import Observation
+from prelora_ds.core.switch_tests.protocol import SwitchTest
 from prelora_ds.cost.bytes import predict_bytes
-from prelora_ds.cost.flops import micro_batch
+from prelora_ds.cost.flops import micro_batch, step_flops
 from prelora_ds.errors import ConfigError
 from prelora_ds.reporting.columns import print_columns, print_line
 from prelora_ds.reporting.history import parse_step
@@ -46,19 +49,22 @@ from prelora_ds.run.folder import RunFolder
 from prelora_ds.run.log import EventKind, read_lines, stream_lines
 from prelora_ds.run.setup_record import SetupRecord, read_setup
 
+ALGORITHM_1 = ("tau", "zeta", "k", "m")
+RESULTS = ("step", "epoch", "hours_saved", "closest")  # of a combination of parameters
+
 
 @dataclass(frozen=True)
 class Settings:
-    """The parameters of Algorithm 1 that are tried; None keeps those of the run.
+    """What is tried.
 
+    test: the name of a test that takes the place of the run's own tests; None keeps these.
+    parameters: the values of parameters of the tests, each combination of which is tried; all others are kept.
     every: how often the run would have observed.
     suggest: the share of the run near which thresholds are sought.
     """
 
-    tau: tuple[float, ...] | None = None
-    zeta: tuple[float, ...] | None = None
-    k: int | None = None
-    m: int | None = None
+    test: str | None = None
+    parameters: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     every: Duration | None = None
     suggest: float | None = None
 
@@ -83,7 +89,7 @@ class Logged:
 
     def controller(self, phases: Sequence[PhaseSpec]) -> PhaseController:
         return PhaseController(layout=self.setup.layout, timeline=self.timeline, phases=phases,
-                               seed=self.config.run.seed)
+                               seed=self.config.run.seed, step_flops=step_flops(self.config, self.setup.layout))
 
 
 def read_logged(folder: RunFolder) -> Logged:
@@ -155,29 +161,33 @@ def _step_seconds(folder: RunFolder) -> dict[str, float]:
 # ---- deciding
 
 def replayed(logged: Logged, settings: Settings) -> dict[str, Any]:
-    """Decide again, and return the decisions, one row per pair of thresholds, and the suggestion, ready for JSON.
+    """Decide again, and return the decisions, one row per combination of parameters, and the suggestion, as JSON.
 
     Raises ConfigError for settings that the log does not allow.
     """
     observations = _observed_every(logged, settings.every)
     own = logged.config.specs()
-    phases = _with_settings(logged, own, settings)
-    run = replay(logged.controller(own), logged.observations, logged.start).decisions
-    start = _start_with(logged, own, phases, settings)
+    controller = logged.controller(own)
+    run = replay(controller, logged.observations, logged.start).decisions
     grid: list[dict[str, Any]] = []
     decisions: list[dict[str, Any]] = []
-    for tau, zeta in product(settings.tau or (None,), settings.zeta or (None,)):
-        tried = with_tests(phases, lambda test, tau=tau, zeta=zeta: replace(  # type: ignore[misc]
-            test, tau=tau or test.tau, zeta=zeta or test.zeta))
-        found = replay(logged.controller(tried), observations, start)
+    for values in product(*settings.parameters.values()):
+        tried = _tried(logged, settings, dict(zip(settings.parameters, values, strict=True)))
+        start = _start_with(logged, own, tried, settings)
+        found = replay(controller.with_phases(tried), observations, start)
         rows = [_row(logged, tried, each) for each in compared(found.decisions, run)]
         if not grid:
             decisions = rows
         grid.append(_cell(logged, tried, rows, found.closest))
     result: dict[str, Any] = {"decisions": decisions, "grid": grid}
     if settings.suggest is not None:
+        if settings.test not in (None, "prelora"):
+            raise ConfigError("--suggest", settings.suggest, "finds thresholds of Algorithm 1 only", "omit --test")
+        first = {key: each[0] for key, each in settings.parameters.items()}
         step = round(settings.suggest * logged.timeline.total_steps)
-        suggestion = suggested(logged.controller(phases), observations, step, start)
+        tried = _tried(logged, settings, first)
+        start = _start_with(logged, own, tried, settings)
+        suggestion = suggested(controller.with_phases(tried), observations, step, start)
         result["suggestion"] = suggestion and asdict(suggestion)
     return result
 
@@ -194,23 +204,69 @@ def _observed_every(logged: Logged, every: Duration | None) -> Sequence[Observat
     return tuple(coarser(logged.observations, steps))
 
 
-def _with_settings(logged: Logged, own: Sequence[PhaseSpec], settings: Settings) -> Sequence[PhaseSpec]:
-    """The phases with the given k and m; for a run without a test, those of the preset `prelora`.
+def _tried(logged: Logged, settings: Settings, parameters: Mapping[str, Any]) -> Sequence[PhaseSpec]:
+    """The phases with another test, or with other ``parameters`` of their own tests. Raises ConfigError.
 
-    A run of several phases without a test keeps them if no thresholds are given.
+    A run without a test gets the phases of the preset `prelora`, but keeps its own if it has several and neither
+    another test nor thresholds are given.
     """
-    config = logged.config
+    own = logged.config.specs()
+    if settings.test is not None:
+        phases = own if switch_tests(own) else _preset(logged.config, tau=1.0, zeta=1.0)
+        return _with_test(logged, phases, settings.test, parameters)
+
     phases = own
-    asks = len(own) == 1 or settings.tau or settings.zeta
-    if asks and not any(isinstance(spec.until, PreloraTest) for spec in own):
-        for option, values in (("--tau", settings.tau), ("--zeta", settings.zeta)):
-            if values is None:
-                raise ConfigError(option, None, "is required, because no phase of this run ends by a test",
-                                  f"pass it, for example {option} {'1' if option == '--tau' else '5'}")
-        assert settings.tau is not None and settings.zeta is not None
-        test = ConvergenceConfig(tau=settings.tau[0], zeta=settings.zeta[0])
-        phases = [phase.spec(config.families()) for phase in expanded(PresetConfig(), test, config.lora)]
-    return with_tests(phases, lambda test: replace(test, k=settings.k or test.k, m=settings.m or test.m))
+    if not switch_tests(own) and (len(own) == 1 or {"tau", "zeta"} & parameters.keys()):
+        for key in ("tau", "zeta"):
+            if key not in parameters:
+                raise ConfigError(f"--{key}", None, "is required, because no phase of this run ends by a test",
+                                  f"pass it, for example --{key} {'1' if key == 'tau' else '5'}")
+        phases = _preset(logged.config, parameters["tau"], parameters["zeta"])
+    singles = [single for test in switch_tests(phases) for single in single_tests(test)]
+    known = {key for single in singles for key in parameters_of(single)}
+    for key, value in parameters.items():
+        if key not in known:
+            raise ConfigError(f"--set {key}", value, "is not a parameter of a test of this run"
+                              + (f", which are {', '.join(sorted(known))}" if known else ", which has no tests"),
+                              "choose one of them, or another test (--test)" if known else "choose a test (--test)")
+    return with_tests(phases, lambda test: changed_test(test, parameters))
+
+
+def _preset(config: Config, tau: float, zeta: float) -> tuple[PhaseSpec, ...]:
+    test = ConvergenceConfig(tau=tau, zeta=zeta)
+    return tuple(phase.spec(config.families()) for phase in expanded(PresetConfig(), test, config.lora))
+
+
+def _with_test(logged: Logged, phases: Sequence[PhaseSpec], name: str,
+               parameters: Mapping[str, Any]) -> Sequence[PhaseSpec]:
+    """``phases`` with the test ``name`` wherever a test ends a phase.
+
+    A test that compares no windows closes those of the run all the same, because ranks may depend on them.
+    """
+    test = make_test(name, parameters)
+    windowing = windowing_of(phases, 0)
+    if test.windowing is None and windowing is not None:
+        test = make_test(name, {**parameters, "m": windowing.m})
+    check_measured(test, name, logged.observations)
+    if "flops" in test.needs and logged.config.model.factory is not None:
+        raise ConfigError("--test", name, "needs the FLOPs of a step, which are only known for the built-in ViT",
+                          "choose another test")
+    if "flops" in test.needs and any(spec.selection for spec in phases):
+        raise ConfigError("--test", name, "needs the FLOPs of each step, which depend on the adapters that this run "
+                          "chose (active) and that a replay does not choose again", "choose another test")
+    if "flops" in test.needs and logged.start is not None and logged.start.state.index and not logged.start.state.flops:
+        raise ConfigError("--test", name, "needs the FLOPs of all steps so far, which the version that wrote the "
+                          "checkpoint of this fork did not count", "choose another test")
+    return [spec if spec.until is None or isinstance(spec.until, Duration) else replace(spec, until=test)
+            for spec in phases]
+
+
+def check_measured(test: SwitchTest, name: str, observations: Sequence[Observation]) -> None:
+    """Raise ConfigError if ``test`` needs a measurement that is not in all ``observations``."""
+    for measure in sorted(test.needs - {"norms", "loss", "flops"}):
+        if not all(getattr(seen, measure, None) for seen in observations):
+            raise ConfigError("--test", name, f"compares {measure}, which this run did not log",
+                              f"log them in another run with observe.{measure}")
 
 
 def _start_with(logged: Logged, own: Sequence[PhaseSpec], phases: Sequence[PhaseSpec],
@@ -225,8 +281,8 @@ def _start_with(logged: Logged, own: Sequence[PhaseSpec], phases: Sequence[Phase
     if [spec.name for spec in phases[:state.index + 1]] != [spec.name for spec in own[:state.index + 1]]:
         raise ConfigError("RUN", own[state.index].name, "is the phase in which this fork began, but the method that is "
                           "replayed does not have it", "replay the run that the fork began from")
-    before, after = (windows_of(each, state.index) for each in (own, phases))
-    alike = settings.every is None and (before and before.windowing) == (after and after.windowing)
+    before, after = (windowing_of(each, state.index) for each in (own, phases))
+    alike = settings.every is None and before == after
     return logged.start if alike else replace(logged.start, state=state.without_windows())
 
 
@@ -287,21 +343,31 @@ def _flops(logged: Logged, plan: Plan) -> int:
 
 def _cell(logged: Logged, phases: Sequence[PhaseSpec], rows: Sequence[dict[str, Any]],
           closest: Closest | None) -> dict[str, Any]:
-    """One pair of thresholds: when the first test passed, and what that saved, or what came closest.
+    """One combination of parameters: when the first test passed, and what that saved, or what came closest.
 
     Without a test it is about the last phase.
     """
     tests = [(spec.until, following.name) for spec, following in pairwise(phases)
-             if isinstance(spec.until, PreloraTest)]
+             if spec.until is not None and not isinstance(spec.until, Duration)]
     test, after = tests[0] if tests else (None, phases[-1].name)
     passed = next((row for row in rows if row["phase"] == after), None)
     return {
-        **{key: test and getattr(test, key) for key in ("tau", "zeta", "k", "m")},
+        **_parameters(test),
         "step": passed and passed["step"],
         "epoch": passed and passed["epoch"],
         "hours_saved": _hours_saved(logged, rows),
         "closest": closest and asdict(closest),
     }
+
+
+def _parameters(test: SwitchTest | None) -> dict[str, Any]:
+    """The names and the parameters of the single tests, without parameters that are not set."""
+    if test is None:
+        return {"test": None, **dict.fromkeys(ALGORITHM_1)}
+    singles = single_tests(test)
+    parameters = [parameters_of(single) for single in singles]
+    return {"test": ", ".join(map(name_of, singles)),
+            **{key: value for each in parameters for key, value in each.items() if value is not None}}
 
 
 def _hours_saved(logged: Logged, rows: Sequence[dict[str, Any]]) -> float | None:
@@ -322,7 +388,7 @@ def _hours_saved(logged: Logged, rows: Sequence[dict[str, Any]]) -> float | None
 # ---- printing
 
 def print_replay(result: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print the decisions of the first pair of thresholds, and a table of all pairs if there are several."""
+    """Print the decisions of the first combination of parameters, and a table of all if there are several."""
     console = console or Console()
     if not result["decisions"]:
         print_line(console, _never(result["grid"][0]))
@@ -340,9 +406,11 @@ def print_replay(result: Mapping[str, Any], console: Console | None = None) -> N
         if cell["step"] is None:
             print_line(console, _never(cell))
     if len(result["grid"]) > 1:
-        table = Table("tau, %", "zeta, %", "switch at step", "epoch", "hours saved", "closest, if never")
+        varied = _varied(result["grid"])
+        table = Table(*(f"{key}, %" if key in ("tau", "zeta") else key for key in varied),
+                      "switch at step", "epoch", "hours saved", "closest, if never")
         for cell in result["grid"]:
-            table.add_row(f"{cell['tau']:g}", f"{cell['zeta']:g}", *_grid_cells(cell))
+            table.add_row(*(_number(cell[key]) for key in varied), *_grid_cells(cell))
         console.print(table)
     if "suggestion" in result:
         found = result["suggestion"]
@@ -351,7 +419,7 @@ def print_replay(result: Mapping[str, Any], console: Console | None = None) -> N
 
 
 def grid_as_csv(result: Mapping[str, Any]) -> str:
-    """Return the pairs of thresholds as CSV, with the change that came closest in columns of its own."""
+    """Return the combinations of parameters as CSV, with what came closest in columns of its own."""
     text = io.StringIO()
     rows = [{**{key: value for key, value in cell.items() if key != "closest"},
              **{f"closest_{key}": value for key, value in (cell["closest"] or {}).items()}} for cell in result["grid"]]
@@ -360,6 +428,16 @@ def grid_as_csv(result: Mapping[str, Any]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def _varied(grid: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The parameters that tell the combinations apart; tau and zeta are always shown."""
+    return [key for key in grid[0] if key not in RESULTS
+            and (key in ("tau", "zeta") or len({cell[key] for cell in grid}) > 1)]
+
+
+def _number(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
@@ -383,5 +461,5 @@ def _never(cell: Mapping[str, Any]) -> str:
 
 def _closest_text(closest: Mapping[str, Any] | None) -> str:
     if closest is None:
-        return "no test was made"
+        return "no window was tested"
     return f"{closest['what']} {closest['change']:.3g} > {closest['threshold']:g} after step {closest['step']}"

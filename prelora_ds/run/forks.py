@@ -9,7 +9,7 @@ from typing import Any
 from prelora_ds.config.changes import what_binds
 from prelora_ds.config.tree import Config
 from prelora_ds.core.controller import index_of
-from prelora_ds.core.phases import windows_of
+from prelora_ds.core.phases import switch_tests, windowing_of
 from prelora_ds.errors import ConfigError
 from prelora_ds.run.stored import read_stored
 
@@ -30,6 +30,7 @@ def check_fork(state: Mapping[str, Any], config: Config, checkpoint: Path) -> No
     except (KeyError, TypeError, ValueError, IndexError):
         return  # Reported when the checkpoint is loaded.
 
+    _check_flops(state["run"]["phase"], config, index, checkpoint)
     before = source.trained_phases()
     after = config.trained_phases()
     for i, name in enumerate(names[: index + 1]):
@@ -47,6 +48,20 @@ def check_fork(state: Mapping[str, Any], config: Config, checkpoint: Path) -> No
                 "keep all phases up to the end of that one unchanged, or start from an earlier "
                 "checkpoint",
             )
+
+
+def _check_flops(phase: Mapping[str, Any], config: Config, index: int, checkpoint: Path) -> None:
+    """Raise ConfigError if a budget of the fork counts FLOPs that the source did not count.
+
+    phase: the state of the source's phases, as JSON. index: the number of its phase.
+    """
+    if index == 0 or "flops" in phase:
+        return  # in the first phase, the steps so far have all cost the same
+    for spec in config.specs()[index:]:
+        if any("flops" in test.needs for test in switch_tests([spec])):
+            raise ConfigError(f"phases.{spec.name}.until", "budget", f"needs the FLOPs of all steps so far, which the "
+                              f"version that wrote {checkpoint} did not count",
+                              "end this phase in another way, or start from a checkpoint of the first phase")
 
 
 def _first_difference(old: Any, new: Any, key: str = "") -> tuple[str | None, Any, Any]:
@@ -81,11 +96,10 @@ def windows_differ(source: Mapping[str, Any], trained_on: Mapping[str, str], con
 def _windows_depend_on(config: Config, index: int) -> dict[str, Any]:
     """The settings on which the windows of phase ``index`` depend, of those a fork may change."""
     every = config.observe.every
-    test = windows_of(config.specs(), index)
     return {
         "observe.every": (every, config.train.duration if every.unit == "%" else None),
         "the families whose norms are measured": set(config.families()),
-        "the test that makes windows": None if test is None else test.windowing,
+        "the test that makes windows": windowing_of(config.specs(), index),
         "train.label_smoothing": config.train.label_smoothing,
     }
 

@@ -273,7 +273,7 @@ class RunLog:
         self._write(self._folder.observations, to_json(observation))
 
     def windows(self, row: Mapping[str, Any]) -> None:
-        """Write the row of a closed window, with the verdict of Algorithm 1."""
+        """Write the row of a closed window, with the verdict of the phase's test."""
         self._write(self._folder.windows, row)
 
     def rewind(self, cut: Callable[[], object], samples: int) -> None:

@@ -1,36 +1,21 @@
-"""Tests that end a phase: pure functions of the windows that have closed since it began.
+"""Tests that end a phase: pure functions of the windows that have closed since it began, and of the run's progress.
 
 Each test has its own module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable
 
-from prelora_ds.core.switch_tests.prelora import PreloraTest, Verdict, Windowing, WindowStats
+from prelora_ds.core.switch_tests.budget import BudgetTest
+from prelora_ds.core.switch_tests.fixed import FixedTest
+from prelora_ds.core.switch_tests.prelora import PreloraTest
+from prelora_ds.core.switch_tests.protocol import SwitchTest as SwitchTest
+from prelora_ds.core.switch_tests.t_test import LossTTest
 
-
-class SwitchTest(Protocol):
-    """A test with its parameters, as a recipe selects it in `phases.*.until`.
-
-    title: its name in messages.
-    k: how many windows it compares.
-    windowing: how its windows are made.
-    """
-
-    @property
-    def title(self) -> str: ...
-
-    @property
-    def k(self) -> int: ...
-
-    @property
-    def windowing(self) -> Windowing: ...
-
-    def __call__(self, windows: Sequence[WindowStats]) -> Verdict:
-        """Decide whether the phase ends. ``windows`` are at least ``k`` windows, oldest first."""
-        ...
-
-
-SWITCH_TESTS: dict[str, Callable[..., SwitchTest]] = {"prelora": PreloraTest}
+SWITCH_TESTS: dict[str, Callable[..., SwitchTest]] = {
+    "prelora": PreloraTest,
+    "t_test": LossTTest,
+    "fixed": FixedTest,
+    "budget": BudgetTest,
+}

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
+
+from prelora_ds.core.switch_tests.progress import Progress
 
 Norms = Mapping[str, Mapping[int, float]]
 
 # In per cent. A change of exactly tau must pass, but in float64 it has a rounding error of about 1e-14.
-_NOISE = 1e-9
+NOISE = 1e-9
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,14 @@ class WindowStats:
 
     loss: the mean loss over the window's samples.
     norms: family -> layer -> Frobenius norm.
+    losses: the loss of each observation, oldest first; empty in a window that an earlier version closed.
     """
 
     index: int
     last_step: int
     loss: float
     norms: Norms
+    losses: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,31 +57,58 @@ class Windowing:
 
     m: how many observations make a window.
     statistic: the norm of a window, as in `close_window`.
+    sliding: whether each observation closes a window of the last ``m``. Otherwise windows share no observation.
     """
 
     m: int
     statistic: str = "mean"
+    sliding: bool = False
 
     def close(self, index: int, observations: Sequence[Observation]) -> WindowStats:
         """Reduce ``observations``, oldest first, to a window."""
-        return close_window(index, observations, self.statistic)
+        window = close_window(index, observations, self.statistic)
+        return replace(window, losses=tuple(seen.loss for seen in observations))
+
+    def still_open(self, observations: Sequence[Observation]) -> tuple[Observation, ...]:
+        """Those of the ``observations`` of a window that has just closed that the next window begins with."""
+        return tuple(observations[len(observations) - self.m + 1:]) if self.sliding else ()
+
+    def shared_by(self, observations: int) -> int:
+        """How many of the next windows contain at least one of so many ``observations`` of an open window."""
+        return min(observations, self.m - 1) if self.sliding else int(observations > 0)
+
+
+@dataclass(frozen=True)
+class Miss:
+    """By what a test failed: the ``value`` of ``what`` is above its ``limit``; Algorithm 1 has both in per cent."""
+
+    what: str
+    value: float
+    limit: float
+
+    @property
+    def excess(self) -> float:
+        """The factor by which the limit is exceeded; infinity if the value is not finite."""
+        return abs(self.value) / self.limit if math.isfinite(self.value) else math.inf
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The result of Algorithm 1.
+    """The result of a test.
 
     reason: the result in words.
-    norm_changes: family -> its k - 1 changes in per cent, oldest first.
-    loss_changes: the k - 1 changes of the loss in per cent, oldest first.
+    norm_changes: of Algorithm 1: family -> its k - 1 changes in per cent, oldest first.
+    loss_changes: of Algorithm 1: the k - 1 changes of the loss in per cent, oldest first.
+    miss: what exceeded its limit by the largest factor, if the test failed by a measured value.
 
     Both changes are empty while windows are missing.
     """
 
     passed: bool
     reason: str
-    norm_changes: Mapping[str, tuple[float, ...]]
-    loss_changes: tuple[float, ...]
+    norm_changes: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    loss_changes: tuple[float, ...] = ()
+    miss: Miss | None = None
 
 
 def close_window(index: int, observations: Sequence[Observation], statistic: str) -> WindowStats:
@@ -107,14 +138,16 @@ def close_window(index: int, observations: Sequence[Observation], statistic: str
 
 
 def partially_converged(
-    windows: Sequence[WindowStats], *, k: int, tau: float, zeta: float, aggregate: str = "norm_of_mean"
+    windows: Sequence[WindowStats], *, k: int, tau: float, zeta: float, aggregate: str = "norm_of_mean",
+    strict: bool = False
 ) -> Verdict:
     """PreLoRA, Algorithm 1, applied to the last ``k`` of ``windows`` (oldest first).
 
     It passes if in each of the k - 1 comparisons the norm of every family changed by at most ``tau`` per cent and the
     loss by at most ``zeta`` per cent, up or down. ``aggregate`` defines the change of a family: ``"norm_of_mean"`` is
     the change of the norm averaged over its layers (as in the paper), ``"mean_of_layers"`` the mean of the absolute
-    changes of its layers. NaN and infinity fail, and so does a change from zero.
+    changes of its layers. With ``strict`` a norm must change by less than ``tau``, as in the authors' code; the loss
+    may still change by exactly ``zeta``. NaN and infinity fail, and so does a change from zero.
 
     Raises ValueError for ``k`` < 2, thresholds that are not positive, an unknown aggregate, windows without families
     or layers, and windows whose families or layers differ.
@@ -139,20 +172,22 @@ def partially_converged(
     }
     loss_changes = tuple(_change(before.loss, after.loss) for before, after in pairs)
 
-    judged = [(family, change, pair, "tau", tau)
+    judged = [(Miss(family, change, tau), pair, "tau", strict)
               for family, changes in norm_changes.items() for change, pair in zip(changes, pairs, strict=True)]
-    judged += [("loss", change, pair, "zeta", zeta) for change, pair in zip(loss_changes, pairs, strict=True)]
-    failed = [entry for entry in judged if not _within(entry[1], entry[4])]
+    judged += [(Miss("loss", change, zeta), pair, "zeta", False)
+               for change, pair in zip(loss_changes, pairs, strict=True)]
+    failed = [entry for entry in judged if not _within(entry[0], strict=entry[3])]
+    miss = None
     if failed:
-        what, change, (before, after), name, threshold = max(failed, key=lambda entry: _excess(entry[1], entry[4]))
-        reason = (f"{what} changed by {change:.4g} % between windows {before.index} and {after.index} "
-                  f"({name} {threshold:g} %)")
+        miss, (before, after), name, _ = max(failed, key=lambda entry: entry[0].excess)
+        reason = (f"{miss.what} changed by {miss.value:.4g} % between windows {before.index} and {after.index} "
+                  f"({name} {miss.limit:g} %)")
     else:
         norm_peak = max(abs(change) for changes in norm_changes.values() for change in changes)
         loss_peak = max(map(abs, loss_changes))
         reason = (f"all |dW| <= {norm_peak:.4g} % (tau {tau:g} %), all |dL| <= {loss_peak:.4g} % (zeta {zeta:g} %) "
                   f"over windows {recent[0].index}-{recent[-1].index}")
-    return Verdict(not failed, reason, norm_changes, loss_changes)
+    return Verdict(not failed, reason, norm_changes, loss_changes, miss)
 
 
 def layer_changes(previous: WindowStats, last: WindowStats) -> dict[str, dict[int, float]]:
@@ -208,12 +243,10 @@ _AGGREGATES: dict[str, Callable[[Mapping[int, float], Mapping[int, float]], floa
 }
 
 
-def _within(change: float, threshold: float) -> bool:
-    return math.isfinite(change) and abs(change) <= threshold + _NOISE
-
-
-def _excess(change: float, threshold: float) -> float:
-    return abs(change) / threshold if math.isfinite(change) else math.inf
+def _within(change: Miss, *, strict: bool) -> bool:
+    if not math.isfinite(change.value):
+        return False
+    return abs(change.value) < change.limit - NOISE if strict else abs(change.value) <= change.limit + NOISE
 
 
 def _common_layout(measured: Sequence[Norms]) -> dict[str, list[int]]:
@@ -235,7 +268,11 @@ def _names(layout: Mapping[str, Sequence[int]]) -> set[str]:
 
 @dataclass(frozen=True)
 class PreloraTest:
-    """Algorithm 1 with its parameters: ``tau`` and ``zeta`` in per cent, ``k`` windows of ``m`` observations."""
+    """Algorithm 1 with its parameters: ``tau`` and ``zeta`` in per cent, ``k`` windows of ``m`` observations.
+
+    strict: see `partially_converged`.
+    windows: whether they are "disjoint", or "sliding": each observation then closes a window of the last ``m``.
+    """
 
     tau: float
     zeta: float
@@ -243,11 +280,15 @@ class PreloraTest:
     m: int = 3
     statistic: str = "mean"
     aggregate: str = "norm_of_mean"
+    strict: bool = False
+    windows: str = "disjoint"
     title = "Algorithm 1"
+    needs = frozenset({"norms", "loss"})
 
     @property
     def windowing(self) -> Windowing:
-        return Windowing(self.m, self.statistic)
+        return Windowing(self.m, self.statistic, self.windows == "sliding")
 
-    def __call__(self, windows: Sequence[WindowStats]) -> Verdict:
-        return partially_converged(windows, k=self.k, tau=self.tau, zeta=self.zeta, aggregate=self.aggregate)
+    def __call__(self, windows: Sequence[WindowStats], progress: Progress) -> Verdict:
+        return partially_converged(windows, k=self.k, tau=self.tau, zeta=self.zeta, aggregate=self.aggregate,
+                                   strict=self.strict)

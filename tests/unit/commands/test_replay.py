@@ -10,12 +10,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy.stats import ttest_ind
 from support.histories import write_history
 
+from prelora_ds.core.switch_tests.prelora import Observation, Verdict, Windowing
+from prelora_ds.errors import ConfigError
+from prelora_ds.reporting.replay import Settings, check_measured, grid_as_csv, read_logged, replayed
 from prelora_ds.run.folder import RunFolder
 
 
@@ -101,7 +107,83 @@ def test_fewer_observations(exp1: Path) -> None:
     assert "the run observed every 1 epoch" in prelora(exp1, "--every", "1.5 epochs", code=2)
 
 
+# ---- other tests
+
+def tried(run: Path, test: str | None = None, **parameters: list[Any]) -> dict[str, Any]:
+    """Like `as_json` with ``--test`` and ``--set``, but in this process, because each start takes a second."""
+    return replayed(logged(run), Settings(test, parameters))
+
+
+logged = cache(lambda run: read_logged(RunFolder(run)))
+
+
+def test_a_fixed_share_and_a_budget_of_full_training_are_the_same_step(baseline: Path) -> None:
+    fixed = tried(baseline, "fixed", at=[0.25, 0.5])["grid"]
+    budget = tried(baseline, "budget", share=[0.25, 0.5])["grid"]
+    assert [(cell["test"], cell["at"], cell["m"]) for cell in fixed] == [("fixed", 0.25, 3), ("fixed", 0.5, 3)]
+    steps = [seen.step for seen in logged(baseline).observations]
+    expected = [next(step for step in steps if step >= share * steps[-1]) for share in (0.25, 0.5)]
+    assert [cell["step"] for cell in fixed] == [cell["step"] for cell in budget] == expected
+    assert all(cell["closest"] is None for cell in fixed)
+
+
+def test_a_t_test_on_the_losses_of_the_log(baseline: Path) -> None:
+    """The loss falls in nearly a straight line within two windows, so that only a tiny alpha lets the test pass."""
+    found = tried(baseline, "t_test", alpha=[0.00001, 0.05], m=[5])["grid"]
+    assert [(cell["alpha"], cell["k"], cell["m"]) for cell in found] == [(0.00001, 2, 5), (0.05, 2, 5)]
+    losses = [seen.loss for seen in logged(baseline).observations]
+    lowest = [ttest_ind(losses[n:n + 5], losses[n + 5:n + 10], equal_var=False, alternative="greater").pvalue
+              for n in range(0, 290, 5)]
+    first = next(n for n, p in enumerate(lowest) if p > 0.00001)
+    assert round(found[0]["epoch"]) == 5 * first + 10 and found[1]["step"] is None
+    assert found[1]["closest"]["change"] == pytest.approx(1 - max(lowest))
+    table = prelora(baseline, "--test", "t_test", "--set", "alpha=0.00001,0.05", "--set", "m=5")
+    assert "alpha" in table and "tau" not in table and "never" in table
+
+
+def test_another_test_takes_the_place_of_the_run_s_own(exp1: Path) -> None:
+    own = tried(exp1)
+    found = tried(exp1, "fixed", at=[0.05])["decisions"]
+    assert [row["phase"] for row in found] == ["warmup", "lora"] and found[0]["epoch"] == pytest.approx(15, abs=0.01)
+    assert found[0]["step"] < own["decisions"][0]["step"] and [row["extrapolated"] for row in found] == [False, True]
+    assert set(found[0]["ranks"]) == set(own["decisions"][0]["ranks"]), "by Algorithm 2, on windows like the run's own"
+    assert tried(exp1, "prelora", tau=[1.0], zeta=[5.0]) == own
+    assert tried(exp1, strict=[True, False])["grid"][1]["step"] == own["decisions"][0]["step"]
+
+
+def test_a_run_by_several_tests_is_replayed(tmp_path: Path) -> None:
+    out = tmp_path / "several"
+    until = "{any: [{test: prelora, tau: 1.0, zeta: 5.0}, {test: fixed, at: 0.05, m: 3}]}"
+    write_history(RunFolder(out), "vit_large_in1k", f"phases=[{{name: full, until: {until}}}, "
+                  "{name: lora, adapters: {ranks: {rule: prelora}}, train: [adapters, rest]}]")
+    (lora,) = tried(out)["decisions"]
+    assert lora["epoch"] == pytest.approx(15, abs=0.01) and "the fixed test: 5 % of the run" in lora["reason"]
+    result = tried(out, tau=[1.0, 50.0], at=[0.05, 0.9])
+    assert [(cell["tau"], cell["at"], cell["test"]) for cell in result["grid"]] == [
+        (tau, at, "prelora, fixed") for tau in (1.0, 50.0) for at in (0.05, 0.9)]
+    assert result["grid"][0]["step"] < result["grid"][1]["step"], "Algorithm 1 passes where the other one waits"
+    rows = list(csv.DictReader(io.StringIO(grid_as_csv(result))))
+    assert [row["at"] for row in rows] == ["0.05", "0.9"] * 2
+
+
+def test_a_measure_that_was_not_logged_is_named_with_the_key_that_logs_it() -> None:
+    @dataclass(frozen=True)
+    class Spectral:
+        title, k, windowing, needs = "spectral", 1, Windowing(1), frozenset({"spectra", "loss"})
+
+        def __call__(self, windows: Any, progress: Any) -> Verdict:
+            raise AssertionError
+
+    log = [Observation(1, 1, 1.0, {"q": {0: 1.0}})]
+    with pytest.raises(ConfigError, match="compares spectra, which this run did not log") as caught:
+        check_measured(Spectral(), "spectral", log)
+    assert caught.value.key == "--test" and "observe.spectra" in caught.value.remedy
+
+
 @pytest.mark.parametrize(("arguments", "said"), [
+    (["--test", "t_tset"], "did you mean t_test?"),
+    (["--set", "alpha=0.1"], "is not a parameter of a test of this run"),
+    (["--test", "t_test", "--suggest", "0.5"], "thresholds of Algorithm 1 only"),
     (["--tau", "a"], "--tau = 'a': is not a list of numbers"), (["--tau", "0"], "--tau = '0'"),
     (["--every", "0 steps"], "longer than 0"), (["--every", "soon"], "is not a duration")])
 def test_bad_values_are_one_message(exp1: Path, arguments: list[str], said: str) -> None:
@@ -125,13 +207,14 @@ def test_folders_that_cannot_be_replayed(exp1: Path, tmp_path: Path) -> None:
         assert said in prelora(copy, code=2)
 
 
-def test_it_is_fast_and_imports_no_torch(exp1: Path) -> None:
+@pytest.mark.parametrize("arguments", [[], ["--test", "budget", "--set", "share=0.1,0.4"]], ids=["own", "budget"])
+def test_it_is_fast_and_imports_no_torch(exp1: Path, arguments: list[str]) -> None:
     """CPU seconds, because other processes may take the cores."""
-    code = ("import sys, time, prelora_ds.cli; sys.argv = ['prelora', 'replay', sys.argv[1]]\n"
+    code = ("import sys, time, prelora_ds.cli; sys.argv = ['prelora', 'replay', *sys.argv[1:]]\n"
             "try:\n    prelora_ds.cli.main()\nexcept SystemExit:\n    pass\n"
             "print(time.process_time(), 'torch' in sys.modules)")
     begun = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code, exp1], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code, exp1, *arguments], capture_output=True, text=True, check=True)
     seconds, torch = done.stdout.split()[-2:]
     assert torch == "False" and float(seconds) < 2 and time.monotonic() - begun < 60
 

@@ -16,7 +16,7 @@ from prelora_ds.config.changes import binding_differences, what_binds
 from prelora_ds.config.documents import write_yaml
 from prelora_ds.config.fields import DurationField, Positive
 from prelora_ds.config.load import dump_yaml, load_config, validate
-from prelora_ds.config.phases import PhaseConfig, PreloraUntil, SwitchTestConfig, _kind_of_until
+from prelora_ds.config.phases import PhaseConfig, PreloraUntil, SwitchTestConfig, _kind_of_until, name_in
 from prelora_ds.config.tree import Config
 from prelora_ds.core.duration import Duration
 from prelora_ds.core.layout import Layout
@@ -27,6 +27,7 @@ from prelora_ds.core.rank_rules.prelora import PreloraRanks
 from prelora_ds.core.rank_rules.uniform import UniformRank
 from prelora_ds.core.switch_tests import SWITCH_TESTS
 from prelora_ds.core.switch_tests.prelora import PreloraTest, Verdict, Windowing, WindowStats
+from prelora_ds.core.switch_tests.progress import Progress
 from prelora_ds.errors import ConfigError
 
 BASE: dict[str, Any] = {
@@ -376,9 +377,10 @@ class LossBelow:
     title = "the limit"
     k = 1
     windowing = Windowing(2)
+    needs = frozenset({"loss"})
 
-    def __call__(self, windows: Sequence[WindowStats]) -> Verdict:
-        return Verdict(windows[-1].loss < self.limit, "", {}, ())
+    def __call__(self, windows: Sequence[WindowStats], progress: Progress) -> Verdict:
+        return Verdict(windows[-1].loss < self.limit, "")
 
 
 class LossUntil(SwitchTestConfig):
@@ -391,7 +393,9 @@ def extended(monkeypatch: pytest.MonkeyPatch) -> type[Config]:
     monkeypatch.setitem(RANK_RULES, "first", FirstLayer)
     monkeypatch.setitem(SWITCH_TESTS, "loss", LossBelow)
     until = Annotated[
-        Annotated[DurationField, Tag("as a duration")] | Annotated[PreloraUntil | LossUntil, Tag("as a test")],
+        Annotated[DurationField, Tag("as a duration")] | Annotated[
+            Annotated[PreloraUntil, Tag("prelora")] | Annotated[LossUntil, Tag("loss")],
+            Discriminator(name_in), Tag("as a test")],
         Discriminator(_kind_of_until)]
     adapters = create_model("Adapters", __base__=AdaptersConfig, ranks=(PreloraRule | FirstLayerRule | None, None))
     phase = create_model("Phase", __base__=PhaseConfig, adapters=(adapters | None, None),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,9 @@ def test_the_committed_page_is_up_to_date() -> None:
 def test_every_key_is_on_the_page() -> None:
     page = reference()
     paths = [key.path for key in all_keys()]
-    assert len(paths) > 100 and len(set(paths)) == len(paths)
+    assert len(paths) > 100
+    repeated = {path for path, count in Counter(paths).items() if count > 1}
+    assert all(path.startswith("phases.*.until.") for path in repeated), "only tests have keys of the same name"
     assert [path for path in paths if f"**`{path}`**" not in page and f"## {path}\n" not in page] == []
     leaves = [key.path for key in all_keys() if not key.sections]
     assert [path for path in leaves if f"`{path}`" not in page] == []

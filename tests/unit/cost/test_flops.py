@@ -9,6 +9,7 @@ from functools import cache
 import pytest
 import torch
 from support.plans import full_plan, lora_plan, warmup_plan
+from support.runs import config
 from torch import nn
 
 from prelora_ds.config.adapters import FAMILIES
@@ -26,6 +27,7 @@ from prelora_ds.cost.flops import (
     micro_batch,
     peak_bytes,
     state_traffic_bytes,
+    step_flops,
 )
 from prelora_ds.model.adapters import activate, attach_adapters
 from prelora_ds.model.adapters.lora import lora_linears
@@ -67,6 +69,21 @@ def test_flops_of_a_step_of_vit_l(phase: str, rank: int, gflop: float) -> None:
     cost = micro_batch(VIT_L, by_phase[phase], layout, 2)
     assert cost.flops / 2e9 == pytest.approx(gflop, rel=2e-3)
     assert micro_batch(VIT_L, by_phase["full"], layout, 1).forward_flops / 1e9 == pytest.approx(123.1, rel=1e-3)
+
+
+def test_the_flops_of_a_step_do_not_depend_on_how_it_is_executed() -> None:
+    _, by_phase = plans(ModelConfig.model_validate(NARROW))
+    usual = config(model=NARROW, batch=8, micro=4)
+    ways = [usual, config("zero3", model=NARROW, batch=8, micro=2),
+            config(model={**NARROW, "activation_checkpointing": True}, batch=8, lora={"mode": "merged"})]
+    for plan in (by_phase[name] for name in PHASES):
+        layout = layout_of(usual.model.model_dump_json(), 10)
+        image = micro_batch(usual.model, plan, layout, 1, kernel="branch")
+        for way in ways:
+            flops = step_flops(way, layout)
+            assert flops is not None and flops(plan) == flops(plan) == 8 * image.flops
+    other = usual.model_copy(update={"model": usual.model.model_copy(update={"factory": "a:b"})})
+    assert step_flops(other, layout) is None
 
 
 def test_what_the_modes_of_the_lora_linear_compute() -> None:

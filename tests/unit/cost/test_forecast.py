@@ -47,6 +47,19 @@ def test_a_phase_whose_ranks_depend_on_windows_is_foreseen_to_wait_for_them() ->
     assert steps_of_phases(*method, passes=False) == {"full": 12, "l": 8}
 
 
+@pytest.mark.parametrize(("until", "earliest", "never"), [
+    ("{test: fixed, at: 0.25}", 6, 6),
+    ("{any: [" + TEST[:-1] + ", {test: fixed, at: 0.8}]}", 12, 16),
+    ("{any: [" + TEST[:-1] + ", {test: fixed, at: 0.25}]}", 6, 6),
+    ("{all: [" + TEST[:-1] + ", {test: fixed, at: 0.25}]}", 12, 20),
+    ("{all: [{test: fixed, at: 0.5}, {test: fixed, at: 0.25}]}", 10, 10),
+])
+def test_only_a_test_that_looks_at_windows_has_an_uncertain_end(until: str, earliest: int, never: int) -> None:
+    method = run(f"{{name: full, until: {until}}}", LAST, steps=20)
+    assert steps_of_phases(*method, passes=True)["full"] == earliest
+    assert steps_of_phases(*method, passes=False)["full"] == never
+
+
 @pytest.mark.parametrize("every", ["1 step", "3 steps", "4 steps", "0.3 epochs", "10 %", "100 steps"])
 @pytest.mark.parametrize("until", ["8 steps", "100 steps"])
 def test_merges_are_foreseen_as_the_controller_makes_them(every: str, until: str) -> None:
@@ -70,6 +83,10 @@ def test_merges_are_foreseen_as_the_controller_makes_them(every: str, until: str
     (("{name: full, until: 9 steps}", LAST), "phase full lasts until the first observation from step 9 on"),
     (("{name: full, until: " + TEST, LAST),
      "the test of phase full needs 2 windows of 3 observations (observe.every = 2 steps)"),
+    (("{name: full, until: {test: fixed, at: 0.85}}", LAST),
+     "the fixed test, which ends phase full, does not pass at an observation before the last step"),
+    (("{name: full, until: {any: [" + TEST[:-1] + ", {test: fixed, at: 0.85}]}}", LAST),
+     "one of 2 tests, which ends phase full, does not pass"),
     (("{name: full, until: 2 steps}", BY_RULE + TEST, LAST),
      "before l, last can begin: phase full has lasted 2 steps; phase l waits until 2 windows have closed")])
 def test_a_method_that_cannot_be_finished_is_recognized(phases: tuple[str, ...], said: str) -> None:

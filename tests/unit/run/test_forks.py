@@ -54,6 +54,27 @@ def test_an_interval_that_is_a_share_of_the_run_depends_on_its_duration() -> Non
         assert windows_differ(source, {}, fork, {}, 0, Path("c")) == name
 
 
+def test_windows_that_slide_are_not_compared_with_others() -> None:
+    assert differs("phases.full.until.windows=sliding") == "the test that makes windows"
+    assert differs("phases.full.until.strict=true") is None
+
+
+def test_a_budget_needs_the_flops_that_the_source_has_counted() -> None:
+    def method(until: Any) -> Config:
+        phases = [{"name": "full", "until": "2 steps"}, {**LORA, "until": until}, {"name": "c"}]
+        return validate({**MINIMAL, "phases": phases}, "r.yaml")
+
+    fork = method({"any": [{"test": "budget", "share": 0.5}, {"test": "fixed", "at": 0.5}]})
+    state: dict[str, Any] = {"config": method("9 steps").model_dump(mode="json"), "run": {"phase": {"index": 1}}}
+    error = mistake(state, fork, Path("step-00000006"), call=check_fork)
+    assert error.key == "phases.b.until" and "the version that wrote step-00000006 did not count" in error.problem
+    check_fork(state, method({"test": "fixed", "at": 0.5}), Path("step-00000006"))
+    state["run"]["phase"]["flops"] = 12
+    check_fork(state, fork, Path("step-00000006"))
+    state["run"]["phase"] = {"index": 0}
+    check_fork(state, fork, Path("step-00000002"))
+
+
 LORA = {"name": "b", "adapters": {"rank": 4}, "train": ["adapters", "rest"]}
 MERGE = {"every": "5 steps"}
 ACTIVE = {"choose": "top_k", "k": 2, "every": "5 steps"}
