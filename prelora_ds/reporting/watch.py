@@ -15,13 +15,16 @@ from prelora_ds.config.load import load_config
 from prelora_ds.config.tree import Config
 from prelora_ds.core.codec import CodecError, from_json
 from prelora_ds.core.duration import Duration
+from prelora_ds.core.phases import switch_tests
 from prelora_ds.core.schedule import Timeline
+from prelora_ds.core.switch_tests.fixed import FixedTest
 from prelora_ds.core.switch_tests.prelora import (
     PreloraTest,
     Verdict,
     WindowStats,
     partially_converged,
 )
+from prelora_ds.core.switch_tests.progress import part_of
 from prelora_ds.errors import ConfigError
 from prelora_ds.hosts.heartbeat import HEARTBEAT_FILE, read_json
 from prelora_ds.hosts.lock import DEAD_AFTER_S, is_dead
@@ -38,7 +41,7 @@ CURVE = 64  # points of the loss curve, at least
 
 @dataclass(frozen=True)
 class TestState:
-    """How far the test of the current phase is; changes in per cent.
+    """How far Algorithm 1 is in the current phase; changes in per cent.
 
     changes: family -> the change of its norm that is largest among the comparisons that count.
     loss_change: likewise for the loss; None before the first comparison.
@@ -61,6 +64,7 @@ class Status:
 
     state: "running", "silent" (its heartbeat has stopped), "stopped", "finished", or "missing" (there is no run).
     heartbeat_s: the age of the heartbeat. seconds are those of this machine's clock.
+    verdict: what the test of the current phase has said last.
     ends_at: the step after which a phase of fixed length ends.
     img_s, full_img_s: images per second, recently and in the first phase.
     data_share: the share of the time spent waiting for data.
@@ -82,6 +86,7 @@ class Status:
     acc1: float | None = None
     lr: float | None = None
     test: TestState | None = None
+    verdict: str | None = None
     ends_at: int | None = None
     img_s: float | None = None
     full_img_s: float | None = None
@@ -137,6 +142,7 @@ class RunWatch:
         self._bytes: Mapping[str, Any] | None = None
         self._ended = False
         self._windows_seen: deque[WindowStats] = deque(maxlen=RECENT)
+        self._verdict: tuple[object, object] = (None, None)
 
     def status(self, now: float | None = None) -> Status:
         """Read what is new and return the status at ``now``, seconds since the epoch (default: the clock)."""
@@ -177,6 +183,7 @@ class RunWatch:
         for row in metrics:
             self._add_step(row)
         for row in windows:
+            self._verdict = row.get("phase"), row.get("verdict")
             try:
                 self._windows_seen.append(from_json(WindowStats, {key: row[key] for key in WINDOW}))
             except (CodecError, KeyError, TypeError, ValueError):
@@ -276,13 +283,21 @@ class RunWatch:
         timeline = self._timeline
         if self._config is None or timeline is None:
             return
-        until = next((spec.until for spec in self._config.specs() if spec.name == found.phase), None)
+        specs = [spec for spec in self._config.specs() if spec.name == found.phase]
         started = int(finite(self._plan.get("step")) or 0)
-        if isinstance(until, Duration):
-            found.ends_at = timeline.step_after(started, until)
-        elif isinstance(until, PreloraTest):
-            next_ticks = partial(timeline.next_ticks, every=self._config.observe.every)
-            found.test = _test_state(until, self._windows_seen, started, next_ticks)
+        for spec in specs:
+            if isinstance(spec.until, Duration):
+                found.ends_at = timeline.step_after(started, spec.until)
+        for test in switch_tests(specs):
+            phase, verdict = self._verdict
+            found.verdict = verdict if phase == found.phase and isinstance(verdict, str) else None
+            if isinstance(test, PreloraTest):
+                next_ticks = partial(timeline.next_ticks, every=self._config.observe.every)
+                found.test = _test_state(test, self._windows_seen, started, next_ticks)
+            elif isinstance(test, FixedTest):
+                found.ends_at = part_of(test.at, timeline.total_steps)
+            elif found.verdict is None:
+                found.verdict = f"{test.title} has not been made yet" if test.k else f"{test.title} ends this phase"
 
     def _set_speed(self, found: Status) -> None:
         if not self._recent:
@@ -306,8 +321,13 @@ def _test_state(test: PreloraTest, seen: Sequence[WindowStats], started: int,
 
     next_ticks: returns the steps of so many observations after a step.
     """
-    before = {window.index + 1: window.last_step for window in seen} | {0: 0}
-    windows = [window for window in seen if before.get(window.index, -1) >= started]
+    sliding = test.windowing.sliding
+    if sliding:
+        own = next_ticks(started, count=test.m)  # the observations of the first window that began in this phase
+        windows = [window for window in seen if len(own) == test.m and window.last_step >= own[-1]]
+    else:
+        before = {window.index + 1: window.last_step for window in seen} | {0: 0}
+        windows = [window for window in seen if before.get(window.index, -1) >= started]
     changes: dict[str, float] = {}
     loss_change = None
     held = 0
@@ -319,17 +339,23 @@ def _test_state(test: PreloraTest, seen: Sequence[WindowStats], started: int,
         while held < compared - 1 and _judged(test, windows[-held - 2:]).passed:
             held += 1
 
+    # The first test follows k windows, and each later one another window.
     last = seen[-1].last_step if seen else 0
-    # The first test follows k windows, and each later one another window. A window that was open before does not count.
-    is_open = last < started and any(step <= started for step in next_ticks(last, count=1))
-    missing = test.m * (max(1, test.k - len(windows)) + is_open)
-    coming = next_ticks(last, count=missing)
+    if sliding and len(windows) < test.k:
+        missing = test.m + test.k - 1
+        coming = next_ticks(started, count=missing)
+    else:
+        # A disjoint window that was open when the phase began does not count.
+        is_open = last < started and any(step <= started for step in next_ticks(last, count=1))
+        missing = 1 if sliding else test.m * (max(1, test.k - len(windows)) + is_open)
+        coming = next_ticks(last, count=missing)
     next_step = coming[-1] if len(coming) == missing else None
     return TestState(test.tau, test.zeta, changes, loss_change, held, test.k - 1, next_step)
 
 
 def _judged(test: PreloraTest, windows: Sequence[WindowStats]) -> Verdict:
-    return partially_converged(windows, k=len(windows), tau=test.tau, zeta=test.zeta, aggregate=test.aggregate)
+    return partially_converged(windows, k=len(windows), tau=test.tau, zeta=test.zeta, aggregate=test.aggregate,
+                               strict=test.strict)
 
 
 def _total(by_owner: object) -> int | None:

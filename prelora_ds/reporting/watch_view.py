@@ -193,6 +193,8 @@ def _test_lines(status: Status, width: int | None) -> Iterator[str]:
     if test is None:
         if status.ends_at is not None and status.state != "finished":
             yield f"until   step {status.ends_at:,}, at the observation that follows"
+        elif status.verdict is not None:
+            yield f"test    {status.verdict}"
         return
     if test.loss_change is not None:
         changes = [*((family, change, test.tau) for family, change in test.changes.items()),

@@ -200,7 +200,7 @@ def changes(runs: Sequence[Run], most: int) -> Made:
                                                more=threshold(marks) if marks else (), points=True)))
     caption = ("The change of a window relative to the one before. Algorithm 1 passes when the last changes of all "
                "families and of the loss lie between the dashed lines." if tests else
-               "The change of a window relative to the one before. No phase ends by a test.")
+               "The change of a window relative to the one before. No phase ends by Algorithm 1.")
     return _curves("changes", title, caption, [*norms, *losses], panels, "change_percent")
 
 

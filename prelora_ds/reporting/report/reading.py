@@ -15,10 +15,11 @@ from statistics import fmean, median
 from typing import Any
 
 from prelora_ds.config.load import load_config
-from prelora_ds.config.phases import PreloraUntil
 from prelora_ds.config.tree import Config
 from prelora_ds.core.layout import family_and_layer
-from prelora_ds.core.switch_tests.prelora import WindowStats, partially_converged
+from prelora_ds.core.phases import switch_tests
+from prelora_ds.core.switch_tests.combined import single_tests
+from prelora_ds.core.switch_tests.prelora import PreloraTest, WindowStats, partially_converged
 from prelora_ds.errors import ConfigError
 from prelora_ds.hosts.diagnosis import succeeded
 from prelora_ds.hosts.heartbeat import attempt_of, read_json
@@ -366,10 +367,11 @@ def _add_columns(run: Run, phase: Phase, row: Mapping[str, Any]) -> None:
         run.add(column, step, fmean(values))
 
 
-def tests_of(run: Run) -> dict[str, PreloraUntil]:
-    """Name of a phase -> the test of Algorithm 1 that ends it."""
-    phases = () if run.config is None else run.config.phase_list
-    return {phase.name: phase.until for phase in phases if isinstance(phase.until, PreloraUntil)}
+def tests_of(run: Run) -> dict[str, PreloraTest]:
+    """Name of a phase -> the test of Algorithm 1 that ends it, alone or with others."""
+    specs = () if run.config is None else run.config.specs()
+    return {spec.name: single for spec in specs for test in switch_tests([spec]) for single in single_tests(test)
+            if isinstance(single, PreloraTest)}
 
 
 def _read_windows(run: Run) -> None:

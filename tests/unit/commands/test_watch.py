@@ -52,7 +52,10 @@ def began(phase: str, step: int) -> dict[str, Any]:
     return {"event": "plan", "step": step, "phase": phase, "reason": f"{phase} begins", "trainable_parameters": 1}
 
 
-@pytest.mark.parametrize("overrides", [(), LISTED], ids=["preset", "list"])
+SLIDING = (LISTED[0].replace("tau: 1,", "tau: 0.3,").replace("m: 3", "m: 3, windows: sliding"), LISTED[1])
+
+
+@pytest.mark.parametrize("overrides", [(), LISTED, SLIDING], ids=["preset", "list", "sliding"])
 def test_the_next_test_is_when_the_controller_makes_it(tmp_path: Path, overrides: tuple[str, ...]) -> None:
     """At every observation, compared with the controller itself."""
     folder = RunFolder(tmp_path / "out")
@@ -88,6 +91,29 @@ def test_the_next_test_is_when_the_controller_makes_it(tmp_path: Path, overrides
     assert len(expected) > 10
     for step, said in expected:
         assert said == min(test for test in tests if test > step)
+
+
+@pytest.mark.parametrize(("until", "shown"), [
+    ("{test: t_test, m: 2}", "test    p 0.3 that the loss did not fall"),
+    ("{any: [{test: t_test, m: 2}, {test: fixed, at: 0.5}]}", "test    p 0.3 that the loss did not fall"),
+    ("{test: fixed, at: 0.5}", "until   step 46,918, at the observation that follows"),
+    ("{test: budget, share: 0.5}", "test    the budget ends this phase"),
+])
+def test_another_test_is_shown_by_what_it_has_said(tmp_path: Path, until: str, shown: str) -> None:
+    folder = RunFolder(tmp_path / "out")
+    phases = f"phases=[{{name: full, until: {until}}}, {{name: lora, adapters: {{rank: 4}}}}]"
+    write_history(folder, "vit_large_in1k", phases)
+    append(folder.events, began("full", 0))
+    if "t_test" in until:
+        assert any("has not been made yet" in text or "ends this phase" in text
+                   for text in page(RunWatch(folder).status()))
+        append(folder.windows, {"phase": "full", "index": 0, "last_step": 10, "loss": 2.0, "norms": {"q": {"0": 1.0}},
+                                "tests": 1, "verdict": "p 0.3 that the loss did not fall"})
+    lines = list(page(RunWatch(folder).status()))
+    assert shown in lines
+    append(folder.events, began("lora", 20))
+    append(folder.metrics, {"step": 30, "phase": "lora", "epoch": 1.0})
+    assert not any(text.startswith("test") for text in page(RunWatch(folder).status()))
 
 
 def test_changes_and_what_holds(out: Path) -> None:
