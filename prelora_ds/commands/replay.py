@@ -36,8 +36,6 @@ def replay(
 
     Several values of a parameter make a grid. The parameters of each test are in docs/config.md, phases.*.until.
 
-    Example: prelora replay out/digits_demo --tau 0.5,1,2 --zeta 2.5,5
-
     Example: prelora replay out/digits_demo --test t_test --set alpha=0.01,0.05 --set m=5
     """
     from prelora_ds.config.fields import parse_duration, parse_numbers
@@ -50,7 +48,7 @@ def replay(
     given = {"tau": parse_numbers(tau, "--tau"), "zeta": parse_numbers(zeta, "--zeta"),
              "k": None if k is None else (k,), "m": None if m is None else (m,)}
     values = {key: each for key, each in given.items() if each is not None}
-    settings = Settings(test, values | parse_parameters(parameters or []), parse_duration(every, "--every"), suggest)
+    settings = Settings(test, parse_parameters(parameters or [], values), parse_duration(every, "--every"), suggest)
     result = replayed(read_logged(RunFolder(output)), settings)
     if json:
         print_json(result)

@@ -19,11 +19,16 @@ from prelora_ds.errors import ConfigError
 _TESTS: TypeAdapter[Any] = TypeAdapter(AnySwitchTest)
 
 
-def parse_parameters(texts: Sequence[str]) -> dict[str, tuple[Any, ...]]:
-    """Parse the options ``--set KEY=VALUE,...`` into the values of each parameter. Raises ConfigError."""
-    parameters = {}
+def parse_parameters(texts: Sequence[str], given: Mapping[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
+    """Parse the options ``--set KEY=VALUE,...`` into the values of each parameter, in addition to those ``given``.
+
+    Raises ConfigError.
+    """
+    parameters = dict(given)
     for text in texts:
         key, _, values = text.partition("=")
+        if key in parameters:
+            raise ConfigError("--set", text, f"gives {key} a second time", "give all values of a parameter at once")
         try:
             parameters[key] = tuple(map(read_scalar, values.split(",")))
         except UnreadableError as exc:

@@ -152,9 +152,9 @@ def test_bad_parameters_name_their_option(name: str, parameters: dict[str, Any],
 
 
 def test_parameters_are_read_as_yaml_reads_them() -> None:
-    assert parse_parameters(["alpha=0.01,0.05", "m=5", "strict=true,false", "windows=sliding"]) == {
-        "alpha": (0.01, 0.05), "m": (5,), "strict": (True, False), "windows": ("sliding",)}
-    for wrong in ("alpha", "=5", "alpha=", "alpha=1,,2", "m=007"):
+    assert parse_parameters(["alpha=0.01,0.05", "m=5", "strict=true,false", "windows=sliding"], {"k": (3,)}) == {
+        "k": (3,), "alpha": (0.01, 0.05), "m": (5,), "strict": (True, False), "windows": ("sliding",)}
+    for wrong in (["alpha"], ["=5"], ["alpha="], ["alpha=1,,2"], ["m=007"], ["m=1", "m=2"], ["k=2"]):
         with pytest.raises(ConfigError) as caught:
-            parse_parameters([wrong])
+            parse_parameters(wrong, {"k": (3,)})
         assert caught.value.key == "--set"

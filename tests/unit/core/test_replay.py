@@ -94,11 +94,13 @@ def test_fewer_observations_are_those_of_a_run_that_makes_fewer() -> None:
     assert joined[0].loss == pytest.approx((log[0].loss + log[1].loss) / 2) and joined[0].norms == log[1].norms
 
 
+@pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("step", [20, 35, 50])
-def test_suggested_thresholds_pass_at_the_step_that_is_said(step: int) -> None:
-    found = suggested(controller(), observations(), step)
+def test_suggested_thresholds_pass_at_the_step_that_is_said(step: int, strict: bool) -> None:
+    phases = with_tests(PHASES, lambda test: replace(test, strict=strict))
+    found = suggested(controller(*phases), observations(), step)
     assert found is not None and found.step == step
-    tried = controller(*with_tests(PHASES, lambda test: replace(test, tau=found.tau, zeta=found.zeta)))
+    tried = controller(*with_tests(phases, lambda test: replace(test, tau=found.tau, zeta=found.zeta)))
     assert decided(tried, observations())[0] == (step, "warmup")
 
 
