@@ -6,8 +6,9 @@ import json
 import signal
 
 import pytest
-from support.launches import Job, differences, traces
+from support.launches import Job, check_replay, differences, traces
 
+from prelora_ds.run.folder import RunFolder
 from prelora_ds.run.log import read_lines
 
 SETTINGS = ("convergence=null", "lora.r_min=8", "lora.r_max=64", "lora.warmup=10 epochs", "observe.every=1 step",
@@ -64,6 +65,7 @@ def test_a_fork_counts_the_flops_of_its_source(whole, forge, shards, tmp_path):
               resume=str(whole / "checkpoints/step-00000008"))
     assert job.end() == [0, 0], job.said()[-3000:]
     assert plans(tmp_path / "fork")[-1] == plans(whole)[-1]
+    check_replay(RunFolder(tmp_path / "fork"))
     assert spent(tmp_path / "fork", 18) == spent(whole, 18) > spent(whole, 8) > 0
 
 
