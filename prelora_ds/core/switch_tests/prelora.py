@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from prelora_ds.core.switch_tests.progress import Progress
@@ -41,14 +41,15 @@ class WindowStats:
 
     loss: the mean loss over the window's samples.
     norms: family -> layer -> Frobenius norm.
-    losses: the loss of each observation, oldest first; empty in a window that an earlier version closed.
+    losses: the loss of each observation, oldest first; empty in a window that an earlier version closed. They do not
+        count when two windows are compared for equality, because Algorithm 1 does not look at them.
     """
 
     index: int
     last_step: int
     loss: float
     norms: Norms
-    losses: tuple[float, ...] = ()
+    losses: tuple[float, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,7 @@ class Windowing:
 
     def close(self, index: int, observations: Sequence[Observation]) -> WindowStats:
         """Reduce ``observations``, oldest first, to a window."""
-        window = close_window(index, observations, self.statistic)
-        return replace(window, losses=tuple(seen.loss for seen in observations))
+        return close_window(index, observations, self.statistic)
 
     def still_open(self, observations: Sequence[Observation]) -> tuple[Observation, ...]:
         """Those of the ``observations`` of a window that has just closed that the next window begins with."""
@@ -134,7 +134,7 @@ def close_window(index: int, observations: Sequence[Observation], statistic: str
     }
     samples = sum(seen.samples for seen in observations)
     loss = sum(seen.loss * seen.samples for seen in observations) / samples
-    return WindowStats(index, observations[-1].step, loss, norms)
+    return WindowStats(index, observations[-1].step, loss, norms, tuple(seen.loss for seen in observations))
 
 
 def partially_converged(

@@ -172,6 +172,12 @@ def test_windows_of_an_earlier_version_have_no_losses_to_compare() -> None:
     assert not verdict.passed and "window 4" in verdict.reason
 
 
+def test_a_window_has_the_loss_of_each_observation_and_keeps_it_in_a_state() -> None:
+    log = [observe(5 * n, loss=1 / n) for n in range(1, 8)]
+    state = walk(controller(PhaseSpec("full", until=LossTTest(m=3)), LORA), log)[-1]
+    assert [window.losses for window in state.windows] == [(1 / 1, 1 / 2, 1 / 3), (1 / 4, 1 / 5, 1 / 6)]
+
+
 def test_the_controller_hands_the_losses_on() -> None:
     log = [observe(5 * n, loss=max(1.0, 5.0 - n) + 0.01 * (n % 3)) for n in range(1, 30)]
     found = ended(LossTTest(m=3), log)
