@@ -10,7 +10,10 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Any
 
+from prelora_ds.core.codec import fields_to_json
+from prelora_ds.core.spectra import Spectra
 from prelora_ds.core.switch_tests.progress import Progress
 
 Norms = Mapping[str, Mapping[int, float]]
@@ -27,12 +30,17 @@ class Observation:
     samples: the number of samples since the previous observation.
     loss: the mean loss over these samples.
     norms: family -> layer -> Frobenius norm of the effective weight.
+    spectra: of the same weights; empty if the run does not observe them.
     """
 
     step: int
     samples: int
     loss: float
     norms: Norms
+    spectra: Spectra = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return _without_no_spectra(self)
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,7 @@ class WindowStats:
     loss: the mean loss over the window's samples.
     norms: family -> layer -> Frobenius norm.
     losses: the loss of each observation, oldest first; empty in a window that an earlier version closed.
+    spectra: those of its last observation.
     """
 
     index: int
@@ -49,6 +58,18 @@ class WindowStats:
     loss: float
     norms: Norms
     losses: tuple[float, ...] = ()
+    spectra: Spectra = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return _without_no_spectra(self)
+
+
+def _without_no_spectra(measured: Observation | WindowStats) -> dict[str, Any]:
+    """Most runs do not observe spectra, and their logs have no such key."""
+    data = fields_to_json(measured)
+    if not measured.spectra:
+        del data["spectra"]
+    return data
 
 
 @dataclass(frozen=True)
@@ -115,7 +136,8 @@ def close_window(index: int, observations: Sequence[Observation], statistic: str
     """Reduce a window's observations, oldest first, to what Algorithm 1 compares.
 
     ``statistic`` selects the norm of a window: the ``"mean"`` of its measurements or the ``"last"`` of them (the paper
-    leaves this open). The loss is always the sample-weighted mean over the whole window.
+    leaves this open). The loss is always the sample-weighted mean over the whole window, and the spectra are those of
+    the last observation.
 
     Raises ValueError for an unknown statistic, if there are no observations, if one has no samples, and if the
     observations differ in their families or layers.
@@ -134,7 +156,7 @@ def close_window(index: int, observations: Sequence[Observation], statistic: str
     }
     samples = sum(seen.samples for seen in observations)
     loss = sum(seen.loss * seen.samples for seen in observations) / samples
-    return WindowStats(index, observations[-1].step, loss, norms)
+    return WindowStats(index, observations[-1].step, loss, norms, spectra=observations[-1].spectra)
 
 
 def partially_converged(
@@ -191,14 +213,14 @@ def partially_converged(
 
 
 def layer_changes(previous: WindowStats, last: WindowStats) -> dict[str, dict[int, float]]:
-    """Family -> layer -> |dW|, the change of its norm between two windows in per cent.
+    """Family -> layer -> dW, the signed change of its norm between two windows in per cent.
 
     Raises ValueError if the windows differ in their families or layers.
     """
     layout = _common_layout([previous.norms, last.norms])
     return {
         family: {
-            layer: abs(_change(previous.norms[family][layer], last.norms[family][layer]))
+            layer: _change(previous.norms[family][layer], last.norms[family][layer])
             for layer in layers
         }
         for family, layers in layout.items()

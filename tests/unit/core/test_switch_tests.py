@@ -176,7 +176,7 @@ def test_changes_by_layer() -> None:
     after = WindowStats(1, 2, 1.0, {"v": {0: 0.0}, "q": {3: 199.0, 0: 10.5}})
     changes = changes_by_layer(before, after)
     assert changes["v"] == {0: 0.0}
-    assert changes["q"] == pytest.approx({0: 5.0, 3: .5})
+    assert changes["q"] == pytest.approx({0: 5.0, 3: -.5})
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, math.nan), (math.inf, 1), (1, math.inf), (0, 1)])
