@@ -377,6 +377,7 @@ class Config(Strict):
                              "the preset prelora")
 
     def _check_phase(self, phase: PhaseConfig) -> None:
+        self._check_spectra(phase)
         if phase.freeze_below is not None and self.model.factory is None \
                 and phase.freeze_below >= self.model.num_hidden_layers:
             raise FieldError(f"phases.{phase.name}.freeze_below", phase.freeze_below,
@@ -389,6 +390,16 @@ class Config(Strict):
             raise FieldError(f"phases.{phase.name}.active", phase.active.choose, "would need other compiled code for "
                              "each choice of adapters, and beyond a limit torch runs uncompiled without a message",
                              "set model.compile=false, or remove active")
+
+    def _check_spectra(self, phase: PhaseConfig) -> None:
+        """Raise FieldError if the phase needs singular values that the run does not observe."""
+        if self.observe.spectra:
+            return
+        new = phase.new_adapters
+        if new is not None and new.ranks is not None and "spectra" in new.rank_rule.needs:
+            raise FieldError(f"phases.{phase.name}.adapters.ranks.rule", new.ranks.rule,
+                             "needs the singular values of the weights, which this run does not observe",
+                             "set observe.spectra=true")
 
     def grad_accum_steps(self, world_size: int) -> int:
         """Micro-batches per rank and optimizer step.
