@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
-from prelora_ds.config.fields import DurationField, FieldError, Positive, Share, Strict, Text
+from prelora_ds.config.fields import DurationField, FieldError, Positive, Share, Strict, Text, check_name
 from prelora_ds.core.adapters import KINDS, AdapterSpec, Option
 from prelora_ds.core.duration import Duration
 from prelora_ds.core.rank_rules import RANK_RULES, RankRule
@@ -189,11 +189,7 @@ def _names_a_rule(value: Any) -> Any:
         return value
     if not isinstance(value, dict):
         raise FieldError("", value, "must be a mapping", "write for example {rule: prelora, r_min: 8, r_max: 64}")
-    rule = value.get("rule")
-    if rule not in RANK_RULES:
-        near = difflib.get_close_matches(str(rule), RANK_RULES, n=1)
-        raise FieldError("rule", rule, "is required" if rule is None else "is not a rule that gives ranks",
-                         f"did you mean {near[0]}?" if near else f"choose one of {', '.join(RANK_RULES)}")
+    check_name(value, "rule", RANK_RULES, "a rule for ranks")
     return value
 
 

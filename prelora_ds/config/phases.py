@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -11,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag,
 
 from prelora_ds.config.adapters import KEPT_MAY_CHANGE, LASTING, AdaptersConfig
 from prelora_ds.config.changes import RENAMED
-from prelora_ds.config.fields import DurationField, FieldError, Positive, Strict
+from prelora_ds.config.fields import DurationField, FieldError, Positive, Strict, check_name
 from prelora_ds.config.merging import MergeConfig
 from prelora_ds.config.selecting import ActiveConfig
 from prelora_ds.core.adapters import KINDS
@@ -169,18 +168,33 @@ class BudgetUntil(UnmeasuredUntil):
         return self
 
 
+class StableRankUntil(SwitchTestConfig):
+    """The end of a phase by the stable ranks of its weights."""
+
+    test: Literal["stable_rank"]
+    """
+    The test: `stable_rank` passes when the stable ranks of the weights have settled, as in
+    Cuttlefish. It needs `observe.spectra`.
+    """
+
+    tau: Annotated[float, Field(gt=0)]
+    """
+    The largest change of a family's mean stable rank between two successive windows, in per cent.
+    """
+
+    k: Annotated[int, Field(ge=2)] = 3
+    """How many of the last windows are compared; all k - 1 changes must be small enough."""
+
+    m: Positive = 3
+    """How many observations (`observe.every`) make a window; its stable ranks are those of the last."""
+
+
 def _names_a_test(value: Any) -> Any:
     if isinstance(value, SwitchTestConfig):
         return value
     if not isinstance(value, dict):
         raise FieldError("", value, "is not a test", "write it as a mapping, for example {test: fixed, at: 0.5}")
-    known = ", ".join(SWITCH_TESTS)
-    if "test" not in value:
-        raise FieldError("test", None, "is required", f"set it to one of {known}")
-    if value["test"] not in SWITCH_TESTS:
-        near = difflib.get_close_matches(str(value["test"]), SWITCH_TESTS, n=1)
-        raise FieldError("test", value["test"], f"is not a test; known are {known}",
-                         f"did you mean {near[0]}?" if near else "choose one of them")
+    check_name(value, "test", SWITCH_TESTS, "a test")
     return value
 
 
@@ -194,7 +208,8 @@ AnySwitchTest = Annotated[
     Annotated[PreloraUntil, Tag("prelora")]
     | Annotated[TTestUntil, Tag("t_test")]
     | Annotated[FixedUntil, Tag("fixed")]
-    | Annotated[BudgetUntil, Tag("budget")],
+    | Annotated[BudgetUntil, Tag("budget")]
+    | Annotated[StableRankUntil, Tag("stable_rank")],
     Discriminator(name_in),
     BeforeValidator(_names_a_test),
 ]

@@ -28,6 +28,7 @@ from prelora_ds.config.phases import (
     PhaseSettings,
     PhasesField,
     PresetConfig,
+    UntilConfig,
 )
 from prelora_ds.config.preset import ConvergenceConfig, LoraConfig, expanded
 from prelora_ds.config.training import ObserveConfig, OptimizerConfig, TrainConfig
@@ -398,6 +399,10 @@ class Config(Strict):
         new = phase.new_adapters
         if new is not None and new.ranks is not None and "spectra" in new.rank_rule.needs:
             raise FieldError(f"phases.{phase.name}.adapters.ranks.rule", new.ranks.rule,
+                             "needs the singular values of the weights, which this run does not observe",
+                             "set observe.spectra=true")
+        if isinstance(phase.until, UntilConfig) and "spectra" in phase.until.switch_test().needs:
+            raise FieldError(f"phases.{phase.name}.until", phase.until.model_dump(mode="json", exclude_unset=True),
                              "needs the singular values of the weights, which this run does not observe",
                              "set observe.spectra=true")
 

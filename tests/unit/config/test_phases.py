@@ -31,6 +31,7 @@ from prelora_ds.core.rank_rules.uniform import UniformRank
 from prelora_ds.core.switch_tests import SWITCH_TESTS
 from prelora_ds.core.switch_tests.prelora import PreloraTest, Verdict, Windowing, WindowStats
 from prelora_ds.core.switch_tests.progress import Progress
+from prelora_ds.core.switch_tests.stable_rank import StableRankTest
 from prelora_ds.errors import ConfigError
 
 BASE: dict[str, Any] = {
@@ -373,7 +374,7 @@ def test_a_rule_is_named_with_its_parameters(ranks: dict[str, Any], rule: RankRu
 
 @pytest.mark.parametrize(("ranks", "key", "remedy"), [
     ({"rule": "ranbom"}, "rule", "did you mean random?"),
-    ({"r_min": 4}, "rule", "choose one of prelora, uniform, random, stable_rank, energy"),
+    ({"r_min": 4}, "rule", "set it to one of prelora, uniform, random, stable_rank, energy"),
     ({"rule": "uniform"}, "rank", "set phases.low.adapters.ranks.rank"),
     ({"rule": "uniform", "rnk": 4}, "rnk", "did you mean phases.low.adapters.ranks.rank?"),
     ({"rule": "random", "draw": "permutd"}, "draw", "did you mean permuted?"),
@@ -400,6 +401,16 @@ def test_a_rule_by_windows_is_refused_where_none_close(ranks: dict[str, Any]) ->
     error = refused({"name": "full", "until": "9 steps"}, {"name": "low", "adapters": {"ranks": ranks}})
     assert error.key == "phases.low.adapters.ranks.rule" and "no phase before this one closes any" in error.problem
     method({"name": "low", "adapters": {"ranks": {"rule": "random"}}})
+
+
+def test_a_test_by_singular_values_needs_a_run_that_observes_them() -> None:
+    full = {"name": "full", "until": {"test": "stable_rank", "tau": 1.0, "m": 2}}
+    assert method(full, {"name": "rest"}, observe=SPECTRA).specs()[0].until == StableRankTest(1.0, 3, 2)
+    error = refused(full, {"name": "rest"})
+    assert (error.key, error.value) == ("phases.full.until", full["until"])
+    assert error.remedy == "set observe.spectra=true"
+    either = {"name": "full", "until": {"any": [full["until"], {"test": "fixed", "at": 0.5}]}}
+    assert refused(either, {"name": "rest"}).key == "phases.full.until"
 
 
 LEAVES_OUT = {"rule": "energy", "share": 0.9, "r_min": 0, "settled": 0.5}

@@ -173,8 +173,8 @@ def test_permutations_differ_between_seeds() -> None:
 
 def seen(spectra: dict[str, dict[int, Spectrum]], norms: dict[str, dict[int, float]] | None = None,
          index: int = 0) -> WindowStats:
-    return WindowStats(index, 10 * index, 1.0, norms or {family: dict.fromkeys(layers, 1.0)
-                                                         for family, layers in spectra.items()}, spectra)
+    norms = norms or {family: dict.fromkeys(layers, 1.0) for family, layers in spectra.items()}
+    return WindowStats(index, 10 * index, 1.0, norms, spectra=spectra)
 
 
 def now_and_first(*pairs: tuple[float, float]) -> dict[str, dict[int, Spectrum]]:
