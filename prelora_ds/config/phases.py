@@ -99,6 +99,13 @@ class Algorithm1(Strict):
     last `m` ones (`sliding`, as in the authors' code).
     """
 
+    joined: dict[str, Annotated[tuple[str, ...], Field(strict=False)]] = Field(default_factory=dict)
+    """
+    Families that the test judges as one, by a name for them: `{output: [o, fc2]}` in the authors'
+    code, where this family has two linears per layer. Norms and ranks are still those of each
+    family.
+    """
+
 
 class PreloraUntil(Algorithm1, SwitchTestConfig):
     """The end of a phase by Algorithm 1."""
@@ -446,10 +453,12 @@ class PhaseConfig(PhaseSettings):
 class PresetConfig(Strict):
     """A method by its name, and settings of its phases."""
 
-    preset: Literal["full", "prelora"] | None = None
+    preset: Literal["full", "prelora", "authors"] | None = None
     """
     The method: with `full` all parameters train to the end, `prelora` has the phases full, warmup
-    and lora with the parameters in `convergence` and `lora`. `null` takes `prelora` if
+    and lora with the parameters in `convergence` and `lora`. `authors` has the same phases as the
+    code of PreLoRA's authors runs them: all adapters have the rank `lora.r_max`, and several keys of
+    `convergence` and `lora` have other values ([methods.md](methods.md)). `null` takes `prelora` if
     `convergence` is set, otherwise `full`.
     """
 

@@ -161,7 +161,7 @@ def close_window(index: int, observations: Sequence[Observation], statistic: str
 
 def partially_converged(
     windows: Sequence[WindowStats], *, k: int, tau: float, zeta: float, aggregate: str = "norm_of_mean",
-    strict: bool = False
+    strict: bool = False, joined: Mapping[str, Sequence[str]] | None = None
 ) -> Verdict:
     """PreLoRA, Algorithm 1, applied to the last ``k`` of ``windows`` (oldest first).
 
@@ -169,7 +169,8 @@ def partially_converged(
     loss by at most ``zeta`` per cent, up or down. ``aggregate`` defines the change of a family: ``"norm_of_mean"`` is
     the change of the norm averaged over its layers (as in the paper), ``"mean_of_layers"`` the mean of the absolute
     changes of its layers. With ``strict`` a norm must change by less than ``tau``, as in the authors' code; the loss
-    may still change by exactly ``zeta``. NaN and infinity fail, and so does a change from zero.
+    may still change by exactly ``zeta``. NaN and infinity fail, and so does a change from zero. ``joined`` is name ->
+    families that are judged as one family of this name, with all linears of theirs as its layers.
 
     Raises ValueError for ``k`` < 2, thresholds that are not positive, an unknown aggregate, windows without families
     or layers, and windows whose families or layers differ.
@@ -181,7 +182,7 @@ def partially_converged(
             raise ValueError(f"{name} {threshold} is not a positive number of per cent")
     if aggregate not in _AGGREGATES:
         raise ValueError(f"aggregate {aggregate!r} is unknown; choose one of {', '.join(_AGGREGATES)}")
-    recent = windows[-k:]
+    recent = [replace(window, norms=_joined(window.norms, joined or {})) for window in windows[-k:]]
     layout = _common_layout([window.norms for window in recent])
     if len(recent) < k:
         return Verdict(False, f"{len(recent)} of {k} windows seen, {k - len(recent)} missing", {}, ())
@@ -210,6 +211,16 @@ def partially_converged(
         reason = (f"all |dW| <= {norm_peak:.4g} % (tau {tau:g} %), all |dL| <= {loss_peak:.4g} % (zeta {zeta:g} %) "
                   f"over windows {recent[0].index}-{recent[-1].index}")
     return Verdict(not failed, reason, norm_changes, loss_changes, miss)
+
+
+def _joined(norms: Norms, joined: Mapping[str, Sequence[str]]) -> Norms:
+    """``norms`` with families joined to one. The linears of such a family are numbered, because a layer has several."""
+    members = {family for families in joined.values() for family in families}
+    together = {
+        name: dict(enumerate(norms[family][layer] for family in families for layer in sorted(norms[family])))
+        for name, families in joined.items()
+    }
+    return {family: layers for family, layers in norms.items() if family not in members} | together
 
 
 def layer_changes(previous: WindowStats, last: WindowStats) -> dict[str, dict[int, float]]:
@@ -294,6 +305,7 @@ class PreloraTest:
 
     strict: see `partially_converged`.
     windows: whether they are "disjoint", or "sliding": each observation then closes a window of the last ``m``.
+    joined: see `partially_converged`.
     """
 
     tau: float
@@ -304,6 +316,7 @@ class PreloraTest:
     aggregate: str = "norm_of_mean"
     strict: bool = False
     windows: str = "disjoint"
+    joined: Mapping[str, Sequence[str]] = field(default_factory=dict)
     title = "Algorithm 1"
     needs = frozenset({"norms", "loss"})
 
@@ -313,4 +326,4 @@ class PreloraTest:
 
     def __call__(self, windows: Sequence[WindowStats], progress: Progress) -> Verdict:
         return partially_converged(windows, k=self.k, tau=self.tau, zeta=self.zeta, aggregate=self.aggregate,
-                                   strict=self.strict)
+                                   strict=self.strict, joined=self.joined)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from prelora_ds.core.spectra import Spectrum
 from prelora_ds.core.switch_tests.prelora import (
     Observation,
+    PreloraTest,
     Verdict,
     WindowStats,
     changes_by_layer,
@@ -170,6 +172,26 @@ def test_families_or_layers_that_differ(other: dict[str, dict[int, float]]) -> N
                  lambda: close_window(0, [Observation(1, 1, 1.0, w.norms) for w in (first, second)], "last")):
         with pytest.raises(ValueError, match=name):
             call()
+
+
+# ---- joined families
+
+def test_joined_families_are_one_family_with_all_their_linears() -> None:
+    """By the mean of layers, o and fc2 together change by 2 %, although fc2 alone changes by 3 %."""
+    first = WindowStats(0, 1, 3.0, {"q": {0: 100.0}, "o": {0: 100.0, 1: 50.0}, "fc2": {0: 10.0, 1: 20.0}})
+    last = WindowStats(1, 2, 3.0, {"q": {0: 100.5}, "o": {0: 99.0, 1: 50.5}, "fc2": {0: 10.3, 1: 19.4}})
+    settings: dict[str, Any] = {"k": 2, "tau": 2.0, "zeta": 5.0}
+    joined = {"output": ("o", "fc2")}
+    apart = partially_converged([first, last], aggregate="mean_of_layers", **settings)
+    together = partially_converged([first, last], aggregate="mean_of_layers", joined=joined, **settings)
+    assert {family: change for family, (change,) in apart.norm_changes.items()} == pytest.approx(
+        {"q": .5, "o": 1.0, "fc2": 3.0})
+    assert {family: change for family, (change,) in together.norm_changes.items()} == pytest.approx(
+        {"q": .5, "output": 2.0})
+    assert not apart.passed and together.passed
+    mean = partially_converged([first, last], joined=joined, **settings)
+    assert mean.norm_changes["output"] == pytest.approx(((179.2 - 180) / 180 * 100,))
+    assert PreloraTest(2.0, 5.0, 2, 1, "last", "mean_of_layers", joined=joined)([first, last], Progress(2, 9)).passed
 
 
 # ---- changes by layer
