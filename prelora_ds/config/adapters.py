@@ -185,7 +185,7 @@ def _rule_of(value: Any) -> Any:
 
 def _names_a_rule(value: Any) -> Any:
     """Raise FieldError for ranks that name no known rule."""
-    if value is None or isinstance(value, RankRuleConfig):
+    if isinstance(value, RankRuleConfig):
         return value
     if not isinstance(value, dict):
         raise FieldError("", value, "must be a mapping", "write for example {rule: prelora, r_min: 8, r_max: 64}")
@@ -202,6 +202,7 @@ AnyRankRule = Annotated[
     | Annotated[StableRankRule, Tag("stable_rank")]
     | Annotated[EnergyRule, Tag("energy")],
     Discriminator(_rule_of),
+    BeforeValidator(_names_a_rule),
 ]
 
 
@@ -238,7 +239,7 @@ class AdaptersConfig(AdapterTraining):
     rank: Positive | None = None
     """One rank for all adapters. New adapters need either this or `phases.*.adapters.ranks`."""
 
-    ranks: Annotated[AnyRankRule | None, BeforeValidator(_names_a_rule)] = None
+    ranks: AnyRankRule | None = None
     """
     A rule that gives each adapter its rank. All rules but `uniform` and `random` need the windows of
     an earlier phase that ends by a test.
