@@ -30,6 +30,7 @@ from prelora_ds.engine.engine import Engine, StepStats
 from prelora_ds.engine.loop import LoopEngine, StaleEngineError, Taken
 from prelora_ds.engine.measure import weight_norms
 from prelora_ds.engine.runtime import check_zero_config, init_process_group, on_all_ranks, on_rank_0
+from prelora_ds.engine.spectra import SpectrumMeter, first_values
 from prelora_ds.engine.state import EngineState, initial_state
 from prelora_ds.engine.transition import release_checked
 from prelora_ds.errors import ConfigError, NotSavedError, TrainingDivergedError, cannot_write
@@ -82,6 +83,7 @@ class Phases:
         self._engine: LoopEngine | None = None
         self._state: RunState
         self._controller: PhaseController
+        self._meter: SpectrumMeter | None = None
         self._unreduced: list[Taken] = []  # the steps since the last observation, or since the last checkpoint
         self._saver: Saver | None = None
         self._saved_own: Mapping[str, Any] = {}
@@ -171,7 +173,7 @@ class Phases:
         if step in self._observed_at:
             self._reduce_losses(engine, step)
             if state.window.steps:
-                state.phase = self._decide(state, step, weight_norms(engine).effective)
+                state.phase = self._decide(engine, state, step)
         state.phase = self._controller.after_step(state.phase, step, importance=taken.importance,
                                                   updated=not taken.skipped)
         state.step = step
@@ -235,6 +237,7 @@ class Phases:
         init_process_group()
         layout, weights, digest = on_all_ranks(self._checked_model)
         _check_ranks_built_the_same(digest)
+        self._meter = SpectrumMeter(first_values(weights, layout)) if self.config.observe.spectra else None
         self._controller = PhaseController(layout=layout, timeline=self.timeline, phases=self.config.specs(),
                                            seed=self.config.run.seed)
         return weights
@@ -290,8 +293,10 @@ class Phases:
         rates = self._controller.rates(self.state, self.step + 1, self.config.optimizer)
         self._loop().set_rates(*rates)
 
-    def _decide(self, state: RunState, step: int, norms: Mapping[str, Mapping[int, float]]) -> PhaseState:
-        _, after = decided(self._controller, state, step, norms)
+    def _decide(self, engine: Engine, state: RunState, step: int) -> PhaseState:
+        norms = weight_norms(engine).effective
+        spectra = {} if self._meter is None else self._meter.measure(engine)
+        _, after = decided(self._controller, state, step, norms, spectra)
         return to_follow(self._controller, state.phase, after, step)
 
     def _follow(self, loop: LoopEngine, engine: Engine) -> LoopEngine:

@@ -30,7 +30,7 @@ from prelora_ds.model.families import find_layout
 from prelora_ds.model.vit import build_model
 from prelora_ds.reporting.progress import TrainProgress
 from prelora_ds.run.autosize import resolve_workers
-from prelora_ds.run.begin import begin, roll_back
+from prelora_ds.run.begin import begin, roll_back, spectrum_meter
 from prelora_ds.run.checkpoints.resume import Checkpoint, load_newest, rewind_output
 from prelora_ds.run.checkpoints.saver import Saver
 from prelora_ds.run.context import Run
@@ -39,7 +39,7 @@ from prelora_ds.run.due import Due
 from prelora_ds.run.evaluate import Accuracy, evaluate_engine
 from prelora_ds.run.folder import RunFolder
 from prelora_ds.run.guard import Guard
-from prelora_ds.run.log import norm_columns
+from prelora_ds.run.log import norm_columns, stable_rank_columns
 from prelora_ds.run.records import Records
 from prelora_ds.run.recover import check_samples, recover
 from prelora_ds.run.setup_record import SetupRecord, job_end, write_setup
@@ -98,6 +98,7 @@ def loop(run: Run, records: Records, saver: Saver, stop: StopRequest, guard: Gua
     """Train from scratch or ``resume_from`` to the last step, and export the model. Collective."""
     config = run.config
     total = run.timeline.total_steps
+    meter = spectrum_meter(run)
     engine, state = begin(run, records, saver, resume_from)
     records.begun(state)
     loader = run.loader(engine, state.step)
@@ -142,7 +143,9 @@ def loop(run: Run, records: Records, saver: Saver, stop: StopRequest, guard: Gua
             measured |= norm_columns(norms.effective)
             measured |= norm_columns(norms.base, "norm_base") | norm_columns(norms.adapter, "norm_adapter")
         if due.observation(step) and state.window.steps:
-            state.phase = decide(run, records, state, step, norms.effective)
+            spectra = {} if meter is None else meter.measure(engine, guard.beat)
+            measured |= stable_rank_columns(spectra)
+            state.phase = decide(run, records, state, step, norms.effective, spectra)
         state.phase = run.controller.after_step(state.phase, step, importance=stats.importance,
                                                 updated=not stats.skipped)
         if measured or due.log(step):

@@ -25,10 +25,14 @@ def replay(
     suggest: Annotated[float | None, typer.Option(
         min=0.0, max=1.0, help="find thresholds that pass at this share of the run", show_default=False)] = None,
     test: Annotated[str | None, typer.Option(
-        help="another test in place of the run's own: prelora, t_test, fixed or budget", show_default=False)] = None,
+        help="another test in place of the run's own: prelora, t_test, fixed, budget or stable_rank",
+        show_default=False)] = None,
     parameters: Annotated[list[str] | None, typer.Option(
         "--set", metavar="KEY=VALUE,...", show_default=False,
         help="values of a parameter of the test, such as alpha=0.01,0.05; may be repeated")] = None,
+    ranks: Annotated[str | None, typer.Option(
+        help="another rule for ranks in place of the run's own, as in a recipe, such as '{rule: energy, share: 0.9}'",
+        show_default=False)] = None,
     csv: Annotated[bool, typer.Option("--csv", help="print the grid as CSV instead of tables")] = False,
     json: AsJson = False,
 ) -> None:
@@ -39,7 +43,7 @@ def replay(
     Example: prelora replay out/digits_demo --test t_test --set alpha=0.01,0.05 --set m=5
     """
     from prelora_ds.config.fields import parse_duration, parse_numbers
-    from prelora_ds.config.named_tests import parse_parameters
+    from prelora_ds.config.named_tests import parse_parameters, parse_rank_rule
     from prelora_ds.reporting.replay import Settings, grid_as_csv, print_replay, read_logged, replayed
     from prelora_ds.run.folder import RunFolder
 
@@ -48,7 +52,8 @@ def replay(
     given = {"tau": parse_numbers(tau, "--tau"), "zeta": parse_numbers(zeta, "--zeta"),
              "k": None if k is None else (k,), "m": None if m is None else (m,)}
     values = {key: each for key, each in given.items() if each is not None}
-    settings = Settings(test, parse_parameters(parameters or [], values), parse_duration(every, "--every"), suggest)
+    settings = Settings(test, parse_parameters(parameters or [], values), parse_duration(every, "--every"), suggest,
+                        parse_rank_rule(ranks))
     result = replayed(read_logged(RunFolder(output)), settings)
     if json:
         print_json(result)

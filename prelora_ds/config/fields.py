@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 import types
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -153,6 +154,21 @@ class FieldError(ValueError):
     def __init__(self, field: str, value: Any, problem: str, remedy: str | None = None) -> None:
         super().__init__(problem)
         self.field, self.value, self.remedy = field, value, remedy
+
+
+def check_name(section: dict[str, Any], key: str, known: Iterable[str], what: str) -> None:
+    """Raise FieldError about ``key`` if its value in ``section`` is not one of the ``known`` names of ``what``.
+
+    It is for sections that are one of several by their name, for which pydantic's own message has no remedy.
+    """
+    names = list(known)
+    listed = ", ".join(names)
+    if key not in section:
+        raise FieldError(key, None, "is required", f"set it to one of {listed}")
+    if section[key] not in names:
+        near = difflib.get_close_matches(str(section[key]), names, n=1)
+        raise FieldError(key, section[key], f"is not {what}; known are {listed}",
+                         f"did you mean {near[0]}?" if near else "choose one of them")
 
 
 class Strict(BaseModel):

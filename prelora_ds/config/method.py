@@ -74,6 +74,7 @@ def _check_adapters(phase: PhaseConfig, before: AdaptersConfig | None, *, first:
             raise FieldError(f"{key}.from", new.from_, "there are no adapters before this phase; choose fresh")
         if new.from_ == "resize":
             check_resizes(new.kind, new.options, f"{key}.from", "resize")
+            _check_removes_none(new, key, "from: resize")
         if new.ranks is not None and new.ranks.every is not None:
             _check_every(phase, new, f"{key}.ranks.every", str(new.ranks.every))
         if new.from_ == "merge" and before is not None and not KINDS[before.kind].can.merges:
@@ -103,9 +104,20 @@ def _check_adapters(phase: PhaseConfig, before: AdaptersConfig | None, *, first:
     return adapters
 
 
+def _check_removes_none(new: AdaptersConfig, key: str, why: str) -> None:
+    """Raise FieldError if adapters that train could get rank 0. why: what gives existing adapters other ranks."""
+    if new.ranks is not None and new.ranks.leaves_out:
+        raise FieldError(f"{key}.ranks.r_min", 0, f"would remove adapters that train ({why})",
+                         "set r_min to at least 1 and remove settled")
+
+
 def _check_every(phase: PhaseConfig, new: AdaptersConfig, key: str, every: str) -> None:
     """Raise FieldError about ``key`` if the ranks cannot be chosen again during the phase."""
     check_resizes(new.kind, new.options, key, every)
+    _check_removes_none(new, f"{phase.name}.adapters", f"every: {every}")
+    if new.rank_rule.windows == 0:
+        raise FieldError(key, every, "would choose the same ranks again, because this rule does not depend on what "
+                         "was measured", "remove it")
     if phase.merge is not None:
         raise FieldError(key, every, f"would change the ranks within a cycle of {phase.name}.merge",
                          "remove one of the two")
@@ -139,6 +151,9 @@ def _check_active(phase: PhaseConfig, adapters: AdaptersConfig | None, *, tests:
     if phase.active.choose == UNCONVERGED and not tests:
         raise FieldError(f"{key}.choose", UNCONVERGED, "compares the windows of a test, but no phase ends by a test",
                          "choose another rule, or let a phase end by a test")
+    if phase.active.k is not None and adapters.ranks is not None and adapters.ranks.leaves_out:
+        raise FieldError(f"{key}.k", phase.active.k, "may be more than there are adapters, because their rule "
+                         f"({adapters.ranks.rule}, r_min 0) leaves layers without one", "set share instead")
     for name in ("dropout", "mode"):
         value = getattr(adapters, name)
         if value not in (0, "auto", "branch", "merged"):

@@ -1,4 +1,4 @@
-"""Tests that end a phase, made from a name and single parameters instead of a recipe."""
+"""Tests that end a phase, and rules for ranks, made from options of the command line instead of a recipe."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from prelora_ds.config.documents import UnreadableError, read_scalar
+from prelora_ds.config.adapters import AnyRankRule
+from prelora_ds.config.documents import UnreadableError, read_scalar, read_yaml
 from prelora_ds.config.fields import FieldError
 from prelora_ds.config.phases import AnySwitchTest
+from prelora_ds.core.rank_rules import RankRule
 from prelora_ds.core.switch_tests import SWITCH_TESTS
 from prelora_ds.core.switch_tests.protocol import SwitchTest
 from prelora_ds.errors import ConfigError
 
 _TESTS: TypeAdapter[Any] = TypeAdapter(AnySwitchTest)
+_RULES: TypeAdapter[Any] = TypeAdapter(AnyRankRule)
+_EXAMPLE = "write for example '{rule: energy, share: 0.9}'"
 
 
 def parse_parameters(texts: Sequence[str], given: Mapping[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
@@ -64,13 +68,29 @@ def name_of(test: SwitchTest) -> str:
     return next(name for name, made in SWITCH_TESTS.items() if made is type(test))
 
 
+def parse_rank_rule(text: str | None) -> RankRule | None:
+    """Parse the option ``--ranks``, a mapping as in `phases.*.adapters.ranks`; None stays None. Raises ConfigError."""
+    if text is None:
+        return None
+    try:
+        made: RankRule = _RULES.validate_python(read_yaml(text)).rank_rule()
+    except UnreadableError as exc:
+        raise ConfigError("--ranks", text, str(exc), _EXAMPLE) from exc
+    except ValidationError as exc:
+        error = min(exc.errors(), key=lambda each: each["type"] != "extra_forbidden")
+        cause = error.get("ctx", {}).get("error")
+        key = cause.field if isinstance(cause, FieldError) else str(error["loc"][-1])
+        raise ConfigError(f"--ranks {key}".rstrip(), getattr(cause, "value", error["input"]), _message(error),
+                          getattr(cause, "remedy", None) or _EXAMPLE) from exc
+    return made
+
+
 def _config_error(exc: ValidationError, name: str, parameters: Mapping[str, Any]) -> ConfigError:
     error = min(exc.errors(), key=lambda each: each["type"] != "extra_forbidden")
     cause = error.get("ctx", {}).get("error")
     key = cause.field if isinstance(cause, FieldError) else str(error["loc"][-1])
-    message = error["msg"].removeprefix("Value error, ")
     if key == "test":
-        return ConfigError("--test", name, message, getattr(cause, "remedy", None) or "choose one of them")
+        return ConfigError("--test", name, _message(error), getattr(cause, "remedy", None) or "choose one of them")
     if error["type"] == "missing":
         return ConfigError(f"--set {key}", None, f"is required by the test {name}", f"pass it as --set {key}=VALUE")
     if error["type"] == "extra_forbidden":
@@ -78,8 +98,13 @@ def _config_error(exc: ValidationError, name: str, parameters: Mapping[str, Any]
         near = difflib.get_close_matches(key, known, n=1)
         return ConfigError(f"--set {key}", error["input"], f"is not a parameter of the test {name}, which has "
                            f"{', '.join(known)}", f"did you mean {near[0]}?" if near else "choose one of them")
-    message = f"{message[0].lower()}{message[1:]}".replace("input should be", "must be", 1)
-    return ConfigError(f"--set {key}", parameters.get(key), message, "choose a different value")
+    return ConfigError(f"--set {key}", parameters.get(key), _message(error), "choose a different value")
+
+
+def _message(error: Mapping[str, Any]) -> str:
+    """The message of one of pydantic's errors, in our words."""
+    message: str = error["msg"].removeprefix("Value error, ")
+    return f"{message[0].lower()}{message[1:]}".replace("input should be", "must be", 1)
 
 
 def _keys_of(name: str) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -11,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag,
 
 from prelora_ds.config.adapters import KEPT_MAY_CHANGE, LASTING, AdaptersConfig
 from prelora_ds.config.changes import RENAMED
-from prelora_ds.config.fields import DurationField, FieldError, Positive, Strict
+from prelora_ds.config.fields import DurationField, FieldError, Positive, Strict, check_name
 from prelora_ds.config.merging import MergeConfig
 from prelora_ds.config.selecting import ActiveConfig
 from prelora_ds.core.adapters import KINDS
@@ -100,6 +99,13 @@ class Algorithm1(Strict):
     last `m` ones (`sliding`, as in the authors' code).
     """
 
+    joined: dict[str, Annotated[tuple[str, ...], Field(strict=False)]] = Field(default_factory=dict)
+    """
+    Families that the test judges as one, by a name for them: `{output: [o, fc2]}` in the authors'
+    code, where this family has two linears per layer. Norms and ranks are still those of each
+    family.
+    """
+
 
 class PreloraUntil(Algorithm1, SwitchTestConfig):
     """The end of a phase by Algorithm 1."""
@@ -169,18 +175,33 @@ class BudgetUntil(UnmeasuredUntil):
         return self
 
 
+class StableRankUntil(SwitchTestConfig):
+    """The end of a phase by the stable ranks of its weights."""
+
+    test: Literal["stable_rank"]
+    """
+    The test: `stable_rank` passes when the stable ranks of the weights have settled, as in
+    Cuttlefish. It needs `observe.spectra`.
+    """
+
+    tau: Annotated[float, Field(gt=0)]
+    """
+    The largest change of a family's mean stable rank between two successive windows, in per cent.
+    """
+
+    k: Annotated[int, Field(ge=2)] = 3
+    """How many of the last windows are compared; all k - 1 changes must be small enough."""
+
+    m: Positive = 3
+    """How many observations (`observe.every`) make a window; its stable ranks are those of the last."""
+
+
 def _names_a_test(value: Any) -> Any:
     if isinstance(value, SwitchTestConfig):
         return value
     if not isinstance(value, dict):
         raise FieldError("", value, "is not a test", "write it as a mapping, for example {test: fixed, at: 0.5}")
-    known = ", ".join(SWITCH_TESTS)
-    if "test" not in value:
-        raise FieldError("test", None, "is required", f"set it to one of {known}")
-    if value["test"] not in SWITCH_TESTS:
-        near = difflib.get_close_matches(str(value["test"]), SWITCH_TESTS, n=1)
-        raise FieldError("test", value["test"], f"is not a test; known are {known}",
-                         f"did you mean {near[0]}?" if near else "choose one of them")
+    check_name(value, "test", SWITCH_TESTS, "a test")
     return value
 
 
@@ -194,7 +215,8 @@ AnySwitchTest = Annotated[
     Annotated[PreloraUntil, Tag("prelora")]
     | Annotated[TTestUntil, Tag("t_test")]
     | Annotated[FixedUntil, Tag("fixed")]
-    | Annotated[BudgetUntil, Tag("budget")],
+    | Annotated[BudgetUntil, Tag("budget")]
+    | Annotated[StableRankUntil, Tag("stable_rank")],
     Discriminator(name_in),
     BeforeValidator(_names_a_test),
 ]
@@ -431,10 +453,12 @@ class PhaseConfig(PhaseSettings):
 class PresetConfig(Strict):
     """A method by its name, and settings of its phases."""
 
-    preset: Literal["full", "prelora"] | None = None
+    preset: Literal["full", "prelora", "authors"] | None = None
     """
     The method: with `full` all parameters train to the end, `prelora` has the phases full, warmup
-    and lora with the parameters in `convergence` and `lora`. `null` takes `prelora` if
+    and lora with the parameters in `convergence` and `lora`. `authors` has the same phases as the
+    code of PreLoRA's authors runs them: all adapters have the rank `lora.r_max`, and several keys of
+    `convergence` and `lora` have other values ([methods.md](methods.md)). `null` takes `prelora` if
     `convergence` is set, otherwise `full`.
     """
 

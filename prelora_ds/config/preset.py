@@ -1,7 +1,8 @@
-"""The preset `prelora`: its parameters in `convergence:` and `lora:`, and the phases that it expands to."""
+"""The presets `prelora` and `authors`: parameters in `convergence:` and `lora:`, and the phases they expand to."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import model_validator
@@ -14,7 +15,7 @@ from prelora_ds.config.adapters import (
     check_families,
     check_powers_of_two,
 )
-from prelora_ds.config.fields import DurationField, Positive
+from prelora_ds.config.fields import DurationField, FieldError, Positive
 from prelora_ds.config.phases import (
     Algorithm1,
     Factor,
@@ -68,6 +69,28 @@ class LoraConfig(AdapterTraining):
         return self
 
 
+# What the code of PreLoRA's authors does; docs/papers.md compares it with the paper.
+AUTHORS_TEST: Mapping[str, Any] = {
+    "statistic": "last",
+    "aggregate": "mean_of_layers",
+    "strict": True,
+    "windows": "sliding",
+    "joined": {"output": ("o", "fc2")},
+}
+AUTHORS_ADAPTERS: Mapping[str, Any] = {"alpha_over_r": 2.0}
+AUTHORS_REWARM = Duration("100 steps")
+
+
+def check_authors(convergence: ConvergenceConfig, lora: LoraConfig) -> None:
+    """Raise FieldError for a key that has another value than in the preset `authors`."""
+    for section, values, fixed in (("convergence", convergence, AUTHORS_TEST), ("lora", lora, AUTHORS_ADAPTERS)):
+        for key, value in fixed.items():
+            given = getattr(values, key)
+            if given not in (value, type(values).model_fields[key].get_default(call_default_factory=True)):
+                raise FieldError(f"{section}.{key}", given, f"is {value!r} in the preset authors",
+                                 f"remove {section}.{key}, or list the phases")
+
+
 def expanded(phases: PresetConfig, convergence: ConvergenceConfig | None,
              lora: LoraConfig) -> tuple[PhaseConfig, ...]:
     """Expand a preset into its list of phases."""
@@ -78,12 +101,20 @@ def expanded(phases: PresetConfig, convergence: ConvergenceConfig | None,
 
     if convergence is None:
         return (phase("full"),)
-    test = PreloraUntil(test="prelora", **dict(convergence))
-    adapters = AdaptersConfig(
-        ranks=PreloraRule(rule="prelora", r_min=lora.r_min, r_max=lora.r_max), families=lora.families,
-        options={} if lora.train_a else {"train_a": False},
-        **{key: getattr(lora, key) for key in AdapterTraining.model_fields})
+    training = {key: getattr(lora, key) for key in AdapterTraining.model_fields}
+    if phases.preset == "authors":
+        test = PreloraUntil(test="prelora", **{**dict(convergence), **AUTHORS_TEST})
+        ranks: dict[str, Any] = {"rank": lora.r_max}
+        training["alpha_over_r"] = AUTHORS_ADAPTERS["alpha_over_r"]
+        rewarm = AUTHORS_REWARM
+    else:
+        test = PreloraUntil(test="prelora", **dict(convergence))
+        ranks = {"ranks": PreloraRule(rule="prelora", r_min=lora.r_min, r_max=lora.r_max)}
+        rewarm = None
+
+    adapters = AdaptersConfig(**ranks, families=lora.families, options={} if lora.train_a else {"train_a": False},
+                              **training)
     trained = ("adapters", "rest") if lora.train_rest else ("adapters",)
     return (phase("full", until=test),
-            phase("warmup", adapters=adapters, until=lora.warmup, lr_scale={"adapters": lora.lr_scale}),
+            phase("warmup", adapters=adapters, until=lora.warmup, lr_scale={"adapters": lora.lr_scale}, rewarm=rewarm),
             phase("lora", train=trained, lr_scale=lora.lr_scale))

@@ -118,3 +118,12 @@ class ObserveConfig(Strict):
     How often the weight norms and the mean loss are measured and logged, in every run. A test that
     ends a phase uses these observations.
     """
+
+    spectra: bool = False
+    """
+    Whether each observation also measures singular values: the stable rank of each weight that may
+    get an adapter, and how much of its change since the start of the run the largest singular values
+    have. Some rules for ranks and some tests need them. They take the time of an eigenvalue
+    decomposition per weight, and 4 bytes of host memory per element, both divided by the number of
+    ranks.
+    """

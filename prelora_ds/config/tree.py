@@ -28,12 +28,15 @@ from prelora_ds.config.phases import (
     PhaseSettings,
     PhasesField,
     PresetConfig,
+    UntilConfig,
 )
-from prelora_ds.config.preset import ConvergenceConfig, LoraConfig, expanded
+from prelora_ds.config.preset import ConvergenceConfig, LoraConfig, check_authors, expanded
 from prelora_ds.config.training import ObserveConfig, OptimizerConfig, TrainConfig
 from prelora_ds.core.phases import PhaseSpec
 from prelora_ds.core.plan import Plan
 from prelora_ds.core.selection import Measured
+from prelora_ds.core.switch_tests.combined import single_tests
+from prelora_ds.core.switch_tests.prelora import PreloraTest
 
 MERGED_MAX_WIDTH = 384  # of model.hidden_size, for the kernel `auto`
 
@@ -369,14 +372,18 @@ class Config(Strict):
                     )
 
     def _check_preset(self, phases: PresetConfig) -> None:
-        if phases.preset == "prelora" and self.convergence is None:
-            raise FieldError("convergence", None, "is required by phases.preset prelora: set convergence.tau and "
-                             "convergence.zeta")
+        if phases.preset in ("prelora", "authors") and self.convergence is None:
+            raise FieldError("convergence", None, f"is required by phases.preset {phases.preset}: set convergence.tau "
+                             "and convergence.zeta")
+        if phases.preset == "authors" and self.convergence is not None:
+            check_authors(self.convergence, self.lora)
         if phases.preset == "full" and self.convergence is not None:
             raise FieldError("convergence", "...", "is not used by phases.preset full; set convergence=null, or choose "
                              "the preset prelora")
 
     def _check_phase(self, phase: PhaseConfig) -> None:
+        self._check_spectra(phase)
+        self._check_joined(phase)
         if phase.freeze_below is not None and self.model.factory is None \
                 and phase.freeze_below >= self.model.num_hidden_layers:
             raise FieldError(f"phases.{phase.name}.freeze_below", phase.freeze_below,
@@ -389,6 +396,37 @@ class Config(Strict):
             raise FieldError(f"phases.{phase.name}.active", phase.active.choose, "would need other compiled code for "
                              "each choice of adapters, and beyond a limit torch runs uncompiled without a message",
                              "set model.compile=false, or remove active")
+
+    def _check_spectra(self, phase: PhaseConfig) -> None:
+        """Raise FieldError if the phase needs singular values that the run does not observe."""
+        if self.observe.spectra:
+            return
+        new = phase.new_adapters
+        if new is not None and new.ranks is not None and "spectra" in new.rank_rule.needs:
+            raise FieldError(f"phases.{phase.name}.adapters.ranks.rule", new.ranks.rule,
+                             "needs the singular values of the weights, which this run does not observe",
+                             "set observe.spectra=true")
+        if isinstance(phase.until, UntilConfig) and "spectra" in phase.until.switch_test().needs:
+            raise FieldError(f"phases.{phase.name}.until", phase.until.model_dump(mode="json", exclude_unset=True),
+                             "needs the singular values of the weights, which this run does not observe",
+                             "set observe.spectra=true")
+
+    def _check_joined(self, phase: PhaseConfig) -> None:
+        """Raise FieldError if a test of the phase joins families that it cannot join."""
+        is_preset = isinstance(self.phases, PresetConfig)
+        key = "convergence.joined" if is_preset else f"phases.{phase.name}.until.joined"
+        tests = () if phase.switch_test is None else single_tests(phase.switch_test)
+        for joined in (test.joined for test in tests if isinstance(test, PreloraTest)):
+            measured = self.families()
+            families = [family for each in joined.values() for family in each]
+            for name, each in joined.items():
+                if not each or name in measured:
+                    raise FieldError(f"{key}.{name}", list(each), "is the name of a single family" if each else
+                                     "joins no families", "choose another name, and at least two families")
+            for family in families:
+                if family not in measured or families.count(family) > 1:
+                    raise FieldError(key, family, "is joined twice" if family in measured else "is not a family whose "
+                                     "norms are measured", f"choose among {', '.join(measured)}, each once")
 
     def grad_accum_steps(self, world_size: int) -> int:
         """Micro-batches per rank and optimizer step.

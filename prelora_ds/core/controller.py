@@ -145,7 +145,8 @@ class PhaseController:
             return state
         if step < self.timeline.step_after(state.ranked, adapters.rechosen):
             return state
-        plan = with_ranks(state.plan, self.layout, adapters.ranks(layers_of(adapters, self.layout), state.windows))
+        ranks = adapters.ranks(layers_of(adapters, self.layout), state.windows, self.seed)
+        plan = with_ranks(state.plan, self.layout, ranks)
         changed = sum(plan.adapters[path] != spec for path, spec in state.plan.adapters.items())
         reason = f"the ranks were chosen again, and {changed} of {len(plan.adapters)} changed"
         return replace(state, plan=plan, ranked=step, flops=self._flops(state, step), reason=reason)
@@ -290,7 +291,7 @@ class PhaseController:
         spec = self.phases[index]
         ranks = None
         if spec.adapters is not None:
-            ranks = spec.adapters.ranks(layers_of(spec.adapters, self.layout), windows)
+            ranks = spec.adapters.ranks(layers_of(spec.adapters, self.layout), windows, self.seed)
         return plan_of(spec, self.layout, seed=self.seed, since_step=step, before=before, ranks=ranks)
 
 

@@ -68,24 +68,26 @@ def plan_of(spec: PhaseSpec, layout: Layout, *, seed: int, since_step: int = 0,
     """The plan of a phase that begins after ``since_step`` and follows the plan ``before``.
 
     seed: the seed of the first values of adapters.
-    ranks: family -> layer -> rank, for the families of the phase's new adapters.
+    ranks: family -> layer -> rank, for the families of the phase's new adapters. A linear of rank 0 gets none.
 
     Raises ValueError for a set of parameters that matches nothing, for a layer or kind that does not exist, if nothing
     trains, and if more adapters are to train at a time than there are.
     """
     if spec.adapters is None:
         adapters = {} if before is None else dict(before.adapters)
+        unadapted = frozenset() if before is None else before.unadapted
     else:
         assert ranks is not None, "a phase with new adapters needs their ranks"
         new = spec.adapters
-        adapters = {
-            layout.targets[family][layer]: AdapterSpec(new.kind, rank, new.scaling, seed, new.options)
-            for family, layers in ranks.items()
-            for layer, rank in layers.items()
-        }
+        rank_of = {layout.targets[family][layer]: rank for family, layers in ranks.items()
+                   for layer, rank in layers.items()}
+        adapters = {path: AdapterSpec(new.kind, rank, new.scaling, seed, new.options)
+                    for path, rank in rank_of.items() if rank}
+        unadapted = frozenset(path for path, rank in rank_of.items() if not rank)
 
-    plan = Plan(spec.name, trainable_names(spec.train, layout, adapters), adapters, lr_scale=dict(spec.lr_scale),
-                since_step=since_step, cycle=_cycle(spec, before))
+    trainable = trainable_names(spec.train, layout, adapters, unadapted)
+    plan = Plan(spec.name, trainable, adapters, lr_scale=dict(spec.lr_scale), since_step=since_step,
+                cycle=_cycle(spec, before), unadapted=unadapted)
     if spec.freeze_below is not None:
         plan = _frozen_below(plan, layout, spec.freeze_below)
     if not plan.trainable:
@@ -146,7 +148,8 @@ def plans_at_rank(phases: Sequence[PhaseSpec], layout: Layout, lora_rank: int | 
 def needed_in_fp32(phases: Sequence[PhaseSpec], layout: Layout, index: int) -> frozenset[str]:
     """The parameters of phase ``index``, adapters included, whose fp32 values are kept while they are frozen.
 
-    A later phase trains them, or adapters are merged into them in this phase or a later one.
+    A later phase trains them, or adapters are merged into them in this phase or a later one. Leaves of adapters that a
+    rule for ranks will leave out are among them, because the ranks need not be known yet.
     """
     plans = plans_at_rank(phases, layout)
     needed = {name for plan in plans[index + 1:] for name in plan.trainable}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from prelora_ds.core.adapters import AdapterSpec, Lora, Shape, kind_of
-from prelora_ds.core.codec import fields_from_json
+from prelora_ds.core.codec import fields_from_json, fields_to_json
 from prelora_ds.core.layout import Layout
 
 BASE = "base"  # the role of every parameter of the model itself
@@ -27,6 +27,7 @@ class Plan:
     lr_scale: role -> factor of the learning rate (default: 1). ``adapters`` stands for each role of an adapter that
         is not listed itself.
     active: the parameters of ``trainable`` that train now; None means all of them.
+    unadapted: the linears that a rule for ranks has left without an adapter. They are frozen where those with one are.
     since_step: the optimizer step after which this plan began.
     cycle: how often the adapters were merged and restarted.
     """
@@ -38,6 +39,7 @@ class Plan:
     active: frozenset[str] | None = None
     since_step: int = 0
     cycle: int = 0
+    unadapted: frozenset[str] = frozenset()
 
     def structure(self) -> tuple[Any, ...]:
         """The part of the plan that requires a new engine when it changes; a live engine can adopt the rest."""
@@ -82,6 +84,13 @@ class Plan:
     def __post_init__(self) -> None:
         for spec in self.adapters.values():
             kind_of(spec)
+
+    def to_json(self) -> dict[str, Any]:
+        """Most plans have an adapter wherever there can be one, and their JSON has no key for the other linears."""
+        data = fields_to_json(self)
+        if not self.unadapted:
+            del data["unadapted"]
+        return data
 
     @classmethod
     def from_json(cls, data: Any) -> Plan:

@@ -132,7 +132,7 @@ def coarser(observations: Iterable[Observation], steps: frozenset[int]) -> Itera
         losses.append(observation.loss * observation.samples)
         samples += observation.samples
         if observation.step in steps:
-            yield Observation(observation.step, samples, math.fsum(losses) / samples, observation.norms)
+            yield replace(observation, samples=samples, loss=math.fsum(losses) / samples)
             losses, samples = [], 0
 
 

@@ -100,9 +100,9 @@ def next_choice(selection: Selection, plan: Plan, layout: Layout, seed: int, num
 
 
 def _changes(layout: Layout, windows: Sequence[WindowStats]) -> dict[str, float]:
-    """Adapter -> the change of the norm of its effective weight between the last two windows, in per cent."""
+    """Adapter -> how much the norm of its effective weight changed between the last two windows, in per cent."""
     changes = layer_changes(*windows[-2:])
-    return {layout.targets[family][layer]: change
+    return {layout.targets[family][layer]: abs(change)
             for family, layers in changes.items() for layer, change in layers.items()}
 
 

@@ -48,7 +48,8 @@ def predict_bytes(plan: Plan, layout: Layout, zero: ZeroSettings, world_size: in
     staging buffers.
 
     kernel: "merged" keeps an fp32 copy of each frozen weight with an adapter.
-    parked: the parameters whose fp32 values stay on the host while they are frozen, unless the kernel keeps them.
+    parked: the parameters whose fp32 values stay on the host while they are frozen, unless the kernel keeps them. Names
+        that do not exist under the plan do not count.
     """
     sizes = {name: math.prod(shape) for name, shape in plan.parameters(layout).items()}
     small = [name for name, size in sizes.items() if size <= zero.persistence_threshold]
@@ -80,7 +81,7 @@ def predict_bytes(plan: Plan, layout: Layout, zero: ZeroSettings, world_size: in
         masters=FP32 * t // sharded,
         moments=2 * FP32 * t // sharded,
         buffers=buffers,
-        host=FP32 * sum(sizes[name] for name in parked - plan.trainable - in_module) // w,
+        host=FP32 * sum(sizes[name] for name in (parked & sizes.keys()) - plan.trainable - in_module) // w,
     )
 
 

@@ -24,7 +24,7 @@ from prelora_ds.core.switch_tests.prelora import Observation, Verdict, Windowing
 from prelora_ds.core.switch_tests.progress import Progress
 from prelora_ds.core.switch_tests.protocol import SwitchTest
 from prelora_ds.cost import flops as costs
-from prelora_ds.cost.bytes import predict_bytes
+from prelora_ds.cost.bytes import FP32, predict_bytes
 from prelora_ds.cost.candidates import USABLE, predict_candidate, predict_candidates, reuse_distance
 from prelora_ds.cost.machines import Cluster, rates_and_memory
 from prelora_ds.cost.merging import merge_work
@@ -164,6 +164,8 @@ def _row(config: Config, spec: PhaseSpec, plan: Plan, layout: Layout, zero: Zero
     gathered = costs.gathered_bytes(plan, layout, zero, reuse_distance=reuse_distance(config))
     extra = costs.buckets_bytes(plan, layout, zero) + gathered
     host = predict_bytes(plan, layout, zero, world, after_backward=False, kernel=kernel, parked=parked).host
+    if config.observe.spectra:  # the first values, to which they are compared
+        host += FP32 * sum(math.prod(layout.parameters[f"{path}.weight"]) for path in layout.modules()) // world
 
     largest = memory_gib
     if memory_gib:

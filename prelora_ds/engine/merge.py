@@ -28,6 +28,7 @@ from prelora_ds.engine.optimizer import MOMENTS, inner_optimizer
 from prelora_ds.engine.restore import write_bf16
 from prelora_ds.engine.runtime import device
 from prelora_ds.engine.state import EngineState, Slice, gather_full, gather_parts
+from prelora_ds.engine.values import full_part
 from prelora_ds.model.adapters import fp32_weights, half_of, initial_adapter_value
 from prelora_ds.model.adapters.lora import refresh_merged_weights
 from prelora_ds.model.families import named_parameters
@@ -246,7 +247,7 @@ def _first_moment(engine: Engine, fragment: Fragment | None, shape: Shape, reset
         return None
     moments = {} if fragment is None else adam_state(engine.ds).get(fragment.flat, {})
     part = fragment.of(moments["exp_avg"]) if fragment is not None and "exp_avg" in moments else None
-    return _gathered(engine, fragment, part, shape)
+    return full_part(engine, fragment, part, shape)
 
 
 def _full_master(engine: Engine, fragment: Fragment | None, name: str, shape: Shape) -> torch.Tensor:
@@ -255,15 +256,7 @@ def _full_master(engine: Engine, fragment: Fragment | None, name: str, shape: Sh
         first = initial_adapter_value(name, shape, engine.plan, engine.plan.leaves(engine.layout))
         return first.bfloat16().float().to(engine.ds.device)
     part = None if fragment is None else fragment.of(fragment.flat)
-    return _gathered(engine, fragment, part, shape)
-
-
-def _gathered(engine: Engine, fragment: Fragment | None, part: torch.Tensor | None, shape: Shape) -> torch.Tensor:
-    """Return the full tensor of which this rank holds ``part``, at the place of ``fragment``. Collective."""
-    if engine.ds.zero_optimization_stage() == 0:  # every rank holds all of it
-        assert part is not None
-        return part.clone().view(shape)
-    return gather_parts(0 if fragment is None else fragment.start, part, shape, engine.ds.device)
+    return full_part(engine, fragment, part, shape)
 
 
 def _write_slice(p: Any, part: Slice, shape: Shape, device: torch.device) -> None:

@@ -26,6 +26,7 @@ from prelora_ds.core.duration import Duration
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.phases import PhaseSpec, needed_in_fp32, switch_tests, windowing_of
 from prelora_ds.core.plan import Plan
+from prelora_ds.core.rank_rules import RANK_RULES, RankRule
 from prelora_ds.core.replay import (
     Closest,
     Decision,
@@ -61,12 +62,14 @@ class Settings:
     parameters: the values of parameters of the tests, each combination of which is tried; all others are kept.
     every: how often the run would have observed.
     suggest: the share of the run near which thresholds are sought.
+    ranks: a rule that gives all new adapters their ranks; None keeps the rules of the run.
     """
 
     test: str | None = None
     parameters: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     every: Duration | None = None
     suggest: float | None = None
+    ranks: RankRule | None = None
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,8 @@ def replayed(logged: Logged, settings: Settings) -> dict[str, Any]:
     grid: list[dict[str, Any]] = []
     decisions: list[dict[str, Any]] = []
     for values in product(*settings.parameters.values()):
-        tried = _tried(logged, settings, dict(zip(settings.parameters, values, strict=True)))
+        tried = _with_ranks(logged, _tried(logged, settings, dict(zip(settings.parameters, values, strict=True))),
+                            settings.ranks)
         start = _start_with(logged, own, tried, settings)
         found = replay(controller.with_phases(tried), observations, start)
         rows = [_row(logged, tried, each) for each in compared(found.decisions, run)]
@@ -261,11 +265,33 @@ def _with_test(logged: Logged, phases: Sequence[PhaseSpec], name: str,
             for spec in phases]
 
 
-def check_measured(test: SwitchTest, name: str, observations: Sequence[Observation]) -> None:
-    """Raise ConfigError if ``test`` needs a measurement that is not in all ``observations``."""
-    for measure in sorted(test.needs - {"norms", "loss", "flops"}):
+def _with_ranks(logged: Logged, phases: Sequence[PhaseSpec], rule: RankRule | None) -> Sequence[PhaseSpec]:
+    """``phases`` with ranks by ``rule`` wherever adapters are attached or resized. Raises ConfigError."""
+    if rule is None:
+        return phases
+    name = next(name for name, made in RANK_RULES.items() if made is type(rule))
+    check_measured(rule, name, logged.observations, option="--ranks")
+    if rule.windows and (phases[0].adapters is not None or windowing_of(phases, 0) is None):
+        raise ConfigError("--ranks", name, "depends on windows, but none close before the adapters are attached",
+                          "choose uniform or random, or another test that closes windows (--test)")
+    changed = []
+    for spec in phases:
+        adapters = spec.adapters
+        if adapters is not None:
+            if getattr(rule, "settled", None) is not None and (adapters.resized or adapters.rechosen):
+                raise ConfigError("--ranks", name, f"would remove adapters that train in phase {spec.name}",
+                                  "set r_min to at least 1 and remove settled")
+            spec = replace(spec, adapters=replace(adapters, ranks=rule))
+        changed.append(spec)
+    return changed
+
+
+def check_measured(needing: SwitchTest | RankRule, name: str, observations: Sequence[Observation],
+                   option: str = "--test") -> None:
+    """Raise ConfigError about ``option`` if ``needing`` needs a measurement that is not in all ``observations``."""
+    for measure in sorted(needing.needs - {"norms", "loss", "flops"}):
         if not all(getattr(seen, measure, None) for seen in observations):
-            raise ConfigError("--test", name, f"compares {measure}, which this run did not log",
+            raise ConfigError(option, name, f"compares {measure}, which this run did not log",
                               f"log them in another run with observe.{measure}")
 
 
@@ -433,7 +459,7 @@ def grid_as_csv(result: Mapping[str, Any]) -> str:
 def _varied(grid: Sequence[Mapping[str, Any]]) -> list[str]:
     """The parameters that tell the combinations apart; tau and zeta are always shown."""
     return [key for key in grid[0] if key not in RESULTS
-            and (key in ("tau", "zeta") or len({cell[key] for cell in grid}) > 1)]
+            and (key in ("tau", "zeta") or any(cell[key] != grid[0][key] for cell in grid))]
 
 
 def _number(value: Any) -> str:

@@ -355,7 +355,7 @@ def _test_state(test: PreloraTest, seen: Sequence[WindowStats], started: int,
 
 def _judged(test: PreloraTest, windows: Sequence[WindowStats]) -> Verdict:
     return partially_converged(windows, k=len(windows), tau=test.tau, zeta=test.zeta, aggregate=test.aggregate,
-                               strict=test.strict)
+                               strict=test.strict, joined=test.joined)
 
 
 def _total(by_owner: object) -> int | None:

@@ -17,6 +17,7 @@ from prelora_ds.engine.build import build_engine
 from prelora_ds.engine.engine import Engine
 from prelora_ds.engine.measure import check_ranks_agree
 from prelora_ds.engine.rng import seed_rng
+from prelora_ds.engine.spectra import SpectrumMeter, first_values
 from prelora_ds.engine.state import EngineState, initial_state
 from prelora_ds.engine.transition import KeepFrozen, release_checked
 from prelora_ds.errors import ConfigError
@@ -137,6 +138,14 @@ def check_fp32(checkpoint: Checkpoint, names: frozenset[str]) -> None:
 
 def _needed_in_fp32(controller: PhaseController, state: RunState) -> frozenset[str]:
     return needed_in_fp32(controller.phases, controller.layout, state.phase.index)
+
+
+def spectrum_meter(run: Run) -> SpectrumMeter | None:
+    """Return what measures the spectra of ``run``; None if it does not observe them.
+
+    Call it before `begin`, because it draws the first weights again, with torch's generator.
+    """
+    return SpectrumMeter(first_values(_first_weights(run), run.layout)) if run.config.observe.spectra else None
 
 
 def _first_weights(run: Run) -> EngineState:

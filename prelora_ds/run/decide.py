@@ -13,6 +13,7 @@ from prelora_ds.core.codec import from_json, to_json
 from prelora_ds.core.controller import PhaseController, PhaseState
 from prelora_ds.core.phases import needed_in_fp32
 from prelora_ds.core.plan import Plan
+from prelora_ds.core.spectra import Spectra
 from prelora_ds.core.switch_tests.prelora import Observation
 from prelora_ds.data.loader import Loader
 from prelora_ds.engine.engine import Engine
@@ -41,13 +42,15 @@ class Change:
     chosen: bool = False
 
 
-def decided(controller: PhaseController, state: RunState, step: int,
-            norms: Mapping[str, Mapping[int, float]]) -> tuple[Observation, PhaseState]:
+def decided(controller: PhaseController, state: RunState, step: int, norms: Mapping[str, Mapping[int, float]],
+            spectra: Spectra) -> tuple[Observation, PhaseState]:
     """Return the observation that ends the current window of losses, and the phase state after it.
+
+    spectra: empty if the run does not observe them.
 
     Collective. Rank 0 decides and broadcasts.
     """
-    observation = state.window.observation(step, norms)
+    observation = state.window.observation(step, norms, spectra)
     state.window.reset()
     decision = on_rank_0(lambda: to_json(controller.next(state.phase, observation)))
     return observation, from_json(PhaseState, decision)
@@ -105,14 +108,14 @@ def _merge(engine: Engine, phase: PhaseState, controller: PhaseController,
     return report
 
 
-def decide(run: Run, records: Records, state: RunState, step: int,
-           norms: Mapping[str, Mapping[int, float]]) -> PhaseState:
+def decide(run: Run, records: Records, state: RunState, step: int, norms: Mapping[str, Mapping[int, float]],
+           spectra: Spectra) -> PhaseState:
     """Return the phase state after an observation, and record both.
 
     Collective. A decision after the last step is logged but not followed.
     """
     before = state.phase
-    observation, after = decided(run.controller, state, step, norms)
+    observation, after = decided(run.controller, state, step, norms, spectra)
     records.observation(observation)
     records.decision(before, after, step)
     return to_follow(run.controller, before, after, step)

@@ -98,6 +98,7 @@ def _windows_depend_on(config: Config, index: int) -> dict[str, Any]:
     every = config.observe.every
     return {
         "observe.every": (every, config.train.duration if every.unit == "%" else None),
+        "observe.spectra": config.observe.spectra,
         "the families whose norms are measured": set(config.families()),
         "the test that makes windows": windowing_of(config.specs(), index),
         "train.label_smoothing": config.train.label_smoothing,

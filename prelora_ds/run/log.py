@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from prelora_ds.core.codec import to_json
+from prelora_ds.core.spectra import Spectra
 from prelora_ds.core.switch_tests.prelora import Observation
 from prelora_ds.errors import ConfigError
 from prelora_ds.files import replace_file, sync_folder
@@ -351,9 +352,9 @@ class Meter:
         """The mean loss per sample."""
         return math.fsum(self.losses) / self.samples
 
-    def observation(self, step: int, norms: Mapping[str, Mapping[int, float]]) -> Observation:
+    def observation(self, step: int, norms: Mapping[str, Mapping[int, float]], spectra: Spectra) -> Observation:
         """Return the phase controller's observation of the samples since the last reset."""
-        return Observation(step=step, samples=self.samples, loss=self.loss, norms=norms)
+        return Observation(step=step, samples=self.samples, loss=self.loss, norms=norms, spectra=spectra)
 
     def row(self) -> dict[str, float]:
         """Return the means per step since the last reset, and the number of corrupt samples.
@@ -382,3 +383,10 @@ def norm_columns(norms: Mapping[str, Mapping[int, float]], group: str = "norm") 
         for family, layers in norms.items()
         for layer, norm in layers.items()
     }
+
+
+def stable_rank_columns(spectra: Spectra) -> dict[str, float]:
+    """Convert spectra to the columns of a row: ``stable_rank/q.03``."""
+    ranks = {family: {layer: spectrum.stable_rank for layer, spectrum in layers.items()}
+             for family, layers in spectra.items()}
+    return norm_columns(ranks, "stable_rank")

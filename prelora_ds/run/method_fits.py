@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from prelora_ds.config.adapters import UniformRule
 from prelora_ds.config.phases import PhaseConfig, PresetConfig
 from prelora_ds.config.tree import Config
 from prelora_ds.core.layout import Layout
@@ -77,7 +78,8 @@ def _check_ranks(config: Config, phase: PhaseConfig, plan: Plan, layout: Layout)
         shape = layout.parameters[f"{path}.weight"]
         if spec.rank is None or spec.rank <= min(shape):
             continue
-        key = "rank" if phase.new_adapters.ranks is None else "ranks.r_max"
+        rule = phase.new_adapters.ranks
+        key = "rank" if rule is None else f"ranks.{'rank' if isinstance(rule, UniformRule) else 'r_max'}"
         if isinstance(config.phases, PresetConfig):
             key = "r_max"
         raise ConfigError(config.adapters_key(phase.name, key), spec.rank,

@@ -5,42 +5,45 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+from prelora_ds.core.rank_rules.powers import powers_of_two
 from prelora_ds.core.switch_tests.prelora import WindowStats, changes_by_layer
+
+Changes = Literal["abs", "signed"]
 
 # Rounding may put v * n slightly above an integer; that must not select the next rank.
 _NOISE = 1e-9
 
 
-def assign_ranks(
-    changes: Mapping[str, Mapping[int, float]], *, r_min: int, r_max: int
-) -> dict[str, dict[int, int]]:
+def assign_ranks(changes: Mapping[str, Mapping[int, float]], *, r_min: int, r_max: int,
+                 by: Changes = "abs") -> dict[str, dict[int, int]]:
     """PreLoRA, Algorithm 2: give every layer a rank, separately for each family.
 
-    ``changes`` is family -> layer -> norm change between the last two windows. Only its magnitude relative to the
-    smallest and largest of the family matters, so the unit is arbitrary. The candidates are the powers of two in
+    ``changes`` is family -> layer -> norm change between the last two windows. Only its value relative to the smallest
+    and largest of the family matters, so the unit is arbitrary. The candidates are the powers of two in
     [``r_min``, ``r_max``]: the smallest change gets ``r_min`` and the largest ``r_max``. If all changes are equal, or
     the family has only one layer, the rank is ``r_min``. Returns family -> layer -> rank.
 
-    Raises ValueError for bounds that are not powers of two or in the wrong order, for a family without layers, and for
-    changes that are not finite.
+    by: ``"abs"`` compares the magnitudes of the changes, as the authors' code does; ``"signed"`` compares the changes
+    themselves, as the paper writes it, so that a norm that shrinks gets a smaller rank than one that stays.
+
+    Raises ValueError for bounds that are not powers of two or in the wrong order, for a family without layers, for
+    changes that are not finite, and for another value of ``by``.
     """
-    for name, rank in (("r_min", r_min), ("r_max", r_max)):
-        if rank < 1 or rank & (rank - 1):
-            raise ValueError(f"{name} {rank} is not a power of two, and Algorithm 2 picks powers of two")
-    if r_min > r_max:
-        raise ValueError(f"r_min {r_min} is larger than r_max {r_max}")
-    ranks = [1 << exponent for exponent in range(r_min.bit_length() - 1, r_max.bit_length())]
-    return {family: _ranks_of_family(family, layers, ranks) for family, layers in changes.items()}
+    if by not in ("abs", "signed"):
+        raise ValueError(f"by = {by!r} is unknown; choose 'abs' or 'signed'")
+    ranks = powers_of_two(r_min, r_max)
+    return {family: _ranks_of_family(family, layers, ranks, by) for family, layers in changes.items()}
 
 
-def _ranks_of_family(family: str, changes: Mapping[int, float], ranks: list[int]) -> dict[int, int]:
+def _ranks_of_family(family: str, changes: Mapping[int, float], ranks: list[int], by: Changes) -> dict[int, int]:
     if not changes:
         raise ValueError(f"family {family} has no layers")
     for layer, change in changes.items():
         if not math.isfinite(change):
             raise ValueError(f"the change of {family}.{layer:02d} is {change}; Algorithm 2 needs finite changes")
-    sizes = {layer: abs(change) for layer, change in changes.items()}
+    sizes = {layer: abs(change) if by == "abs" else change for layer, change in changes.items()}
     low = min(sizes.values())
     high = max(sizes.values())
     if low == high:
@@ -56,18 +59,23 @@ def _ranks_of_family(family: str, changes: Mapping[int, float], ranks: list[int]
 
 @dataclass(frozen=True)
 class PreloraRanks:
-    """Algorithm 2, applied to the changes between the last two windows."""
+    """Algorithm 2, applied to the changes between the last two windows.
+
+    changes: what is compared, as in `assign_ranks`.
+    """
 
     r_min: int
     r_max: int
+    changes: Changes = "abs"
     windows = 2
+    needs = frozenset({"norms"})
 
     @property
     def highest(self) -> int:
         return self.r_max
 
-    def __call__(self, families: Mapping[str, Sequence[int]],
-                 windows: Sequence[WindowStats]) -> dict[str, dict[int, int]]:
+    def __call__(self, families: Mapping[str, Sequence[int]], windows: Sequence[WindowStats],
+                 seed: int = 0) -> dict[str, dict[int, int]]:
         changes = changes_by_layer(*windows[-2:])
         chosen = {family: changes[family] for family in families}
-        return assign_ranks(chosen, r_min=self.r_min, r_max=self.r_max)
+        return assign_ranks(chosen, r_min=self.r_min, r_max=self.r_max, by=self.changes)

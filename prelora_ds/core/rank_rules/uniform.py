@@ -14,11 +14,12 @@ class UniformRank:
 
     rank: int
     windows = 0
+    needs = frozenset[str]()
 
     @property
     def highest(self) -> int:
         return self.rank
 
-    def __call__(self, families: Mapping[str, Sequence[int]],
-                 windows: Sequence[WindowStats]) -> dict[str, dict[int, int]]:
+    def __call__(self, families: Mapping[str, Sequence[int]], windows: Sequence[WindowStats],
+                 seed: int = 0) -> dict[str, dict[int, int]]:
         return {family: dict.fromkeys(layers, self.rank) for family, layers in families.items()}

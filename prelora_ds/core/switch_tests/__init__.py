@@ -11,6 +11,7 @@ from prelora_ds.core.switch_tests.budget import BudgetTest
 from prelora_ds.core.switch_tests.fixed import FixedTest
 from prelora_ds.core.switch_tests.prelora import PreloraTest
 from prelora_ds.core.switch_tests.protocol import SwitchTest as SwitchTest
+from prelora_ds.core.switch_tests.stable_rank import StableRankTest
 from prelora_ds.core.switch_tests.t_test import LossTTest
 
 SWITCH_TESTS: dict[str, Callable[..., SwitchTest]] = {
@@ -18,4 +19,5 @@ SWITCH_TESTS: dict[str, Callable[..., SwitchTest]] = {
     "t_test": LossTTest,
     "fixed": FixedTest,
     "budget": BudgetTest,
+    "stable_rank": StableRankTest,
 }

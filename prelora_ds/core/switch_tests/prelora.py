@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Any
 
+from prelora_ds.core.codec import fields_to_json
+from prelora_ds.core.spectra import Spectra
 from prelora_ds.core.switch_tests.progress import Progress
 
 Norms = Mapping[str, Mapping[int, float]]
@@ -27,12 +30,17 @@ class Observation:
     samples: the number of samples since the previous observation.
     loss: the mean loss over these samples.
     norms: family -> layer -> Frobenius norm of the effective weight.
+    spectra: of the same weights; empty if the run does not observe them.
     """
 
     step: int
     samples: int
     loss: float
     norms: Norms
+    spectra: Spectra = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return _without_no_spectra(self)
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,7 @@ class WindowStats:
     norms: family -> layer -> Frobenius norm.
     losses: the loss of each observation, oldest first; empty in a window that an earlier version closed. They do not
         count when two windows are compared for equality, because Algorithm 1 does not look at them.
+    spectra: those of its last observation.
     """
 
     index: int
@@ -50,6 +59,18 @@ class WindowStats:
     loss: float
     norms: Norms
     losses: tuple[float, ...] = field(default=(), compare=False)
+    spectra: Spectra = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return _without_no_spectra(self)
+
+
+def _without_no_spectra(measured: Observation | WindowStats) -> dict[str, Any]:
+    """Most runs do not observe spectra, and their logs have no such key."""
+    data = fields_to_json(measured)
+    if not measured.spectra:
+        del data["spectra"]
+    return data
 
 
 @dataclass(frozen=True)
@@ -115,7 +136,8 @@ def close_window(index: int, observations: Sequence[Observation], statistic: str
     """Reduce a window's observations, oldest first, to what Algorithm 1 compares.
 
     ``statistic`` selects the norm of a window: the ``"mean"`` of its measurements or the ``"last"`` of them (the paper
-    leaves this open). The loss is always the sample-weighted mean over the whole window.
+    leaves this open). The loss is always the sample-weighted mean over the whole window, and the spectra are those of
+    the last observation.
 
     Raises ValueError for an unknown statistic, if there are no observations, if one has no samples, and if the
     observations differ in their families or layers.
@@ -134,12 +156,13 @@ def close_window(index: int, observations: Sequence[Observation], statistic: str
     }
     samples = sum(seen.samples for seen in observations)
     loss = sum(seen.loss * seen.samples for seen in observations) / samples
-    return WindowStats(index, observations[-1].step, loss, norms, tuple(seen.loss for seen in observations))
+    losses = tuple(seen.loss for seen in observations)
+    return WindowStats(index, observations[-1].step, loss, norms, losses, observations[-1].spectra)
 
 
 def partially_converged(
     windows: Sequence[WindowStats], *, k: int, tau: float, zeta: float, aggregate: str = "norm_of_mean",
-    strict: bool = False
+    strict: bool = False, joined: Mapping[str, Sequence[str]] | None = None
 ) -> Verdict:
     """PreLoRA, Algorithm 1, applied to the last ``k`` of ``windows`` (oldest first).
 
@@ -147,7 +170,8 @@ def partially_converged(
     loss by at most ``zeta`` per cent, up or down. ``aggregate`` defines the change of a family: ``"norm_of_mean"`` is
     the change of the norm averaged over its layers (as in the paper), ``"mean_of_layers"`` the mean of the absolute
     changes of its layers. With ``strict`` a norm must change by less than ``tau``, as in the authors' code; the loss
-    may still change by exactly ``zeta``. NaN and infinity fail, and so does a change from zero.
+    may still change by exactly ``zeta``. NaN and infinity fail, and so does a change from zero. ``joined`` is name ->
+    families that are judged as one family of this name, with all linears of theirs as its layers.
 
     Raises ValueError for ``k`` < 2, thresholds that are not positive, an unknown aggregate, windows without families
     or layers, and windows whose families or layers differ.
@@ -159,7 +183,7 @@ def partially_converged(
             raise ValueError(f"{name} {threshold} is not a positive number of per cent")
     if aggregate not in _AGGREGATES:
         raise ValueError(f"aggregate {aggregate!r} is unknown; choose one of {', '.join(_AGGREGATES)}")
-    recent = windows[-k:]
+    recent = [replace(window, norms=_joined(window.norms, joined or {})) for window in windows[-k:]]
     layout = _common_layout([window.norms for window in recent])
     if len(recent) < k:
         return Verdict(False, f"{len(recent)} of {k} windows seen, {k - len(recent)} missing", {}, ())
@@ -190,15 +214,25 @@ def partially_converged(
     return Verdict(not failed, reason, norm_changes, loss_changes, miss)
 
 
+def _joined(norms: Norms, joined: Mapping[str, Sequence[str]]) -> Norms:
+    """``norms`` with families joined to one. The linears of such a family are numbered, because a layer has several."""
+    members = {family for families in joined.values() for family in families}
+    together = {
+        name: dict(enumerate(norms[family][layer] for family in families for layer in sorted(norms[family])))
+        for name, families in joined.items()
+    }
+    return {family: layers for family, layers in norms.items() if family not in members} | together
+
+
 def layer_changes(previous: WindowStats, last: WindowStats) -> dict[str, dict[int, float]]:
-    """Family -> layer -> |dW|, the change of its norm between two windows in per cent.
+    """Family -> layer -> dW, the signed change of its norm between two windows in per cent.
 
     Raises ValueError if the windows differ in their families or layers.
     """
     layout = _common_layout([previous.norms, last.norms])
     return {
         family: {
-            layer: abs(_change(previous.norms[family][layer], last.norms[family][layer]))
+            layer: _change(previous.norms[family][layer], last.norms[family][layer])
             for layer in layers
         }
         for family, layers in layout.items()
@@ -272,6 +306,7 @@ class PreloraTest:
 
     strict: see `partially_converged`.
     windows: whether they are "disjoint", or "sliding": each observation then closes a window of the last ``m``.
+    joined: see `partially_converged`.
     """
 
     tau: float
@@ -282,6 +317,7 @@ class PreloraTest:
     aggregate: str = "norm_of_mean"
     strict: bool = False
     windows: str = "disjoint"
+    joined: Mapping[str, Sequence[str]] = field(default_factory=dict)
     title = "Algorithm 1"
     needs = frozenset({"norms", "loss"})
 
@@ -291,4 +327,4 @@ class PreloraTest:
 
     def __call__(self, windows: Sequence[WindowStats], progress: Progress) -> Verdict:
         return partially_converged(windows, k=self.k, tau=self.tau, zeta=self.zeta, aggregate=self.aggregate,
-                                   strict=self.strict)
+                                   strict=self.strict, joined=self.joined)

@@ -379,7 +379,7 @@ def _read_windows(run: Run) -> None:
     path = run.folder.windows
     pass_by = _passing_by(run, path)
     test = next(iter(tests_of(run).values()), None)
-    aggregate = "norm_of_mean" if test is None else test.aggregate
+    aggregate, joined = ("norm_of_mean", {}) if test is None else (test.aggregate, test.joined)
     before: WindowStats | None = None
     for number, row in stream_lines(path, pass_by):
         try:
@@ -387,7 +387,8 @@ def _read_windows(run: Run) -> None:
                      for family, layers in row["norms"].items()}
             window = WindowStats(int(row["index"]), int(row["last_step"]), float(row["loss"]), norms)
             if before is not None and window.index == before.index + 1:
-                changes = partially_converged([before, window], k=2, tau=1, zeta=1, aggregate=aggregate)
+                changes = partially_converged([before, window], k=2, tau=1, zeta=1, aggregate=aggregate,
+                                             joined=joined)
                 named = {family: change for family, (change,) in changes.norm_changes.items()}
                 for what, change in (named | {"loss": changes.loss_changes[0]}).items():
                     if finite(change) is not None:

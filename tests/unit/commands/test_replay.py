@@ -166,6 +166,19 @@ def test_a_run_by_several_tests_is_replayed(tmp_path: Path) -> None:
     assert [row["at"] for row in rows] == ["0.05", "0.9"] * 2
 
 
+def test_another_rule_for_ranks_takes_the_place_of_the_run_s_own(exp1: Path) -> None:
+    own = as_json(exp1)["decisions"]
+    uniform = as_json(exp1, "--ranks", "{rule: uniform, rank: 48}")["decisions"]
+    assert {rank for layers in uniform[0]["ranks"].values() for rank in layers.values()} == {48}
+    dealt = as_json(exp1, "--ranks", "{rule: random, draw: permuted}")["decisions"]
+    for family, layers in own[0]["ranks"].items():
+        assert dealt[0]["ranks"][family] != layers
+        assert sorted(dealt[0]["ranks"][family].values()) == sorted(layers.values())
+    assert dealt[0]["trainable_parameters"] == own[0]["trainable_parameters"]
+    assert [row["step"] for row in dealt] == [row["step"] for row in own]
+    assert [row["extrapolated"] for row in dealt] == [False, True], "the warm-up would have had other adapters"
+
+
 def test_a_measure_that_was_not_logged_is_named_with_the_key_that_logs_it() -> None:
     @dataclass(frozen=True)
     class Spectral:
@@ -185,7 +198,14 @@ def test_a_measure_that_was_not_logged_is_named_with_the_key_that_logs_it() -> N
     (["--set", "alpha=0.1"], "is not a parameter of a test of this run"),
     (["--test", "t_test", "--suggest", "0.5"], "thresholds of Algorithm 1 only"),
     (["--tau", "a"], "--tau = 'a': is not a list of numbers"), (["--tau", "0"], "--tau = '0'"),
-    (["--every", "0 steps"], "longer than 0"), (["--every", "soon"], "is not a duration")])
+    (["--every", "0 steps"], "longer than 0"), (["--every", "soon"], "is not a duration"),
+    (["--ranks", "{rule: energy, share: 0.9}"], "compares spectra, which this run did not log"),
+    (["--ranks", "{rule: enegy, share: 0.9}"], "did you mean energy?"),
+    (["--ranks", "{rule: energy, share: 90}"], "--ranks share = 90"),
+    (["--ranks", "{rule: energy, r_max: 48}"], "--ranks"),
+    (["--ranks", "energy"], "must be a mapping"),
+    (["--ranks", "{rule"], "--ranks"),
+])
 def test_bad_values_are_one_message(exp1: Path, arguments: list[str], said: str) -> None:
     error = prelora(exp1, *arguments, code=2)
     assert said in error and error.count("error:") == 1 and "Traceback" not in error

@@ -22,12 +22,16 @@ from prelora_ds.core.duration import Duration
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.merge import Merge, Reset
 from prelora_ds.core.phases import Adapters, PhaseSpec, needed_in_fp32, plans_at_rank
-from prelora_ds.core.rank_rules import RANK_RULES
+from prelora_ds.core.rank_rules import RANK_RULES, RankRule
+from prelora_ds.core.rank_rules.energy import EnergyRanks
 from prelora_ds.core.rank_rules.prelora import PreloraRanks
+from prelora_ds.core.rank_rules.random import RandomRanks
+from prelora_ds.core.rank_rules.stable_rank import StableRanks
 from prelora_ds.core.rank_rules.uniform import UniformRank
 from prelora_ds.core.switch_tests import SWITCH_TESTS
 from prelora_ds.core.switch_tests.prelora import PreloraTest, Verdict, Windowing, WindowStats
 from prelora_ds.core.switch_tests.progress import Progress
+from prelora_ds.core.switch_tests.stable_rank import StableRankTest
 from prelora_ds.errors import ConfigError
 
 BASE: dict[str, Any] = {
@@ -306,7 +310,18 @@ def test_parameters_of_the_preset_have_no_place_beside_a_list() -> None:
 @pytest.mark.parametrize(("sections", "key"), [
     ({"phases": {"preset": "prelora"}}, "convergence"), ({"lora": {"families": ["q", "kk"]}}, "lora.families"),
     ({"phases": {"preset": "full"}, "convergence": {"tau": 1.0, "zeta": 5.0}}, "convergence"),
-    ({"phases": {"preset": "relora"}}, "phases.preset"), ({"phases": {"low": {"zero_stage": 1}}}, "phases.low"),
+    ({"phases": {"preset": "relora"}}, "phases.preset"), ({"phases": {"preset": "authors"}}, "convergence"),
+    ({"phases": {"preset": "authors"}, "convergence": {"tau": 1.0, "zeta": 5.0, "joined": {"qk": ["q", "k"]}}},
+     "convergence.joined"),
+    ({"phases": {"preset": "authors"}, "convergence": {"tau": 1.0, "zeta": 5.0}, "lora": {"alpha_over_r": 4.0}},
+     "lora.alpha_over_r"),
+    ({"phases": {"preset": "authors"}, "convergence": {"tau": 1.0, "zeta": 5.0}, "lora": {"families": ["q"]}},
+     "convergence.joined"),
+    ({"convergence": {"tau": 1.0, "zeta": 5.0, "joined": {"out": ["o", "fc3"]}}}, "convergence.joined"),
+    ({"convergence": {"tau": 1.0, "zeta": 5.0, "joined": {"q": ["o", "fc2"]}}}, "convergence.joined.q"),
+    ({"convergence": {"tau": 1.0, "zeta": 5.0, "joined": {"out": []}}}, "convergence.joined.out"),
+    ({"convergence": {"tau": 1.0, "zeta": 5.0, "joined": {"out": ["o", "o"]}}}, "convergence.joined"),
+    ({"phases": {"low": {"zero_stage": 1}}}, "phases.low"),
     ({"phases": {"lora": {"train": "all"}}}, "phases.lora.train"),
     ({"phases": {"lora": {"active": {**TOP, "k": 2}}}}, "phases.lora.active"),
     ({"lora": {"active": {**TOP, "k": 2}}}, "lora.active"),
@@ -347,6 +362,93 @@ def test_overrides_make_a_list_of_phases_of_a_preset(tmp_path: Path) -> None:
     assert [phase.name for phase in config.phase_list] == ["all"]
 
 
+# ---- rules that give ranks
+
+SPECTRA = {"every": "1 step", "spectra": True}
+
+@pytest.mark.parametrize(("ranks", "rule"), [
+    ({"rule": "prelora"}, PreloraRanks(8, 64)),
+    ({"rule": "prelora", "changes": "signed", "r_max": 32}, PreloraRanks(8, 32, "signed")),
+    ({"rule": "uniform", "rank": 5}, UniformRank(5)),
+    ({"rule": "random", "r_min": 2}, RandomRanks(2, 64)),
+    ({"rule": "random", "draw": "permuted"}, RandomRanks(8, 64, "permuted")),
+    ({"rule": "stable_rank", "r_min": 3, "r_max": 50}, StableRanks(3, 50)),
+    ({"rule": "energy", "share": 0.9, "r_min": 0, "settled": 0.5}, EnergyRanks(0.9, 0, 64, 0.5)),
+])
+def test_a_rule_is_named_with_its_parameters(ranks: dict[str, Any], rule: RankRule, tmp_path: Path) -> None:
+    config = method({"name": "full", "until": TEST}, {"name": "low", "adapters": {"ranks": ranks}}, observe=SPECTRA)
+    adapters = config.specs()[1].adapters
+    assert adapters is not None and adapters.ranks == rule
+    (tmp_path / "config.yaml").write_text(dump_yaml(config))
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(("ranks", "key", "remedy"), [
+    ({"rule": "ranbom"}, "rule", "did you mean random?"),
+    ({"r_min": 4}, "rule", "set it to one of prelora, uniform, random, stable_rank, energy"),
+    ({"rule": "uniform"}, "rank", "set phases.low.adapters.ranks.rank"),
+    ({"rule": "uniform", "rnk": 4}, "rnk", "did you mean phases.low.adapters.ranks.rank?"),
+    ({"rule": "random", "draw": "permutd"}, "draw", "did you mean permuted?"),
+    ({"rule": "prelora", "changes": "sign"}, "changes", "did you mean signed?"),
+    ({"rule": "random", "r_max": 48}, "r_max", "choose a different value for phases.low.adapters.ranks.r_max"),
+    ({"rule": "energy", "share": 0.9, "r_max": 48}, "r_max",
+     "choose a different value for phases.low.adapters.ranks.r_max"),
+    ({"rule": "energy"}, "share", "set phases.low.adapters.ranks.share"),
+    ({"rule": "energy", "share": 90.0}, "share", "choose a different value for phases.low.adapters.ranks.share"),
+    ({"rule": "energy", "share": 0.9, "r_min": 0}, "settled", "set it in per cent, or r_min to at least 1"),
+    ({"rule": "stable_rank", "settled": 0.5}, "settled", "set r_min to 0, or remove settled"),
+    ({"rule": "stable_rank", "r_min": 70}, "r_min", "choose a different value for phases.low.adapters.ranks.r_min"),
+    ({"rule": "stable_rank"}, "rule", "set observe.spectra=true"),
+    ({"rule": "energy", "share": 0.9}, "rule", "set observe.spectra=true"),
+    ("prelora", "", "write for example {rule: prelora, r_min: 8, r_max: 64}"),
+])
+def test_a_bad_rule_is_refused_with_phase_key_and_remedy(ranks: Any, key: str, remedy: str) -> None:
+    error = refused({"name": "full", "until": TEST}, {"name": "low", "adapters": {"ranks": ranks}})
+    assert (error.key, error.remedy) == (f"phases.low.adapters.ranks.{key}".rstrip("."), remedy)
+
+
+@pytest.mark.parametrize("ranks", [{"rule": "prelora"}, {"rule": "random", "draw": "permuted"}])
+def test_a_rule_by_windows_is_refused_where_none_close(ranks: dict[str, Any]) -> None:
+    error = refused({"name": "full", "until": "9 steps"}, {"name": "low", "adapters": {"ranks": ranks}})
+    assert error.key == "phases.low.adapters.ranks.rule" and "no phase before this one closes any" in error.problem
+    method({"name": "low", "adapters": {"ranks": {"rule": "random"}}})
+
+
+def test_a_test_by_singular_values_needs_a_run_that_observes_them() -> None:
+    full = {"name": "full", "until": {"test": "stable_rank", "tau": 1.0, "m": 2}}
+    assert method(full, {"name": "rest"}, observe=SPECTRA).specs()[0].until == StableRankTest(1.0, 3, 2)
+    error = refused(full, {"name": "rest"})
+    assert (error.key, error.value) == ("phases.full.until", full["until"])
+    assert error.remedy == "set observe.spectra=true"
+    either = {"name": "full", "until": {"any": [full["until"], {"test": "fixed", "at": 0.5}]}}
+    assert refused(either, {"name": "rest"}).key == "phases.full.until"
+
+
+LEAVES_OUT = {"rule": "energy", "share": 0.9, "r_min": 0, "settled": 0.5}
+
+
+@pytest.mark.parametrize(("low", "key", "said"), [
+    ({"adapters": {"ranks": {**LEAVES_OUT, "every": "9 steps"}}}, "adapters.ranks.r_min", "(every: 9 steps)"),
+    ({"adapters": {"ranks": LEAVES_OUT}, "active": {**TOP, "k": 2}}, "active.k", "leaves layers without one"),
+])
+def test_rank_0_is_refused_where_it_would_remove_adapters_or_leave_too_few(low: dict[str, Any], key: str,
+                                                                           said: str) -> None:
+    full = {"name": "full", "until": TEST}
+    error = refused(full, {"name": "low", "train": ["adapters", "rest"], **low}, observe=SPECTRA)
+    assert error.key == f"phases.low.{key}" and said in error.problem
+    method(full, {"name": "low", "train": ["adapters", "rest"], "adapters": {"ranks": LEAVES_OUT},
+                  "active": {"choose": "top_k", "share": 0.5, "every": "5 steps"}}, observe=SPECTRA)
+
+
+def test_existing_adapters_do_not_get_rank_0() -> None:
+    low = {"name": "low", "adapters": {"rank": 4}, "train": ["adapters", "rest"], "until": "9 steps"}
+    resized = {"name": "again", "adapters": {"from": "resize", "ranks": LEAVES_OUT}, "train": ["adapters", "rest"]}
+    error = refused({"name": "full", "until": TEST}, low, resized, observe=SPECTRA)
+    assert (error.key, error.value) == ("phases.again.adapters.ranks.r_min", 0)
+    merged = {**resized, "adapters": {"from": "merge", "ranks": LEAVES_OUT}}
+    method({"name": "full", "until": TEST}, low, merged, observe=SPECTRA)
+
+
 # ---- a further rule and a further test, by the recipes of CONTRIBUTING.md
 
 @dataclass(frozen=True)
@@ -355,12 +457,13 @@ class FirstLayer:
 
     first: int
     windows = 0
+    needs = frozenset[str]()
 
     @property
     def highest(self) -> int:
         return self.first
 
-    def __call__(self, families: Any, windows: Any) -> dict[str, dict[int, int]]:
+    def __call__(self, families: Any, windows: Any, seed: int = 0) -> dict[str, dict[int, int]]:
         return {name: {layer: 1 if layer else self.first for layer in layers} for name, layers in families.items()}
 
 
@@ -444,6 +547,8 @@ def test_adapters_with_other_ranks_are_otherwise_what_they_were() -> None:
     ({"adapters": {"ranks": {"rule": "prelora", "every": "0 steps"}}}, "phases.low.adapters.ranks.every", "longer"),
     ({"adapters": {"ranks": {"rule": "prelora", "every": "9 steps"}, "options": {"train_a": False}}},
      "phases.low.adapters.ranks.every", "keeps its first value"),
+    ({"adapters": {"ranks": {"rule": "uniform", "rank": 4, "every": "9 steps"}}}, "phases.low.adapters.ranks.every",
+     "would choose the same ranks again"),
 ])
 def test_ranks_that_cannot_be_chosen_again_are_refused(change: dict[str, Any], key: str, said: str) -> None:
     first = {"name": "full", "until": TEST}

@@ -9,10 +9,12 @@ import pytest
 from prelora_ds.config.load import load_config
 from prelora_ds.config.tree import Config
 from prelora_ds.core.duration import Duration
-from prelora_ds.core.phases import PhaseSpec
+from prelora_ds.core.phases import Adapters, PhaseSpec
+from prelora_ds.core.rank_rules.uniform import UniformRank
+from prelora_ds.core.switch_tests.prelora import PreloraTest
 
 RECIPES = Path(__file__).resolve().parents[3] / "launch" / "recipes"
-METHODS = ["static_lora", "relora", "prelora_relora", "dynalora", "prelora_w5", "prelora_w15"]
+METHODS = ["static_lora", "relora", "prelora_relora", "dynalora", "prelora_w5", "prelora_w15", "prelora_authors"]
 PAIRS = {"digits_full": "vit_large_in1k"} | {f"digits_{name}": f"vit_large_in1k_{name}" for name in METHODS}
 WIDTH = 16  # ViT-L's width / that of the digits recipes
 
@@ -57,6 +59,16 @@ def test_the_twins_differ_only_in_their_method() -> None:
         twin = recipe(name)
         for section in ("model", "data", "optimizer", "train", "observe", "checkpoint"):
             assert getattr(twin, section) == getattr(full, section), name
+
+
+def test_the_authors_run_is_exp1_but_for_what_their_code_does() -> None:
+    exp1, found = recipe("vit_large_in1k_prelora_exp1"), recipe("vit_large_in1k_prelora_authors")
+    same = {"run": exp1.run, "phases": exp1.phases}
+    assert found.model_copy(update=same) == exp1
+    test, (_, warmup, lora) = found.specs()[0].until, found.specs()
+    assert test == PreloraTest(1.0, 5.0, 3, 3, "last", "mean_of_layers", True, "sliding", {"output": ("o", "fc2")})
+    assert warmup.adapters == Adapters("lora", ("q", "k", "v", "o", "fc1", "fc2"), UniformRank(64), 2.0)
+    assert (warmup.rewarm, lora.rewarm, lora.train) == (Duration("100 steps"), None, ("adapters", "rest"))
 
 
 @pytest.mark.parametrize("w", [5, 15])

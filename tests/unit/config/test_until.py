@@ -128,7 +128,8 @@ def test_an_override_sets_a_parameter_or_replaces_the_test(tmp_path: Path) -> No
 
 def test_a_test_is_made_of_its_name_and_parameters() -> None:
     made = {"prelora": make_test("prelora", {"tau": 1, "zeta": 5.0}), "t_test": make_test("t_test", {}),
-            "fixed": make_test("fixed", {"at": 0.5}), "budget": make_test("budget", {"share": 0.5})}
+            "fixed": make_test("fixed", {"at": 0.5}), "budget": make_test("budget", {"share": 0.5}),
+            "stable_rank": make_test("stable_rank", {"tau": 1.0})}
     assert made.keys() == SWITCH_TESTS.keys() and made["prelora"] == PreloraTest(1.0, 5.0)
     for name, test in made.items():
         assert name_of(test) == name and make_test(name, parameters_of(test)) == test

@@ -178,6 +178,33 @@ def test_a_phase_that_trains_nothing_is_refused(train: str) -> None:
         plan_of(spec, layout, seed=0, ranks={"q": {0: 1, 1: 1}})
 
 
+def test_a_linear_of_rank_0_has_no_adapter_and_is_frozen_where_the_others_are() -> None:
+    ranks = {"q": {0: 0, 1: 4}, "fc": {0: 8, 1: 0}}
+    warmup = warmup_plan(LAYOUT, ranks, since_step=30)
+    lora = lora_plan(LAYOUT, warmup, since_step=60)
+    bare = frozenset({"block.0.q", "block.1.fc"})
+    assert warmup.unadapted == lora.unadapted == bare
+    assert warmup.adapters.keys() == lora.adapters.keys() == {"block.1.q", "block.0.fc"}
+    leaves = {name for name in ADAPTERS if name.partition(".lora")[0] not in bare}
+    assert warmup.trainable == set(LAYOUT.parameters) | leaves
+    assert lora.trainable == REST | leaves
+    assert lora.parameters(LAYOUT).keys() == set(LAYOUT.parameters) | leaves
+
+
+def test_new_adapters_and_the_linears_without_them_replace_the_former_ones() -> None:
+    before = lora_plan(LAYOUT, warmup_plan(LAYOUT, {"q": {0: 0, 1: 4}, "fc": {0: 8, 1: 0}}))
+    again = PhaseSpec("again", Adapters("lora", ("q",), UniformRank(2)), ("adapters", "rest"))
+    plan = plan_of(again, LAYOUT, seed=0, before=before, ranks={"q": {0: 2, 1: 0}})
+    assert (plan.adapters.keys(), plan.unadapted, plan.cycle) == ({"block.0.q"}, {"block.1.q"}, 1)
+    assert "block.1.q.weight" not in plan.trainable and "block.0.fc.weight" in plan.trainable
+
+
+def test_only_plans_with_such_linears_name_them_in_their_json() -> None:
+    bare = warmup_plan(LAYOUT, {"q": {0: 0, 1: 4}, "fc": {0: 8, 1: 2}})
+    assert "unadapted" not in to_json(WARMUP) and to_json(bare)["unadapted"] == ["block.0.q"]
+    assert [Plan.from_json(to_json(plan)) for plan in (WARMUP, bare)] == [WARMUP, bare]
+
+
 def test_layers_of_several_stacks_have_no_single_block() -> None:
     stacks = replace(LAYOUT, blocks={"encoder.0.": 0, "decoder.0.": 0})
     with pytest.raises(ValueError, match=r"more than one layer 0: encoder\.0\., decoder\.0\."):

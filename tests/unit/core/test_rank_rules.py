@@ -6,7 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prelora_ds.core.rank_rules.prelora import assign_ranks
+from prelora_ds.core.rank_rules.energy import EnergyRanks
+from prelora_ds.core.rank_rules.prelora import Changes, PreloraRanks, assign_ranks
+from prelora_ds.core.rank_rules.random import RandomRanks
+from prelora_ds.core.rank_rules.settled import without_settled
+from prelora_ds.core.rank_rules.stable_rank import StableRanks
+from prelora_ds.core.spectra import Spectrum
+from prelora_ds.core.switch_tests.prelora import WindowStats
 
 # Away from subnormals, where scaling by a power of two is no longer exact.
 CHANGE = st.one_of(st.just(0.0), st.floats(1e-6, 1e6))
@@ -15,8 +21,8 @@ FAMILIES = st.dictionaries(st.sampled_from(["q", "k", "v", "o", "fc1", "fc2"]), 
 BOUNDS = st.tuples(st.integers(0, 8), st.integers(0, 8)).map(lambda pair: (1 << min(pair), 1 << max(pair)))
 
 
-def ranks_of(changes: list[float], r_min: int = 8, r_max: int = 64) -> list[int]:
-    ranks = assign_ranks({"q": dict(enumerate(changes))}, r_min=r_min, r_max=r_max)["q"]
+def ranks_of(changes: list[float], r_min: int = 8, r_max: int = 64, by: Changes = "abs") -> list[int]:
+    ranks = assign_ranks({"q": dict(enumerate(changes))}, r_min=r_min, r_max=r_max, by=by)["q"]
     assert sorted(ranks) == list(range(len(changes)))
     return [ranks[layer] for layer in range(len(changes))]
 
@@ -32,6 +38,21 @@ def ranks_of(changes: list[float], r_min: int = 8, r_max: int = 64) -> list[int]
 ])
 def test_vectors(changes: list[float], expected: list[int]) -> None:
     assert ranks_of(changes) == expected
+
+
+@pytest.mark.parametrize(("changes", "expected"), [
+    ([-.4, -.1, .1, .3], [8, 16, 32, 64]),
+    ([.10, .15, .20, .30, .40, .50], [8, 8, 8, 16, 32, 64]),
+    ([-.3, -.3], [8, 8]),
+    ([-.3, .3], [8, 64]),
+])
+def test_vectors_of_signed_changes(changes: list[float], expected: list[int]) -> None:
+    assert ranks_of(changes, by="signed") == expected
+
+
+def test_what_is_compared_has_a_known_name() -> None:
+    with pytest.raises(ValueError, match="by = 'sum' is unknown"):
+        ranks_of([.1], by="sum")  # type: ignore[arg-type]
 
 
 def test_float_noise_does_not_buy_the_next_rank() -> None:
@@ -106,3 +127,99 @@ def test_scale_free(changes: dict[int, float], bounds: tuple[int, int], exponent
     scaled = {layer: change * factor for layer, change in changes.items()}
     assert (assign_ranks({"q": scaled}, r_min=r_min, r_max=r_max)
             == assign_ranks({"q": changes}, r_min=r_min, r_max=r_max))
+
+
+# ---- rules
+
+LAYERS = {"q": [0, 1, 2, 3, 4, 5], "v": [0, 1, 2, 3]}
+BEFORE = WindowStats(0, 10, 1.0, {family: dict.fromkeys(layers, 100.0) for family, layers in LAYERS.items()})
+AFTER = WindowStats(1, 20, 1.0, {"q": dict(enumerate([99.5, 100.1, 100.2, 100.3, 100.4, 100.5])),
+                                 "v": dict(enumerate([99.6, 99.9, 100.1, 100.3]))})
+
+
+def test_algorithm_2_by_signed_changes_of_two_windows() -> None:
+    assert PreloraRanks(8, 64)(LAYERS, [BEFORE, AFTER])["v"] == {0: 64, 1: 8, 2: 8, 3: 32}
+    assert PreloraRanks(8, 64, "signed")(LAYERS, [BEFORE, AFTER])["v"] == {0: 8, 1: 16, 2: 32, 3: 64}
+
+
+def test_independent_random_ranks_are_powers_of_two_from_the_seed() -> None:
+    rule = RandomRanks(8, 64)
+    assert (rule.windows, rule.highest) == (0, 64)
+    draws = [rule({"q": range(24)}, (), seed)["q"] for seed in range(20)]
+    assert draws[0] == rule({"v": range(3), "q": list(range(24))[::-1]}, (), 0)["q"], "it depends on nothing else"
+    assert {rank for ranks in draws for rank in ranks.values()} == {8, 16, 32, 64}
+    assert len({tuple(ranks.values()) for ranks in draws}) == len(draws)
+    counts = [sum(rank == power for ranks in draws for rank in ranks.values()) for power in (8, 16, 32, 64)]
+    assert all(80 < count < 160 for count in counts), "each of 480 ranks has a probability of 1/4"
+
+
+@given(st.integers(0, 1000))
+def test_permuted_ranks_are_those_of_algorithm_2_in_another_order(seed: int) -> None:
+    rule = RandomRanks(8, 64, "permuted")
+    assert rule.windows == 2
+    expected, found = PreloraRanks(8, 64)(LAYERS, [BEFORE, AFTER]), rule(LAYERS, [BEFORE, AFTER], seed)
+    for family, layers in LAYERS.items():
+        assert list(found[family]) == layers
+        assert sorted(found[family].values()) == sorted(expected[family].values())
+
+
+def test_permutations_differ_between_seeds() -> None:
+    rule = RandomRanks(8, 64, "permuted")
+    found = {tuple(rule(LAYERS, [BEFORE, AFTER], seed)["q"].values()) for seed in range(20)}
+    assert len(found) > 10
+
+
+# ---- rules by singular values
+
+def seen(spectra: dict[str, dict[int, Spectrum]], norms: dict[str, dict[int, float]] | None = None,
+         index: int = 0) -> WindowStats:
+    norms = norms or {family: dict.fromkeys(layers, 1.0) for family, layers in spectra.items()}
+    return WindowStats(index, 10 * index, 1.0, norms, spectra=spectra)
+
+
+def now_and_first(*pairs: tuple[float, float]) -> dict[str, dict[int, Spectrum]]:
+    return {"q": {layer: Spectrum(now, first, ()) for layer, (now, first) in enumerate(pairs)}}
+
+
+def test_ranks_in_proportion_to_the_stable_rank_that_is_left() -> None:
+    rule = StableRanks(8, 64)
+    assert (rule.windows, rule.highest, rule.needs) == (1, 64, {"spectra"})
+    pairs = ((256.0, 256.0), (128.0, 256.0), (65.0, 256.0), (1.0, 256.0), (300.0, 256.0), (3.0, 0.0))
+    assert rule({"q": range(6)}, [seen(now_and_first(*pairs))])["q"] == {0: 64, 1: 32, 2: 17, 3: 8, 4: 64, 5: 64}
+
+
+@pytest.mark.parametrize("pair", [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan)])
+def test_a_stable_rank_that_is_not_finite_gives_no_rank(pair: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match=r"q\.01"):
+        StableRanks(8, 64)({"q": [0, 1]}, [seen(now_and_first((2.0, 4.0), pair))])
+
+
+def changed(*changes: tuple[float, ...]) -> dict[str, dict[int, Spectrum]]:
+    return {"q": {layer: Spectrum(2.0, 4.0, change) for layer, change in enumerate(changes)}}
+
+
+def test_the_smallest_power_of_two_that_holds_the_share() -> None:
+    window = seen(changed((.95, .97, .99, .995), (.5, .8999999, .95, .99), (.1, .2, .3, .4), (), (.2, .3, .5, .899)))
+    assert EnergyRanks(.9, 1, 8)({"q": range(5)}, [window])["q"] == {0: 1, 1: 2, 2: 8, 3: 1, 4: 8}
+    assert EnergyRanks(.9, 4, 8)({"q": range(5)}, [window])["q"] == {0: 4, 1: 4, 2: 8, 3: 4, 4: 8}
+    assert EnergyRanks(1.0, 1, 16)({"q": range(5)}, [window])["q"] == {0: 16, 1: 16, 2: 16, 3: 1, 4: 16}
+    with pytest.raises(ValueError, match=r"q\.01 since the start of the run is not finite"):
+        EnergyRanks(.9, 1, 8)({"q": [0, 1]}, [seen(changed((.5,), (math.nan,)))])
+
+
+@pytest.mark.parametrize("rule", [StableRanks(0, 8, .5), EnergyRanks(.9, 0, 8, .5)])
+def test_a_layer_that_has_settled_gets_rank_0(rule: StableRanks | EnergyRanks) -> None:
+    assert rule.windows == 2 and rule.needs == {"spectra", "norms"}
+    spectra = changed((.95,), (.5, .6, .92), (.1,), (.2,))
+    windows = [seen(spectra, {"q": {0: 100.0, 1: 100.0, 2: 100.0, 3: 100.0}}),
+               seen(spectra, {"q": {0: 100.5, 1: 101.0, 2: 99.4, 3: 99.6}}, 1)]
+    ranks = rule({"q": range(4)}, windows)["q"]
+    assert [ranks[0], ranks[3]] == [0, 0] and all(ranks[layer] >= 1 for layer in (1, 2))
+
+
+def test_if_all_layers_have_settled_the_one_that_changed_most_keeps_its_adapter() -> None:
+    ranks = {"q": {0: 4, 1: 4}, "v": {0: 2, 5: 8}}
+    before = seen({}, {family: dict.fromkeys(layers, 100.0) for family, layers in ranks.items()})
+    after = seen({}, {"q": {0: 100.1, 1: 99.8}, "v": {0: 100.3, 5: 99.6}}, 1)
+    assert without_settled(ranks, [before, after], 1.0) == {"q": {0: 0, 1: 0}, "v": {0: 0, 5: 8}}
+    assert without_settled(ranks, [before, after], .25) == {"q": {0: 0, 1: 0}, "v": {0: 2, 5: 8}}

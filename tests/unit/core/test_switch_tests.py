@@ -2,19 +2,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prelora_ds.core.spectra import Spectrum
 from prelora_ds.core.switch_tests.prelora import (
     Observation,
+    PreloraTest,
     Verdict,
     WindowStats,
     changes_by_layer,
     close_window,
     partially_converged,
 )
+from prelora_ds.core.switch_tests.progress import Progress
+from prelora_ds.core.switch_tests.stable_rank import StableRankTest
 
 
 def windows_of(loss: Sequence[float], first_index: int = 1, **norms: Sequence[float]) -> list[WindowStats]:
@@ -169,6 +174,26 @@ def test_families_or_layers_that_differ(other: dict[str, dict[int, float]]) -> N
             call()
 
 
+# ---- joined families
+
+def test_joined_families_are_one_family_with_all_their_linears() -> None:
+    """By the mean of layers, o and fc2 together change by 2 %, although fc2 alone changes by 3 %."""
+    first = WindowStats(0, 1, 3.0, {"q": {0: 100.0}, "o": {0: 100.0, 1: 50.0}, "fc2": {0: 10.0, 1: 20.0}})
+    last = WindowStats(1, 2, 3.0, {"q": {0: 100.5}, "o": {0: 99.0, 1: 50.5}, "fc2": {0: 10.3, 1: 19.4}})
+    settings: dict[str, Any] = {"k": 2, "tau": 2.0, "zeta": 5.0}
+    joined = {"output": ("o", "fc2")}
+    apart = partially_converged([first, last], aggregate="mean_of_layers", **settings)
+    together = partially_converged([first, last], aggregate="mean_of_layers", joined=joined, **settings)
+    assert {family: change for family, (change,) in apart.norm_changes.items()} == pytest.approx(
+        {"q": .5, "o": 1.0, "fc2": 3.0})
+    assert {family: change for family, (change,) in together.norm_changes.items()} == pytest.approx(
+        {"q": .5, "output": 2.0})
+    assert not apart.passed and together.passed
+    mean = partially_converged([first, last], joined=joined, **settings)
+    assert mean.norm_changes["output"] == pytest.approx(((179.2 - 180) / 180 * 100,))
+    assert PreloraTest(2.0, 5.0, 2, 1, "last", "mean_of_layers", joined=joined)([first, last], Progress(2, 9)).passed
+
+
 # ---- changes by layer
 
 def test_changes_by_layer() -> None:
@@ -176,7 +201,7 @@ def test_changes_by_layer() -> None:
     after = WindowStats(1, 2, 1.0, {"v": {0: 0.0}, "q": {3: 199.0, 0: 10.5}})
     changes = changes_by_layer(before, after)
     assert changes["v"] == {0: 0.0}
-    assert changes["q"] == pytest.approx({0: 5.0, 3: .5})
+    assert changes["q"] == pytest.approx({0: 5.0, 3: -.5})
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, math.nan), (math.inf, 1), (1, math.inf), (0, 1)])
@@ -276,3 +301,36 @@ def test_scale_free(windows: list[WindowStats], exponent: int) -> None:
         for w in windows]
     assert (partially_converged(scaled, k=len(windows), tau=1, zeta=5)
             == partially_converged(windows, k=len(windows), tau=1, zeta=5))
+
+
+# ---- stable ranks
+
+def with_stable_ranks(**series: list[float]) -> list[WindowStats]:
+    """One window per entry; each family has two layers, whose stable ranks have the given mean."""
+    count = len(next(iter(series.values())))
+    spectra = [{family: {0: Spectrum(values[n] - 1, 50.0, ()), 1: Spectrum(values[n] + 1, 50.0, ())}
+                for family, values in series.items()} for n in range(count)]
+    return [WindowStats(n, 10 * n, 1.0, {}, spectra=each) for n, each in enumerate(spectra)]
+
+
+@pytest.mark.parametrize(("q", "v", "reason"), [
+    ([90, 20, 20.2, 20.4], [90, 40, 39.7, 39.4], "all stable ranks changed by at most 1 % (tau 1 %) over windows 1-3"),
+    ([90, 20, 20.2, 20.5], [90, 40, 40, 40],
+     "the stable rank of q changed by 1.485 % between windows 2 and 3 (tau 1 %)"),
+    ([90, 20, 20, 20], [90, 40, 39, 39],
+     "the stable rank of v changed by -2.5 % between windows 1 and 2 (tau 1 %)"),
+    ([90, 20, 20, math.nan], [90, 40, 40, 40], "the stable rank of q changed by nan % between windows 2 and 3"),
+    ([90, 0, 0, 0], [90, 40, 40, 40], "all stable ranks changed by at most 0 % (tau 1 %) over windows 1-3"),
+])
+def test_a_phase_ends_when_its_stable_ranks_have_settled(q: list[float], v: list[float], reason: str) -> None:
+    verdict = StableRankTest(1.0)(with_stable_ranks(q=q, v=v), Progress(40, 100))
+    assert verdict.reason.startswith(reason) and verdict.passed == reason.startswith("all")
+    assert (verdict.miss is None) == verdict.passed
+
+
+def test_the_windows_of_stable_ranks_are_those_of_their_last_observation() -> None:
+    test = StableRankTest(2.5, k=2, m=3)
+    seen = [Observation(step, 1, 1.0, {"q": {0: 1.0}}, {"q": {0: Spectrum(float(step), 9.0, ())}})
+            for step in (2, 4, 6)]
+    assert test.windowing.close(0, seen).spectra == {"q": {0: Spectrum(6.0, 9.0, ())}}
+    assert (test.k, test.needs) == (2, {"spectra"})
