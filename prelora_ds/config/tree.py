@@ -74,12 +74,16 @@ class RunConfig(Strict):
 
 @dataclass(frozen=True)
 class ZeroSettings:
-    """The ``zero_optimization`` settings that affect memory, with DeepSpeed's defaults (in elements)."""
+    """The ``zero_optimization`` settings that affect memory, with DeepSpeed's defaults (in elements).
+
+    overlap_comm: at stage 2, where it takes a second bucket; False at the other stages.
+    """
 
     stage: int
     offload_optimizer: bool = False
     reduce_bucket_size: int = 500_000_000
     persistence_threshold: int = 100_000
+    overlap_comm: bool = False
 
 
 class Config(Strict):
@@ -319,6 +323,7 @@ class Config(Strict):
             offload_optimizer=(zero.get("offload_optimizer") or {}).get("device", "none") == "cpu",
             reduce_bucket_size=int(zero.get("reduce_bucket_size", defaults.reduce_bucket_size)),
             persistence_threshold=int(zero.get("stage3_param_persistence_threshold", defaults.persistence_threshold)),
+            overlap_comm=defaults.stage == 2 and bool(zero.get("overlap_comm", defaults.overlap_comm)),
         )
 
     @field_validator("lora", mode="before")
