@@ -23,7 +23,7 @@ class Ranks:
     def __init__(
         self, function: Callable[..., Any], *args: Any, world: int = 2, grouped: bool = True
     ) -> None:
-        from prelora_ds.engine.runtime import choose_accelerator
+        from prelora_ds.accelerator import choose_accelerator
 
         os.environ["OMP_NUM_THREADS"] = "1"  # ranks share the cores of one machine
         choose_accelerator()

@@ -21,7 +21,7 @@ def export(
     Example: prelora export out/digits_demo exported --format timm
     """
     refuse_url(out, "OUT")
-    from prelora_ds.engine.runtime import choose_accelerator
+    from prelora_ds.accelerator import choose_accelerator
 
     choose_accelerator()
     from prelora_ds.exporting.convert import export_checkpoint

@@ -11,16 +11,11 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from prelora_ds.accelerator import choose_accelerator, gpu_total_gib, take_gpu
 from prelora_ds.engine.products import lacks_bf16_products, multiply_in_fp32
 from prelora_ds.errors import ConfigError
 
 T = TypeVar("T")
-
-
-def choose_accelerator(environ: dict[str, str] | os._Environ[str] = os.environ) -> None:
-    """Select DeepSpeed's CPU accelerator if there is no GPU; call it before importing deepspeed."""
-    if not torch.cuda.is_available():
-        environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def check_zero_config(zero: dict[str, Any]) -> None:
@@ -46,8 +41,10 @@ def init_process_group(timeout_s: float = 1800.0) -> None:
     collectives (over 90 s on every node at first use) is skipped, because gloo does the same work.
     A CPU without instructions for BF16 multiplies in fp32 from here on (see `engine.products`).
 
-    Raises ConfigError if one of the variables is not set.
+    Raises ConfigError if one of the variables is not set, if there is a GPU that torch cannot use, and if there are
+    fewer GPUs than ranks on this host.
     """
+    choose_accelerator()
     import deepspeed
     from deepspeed import comm
     from deepspeed.accelerator import get_accelerator
@@ -78,7 +75,7 @@ def init_process_group(timeout_s: float = 1800.0) -> None:
             # time waiting for each other.
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size()))
     else:
-        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+        take_gpu(int(os.environ["LOCAL_RANK"]))
     comm.init_distributed(
         auto_mpi_discovery=False, timeout=timedelta(seconds=timeout_s), verbose=False
     )
@@ -89,15 +86,11 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
-def accelerator_name() -> str | None:
-    """Return the GPU's name from its driver, or None without a GPU."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
-
-
 def rank_memory_gib(ranks_per_host: int) -> float:
     """Return the memory of this rank's GPU, or without one its share of the host's, in GiB."""
-    if torch.cuda.is_available():
-        return float(torch.cuda.get_device_properties(0).total_memory) / 2**30
+    gpu_gib = gpu_total_gib()
+    if gpu_gib is not None:
+        return gpu_gib
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 / ranks_per_host
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from prelora_ds.accelerator import accelerator_name
 from prelora_ds.config.phases import PhaseConfig, PhaseSettings
 from prelora_ds.config.tree import Config, ZeroSettings
 from prelora_ds.console import stamped
@@ -24,7 +25,7 @@ from prelora_ds.cost.forecast import fastest_images_per_s
 from prelora_ds.cost.machines import read_calibration
 from prelora_ds.cost.timing import Rates, data_sheet_rates, gpu_named
 from prelora_ds.data.setup import TrainData, count_workers
-from prelora_ds.engine.runtime import accelerator_name, local_world_size, on_rank_0, rank_memory_gib
+from prelora_ds.engine.runtime import local_world_size, on_rank_0, rank_memory_gib
 from prelora_ds.errors import ConfigError
 from prelora_ds.hosts.discovery import Ranks
 

@@ -99,7 +99,8 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
         "MASTER_PORT": str(port),
         "GLOO_SOCKET_IFNAME": "lo",
     }
-    from prelora_ds.engine.runtime import choose_accelerator, init_process_group
+    from prelora_ds.accelerator import choose_accelerator
+    from prelora_ds.engine.runtime import init_process_group
 
     choose_accelerator()
     import torch
