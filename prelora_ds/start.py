@@ -22,7 +22,7 @@ from prelora_ds.hosts.heartbeat import AttemptRecord
 from prelora_ds.hosts.mpi import with_master_addr
 from prelora_ds.hosts.network import choose_interface
 from prelora_ds.run.folder import RunFolder
-from prelora_ds.run.guard import Guard, end_now
+from prelora_ds.run.guard import AFTER_GUARD_S, Guard, end_now
 from prelora_ds.run.stop import StopRequest
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
         hosts = check_in(ranks, fingerprint, os.environ, config.launch.timeout_s, give_up, find_launcher(),
                          gpu_address())
         guard.beat()
-        init_process_group()
+        init_process_group(config.guard.hang_limit + AFTER_GUARD_S)
         from prelora_ds.train import train
 
         try:

@@ -81,6 +81,20 @@ def init_process_group(timeout_s: float = 1800.0) -> None:
     )
 
 
+def share_timeout() -> None:
+    """Give every process group the timeout of the default one.
+
+    DeepSpeed 0.19 makes its own groups without a timeout (comm/torch.py, new_group). With NCCL torch's is then 10
+    minutes, and its watchdog would abort a rank that hangs before the guard can say where.
+    """
+    if torch.distributed.get_backend() not in ("gloo", "nccl"):
+        return  # torch's fake group never waits
+    world = torch.distributed.distributed_c10d._get_default_group()
+    timeout = world._get_backend(device()).options._timeout
+    for group in torch.distributed.distributed_c10d._world.pg_map:
+        torch.distributed.set_timeout(timeout, group)
+
+
 def local_world_size() -> int:
     """Return the number of ranks on this host, or 1 if the launcher does not provide it."""
     return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
