@@ -102,7 +102,7 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
         hosts = check_in(ranks, fingerprint, os.environ, config.launch.timeout_s, give_up, find_launcher(),
                          gpu_address())
         guard.beat()
-        init_process_group(config.guard.hang_limit + AFTER_GUARD_S)
+        init_process_group(config.guard.hang_limit + AFTER_GUARD_S, deterministic=config.run.deterministic)
         from prelora_ds.train import train
 
         try:

@@ -55,6 +55,12 @@ class RunConfig(Strict):
     The seed of the model's first values, the order of samples, the augmentation and the dropout.
     """
 
+    deterministic: bool = False
+    """
+    Whether a GPU computes every step with kernels that give the same bits in each run, some of which
+    are slower. Without it a resumed run agrees within rounding there; on a CPU it changes nothing.
+    """
+
     trackers: tuple[Literal["tensorboard", "csv", "wandb", "comet"], ...] = ("tensorboard",)
     """
     Where the metrics go besides metrics.jsonl: `wandb` is Weights & Biases. [trackers.md](trackers.md)

@@ -33,7 +33,7 @@ def check_zero_config(zero: dict[str, Any]) -> None:
         ) from exc
 
 
-def init_process_group(timeout_s: float = 1800.0) -> None:
+def init_process_group(timeout_s: float = 1800.0, *, deterministic: bool = False) -> None:
     """Create the default process group from the launcher's environment variables.
 
     These are RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Does nothing if the group
@@ -41,10 +41,14 @@ def init_process_group(timeout_s: float = 1800.0) -> None:
     collectives (over 90 s on every node at first use) is skipped, because gloo does the same work.
     A CPU without instructions for BF16 multiplies in fp32 from here on (see `engine.products`).
 
+    deterministic: see `compute_deterministically`, which applies to a group that exists as well.
+
     Raises ConfigError if one of the variables is not set, if there is a GPU that torch cannot use, and if there are
     fewer GPUs than ranks on this host.
     """
     choose_accelerator()
+    if deterministic:
+        compute_deterministically()
     import deepspeed
     from deepspeed import comm
     from deepspeed.accelerator import get_accelerator
@@ -79,6 +83,18 @@ def init_process_group(timeout_s: float = 1800.0) -> None:
     comm.init_distributed(
         auto_mpi_discovery=False, timeout=timedelta(seconds=timeout_s), verbose=False
     )
+
+
+def compute_deterministically() -> None:
+    """Let this process use only kernels that give the same bits in every run; torch raises where it has none.
+
+    On a GPU the gradients of attention and of convolutions are otherwise summed in an order that varies. cuBLAS reads
+    its variable when it computes its first product.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    switches: Any = torch.utils.deterministic
+    switches.fill_uninitialized_memory = False  # nothing reads such memory, and filling takes time
 
 
 def share_timeout() -> None:
