@@ -11,7 +11,8 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from prelora_ds.accelerator import choose_accelerator, gpu_total_gib, take_gpu
+from prelora_ds.accelerator import choose_accelerator, gpu_free_gib, take_gpu
+from prelora_ds.cost.machines import GPU_RESERVED_GIB
 from prelora_ds.engine.products import lacks_bf16_products, multiply_in_fp32
 from prelora_ds.errors import ConfigError
 
@@ -117,10 +118,13 @@ def local_world_size() -> int:
 
 
 def rank_memory_gib(ranks_per_host: int) -> float:
-    """Return the memory of this rank's GPU, or without one its share of the host's, in GiB."""
-    gpu_gib = gpu_total_gib()
+    """Return the GiB that a model can have: of this rank's GPU, or without one of its share of the host's memory.
+
+    Of a GPU it is what no other process holds, without `GPU_RESERVED_GIB`.
+    """
+    gpu_gib = gpu_free_gib()
     if gpu_gib is not None:
-        return gpu_gib
+        return gpu_gib - GPU_RESERVED_GIB
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 / ranks_per_host
 
 

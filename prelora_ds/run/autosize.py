@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from prelora_ds.accelerator import accelerator_name
+from prelora_ds.accelerator import accelerator_name, gpu_total_gib
 from prelora_ds.config.phases import PhaseConfig, PhaseSettings
 from prelora_ds.config.tree import Config, ZeroSettings
 from prelora_ds.console import stamped
@@ -85,7 +85,7 @@ def resolve_workers(
     def measure() -> tuple[int, str]:
         ranks_here = local_world_size()
         world_size = torch.distributed.get_world_size()
-        gpu = gpu_named(accelerator_name(), rank_memory_gib(ranks_here))
+        gpu = gpu_named(accelerator_name(), gpu_total_gib() or 0.0)
         images_per_s = fastest_images_per_s(config, layout, ranks_here, world_size, gpu)
         return count_workers(config, data, ranks_here=ranks_here, images_per_s=images_per_s)
 
@@ -97,7 +97,7 @@ def resolve_workers(
 def _machine(config: Config, world_size: int, ranks_per_host: int) -> tuple[float, Rates | None]:
     """Return the memory of this rank in GiB, and the rates of its device if they are known."""
     memory_gib = rank_memory_gib(ranks_per_host)
-    gpu = gpu_named(accelerator_name(), memory_gib)
+    gpu = gpu_named(accelerator_name(), gpu_total_gib() or 0.0)
     hosts = max(1, world_size // ranks_per_host)
     rates = data_sheet_rates(gpu, hosts=hosts) if gpu else None
     if config.machine.calibration is not None:
