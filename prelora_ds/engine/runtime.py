@@ -18,6 +18,8 @@ from prelora_ds.errors import ConfigError
 
 T = TypeVar("T")
 
+GPU_RANK_THREADS = 8  # at most, of a rank that computes on a GPU
+
 
 def check_zero_config(zero: dict[str, Any]) -> None:
     """Let DeepSpeed validate the keys and values of ``zero_optimization``. Raises ConfigError."""
@@ -75,12 +77,13 @@ def init_process_group(timeout_s: float = 1800.0, *, deterministic: bool = False
         if lacks_bf16_products():
             multiply_in_fp32()
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        if "OMP_NUM_THREADS" not in os.environ:
-            # By default every rank would use all cores, and the ranks of a host would spend their
-            # time waiting for each other.
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size()))
     else:
         take_gpu(int(os.environ["LOCAL_RANK"]))
+    if "OMP_NUM_THREADS" not in os.environ:
+        # By default every rank would use all cores, and the ranks of a host would spend their time
+        # waiting for each other. Beside a GPU only checkpoints compute here, and data workers need the cores.
+        share = max(1, len(os.sched_getaffinity(0)) // local_world_size())
+        torch.set_num_threads(share if get_accelerator().device_name() == "cpu" else min(share, GPU_RANK_THREADS))
     comm.init_distributed(
         auto_mpi_discovery=False, timeout=timedelta(seconds=timeout_s), verbose=False
     )
