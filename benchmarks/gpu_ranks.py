@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from lora_step import ranks_in_turn
 from support.plans import full_plan, lora_plan, warmup_plan
+from torch import nn
 
 from prelora_ds.accelerator import accelerator_name, driver_version, gpu_total_gib
 from prelora_ds.config.adapters import FAMILIES
@@ -57,6 +58,9 @@ def measure(pipe: Connection | None, options: Mapping[str, Any], listed: Sequenc
     micro = fitting_micro_batch(options["model"], cases, world, 4 if tiny else LARGEST_MICRO_BATCH)
     facts = facts_of_the_machine(options["model"], micro, tiny=tiny)
     freeze_imports()
+    torch.manual_seed(0)
+    # Its first values take seconds: they are the same for all cases.
+    module = build_model(config_of(options["model"], cases[0], micro, world).model, LABELS)
 
     timed: dict[Case, list[dict[str, float]]] = {}
     profiles: dict[Case, dict[str, Any]] = {}
@@ -66,7 +70,7 @@ def measure(pipe: Connection | None, options: Mapping[str, Any], listed: Sequenc
                 continue
             if not timed.get(case) and timed and not _in_time(begun, options["seconds"]):
                 continue
-            with engine_of(options["model"], case, micro, world) as engine:
+            with engine_of(module, config_of(options["model"], case, micro, world), case.phase) as engine:
                 batches = random_batches(engine.config)
                 for _ in range(warm_up):
                     engine.train_step(batches, lr=1e-6)
@@ -135,14 +139,11 @@ def candidate(model: Mapping[str, Any], case: Case, micro: int, world: int) -> A
 
 
 @contextmanager
-def engine_of(model: Mapping[str, Any], case: Case, micro: int, world: int) -> Iterator[Engine]:
-    config = config_of(model, case, micro, world)
-    torch.manual_seed(0)
-    module = build_model(config.model, LABELS)
+def engine_of(module: nn.Module, config: Config, phase: str) -> Iterator[Engine]:
+    """Yield an engine in ``phase`` with the weights of ``module``, and release it."""
     layout = find_layout(module, FAMILIES)
-    state = initial_state(module, dist.get_rank(), world)
-    del module
-    engine = build_engine(config, plan_of_phase(layout, case.phase), layout, LABELS, state)
+    state = initial_state(module, dist.get_rank(), dist.get_world_size())
+    engine = build_engine(config, plan_of_phase(layout, phase), layout, LABELS, state)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     yield engine

@@ -23,7 +23,7 @@ from prelora_ds.engine.fragments import Fragment
 from prelora_ds.engine.optimizer import TorchAdamByName, inner_optimizer
 from prelora_ds.engine.release import release, trim_memory
 from prelora_ds.engine.rng import capture_rng, restore_rng
-from prelora_ds.engine.runtime import compute_deterministically, device
+from prelora_ds.engine.runtime import compute_deterministically, device, init_process_group
 from prelora_ds.engine.state import copy_state, export_state
 
 GPU = pytest.mark.gpu
@@ -265,6 +265,19 @@ def synchronisations_of_a_step():
 
 def test_g11_a_resumed_run_with_dropout_is_the_same_to_the_bit_in_deterministic_mode(two):
     two.run(resumed)
+
+
+def test_g11_a_loop_of_ones_own_asks_for_deterministic_mode_when_a_group_exists(one):
+    one.run(asked_for)
+
+
+def asked_for():
+    assert torch.distributed.is_initialized() and not torch.are_deterministic_algorithms_enabled()
+    try:
+        init_process_group(deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def resumed():
