@@ -235,7 +235,7 @@ def row_of(case: Case, timed: Sequence[Mapping[str, float]], profiled: Mapping[s
     predicted = candidate(model, case, micro, world)
     allocated, reserved = profiled["peak"]
     row = {
-        "what": case.name, "step ms": ms["step"], "img/s": world * micro / ms["step"] * 1e3, "TFLOP/s": tflop_s,
+        "what": case.name, "step ms": ms["step"], "img/s": world * micro / ms["step"] * 1e3, "TFLOP/s a rank": tflop_s,
         "of peak": tflop_s / GPUS[gpu].bf16_tflops if gpu else None,
         "enqueue / backward": ms["enqueue"] / ms["backward"], "update ms": ms["update"],
         "kernels": profiled["kernels"], "waits": profiled["waits"], "nccl ms": profiled["nccl ms"],
