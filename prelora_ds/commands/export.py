@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +24,8 @@ def export(
     refuse_url(out, "OUT")
     from prelora_ds.accelerator import choose_accelerator
 
+    # An export only moves values, and a login node may have a GPU that torch cannot use.
+    os.environ["DS_ACCELERATOR"] = "cpu"
     choose_accelerator()
     from prelora_ds.exporting.convert import export_checkpoint
 

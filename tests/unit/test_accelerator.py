@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from prelora_ds.accelerator import (
     left_by_others,
     tell_deepspeed,
 )
+from prelora_ds.commands.export import export
 from prelora_ds.errors import ConfigError
 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
@@ -48,6 +50,15 @@ def test_without_a_gpu_the_cpu_is_chosen_whatever_deepspeeds_launcher_sets(tmp_p
     choose_accelerator(environ, tmp_path)
     assert environ["DS_ACCELERATOR"] == "cpu"
     assert (accelerator_fingerprint(), gpu_address()) == ({"accelerator": "cpu"}, "")
+
+
+def test_an_export_needs_no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("DS_ACCELERATOR", *NO_GPU):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_JOB_GPUS", "0")
+    with pytest.raises(ConfigError) as refused:
+        export(tmp_path / "nowhere", tmp_path / "out")
+    assert "nowhere" in str(refused.value) and os.environ["DS_ACCELERATOR"] == "cpu"
 
 
 @pytest.mark.parametrize(("local_rank", "seen", "index"), [(0, 4, 0), (3, 4, 3), (0, 1, 0), (3, 1, 0)])
