@@ -13,8 +13,8 @@ DEMO := out/digits_demo
 SITE := build/site
 FASHION := /usr/share/datasets/fashion-mnist
 
-.PHONY: help setup demo test test-long test-methods test-faults test-hosts lint docs smoke-vitl study freeze clean data/digits \
-	data/photographs data/fashion
+.PHONY: help setup demo test test-gpu test-long test-methods test-faults test-hosts lint docs smoke-vitl \
+	study freeze clean data/digits data/photographs data/fashion
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -81,6 +81,10 @@ data/fashion/val/manifest.json: | setup
 
 test: setup  ## run all tests
 	pytest
+
+test-gpu: setup  ## on a machine with GPUs: run what only they can show, and measure them (about 10 minutes)
+	PRELORA_GPU=1 pytest tests/gpu -rs -p no:cacheprovider
+	python benchmarks/gpu.py --minutes 4
 
 test-long: setup  ## run the additional settings of long tests (about 10 minutes)
 	pytest -m long --durations=0

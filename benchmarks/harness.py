@@ -28,9 +28,10 @@ PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "peft", "prelora
 
 
 def record(
-    name: str, figures: Mapping[str, float], rows: Sequence[Mapping[str, Any]], notes: str = ""
+    name: str, figures: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], notes: str = "",
+    folder: Path = RESULTS,
 ) -> Path:
-    """Write benchmarks/results/NAME.json: results with machine, versions, commit and command."""
+    """Write NAME.json into ``folder``: results with machine, versions, commit and command."""
     result = {
         "name": name,
         "figures": dict(figures),
@@ -42,8 +43,8 @@ def record(
         "machine": machine(),
         "versions": versions(),
     }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
 

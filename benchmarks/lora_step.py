@@ -38,6 +38,8 @@ from prelora_ds.model.families import find_layout, named_parameters
 from prelora_ds.model.vit import build_model
 
 RANKS = (8, 16, 32, 64)
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ATTENTION = "eager" if DEVICE.type == "cpu" else "sdpa"
 
 
 @dataclass
@@ -57,14 +59,14 @@ class Variant:
         self.adam = torch.optim.AdamW(self.masters, fused=True) if self.masters else None
 
     def __call__(self) -> float:
-        begun = time.perf_counter()
+        begun = now()
         output = self.layers(self.inputs)
         loss = (
             (output if isinstance(output, torch.Tensor) else output.logits).float().square().mean()
         )
-        forward_done = time.perf_counter()
+        forward_done = now()
         loss.backward()
-        backward_done = time.perf_counter()
+        backward_done = now()
         for p, master in zip(self.trained, self.masters, strict=True):
             master.grad, p.grad = p.grad.float(), None
         if self.adam is not None:
@@ -74,11 +76,18 @@ class Variant:
                 p.copy_(master)
         refresh_merged_weights(self.module)
         self.inputs.grad = None
-        done = time.perf_counter()
+        done = now()
         self.parts["forward"].append(forward_done - begun)
         self.parts["backward"].append(backward_done - forward_done)
         self.parts["optimizer"].append(done - backward_done)
         return done - begun
+
+
+def now() -> float:
+    """Return the time when everything that was queued is done."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class Blocks(nn.Module):
@@ -114,7 +123,7 @@ def make(
     layout = find_layout(module, FAMILIES)
     the_plan = plan(layout)
     attach_adapters(module, the_plan, layout, dropout=0.0, kernel="branch" if fast else "peft").to(
-        torch.bfloat16
+        DEVICE, torch.bfloat16
     )
     for name, p in named_parameters(module).items():
         p.requires_grad_(name in the_plan.trainable)
@@ -126,11 +135,11 @@ def make(
             linear.fp32_weight.copy_(linear.get_base_layer().weight)
     if whole:
         return Variant(
-            module, module, torch.randn(batch, 3, config.image_size, config.image_size).bfloat16()
+            module, module, torch.randn(batch, 3, config.image_size, config.image_size).bfloat16().to(DEVICE)
         )
     blocks = Blocks(module)
     tokens = (config.image_size // config.patch_size) ** 2 + 1
-    inputs = torch.randn(batch, tokens, config.hidden_size).bfloat16()
+    inputs = torch.randn(batch, tokens, config.hidden_size).bfloat16().to(DEVICE)
     inputs.requires_grad_(
         "vit.layers.0.layernorm_before.weight" in the_plan.trainable or not the_plan.trainable
     )
@@ -178,7 +187,8 @@ def profile(variant: Variant) -> dict[str, float]:
     most the largest rank.
     """
     variant()
-    activities = [ProfilerActivity.CUDA if torch.cuda.is_available() else ProfilerActivity.CPU]
+    # The operators of the CPU have the shapes, also where kernels of a GPU take the time.
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if DEVICE.type == "cuda" else [])]
     with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
         variant()
     seconds = Counter[str]()
@@ -192,7 +202,7 @@ def profile(variant: Variant) -> dict[str, float]:
         elif event.key in ("aten::bmm", "aten::baddbmm"):
             kind = "attention products"
         spent = (
-            event.self_device_time_total if torch.cuda.is_available() else event.self_cpu_time_total
+            event.self_device_time_total if DEVICE.type == "cuda" else event.self_cpu_time_total
         )
         seconds[kind] += spent / 1e6
     rates = {f"{kind}, TFLOP/s": flops / seconds[kind] / 1e12 for kind, flops in work.items()}
@@ -208,7 +218,7 @@ def widths(batch: int, rounds: int) -> list[dict[str, float]]:
             intermediate_size=4 * width,
             num_attention_heads=max(3, width // 64),
             num_hidden_layers=2,
-            attn_implementation="eager",
+            attn_implementation=ATTENTION,
         )
         blocks = partial(make, config, batch=batch)
         variants = {
@@ -258,7 +268,7 @@ def flops(config: ModelConfig, kind: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=16 if DEVICE.type == "cpu" else 64)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument(
         "--whole-layers",
@@ -275,7 +285,7 @@ def main() -> None:
         intermediate_size=4096,
         num_attention_heads=16,
         num_hidden_layers=args.layers,
-        attn_implementation="eager",
+        attn_implementation=ATTENTION,
     )
     blocks = partial(make, config, batch=args.batch)
     variants = {

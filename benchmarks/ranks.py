@@ -23,7 +23,7 @@ class Ranks:
     def __init__(
         self, function: Callable[..., Any], *args: Any, world: int = 2, grouped: bool = True
     ) -> None:
-        from prelora_ds.engine.runtime import choose_accelerator
+        from prelora_ds.accelerator import choose_accelerator
 
         os.environ["OMP_NUM_THREADS"] = "1"  # ranks share the cores of one machine
         choose_accelerator()
@@ -31,7 +31,7 @@ class Ranks:
         self._pipes = [mine for mine, _ in pipes]
         self._context = torch.multiprocessing.start_processes(
             _serve,
-            (function, args, world, _free_port(), grouped, [theirs for _, theirs in pipes]),
+            (function, args, world, free_port(), grouped, [theirs for _, theirs in pipes]),
             nprocs=world,
             join=False,
             start_method="spawn",
@@ -98,7 +98,8 @@ def _serve(
         torch.distributed.destroy_process_group()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a free TCP port of the loopback interface."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import print_table, record
+from lora_step import ATTENTION
 from ranks import Ranks
 from zero_stages_ranks import OWNERS, PARTS, phases, states_at_world
 
@@ -31,9 +32,9 @@ VIT_LARGE = {
     "num_hidden_layers": 24,
     "num_attention_heads": 16,
     "intermediate_size": 4096,
-    "attn_implementation": "eager",
+    "attn_implementation": ATTENTION,
 }
-VIT_BASE = {"attn_implementation": "eager"}
+VIT_BASE = {"attn_implementation": ATTENTION}
 VIT_GIANT = {
     "hidden_size": 1408,
     "num_hidden_layers": 40,

@@ -68,6 +68,9 @@ def phases(
         if plan is not full:
             engine, switch = transition(engine, plan)
             switch_s = switch.seconds
+        if torch.cuda.is_available():
+            # DeepSpeed 0.19 resets it too, at stage 1 and on rank 0 only (runtime/bf16_optimizer.py).
+            torch.cuda.reset_peak_memory_stats()
         seconds: dict[int, dict[str, float]] = {}
         bytes_after_backward(
             engine, layout, world, size=1
@@ -180,7 +183,7 @@ def owners(measured: Mapping[str, int]) -> dict[str, float]:
 
 
 def peak_bytes() -> int:
-    """Return the peak bytes of the device, or without one of resident memory."""
+    """Return the peak bytes of the device in this phase, or without one of resident memory so far."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_rss_bytes()
 
 

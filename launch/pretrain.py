@@ -37,6 +37,7 @@ def main(argv: list[str]) -> None:
         record = AttemptRecord(supervised_folder(argv))
         ranks = discover_ranks(os.environ)
         record = AttemptRecord(record.folder, ranks.rank)
+        record.record_fatal_signals()
         guard = Guard(rank=ranks.rank, stop=stop)
         guard.watch(ancestors.check, every_s=1.0)
         guard.watch(record.check)

@@ -63,9 +63,9 @@ class Phases:
 
     make_model: returns the torch module, with its first values. It is called once on each rank, with torch's generator
         seeded from ``run.seed``, and has to return the same values on all ranks.
-    recipe: a YAML file, or its values. Of the recipe `run.seed`, `optimizer`, `train` (length and batch), `observe`,
-        `phases` or `convergence` and `lora`, `deepspeed`, `checkpoint` and `model.compile` apply; the rest is for runs
-        of `prelora_ds.train`.
+    recipe: a YAML file, or its values. Of the recipe `run.seed`, `run.deterministic`, `optimizer`, `train` (length and
+        batch), `observe`, `phases` or `convergence` and `lora`, `deepspeed`, `checkpoint` and `model.compile` apply;
+        the rest is for runs of `prelora_ds.train`.
     families: family -> a regular expression for whole module paths, with a group ``(?P<layer>\\d+)``.
     samples_per_epoch: how many samples an epoch has, for durations in epochs.
     deepspeed: a DeepSpeed JSON file, if the recipe has no section `deepspeed`.
@@ -234,7 +234,7 @@ class Phases:
         """Build the model and check it on all ranks; return this rank's part of its first values."""
         if self._engine is not None:
             raise RuntimeError("this run has begun; make another Phases for another run")
-        init_process_group()
+        init_process_group(deterministic=self.config.run.deterministic)
         layout, weights, digest = on_all_ranks(self._checked_model)
         _check_ranks_built_the_same(digest)
         self._meter = SpectrumMeter(first_values(weights, layout)) if self.config.observe.spectra else None

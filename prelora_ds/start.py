@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from prelora_ds.accelerator import accelerator_fingerprint, choose_accelerator, gpu_address, take_gpu
 from prelora_ds.config.load import check_world, dump_yaml, load_config
 from prelora_ds.config.tree import Config
 from prelora_ds.console import stamped
@@ -21,7 +22,7 @@ from prelora_ds.hosts.heartbeat import AttemptRecord
 from prelora_ds.hosts.mpi import with_master_addr
 from prelora_ds.hosts.network import choose_interface
 from prelora_ds.run.folder import RunFolder
-from prelora_ds.run.guard import Guard, end_now
+from prelora_ds.run.guard import AFTER_GUARD_S, Guard, end_now
 from prelora_ds.run.stop import StopRequest
 
 if TYPE_CHECKING:
@@ -47,17 +48,14 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
     with announcing_failure(ranks, os.environ):
         if ranks.rank == 0:
             check_trackers(config.run.trackers)
+        choose_accelerator()
+        take_gpu(ranks.local_rank)  # `auto` asks for its memory
         config, train_data, val_data = check_run(config, ranks)
 
         # torch and DeepSpeed take seconds to import: only now, after the cheap checks.
         from prelora_ds.data.setup import fingerprints, samples_per_epoch
-        from prelora_ds.engine.runtime import (
-            check_zero_config,
-            choose_accelerator,
-            init_process_group,
-        )
+        from prelora_ds.engine.runtime import check_zero_config, init_process_group
 
-        choose_accelerator()
         for phase in config.phase_list:
             phase_config = config.for_phase(phase.name)
             check_zero_config(phase_config.deepspeed.get("zero_optimization", {}))
@@ -100,10 +98,11 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
 
         # After the claim: if rank 0 cannot use the folder, the other ranks are still waiting and
         # its exit code is the job's.
-        hosts = check_in(ranks, environment_fingerprint(dump_yaml(config)), os.environ,
-                         config.launch.timeout_s, give_up, find_launcher())
+        fingerprint = environment_fingerprint(dump_yaml(config)) | accelerator_fingerprint()
+        hosts = check_in(ranks, fingerprint, os.environ, config.launch.timeout_s, give_up, find_launcher(),
+                         gpu_address())
         guard.beat()
-        init_process_group()
+        init_process_group(config.guard.hang_limit + AFTER_GUARD_S, deterministic=config.run.deterministic)
         from prelora_ds.train import train
 
         try:

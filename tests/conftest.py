@@ -4,6 +4,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+# The tests are those of the CPU also where there is a GPU; `make test-gpu` runs tests/gpu. Torch reads these once.
+if os.environ.get("PRELORA_GPU") != "1":
+    os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
+
 import hypothesis
 import pytest
 from support.pool import RankPool

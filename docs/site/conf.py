@@ -18,8 +18,9 @@ from prelora_ds.version import __version__
 
 ROOT = Path(__file__).parents[2]
 PAGES = {
-    "Use": ["docs/quickstart", "docs/methods", "docs/config", "docs/data", "docs/hpc", "docs/checkpoints",
-            "docs/reports", "docs/trackers", "docs/export", "docs/troubleshooting", "docs/glossary"],
+    "Use": ["docs/quickstart", "docs/methods", "docs/config", "docs/data", "docs/hpc", "docs/first-gpu",
+            "docs/checkpoints", "docs/reports", "docs/trackers", "docs/export", "docs/troubleshooting",
+            "docs/glossary"],
     "Program": ["docs/library", "docs/site/api"],
     "Results": ["docs/papers", "benchmarks/README"],
     "Develop": ["docs/architecture", "CONTRIBUTING", "CHANGELOG"],

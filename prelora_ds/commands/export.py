@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -21,8 +22,10 @@ def export(
     Example: prelora export out/digits_demo exported --format timm
     """
     refuse_url(out, "OUT")
-    from prelora_ds.engine.runtime import choose_accelerator
+    from prelora_ds.accelerator import choose_accelerator
 
+    # An export only moves values, and a login node may have a GPU that torch cannot use.
+    os.environ["DS_ACCELERATOR"] = "cpu"
     choose_accelerator()
     from prelora_ds.exporting.convert import export_checkpoint
 

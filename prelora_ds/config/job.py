@@ -15,8 +15,8 @@ class MachineConfig(Strict):
 
     memory_gib: Annotated[float, Field(gt=0)] | None = None
     """
-    The memory per rank that `auto` may plan for, in GiB; `null` takes the memory of the rank's
-    device, or on a CPU the rank's share of the host's memory.
+    The memory per rank that `auto` may plan for, in GiB; `null` takes what is free of the rank's GPU
+    less 2 GiB for its libraries, or on a CPU the rank's share of the host's memory.
     """
 
     calibration: LocalPlace | None = None

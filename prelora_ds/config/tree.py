@@ -58,6 +58,12 @@ class RunConfig(Strict):
     The seed of the model's first values, the order of samples, the augmentation and the dropout.
     """
 
+    deterministic: bool = False
+    """
+    Whether a GPU computes every step with kernels that give the same bits in each run, some of which
+    are slower. Without it a resumed run agrees within rounding there; on a CPU it changes nothing.
+    """
+
     trackers: tuple[Literal["tensorboard", "csv", "wandb", "comet"], ...] = ("tensorboard",)
     """
     Where the metrics go besides metrics.jsonl: `wandb` is Weights & Biases. [trackers.md](trackers.md)
@@ -77,12 +83,16 @@ class RunConfig(Strict):
 
 @dataclass(frozen=True)
 class ZeroSettings:
-    """The ``zero_optimization`` settings that affect memory, with DeepSpeed's defaults (in elements)."""
+    """The ``zero_optimization`` settings that affect memory, with DeepSpeed's defaults (in elements).
+
+    overlap_comm: at stage 2, where it takes a second bucket; False at the other stages.
+    """
 
     stage: int
     offload_optimizer: bool = False
     reduce_bucket_size: int = 500_000_000
     persistence_threshold: int = 100_000
+    overlap_comm: bool = False
 
 
 class Config(Strict):
@@ -322,6 +332,7 @@ class Config(Strict):
             offload_optimizer=(zero.get("offload_optimizer") or {}).get("device", "none") == "cpu",
             reduce_bucket_size=int(zero.get("reduce_bucket_size", defaults.reduce_bucket_size)),
             persistence_threshold=int(zero.get("stage3_param_persistence_threshold", defaults.persistence_threshold)),
+            overlap_comm=defaults.stage == 2 and bool(zero.get("overlap_comm", defaults.overlap_comm)),
         )
 
     @field_validator("lora", mode="before")

@@ -301,12 +301,12 @@ def buckets_bytes(plan: Plan, layout: Layout, zero: ZeroSettings) -> int:
     """The bytes of staging copies of a bucket while gradients are reduced, in addition to `predict_bytes`.
 
     At stage 0 a bucket is flattened and converted to fp32 (6 bytes per element); at stage 1 it is flattened in fp32
-    (4); at stage 2 it is staged in BF16, flattened and converted to fp32 (8); at stage 3 it is ordered by ranks in fp32
-    (4).
+    (4); at stage 2 it is staged in BF16, flattened and converted to fp32 (8), and with `overlap_comm` the next one is
+    staged at the same time (10); at stage 3 it is ordered by ranks in fp32 (4).
     """
     reduced = _held(plan, layout) if zero.stage == 1 else _training(plan, layout)
     bucket = min(reduced, zero.reduce_bucket_size if zero.stage > 1 else ENGINE_BUCKET)
-    return (6, 4, 8, 4)[zero.stage] * bucket
+    return (6, 4, 10 if zero.overlap_comm else 8, 4)[zero.stage] * bucket
 
 
 def gathered_bytes(plan: Plan, layout: Layout, zero: ZeroSettings, *, reuse_distance: int = REUSE_DISTANCE) -> int:

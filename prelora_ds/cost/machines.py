@@ -14,6 +14,10 @@ from prelora_ds.config.documents import read_json
 from prelora_ds.cost.timing import GPUS, INTER_GB_S, KINDS, LINK_EFFICIENCY, Rates, data_sheet_rates
 from prelora_ds.errors import ConfigError
 
+# The GiB of a GPU that no model gets: the context, the communicators of NCCL and the workspaces of cuBLAS. It is an
+# estimate, and has not been measured.
+GPU_RESERVED_GIB = 2.0
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -36,7 +40,7 @@ class Cluster:
 
 
 def rates_and_memory(cluster: Cluster, calibration: Path | None) -> tuple[Rates | None, float | None]:
-    """The rates of one device of ``cluster`` and its memory in GiB; each is None if it is not known.
+    """The rates of one device of ``cluster`` and its GiB for a model; each is None if it is not known.
 
     calibration: a file that `prelora calibrate` wrote.
 
@@ -47,7 +51,7 @@ def rates_and_memory(cluster: Cluster, calibration: Path | None) -> tuple[Rates 
         raise ConfigError("--gpu", cluster.gpu, "is not a known GPU",
                           f"did you mean {near[0]}?" if near else f"choose one of {', '.join([*GPUS, 'CPU'])}")
     sheet = GPUS.get(cluster.gpu)
-    memory = sheet.memory_gib if sheet else None
+    memory = sheet.memory_gib - GPU_RESERVED_GIB if sheet else None
     if calibration is None and sheet is None:
         return None, None
     if calibration is None:

@@ -76,26 +76,34 @@ class Gpu:
     memory_gb_s: memory bandwidth.
     memory_gib: memory as the driver reports it.
     link_gb_s: bandwidth to the other GPUs of the host, in one direction.
+    host_gb_s: bandwidth to the memory of the host, in one direction.
     """
 
     bf16_tflops: float
     memory_gb_s: float
     memory_gib: float
     link_gb_s: float
+    host_gb_s: float = 25.0  # PCIe 4 x16, and the rank's share of the bandwidth of host memory
 
 
-# A rank uses one of the two dies of an MI250X. Sources: the data sheets of NVIDIA A100, H100 and H200 (SXM), and of AMD
-# Instinct MI250X.
+# A rank uses one of the two dies of an MI250X. Sources: the data sheets of NVIDIA A100, H100 and H200 (SXM; -PCIe and
+# -NVL are the cards), GH200 (the one with 96 GB of HBM3), and of AMD Instinct MI250X.
 GPUS = {
     "A100-40": Gpu(312.0, 1555.0, 39.5, 300.0),
     "A100-80": Gpu(312.0, 2039.0, 79.2, 300.0),
+    "A100-40-PCIe": Gpu(312.0, 1555.0, 39.5, 32.0),
+    "A100-80-PCIe": Gpu(312.0, 1935.0, 79.2, 32.0),
     "H100": Gpu(989.0, 3350.0, 79.6, 450.0),
+    "H100-PCIe": Gpu(756.0, 2000.0, 79.6, 64.0),
+    "H100-NVL": Gpu(835.0, 3900.0, 93.6, 300.0),
     "H200": Gpu(989.0, 4800.0, 139.0, 450.0),
+    "H200-NVL": Gpu(835.0, 4800.0, 139.0, 450.0),
+    "GH200": Gpu(989.0, 4000.0, 95.0, 450.0, host_gb_s=450.0),
     "MI250X": Gpu(191.5, 1638.0, 64.0, 50.0),
 }
+CARDS = ("PCIe", "NVL")  # other forms than SXM, as a key of `GPUS` and the driver's name state them
 INTER_GB_S = 25.0  # per host: one adapter of 200 Gbit/s
 LATENCY_S = 10e-6
-HOST_GB_S = 25.0  # PCIe 4 x16, and the rank's share of the bandwidth of host memory
 # The shares of the data-sheet figures that training is assumed to reach. They are not measured.
 PRODUCT_EFFICIENCY = 0.45
 MEMORY_EFFICIENCY = 0.7
@@ -104,7 +112,14 @@ LINK_EFFICIENCY = 0.8
 
 def gpu_named(device_name: str | None, memory_gib: float) -> str | None:
     """The key of `GPUS` for a device name of the driver ("NVIDIA A100-SXM4-40GB"), or None."""
-    matches = [key for key in GPUS if device_name and re.search(rf"\b{key.partition('-')[0]}\b", device_name)]
+    if device_name is None:
+        return None
+
+    def card(name: str) -> list[str]:
+        return [form for form in CARDS if re.search(rf"\b{form}\b", name, re.IGNORECASE)]
+
+    matches = [key for key in GPUS
+               if re.search(rf"\b{key.partition('-')[0]}\b", device_name) and card(key) == card(device_name)]
     return min(matches, key=lambda key: abs(GPUS[key].memory_gib - memory_gib), default=None)
 
 
@@ -129,7 +144,7 @@ def data_sheet_rates(name: str, *, hosts: int, intra_gb_s: float | None = None,
         "traffic_gb": memory,
         "state_gb": memory,
         "calls": 0.0,
-        "host_gb": 1 / HOST_GB_S,
+        "host_gb": 1 / gpu.host_gb_s,
         "wire_gb": 1 / (link * LINK_EFFICIENCY),
         "hops": 1e3 * LATENCY_S,
     }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 import time
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from prelora_ds.config.tree import Config
@@ -102,19 +103,29 @@ def make_loader(
     return TrainLoader(data, pipeline, tail=config.data.tail, cache=cache, **common)
 
 
+def cores_per_rank(masks: Sequence[tuple[str, frozenset[int]]]) -> int:
+    """Return how many cores each rank has for itself, at least.
+
+    masks: of each rank, its host and the cores that it may use. A launcher may have given each rank cores of its own;
+        ranks with the same cores share them.
+    """
+    sharing = Counter(masks)
+    return min(len(cores) // sharing[host, cores] for host, cores in masks)
+
+
 def count_workers(
-    config: Config, data: TrainData, *, ranks_here: int, images_per_s: float | None
+    config: Config, data: TrainData, *, cores: int, images_per_s: float | None
 ) -> tuple[int, str]:
     """Return `data.workers` as a number, and the reason in words.
 
     ``auto``: enough workers for ``images_per_s``, the predicted rate of this rank in the fastest
     phase (LoRA), plus 25 %, from the measured decode time of a few images. The maximum is the
-    rank's share of the host's cores (cores / ``ranks_here``) minus one for training; it is also
-    the result if the required rate is unknown.
+    number of ``cores`` of a rank minus one for training; it is also the result if the required rate
+    is unknown.
     """
     if config.data.workers != "auto":
         return config.data.workers, f"data.workers = {config.data.workers}"
-    spare = max(1, len(os.sched_getaffinity(0)) // ranks_here - 1)
+    spare = max(1, cores - 1)
     if images_per_s is None or isinstance(data, Unindexed):
         return spare, f"{spare} data workers: the cores of a rank minus one"
     per_worker = decode_rate(config, data)

@@ -24,7 +24,7 @@ from prelora_ds.engine.active import apply_active
 from prelora_ds.engine.engine import NO_STEPS, Counters, Engine
 from prelora_ds.engine.optimizer import bind_names, make_optimizer
 from prelora_ds.engine.restore import restore_state
-from prelora_ds.engine.runtime import device
+from prelora_ds.engine.runtime import device, share_timeout
 from prelora_ds.engine.state import EngineState
 from prelora_ds.model.adapters import attach_adapters, check_adapters, check_names
 from prelora_ds.model.adapters.lora import lora_linears
@@ -65,6 +65,7 @@ def build_engine(
         ds, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=ds_config, dist_init_required=False
         )
+    share_timeout()
     check_adapters(ds.module, plan)
     bind_names(ds)
     kept = restore_state(ds, plan, layout, state, parked=parked - plan.trainable)

@@ -252,7 +252,9 @@ class TorchAdamByName(AdamByName, torch.optim.AdamW):
         beta1, beta2 = group["betas"]
         for rate in dict.fromkeys(ranges.rates):
             of_rate = [i for i, other in enumerate(ranges.rates) if other == rate]
-            steps = torch.tensor([ranges.steps[i] for i in of_rate], dtype=torch.float32)
+            # The fused kernel reads the steps on the device of the weights, the others read them on the host.
+            where = ranges.weights[0].device if group["fused"] else torch.device("cpu")
+            steps = torch.tensor([ranges.steps[i] for i in of_rate], dtype=torch.float32, device=where)
             adamw(
                 [ranges.weights[i] for i in of_rate],
                 [ranges.grads[i] for i in of_rate],

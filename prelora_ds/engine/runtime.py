@@ -11,16 +11,14 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from prelora_ds.accelerator import choose_accelerator, gpu_free_gib, take_gpu
+from prelora_ds.cost.machines import GPU_RESERVED_GIB
 from prelora_ds.engine.products import lacks_bf16_products, multiply_in_fp32
 from prelora_ds.errors import ConfigError
 
 T = TypeVar("T")
 
-
-def choose_accelerator(environ: dict[str, str] | os._Environ[str] = os.environ) -> None:
-    """Select DeepSpeed's CPU accelerator if there is no GPU; call it before importing deepspeed."""
-    if not torch.cuda.is_available():
-        environ.setdefault("DS_ACCELERATOR", "cpu")
+GPU_RANK_THREADS = 8  # at most, of a rank that computes on a GPU
 
 
 def check_zero_config(zero: dict[str, Any]) -> None:
@@ -38,7 +36,7 @@ def check_zero_config(zero: dict[str, Any]) -> None:
         ) from exc
 
 
-def init_process_group(timeout_s: float = 1800.0) -> None:
+def init_process_group(timeout_s: float = 1800.0, *, deterministic: bool = False) -> None:
     """Create the default process group from the launcher's environment variables.
 
     These are RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Does nothing if the group
@@ -46,8 +44,14 @@ def init_process_group(timeout_s: float = 1800.0) -> None:
     collectives (over 90 s on every node at first use) is skipped, because gloo does the same work.
     A CPU without instructions for BF16 multiplies in fp32 from here on (see `engine.products`).
 
-    Raises ConfigError if one of the variables is not set.
+    deterministic: see `compute_deterministically`, which applies to a group that exists as well.
+
+    Raises ConfigError if one of the variables is not set, if there is a GPU that torch cannot use, and if there are
+    fewer GPUs than ranks on this host.
     """
+    choose_accelerator()
+    if deterministic:
+        compute_deterministically()
     import deepspeed
     from deepspeed import comm
     from deepspeed.accelerator import get_accelerator
@@ -73,15 +77,42 @@ def init_process_group(timeout_s: float = 1800.0) -> None:
         if lacks_bf16_products():
             multiply_in_fp32()
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        if "OMP_NUM_THREADS" not in os.environ:
-            # By default every rank would use all cores, and the ranks of a host would spend their
-            # time waiting for each other.
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size()))
     else:
-        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+        take_gpu(int(os.environ["LOCAL_RANK"]))
+    if "OMP_NUM_THREADS" not in os.environ:
+        # By default every rank would use all cores, and the ranks of a host would spend their time
+        # waiting for each other. Beside a GPU only checkpoints compute here, and data workers need the cores.
+        share = max(1, len(os.sched_getaffinity(0)) // local_world_size())
+        torch.set_num_threads(share if get_accelerator().device_name() == "cpu" else min(share, GPU_RANK_THREADS))
     comm.init_distributed(
         auto_mpi_discovery=False, timeout=timedelta(seconds=timeout_s), verbose=False
     )
+
+
+def compute_deterministically() -> None:
+    """Let this process use only kernels that give the same bits in every run; torch raises where it has none.
+
+    On a GPU the gradients of attention and of convolutions are otherwise summed in an order that varies. cuBLAS reads
+    its variable when it computes its first product.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    switches: Any = torch.utils.deterministic
+    switches.fill_uninitialized_memory = False  # nothing reads such memory, and filling takes time
+
+
+def share_timeout() -> None:
+    """Give every process group the timeout of the default one.
+
+    DeepSpeed 0.19 makes its own groups without a timeout (comm/torch.py, new_group). With NCCL torch's is then 10
+    minutes, and its watchdog would abort a rank that hangs before the guard can say where.
+    """
+    if torch.distributed.get_backend() not in ("gloo", "nccl"):
+        return  # torch's fake group never waits
+    world = torch.distributed.distributed_c10d._get_default_group()
+    timeout = world._get_backend(device()).options._timeout
+    for group in torch.distributed.distributed_c10d._world.pg_map:
+        torch.distributed.set_timeout(timeout, group)
 
 
 def local_world_size() -> int:
@@ -89,15 +120,14 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
-def accelerator_name() -> str | None:
-    """Return the GPU's name from its driver, or None without a GPU."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
-
-
 def rank_memory_gib(ranks_per_host: int) -> float:
-    """Return the memory of this rank's GPU, or without one its share of the host's, in GiB."""
-    if torch.cuda.is_available():
-        return float(torch.cuda.get_device_properties(0).total_memory) / 2**30
+    """Return the GiB that a model can have: of this rank's GPU, or without one of its share of the host's memory.
+
+    Of a GPU it is what no other process holds, without `GPU_RESERVED_GIB`.
+    """
+    gpu_gib = gpu_free_gib()
+    if gpu_gib is not None:
+        return gpu_gib - GPU_RESERVED_GIB
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 / ranks_per_host
 
 

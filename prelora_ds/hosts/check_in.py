@@ -42,21 +42,27 @@ _store: Any = None  # rank 0 serves it for its lifetime
 
 @dataclass(frozen=True)
 class RankInfo:
-    """What a rank reports when it checks in; ``fingerprint`` must be the same on all ranks."""
+    """What a rank reports when it checks in; ``fingerprint`` must be the same on all ranks.
+
+    gpu: the address of the rank's GPU on its host; empty without one.
+    """
 
     rank: int
     local_rank: int
     host: str
     fingerprint: Mapping[str, str]
+    gpu: str = ""
 
 
 def check_in(ranks: Ranks, fingerprint: Mapping[str, str], environ: MutableMapping[str, str],
              timeout_s: float, give_up: Callable[[LaunchError], None],
-             launcher: int | None = None) -> list[str]:
+             launcher: int | None = None, gpu: str = "") -> list[str]:
     """Wait for every rank and compare them; returns the host of each rank. Collective.
 
     launcher: the process that started this rank on its host, if known. Two ranks of one host with
     different launchers belong to different jobs; the one that is not rank 0 leaves.
+
+    gpu: see `RankInfo`.
 
     give_up: called to end this process when torch's store itself hangs, which happens when another
     program listens on the port.
@@ -65,7 +71,8 @@ def check_in(ranks: Ranks, fingerprint: Mapping[str, str], environ: MutableMappi
 
     - LaunchError when ranks are missing after ``timeout_s``, the master is unreachable, or its port
       is in use, perhaps by another job's rank 0.
-    - ConfigError when a rank was started twice, or a host has other versions, code or config.
+    - ConfigError when a rank was started twice, two ranks use one GPU, or a host has another accelerator, other
+      versions, code or config.
     - RefusedError when a rank could not start (`announcing_failure`).
     """
     global _store
@@ -80,7 +87,7 @@ def check_in(ranks: Ranks, fingerprint: Mapping[str, str], environ: MutableMappi
     remedy = ("set MASTER_ADDR (deepspeed: --master_addr) to rank 0's address on the network that "
               "all hosts share")
     unreachable = LaunchError(f"{problem}\n  remedy: {remedy}", blames=(0,))
-    info = RankInfo(ranks.rank, ranks.local_rank, here, fingerprint)
+    info = RankInfo(ranks.rank, ranks.local_rank, here, fingerprint, gpu)
     prefix = _prefix(environ)
     try:
         with _time_limit(timeout_s, give_up, unreachable):
@@ -240,19 +247,26 @@ def verdict_on(infos: Sequence[RankInfo], world_size: int, waited_s: float) -> d
     The arguments are those of a LaunchError (``missing``) or of a ConfigError (``mistake``).
     """
     by_rank: dict[int, RankInfo] = {}
-    by_device: dict[tuple[str, int], RankInfo] = {}
+    by_local_rank: dict[tuple[str, int], RankInfo] = {}
+    by_gpu: dict[tuple[str, str], RankInfo] = {}
     for info in infos:
         twin = by_rank.setdefault(info.rank, info)
         if twin is not info:
             return _verdict(mistake=(
                 "RANK", info.rank, f"started twice, on {twin.host} and {info.host}",
                 "start each rank once: use one launcher, and list each host once"))
-        twin = by_device.setdefault((info.host, info.local_rank), info)
+        twin = by_local_rank.setdefault((info.host, info.local_rank), info)
         if twin is not info:
             return _verdict(mistake=(
                 "LOCAL_RANK", info.local_rank,
                 f"used by ranks {twin.rank} and {info.rank} on host {info.host}",
                 "let the launcher set LOCAL_RANK; hosts need distinct names"))
+        twin = by_gpu.setdefault((info.host, info.gpu), info)
+        if info.gpu and twin is not info:
+            return _verdict(mistake=(
+                "GPU", info.gpu, f"used by ranks {twin.rank} and {info.rank} on host {info.host}",
+                "start at most as many ranks per host as it has GPUs; a launcher that shows each rank one GPU has to "
+                "show each rank another one"))
 
     missing = [rank for rank in range(world_size) if rank not in by_rank]
     if missing:

@@ -19,6 +19,8 @@ from prelora_ds.hosts.exits import LOST_PEER
 from prelora_ds.hosts.heartbeat import read_json
 from prelora_ds.hosts.hostfile import Host
 
+ABORTED = "Fatal Python error: Aborted"  # the first line that faulthandler writes
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -53,7 +55,7 @@ def diagnose(attempt_dir: Path, returncode: int | None, hosts: Sequence[Host],
     another interface), and gets the code 75.
 
     attempt_dir: the folder of the attempt. unreachable: hosts that do not respond.
-    without_record: hosts of ranks that left no exit record before they were ended.
+    without_record: hosts of ranks that left no exit record before they were ended, and were not aborted.
     """
     records = records_of(attempt_dir, "exit", hosts)
     causes = [record for record in records if not is_echo(record)]
@@ -138,6 +140,16 @@ def records_of(attempt_dir: Path, kind: str, hosts: Sequence[Host]) -> list[dict
         record["host"] = hostfile_name(str(record.get("host")), record["rank"], hosts)
         records.append(record)
     return records
+
+
+def aborted_ranks(attempt_dir: Path) -> set[int]:
+    """Return the ranks that SIGABRT ended.
+
+    NCCL's watchdog aborts a rank whose collective failed, because another rank is gone: without an exit record this is
+    an echo, like an error of gloo.
+    """
+    return {int(path.stem.partition("-")[2]) for path in attempt_dir.glob("fatal-*.txt")
+            if path.read_text(errors="replace").startswith(ABORTED)}
 
 
 def _is_valid(record: Mapping[str, Any]) -> bool:

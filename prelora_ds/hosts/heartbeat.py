@@ -6,16 +6,20 @@ Files, in a folder that all hosts share:
     lease.json                 the supervisor's heartbeat, rewritten while it lives
     attempt-N/rank-R.json      written when rank R of attempt N starts
     attempt-N/exit-R.json      written when rank R ends without success
+    attempt-N/fatal-R.txt      the stacks of rank R if a fatal signal ended it, otherwise empty
     attempt-N/DONE, STOPPED    written by rank 0 when the result is complete on disk
 """
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import json
 import os
 import re
 import signal
 import socket
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,6 +65,19 @@ class AttemptRecord:
         if rank is not None:
             start = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()}
             write_json(folder / f"rank-{rank}.json", start)
+
+    def record_fatal_signals(self) -> None:
+        """Record the stacks of all threads when SIGABRT or SIGSEGV ends this process.
+
+        NCCL's watchdog aborts a rank that lost another one, and no line of Python runs after that. Without a
+        supervisor the stacks go to standard error.
+        """
+        stream: Any = sys.__stderr__  # None if it was never open
+        if self.folder is not None:
+            with contextlib.suppress(OSError):
+                stream = (self.folder / f"fatal-{self.rank}.txt").open("w")
+        with contextlib.suppress(OSError, ValueError, AttributeError, RuntimeError):  # no such stream
+            faulthandler.enable(stream)
 
     def check(self) -> tuple[int, str] | None:
         """Return an exit code and a reason when this rank must end; the guard calls this method.

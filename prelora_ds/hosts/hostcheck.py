@@ -22,10 +22,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from prelora_ds.accelerator import choose_accelerator, driver_version
 from prelora_ds.hosts.check_in import environment_fingerprint
 
 DISK_BYTES = 8 << 20
 MESSAGE_BYTES = 8 << 20
+GPU_MESSAGE_BYTES = 256 << 20  # a smaller message does not fill the adapters of a host with GPUs
 ROUNDS = 3
 _listener: socket.socket | None = None
 
@@ -38,12 +40,15 @@ def clock(question: Mapping[str, Any]) -> dict[str, Any]:
 def facts(question: Mapping[str, Any]) -> dict[str, Any]:
     """Run the checks that need no other host.
 
+    Raises ConfigError if this host has a GPU that torch cannot use.
+
     question: ``token``: a file that the first host wrote; ``disks``: folders to write to;
     ``shards``: folders with a manifest; ``interface``: launch.interface; ``extensions``: compiled
     ops of DeepSpeed.
     """
     import torch
 
+    choose_accelerator()
     name = socket.gethostname()
     try:
         address = socket.gethostbyname(name)
@@ -58,6 +63,7 @@ def facts(question: Mapping[str, Any]) -> dict[str, Any]:
         "address": address,
         "make": {**environment_fingerprint(""), "platform": platform.machine()},
         "accelerators": devices,
+        "driver": driver_version(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(int(memory["MemAvailable"].split()[0]) / 2**20, 1),
         "disks": {path: disk(Path(path)) for path in question["disks"]},
@@ -139,7 +145,8 @@ def reach(question: Mapping[str, Any]) -> dict[str, Any]:
 def all_reduce(question: Mapping[str, Any]) -> dict[str, Any]:
     """Measure MB/s with two neighbours and for an all-reduce, with one rank per host. Collective.
 
-    The pairs are (0 1)(2 3)..., then (1 2)(3 4)...: a slow host is slow with both neighbours.
+    The pairs are (0 1)(2 3)..., then (1 2)(3 4)...: a slow host is slow with both neighbours. A rank uses the first GPU
+    of its host, if there is one.
     """
     import torch
     import torch.distributed as dist
@@ -152,10 +159,13 @@ def all_reduce(question: Mapping[str, Any]) -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     rank = question["rank"]
     world = question["world"]
+    device = torch.device("cuda", 0) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=world,
                             init_method=f"tcp://{question['master']}:{question['port']}",
-                            timeout=timedelta(seconds=question["limit_s"]))
-    data = torch.ones(MESSAGE_BYTES // 4, device="cuda:0" if cuda else "cpu")
+                            timeout=timedelta(seconds=question["limit_s"]), device_id=device if cuda else None)
+    data = torch.ones((GPU_MESSAGE_BYTES if cuda else MESSAGE_BYTES) // 4, device=device)
     rates: list[float] = []
     for shift in (0, 1):
         dist.barrier()
@@ -163,9 +173,9 @@ def all_reduce(question: Mapping[str, Any]) -> dict[str, Any]:
         partner = _partner(position, world)
         if partner != position and world > 1:
             other = (partner + shift) % world
-            rates.append(_rate(partial(_swap, dist, data, other, position < partner), 2))
+            rates.append(rate(partial(_swap, dist, data, other, position < partner), data, 2))
     dist.barrier()
-    total = _rate(lambda: dist.all_reduce(data), 1)
+    total = rate(lambda: dist.all_reduce(data), data, 1)
     expected = torch.full_like(data, float(world) ** (ROUNDS + 1))
     correct = torch.allclose(data, expected, rtol=1e-6)
     dist.destroy_process_group()
@@ -190,13 +200,23 @@ def _swap(dist: Any, data: Any, other: int, first: bool) -> None:
             dist.recv(data, other)
 
 
-def _rate(act: Callable[[], object], messages: int) -> float:
-    """Return the MB/s of ``act``, which transfers ``messages`` messages, after one warm-up."""
+def rate(act: Callable[[], object], data: Any, messages: int) -> float:
+    """Return the MB/s of ``act``, which transfers ``data`` ``messages`` times, after one warm-up.
+
+    NCCL only queues a transfer, so the end of the queue is waited for.
+    """
     act()
+    _wait_for(data)
     begun = time.monotonic()
     for _ in range(ROUNDS):
         act()
-    return messages * ROUNDS * MESSAGE_BYTES / (time.monotonic() - begun) / 1e6
+    _wait_for(data)
+    return float(messages * ROUNDS * data.nbytes / (time.monotonic() - begun) / 1e6)
+
+
+def _wait_for(data: Any) -> None:
+    """Wait until the last operation on ``data`` has ended."""
+    data[-1:].tolist()
 
 
 def _read(path: Path) -> str | None:

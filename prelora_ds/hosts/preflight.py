@@ -84,7 +84,7 @@ class _HostSession:
 
     def __init__(self, host: str, ssh: str) -> None:
         remote = [f"cd {shlex.quote(os.getcwd())}"]
-        for key in ("PYTHONPATH", "TORCH_EXTENSIONS_DIR"):
+        for key in ("PYTHONPATH", "TORCH_EXTENSIONS_DIR", "DS_ACCELERATOR"):
             if key in os.environ:
                 remote.append(f"export {key}={shlex.quote(os.environ[key])}")
         remote.append(f"exec {shlex.quote(sys.executable)} -m prelora_ds.hosts.hostcheck")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO
 
 from prelora_ds.errors import STOPPED_EXIT_CODE, USAGE_EXIT_CODE, ConfigError, LaunchError
-from prelora_ds.hosts.diagnosis import Failure, diagnose, records_of, succeeded
+from prelora_ds.hosts.diagnosis import Failure, aborted_ranks, diagnose, records_of, succeeded
 from prelora_ds.hosts.heartbeat import HEARTBEAT_FILE, LOCK_FILE, attempt_of, write_json
 from prelora_ds.hosts.hostfile import (
     Host,
@@ -284,7 +284,7 @@ class Supervisor:
                attempt: int, pool: ThreadPoolExecutor) -> tuple[list[str], set[str]]:
         """Wait until the launcher ends, or until the grace after the first exit is over.
 
-        Returns the hosts that became unreachable, and the hosts of ranks without an exit record.
+        Returns the hosts that became unreachable, and the hosts of ranks that neither left an exit record nor aborted.
         (A frozen rank wakes, and leaves a record, only when the launcher ends it.)
         """
         ending_since: float | None = None
@@ -311,6 +311,7 @@ class Supervisor:
             time.sleep(TICK_S)
 
         recorded = {record.get("rank") for record in records_of(attempt_dir, "exit", hosts)}
+        recorded |= aborted_ranks(attempt_dir)
         without_record = {record["host"] for record in records_of(attempt_dir, "rank", hosts)
                           if record.get("rank") not in recorded}
         unreachable = [] if succeeded(attempt_dir) else self._unreachable_twice(hosts)

@@ -6,6 +6,8 @@ frozen base is not gathered in every step.
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 
 import torch
 
+from prelora_ds.accelerator import accelerator_name, gpu_total_gib
 from prelora_ds.config.phases import PhaseConfig, PhaseSettings
 from prelora_ds.config.tree import Config, ZeroSettings
 from prelora_ds.console import stamped
@@ -23,8 +26,8 @@ from prelora_ds.cost.candidates import Candidate, fastest, predict_candidate, pr
 from prelora_ds.cost.forecast import fastest_images_per_s
 from prelora_ds.cost.machines import read_calibration
 from prelora_ds.cost.timing import Rates, data_sheet_rates, gpu_named
-from prelora_ds.data.setup import TrainData, count_workers
-from prelora_ds.engine.runtime import accelerator_name, local_world_size, on_rank_0, rank_memory_gib
+from prelora_ds.data.setup import TrainData, cores_per_rank, count_workers
+from prelora_ds.engine.runtime import local_world_size, on_rank_0, rank_memory_gib
 from prelora_ds.errors import ConfigError
 from prelora_ds.hosts.discovery import Ranks
 
@@ -81,12 +84,15 @@ def resolve_workers(
     if config.data.workers != "auto":
         return config.data.workers
 
+    world_size = torch.distributed.get_world_size()
+    masks: list[Any] = [None] * world_size
+    torch.distributed.all_gather_object(masks, (socket.gethostname(), frozenset(os.sched_getaffinity(0))))
+
     def measure() -> tuple[int, str]:
         ranks_here = local_world_size()
-        world_size = torch.distributed.get_world_size()
-        gpu = gpu_named(accelerator_name(), rank_memory_gib(ranks_here))
+        gpu = gpu_named(accelerator_name(), gpu_total_gib() or 0.0)
         images_per_s = fastest_images_per_s(config, layout, ranks_here, world_size, gpu)
-        return count_workers(config, data, ranks_here=ranks_here, images_per_s=images_per_s)
+        return count_workers(config, data, cores=cores_per_rank(masks), images_per_s=images_per_s)
 
     workers, why = on_rank_0(measure)
     say(why)
@@ -96,7 +102,7 @@ def resolve_workers(
 def _machine(config: Config, world_size: int, ranks_per_host: int) -> tuple[float, Rates | None]:
     """Return the memory of this rank in GiB, and the rates of its device if they are known."""
     memory_gib = rank_memory_gib(ranks_per_host)
-    gpu = gpu_named(accelerator_name(), memory_gib)
+    gpu = gpu_named(accelerator_name(), gpu_total_gib() or 0.0)
     hosts = max(1, world_size // ranks_per_host)
     rates = data_sheet_rates(gpu, hosts=hosts) if gpu else None
     if config.machine.calibration is not None:

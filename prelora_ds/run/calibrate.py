@@ -86,6 +86,9 @@ def calibrate(config: Config, ranks: int) -> dict[str, Any]:
 
     Returns JSON with the rates and the samples to which they were fitted.
     """
+    from prelora_ds.accelerator import choose_accelerator
+
+    choose_accelerator()
     from prelora_ds.engine.runtime import rank_memory_gib
 
     cases = calibration_cases(config)
@@ -258,9 +261,11 @@ def _run_rank(
         "MASTER_PORT": str(port),
     }
     end_with_parent()
-    from prelora_ds.engine.runtime import choose_accelerator, init_process_group
+    from prelora_ds.accelerator import choose_accelerator
 
     choose_accelerator()
+    from prelora_ds.engine.runtime import init_process_group
+
     init_process_group()
     rounds = []
     for _ in range(ROUNDS):

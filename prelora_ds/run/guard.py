@@ -27,6 +27,9 @@ Check = Callable[[], tuple[int, str] | None]
 
 TICK_S = 1.0
 SHARED_DISK_S = 5.0  # between two reads of a file that all ranks read
+# A collective waits this much longer than the guard. When its time is over, NCCL aborts the process, which leaves no
+# record.
+AFTER_GUARD_S = 300.0
 ORPHAN_LIMIT_S = 120.0  # without a step, so that a running switch or checkpoint can finish
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
+from datetime import timedelta
 from statistics import median
 
 import pytest
@@ -13,6 +14,7 @@ from support.runs import SMALL, ZEROS, Trainer, config, same
 
 from prelora_ds.engine.census import census, rss_bytes
 from prelora_ds.engine.release import trim_memory
+from prelora_ds.engine.runtime import share_timeout
 
 STEPS = 20
 LONG = ("zero1", "zero2_offload", "zero3")  # run by `make test-long`
@@ -166,3 +168,25 @@ def same_run(zero):
     moved = max(float((state_1[k] - state_2[k]).norm() / state_1[k].norm()) for k in state_1
                 if k[1] == "exp_avg" and "weight" in k[0])
     assert moved < 0.05
+
+
+def test_deepspeeds_own_groups_wait_as_long_as_the_default_one(ranks):
+    ranks.run(timeouts_of_groups)
+
+
+def timeouts_of_groups():
+    """Torch's default for a group of DeepSpeed's would end a rank before the guard."""
+    t = Trainer(config("zero2"))
+    groups = list(torch.distributed.distributed_c10d._world.pg_map)
+
+    def timeouts():
+        return {group._get_backend(torch.device(t.engine.ds.device)).options._timeout for group in groups}
+
+    before = timeouts().pop()
+    torch.distributed.set_timeout(before + timedelta(seconds=7))  # of the default group alone
+    assert len(groups) > 1 and len(timeouts()) == 2
+    share_timeout()
+    assert timeouts() == {before + timedelta(seconds=7)}
+    torch.distributed.set_timeout(before)
+    share_timeout()
+    t.close()

@@ -339,14 +339,6 @@ def optimizer_groups():
     t.close()
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("check", ["carry_over_both_switches", "bytes_as_predicted"])
-@ALL
-def test_on_a_gpu(pools, check, zero):
-    pools(1).run(globals()[check], zero=zero)
-
-
 def test_a_step_after_a_rebuild_has_all_its_micro_batches_after_any_accumulation(ranks):
     ranks.run(accumulated_otherwise)
 

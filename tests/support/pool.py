@@ -12,9 +12,10 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 TIMEOUT_S = 240.0
@@ -25,9 +26,12 @@ class RankFailure(AssertionError):
 
 
 class RankPool:
-    """``world_size`` ranks, in which `run` calls a module-level function of a test file."""
+    """``world_size`` ranks, in which `run` calls a module-level function of a test file.
 
-    def __init__(self, world_size: int) -> None:
+    environ: variables that the ranks have besides those of this process.
+    """
+
+    def __init__(self, world_size: int, environ: Mapping[str, str] = MappingProxyType({})) -> None:
         self.world_size = world_size
         context = multiprocessing.get_context("spawn")
         port = free_port()
@@ -35,7 +39,7 @@ class RankPool:
         for rank in range(world_size):
             mine, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(theirs, rank, world_size, port), daemon=True
+                target=_serve, args=(theirs, rank, world_size, port, dict(environ)), daemon=True
             )
             process.start()
             theirs.close()
@@ -88,8 +92,8 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
-    os.environ |= {
+def _serve(pipe: Connection, rank: int, world_size: int, port: int, environ: dict[str, str]) -> None:
+    os.environ |= environ | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
@@ -99,7 +103,8 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
         "MASTER_PORT": str(port),
         "GLOO_SOCKET_IFNAME": "lo",
     }
-    from prelora_ds.engine.runtime import choose_accelerator, init_process_group
+    from prelora_ds.accelerator import choose_accelerator
+    from prelora_ds.engine.runtime import init_process_group
 
     choose_accelerator()
     import torch

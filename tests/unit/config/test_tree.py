@@ -235,6 +235,8 @@ def test_pairs_are_not_cut_by_a_micro_batch() -> None:
     ({"stage": 1}, ZeroSettings(1, False, 500_000_000, 100_000)),
     ({"stage": 2, "reduce_bucket_size": 5e6}, ZeroSettings(2, reduce_bucket_size=5_000_000)),
     ({"stage": 3, "stage3_param_persistence_threshold": 0}, ZeroSettings(3, persistence_threshold=0)),
+    ({"stage": 2, "overlap_comm": True}, ZeroSettings(2, overlap_comm=True)),
+    ({"stage": 1, "overlap_comm": True}, ZeroSettings(1)),
     ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, ZeroSettings(2, True)),
     ({"stage": 2, "offload_optimizer": {"device": "none"}}, ZeroSettings(2, False)),
     ({"stage": 2, "offload_optimizer": None}, ZeroSettings(2, False)),

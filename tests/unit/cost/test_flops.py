@@ -223,6 +223,8 @@ def test_the_optimizer_s_bytes_are_shared_out_from_stage_1_on() -> None:
 def test_an_inactive_parameter_costs_its_norm_its_clipping_and_its_bf16_weight_only() -> None:
     assert state_traffic_bytes(PARTLY, TINY, ZeroSettings(2), 2, 3) == 3 * 10 * 296 + (28 * 296 + 18 * 424) // 2
     assert host_traffic_bytes(PARTLY, TINY, ZeroSettings(2, offload_optimizer=True), 2) == (32 * 296 + 2 * 424) // 2
+    assert 4 * buckets_bytes(PARTLY, TINY, ZeroSettings(2, overlap_comm=True)) == \
+        5 * buckets_bytes(PARTLY, TINY, ZeroSettings(2))
     assert [buckets_bytes(PARTLY, TINY, ZeroSettings(stage)) for stage in range(4)] == [
         6 * 296, 4 * 424, 8 * 296, 4 * 296]
 

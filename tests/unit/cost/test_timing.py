@@ -46,9 +46,12 @@ def test_the_slowest_link_of_the_ring_decides() -> None:
 
 
 @pytest.mark.parametrize(("device", "memory_gib", "gpu"), [
-    ("NVIDIA A100-SXM4-40GB", 39.4, "A100-40"), ("NVIDIA A100 80GB PCIe", 79.3, "A100-80"),
+    ("NVIDIA A100-SXM4-40GB", 39.4, "A100-40"), ("NVIDIA A100-SXM4-80GB", 79.3, "A100-80"),
+    ("NVIDIA A100-PCIE-40GB", 39.4, "A100-40-PCIe"), ("NVIDIA A100 80GB PCIe", 79.3, "A100-80-PCIe"),
+    ("NVIDIA H100 PCIe", 79.6, "H100-PCIe"), ("NVIDIA H100 NVL", 93.1, "H100-NVL"),
     ("NVIDIA H100 80GB HBM3", 79.1, "H100"), ("NVIDIA H200", 139.8, "H200"), ("AMD Instinct MI250X", 64.0, "MI250X"),
-    ("NVIDIA GH200 480GB", 95.0, None), ("NVIDIA GeForce GTX 1080", 8.0, None), (None, 23.0, None),
+    ("NVIDIA GH200 480GB", 95.0, "GH200"), ("NVIDIA GH200 120GB", 94.5, "GH200"), ("NVIDIA A10", 22.0, None),
+    ("NVIDIA GeForce GTX 1080", 8.0, None), (None, 23.0, None),
 ])
 def test_a_device_is_known_by_its_driver_s_name(device: str | None, memory_gib: float, gpu: str | None) -> None:
     assert gpu_named(device, memory_gib) == gpu

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from typing import Any
 
@@ -14,7 +13,14 @@ from prelora_ds.config.tree import Config
 from prelora_ds.cost.forecast import fastest_images_per_s
 from prelora_ds.data.loader import TrainLoader
 from prelora_ds.data.manifest import Manifest
-from prelora_ds.data.setup import count_workers, decode_rate, make_loader, open_data, samples_per_epoch
+from prelora_ds.data.setup import (
+    cores_per_rank,
+    count_workers,
+    decode_rate,
+    make_loader,
+    open_data,
+    samples_per_epoch,
+)
 from prelora_ds.data.shards.writer import digits, write_shards
 from prelora_ds.data.unindexed import Unindexed, UnindexedLoader
 from prelora_ds.errors import ConfigError
@@ -80,22 +86,32 @@ def test_classes_of_the_same_number_and_other_names_are_refused(shards, tmp_path
 
 
 def test_workers_are_counted_by_what_the_lora_phase_wants_and_the_cores_to_spare(shards, monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(32)))
     monkeypatch.setattr("prelora_ds.data.setup.decode_rate", lambda *_: 700.0)
     train = Manifest.load(shards / "train")
 
-    def chosen(images_per_s: float | None, ranks: int, **data: Any) -> int:
-        return count_workers(config(shards, **data), train, ranks_here=ranks, images_per_s=images_per_s)[0]
+    def chosen(images_per_s: float | None, cores: int, **data: Any) -> int:
+        return count_workers(config(shards, **data), train, cores=cores, images_per_s=images_per_s)[0]
 
-    assert chosen(500.0, 4, workers=3) == 3
-    assert chosen(500.0, 4, workers="auto") == 1  # 1.25 * 500 / 700
-    assert chosen(2000.0, 4, workers="auto") == 4
-    assert chosen(50_000.0, 4, workers="auto") == 7
-    assert chosen(None, 4, workers="auto") == 7
-    assert chosen(None, 32, workers="auto") == 1
-    _, why = count_workers(config(shards, workers="auto"), train, ranks_here=4, images_per_s=2000.0)
+    assert chosen(500.0, 8, workers=3) == 3
+    assert chosen(500.0, 8, workers="auto") == 1  # 1.25 * 500 / 700
+    assert chosen(2000.0, 8, workers="auto") == 4
+    assert chosen(50_000.0, 8, workers="auto") == 7
+    assert chosen(None, 8, workers="auto") == 7
+    assert chosen(None, 1, workers="auto") == 1
+    _, why = count_workers(config(shards, workers="auto"), train, cores=8, images_per_s=2000.0)
     assert why == ("4 data workers: each rank needs 2,000 images/s in the LoRA phase (predicted), "
                    "a worker decodes 700/s (measured), 7 cores available")
+
+
+@pytest.mark.parametrize(("masks", "cores"), [
+    ([("a", range(32))] * 4, 8),  # no binding: four ranks share a host
+    ([("a", range(8 * rank, 8 * rank + 8)) for rank in range(4)], 8),  # each rank has cores of its own
+    ([("a", range(8)), ("b", range(8))], 8),  # the same numbers on two hosts
+    ([("a", range(16)), ("a", range(16)), ("b", range(4)), ("b", range(4, 8))], 4),
+    ([("a", range(1))] * 2, 0),
+])
+def test_ranks_divide_only_the_cores_that_they_share(masks, cores):
+    assert cores_per_rank([(host, frozenset(numbers)) for host, numbers in masks]) == cores
 
 
 def test_a_worker_s_rate_is_measured(shards):

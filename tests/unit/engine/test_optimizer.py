@@ -156,3 +156,17 @@ def test_until_it_is_bound_it_steps_as_its_parent_does() -> None:
     give_gradient(flat, 0)
     optimizer.step()
     assert optimizer.state[flat]["step"] == 1 and not optimizer.steps
+
+
+def test_the_fused_kernel_of_torch_takes_the_steps_of_each_name() -> None:
+    """It agrees with the other kernels within rounding, also where the steps of names differ."""
+    flats = [flat_tensor(), flat_tensor()]
+    plain, fused = (bound(flat) for flat in flats)
+    fused.param_groups[0]["fused"] = True
+    for step, names in enumerate(["abc", "ac", "abc", "b", "abc"]):
+        for flat, optimizer in zip(flats, (plain, fused), strict=True):
+            optimizer.active = None if names == "abc" else frozenset(names)
+            give_gradient(flat, step)
+            optimizer.step()
+    assert fused.steps == plain.steps == {"a": 4, "b": 4, "c": 4}
+    torch.testing.assert_close(flats[1].detach(), flats[0].detach(), rtol=1e-6, atol=1e-7)

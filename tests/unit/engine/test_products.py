@@ -83,10 +83,11 @@ def test_they_are_fp32_products_rounded_once():
 def test_a_rank_replaces_them_only_on_a_cpu_without_bf16(lacks):
     program = f"""
 import torch
+from prelora_ds.accelerator import choose_accelerator
 from prelora_ds.engine import products, runtime
 
 runtime.lacks_bf16_products = lambda: {lacks}
-runtime.choose_accelerator()
+choose_accelerator()
 runtime.init_process_group()
 torch.distributed.destroy_process_group()
 assert products.multiply_in_fp32.cache_info().currsize == {int(lacks)}

@@ -51,7 +51,15 @@ def test_two_ranks_with_one_device_are_named() -> None:
     assert (key, value) == ("LOCAL_RANK", 0) and "ranks 4 and 5" in problem and "host2" in problem
 
 
-@pytest.mark.parametrize("key", ["torch", "config", "new"])
+def test_two_ranks_with_one_gpu_are_named() -> None:
+    """Hosts have equal addresses, and local ranks do not show which GPU a launcher gave a rank."""
+    with_gpus = [replace(info, gpu=f"0000:{info.local_rank:02x}:00") for info in ALL]
+    assert verdict_on(with_gpus, 6, 1.0)["mistake"] is None
+    key, value, problem, _ = verdict_on([*with_gpus[:5], replace(with_gpus[5], gpu="0000:00:00")], 6, 1.0)["mistake"]
+    assert (key, value) == ("GPU", "0000:00:00") and "ranks 4 and 5 on host host2" in problem
+
+
+@pytest.mark.parametrize("key", ["torch", "config", "accelerator", "new"])
 def test_a_host_with_another_installation_is_named(key: str) -> None:
     other = replace(ALL[4], fingerprint=FINGERPRINT | {key: "other"})
     differing, value, problem, _ = verdict_on([*ALL[:4], other, ALL[5]], 6, 1.0)["mistake"]

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from prelora_ds.errors import ConfigError, LaunchError
-from prelora_ds.hosts.diagnosis import diagnose, hostfile_name, is_echo
+from prelora_ds.hosts.diagnosis import aborted_ranks, diagnose, hostfile_name, is_echo
 from prelora_ds.hosts.heartbeat import HEARTBEAT_FILE, LOCK_FILE, AttemptRecord, read_json, write_json
 from prelora_ds.hosts.hostfile import Host
 from prelora_ds.hosts.lock import Lock
@@ -332,6 +332,34 @@ def test_a_failure_caused_by_another_ranks_is_an_echo() -> None:
     assert not is_echo({"code": 1, "why": "ValueError"})
     assert not is_echo({"code": 1, "why": "BrokenPipeError: [Errno 32] Broken pipe"})
     assert not is_echo({"code": 85, "why": "was suspended for 20 s, then: hung", "slept_s": 20.0})
+
+
+@pytest.mark.parametrize("number", [signal.SIGABRT, signal.SIGSEGV, signal.SIGKILL])
+def test_a_rank_that_nccls_watchdog_would_abort_leaves_its_stacks(tmp_path: Path, number: signal.Signals) -> None:
+    folder = tmp_path / "attempt-1"
+    folder.mkdir()
+    program = ("import os, sys\nfrom pathlib import Path\nfrom prelora_ds.hosts.heartbeat import AttemptRecord\n"
+               "AttemptRecord(Path(sys.argv[1]), 3).record_fatal_signals()\nos.kill(os.getpid(), int(sys.argv[2]))")
+    ended = subprocess.run([sys.executable, "-c", program, folder, str(int(number))], check=False)
+    assert ended.returncode == -number
+    assert aborted_ranks(folder) == ({3} if number == signal.SIGABRT else set())
+    assert ('File "<string>", line 5' in (folder / "fatal-3.txt").read_text()) == (number != signal.SIGKILL)
+
+
+def test_aborted_ranks_are_echoes_of_the_one_that_left_nothing(world: World) -> None:
+    """NCCL aborts the ranks that lost another one, and the launcher ends."""
+    script = """
+    for rank in 0 1 2 3; do
+        echo "{\\"rank\\": $rank, \\"host\\": \\"$([ $rank -lt 2 ] && echo a || echo b)\\"}" > "$own/rank-$rank.json"
+        : > "$own/fatal-$rank.txt"
+    done
+    [ "$attempt" = 2 ] && mark DONE && exit 0
+    for rank in 0 1 3; do echo "Fatal Python error: Aborted" > "$own/fatal-$rank.txt"; done
+    exit 134
+    """
+    assert world.supervisor(script).run() == 0
+    assert attempts(world) == ["a, b", "a, c"]
+    assert any("the rank on host b exited without a record" in line for line in world.said)
 
 
 @pytest.mark.parametrize(("policy", "problem"), [
