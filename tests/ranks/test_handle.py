@@ -61,14 +61,14 @@ def test_around_our_own_vit_and_data_it_is_our_own_loop_bit_for_bit(ranks, shard
     own = tmp_path / "own"
     own.mkdir()
     ranks.run(with_our_own_loop, settings=[*settings, f"run.output_dir={own}"])
-    losses, observations, phases = ranks.run(with_the_handle, settings=settings, out=str(tmp_path / "model"))[0]
+    losses, closed, phases = ranks.run(with_the_handle, settings=settings, out=str(tmp_path / "model"))[0]
 
     rows = read_lines(own / "metrics.jsonl")
     assert losses == [row["train/loss"] for row in rows]
     assert phases == [row["phase"] for row in rows]
-    windows = [{key: row[key] for key in ("index", "last_step", "loss", "norms")}
+    windows = [{key: row[key] for key in ("index", "last_step", "loss", "norms", "losses")}
                for row in read_lines(own / "windows.jsonl")]
-    assert observations == windows
+    assert closed == windows
     ours, theirs = (load_file(folder / "model/model.safetensors") for folder in (own, tmp_path))
     theirs = with_rgb_patches(theirs)  # our own export of a model for grey images takes RGB images
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
