@@ -13,6 +13,7 @@ from support.launches import Job, differences, traces
 from support.runs import LABELS, Trainer, config, same
 
 from prelora_ds.core.adapters import Lora
+from prelora_ds.core.rank_rules.stable_rank import StableRanks
 from prelora_ds.engine.measure import gathered
 from prelora_ds.engine.spectra import (
     SpectrumMeter,
@@ -25,7 +26,7 @@ from prelora_ds.engine.state import initial_state
 from prelora_ds.model.adapters import lora
 from prelora_ds.model.families import named_parameters
 from prelora_ds.model.vit import build_model
-from prelora_ds.reporting.replay import read_logged
+from prelora_ds.reporting.replay import Settings, read_logged, replayed
 from prelora_ds.run.folder import RunFolder
 from prelora_ds.run.log import read_lines
 
@@ -195,6 +196,17 @@ def test_the_ranks_follow_from_the_log(whole: Path) -> None:
                 assert rank == 1 or held(rank // 2) < 0.6
     rows = {row["step"]: row for row in read_lines(whole / "metrics.jsonl")}
     assert rows[4]["stable_rank/q.01"] == last["q"][1].stable_rank
+
+
+def test_the_log_tells_what_another_test_and_another_rule_would_have_decided(whole: Path) -> None:
+    logged = read_logged(RunFolder(whole))
+    settings = Settings("stable_rank", {"tau": [50.0], "k": [2], "m": [1]}, ranks=StableRanks(1, 8))
+    warmup = replayed(logged, settings)["decisions"][0]
+    assert (warmup["step"], warmup["phase"]) == (2, "warmup")
+    assert "all stable ranks changed by at most" in warmup["reason"]
+    for family, layers in logged.observations[1].spectra.items():
+        assert warmup["ranks"][family] == {
+            layer: min(math.ceil(8 * seen.stable_rank / seen.first_stable_rank), 8) for layer, seen in layers.items()}
 
 
 def test_the_exported_model_has_the_frozen_values_of_a_layer_without_an_adapter(whole: Path) -> None:
