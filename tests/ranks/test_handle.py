@@ -46,7 +46,8 @@ RELORA = "phases=[{name: full, until: 4 steps}, " \
 DYNALORA = "phases=[{name: full, until: 4 steps}, " \
            "{name: dyna, adapters: {rank: 4, mode: branch}, train: [adapters, rest], " \
            "active: {choose: discounted, k: 3, every: 2 steps, importance: backward, optimizer: local}}]"
-METHODS = {"prelora": ("lora.mode=branch",), "relora": (*NONE, RELORA), "dynalora": (*NONE, DYNALORA)}
+METHODS = {"prelora": ("lora.mode=branch", "observe.spectra=true"), "relora": (*NONE, RELORA),
+           "dynalora": (*NONE, DYNALORA)}
 
 
 @pytest.mark.parametrize(("zero", "method"), [
@@ -66,7 +67,7 @@ def test_around_our_own_vit_and_data_it_is_our_own_loop_bit_for_bit(ranks, shard
     rows = read_lines(own / "metrics.jsonl")
     assert losses == [row["train/loss"] for row in rows]
     assert phases == [row["phase"] for row in rows]
-    windows = [{key: row[key] for key in ("index", "last_step", "loss", "norms", "losses")}
+    windows = [{key: row[key] for key in ("index", "last_step", "loss", "norms", "losses", "spectra")}
                for row in read_lines(own / "windows.jsonl")]
     assert closed == windows
     ours, theirs = (load_file(folder / "model/model.safetensors") for folder in (own, tmp_path))
