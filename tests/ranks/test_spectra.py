@@ -249,3 +249,17 @@ def test_observing_spectra_changes_nothing_else(whole, forge, shards, tmp_path):
                       for row in rich[part]]
         assert not any("spectra" in row for row in plain[part])
     assert differences(rich, plain) == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("how", ["resize", "merge"])
+def test_a_layer_without_an_adapter_gets_one_in_a_later_phase(forge, shards, tmp_path, how):
+    out = tmp_path / "out"
+    low, again = "{name: low, ", f"{{name: again, adapters: {{from: {how}, rank: 4}}, train: [adapters, rest]}}]"
+    method = METHOD.replace("{name: warmup, ", low).replace("until: 4 steps", "train: [adapters, rest], until: 4 steps")
+    method = method.replace("{name: lora, train: [adapters, rest]}]", again)
+    job = Job(forge, out, shards, *SETTINGS, method)
+    assert job.end() == [0, 0], job.said()[-3000:]
+    _, before, after = [row["plan"] for row in read_lines(out / "events.jsonl") if row["event"] == "plan"]
+    assert len(before["adapters"]) + len(before["unadapted"]) == 12 and before["unadapted"]
+    assert len(after["adapters"]) == 12 and "unadapted" not in after
