@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from prelora_ds.config.adapters import KEPT_MAY_CHANGE, AdaptersConfig, check_kernel, check_resizes
+from prelora_ds.config.adapters import KEPT_MAY_CHANGE, AdaptersConfig, check_computation, check_resizes
 from prelora_ds.config.fields import FieldError
 from prelora_ds.config.phases import PhaseConfig, SwitchTestConfig
 from prelora_ds.core.adapters import KINDS
@@ -59,7 +59,7 @@ def _check_adapters(phase: PhaseConfig, before: AdaptersConfig | None, *, first:
         if before is None and new.from_ in ("merge", "resize"):
             raise FieldError(f"{key}.from", new.from_, "there are no adapters before this phase; choose fresh")
         if new.from_ == "resize":
-            check_resizes(new.kind, new.options, f"{key}.from", "resize")
+            check_resizes(new, f"{key}.from", "resize")
         if new.ranks is not None and new.ranks.every is not None:
             _check_every(phase, new, f"{key}.ranks.every", str(new.ranks.every))
         if new.from_ == "merge" and before is not None and not KINDS[before.kind].can.merges:
@@ -71,7 +71,7 @@ def _check_adapters(phase: PhaseConfig, before: AdaptersConfig | None, *, first:
     elif isinstance(phase.adapters, AdaptersConfig):
         if before is None:
             raise FieldError(f"{key}.from", "keep", "there are no adapters before this phase; choose fresh")
-        check_kernel(phase.adapters.mode, before.kind, f"{key}.mode")
+        check_computation(phase.adapters, before.kind, f"{key}.")
         adapters = before.model_copy(update={name: getattr(phase.adapters, name) for name in KEPT_MAY_CHANGE})
 
     if adapters is None and "adapters" in phase.trained:
@@ -90,7 +90,7 @@ def _check_adapters(phase: PhaseConfig, before: AdaptersConfig | None, *, first:
 
 def _check_every(phase: PhaseConfig, new: AdaptersConfig, key: str, every: str) -> None:
     """Raise FieldError about ``key`` if the ranks cannot be chosen again during the phase."""
-    check_resizes(new.kind, new.options, key, every)
+    check_resizes(new, key, every)
     if phase.merge is not None:
         raise FieldError(key, every, f"would change the ranks within a cycle of {phase.name}.merge",
                          "remove one of the two")
@@ -124,6 +124,9 @@ def _check_active(phase: PhaseConfig, adapters: AdaptersConfig | None, *, tests:
     if phase.active.choose == UNCONVERGED and not tests:
         raise FieldError(f"{key}.choose", UNCONVERGED, "compares the windows of a test, but no phase ends by a test",
                          "choose another rule, or let a phase end by a test")
+    if not KINDS[adapters.kind].can.selects:
+        raise FieldError(key, phase.active.choose, f"selects adapters, but those of the kind {adapters.kind} all train "
+                         "all the time", "remove it, or choose another kind")
     for name in ("dropout", "mode"):
         value = getattr(adapters, name)
         if value not in (0, "auto", "branch", "merged"):
