@@ -52,15 +52,13 @@ class Dora:
 
         forward = down + up
         backward = 0
-        traffic = x + 7 * y
-        if needs_a or needs_b or needs.x:  # the gradient times m / n
-            traffic += 2 * y
+        traffic = x + 4 * y
         if needs_a or needs.x:
             backward += up
             traffic += y
         if needs.x:
             backward += down
-            traffic += 2 * x
+            traffic += 2 * x + 2 * inputs * outputs  # the weight is scaled
         if needs_a:
             backward += down
             traffic += x
@@ -68,6 +66,6 @@ class Dora:
             backward += up
             traffic += y
         if needs_m:
-            traffic += 6 * y
+            traffic += 5 * y
         return AdapterCost(forward, backward, traffic, calls=3, keeps_input=needs_a, keeps_output=needs_m,
                            saved=rows * rank_of(spec) if needs_b else 0)

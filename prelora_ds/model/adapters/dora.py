@@ -70,8 +70,12 @@ def _row_norms(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: 
 
 
 def _ratio(m: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
-    """Return c = m / n in the type of n. A row of zeros has m = n = 0, and stays zero."""
-    return m.to(norm.dtype) / norm.where(norm > 0, 1)
+    """Return c = m / n in the type of n, but at least 2^-20, so that the bias can be divided by it.
+
+    A row of zeros has m = n = 0, and stays zero.
+    """
+    c = m.to(norm.dtype) / norm.where(norm > 0, 1)
+    return c.where(c.abs() > 2**-20, 2**-20)
 
 
 class _DoraProduct(torch.autograd.Function):
@@ -91,12 +95,10 @@ class _DoraProduct(torch.autograd.Function):
     ) -> torch.Tensor:
         _, needs_w, _, needs_a, needs_b, needs_m, *_ = ctx.needs_input_grad
         c = _ratio(m, norm)
-        y = nn.functional.linear(x, weight, bias)
-        # Add (c - 1) (y - bias) instead of multiplying by c: where c is 1, y stays bitwise.
-        y.addcmul_(y if bias is None else y - bias, (c - 1).to(y.dtype))
+        # The bias is divided by c before all is multiplied by it. Where c is 1, y stays bitwise.
+        y = nn.functional.linear(x, weight, None if bias is None else (bias / c).to(bias.dtype)).mul_(c)
         h = nn.functional.linear(x, a)
-        scaled_b = (b * c[:, None]).to(b.dtype)
-        y.view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), scaled_b.t(), alpha=scaling)
+        y.view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), (b * c[:, None]).to(b.dtype).t(), alpha=scaling)
 
         # The output is kept for the gradient of m. Attention and GELU keep the outputs of q, k, v and fc1 anyway.
         ctx.save_for_backward(x if needs_w or needs_a else None, h if needs_b else None, y if needs_m else None,
@@ -114,24 +116,27 @@ class _DoraProduct(torch.autograd.Function):
         flat_x: Any = None if x is None else x.reshape(-1, x.shape[-1])  # kept whenever it is used
         grad_x = grad_w = grad_bias = grad_a = grad_b = grad_m = None
 
-        if needs_x or needs_w or needs_a or needs_b:
-            scaled = g * _ratio(m, norm).to(g.dtype)
+        # Scale the matrices by c, and not the gradient, which has a row for each token.
+        c = _ratio(m, norm)[:, None]
         if needs_x or needs_a:
-            gb = scaled @ b  # [tokens, rank]
+            gb = g @ (b * c).to(b.dtype)  # [tokens, rank]
         if needs_x:
-            grad_x = (scaled @ weight).addmm_(gb, a, alpha=s).view(*grad.shape[:-1], -1)
+            scaled = torch.mul(weight, c, out=torch.empty_like(weight))
+            grad_x = (g @ scaled).addmm_(gb, a, alpha=s).view(*grad.shape[:-1], -1)
         if needs_w:
-            grad_w = scaled.t() @ flat_x
-        if needs_bias:
-            grad_bias = g.sum(0)
+            grad_w = (g.t() @ flat_x).mul_(c)
+        if needs_bias or (needs_m and bias is not None):
+            grad_bias = g.sum(0, dtype=norm.dtype)
         if needs_a:
             grad_a = (gb.t() @ flat_x).mul_(s)
         if needs_b:
-            grad_b = (scaled.t() @ h.view(-1, h.shape[-1])).mul_(s)
+            grad_b = (g.t() @ h.view(-1, h.shape[-1])).mul_(s * c)
         if needs_m:  # the output without the bias is proportional to m
-            y = y.view(-1, y.shape[-1])
-            sums = (g * (y if bias is None else y - bias)).sum(0, dtype=norm.dtype)
+            sums = (g * y.view(-1, y.shape[-1])).sum(0, dtype=norm.dtype)
+            if bias is not None:
+                sums -= bias * grad_bias
             grad_m = (sums / m.to(norm.dtype).where(m != 0, 1)).to(m.dtype)
+        grad_bias = grad_bias.to(bias.dtype) if needs_bias else None
         return grad_x, grad_w, grad_bias, grad_a, grad_b, grad_m, None, None
 
 
