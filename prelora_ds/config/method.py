@@ -8,7 +8,7 @@ from typing import Any
 from prelora_ds.config.adapters import KEPT_MAY_CHANGE, AdaptersConfig, check_computation, check_resizes
 from prelora_ds.config.fields import FieldError
 from prelora_ds.config.phases import PhaseConfig, SwitchTestConfig
-from prelora_ds.core.adapters import KINDS
+from prelora_ds.core.adapters import KINDS, AdapterSpec
 from prelora_ds.core.duration import Duration
 from prelora_ds.core.plan import ADAPTERS, BASE
 from prelora_ds.core.selection import UNCONVERGED
@@ -27,6 +27,7 @@ def check_method(phases: Sequence[PhaseConfig]) -> None:
     for i, phase in enumerate(phases):
         _check_until(phase, last=i + 1 == len(phases))
         adapters = _check_adapters(phase, adapters, first=i == 0, tests=tests)
+        _check_update(phase, adapters, phases[i - 1] if i else None)
         _check_roles(phase, adapters)
 
 
@@ -86,6 +87,26 @@ def _check_adapters(phase: PhaseConfig, before: AdaptersConfig | None, *, first:
                              f"adapters of the kind {adapters.kind} train only at ZeRO stages "
                              f"{', '.join(map(str, sorted(stages)))}")
     return adapters
+
+
+def _check_update(phase: PhaseConfig, adapters: AdaptersConfig | None, before: PhaseConfig | None) -> None:
+    """Raise FieldError if first values are to be made from an update of weights that there is not.
+
+    before: the phase before.
+    """
+    if adapters is None or not KINDS[adapters.kind].needs_update(AdapterSpec("", 1, 1.0, 0, adapters.options)):
+        return
+    key, value = f"{phase.name}.adapters.options.init", "update"
+    attached = phase.new_adapters is not None and phase.new_adapters.from_ != "resize"
+    if attached and (before is None or "all" not in before.trained):
+        raise FieldError(key, value, "makes A from the last update of the weights, but the phase before does not train "
+                         "them", "choose kaiming or gaussian, or let the phase before train all")
+    if adapters.options.get("train_a") is False:
+        raise FieldError(key, value, "makes A from the last update of the weights, but with train_a: false a resumed "
+                         "run draws A again from the seed", "choose kaiming or gaussian, or let A train")
+    if phase.merge is not None:
+        raise FieldError(key, value, "makes A from the last update of the weights, but adapters that begin again after "
+                         f"a merge ({phase.name}.merge) have none", "choose kaiming or gaussian")
 
 
 def _check_every(phase: PhaseConfig, new: AdaptersConfig, key: str, every: str) -> None:

@@ -20,6 +20,7 @@ from prelora_ds.engine.state import copy_state, gather_full
 from prelora_ds.engine.transition import transition
 from prelora_ds.exporting.hf import merge
 from prelora_ds.model.vit import build_model, logits_of
+from prelora_ds.run.decide import change_adapters
 
 QUICK = [("dora", "zero0"), ("dora", "zero2"), ("dora", "zero3"), ("vera", "zero3")]
 AT_STAGES = [setting if setting in QUICK else pytest.param(*setting, marks=pytest.mark.long)
@@ -168,6 +169,35 @@ def from_dora_to_lora():
     assert (t.outputs() - before).norm() < 0.02 * before.norm()
     for family, layers in weight_norms(t.engine).effective.items():
         assert layers == pytest.approx(norms.effective[family], rel=2e-3)
+    t.train(2)
+    t.close()
+
+
+@pytest.mark.parametrize("zero", ["zero2", *(
+    pytest.param(zero, marks=pytest.mark.long) for zero in ("zero0", "zero3"))])
+def test_a_may_begin_at_the_directions_of_the_last_update(ranks, zero):
+    ranks.run(from_the_update, zero=zero)
+
+
+def from_the_update(zero):
+    t = Trainer(config(zero))
+    t.train(3)
+    moments, before = t.whole_state(), t.outputs()
+    adapters = {path: replace(spec, options={"init": "update"}) for path, spec in t.warmup.adapters.items()}
+    warmup = replace(t.warmup, adapters=adapters)
+    t.engine, _ = transition(t.engine, warmup, edit=partial(change_adapters, layout=t.layout))
+    assert torch.equal(before, t.outputs())
+    state = t.whole_state()
+    for path, spec in warmup.adapters.items():
+        shape = t.layout.parameters[f"{path}.weight"]
+        first, second = (moments[f"{path}.weight", key].view(shape).double() for key in ("exp_avg", "exp_avg_sq"))
+        update = first / second.sqrt().clamp_min(1e-30)
+        a = state[f"{path}.lora_A.weight", "master"].view(spec.rank, -1).double()
+        torch.testing.assert_close(a @ a.t(), torch.eye(spec.rank, dtype=a.dtype) / 3, rtol=0, atol=1e-5)
+        gains = (update @ a.t()).norm(dim=0) * 3**0.5
+        expected = torch.linalg.svdvals(update)[: spec.rank]
+        torch.testing.assert_close(gains, expected, rtol=1e-4, atol=1e-6)
+    assert not any(what == "step" and ".lora_A" in name for name, what in state)
     t.train(2)
     t.close()
 

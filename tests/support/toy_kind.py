@@ -50,6 +50,9 @@ class ToyKind:
     def trains(self, spec: AdapterSpec) -> frozenset[str]:
         return frozenset({"gain"})
 
+    def needs_update(self, spec: AdapterSpec) -> bool:
+        return False
+
     def role(self, leaf: str) -> str:
         return "gain"
 

@@ -30,6 +30,9 @@ class Dora:
     def trains(self, spec: AdapterSpec) -> frozenset[str]:
         return Lora().trains(spec) | {self.M}
 
+    def needs_update(self, spec: AdapterSpec) -> bool:
+        return Lora().needs_update(spec)
+
     def role(self, leaf: str) -> str:
         return {self.A: "a", self.B: "b", self.M: "m"}[leaf]
 

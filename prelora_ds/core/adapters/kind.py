@@ -116,6 +116,10 @@ class AdapterKind(Protocol):
         """The leaves that train."""
         ...
 
+    def needs_update(self, spec: AdapterSpec) -> bool:
+        """Whether its first values are made from the update that the optimizer gives the weight at the switch."""
+        ...
+
     def role(self, leaf: str) -> str:
         """The role of a leaf. The learning rate can be scaled per role."""
         ...

@@ -14,7 +14,8 @@ class Lora:
     With the option ``train_a`` set to false A stays at its first value: LoRA-FA (Zhang et al. 2023).
 
     The option ``init`` is the distribution of A's first value: ``kaiming`` is uniform with the bound 1 / sqrt(in),
-    ``gaussian`` is normal with the deviation 1 / rank. B is zero at first.
+    ``gaussian`` is normal with the deviation 1 / rank. With ``update`` its rows are the directions of the inputs in
+    which the optimizer changes the weight most. B is zero at first.
     """
 
     A, B = "lora_A.weight", "lora_B.weight"
@@ -22,7 +23,7 @@ class Lora:
                        selects=True, dropout=True, kernels=("branch", "merged", "peft"), needs_weight=False,
                        zero_stages=frozenset({0, 1, 2, 3}), at_attach="exact")
     options: Mapping[str, Option] = MappingProxyType({"train_a": True, "init": "kaiming"})
-    choices: Mapping[str, tuple[str, ...]] = MappingProxyType({"init": ("kaiming", "gaussian")})
+    choices: Mapping[str, tuple[str, ...]] = MappingProxyType({"init": ("kaiming", "gaussian", "update")})
 
     def parameters(self, weight: Shape, spec: AdapterSpec) -> Mapping[str, Shape]:
         outputs, inputs = weight
@@ -31,6 +32,9 @@ class Lora:
     def trains(self, spec: AdapterSpec) -> frozenset[str]:
         train_a = spec.options.get("train_a", self.options["train_a"])
         return frozenset({self.A, self.B} if train_a else {self.B})
+
+    def needs_update(self, spec: AdapterSpec) -> bool:
+        return spec.options.get("init", self.options["init"]) == "update"
 
     def role(self, leaf: str) -> str:
         return {self.A: "a", self.B: "b"}[leaf]

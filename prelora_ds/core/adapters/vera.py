@@ -30,6 +30,9 @@ class Vera:
     def trains(self, spec: AdapterSpec) -> frozenset[str]:
         return frozenset({self.B, self.D})
 
+    def needs_update(self, spec: AdapterSpec) -> bool:
+        return False
+
     def role(self, leaf: str) -> str:
         return {self.B: "b", self.D: "d"}[leaf]
 

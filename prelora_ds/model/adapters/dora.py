@@ -114,7 +114,8 @@ class _DoraProduct(torch.autograd.Function):
         s = ctx.scaling
         g = grad.reshape(-1, grad.shape[-1])
         flat_x: Any = None if x is None else x.reshape(-1, x.shape[-1])  # kept whenever it is used
-        grad_x = grad_w = grad_bias = grad_a = grad_b = grad_m = None
+        grad_x = grad_w = grad_a = grad_b = grad_m = None
+        grad_bias: Any = None
 
         # Scale the matrices by c, and not the gradient, which has a row for each token.
         c = _ratio(m, norm)[:, None]

@@ -222,6 +222,8 @@ def initial(name: str, leaf: str, shape: Shape, spec: AdapterSpec, cycle: int = 
             weight: torch.Tensor | None = None) -> torch.Tensor:
     """Return the fp32 initial value of ``name``: B is zero, and A as the option ``init`` says.
 
+    With ``update`` it is that of ``kaiming``, for what `prelora_ds.engine.from_update` has not set.
+
     Source: LoRA, section 4.1; the two distributions of A are those of peft. The value depends only
     on the spec, on ``cycle`` (`Plan.cycle`) and on ``name``, so it is the same on every rank and for
     every world size. ``weight`` is not needed.

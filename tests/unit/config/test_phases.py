@@ -45,6 +45,7 @@ LIST: list[dict[str, Any]] = [
 ]
 
 CYCLE = {"every": "5 steps"}
+UPDATE = {"init": "update"}
 TOP = {"choose": "top_k", "every": "5 steps"}
 LORA = {"name": "b", "adapters": {"rank": 4}, "train": ["adapters", "rest"]}
 
@@ -189,7 +190,15 @@ def test_an_override_of_a_phase_that_is_not_there_names_those_that_are(tmp_path:
     ([LIST[0], {"name": "b", "adapters": {"rank": 4, "kind": "boft"}}], "phases.b.adapters.kind",
      "keeps a matrix in x in per linear"),
     ([LIST[0], {"name": "b", "adapters": {"rank": 4, "options": {"init": "gausian"}}}],
-     "phases.b.adapters.options.init", "is not one of kaiming, gaussian"),
+     "phases.b.adapters.options.init", "is not one of kaiming, gaussian, update"),
+    ([{"name": "b", "adapters": {"rank": 4, "options": UPDATE}}], "phases.b.adapters.options.init",
+     "the phase before does not train them"),
+    ([{**LIST[0], "train": ["head"]}, {"name": "b", "adapters": {"rank": 4, "options": UPDATE}}],
+     "phases.b.adapters.options.init", "the phase before does not train them"),
+    ([LIST[0], {"name": "b", "adapters": {"rank": 4, "options": {**UPDATE, "train_a": False}}}],
+     "phases.b.adapters.options.init", "draws A again from the seed"),
+    ([LIST[0], {**LORA, "adapters": {"rank": 4, "options": UPDATE}, "merge": CYCLE}],
+     "phases.b.adapters.options.init", "after a merge"),
     ([LIST[0], {"name": "b", "adapters": {"rank": 4, "kind": "dora", "mode": "merged"}}], "phases.b.adapters.mode",
      "not a kernel of the kind dora"),
     ([LIST[0], {"name": "b", "adapters": {"rank": 4, "kind": "vera", "dropout": 0.1}}], "phases.b.adapters.dropout",
