@@ -70,7 +70,10 @@ def plan(
         row = compared["kinds"][0]
         if adapter != "all" and row["refused"] is not None:
             raise ConfigError("--adapter", adapter, row["refused"], row["remedy"])
-        print_json(compared) if json else print_kinds(compared)
+        if json:
+            print_json(compared)
+        else:
+            print_kinds(compared)
         return
     result = predict_run(config, cluster, layout, images, walltime_s=walltime_s, mean_rank=mean_rank,
                          calibration=calibration)
