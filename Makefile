@@ -103,9 +103,11 @@ lint: setup  ## run ruff, mypy and the import contracts
 	mypy prelora_ds
 	lint-imports --no-logo
 
-docs: setup  ## write docs/config.md from the code, and build the site of the documentation; a broken link is an error
+docs: setup  ## write what docs/ has from the code, and build the site of the documentation; a broken link is an error
 	python -c 'from prelora_ds.config.reference import reference; print(end=reference())' > docs/config.tmp
 	mv docs/config.tmp docs/config.md
+	python -c 'from prelora_ds.config.kinds_tables import with_tables as w; print(end=w(open("docs/methods.md").read()))' > docs/methods.tmp
+	mv docs/methods.tmp docs/methods.md
 	rm -rf $(SITE)
 	sphinx-build -q -W --keep-going -b html -c docs/site . $(SITE)
 	@echo "open $(SITE)/index.html in a browser"

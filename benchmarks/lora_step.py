@@ -32,8 +32,8 @@ from prelora_ds.config.model import ModelConfig
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.plan import Plan
 from prelora_ds.engine.products import lacks_bf16_products, multiply_in_fp32
-from prelora_ds.model.adapters import attach_adapters
-from prelora_ds.model.adapters.lora import lora_linears, refresh_merged_weights
+from prelora_ds.model.adapters import attach_adapters, refresh_adapters
+from prelora_ds.model.adapters.lora import lora_linears
 from prelora_ds.model.families import find_layout, named_parameters
 from prelora_ds.model.vit import build_model
 
@@ -74,7 +74,7 @@ class Variant:
         with torch.no_grad():
             for p, master in zip(self.trained, self.masters, strict=True):
                 p.copy_(master)
-        refresh_merged_weights(self.module)
+        refresh_adapters(self.module)
         self.inputs.grad = None
         done = now()
         self.parts["forward"].append(forward_done - begun)

@@ -34,6 +34,8 @@ def plan(
         min=1, help="images per epoch (default: from the manifest, otherwise ImageNet-1k's 1,281,167)")] = None,
     mean_rank: Annotated[int | None, typer.Option(
         min=1, help="the rank of adapters whose rank a rule chooses (default: 30, or the rule's highest)")] = None,
+    adapter: Annotated[str | None, typer.Option(
+        help="predict the last phase with adapters of this kind instead, or of `all` kinds side by side")] = None,
     json: AsJson = False,
     calibration: Annotated[Path | None, typer.Option(help="use rates measured by `prelora calibrate`")] = None,
 ) -> None:
@@ -43,10 +45,13 @@ def plan(
     """
     from prelora_ds.config.fields import parse_walltime
     from prelora_ds.config.load import load_config
+    from prelora_ds.core.adapters import KINDS
+    from prelora_ds.core.adapters.refused import REFUSED
     from prelora_ds.core.rank_rules.uniform import UniformRank
-    from prelora_ds.cost.forecast import check_costs_are_known, predict_run
+    from prelora_ds.cost.forecast import check_costs_are_known, predict_kinds, predict_run
     from prelora_ds.cost.machines import Cluster
-    from prelora_ds.reporting.forecast_table import print_forecast
+    from prelora_ds.errors import ConfigError
+    from prelora_ds.reporting.forecast_table import print_forecast, print_kinds
     from prelora_ds.start import check_phases
 
     config = load_config(recipe, overrides or (), deepspeed_config, recipe_key="RECIPE")
@@ -59,6 +64,17 @@ def plan(
     if mean_rank is None:
         rules = [spec.adapters.ranks for spec in config.specs() if spec.adapters is not None]
         mean_rank = min([MEAN_RANK, *(rule.highest for rule in rules if not isinstance(rule, UniformRank))])
+    if adapter is not None:
+        kinds = [*KINDS, *REFUSED] if adapter == "all" else [adapter]
+        compared = predict_kinds(config, cluster, layout, images, kinds, mean_rank=mean_rank, calibration=calibration)
+        row = compared["kinds"][0]
+        if adapter != "all" and row["refused"] is not None:
+            raise ConfigError("--adapter", adapter, row["refused"], row["remedy"])
+        if json:
+            print_json(compared)
+        else:
+            print_kinds(compared)
+        return
     result = predict_run(config, cluster, layout, images, walltime_s=walltime_s, mean_rank=mean_rank,
                          calibration=calibration)
     result |= {"images_from": images_from, "labels": labels, "labels_from": labels_from}

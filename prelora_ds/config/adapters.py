@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
 
 from prelora_ds.config.fields import DurationField, FieldError, Positive, Share, Strict, Text, check_name
 from prelora_ds.core.adapters import KINDS, AdapterSpec, Option
+from prelora_ds.core.adapters.refused import REFUSED
 from prelora_ds.core.duration import Duration
 from prelora_ds.core.rank_rules import RANK_RULES, RankRule
 from prelora_ds.core.rank_rules.prelora import Changes
@@ -25,7 +26,7 @@ _TYPES: Mapping[type, str] = {
 # What adapters that continue to train may change: how they train, but not what they are.
 KEPT_MAY_CHANGE = ("dropout", "weight_decay", "mode")
 # What an adapter has from its first phase on; with other ranks it continues to have it.
-LASTING = ("kind", "families", "options", "alpha_over_r")
+LASTING = ("kind", "families", "options", "alpha_over_r", "rs_alpha")
 FAMILIES = ("q", "k", "v", "o", "fc1", "fc2")
 Mode = Literal["auto", "peft", "branch", "merged"]
 
@@ -215,6 +216,12 @@ class AdapterTraining(Strict):
     rank.
     """
 
+    rs_alpha: Annotated[float, Field(gt=0)] | None = None
+    """
+    The alpha of rsLoRA: each adapter is scaled by alpha / sqrt(rank) instead of by `alpha_over_r`,
+    so that adapters of different ranks get different factors; `null` takes `alpha_over_r`.
+    """
+
     dropout: Share = 0.0
     """The probability of dropout on the input of each adapter."""
 
@@ -234,7 +241,7 @@ class AdaptersConfig(AdapterTraining):
     """The adapters of a phase."""
 
     kind: Text = "lora"
-    """The kind of adapter; `lora` is the only one."""
+    """The kind of adapter; docs/methods.md has a table of them."""
 
     rank: Positive | None = None
     """One rank for all adapters. New adapters need either this or `phases.*.adapters.ranks`."""
@@ -249,7 +256,7 @@ class AdaptersConfig(AdapterTraining):
     """The families of linears that get adapters; `null` for all families of the model."""
 
     options: dict[str, Option] = Field(default_factory=dict)
-    """Options of the kind. `lora` has one, `train_a`: `false` leaves A at its first value (LoRA-FA)."""
+    """Options of the kind, as listed in docs/methods.md."""
 
     from_: Literal["fresh", "keep", "merge", "resize"] = Field(default="fresh", alias="from")
     """
@@ -266,10 +273,10 @@ class AdaptersConfig(AdapterTraining):
             self._check_kept()
         if self.from_ == "keep":
             return self
-        if self.kind not in KINDS:
-            raise FieldError("kind", self.kind, f"is not a kind of adapter; known are {', '.join(KINDS)}")
+        check_kind(self.kind)
+        check_scaling(self)
         can = KINDS[self.kind].can
-        check_kernel(self.mode, self.kind)
+        check_computation(self, self.kind)
         if self.ranks is not None and not can.rank_per_module:
             raise FieldError("ranks", self.ranks.rule, f"gives each linear its own rank, but the kind {self.kind} "
                              "supports only one rank for all; set rank instead")
@@ -322,17 +329,44 @@ def check_order(r_min: int, r_max: int) -> None:
         raise FieldError("r_min", r_min, f"r_min {r_min} is larger than r_max {r_max}")
 
 
-def check_kernel(mode: str, kind: str, key: str = "mode") -> None:
-    """Raise FieldError about ``key`` if adapters of ``kind`` cannot be computed by ``mode``."""
-    kernels = ("auto", *KINDS[kind].can.kernels)
-    if mode not in kernels:
-        raise FieldError(
-            key, mode, f"is not a kernel of the kind {kind}; choose {', '.join(kernels)}"
-        )
+def check_kind(kind: str) -> None:
+    """Raise FieldError about ``kind`` if it is not one that can be attached, with the reason if that is known."""
+    if kind in KINDS:
+        return
+    if kind in REFUSED:
+        refused = REFUSED[kind]
+        raise FieldError("kind", kind, refused.reason, refused.remedy)
+    near = difflib.get_close_matches(kind, [*KINDS, *REFUSED], n=1)
+    raise FieldError("kind", kind, f"is not a kind of adapter; known are {', '.join(KINDS)}",
+                     f"did you mean {near[0]}?" if near else None)
 
 
-def check_resizes(kind: str, options: Mapping[str, Option], key: str, value: object) -> None:
-    """Raise FieldError about ``key`` if adapters of ``kind`` with these ``options`` cannot change their ranks."""
+def check_scaling(adapters: AdapterTraining) -> None:
+    """Raise FieldError if two keys set the scaling of adapters."""
+    if adapters.rs_alpha is not None and adapters.alpha_over_r != 1.0:
+        raise FieldError("rs_alpha", adapters.rs_alpha, f"sets the scaling by the rank, but alpha_over_r sets it to "
+                         f"{adapters.alpha_over_r}", "remove one of the two")
+
+
+def check_computation(adapters: AdapterTraining, kind: str, prefix: str = "") -> None:
+    """Raise FieldError about a key, with ``prefix`` before it, if adapters of ``kind`` cannot be computed like this."""
+    can = KINDS[kind].can
+    kernels = ("auto", *can.kernels)
+    if adapters.mode not in kernels:
+        raise FieldError(f"{prefix}mode", adapters.mode,
+                         f"is not a kernel of the kind {kind}; choose {', '.join(kernels)}")
+    if adapters.dropout and not can.dropout:
+        able = ", ".join(name for name, other in KINDS.items() if other.can.dropout)
+        raise FieldError(f"{prefix}dropout", adapters.dropout, f"is not possible with the kind {kind}",
+                         f"set it to 0, or choose a kind with dropout: {able}")
+
+
+def check_resizes(adapters: AdaptersConfig, key: str, value: object) -> None:
+    """Raise FieldError about ``key`` if these ``adapters`` cannot change their ranks."""
+    kind, options = adapters.kind, adapters.options
+    if adapters.rs_alpha is not None:
+        raise FieldError(key, value, "gives adapters other ranks, but rs_alpha scales them by their rank, so the "
+                         "outputs would change", "set alpha_over_r instead, or use merge")
     spec = AdapterSpec(kind, 1, 1.0, 0, options)
     leaves = KINDS[kind].parameters((1, 1), spec).keys()
     if not KINDS[kind].can.resizes:
@@ -364,3 +398,8 @@ def _check_options(kind: str, options: Mapping[str, Option]) -> None:
                 f"is not {_TYPES[wanted]}",
                 f"the default is {json.dumps(defaults[name])}",
             )
+        choices = KINDS[kind].choices.get(name)
+        if choices is not None and value not in choices:
+            near = difflib.get_close_matches(str(value), choices, n=1)
+            raise FieldError(f"options.{name}", value, f"is not one of {', '.join(choices)}",
+                             f"did you mean {near[0]}?" if near else None)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from prelora_ds.config.adapters import KEPT_MAY_CHANGE, AdaptersConfig, check_kernel, check_resizes
+from prelora_ds.config.adapters import KEPT_MAY_CHANGE, AdaptersConfig, check_computation, check_resizes
 from prelora_ds.config.fields import FieldError
 from prelora_ds.config.phases import PhaseConfig, UntilConfig
-from prelora_ds.core.adapters import KINDS
+from prelora_ds.core.adapters import KINDS, AdapterSpec
 from prelora_ds.core.duration import Duration
 from prelora_ds.core.plan import ADAPTERS, BASE
 from prelora_ds.core.selection import UNCONVERGED
@@ -28,6 +28,7 @@ def check_method(phases: Sequence[PhaseConfig]) -> None:
         _check_until(phase, last=i + 1 == len(phases))
         _check_costs(phase, phases[:i + 1])
         adapters = _check_adapters(phase, adapters, first=i == 0, tests=tests)
+        _check_update(phase, adapters, phases[i - 1] if i else None)
         _check_roles(phase, adapters)
         if i == 0 and phase.moments == "reset":
             raise FieldError(f"{phase.name}.moments", "reset", "has nothing to reset in the first phase; remove it")
@@ -73,7 +74,7 @@ def _check_adapters(phase: PhaseConfig, before: AdaptersConfig | None, *, first:
         if before is None and new.from_ in ("merge", "resize"):
             raise FieldError(f"{key}.from", new.from_, "there are no adapters before this phase; choose fresh")
         if new.from_ == "resize":
-            check_resizes(new.kind, new.options, f"{key}.from", "resize")
+            check_resizes(new, f"{key}.from", "resize")
             _check_removes_none(new, key, "from: resize")
         if new.ranks is not None and new.ranks.every is not None:
             _check_every(phase, new, f"{key}.ranks.every", str(new.ranks.every))
@@ -87,7 +88,7 @@ def _check_adapters(phase: PhaseConfig, before: AdaptersConfig | None, *, first:
     elif isinstance(phase.adapters, AdaptersConfig):
         if before is None:
             raise FieldError(f"{key}.from", "keep", "there are no adapters before this phase; choose fresh")
-        check_kernel(phase.adapters.mode, before.kind, f"{key}.mode")
+        check_computation(phase.adapters, before.kind, f"{key}.")
         adapters = before.model_copy(update={name: getattr(phase.adapters, name) for name in KEPT_MAY_CHANGE})
 
     if adapters is None and "adapters" in phase.trained:
@@ -111,9 +112,29 @@ def _check_removes_none(new: AdaptersConfig, key: str, why: str) -> None:
                          "set r_min to at least 1 and remove settled")
 
 
+def _check_update(phase: PhaseConfig, adapters: AdaptersConfig | None, before: PhaseConfig | None) -> None:
+    """Raise FieldError if first values are to be made from an update of weights that there is not.
+
+    before: the phase before.
+    """
+    if adapters is None or not KINDS[adapters.kind].needs_update(AdapterSpec("", 1, 1.0, 0, adapters.options)):
+        return
+    key, value = f"{phase.name}.adapters.options.init", "update"
+    attached = phase.new_adapters is not None and phase.new_adapters.from_ != "resize"
+    if attached and (before is None or "all" not in before.trained):
+        raise FieldError(key, value, "makes A from the last update of the weights, but the phase before does not train "
+                         "them", "choose kaiming or gaussian, or let the phase before train all")
+    if adapters.options.get("train_a") is False:
+        raise FieldError(key, value, "makes A from the last update of the weights, but with train_a: false a resumed "
+                         "run draws A again from the seed", "choose kaiming or gaussian, or let A train")
+    if phase.merge is not None:
+        raise FieldError(key, value, "makes A from the last update of the weights, but adapters that begin again after "
+                         f"a merge ({phase.name}.merge) have none", "choose kaiming or gaussian")
+
+
 def _check_every(phase: PhaseConfig, new: AdaptersConfig, key: str, every: str) -> None:
     """Raise FieldError about ``key`` if the ranks cannot be chosen again during the phase."""
-    check_resizes(new.kind, new.options, key, every)
+    check_resizes(new, key, every)
     _check_removes_none(new, f"{phase.name}.adapters", f"every: {every}")
     if new.rank_rule.windows == 0:
         raise FieldError(key, every, "would choose the same ranks again, because this rule does not depend on what "
@@ -154,6 +175,9 @@ def _check_active(phase: PhaseConfig, adapters: AdaptersConfig | None, *, tests:
     if phase.active.k is not None and adapters.ranks is not None and adapters.ranks.leaves_out:
         raise FieldError(f"{key}.k", phase.active.k, "may be more than there are adapters, because their rule "
                          f"({adapters.ranks.rule}, r_min 0) leaves layers without one", "set share instead")
+    if not KINDS[adapters.kind].can.selects:
+        raise FieldError(key, phase.active.choose, f"selects adapters, but those of the kind {adapters.kind} all train "
+                         "all the time", "remove it, or choose another kind")
     for name in ("dropout", "mode"):
         value = getattr(adapters, name)
         if value not in (0, "auto", "branch", "merged"):

@@ -438,7 +438,7 @@ class PhaseConfig(PhaseSettings):
             options = {name: v for name, v in fresh.options.items() if v != defaults[name]}
             adapters = Adapters(fresh.kind, tuple(fresh.families or families), fresh.rank_rule,
                                 fresh.alpha_over_r, options, fresh.from_ == "resize",
-                                None if fresh.ranks is None else fresh.ranks.every)
+                                None if fresh.ranks is None else fresh.ranks.every, fresh.rs_alpha)
 
         scale: Mapping[str, float] = self.lr_scale if isinstance(self.lr_scale, dict) else {
             BASE: self.lr_scale, ADAPTERS: self.lr_scale}

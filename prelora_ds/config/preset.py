@@ -14,6 +14,7 @@ from prelora_ds.config.adapters import (
     PreloraRule,
     check_families,
     check_powers_of_two,
+    check_scaling,
 )
 from prelora_ds.config.fields import DurationField, FieldError, Positive
 from prelora_ds.config.phases import (
@@ -66,6 +67,7 @@ class LoraConfig(AdapterTraining):
     def _values_fit(self) -> LoraConfig:
         check_powers_of_two(self.r_min, self.r_max)
         check_families(self.families)
+        check_scaling(self)
         return self
 
 

@@ -32,6 +32,7 @@ from prelora_ds.config.phases import (
 )
 from prelora_ds.config.preset import ConvergenceConfig, LoraConfig, check_authors, expanded
 from prelora_ds.config.training import ObserveConfig, OptimizerConfig, TrainConfig
+from prelora_ds.core.adapters import KINDS
 from prelora_ds.core.phases import PhaseSpec
 from prelora_ds.core.plan import Plan
 from prelora_ds.core.selection import Measured
@@ -190,7 +191,7 @@ class Config(Strict):
             adapters: dict[str, Any] = {}
             if new is not None and spec.adapters is not None:
                 adapters["from"] = new.from_
-                for key in ("kind", "rank", "ranks", "alpha_over_r"):
+                for key in ("kind", "rank", "ranks", "alpha_over_r", "rs_alpha"):
                     adapters[key] = shown["adapters"][key]
                 adapters["families"] = list(spec.adapters.families)
                 adapters["options"] = dict(spec.adapters.options)
@@ -289,6 +290,16 @@ class Config(Strict):
                 adapters = phase.adapters
         return adapters
 
+    def _kind(self) -> str:
+        """The kind of the adapters of this phase; that of LoRA if it has none."""
+        kind = "lora"
+        for phase in self.phase_list:
+            if phase.new_adapters is not None:
+                kind = phase.new_adapters.kind
+            if self._phase is not None and phase.name == self._phase.name:
+                break
+        return kind
+
     @property
     def importance(self) -> Measured | None:
         """The importance of its adapters that this phase measures."""
@@ -300,9 +311,13 @@ class Config(Strict):
 
         ``auto`` follows a measurement (benchmarks/lora_step.py): narrow blocks are dominated by kernel
         calls, of which ``merged`` has fewer; from a width of 768 on both take the same time, and
-        ``branch`` needs no fp32 copy of the weight. Only ``branch`` and ``peft`` support dropout.
+        ``branch`` needs no fp32 copy of the weight. Only ``branch`` and ``peft`` support dropout, and only LoRA has
+        more than one kernel.
         """
         mode: str = self.adapters.mode
+        kernels = KINDS[self._kind()].can.kernels
+        if len(kernels) == 1:
+            return kernels[0]
         if stage is None:
             stage = self.zero.stage
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -23,6 +24,7 @@ class Adapters:
     """New adapters, which a phase attaches when it begins, or new ranks for those that exist.
 
     scaling: the factor of what each adapter adds, the same for every rank (``alpha / rank`` in LoRA).
+    rs_alpha: if it is not None, the factor is instead ``rs_alpha / sqrt(rank)`` (rsLoRA, Kalajdzievski 2023).
     resized: whether the adapters of the phase before continue, with other ranks. Otherwise they are merged.
     rechosen: how often ``ranks`` is applied again while the phase lasts; None never does.
     """
@@ -34,6 +36,11 @@ class Adapters:
     options: Mapping[str, Option] = field(default_factory=dict)
     resized: bool = False
     rechosen: Duration | None = None
+    rs_alpha: float | None = None
+
+    def scaling_at(self, rank: int) -> float:
+        """The factor of what an adapter of this ``rank`` adds."""
+        return self.scaling if self.rs_alpha is None else self.rs_alpha / math.sqrt(rank)
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ def plan_of(spec: PhaseSpec, layout: Layout, *, seed: int, since_step: int = 0,
         new = spec.adapters
         rank_of = {layout.targets[family][layer]: rank for family, layers in ranks.items()
                    for layer, rank in layers.items()}
-        adapters = {path: AdapterSpec(new.kind, rank, new.scaling, seed, new.options)
+        adapters = {path: AdapterSpec(new.kind, rank, new.scaling_at(rank), seed, new.options)
                     for path, rank in rank_of.items() if rank}
         unadapted = frozenset(path for path, rank in rank_of.items() if not rank)
 

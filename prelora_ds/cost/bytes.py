@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from prelora_ds.config.tree import ZeroSettings
+from prelora_ds.core.adapters import KINDS
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.plan import Plan
 
@@ -45,7 +46,7 @@ def predict_bytes(plan: Plan, layout: Layout, zero: ZeroSettings, world_size: in
     The terms are those of ZeRO (Rajbhandari et al. 2020, section 3), plus what the wrappers of DeepSpeed 0.19 keep in
     addition: at stage 1 with fp32 accumulation a complete fp32 gradient besides the BF16 one; at stage 3 complete small
     parameters, and the reduction bucket, which is allocated once; with offload a host copy of the gradients, and
-    staging buffers.
+    staging buffers. What adapters keep besides their leaves counts as weights.
 
     kernel: "merged" keeps an fp32 copy of each frozen weight with an adapter.
     parked: the parameters whose fp32 values stay on the host while they are frozen, unless the kernel keeps them. Names
@@ -72,6 +73,7 @@ def predict_bytes(plan: Plan, layout: Layout, zero: ZeroSettings, world_size: in
         gathered = sum(sizes[name] for name in small) if w > 1 else 0
         weights = BF16 * n // w + BF16 * gathered
         buffers = FP32 * min(zero.reduce_bucket_size, t)
+    weights += besides_leaves(plan, layout)
     if zero.offload_optimizer and stage == 2:
         buffers = BF16 * t // w + 2 * BF16 * max(trained)
 
@@ -83,6 +85,16 @@ def predict_bytes(plan: Plan, layout: Layout, zero: ZeroSettings, world_size: in
         buffers=buffers,
         host=FP32 * sum(sizes[name] for name in (parked & sizes.keys()) - plan.trainable - in_module) // w,
     )
+
+
+def besides_leaves(plan: Plan, layout: Layout) -> int:
+    """The bytes that adapters keep on every rank besides their leaves, without what a kernel keeps."""
+    total = 0
+    for kind in sorted({spec.kind for spec in plan.adapters.values()}):
+        linears = [(layout.parameters[f"{path}.weight"], spec)
+                   for path, spec in plan.adapters.items() if spec.kind == kind]
+        total += KINDS[kind].bytes_besides_leaves(linears)
+    return total
 
 
 def _gradients(t: int, a: int, w: int, zero: ZeroSettings, after_backward: bool) -> int:

@@ -125,7 +125,7 @@ def _block(w: _Walk, model: ModelConfig, path: str, size: int, rows: int, droppe
     keeps = []
     for name in ("q_proj", "k_proj", "v_proj"):
         w.input_needs_grad = into_block
-        keeps.append(w.linear(f"{path}.attention.{name}", rows))
+        keeps.append(w.linear(f"{path}.attention.{name}", rows, output_is_kept=True))
         residual |= w.input_needs_grad
     w.saved += normed if any(keeps) else 0  # the three share one storage
     w.input_needs_grad = residual
@@ -137,7 +137,7 @@ def _block(w: _Walk, model: ModelConfig, path: str, size: int, rows: int, droppe
     _residual(w, rows * d, dropped)
 
     normed = w.norm(f"{path}.layernorm_after", rows * d)
-    if w.linear(f"{path}.mlp.fc1", rows):
+    if w.linear(f"{path}.mlp.fc1", rows, output_is_kept=True):
         w.saved += normed
     w.elementwise(2 * rows * f, 3 * rows * f)
     w.saved += BF16 * rows * f if w.input_needs_grad else 0  # the input of GELU; its output is the input of fc2
@@ -204,17 +204,20 @@ class _Walk:
         self.saved += BF16 * hidden if self.input_needs_grad else 0
         return BF16 * hidden
 
-    def linear(self, path: str, rows: int) -> bool:
-        """Add a linear (or the patch projection) on ``rows``, with its adapter; returns whether it keeps its input."""
+    def linear(self, path: str, rows: int, *, output_is_kept: bool = False) -> bool:
+        """Add a linear (or the patch projection) on ``rows``, with its adapter; returns whether it keeps its input.
+
+        output_is_kept: whether the next module keeps the output anyway if it needs a gradient.
+        """
         out, *rest = self.layout.parameters[f"{path}.weight"]
         flops = 2 * rows * math.prod(rest) * out
         weight_trains = f"{path}.weight" in self.training
         self.product(flops, flops * (self.input_needs_grad + weight_trains))
-        keeps = self._adapter(path, rows) if path in self.plan.adapters else False
+        keeps = self._adapter(path, rows, output_is_kept) if path in self.plan.adapters else False
         self.input_needs_grad |= self.trains(path)
         return keeps or weight_trains
 
-    def _adapter(self, path: str, rows: int) -> bool:
+    def _adapter(self, path: str, rows: int, output_is_kept: bool) -> bool:
         spec = self.plan.adapters[path]
         outputs, inputs = self.layout.parameters[f"{path}.weight"]
         kind = kind_of(spec)
@@ -226,7 +229,7 @@ class _Walk:
         self.adapters += cost.forward_flops + cost.backward_flops
         self.traffic += BF16 * cost.traffic
         self.calls += cost.calls
-        self.saved += BF16 * cost.saved
+        self.saved += BF16 * (cost.saved + (rows * outputs if cost.keeps_output and not output_is_kept else 0))
         self.input_needs_grad |= bool(leaves)
         return cost.keeps_input
 

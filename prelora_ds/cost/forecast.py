@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from prelora_ds.config.kinds import with_kind
 from prelora_ds.config.load import check_world
 from prelora_ds.config.tree import Config, ZeroSettings
 from prelora_ds.core.controller import PhaseController, PhaseState
@@ -101,6 +102,51 @@ def predict_run(config: Config, cluster: Cluster, layout: Layout, images: int, *
         "runs": runs,
         "notes": _notes(phases),
     }
+
+
+def predict_kinds(config: Config, cluster: Cluster, layout: Layout, images: int, kinds: Sequence[str], *,
+                  mean_rank: int = 30, calibration: Path | None = None) -> dict[str, Any]:
+    """What each of ``kinds`` would cost in the last phase of a recipe with adapters, as JSON.
+
+    The values are those of the configured ZeRO stage. In the row of a kind that is refused, ``refused`` says why and
+    ``remedy`` what to do instead, and the other values are None.
+
+    Raises ConfigError as `predict_run` does, and for a recipe without adapters.
+    """
+    phases = [spec.name for spec in config.specs()]
+    with_adapters = [plan.phase for plan in plans_at_rank(config.specs(), layout, mean_rank) if plan.adapters]
+    if not with_adapters:
+        raise ConfigError("--adapter", list(kinds), f"needs a phase with adapters, but the recipe has none in "
+                          f"{', '.join(phases)}", "choose another recipe")
+    phase = with_adapters[-1]
+    rows = [_row_of_kind(config, kind, phase, cluster, layout, images, mean_rank, calibration) for kind in kinds]
+    return {"predicted": True, "recipe": config.run.name, **asdict(cluster), "phase": phase,
+            "stage": stage_name(config.for_phase(phase).zero), "mean_rank": mean_rank, "kinds": rows}
+
+
+def _row_of_kind(config: Config, kind: str, phase: str, cluster: Cluster, layout: Layout, images: int, mean_rank: int,
+                 calibration: Path | None) -> dict[str, Any]:
+    row: dict[str, Any] = dict.fromkeys((
+        "refused", "remedy", "ranks", "adapter_parameters", "trainable_share", "weights_bytes", "states_bytes",
+        "activations_bytes", "peak_bytes", "step_s", "gflop_per_image"))
+    row["kind"] = kind
+    try:
+        changed = with_kind(config, kind, mean_rank)
+    except ConfigError as exc:
+        key = "" if exc.key == "kind" else f"{exc.key}: "
+        return {**row, "refused": f"{key}{exc.problem}", "remedy": exc.remedy}
+    plan = next(plan for plan in plans_at_rank(changed.specs(), layout, mean_rank, seed=config.run.seed)
+                if plan.phase == phase)
+    sizes = {name: math.prod(shape) for name, shape in plan.parameters(layout).items()}
+    leaves = plan.leaves(layout)
+    zero = changed.for_phase(phase).zero
+    forecast = predict_run(changed, cluster, layout, images, mean_rank=mean_rank, calibration=calibration)
+    found = next(each for each in forecast["rows"] if each["phase"] == phase
+                 and (each["stage"], each["offload_optimizer"]) == (zero.stage, zero.offload_optimizer))
+    return {**row, **{key: found[key] for key in row.keys() & found.keys()},
+            "adapter_parameters": sum(sizes[name] for name in leaves),
+            "trainable_share": sum(sizes[name] for name in plan.trainable) / sum(sizes.values()),
+            "states_bytes": found["gradients_bytes"] + found["masters_bytes"] + found["moments_bytes"]}
 
 
 def stage_name(zero: ZeroSettings) -> str:

@@ -18,7 +18,7 @@ import torch
 
 from prelora_ds.engine.engine import Engine
 from prelora_ds.engine.state import EngineState
-from prelora_ds.model.adapters import fp32_weights
+from prelora_ds.model.adapters import besides_leaves
 
 T = TypeVar("T")
 
@@ -28,8 +28,8 @@ OWNERS = ("weights", "gradients", "masters", "moments", "buffers", "host", "stat
 def census(engine: Engine | None = None, state: EngineState | None = None) -> dict[str, int]:
     """Return the bytes of all live tensor storages of this process by owner; each counts once.
 
-    weights: the module's parameters and buffers, their 16-bit flat buffers, and the fp32 weights
-        of merged linears.
+    weights: the module's parameters and buffers, their 16-bit flat buffers, and what adapters keep
+        besides their leaves, such as the fp32 weights of merged linears.
     gradients: everything that gradients are kept in.
     masters: the fp32 copies that the optimizer updates.
     moments: the Adam moments.
@@ -159,7 +159,7 @@ def _owned(
         _attributes(optimizer, "bit16_groups_flat", "bf16_groups_flat", "lp_param_buffer"),
     )
     yield "weights", engine.module.buffers()
-    yield "weights", fp32_weights(engine.module).values()
+    yield "weights", besides_leaves(engine.module)
 
     yield (
         "buffers",

@@ -27,7 +27,7 @@ from prelora_ds.engine.runtime import synchronize
 from prelora_ds.engine.skip_update import skipping_update
 from prelora_ds.engine.state import Slice
 from prelora_ds.engine.stopwatch import Stopwatch
-from prelora_ds.model.adapters.lora import refresh_merged_weights
+from prelora_ds.model.adapters import refresh_adapters
 from prelora_ds.model.families import MakeModule
 from prelora_ds.model.losses import classification_loss, count_right
 from prelora_ds.model.vit import logits_of
@@ -262,7 +262,7 @@ class Engine:
         skipped_before = self.ds.skipped_steps
         with contextlib.nullcontext() if accepted else skipping_update(self.ds.optimizer):
             self.ds.step()
-        refresh_merged_weights(self.module)
+        refresh_adapters(self.module)
         self._losses = []
         return bool(self.ds.skipped_steps > skipped_before)
 

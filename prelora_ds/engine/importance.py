@@ -16,7 +16,7 @@ from torch import nn
 
 from prelora_ds.core.selection import Measured
 from prelora_ds.engine.fragments import gradients
-from prelora_ds.model.adapters.lora import LoraLinear
+from prelora_ds.model.adapters.linear import AdaptedLinear, adapted_linears
 
 if TYPE_CHECKING:
     from prelora_ds.engine.engine import Engine
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 def measure_outputs(module: nn.Module, *, on: bool) -> None:
     """Let the linears of ``module`` with adapters measure their outputs from the next forward pass on, or stop them."""
-    for linear in _linears(module).values():
-        a, _ = linear.lora_weights
-        linear.importance = torch.zeros((), dtype=torch.float64, device=a.device) if on else None
+    for _, linear in adapted_linears(module):
+        device = next(linear.parameters()).device
+        linear.importance = torch.zeros((), dtype=torch.float64, device=device) if on else None
 
 
 def parts_of_importance(engine: Engine, kind: Measured | None) -> dict[str, torch.Tensor]:
@@ -36,7 +36,7 @@ def parts_of_importance(engine: Engine, kind: Measured | None) -> dict[str, torc
     `importance_of`. They depend neither on the number of ranks nor on the micro-batch, up to the order of summation.
     """
     if kind == "forward":
-        return {path: _taken(linear) for path, linear in _linears(engine.module).items()}
+        return {path: _taken(linear) for path, linear in adapted_linears(engine.module)}
     if kind == "backward":
         return _squares_of_gradients(engine)
     return {}
@@ -47,7 +47,7 @@ def importance_of(kind: Measured | None, sums: Mapping[str, float]) -> dict[str,
     return {path: math.sqrt(total) for path, total in sums.items()} if kind == "backward" else dict(sums)
 
 
-def _taken(linear: LoraLinear) -> torch.Tensor:
+def _taken(linear: AdaptedLinear) -> torch.Tensor:
     """Return what ``linear`` has measured, and let it begin at 0 again."""
     measured = linear.importance
     assert measured is not None
@@ -68,7 +68,3 @@ def _squares_of_gradients(engine: Engine) -> dict[str, torch.Tensor]:
             path, _ = leaves[fragment.name]
             squares[path] += gradient.double().square().sum().to(device)
     return squares
-
-
-def _linears(module: nn.Module) -> dict[str, LoraLinear]:
-    return {path: m for path, m in module.named_modules() if isinstance(m, LoraLinear)}

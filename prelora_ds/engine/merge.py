@@ -5,7 +5,7 @@ host memory (`Engine.parked`), or in full in a linear that trains merged. Then A
 
 Each rank multiplies only the rows of B that its slice touches, in float64, and rounds the sum once to fp32. So the
 result has the same bits at every world size, on a live engine (`merge_adapters`) and on an exported state
-(`fold_adapters`).
+(`fold_adapters`). What DoRA adds to a row depends on all of the row, so `fold_adapters` gathers its weights.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ from prelora_ds.engine.restore import write_bf16
 from prelora_ds.engine.runtime import device
 from prelora_ds.engine.state import EngineState, Slice, gather_full, gather_parts
 from prelora_ds.engine.values import full_part
-from prelora_ds.model.adapters import fp32_weights, half_of, initial_adapter_value
-from prelora_ds.model.adapters.lora import refresh_merged_weights
+from prelora_ds.model.adapters import fp32_weights, half_of, initial_adapter_value, refresh_adapters
 from prelora_ds.model.families import named_parameters
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ def merge_adapters(engine: Engine, plan: Plan, reset: Reset) -> MergeReport:
     before = _logits_of_probes(engine) if takes_images else None
     _merge_weights(engine)
     done, elements = _restart_adapters(engine, plan, reset)
-    refresh_merged_weights(engine.module, inactive=True)
+    refresh_adapters(engine.module, inactive=True)
     engine.plan = plan
 
     if before is None:
@@ -159,7 +158,11 @@ def fold_adapters(state: EngineState, before: Plan, after: Plan, *, layout: Layo
         leaves = kind_of(spec).parameters(shapes[weight], spec)
         values = {leaf: gather_full(state, f"{path}.{leaf}", "value", shape, device())
                   for leaf, shape in leaves.items()}
-        if weight in state.slices:
+        if kind_of(spec).can.needs_weight:
+            whole = gather_full(state, weight, "value", shapes[weight], device())
+            if weight in state.slices:
+                _write_effective(state.slices[weight], whole, values, spec)
+        elif weight in state.slices:
             add_product(state.slices[weight], shapes[weight], values, spec)
         for leaf in leaves:
             state.slices.pop(f"{path}.{leaf}", None)
@@ -197,12 +200,19 @@ def add_product(part: Slice, shape: Shape, values: Mapping[str, torch.Tensor], s
 
     def product(leaves: Mapping[str, torch.Tensor]) -> torch.Tensor:
         exact = {leaf: value.double() for leaf, value in leaves.items()}
-        return half_of(spec.kind).product(exact, spec, slice(low, high)).view(-1)[start - low * width:][:count]
+        return half_of(spec.kind).product(exact, spec, shape, slice(low, high)).view(-1)[start - low * width:][:count]
 
     added = product(values)
     if without is not None:
         added -= product(without)
     part.value.copy_((part.value.double() + added.to(part.value.device)).float())
+
+
+def _write_effective(part: Slice, whole: torch.Tensor, values: Mapping[str, torch.Tensor], spec: AdapterSpec) -> None:
+    """Write into ``part`` these elements of the weight ``whole`` with the adapter folded in, rounded once to fp32."""
+    exact = {leaf: value.double() for leaf, value in values.items()}
+    merged = half_of(spec.kind).effective(whole.double(), exact, spec).view(-1)
+    part.value.copy_(merged[part.start : part.start + part.value.numel()])
 
 
 def reset_mask(name: str, shape: Shape, seed: int, cycle: int, reset: Reset,

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import torch
 from deepspeed import comm
 
+from prelora_ds.core.adapters import AdapterSpec, kind_of
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.plan import Plan
 from prelora_ds.engine.fragments import adam_state, fragments, trained_names, updated_weights
 from prelora_ds.engine.optimizer import MOMENTS, inner_optimizer
 from prelora_ds.engine.state import EngineState, Slice, gather_full, share_of
-from prelora_ds.model.adapters import fp32_weights, initial_adapter_value
-from prelora_ds.model.adapters.lora import refresh_merged_weights
+from prelora_ds.model.adapters import fp32_weights, initial_adapter_value, refresh_adapters
 from prelora_ds.model.families import named_parameters
 
 if TYPE_CHECKING:
@@ -63,7 +65,10 @@ def restore_state(
         if name in in_state:
             full = gather_full(state, name, "value", shape, engine.device)
         else:
-            full = initial_adapter_value(name, shape, plan, leaves).to(engine.device)
+            # A weight comes before the leaves of its adapter, so it is written already.
+            weight = parameters[f"{leaves[name][0]}.weight"]
+            with _whole(weight, plan.adapters[leaves[name][0]]) as written:
+                full = initial_adapter_value(name, shape, plan, leaves, written).to(engine.device)
         write_bf16(parameters[name], full)
         if name in parked and name not in fp32:
             parked_slices[name] = share_of(
@@ -83,11 +88,21 @@ def restore_state(
                     moment.copy_(full.view(-1)[fragment.start : fragment.stop])
         state.slices.pop(name, None)
 
-    refresh_merged_weights(engine.module, inactive=True)
+    refresh_adapters(engine.module, inactive=True)
     for name, buffer in engine.module.named_buffers():
         buffer.copy_(state.buffers[name])
     check_masters(engine)
     return parked_slices
+
+
+@contextlib.contextmanager
+def _whole(weight: nn.Parameter, spec: AdapterSpec) -> Iterator[torch.Tensor | None]:
+    """Yield the whole BF16 weight of a linear if the first values of its adapter need it. Then it is collective."""
+    if not kind_of(spec).can.needs_weight:
+        yield None
+        return
+    with deepspeed.zero.GatheredParameters([weight]):  # does nothing below stage 3
+        yield weight.data
 
 
 def _check_fits(module: nn.Module, plan: Plan, layout: Layout, state: EngineState) -> set[str]:

@@ -113,6 +113,14 @@ def _check_format_fits(export_format: str, config: Config, checkpoint: Checkpoin
             f"is only for a ViT, but this model is a {config.model.factory}",
             "choose hf",
         )
+    kinds = sorted({spec.kind for spec in plan.adapters.values()})
+    if export_format == "peft" and len(kinds) > 1:
+        raise ConfigError(
+            "--format",
+            export_format,
+            f"holds adapters of one kind, but the checkpoint has the kinds {', '.join(kinds)}",
+            "choose hf",
+        )
     if export_format == "peft" and not plan.adapters:
         raise ConfigError(
             "--format",
@@ -213,11 +221,15 @@ def _full_values(
     """
     merged = config.for_phase(plan.phase).kernel() == "merged"
     kept_in_fp32 = {f"{path}.weight" for path in plan.frozen_targets()} if merged else set()
-    values = {}
+    values: dict[str, torch.Tensor] = {}
     leaves = plan.leaves(layout)
     for name, shape in plan.parameters(layout).items():
         part = checkpoint.engine.slices.get(name)
-        value = initial_adapter_value(name, shape, plan, leaves) if part is None else part.value.view(shape)
+        if part is None:
+            weight = values[f"{leaves[name][0]}.weight"]  # as training saw it, because an adapter like this was frozen
+            value = initial_adapter_value(name, shape, plan, leaves, weight.bfloat16())
+        else:
+            value = part.value.view(shape)
         if name in plan.trainable or name in kept_in_fp32:
             values[name] = value.float()
         else:

@@ -12,7 +12,7 @@ from prelora_ds.config.tree import Config
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.plan import Plan
 from prelora_ds.exporting.hf import write_model
-from prelora_ds.model.adapters.lora import peft_config
+from prelora_ds.model.adapters import half_of
 
 # The folder of the base model, relative to that of the adapter. peft resolves it against the
 # current folder of the process.
@@ -41,9 +41,9 @@ def write_peft(
     base = ViTForImageClassification.from_pretrained(folder / BASE)
     base.name_or_path = base.config.name_or_path = BASE  # peft copies both
     dropout = config.for_phase(plan.phase).adapters.dropout
-    model = get_peft_model(base, peft_config(plan.adapters, dropout))
-    adapters = {f"base_model.model.{name}": value
-                for name, value in values.items() if name not in layout.parameters}
+    kind = next(iter(plan.adapters.values())).kind
+    peft_config, adapters = half_of(kind).in_peft(plan.adapters, values, dropout)
+    model = get_peft_model(base, peft_config)
     # The result is a namedtuple that peft defines inside the function.
     loaded: Any = set_peft_model_state_dict(model, adapters)
     if loaded.unexpected_keys:

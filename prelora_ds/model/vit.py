@@ -63,10 +63,10 @@ def compile_blocks(blocks: Sequence[nn.Module]) -> None:
     differ between blocks, and because the engine's hooks must stay outside the graph.
     """
     torch._dynamo.reset()
-    # Beyond this limit torch would run uncompiled. Each block may compile twice: for training and
-    # for evaluation.
+    # Beyond this limit torch would run uncompiled. Each block may compile four times: for training and
+    # for evaluation, and with DoRA for each with and without the norms of its weights.
     limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, 2 * len(blocks))
+    torch._dynamo.config.recompile_limit = max(limit, 4 * len(blocks))
     for block in blocks:
         block.forward = torch.compile(block.forward)
 

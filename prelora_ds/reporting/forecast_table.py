@@ -10,6 +10,7 @@ from rich.console import Console
 
 from prelora_ds.reporting.columns import print_columns, print_line
 
+KIND_BYTES = {"weights": "weights", "states": "gradients and optimizer", "activations": "activations", "peak": "peak"}
 OWNERS = ("weights", "gradients", "masters", "moments", "buckets", "activations")
 
 
@@ -67,6 +68,33 @@ def print_forecast(result: dict[str, Any], console: Console | None = None) -> No
     for line in ("", f"images per epoch: {result['images']:,} ({result['images_from']})",
                  f"classes: {result['labels']:,} ({result['labels_from']})", f"time: {source}", *result["notes"]):
         print_line(console, line)
+
+
+def print_kinds(result: dict[str, Any], console: Console | None = None) -> None:
+    """Print the result of `predict_kinds`: a column per kind, then a line per reason for which kinds are refused."""
+    console = console or Console()
+    offered = [row for row in result["kinds"] if row["refused"] is None]
+    print_line(console, f"{result['recipe']}, predicted: phase {result['phase']} with each kind of adapter, ZeRO "
+                        f"{result['stage']}, {result['hosts']} x {result['gpus_per_host']} {result['gpu']}; memory per "
+                        "rank")
+    if offered:
+        unit, factor = ("GiB", 2**30) if max(row["peak_bytes"] for row in offered) > 2**28 else ("MiB", 2**20)
+        labels = ["adapter rank", "parameters of adapters", "parameters that train",
+                  *(f"{words}, {unit}" for words in KIND_BYTES.values()), "GFLOP per image", "step, ms"]
+        print_columns(console, labels, [(row["kind"], _cells_of_kind(row, factor)) for row in offered])
+    names: dict[tuple[str, str], list[str]] = {}
+    for row in result["kinds"]:
+        if row["refused"] is not None:
+            names.setdefault((row["refused"], row["remedy"]), []).append(row["kind"])
+    for (reason, remedy), kinds in names.items():
+        print_line(console, f"refused: {', '.join(kinds)}: {reason}. Instead, {remedy}.")
+
+
+def _cells_of_kind(row: dict[str, Any], factor: int) -> list[str]:
+    memory = [f"{row[f'{what}_bytes'] / factor:.3f}" for what in KIND_BYTES]
+    step = "-" if row["step_s"] is None else f"{row['step_s'] * 1e3:.1f}"
+    return [_ranks(row), f"{row['adapter_parameters']:,}", f"{row['trainable_share']:.2%}", *memory,
+            f"{row['gflop_per_image']:.0f}", step]
 
 
 def _stage(row: dict[str, Any]) -> str:

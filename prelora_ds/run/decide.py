@@ -11,12 +11,14 @@ from dataclasses import dataclass, replace
 
 from prelora_ds.core.codec import from_json, to_json
 from prelora_ds.core.controller import PhaseController, PhaseState
+from prelora_ds.core.layout import Layout
 from prelora_ds.core.phases import needed_in_fp32
 from prelora_ds.core.plan import Plan
 from prelora_ds.core.spectra import Spectra
 from prelora_ds.core.switch_tests.prelora import Observation
 from prelora_ds.data.loader import Loader
 from prelora_ds.engine.engine import Engine
+from prelora_ds.engine.from_update import start_from_updates
 from prelora_ds.engine.merge import MergeReport, fold_adapters, merge_adapters
 from prelora_ds.engine.resize import resize_adapters
 from prelora_ds.engine.runtime import on_rank_0
@@ -87,13 +89,21 @@ def engine_for(engine: Engine, phase: PhaseState, controller: PhaseController,
     resets = controller.phases[phase.index].resets_moments and plan.phase != engine.plan.phase
 
     def edit(state: EngineState, old: Plan, new: Plan) -> None:
-        change_adapters = fold_adapters if new.cycle != old.cycle else resize_adapters
         change_adapters(state, old, new, layout=controller.layout)
         if resets:
             reset_moments(state)
 
     engine, switch = transition(engine, plan, edit=edit, keep_frozen=keep_frozen, parked=later)
     return engine, Change(switch)
+
+
+def change_adapters(state: EngineState, before: Plan, after: Plan, *, layout: Layout) -> None:
+    """Make the adapters in an exported state those of the plan ``after``, as an edit for `transition`. Collective."""
+    if after.cycle != before.cycle:
+        fold_adapters(state, before, after, layout=layout)
+    else:
+        resize_adapters(state, before, after, layout=layout)
+    start_from_updates(state, before, after, layout=layout)
 
 
 def _merge(engine: Engine, phase: PhaseState, controller: PhaseController,

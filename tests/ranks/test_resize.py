@@ -30,7 +30,8 @@ def effective(t, state):
     for path, spec in t.engine.plan.adapters.items():
         leaves = {leaf: state[f"{path}.{leaf}", "master"].view(shapes[f"{path}.{leaf}"]).double()
                   for leaf in (Lora.A, Lora.B)}
-        found[path] = weights[f"{path}.weight"].double() + lora.product(leaves, spec, slice(None))
+        weight = weights[f"{path}.weight"].double()
+        found[path] = weight + lora.product(leaves, spec, tuple(weight.shape), slice(None))
     return found
 
 

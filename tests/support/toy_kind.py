@@ -6,7 +6,7 @@ registers both.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -34,12 +34,15 @@ class ToyKind:
         restarts=True,
         resizes=False,
         rank_per_module=False,
+        selects=False,
+        dropout=False,
         kernels=("branch",),
         needs_weight=False,
         zero_stages=frozenset({0, 1, 2, 3}),
         at_attach="exact",
     )
     options: Mapping[str, Option] = MappingProxyType({})
+    choices: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
     def parameters(self, weight: Shape, spec: AdapterSpec) -> Mapping[str, Shape]:
         return {"gain": (weight[0],)}
@@ -47,17 +50,23 @@ class ToyKind:
     def trains(self, spec: AdapterSpec) -> frozenset[str]:
         return frozenset({"gain"})
 
+    def needs_update(self, spec: AdapterSpec) -> bool:
+        return False
+
     def role(self, leaf: str) -> str:
         return "gain"
 
     def roles(self) -> tuple[str, ...]:
         return ("gain",)
 
+    def bytes_besides_leaves(self, linears: Sequence[tuple[Shape, AdapterSpec]]) -> int:
+        return 0
+
     def cost(
         self, spec: AdapterSpec, rows: int, inputs: int, outputs: int, needs: Needs
     ) -> AdapterCost:
         return AdapterCost(
-            rows * outputs, 2 * rows * outputs, 4 * rows * outputs, 1, False, rows * outputs
+            rows * outputs, 2 * rows * outputs, 4 * rows * outputs, 1, False, False, rows * outputs
         )
 
 
@@ -91,11 +100,8 @@ def check(path: str, linear: nn.Module, spec: AdapterSpec) -> None:
     """Check nothing: every linear has one gain."""
 
 
-def set_active(linear: nn.Module, active: bool) -> None:
-    """Do nothing: this kind merges nothing."""
-
-
-def initial(name: str, leaf: str, shape: Shape, spec: AdapterSpec, cycle: int) -> torch.Tensor:
+def initial(name: str, leaf: str, shape: Shape, spec: AdapterSpec, cycle: int,
+            weight: torch.Tensor | None) -> torch.Tensor:
     return torch.zeros(shape)
 
 

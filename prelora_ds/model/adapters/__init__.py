@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from types import ModuleType
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -16,12 +16,17 @@ from torch import nn
 from prelora_ds.core.adapters import AdapterSpec, Shape
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.plan import Plan
-from prelora_ds.model.adapters import lora
+from prelora_ds.model.adapters import dora, lora, vera
+from prelora_ds.model.adapters.linear import AdaptedLinear, adapted_linears
 from prelora_ds.model.families import canonical_name, named_parameters
 
 
 class Half(Protocol):
-    """The functions of a kind's file. lora.py documents each of them."""
+    """The functions of a kind's file. lora.py documents each of them.
+
+    A kind whose `Capabilities` say that it needs the weight has no `product`, and one that cannot change its rank
+    has no `shrunk`.
+    """
 
     def attach(
         self, module: nn.Module, specs: Mapping[str, AdapterSpec], *, dropout: float, kernel: str
@@ -31,14 +36,13 @@ class Half(Protocol):
 
     def check(self, path: str, linear: nn.Module, spec: AdapterSpec) -> None: ...
 
-    def set_active(self, linear: nn.Module, active: bool) -> None: ...
-
     def initial(
-        self, name: str, leaf: str, shape: Shape, spec: AdapterSpec, cycle: int
+        self, name: str, leaf: str, shape: Shape, spec: AdapterSpec, cycle: int,
+        weight: torch.Tensor | None
     ) -> torch.Tensor: ...
 
     def product(
-        self, values: Mapping[str, torch.Tensor], spec: AdapterSpec, rows: slice
+        self, values: Mapping[str, torch.Tensor], spec: AdapterSpec, weight: Shape, rows: slice
     ) -> torch.Tensor: ...
 
     def shrunk(
@@ -49,8 +53,12 @@ class Half(Protocol):
         self, weight: torch.Tensor, values: Mapping[str, torch.Tensor], spec: AdapterSpec
     ) -> torch.Tensor: ...
 
+    def in_peft(
+        self, specs: Mapping[str, AdapterSpec], values: Mapping[str, torch.Tensor], dropout: float
+    ) -> tuple[Any, dict[str, torch.Tensor]]: ...
 
-HALVES: dict[str, Half | ModuleType] = {"lora": lora}
+
+HALVES: dict[str, Half | ModuleType] = {"lora": lora, "dora": dora, "vera": vera}
 
 
 def half_of(kind: str) -> Half:
@@ -103,8 +111,24 @@ def activate(module: nn.Module, plan: Plan, layout: Layout) -> None:
     """Set for each adapter whether it trains now (`Plan.training`) or only adds its branch."""
     training = plan.training()
     active = {path for name, (path, _) in plan.leaves(layout).items() if name in training}
-    for path, spec in plan.adapters.items():
-        half_of(spec.kind).set_active(module.get_submodule(path), path in active)
+    for path in plan.adapters:
+        linear = module.get_submodule(path)
+        if isinstance(linear, AdaptedLinear):
+            linear.active = path in active
+
+
+def refresh_adapters(module: nn.Module, *, inactive: bool = False) -> None:
+    """Let all adapters of ``module`` update what they have computed from weights that have changed since.
+
+    inactive: whether the leaves of inactive adapters may have changed, too.
+    """
+    for _, linear in adapted_linears(module):
+        linear.refresh(inactive=inactive)
+
+
+def besides_leaves(module: nn.Module) -> list[torch.Tensor]:
+    """Return what the adapters of ``module`` keep besides their leaves. A shared tensor may come more than once."""
+    return [tensor for _, linear in adapted_linears(module) for tensor in linear.besides_leaves()]
 
 
 def check_names(module: nn.Module, plan: Plan, layout: Layout) -> None:
@@ -131,12 +155,17 @@ def _check_shapes(
 
 
 def initial_adapter_value(
-    name: str, shape: Shape, plan: Plan, leaves: Mapping[str, tuple[str, str]]
+    name: str, shape: Shape, plan: Plan, leaves: Mapping[str, tuple[str, str]],
+    weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the fp32 initial value of an adapter's parameter. leaves: `Plan.leaves`."""
+    """Return the fp32 initial value of an adapter's parameter.
+
+    leaves: `Plan.leaves`.
+    weight: the weight of its linear as the model computes with it, in BF16; only kinds that need it use it.
+    """
     path, leaf = leaves[name]
     spec = plan.adapters[path]
-    return half_of(spec.kind).initial(name, leaf, shape, spec, plan.cycle)
+    return half_of(spec.kind).initial(name, leaf, shape, spec, plan.cycle, weight)
 
 
 def effective_weight(

@@ -33,29 +33,21 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from prelora_ds.core.adapters import AdapterSpec, Lora, Shape
+from prelora_ds.core.adapters import AdapterSpec, Lora, Shape, rank_of
+from prelora_ds.model.adapters.linear import PEFT_PREFIX, AdaptedLinear
 from prelora_ds.model.families import ADAPTER_NAME
 
 
-class LoraLinear(PeftLinear):
+class LoraLinear(AdaptedLinear, PeftLinear):
     """peft's ``lora.Linear`` with one adapter and a faster forward and backward pass.
 
     It runs peft's code while dropout is active in training, and when peft has merged or disabled
     the adapter.
 
-    active: whether the adapter trains now; an inactive one still adds its branch.
-    importance: while it is measured, the sum over samples of the L2 norm of the output, fp64, otherwise None.
     fp32_weight: the fp32 W while the linear's weight holds W + s B A, otherwise None.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.active = True
-        self.importance = None
-        self.fp32_weight = None
-
-    importance: torch.Tensor | None
-    fp32_weight: torch.Tensor | None
+    fp32_weight: torch.Tensor | None = None
 
     @property
     def lora_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,9 +70,16 @@ class LoraLinear(PeftLinear):
         output: torch.Tensor = _LoraProduct.apply(
             x, linear.weight, linear.bias, a, b, self.scaling[ADAPTER_NAME], merged
         )
-        if self.importance is not None and self.training and not _is_recomputed():
-            self.importance += norms_of_samples(output.detach()).sum(dtype=torch.float64)
+        self.count_importance(output)
         return output
+
+    def refresh(self, *, inactive: bool = False) -> None:
+        """Merge the adapter again if the kernel is the merged one."""
+        if self.fp32_weight is not None and (self.active or inactive):
+            self.refresh_merged_weight()
+
+    def besides_leaves(self) -> list[torch.Tensor]:
+        return [] if self.fp32_weight is None else [self.fp32_weight]
 
     def keep_fp32_weight(self) -> None:
         """Switch to the merged kernel: `fp32_weight` holds W, and the weight W + s B A.
@@ -103,24 +102,6 @@ class LoraLinear(PeftLinear):
         linear: Any = self.get_base_layer()
         weight: torch.Tensor = linear.weight
         return weight
-
-
-def norms_of_samples(output: torch.Tensor) -> torch.Tensor:
-    """Return the L2 norm of each sample of ``output`` [samples, ..., features], in fp32.
-
-    On a CPU it takes one sample at a time: torch 2.14 makes an fp32 copy of what it reduces in fp32, and memory for a
-    copy of everything would be mapped again in each call.
-    """
-    if output.device.type != "cpu":
-        norms: torch.Tensor = torch.linalg.vector_norm(output.flatten(1), dim=1, dtype=torch.float32)
-        return norms
-    one_by_one = [torch.linalg.vector_norm(sample, dtype=torch.float32) for sample in output.flatten(1)]
-    return torch.stack(one_by_one)
-
-
-def _is_recomputed() -> bool:
-    """Whether this is the second forward pass of activation checkpointing, which runs inside a backward pass."""
-    return bool(torch._C._current_graph_task_id() != -1)
 
 
 class _LoraProduct(torch.autograd.Function):
@@ -192,26 +173,15 @@ def lora_linears(module: nn.Module) -> Iterator[LoraLinear]:
     return (m for m in module.modules() if isinstance(m, LoraLinear))
 
 
-def refresh_merged_weights(module: nn.Module, *, inactive: bool = False) -> None:
-    """Merge the adapters of all linears with the merged kernel again, after each optimizer step.
-
-    The linear of an inactive adapter is skipped, because nothing has changed there. With
-    ``inactive`` it is refreshed too, after weights or adapters were written from outside.
-    """
-    for linear in lora_linears(module):
-        if linear.fp32_weight is not None and (linear.active or inactive):
-            linear.refresh_merged_weight()
-
-
 def peft_config(specs: Mapping[str, AdapterSpec], dropout: float) -> PeftLoraConfig:
     """Return the config of ``specs`` (path of a linear -> spec) for peft's adapter_config.json."""
-    alphas = {path: spec.scaling * _rank(spec) for path, spec in specs.items()}
+    alphas = {path: spec.scaling * rank_of(spec) for path, spec in specs.items()}
     first = next(iter(specs))
     return PeftLoraConfig(
         target_modules=sorted(specs),
-        r=_rank(specs[first]),
+        r=rank_of(specs[first]),
         lora_alpha=alphas[first],  # type: ignore[arg-type]  # any number works
-        rank_pattern={path: _rank(spec) for path, spec in specs.items()},
+        rank_pattern={path: rank_of(spec) for path, spec in specs.items()},
         alpha_pattern=alphas,
         lora_dropout=dropout,
     )
@@ -248,34 +218,35 @@ def check(path: str, linear: nn.Module, spec: AdapterSpec) -> None:
         raise RuntimeError(f"{path}: scaling {scaling} realised, {spec.scaling} planned")
 
 
-def set_active(linear: nn.Module, active: bool) -> None:
-    """Set whether the adapter of ``linear`` trains now.
+def initial(name: str, leaf: str, shape: Shape, spec: AdapterSpec, cycle: int = 0,
+            weight: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the fp32 initial value of ``name``: B is zero, and A as the option ``init`` says.
 
-    peft's own class ignores it, because it merges nothing.
-    """
-    if isinstance(linear, LoraLinear):
-        linear.active = active
+    With ``update`` it is that of ``kaiming``, for what `prelora_ds.engine.from_update` has not set.
 
-
-def initial(
-    name: str, leaf: str, shape: Shape, spec: AdapterSpec, cycle: int = 0
-) -> torch.Tensor:
-    """Return the fp32 initial value of ``name``: A kaiming-uniform(sqrt 5), B zero.
-
-    Source: LoRA, section 4.1. The value depends only on the spec's seed, on ``cycle``
-    (`Plan.cycle`) and on ``name``, so it is the same on every rank and for every world size.
+    Source: LoRA, section 4.1; the two distributions of A are those of peft. The value depends only
+    on the spec, on ``cycle`` (`Plan.cycle`) and on ``name``, so it is the same on every rank and for
+    every world size. ``weight`` is not needed.
     """
     value = torch.zeros(shape)
     if leaf == Lora.A:
         key = f"{spec.seed}/{name}" if cycle == 0 else f"{spec.seed}/{cycle}/{name}"
         digest = hashlib.sha256(key.encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
+        if spec.options.get("init", Lora.options["init"]) == "gaussian":
+            nn.init.normal_(value, std=1 / rank_of(spec), generator=generator)
+        else:
+            nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
     return value
 
 
-def product(values: Mapping[str, torch.Tensor], spec: AdapterSpec, rows: slice) -> torch.Tensor:
-    """Return ``rows`` of s B A, in the dtype of ``values`` (A [rank, in] and B [out, rank])."""
+def product(
+    values: Mapping[str, torch.Tensor], spec: AdapterSpec, weight: Shape, rows: slice
+) -> torch.Tensor:
+    """Return ``rows`` of s B A, in the dtype of ``values`` (A [rank, in] and B [out, rank]).
+
+    weight: the shape of the weight.
+    """
     return (values[Lora.B][rows] @ values[Lora.A]).mul_(spec.scaling)
 
 
@@ -290,7 +261,7 @@ def shrunk(values: Mapping[str, torch.Tensor], spec: AdapterSpec) -> dict[str, t
     b, b_part = torch.linalg.qr(values[Lora.B])
     a, a_part = torch.linalg.qr(values[Lora.A].t())
     left, singular, right = torch.linalg.svd(b_part @ a_part.t(), full_matrices=False)
-    kept = slice(_rank(spec))
+    kept = slice(rank_of(spec))
     root = singular[kept].sqrt()
     return {Lora.A: (a @ right[kept].t() * root).t(), Lora.B: b @ left[:, kept] * root}
 
@@ -308,6 +279,11 @@ def effective(
     )
 
 
-def _rank(spec: AdapterSpec) -> int:
-    assert spec.rank is not None
-    return spec.rank
+def in_peft(specs: Mapping[str, AdapterSpec], values: Mapping[str, torch.Tensor],
+            dropout: float) -> tuple[PeftLoraConfig, dict[str, torch.Tensor]]:
+    """Return peft's config of the adapters ``specs``, and their parameters by peft's names.
+
+    values: the fp32 parameters of the model and of its adapters.
+    """
+    names = [f"{path}.{leaf}" for path in specs for leaf in (Lora.A, Lora.B)]
+    return peft_config(specs, dropout), {f"{PEFT_PREFIX}{name}": values[name] for name in names}

@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 from prelora_ds import cli
 from prelora_ds.config.load import load_config
+from prelora_ds.core.adapters import KINDS as ADAPTERS
+from prelora_ds.core.adapters.refused import REFUSED
 from prelora_ds.core.controller import PhaseController
 from prelora_ds.core.schedule import Timeline
 from prelora_ds.cost.timing import KINDS
-from prelora_ds.reporting.forecast_table import print_forecast
+from prelora_ds.reporting.forecast_table import print_forecast, print_kinds
 from prelora_ds.start import check_phases
 
 ROOT = Path(__file__).parents[3]
@@ -302,3 +305,36 @@ def test_a_phase_that_trains_nothing_is_refused_by_its_name(
                          {"name": "none", "train": ["embeddings"], "freeze_below": 1})
     assert plan(monkeypatch, *SMALL, recipe=recipe) == 2
     assert "phases.none" in (said := capsys.readouterr().err) and "no parameter would train" in said
+
+
+# ---- kinds of adapters side by side
+
+def test_all_kinds_are_compared_and_the_others_refused_with_their_reason(
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(monkeypatch, "--adapter", "all", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    rows = {row["kind"]: row for row in result["kinds"]}
+    assert rows.keys() == ADAPTERS.keys() | REFUSED.keys()
+    assert [kind for kind, row in rows.items() if row["refused"] is None] == list(ADAPTERS)
+    assert rows["vera"]["adapter_parameters"] == 24 * (144 * 64 + 6 * 30)  # outputs of six linears, and the rank
+    assert rows["dora"]["adapter_parameters"] - rows["lora"]["adapter_parameters"] == 24 * 144 * 64
+    assert rows["vera"]["states_bytes"] < rows["lora"]["states_bytes"] < rows["dora"]["states_bytes"]
+    assert rows["vera"]["activations_bytes"] < rows["lora"]["activations_bytes"] < rows["dora"]["activations_bytes"]
+    assert rows["lora"]["step_s"] < rows["dora"]["step_s"]
+    print_kinds(result, Console(width=200))
+    said = capsys.readouterr().out
+    assert "parameters of adapters" in said and "refused: hra, shira: gives the weight" in said
+
+
+def test_a_kind_that_a_recipe_cannot_have_is_refused_in_one_message(
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    relora = ROOT / "launch/recipes/vit_large_in1k_relora.yaml"
+    for arguments, said in (
+            (("--adapter", "boft"), "--adapter = 'boft': keeps a matrix in x in"),
+            (("--adapter", "dorra"), "did you mean dora?")):
+        assert plan(monkeypatch, *arguments) == 2
+        assert said in capsys.readouterr().err
+    assert plan(monkeypatch, "--adapter", "dora", recipe=relora) == 2
+    assert "phases.relora.merge: adapters of the kind dora cannot be merged" in capsys.readouterr().err
+    assert plan(monkeypatch, "--adapter", "all", recipe=ROOT / "launch/recipes/vit_large_in1k.yaml") == 2
+    assert "has none in full" in capsys.readouterr().err

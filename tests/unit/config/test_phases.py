@@ -50,6 +50,7 @@ LIST: list[dict[str, Any]] = [
 ]
 
 CYCLE = {"every": "5 steps"}
+UPDATE = {"init": "update"}
 TOP = {"choose": "top_k", "every": "5 steps"}
 LORA = {"name": "b", "adapters": {"rank": 4}, "train": ["adapters", "rest"]}
 
@@ -189,7 +190,39 @@ def test_an_override_of_a_phase_that_is_not_there_names_those_that_are(tmp_path:
     ([LIST[0], {"name": "b", "adapters": {"rank": 4, "ranks": {"rule": "prelora"}}}], "phases.b.adapters.rank",
      "either"),
     ([LIST[0], {"name": "b", "adapters": {}}], "phases.b.adapters.rank", "set either rank"),
-    ([LIST[0], {"name": "b", "adapters": {"rank": 4, "kind": "dora"}}], "phases.b.adapters.kind", "known are lora"),
+    ([LIST[0], {"name": "b", "adapters": {"rank": 4, "kind": "adapter"}}], "phases.b.adapters.kind",
+     "known are lora, dora, vera"),
+    ([LIST[0], {"name": "b", "adapters": {"rank": 4, "kind": "boft"}}], "phases.b.adapters.kind",
+     "keeps a matrix in x in per linear"),
+    ([LIST[0], {"name": "b", "adapters": {"rank": 4, "options": {"init": "gausian"}}}],
+     "phases.b.adapters.options.init", "is not one of kaiming, gaussian, update"),
+    ([{"name": "b", "adapters": {"rank": 4, "options": UPDATE}}], "phases.b.adapters.options.init",
+     "the phase before does not train them"),
+    ([{**LIST[0], "train": ["head"]}, {"name": "b", "adapters": {"rank": 4, "options": UPDATE}}],
+     "phases.b.adapters.options.init", "the phase before does not train them"),
+    ([LIST[0], {"name": "b", "adapters": {"rank": 4, "options": {**UPDATE, "train_a": False}}}],
+     "phases.b.adapters.options.init", "draws A again from the seed"),
+    ([LIST[0], {**LORA, "adapters": {"rank": 4, "options": UPDATE}, "merge": CYCLE}],
+     "phases.b.adapters.options.init", "after a merge"),
+    ([LIST[0], {"name": "b", "adapters": {"rank": 4, "kind": "dora", "mode": "merged"}}], "phases.b.adapters.mode",
+     "not a kernel of the kind dora"),
+    ([LIST[0], {"name": "b", "adapters": {"rank": 4, "kind": "vera", "dropout": 0.1}}], "phases.b.adapters.dropout",
+     "not possible with the kind vera"),
+    ([LIST[0], {"name": "b", "adapters": {"rank": 4, "kind": "dora"}, "until": "1 step"},
+      {"name": "c", "adapters": {"from": "keep", "dropout": 0.1}}], "phases.c.adapters.dropout",
+     "not possible with the kind dora"),
+    ([LIST[0], {"name": "b", "adapters": {"kind": "vera", "ranks": {"rule": "prelora"}}}],
+     "phases.b.adapters.ranks", "only one rank for all"),
+    ([LIST[0], {**LORA, "adapters": {"rank": 4, "kind": "dora"}, "merge": CYCLE}], "phases.b.merge",
+     "cannot be merged and begin again"),
+    ([LIST[0], {**LORA, "adapters": {"rank": 4, "kind": "vera"}, "until": "1 step"},
+      {"name": "c", "adapters": {"rank": 8, "from": "resize"}}], "phases.c.adapters.from", "cannot change theirs"),
+    ([LIST[0], {"name": "b", "adapters": {"rank": 4, "rs_alpha": 8, "alpha_over_r": 2}}],
+     "phases.b.adapters.rs_alpha", "sets the scaling by the rank"),
+    ([LIST[0], {**LORA, "adapters": {"rank": 4, "rs_alpha": 8}, "until": "1 step"},
+      {"name": "c", "adapters": {"rank": 8, "from": "resize"}}], "phases.c.adapters.from", "scales them by their rank"),
+    ([LIST[0], {**LORA, "adapters": {"rank": 4, "kind": "vera"}, "lr_scale": {"a": 2}}], "phases.b.lr_scale.a",
+     "has base, adapters, b, d"),
     ([LIST[0], {"name": "b", "adapters": {"rank": 4, "families": []}}], "phases.b.adapters.families", "once"),
     ([LIST[0], {"name": "b", "adapters": {"from": "keep"}}], "phases.b.adapters.from", "no adapters before"),
     ([LIST[0], {"name": "b", "adapters": {"from": "keep", "rank": 4}}], "phases.b.adapters.rank", "applies to new"),
@@ -286,7 +319,7 @@ def test_adapters_are_not_chosen_in_compiled_blocks(when: str) -> None:
 
 @pytest.mark.parametrize(("options", "key", "said"), [
     ({"trian_a": False}, "trian_a", "is not an option of the kind lora; did you mean train_a?"),
-    ({"rank": 8}, "rank", "is not an option of the kind lora; the kind lora has these options: train_a"),
+    ({"rank": 8}, "rank", "is not an option of the kind lora; the kind lora has these options: train_a, init"),
     ({"train_a": "false"}, "train_a", "is not true or false; the default is true"),
     ({"train_a": 0}, "train_a", "is not true or false; the default is true")])
 def test_an_option_is_one_of_its_kind_and_has_its_type(options: dict[str, Any], key: str, said: str) -> None:

@@ -14,7 +14,8 @@ from prelora_ds.core.rank_rules.uniform import UniformRank
 from prelora_ds.core.switch_tests.prelora import PreloraTest
 
 RECIPES = Path(__file__).resolve().parents[3] / "launch" / "recipes"
-METHODS = ["static_lora", "relora", "prelora_relora", "dynalora", "prelora_w5", "prelora_w15", "prelora_authors"]
+METHODS = ["static_lora", "relora", "prelora_relora", "dynalora", "prelora_w5", "prelora_w15", "prelora_authors",
+           "dora", "dynavera"]
 PAIRS = {"digits_full": "vit_large_in1k"} | {f"digits_{name}": f"vit_large_in1k_{name}" for name in METHODS}
 WIDTH = 16  # ViT-L's width / that of the digits recipes
 

@@ -211,3 +211,10 @@ def test_layers_of_several_stacks_have_no_single_block() -> None:
         stacks.block(0)
     with pytest.raises(ValueError, match="the model has no layer 1"):
         stacks.block(1)
+
+
+def test_rslora_scales_each_adapter_by_the_root_of_its_rank() -> None:
+    spec = PhaseSpec("lora", Adapters("lora", ("q", "fc"), UniformRank(4), rs_alpha=8.0))
+    plan = plan_of(spec, LAYOUT, seed=0, ranks={"q": {0: 4, 1: 1}, "fc": {0: 16}})
+    assert {path: (adapter.rank, adapter.scaling) for path, adapter in plan.adapters.items()} == {
+        "block.0.q": (4, 4.0), "block.1.q": (1, 8.0), "block.0.fc": (16, 2.0)}

@@ -8,6 +8,7 @@ from functools import cache
 
 import pytest
 import torch
+from support.kinds import of_kind
 from support.plans import full_plan, lora_plan, warmup_plan
 from support.runs import config
 from torch import nn
@@ -48,11 +49,14 @@ def layout_of(model_json: str, labels: int) -> Layout:
         return find_layout(build_model(ModelConfig.model_validate_json(model_json), labels), FAMILIES)
 
 
-def plans(model: ModelConfig, rank: int = 8, labels: int = 10, train_a: bool = True) -> tuple[Layout, dict[str, Plan]]:
+def plans(model: ModelConfig, rank: int = 8, labels: int = 10, train_a: bool = True,
+          kind: str = "lora") -> tuple[Layout, dict[str, Plan]]:
     layout = layout_of(model.model_dump_json(), labels)
     ranks = {family: {i: rank << i % 2 for i in layers} if labels == 10 else dict.fromkeys(layers, rank)
              for family, layers in layout.targets.items()}
     warmup = warmup_plan(layout, ranks, train_a=train_a)
+    if kind != "lora":
+        warmup = of_kind(warmup, layout, kind)
     lora = lora_plan(layout, warmup)
     return layout, {"full": full_plan(layout), "warmup": warmup, "lora": lora,
                     "bare": lora_plan(layout, warmup, train_rest=False),
@@ -124,6 +128,15 @@ def test_activation_bytes_of_each_kernel(kernel: str, phase: str) -> None:
     assert predicted == pytest.approx(activation_bytes(model, by_phase[phase], 4, kernel=kernel), rel=0.01)
 
 
+@pytest.mark.parametrize("phase", ["warmup", "lora", "half", "dyna"])
+@pytest.mark.parametrize("kind", ["dora", "vera"])
+def test_activation_bytes_of_each_kind(kind: str, phase: str) -> None:
+    model = ModelConfig(**LONG)
+    layout, by_phase = plans(model, kind=kind)
+    predicted = micro_batch(model, by_phase[phase], layout, 4).saved_bytes
+    assert predicted == pytest.approx(activation_bytes(model, by_phase[phase], 4), rel=0.01)
+
+
 @pytest.mark.parametrize("phase", ["full", "lora"])
 def test_activation_bytes_under_checkpointing(phase: str) -> None:
     model = ModelConfig(**LONG, activation_checkpointing=True)
@@ -156,6 +169,7 @@ def activation_bytes(model: ModelConfig, plan: Plan, batch: int, *, kernel: str 
         for linear in lora_linears(module):
             if not linear.get_base_layer().weight.requires_grad:
                 linear.keep_fp32_weight()
+    module(torch.rand(1, 3, model.image_size, model.image_size).bfloat16())  # what adapters keep is no activation
     pixels, labels = torch.rand(batch, 3, model.image_size, model.image_size), torch.zeros(batch, dtype=torch.long)
     # The engine's bf16 images live as long as something keeps them.
     return allocated(lambda: nn.functional.cross_entropy(module(pixels.bfloat16()).logits.float(), labels))

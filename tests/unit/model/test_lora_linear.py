@@ -14,12 +14,11 @@ from prelora_ds.config.adapters import FAMILIES
 from prelora_ds.config.model import ModelConfig
 from prelora_ds.core.phases import PhaseSpec, plan_of
 from prelora_ds.core.plan import Plan
-from prelora_ds.model.adapters import attach_adapters
+from prelora_ds.model.adapters import attach_adapters, refresh_adapters
 from prelora_ds.model.adapters.lora import (
     LoraLinear,
     lora_linears,
     peft_config,
-    refresh_merged_weights,
 )
 from prelora_ds.model.families import ADAPTER_NAME, find_layout, named_parameters
 from prelora_ds.model.vit import build_model
@@ -308,14 +307,14 @@ def test_a_merged_vit_gives_the_branch_s_outputs_up_to_rounding() -> None:
         base = linear.get_base_layer().weight.detach().clone()
         linear.keep_fp32_weight()
         linear.fp32_weight.copy_(base)
-    refresh_merged_weights(vit)
+    refresh_adapters(vit)
     torch.testing.assert_close(vit(x).logits, expected, rtol=1e-4, atol=1e-5)
     waiting = next(lora_linears(vit))
     merged, waiting.active = waiting.get_base_layer().weight.detach().clone(), False
     waiting.fp32_weight.zero_()
-    refresh_merged_weights(vit)
+    refresh_adapters(vit)
     assert torch.equal(waiting.get_base_layer().weight, merged)
-    refresh_merged_weights(vit, inactive=True)
+    refresh_adapters(vit, inactive=True)
     assert not torch.equal(waiting.get_base_layer().weight, merged)
 
 

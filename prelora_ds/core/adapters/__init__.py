@@ -1,0 +1,33 @@
+"""Adapters without torch: their leaves (parameters) and shapes, which of them train, and what each kind can do.
+
+A kind has two halves of the same name. This package contains the pure halves, from which bytes, costs,
+refusals and the table of docs/methods.md come; `prelora_ds.model.adapters` contains the halves that compute.
+"""
+
+from __future__ import annotations
+
+from prelora_ds.core.adapters.dora import Dora
+from prelora_ds.core.adapters.kind import (
+    AdapterCost,
+    AdapterKind,
+    AdapterSpec,
+    Capabilities,
+    Needs,
+    Option,
+    Shape,
+    rank_of,
+)
+from prelora_ds.core.adapters.lora import Lora
+from prelora_ds.core.adapters.vera import Vera
+
+__all__ = ["KINDS", "AdapterCost", "AdapterKind", "AdapterSpec", "Capabilities", "Dora", "Lora", "Needs", "Option",
+           "Shape", "Vera", "kind_of", "rank_of"]
+
+KINDS: dict[str, AdapterKind] = {"lora": Lora(), "dora": Dora(), "vera": Vera()}
+
+
+def kind_of(spec: AdapterSpec) -> AdapterKind:
+    """The pure half of the spec's kind. Raises ValueError for an unknown kind."""
+    if spec.kind not in KINDS:
+        raise ValueError(f"{spec.kind!r} is not a kind of adapter; known are {', '.join(KINDS)}")
+    return KINDS[spec.kind]

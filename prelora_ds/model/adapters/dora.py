@@ -1,0 +1,189 @@
+"""The computing half of DoRA (Liu et al. 2024), in a linear of our own.
+
+y = c * (x W^T + s (x A^T) B^T) + bias, with c = m / n, where n [out] holds the norms of the rows of W + s B A. In the
+backward pass n is a constant (section 4.3 of the paper).
+
+n depends on the weights only, so it is computed once per optimizer step. peft computes it in each forward pass, from a
+matrix of the size of W. n is rounded to the type of m: at first both are the norms of W, so c is exactly 1 and the
+outputs stay bitwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from prelora_ds.core.adapters import AdapterSpec, Dora, Shape
+from prelora_ds.model.adapters import lora
+from prelora_ds.model.adapters.linear import (
+    PEFT_PREFIX,
+    OwnLinear,
+    adapted_linears,
+    check_own,
+    exact_type,
+    wrap,
+)
+
+
+class DoraLinear(OwnLinear):
+    """A linear with DoRA.
+
+    norm: the norms n in fp32 [out]; None if they have to be computed in the next forward pass, in which also ZeRO
+        stage 3 holds the whole weight.
+    """
+
+    norm: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b, m = self.leaves(Dora.A, Dora.B, Dora.M)
+        linear = self.base_layer
+        if self.norm is None:
+            self.norm = _row_norms(linear.weight, a, b, self.spec.scaling, m.dtype)
+        output: torch.Tensor = _DoraProduct.apply(x, linear.weight, linear.bias, a, b, m, self.norm, self.spec.scaling)
+        self.count_importance(output)
+        return output
+
+    def refresh(self, *, inactive: bool = False) -> None:
+        self.norm = None  # also if the adapter is inactive, because the weight may train
+
+    def besides_leaves(self) -> list[torch.Tensor]:
+        return [] if self.norm is None else [self.norm]
+
+
+@torch.no_grad()
+def _row_norms(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float,
+               dtype: torch.dtype) -> torch.Tensor:
+    """Return the norms of the rows of W + s B A [out], rounded to ``dtype``, without a matrix of W's size for B A.
+
+    |W + s B A|^2 = |W|^2 + 2 s (W A^T) . B + s^2 (B A A^T) . B, row by row.
+    """
+    exact = exact_type(weight.dtype)
+    w, a, b = weight.to(exact), a.to(exact), b.to(exact)
+    square = w.square().sum(1) + 2 * scaling * ((w @ a.t()) * b).sum(1)
+    square += scaling**2 * ((b @ (a @ a.t())) * b).sum(1)
+    return square.clamp_min(0).sqrt().to(dtype).to(exact)
+
+
+def _ratio(m: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+    """Return c = m / n in the type of n, but at least 2^-20, so that the bias can be divided by it.
+
+    A row of zeros has m = n = 0, and stays zero.
+    """
+    c = m.to(norm.dtype) / norm.where(norm > 0, 1)
+    return c.where(c.abs() > 2**-20, 2**-20)
+
+
+class _DoraProduct(torch.autograd.Function):
+    """The output of a linear with DoRA, in the notation of the module's docstring. h is x A^T."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        m: torch.Tensor,
+        norm: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        _, needs_w, _, needs_a, needs_b, needs_m, *_ = ctx.needs_input_grad
+        c = _ratio(m, norm)
+        # The bias is divided by c before all is multiplied by it. Where c is 1, y stays bitwise.
+        y = nn.functional.linear(x, weight, None if bias is None else (bias / c).to(bias.dtype)).mul_(c)
+        h = nn.functional.linear(x, a)
+        y.view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), (b * c[:, None]).to(b.dtype).t(), alpha=scaling)
+
+        # The output is kept for the gradient of m. Attention and GELU keep the outputs of q, k, v and fc1 anyway.
+        ctx.save_for_backward(x if needs_w or needs_a else None, h if needs_b else None, y if needs_m else None,
+                              weight, bias, a, b, m, norm)
+        ctx.scaling = scaling
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, h, y, weight, bias, a, b, m, norm = ctx.saved_tensors
+        needs_x, needs_w, needs_bias, needs_a, needs_b, needs_m, *_ = ctx.needs_input_grad
+        s = ctx.scaling
+        g = grad.reshape(-1, grad.shape[-1])
+        flat_x: Any = None if x is None else x.reshape(-1, x.shape[-1])  # kept whenever it is used
+        grad_x = grad_w = grad_a = grad_b = grad_m = None
+        grad_bias: Any = None
+
+        # Scale the matrices by c, and not the gradient, which has a row for each token.
+        c = _ratio(m, norm)[:, None]
+        if needs_x or needs_a:
+            gb = g @ (b * c).to(b.dtype)  # [tokens, rank]
+        if needs_x:
+            scaled = torch.mul(weight, c, out=torch.empty_like(weight))
+            grad_x = (g @ scaled).addmm_(gb, a, alpha=s).view(*grad.shape[:-1], -1)
+        if needs_w:
+            grad_w = (g.t() @ flat_x).mul_(c)
+        if needs_bias or (needs_m and bias is not None):
+            grad_bias = g.sum(0, dtype=norm.dtype)
+        if needs_a:
+            grad_a = (gb.t() @ flat_x).mul_(s)
+        if needs_b:
+            grad_b = (g.t() @ h.view(-1, h.shape[-1])).mul_(s * c)
+        if needs_m:  # the output without the bias is proportional to m
+            sums = (g * y.view(-1, y.shape[-1])).sum(0, dtype=norm.dtype)
+            if bias is not None:
+                sums -= bias * grad_bias
+            grad_m = (sums / m.to(norm.dtype).where(m != 0, 1)).to(m.dtype)
+        grad_bias = grad_bias.to(bias.dtype) if needs_bias else None
+        return grad_x, grad_w, grad_bias, grad_a, grad_b, grad_m, None, None
+
+
+def attach(
+    module: nn.Module, specs: Mapping[str, AdapterSpec], *, dropout: float, kernel: str
+) -> None:
+    """Wrap the linears of ``specs`` in `DoraLinear`, which has neither dropout nor another kernel."""
+    wrap(module, specs, DoraLinear)
+
+
+def attached(module: nn.Module) -> dict[str, nn.Module]:
+    """Return path -> linear, for all linears of ``module`` with an adapter of this kind."""
+    return {path: linear for path, linear in adapted_linears(module) if isinstance(linear, DoraLinear)}
+
+
+check = check_own
+
+
+def initial(name: str, leaf: str, shape: Shape, spec: AdapterSpec, cycle: int,
+            weight: torch.Tensor | None) -> torch.Tensor:
+    """Return the fp32 first value of ``name``: A and B as in LoRA, m the norms of the rows of ``weight``."""
+    if leaf != Dora.M:
+        return lora.initial(name, leaf, shape, spec, cycle)
+    assert weight is not None
+    nothing = weight.new_zeros(weight.shape[0], 1), weight.new_zeros(1, weight.shape[1])
+    return _row_norms(weight, nothing[1], nothing[0], spec.scaling, torch.float32)
+
+
+def effective(
+    weight: torch.Tensor, values: Mapping[str, torch.Tensor], spec: AdapterSpec
+) -> torch.Tensor:
+    """Return m / n (W + s B A), in fp32, or in float64 for a weight [out, in] in float64.
+
+    As in the forward pass, n is rounded to the type of m.
+    """
+    exact = exact_type(weight.dtype)
+    a, b, m = (values[leaf] for leaf in (Dora.A, Dora.B, Dora.M))
+    whole = torch.addmm(weight.to(exact), b.to(exact), a.to(exact), alpha=spec.scaling)
+    norm = torch.linalg.vector_norm(whole, dim=1).to(m.dtype).to(exact)
+    return whole.mul_(_ratio(m, norm)[:, None])
+
+
+def in_peft(specs: Mapping[str, AdapterSpec], values: Mapping[str, torch.Tensor],
+            dropout: float) -> tuple[PeftLoraConfig, dict[str, torch.Tensor]]:
+    """Return peft's config of the adapters, and their parameters by name; see lora.py."""
+    config, adapters = lora.in_peft(specs, values, dropout)
+    config.use_dora = True
+    lengths = {f"{PEFT_PREFIX}{path}.{Dora.M}": values[f"{path}.{Dora.M}"] for path in specs}
+    return config, adapters | lengths
