@@ -124,8 +124,18 @@ SETTINGS: dict[str, Setting] = {
         "choose": "unconverged", "tau": 0.1, "every": share(3), "cut_backward": True}})),
     "w5": Setting(prelora("exp1", warmup=5), core=False),
     "w15": Setting(prelora("exp1", warmup=15), core=False),
-    "fixed_25": Setting([{"name": "full", "until": share(75)}, *prelora("exp1")[1:]], core=False),
-    "fixed_50": Setting([{"name": "full", "until": share(150)}, *prelora("exp1")[1:]], core=False),
+    "random_ranks": Setting(prelora("exp1", adapters={"ranks": {
+        "rule": "random", "draw": "permuted", "r_min": 1, "r_max": 8}}), core=False),
+    "fixed_25": Setting([{"name": "full", "until": {"test": "fixed", "at": 0.25, "m": 3}}, *prelora("exp1")[1:]],
+                        core=False),
+    "fixed_50": Setting([{"name": "full", "until": {"test": "fixed", "at": 0.5, "m": 3}}, *prelora("exp1")[1:]],
+                        core=False),
+    "update_no_warmup": Setting(prelora("exp1", warmup=0, adapters={
+        **ALGORITHM_2, "options": {"init": "update"}}), core=False),
+    "dora": Setting(prelora("exp1", adapters={"kind": "dora", **ALGORITHM_2}), core=False),
+    "dynavera": Setting(prelora("exp1", warmup=0, adapters={"kind": "vera", "rank": 24}, lora={
+        "lr_scale": {"adapters": 10}, "active": {"choose": "discounted", "importance": "forward", **ACTIVE}}),
+        core=False),
     "dynalora_backward": Setting(prelora("exp1", lora={"active": {
         "choose": "discounted", "importance": "backward", **ACTIVE}}), core=False),
 }
@@ -236,15 +246,19 @@ def start_of(name: str, seed: int, out: Path) -> str:
     if not SETTINGS[name].forks or RunFolder(out).config.exists():
         return "auto"
     full = RunFolder(OUT / f"full-{seed}")
-    end = phases_of(name, seed)[0]["until"]
-    parts_at = int(end.split()[0]) if isinstance(end, str) else switch_by_replay(full, end)
+    parts_at = end_of_full(full, phases_of(name, seed)[0]["until"])
     last = (parts_at - 1) // CHECKPOINT_EVERY * CHECKPOINT_EVERY
     return str(full.checkpoints / f"step-{last:08d}") if last else "auto"
 
 
-def switch_by_replay(full: RunFolder, test: Mapping[str, Any]) -> int:
-    """The step after which a test passes in the log of the full run; the end of the run if it never does."""
-    found = replayed(read_logged(full), Settings(tau=(test["tau"],), zeta=(test["zeta"],), k=test["k"], m=test["m"]))
+def end_of_full(full: RunFolder, until: str | Mapping[str, Any]) -> int:
+    """Return the step after which the full phase ends: by a replay of the full run if a test ends it."""
+    if isinstance(until, str):
+        return int(until.split()[0])
+    if until["test"] == "fixed":
+        return math.ceil(until["at"] * STEPS)
+    parameters = {key: (value,) for key, value in until.items() if key != "test"}
+    found = replayed(read_logged(full), Settings(until["test"], parameters))
     step = found["grid"][0]["step"]
     return STEPS if step is None else int(step)
 
