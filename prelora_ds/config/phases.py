@@ -481,7 +481,7 @@ def _kind_of_phases(value: Any) -> str:
 
 def _inherited(phases: tuple[PhaseConfig, ...]) -> tuple[PhaseConfig, ...]:
     """``phases`` in which adapters that are kept or resized are as before, except for the keys that are set."""
-    before: AdaptersConfig | None = None
+    before: AdaptersConfig | None = None  # the adapters that exist after the phase before
     complete = []
     for phase in phases:
         adapters = phase.adapters
@@ -492,7 +492,10 @@ def _inherited(phases: tuple[PhaseConfig, ...]) -> tuple[PhaseConfig, ...]:
                 inherited = {key: getattr(before, key) for key in unset}
                 adapters = adapters.model_copy(update=inherited)
                 phase = phase.model_copy(update={"adapters": adapters})
-            before = adapters
+            if adapters.from_ == "keep" and before is not None:
+                before = before.model_copy(update={key: getattr(adapters, key) for key in KEPT_MAY_CHANGE})
+            else:
+                before = adapters
         complete.append(phase)
     return tuple(complete)
 
