@@ -158,8 +158,8 @@ def test_a_new_run_may_begin_from_a_checkpoint_of_another(stopped, job, tmp_path
     assert new.end() == [0, 0], new.said()[-3000:]
     events = read_lines(tmp_path / "new/events.jsonl")
     assert [(row["event"], row["step"]) for row in events] == [
-        ("resume", 15), ("plan", 12), ("job", 15), ("bytes", 18), ("end", 18)]
-    assert [row["measured"] for row in phase_rows(RunFolder(tmp_path / "new"))] == [events[3]["measured"]]
+        ("resume", 15), ("plan", 12), ("fork", 15), ("job", 15), ("bytes", 18), ("end", 18)]
+    assert [row["measured"] for row in phase_rows(RunFolder(tmp_path / "new"))] == [events[4]["measured"]]
     assert [row["step"] for row in read_lines(tmp_path / "new/metrics.jsonl")] == [16, 17, 18]
     assert step_of(list_checkpoints(stopped[0] / "checkpoints")[0]) == 15
     refused = job(tmp_path / "other", "lora.r_max=8", resume=str(source))

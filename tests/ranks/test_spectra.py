@@ -86,7 +86,7 @@ def expected_weights(t):
         if path in t.engine.plan.adapters:
             leaves = {leaf: state[f"{path}.{leaf}", "master"].view(shapes[f"{path}.{leaf}"]).double()
                       for leaf in (Lora.A, Lora.B)}
-            weight = weight + lora.product(leaves, t.engine.plan.adapters[path], slice(None))
+            weight = weight + lora.product(leaves, t.engine.plan.adapters[path], tuple(weight.shape), slice(None))
         found[path] = weight
     return found
 
