@@ -14,7 +14,7 @@ from prelora_ds.version import __version__ as __version__
 if TYPE_CHECKING:
     from prelora_ds.config.load import load_config as load_config
     from prelora_ds.config.tree import Config as Config
-    from prelora_ds.core.adapters import AdapterSpec as AdapterSpec
+    from prelora_ds.core.adapters.kind import AdapterSpec as AdapterSpec
     from prelora_ds.core.controller import PhaseController as PhaseController
     from prelora_ds.core.controller import PhaseState as PhaseState
     from prelora_ds.core.duration import Duration as Duration
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 _HOMES = {
     # pure: no torch
     "Adapters": "core.phases",
-    "AdapterSpec": "core.adapters",
+    "AdapterSpec": "core.adapters.kind",
     "AllOf": "core.switch_tests.combined",
     "AnyOf": "core.switch_tests.combined",
     "BudgetTest": "core.switch_tests.budget",
