@@ -48,11 +48,9 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
     with announcing_failure(ranks, os.environ):
         if ranks.rank == 0:
             check_trackers(config.run.trackers)
-        choose_accelerator()
-        take_gpu(ranks.local_rank)  # `auto` asks for its memory
         config, train_data, val_data = check_run(config, ranks)
 
-        # torch and DeepSpeed take seconds to import: only now, after the cheap checks.
+        # DeepSpeed takes seconds to import: only now, after the cheap checks.
         from prelora_ds.data.setup import fingerprints, samples_per_epoch
         from prelora_ds.engine.runtime import check_zero_config, init_process_group
 
@@ -142,6 +140,8 @@ def check_run(config: Config, ranks: Ranks) -> tuple[Config, TrainData, Manifest
 
     train_data, val_data = open_data(config, sizes=ranks.local_rank == 0)
     layout = check_phases(config, len(train_data.classes))
+    choose_accelerator()
+    take_gpu(ranks.local_rank)  # `auto` asks for its memory
     return resolve_auto(config, layout, ranks), train_data, val_data
 
 

@@ -200,7 +200,7 @@ def test_the_ranks_follow_from_the_log(whole: Path) -> None:
 
 def test_the_log_tells_what_another_test_and_another_rule_would_have_decided(whole: Path) -> None:
     logged = read_logged(RunFolder(whole))
-    settings = Settings("stable_rank", {"tau": [50.0], "k": [2], "m": [1]}, ranks=StableRanks(1, 8))
+    settings = Settings("stable_rank", {"tau": [50.0], "k": [2], "m": [1]}, ranks=StableRanks(r_min=1, r_max=8))
     warmup = replayed(logged, settings)["decisions"][0]
     assert (warmup["step"], warmup["phase"]) == (2, "warmup")
     assert "all stable ranks changed by at most" in warmup["reason"]

@@ -405,8 +405,9 @@ SPECTRA = {"every": "1 step", "spectra": True}
     ({"rule": "uniform", "rank": 5}, UniformRank(5)),
     ({"rule": "random", "r_min": 2}, RandomRanks(2, 64)),
     ({"rule": "random", "draw": "permuted"}, RandomRanks(8, 64, "permuted")),
-    ({"rule": "stable_rank", "r_min": 3, "r_max": 50}, StableRanks(3, 50)),
-    ({"rule": "energy", "share": 0.9, "r_min": 0, "settled": 0.5}, EnergyRanks(0.9, 0, 64, 0.5)),
+    ({"rule": "stable_rank", "r_min": 3, "r_max": 50}, StableRanks(r_min=3, r_max=50)),
+    ({"rule": "energy", "share": 0.9, "r_min": 0, "settled": 0.5},
+     EnergyRanks(share=0.9, r_min=0, r_max=64, settled=0.5)),
 ])
 def test_a_rule_is_named_with_its_parameters(ranks: dict[str, Any], rule: RankRule, tmp_path: Path) -> None:
     config = method({"name": "full", "until": TEST}, {"name": "low", "adapters": {"ranks": ranks}}, observe=SPECTRA)

@@ -182,7 +182,7 @@ def now_and_first(*pairs: tuple[float, float]) -> dict[str, dict[int, Spectrum]]
 
 
 def test_ranks_in_proportion_to_the_stable_rank_that_is_left() -> None:
-    rule = StableRanks(8, 64)
+    rule = StableRanks(r_min=8, r_max=64)
     assert (rule.windows, rule.highest, rule.needs) == (1, 64, {"spectra"})
     pairs = ((256.0, 256.0), (128.0, 256.0), (65.0, 256.0), (1.0, 256.0), (300.0, 256.0), (3.0, 0.0))
     assert rule({"q": range(6)}, [seen(now_and_first(*pairs))])["q"] == {0: 64, 1: 32, 2: 17, 3: 8, 4: 64, 5: 64}
@@ -191,7 +191,7 @@ def test_ranks_in_proportion_to_the_stable_rank_that_is_left() -> None:
 @pytest.mark.parametrize("pair", [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan)])
 def test_a_stable_rank_that_is_not_finite_gives_no_rank(pair: tuple[float, float]) -> None:
     with pytest.raises(ValueError, match=r"q\.01"):
-        StableRanks(8, 64)({"q": [0, 1]}, [seen(now_and_first((2.0, 4.0), pair))])
+        StableRanks(r_min=8, r_max=64)({"q": [0, 1]}, [seen(now_and_first((2.0, 4.0), pair))])
 
 
 def changed(*changes: tuple[float, ...]) -> dict[str, dict[int, Spectrum]]:
@@ -200,14 +200,16 @@ def changed(*changes: tuple[float, ...]) -> dict[str, dict[int, Spectrum]]:
 
 def test_the_smallest_power_of_two_that_holds_the_share() -> None:
     window = seen(changed((.95, .97, .99, .995), (.5, .8999999, .95, .99), (.1, .2, .3, .4), (), (.2, .3, .5, .899)))
-    assert EnergyRanks(.9, 1, 8)({"q": range(5)}, [window])["q"] == {0: 1, 1: 2, 2: 8, 3: 1, 4: 8}
-    assert EnergyRanks(.9, 4, 8)({"q": range(5)}, [window])["q"] == {0: 4, 1: 4, 2: 8, 3: 4, 4: 8}
-    assert EnergyRanks(1.0, 1, 16)({"q": range(5)}, [window])["q"] == {0: 16, 1: 16, 2: 16, 3: 1, 4: 16}
+    assert EnergyRanks(share=.9, r_min=1, r_max=8)({"q": range(5)}, [window])["q"] == {0: 1, 1: 2, 2: 8, 3: 1, 4: 8}
+    assert EnergyRanks(share=.9, r_min=4, r_max=8)({"q": range(5)}, [window])["q"] == {0: 4, 1: 4, 2: 8, 3: 4, 4: 8}
+    ranks = EnergyRanks(share=1.0, r_min=1, r_max=16)({"q": range(5)}, [window])["q"]
+    assert ranks == {0: 16, 1: 16, 2: 16, 3: 1, 4: 16}
     with pytest.raises(ValueError, match=r"q\.01 since the start of the run is not finite"):
-        EnergyRanks(.9, 1, 8)({"q": [0, 1]}, [seen(changed((.5,), (math.nan,)))])
+        EnergyRanks(share=.9, r_min=1, r_max=8)({"q": [0, 1]}, [seen(changed((.5,), (math.nan,)))])
 
 
-@pytest.mark.parametrize("rule", [StableRanks(0, 8, .5), EnergyRanks(.9, 0, 8, .5)])
+@pytest.mark.parametrize("rule", [
+    StableRanks(r_min=0, r_max=8, settled=.5), EnergyRanks(share=.9, r_min=0, r_max=8, settled=.5)])
 def test_a_layer_that_has_settled_gets_rank_0(rule: StableRanks | EnergyRanks) -> None:
     assert rule.windows == 2 and rule.needs == {"spectra", "norms"}
     spectra = changed((.95,), (.5, .6, .92), (.1,), (.2,))
