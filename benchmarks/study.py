@@ -10,7 +10,7 @@ share of the width: 1 to 8 of 96 for its 8 to 64 of 1,024.
 
 Every run is a user's: launch/pretrain.py under DeepSpeed's launcher with one rank, two runs side by side. A setting
 that begins like full training is a fork of the full run of the same seed, from its last checkpoint before they part. A
-finished run is one file in benchmarks/results/study, and is not repeated; a run that was killed goes on.
+finished run is one file in benchmarks/results/study, and is not repeated; a run that was killed is resumed.
 """
 
 from __future__ import annotations

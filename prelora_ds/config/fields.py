@@ -15,6 +15,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     PlainSerializer,
     ValidationInfo,
@@ -156,19 +157,34 @@ class FieldError(ValueError):
         self.field, self.value, self.remedy = field, value, remedy
 
 
-def check_name(section: dict[str, Any], key: str, known: Iterable[str], what: str) -> None:
-    """Raise FieldError about ``key`` if its value in ``section`` is not one of the ``known`` names of ``what``.
+def chosen_by(key: str, known: Iterable[str], what: str, example: str) -> tuple[Discriminator, BeforeValidator]:
+    """Return the annotations of a section that is one of several, which the value of ``key`` names.
 
-    It is for sections that are one of several by their name, for which pydantic's own message has no remedy.
+    known: the names. what: as in "is not a test". example: of such a section, for the remedy.
+
+    A plain discriminator would not do: pydantic allows it only for fields without a validator in the mode "before",
+    which all fields of `Strict` have, and its own message has no remedy.
     """
     names = list(known)
     listed = ", ".join(names)
-    if key not in section:
-        raise FieldError(key, None, "is required", f"set it to one of {listed}")
-    if section[key] not in names:
-        near = difflib.get_close_matches(str(section[key]), names, n=1)
-        raise FieldError(key, section[key], f"is not {what}; known are {listed}",
-                         f"did you mean {near[0]}?" if near else "choose one of them")
+
+    def name_in(section: Any) -> Any:
+        return section.get(key) if isinstance(section, dict) else getattr(section, key)
+
+    def check(section: Any) -> Any:
+        if isinstance(section, BaseModel):
+            return section
+        if not isinstance(section, dict):
+            raise FieldError("", section, f"is not {what}", f"write it as a mapping, for example {example}")
+        if key not in section:
+            raise FieldError(key, None, "is required", f"set it to one of {listed}")
+        if section[key] not in names:
+            near = difflib.get_close_matches(str(section[key]), names, n=1)
+            raise FieldError(key, section[key], f"is not {what}; known are {listed}",
+                             f"did you mean {near[0]}?" if near else "choose one of them")
+        return section
+
+    return Discriminator(name_in), BeforeValidator(check)
 
 
 class Strict(BaseModel):

@@ -7,7 +7,8 @@ from typing import Any
 
 from prelora_ds.config.adapters import KEPT_MAY_CHANGE, AdaptersConfig, check_computation, check_resizes
 from prelora_ds.config.fields import FieldError
-from prelora_ds.config.phases import PhaseConfig, UntilConfig
+from prelora_ds.config.phases import PhaseConfig
+from prelora_ds.config.until import UntilConfig
 from prelora_ds.core.adapters import KINDS, AdapterSpec
 from prelora_ds.core.duration import Duration
 from prelora_ds.core.plan import ADAPTERS, BASE

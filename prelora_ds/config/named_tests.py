@@ -9,10 +9,10 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from prelora_ds.config.adapters import AnyRankRule
 from prelora_ds.config.documents import UnreadableError, read_scalar, read_yaml
 from prelora_ds.config.fields import FieldError
-from prelora_ds.config.phases import AnySwitchTest
+from prelora_ds.config.rank_rules import AnyRankRule
+from prelora_ds.config.until import AnySwitchTest
 from prelora_ds.core.rank_rules import RankRule
 from prelora_ds.core.switch_tests import SWITCH_TESTS
 from prelora_ds.core.switch_tests.protocol import SwitchTest

@@ -11,20 +11,13 @@ from prelora_ds.config.adapters import (
     FAMILIES,
     AdaptersConfig,
     AdapterTraining,
-    PreloraRule,
     check_families,
-    check_powers_of_two,
     check_scaling,
 )
 from prelora_ds.config.fields import DurationField, FieldError, Positive
-from prelora_ds.config.phases import (
-    Algorithm1,
-    Factor,
-    PhaseConfig,
-    PhaseSettings,
-    PreloraUntil,
-    PresetConfig,
-)
+from prelora_ds.config.phases import Factor, PhaseConfig, PhaseSettings, PresetConfig
+from prelora_ds.config.rank_rules import PreloraRule, check_powers_of_two
+from prelora_ds.config.until import Algorithm1, PreloraUntil
 from prelora_ds.core.duration import Duration
 
 

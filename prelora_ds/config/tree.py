@@ -28,10 +28,10 @@ from prelora_ds.config.phases import (
     PhaseSettings,
     PhasesField,
     PresetConfig,
-    UntilConfig,
 )
 from prelora_ds.config.preset import ConvergenceConfig, LoraConfig, check_authors, expanded
 from prelora_ds.config.training import ObserveConfig, OptimizerConfig, TrainConfig
+from prelora_ds.config.until import UntilConfig
 from prelora_ds.core.adapters import KINDS
 from prelora_ds.core.phases import PhaseSpec
 from prelora_ds.core.plan import Plan

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from prelora_ds.config.adapters import UniformRule
 from prelora_ds.config.phases import PhaseConfig, PresetConfig
+from prelora_ds.config.rank_rules import UniformRule
 from prelora_ds.config.tree import Config
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.phases import plans_at_rank

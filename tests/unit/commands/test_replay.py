@@ -203,7 +203,7 @@ def test_a_measure_that_was_not_logged_is_named_with_the_key_that_logs_it() -> N
     (["--ranks", "{rule: enegy, share: 0.9}"], "did you mean energy?"),
     (["--ranks", "{rule: energy, share: 90}"], "--ranks share = 90"),
     (["--ranks", "{rule: energy, r_max: 48}"], "--ranks"),
-    (["--ranks", "energy"], "must be a mapping"),
+    (["--ranks", "energy"], "write it as a mapping"),
     (["--ranks", "{rule"], "--ranks"),
 ])
 def test_bad_values_are_one_message(exp1: Path, arguments: list[str], said: str) -> None:

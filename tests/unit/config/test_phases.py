@@ -11,13 +11,15 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import Discriminator, Tag, ValidationError, create_model
 
-from prelora_ds.config.adapters import AdaptersConfig, PreloraRule, RankRuleConfig
+from prelora_ds.config.adapters import AdaptersConfig
 from prelora_ds.config.changes import binding_differences, what_binds
 from prelora_ds.config.documents import write_yaml
-from prelora_ds.config.fields import DurationField, Positive
+from prelora_ds.config.fields import DurationField, Positive, chosen_by
 from prelora_ds.config.load import dump_yaml, load_config, validate
-from prelora_ds.config.phases import PhaseConfig, PreloraUntil, SwitchTestConfig, _kind_of_until, name_in
+from prelora_ds.config.phases import PhaseConfig
+from prelora_ds.config.rank_rules import PreloraRule, RankRuleConfig
 from prelora_ds.config.tree import Config
+from prelora_ds.config.until import PreloraUntil, SwitchTestConfig, _kind_of_until
 from prelora_ds.core.duration import Duration
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.merge import Merge, Reset
@@ -434,7 +436,7 @@ def test_a_rule_is_named_with_its_parameters(ranks: dict[str, Any], rule: RankRu
     ({"rule": "stable_rank", "r_min": 70}, "r_min", "choose a different value for phases.low.adapters.ranks.r_min"),
     ({"rule": "stable_rank"}, "rule", "set observe.spectra=true"),
     ({"rule": "energy", "share": 0.9}, "rule", "set observe.spectra=true"),
-    ("prelora", "", "write for example {rule: prelora, r_min: 8, r_max: 64}"),
+    ("prelora", "", "write it as a mapping, for example {rule: prelora, r_min: 8, r_max: 64}"),
 ])
 def test_a_bad_rule_is_refused_with_phase_key_and_remedy(ranks: Any, key: str, remedy: str) -> None:
     error = refused({"name": "full", "until": TEST}, {"name": "low", "adapters": {"ranks": ranks}})
@@ -532,7 +534,7 @@ def extended(monkeypatch: pytest.MonkeyPatch) -> type[Config]:
     until = Annotated[
         Annotated[DurationField, Tag("as a duration")] | Annotated[
             Annotated[PreloraUntil, Tag("prelora")] | Annotated[LossUntil, Tag("loss")],
-            Discriminator(name_in), Tag("as a test")],
+            chosen_by("test", ["prelora", "loss"], "a test", "")[0], Tag("as a test")],
         Discriminator(_kind_of_until)]
     adapters = create_model("Adapters", __base__=AdaptersConfig, ranks=(PreloraRule | FirstLayerRule | None, None))
     phase = create_model("Phase", __base__=PhaseConfig, adapters=(adapters | None, None),
