@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import signal
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 
 import pytest
 import torch
 from deepspeed import comm
 from support.checkpoints import engine_of, method_of
-from support.launches import Job, differences, traces
+from support.launches import Job, differences, kill_and_resume, traces
 from support.runs import SMALL, Trainer, config, micro_batches
 
 from prelora_ds.core.adapters import Lora
@@ -105,11 +104,7 @@ def layer_below_which_nothing_trains(plan, layout):
     (1, 9), (3, 6), *(pytest.param(*more, marks=pytest.mark.long) for more in [(0, 6), (2, 4), (2, 9), (3, 12)])])
 def test_a_run_that_was_killed_equals_the_one_that_was_not(wholes, forge, shards, tmp_path, zero, step):
     out = tmp_path / "out"
-    killed = start(forge, shards, out, zero, faults={1: {"place": "step", "call": step, "delay": 0}})
-    assert killed.end()[1] == -signal.SIGKILL, killed.said()[-3000:]
-    again = start(forge, shards, out, zero)
-    assert again.end() == [0, 0], again.said()[-3000:]
-    assert "resuming after step" in again.said()
+    kill_and_resume(partial(start, forge, shards, out, zero), step)
     assert differences(traces(wholes(zero)), traces(out)) == []
 
 

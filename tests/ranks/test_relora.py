@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import signal
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
 from support.checkpoints import engine_of, method_of
-from support.launches import Job, differences, traces
+from support.launches import Job, differences, kill_and_resume, traces
 
 from prelora_ds.core.merge import Reset
 from prelora_ds.engine.merge import merge_adapters
@@ -92,11 +91,7 @@ def test_the_run_measures_the_bytes_that_were_predicted(wholes):
 def test_a_run_that_was_killed_equals_the_one_that_was_not(wholes, forge, shards, tmp_path, zero, mode, step):
     """Kill it within a cycle (4), right after a merge (6 and 9), or after the thaw (12)."""
     out = tmp_path / "out"
-    killed = start(forge, shards, out, zero, mode, faults={1: {"place": "step", "call": step, "delay": 0}})
-    assert killed.end()[1] == -signal.SIGKILL, killed.said()[-3000:]
-    again = start(forge, shards, out, zero, mode)
-    assert again.end() == [0, 0], again.said()[-3000:]
-    assert "resuming after step" in again.said()
+    kill_and_resume(partial(start, forge, shards, out, zero, mode), step)
     assert differences(traces(wholes(zero, mode)), traces(out)) == []
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import signal
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from support.launches import Job, differences, traces
+from support.launches import Job, differences, kill_and_resume, traces
 from support.runs import ZEROS, Trainer, config, same
 
 from prelora_ds.core.adapters import AdapterSpec, Lora
@@ -147,8 +146,5 @@ def test_ranks_change_in_the_middle_of_a_run(whole):
 @pytest.mark.parametrize("step", [9, 13])
 def test_a_run_that_was_killed_equals_the_one_that_was_not(whole, forge, shards, tmp_path, step):
     out = tmp_path / "out"
-    killed = Job(forge, out, shards, *SETTINGS, METHOD, faults={1: {"place": "step", "call": step, "delay": 0}})
-    assert killed.end()[1] == -signal.SIGKILL, killed.said()[-3000:]
-    again = Job(forge, out, shards, *SETTINGS, METHOD)
-    assert again.end() == [0, 0], again.said()[-3000:]
+    kill_and_resume(partial(Job, forge, out, shards, *SETTINGS, METHOD), step)
     assert differences(traces(whole), traces(out)) == []

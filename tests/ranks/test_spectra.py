@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.launches import Job, differences, traces
+from support.launches import Job, differences, kill_and_resume, traces
 from support.runs import LABELS, Trainer, config, same
 
 from prelora_ds.core.adapters import Lora
@@ -227,10 +227,7 @@ def test_the_exported_model_has_the_frozen_values_of_a_layer_without_an_adapter(
 @pytest.mark.parametrize("step", [10, pytest.param(5, marks=pytest.mark.long)])
 def test_a_run_that_was_killed_equals_the_one_that_was_not(whole, forge, shards, tmp_path, step):
     out = tmp_path / "out"
-    killed = Job(forge, out, shards, *SETTINGS, METHOD, faults={1: {"place": "step", "call": step, "delay": 0}})
-    assert killed.end()[1] == -signal.SIGKILL, killed.said()[-3000:]
-    again = Job(forge, out, shards, *SETTINGS, METHOD)
-    assert again.end() == [0, 0], again.said()[-3000:]
+    kill_and_resume(partial(Job, forge, out, shards, *SETTINGS, METHOD), step)
     assert differences(traces(whole), traces(out)) == []
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import signal
+from functools import partial
 
 import pytest
-from support.launches import Job, check_replay, differences, traces
+from support.launches import Job, check_replay, differences, kill_and_resume, traces
 
 from prelora_ds.run.folder import RunFolder
 from prelora_ds.run.log import read_lines
@@ -53,10 +53,7 @@ def test_each_phase_ends_by_the_test_that_decides(whole):
 @pytest.mark.parametrize("step", [5, pytest.param(8, marks=pytest.mark.long)])
 def test_a_run_that_was_killed_equals_the_one_that_was_not(whole, forge, shards, tmp_path, step):
     out = tmp_path / "out"
-    killed = Job(forge, out, shards, *SETTINGS, METHOD, faults={1: {"place": "step", "call": step, "delay": 0}})
-    assert killed.end()[1] == -signal.SIGKILL, killed.said()[-3000:]
-    again = Job(forge, out, shards, *SETTINGS, METHOD)
-    assert again.end() == [0, 0], again.said()[-3000:]
+    kill_and_resume(partial(Job, forge, out, shards, *SETTINGS, METHOD), step)
     assert differences(traces(whole), traces(out)) == []
 
 

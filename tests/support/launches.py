@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -231,6 +231,18 @@ def check_replay(folder: RunFolder) -> None:
         if row["event"] == EventKind.PLAN and row["step"] > begins_after
     ]
     assert decided == plans
+
+
+def kill_and_resume(start: Callable[..., Job], step: int) -> None:
+    """Kill rank 1 of a run of two ranks in ``step``, and let the same command finish the run.
+
+    start: starts the run, with the faults that it is given.
+    """
+    killed = start(faults={1: {"place": "step", "call": step, "delay": 0}})
+    assert killed.end()[1] == -signal.SIGKILL, killed.said()[-3000:]
+    again = start()
+    assert again.end() == [0, 0], again.said()[-3000:]
+    assert "resuming after step" in again.said()
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
