@@ -44,7 +44,8 @@ def replay(
     """
     from prelora_ds.config.fields import parse_duration, parse_numbers
     from prelora_ds.config.named_tests import parse_parameters, parse_rank_rule
-    from prelora_ds.reporting.replay import Settings, grid_as_csv, print_replay, read_logged, replayed
+    from prelora_ds.reporting.replay import Settings, read_logged, replayed
+    from prelora_ds.reporting.replay_table import grid_as_csv, print_replay
     from prelora_ds.run.folder import RunFolder
 
     if csv and json:

@@ -21,7 +21,8 @@ from support.histories import write_history
 
 from prelora_ds.core.switch_tests.prelora import Observation, Verdict, Windowing
 from prelora_ds.errors import ConfigError
-from prelora_ds.reporting.replay import Settings, check_measured, grid_as_csv, read_logged, replayed
+from prelora_ds.reporting.replay import Settings, check_measured, read_logged, replayed
+from prelora_ds.reporting.replay_table import grid_as_csv
 from prelora_ds.run.folder import RunFolder
 
 
