@@ -247,20 +247,19 @@ def start_of(name: str, seed: int, out: Path) -> str:
     """The checkpoint to begin with, if the run has none of its own."""
     if not SETTINGS[name].forks or RunFolder(out).config.exists():
         return "auto"
-    full = RunFolder(OUT / f"full-{seed}")
-    parts_at = end_of_full(full, phases_of(name, seed)[0]["until"])
-    last = (parts_at - 1) // CHECKPOINT_EVERY * CHECKPOINT_EVERY
-    return str(full.checkpoints / f"step-{last:08d}") if last else "auto"
+    last = (parts_at(name, seed) - 1) // CHECKPOINT_EVERY * CHECKPOINT_EVERY
+    return str(RunFolder(OUT / f"full-{seed}").checkpoints / f"step-{last:08d}") if last else "auto"
 
 
-def end_of_full(full: RunFolder, until: str | Mapping[str, Any]) -> int:
-    """Return the step after which the full phase ends: by a replay of the full run if a test ends it."""
+def parts_at(name: str, seed: int) -> int:
+    """Return the step after which a setting leaves full training: by a replay of the full run if a test ends it."""
+    until: str | Mapping[str, Any] = phases_of(name, seed)[0]["until"]
     if isinstance(until, str):
         return int(until.split()[0])
     if until["test"] == "fixed":
         return math.ceil(until["at"] * STEPS)
     parameters = {key: (value,) for key, value in until.items() if key != "test"}
-    found = replayed(read_logged(full), Settings(until["test"], parameters))
+    found = replayed(read_logged(RunFolder(OUT / f"full-{seed}")), Settings(until["test"], parameters))
     step = found["grid"][0]["step"]
     return STEPS if step is None else int(step)
 
@@ -297,6 +296,7 @@ def result_of(name: str, seed: int, out: Path, tested: Mapping[str, Any]) -> dic
         "train_loss": mean(row["train/loss"] for row in rows[-10:]),
         "steps_by_phase": steps_by_phase(plans, steps),
         "first_switch": switches[0] if switches else None,
+        "replayed_switch": parts_at(name, seed) if SETTINGS[name].forks else None,
         "ranks": sorted(spec.rank or 0 for spec in plans[-1][1].adapters.values()),
         "trainable_share": last["trainable_parameters"] / last["all_parameters"],
         "flops_over_full": flops(config, setup.layout, plans, steps) / flops(config, setup.layout, plans[:1], STEPS),
@@ -374,6 +374,8 @@ def figures_of(by_name: Mapping[str, Mapping[str, Any]], results: Sequence[Mappi
                                 ("carried_minus_dropped_pt", "moments_dropped", -1)):
         pairs = paired(accuracies(other, results), exp1)
         figures[figure] = round(sign * mean(pairs), 2)
+    figures["most_steps_between_replay_and_run"] = max(
+        abs(r["replayed_switch"] - r["first_switch"]) for r in results if r["replayed_switch"] is not None)
     return {name: value for name, value in figures.items() if value is not None}
 
 
