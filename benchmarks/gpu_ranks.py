@@ -94,10 +94,7 @@ def _in_time(begun: float, seconds: float) -> bool:
 
 def config_of(model: Mapping[str, Any], case: Case, micro: int, world: int) -> Config:
     """Return the config of a run with one micro-batch per step."""
-    zero: dict[str, Any] = {"stage": case.stage}
-    if case.overlap:
-        # Several buckets: one that holds all gradients would be reduced at the end.
-        zero |= {"overlap_comm": True, "reduce_bucket_size": 50_000_000}
+    zero = {"stage": case.stage, "overlap_comm": case.overlap}
     return validate({
         "run": {"name": "gpu", "output_dir": "-"},
         "model": {**model, "compile": case.compiled},

@@ -27,6 +27,7 @@ NOT_SUPPORTED = {
     "communication_data_type": "gradients are reduced in fp32",
     "prescale_gradients": "gradients are reduced in fp32",
     "gradient_predivide_factor": "gradients are reduced in fp32",
+    "timers": "they would wait for the device in each micro-batch; metrics.jsonl has the seconds of every step",
     "zero_allow_untested_optimizer": "the optimizer is an AdamW with its own step count for each parameter",
 }
 # The other keys that are allowed. DeepSpeed itself ignores misspelt ones silently.

@@ -84,14 +84,16 @@ class RunConfig(Strict):
 
 @dataclass(frozen=True)
 class ZeroSettings:
-    """The ``zero_optimization`` settings that affect memory, with DeepSpeed's defaults (in elements).
+    """The ``zero_optimization`` settings that affect memory and time; sizes are in elements.
 
-    overlap_comm: at stage 2, where it takes a second bucket; False at the other stages.
+    reduce_bucket_size: as the user has set it; None stands for several buckets (`cost.bytes.bucket_elements`).
+    overlap_comm: whether gradients are reduced while the backward pass goes on; False at stages 0 and 1, which reduce
+        after it.
     """
 
     stage: int
     offload_optimizer: bool = False
-    reduce_bucket_size: int = 500_000_000
+    reduce_bucket_size: int | None = None
     persistence_threshold: int = 100_000
     overlap_comm: bool = False
 
@@ -341,13 +343,26 @@ class Config(Strict):
     def zero(self) -> ZeroSettings:
         """The parts of the DeepSpeed config that other modules use."""
         zero = self.deepspeed.get("zero_optimization", {})
-        defaults = ZeroSettings(stage=int(zero.get("stage", 0)))
+        offload = (zero.get("offload_optimizer") or {}).get("device", "none") == "cpu"
+        return self.zero_at(int(zero.get("stage", 0)), offload_optimizer=offload)
+
+    def zero_at(self, stage: int, *, offload_optimizer: bool) -> ZeroSettings:
+        """What `zero` would be with this stage and offload, and everything else as it is.
+
+        By default gradients are reduced during the backward pass at stage 3, as DeepSpeed does, and at stage 2 unless
+        the optimizer is offloaded or gradients are not contiguous: with either of these DeepSpeed 0.19 orders its
+        streams in another way, which is not tested here.
+        """
+        zero = self.deepspeed.get("zero_optimization", {})
+        bucket = zero.get("reduce_bucket_size")
+        overlaps = stage == 3 or (not offload_optimizer and bool(zero.get("contiguous_gradients", True)))
         return ZeroSettings(
-            stage=defaults.stage,
-            offload_optimizer=(zero.get("offload_optimizer") or {}).get("device", "none") == "cpu",
-            reduce_bucket_size=int(zero.get("reduce_bucket_size", defaults.reduce_bucket_size)),
-            persistence_threshold=int(zero.get("stage3_param_persistence_threshold", defaults.persistence_threshold)),
-            overlap_comm=defaults.stage == 2 and bool(zero.get("overlap_comm", defaults.overlap_comm)),
+            stage=stage,
+            offload_optimizer=offload_optimizer,
+            reduce_bucket_size=None if bucket is None else int(bucket),
+            persistence_threshold=int(zero.get("stage3_param_persistence_threshold",
+                                               ZeroSettings.persistence_threshold)),
+            overlap_comm=stage >= 2 and bool(zero.get("overlap_comm", overlaps)),
         )
 
     @field_validator("lora", mode="before")

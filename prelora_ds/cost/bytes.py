@@ -21,6 +21,9 @@ from prelora_ds.core.plan import Plan
 
 BF16 = 2  # bytes
 FP32 = 4  # bytes
+# How many buckets the gradients are reduced in at stages 2 and 3. One bucket would be full only at the end of the
+# backward pass, so that nothing could overlap with it; many small ones would not use the bandwidth of the network.
+BUCKETS = 8
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def predict_bytes(plan: Plan, layout: Layout, zero: ZeroSettings, world_size: in
         # A single rank gathers nothing, because its partition of a parameter is the parameter.
         gathered = sum(sizes[name] for name in small) if w > 1 else 0
         weights = BF16 * n // w + BF16 * gathered
-        buffers = FP32 * min(zero.reduce_bucket_size, t)
+        buffers = FP32 * bucket_elements(plan, layout, zero)
     weights += besides_leaves(plan, layout)
     if zero.offload_optimizer and stage == 2:
         buffers = BF16 * t // w + 2 * BF16 * max(trained)
@@ -85,6 +88,20 @@ def predict_bytes(plan: Plan, layout: Layout, zero: ZeroSettings, world_size: in
         buffers=buffers,
         host=FP32 * sum(sizes[name] for name in (parked & sizes.keys()) - plan.trainable - in_module) // w,
     )
+
+
+def bucket_elements(plan: Plan, layout: Layout, zero: ZeroSettings) -> int:
+    """The elements of a bucket in which gradients are reduced at stages 2 and 3.
+
+    A size that the user has set is only limited to what trains. Otherwise there are about `BUCKETS` of them, and none
+    is smaller than the largest parameter: DeepSpeed 0.19 reduces a parameter that is larger than its bucket in another
+    way.
+    """
+    shapes = plan.parameters(layout)
+    sizes = [math.prod(shapes[name]) for name in plan.trainable]
+    if zero.reduce_bucket_size is not None:
+        return min(zero.reduce_bucket_size, sum(sizes))
+    return max(*sizes, -(-sum(sizes) // BUCKETS))
 
 
 def besides_leaves(plan: Plan, layout: Layout) -> int:

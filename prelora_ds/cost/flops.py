@@ -16,7 +16,7 @@ from prelora_ds.config.tree import Config, ZeroSettings
 from prelora_ds.core.adapters import Needs, kind_of
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.plan import Plan
-from prelora_ds.cost.bytes import BF16, FP32, Bytes, predict_bytes
+from prelora_ds.cost.bytes import BF16, FP32, Bytes, bucket_elements, predict_bytes
 
 REUSE_DISTANCE = 1_000_000_000  # DeepSpeed's default of stage3_max_reuse_distance, in elements
 PREFETCH_BUCKET = 50_000_000  # DeepSpeed's default of stage3_prefetch_bucket_size, in elements
@@ -266,7 +266,7 @@ def communication(plan: Plan, layout: Layout, zero: ZeroSettings, accum: int, *,
         return Communication(FP32 * a, 0, 0, math.ceil(a / ENGINE_BUCKET))
     if zero.stage == 1:
         return Communication(FP32 * t, BF16 * t, 0, 2 * math.ceil(t / ENGINE_BUCKET))
-    buckets = accum * math.ceil(a / min(t, zero.reduce_bucket_size))
+    buckets = accum * math.ceil(a / bucket_elements(plan, layout, zero))
     if zero.stage == 2:
         return Communication(FP32 * a * accum, BF16 * t, 0, buckets + 1)
     small = [size for size in sizes.values() if size <= zero.persistence_threshold]
@@ -308,7 +308,7 @@ def buckets_bytes(plan: Plan, layout: Layout, zero: ZeroSettings) -> int:
     staged at the same time (10); at stage 3 it is ordered by ranks in fp32 (4).
     """
     reduced = _held(plan, layout) if zero.stage == 1 else _training(plan, layout)
-    bucket = min(reduced, zero.reduce_bucket_size if zero.stage > 1 else ENGINE_BUCKET)
+    bucket = min(reduced, bucket_elements(plan, layout, zero) if zero.stage > 1 else ENGINE_BUCKET)
     return (6, 4, 10 if zero.overlap_comm else 8, 4)[zero.stage] * bucket
 
 

@@ -182,7 +182,7 @@ def _settings(config: Config, plans: Sequence[Plan], accum: int) -> Iterator[Zer
     for stage in range(4):
         runs = all(config.for_phase(plan.phase).runs_at(stage, plan) for plan in plans)
         if runs and not (stage == 0 and accum > 1):
-            yield replace(config.zero, stage=stage, offload_optimizer=False)
+            yield config.zero_at(stage, offload_optimizer=False)
     if config.zero.offload_optimizer:
         yield config.zero
 

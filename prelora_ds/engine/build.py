@@ -6,7 +6,6 @@ import contextlib
 import copy
 import io
 import logging
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import nn
 from prelora_ds.config.tree import Config
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.plan import Plan
+from prelora_ds.cost.bytes import bucket_elements
 from prelora_ds.engine.active import apply_active
 from prelora_ds.engine.engine import NO_STEPS, Counters, Engine
 from prelora_ds.engine.optimizer import bind_names, make_optimizer
@@ -103,10 +103,11 @@ def deepspeed_config(config: Config, plan: Plan, layout: Layout, world_size: int
     """Return the DeepSpeed config of one phase: the user's ZeRO section plus the recipe's keys."""
     ds = copy.deepcopy(config.deepspeed)
     zero = ds.setdefault("zero_optimization", {})
-    shapes = plan.parameters(layout)
-    trained = sum(math.prod(shapes[name]) for name in plan.trainable)
-    # A bucket never holds more elements than train, and ZeRO-3 allocates its full size.
-    zero["reduce_bucket_size"] = min(config.zero.reduce_bucket_size, trained)
+    # ZeRO-3 allocates the full size of a bucket.
+    zero["reduce_bucket_size"] = bucket_elements(plan, layout, config.zero)
+    if config.zero.stage == 2:
+        # One rank has nothing to wait for, and DeepSpeed would only synchronise the device once more.
+        zero.setdefault("overlap_comm", config.zero.overlap_comm and world_size > 1)
     ds |= {
         "train_batch_size": config.train.global_batch_size,
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
@@ -115,6 +116,8 @@ def deepspeed_config(config: Config, plan: Plan, layout: Layout, world_size: int
         "bf16": {**ds.get("bf16", {}), "enabled": True},
         "communication_data_type": "fp32",  # DeepSpeed's default is BF16, here and for accumulation
         "steps_per_print": None,
+        # They measure nothing that anybody reads, and wait for the device twice in each micro-batch.
+        "timers": {"throughput": {"enabled": False}},
         # DeepSpeed 0.19 recognises optimizers by their exact class, and ours are subclasses
         # (runtime/zero/utils.py, ZERO_SUPPORTED_OPTIMIZERS).
         "zero_allow_untested_optimizer": True,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +128,7 @@ def _stages(config: Config, plan: Plan) -> Iterator[ZeroSettings]:
         if not config.runs_at(stage, plan):
             continue
         for offload in {False, config.zero.offload_optimizer and stage >= 2}:
-            yield replace(config.zero, stage=stage, offload_optimizer=offload)
+            yield config.zero_at(stage, offload_optimizer=offload)
 
 
 def _largest_of_each_stage(fitting: list[Candidate]) -> list[Candidate]:

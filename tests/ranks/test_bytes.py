@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -10,10 +11,11 @@ from support.runs import MEDIUM, ZEROS, Trainer, config, only_owned
 
 from prelora_ds.core.phases import needed_in_fp32, plans_at_rank
 from prelora_ds.core.selection import first_choice, with_active
-from prelora_ds.cost.bytes import predict_bytes
+from prelora_ds.cost.bytes import bucket_elements, predict_bytes
 from prelora_ds.engine.census import OWNERS, census, wait_until
 from prelora_ds.engine.merge import fold_adapters, merge_adapters
 from prelora_ds.engine.transition import transition
+from prelora_ds.model.families import named_parameters
 
 ALL = pytest.mark.parametrize("zero", ZEROS)
 
@@ -51,6 +53,54 @@ def check_bytes(t, parked=frozenset()):
                                                                         predicted, measured)
         assert only_owned(measured), (plan.phase, measured)
         assert measured["state"] == 0 and set(measured) == set(OWNERS)
+
+
+@pytest.mark.parametrize(("zero", "keys", "bytes_per_element"), [
+    ("zero2", {}, 2 * 2), ("zero2", {"overlap_comm": False}, 2), ("zero3", {}, 4)])
+def test_gradients_are_reduced_in_several_buckets_of_the_predicted_size(ranks, zero, keys, bytes_per_element):
+    ranks.run(buckets_as_predicted, zero=zero, keys=keys, bytes_per_element=bytes_per_element)
+
+
+def buckets_as_predicted(zero, keys, bytes_per_element):
+    """Count the bytes of the buckets in the middle of a backward pass, and the gradients in each reduction."""
+    from deepspeed.comm import comm
+
+    t = Trainer(config(zero, model=MEDIUM, deepspeed={"zero_optimization": ZEROS[zero] | keys}))
+    collective = "reduce_scatter_tensor" if zero == "zero3" else "all_reduce"
+    for plan in (t.full, t.lora):
+        if plan is t.lora:
+            t.switch(plan)
+        t.train(2)
+        elements = bucket_elements(plan, t.layout, t.engine.config.zero)
+        sizes = [math.prod(plan.parameters(t.layout)[name]) for name in plan.trainable]
+        assert elements == max(max(sizes), -(-sum(sizes) // 8))
+
+        in_backward, reduced = [], []
+        hook = named_parameters(t.engine.module)["vit.embeddings.cls_token"].register_hook(
+            lambda _, t=t, counted=in_backward: counted.append(sum(map(bytes_of, t.engine.ds.optimizer
+                                                                        .ipg_buckets.values()))))
+        real = getattr(comm.cdb, collective)
+
+        def counting(*args, reduced=reduced, real=real, **kwargs):
+            reduced.append(max(a.numel() for a in (*args, *kwargs.values()) if hasattr(a, "numel")))
+            return real(*args, **kwargs)
+
+        setattr(comm.cdb, collective, counting)
+        try:
+            t.engine.backward(t.batches())
+        finally:
+            delattr(comm.cdb, collective)
+        hook.remove()
+        t.engine.finish_step(lr=1e-3)
+        assert in_backward == [bytes_per_element * elements], (in_backward, elements)
+        buckets = [count for count in reduced if count > 10]
+        assert sum(buckets) == pytest.approx(sum(sizes), rel=0.01) and max(buckets) <= elements * 1.01
+        assert sum(sizes) / elements <= len(buckets) <= 2 * sum(sizes) / elements + 1
+    t.close()
+
+
+def bytes_of(bucket):
+    return sum(buffer.nbytes for buffer in (bucket.buffer if isinstance(bucket.buffer, list) else [bucket.buffer]))
 
 
 @pytest.mark.parametrize(("lora", "zero"), [

@@ -232,15 +232,21 @@ def test_pairs_are_not_cut_by_a_micro_batch() -> None:
 @pytest.mark.parametrize(("zero", "expected"), [
     (None, ZeroSettings(0)),
     ({}, ZeroSettings(0)),
-    ({"stage": 1}, ZeroSettings(1, False, 500_000_000, 100_000)),
-    ({"stage": 2, "reduce_bucket_size": 5e6}, ZeroSettings(2, reduce_bucket_size=5_000_000)),
-    ({"stage": 3, "stage3_param_persistence_threshold": 0}, ZeroSettings(3, persistence_threshold=0)),
-    ({"stage": 2, "overlap_comm": True}, ZeroSettings(2, overlap_comm=True)),
+    ({"stage": 1}, ZeroSettings(1, False, None, 100_000)),
+    ({"stage": 2, "reduce_bucket_size": 5e6}, ZeroSettings(2, reduce_bucket_size=5_000_000, overlap_comm=True)),
+    ({"stage": 3, "stage3_param_persistence_threshold": 0},
+     ZeroSettings(3, persistence_threshold=0, overlap_comm=True)),
+    ({"stage": 2}, ZeroSettings(2, overlap_comm=True)),
+    ({"stage": 2, "overlap_comm": False}, ZeroSettings(2)),
+    ({"stage": 3, "overlap_comm": False}, ZeroSettings(3)),
+    ({"stage": 2, "contiguous_gradients": False}, ZeroSettings(2)),
+    ({"stage": 2, "offload_optimizer": {"device": "cpu"}, "overlap_comm": True}, ZeroSettings(2, True,
+                                                                                              overlap_comm=True)),
     ({"stage": 1, "overlap_comm": True}, ZeroSettings(1)),
     ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, ZeroSettings(2, True)),
-    ({"stage": 2, "offload_optimizer": {"device": "none"}}, ZeroSettings(2, False)),
-    ({"stage": 2, "offload_optimizer": None}, ZeroSettings(2, False)),
-    ({"stage": 3, "offload_optimizer": {"pin_memory": True}}, ZeroSettings(3, False)),
+    ({"stage": 2, "offload_optimizer": {"device": "none"}}, ZeroSettings(2, False, overlap_comm=True)),
+    ({"stage": 2, "offload_optimizer": None}, ZeroSettings(2, False, overlap_comm=True)),
+    ({"stage": 3, "offload_optimizer": {"pin_memory": True}}, ZeroSettings(3, False, overlap_comm=True)),
 ])
 def test_zero_settings(zero: dict[str, Any] | None, expected: ZeroSettings) -> None:
     assert config(zero).zero == expected
