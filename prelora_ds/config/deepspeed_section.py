@@ -14,6 +14,7 @@ OWNED_BY_RECIPE = {
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
     "gradient_accumulation_steps": "train.global_batch_size / (train.micro_batch_size x ranks)",
     "gradient_clipping": "optimizer.clip_grad_norm",
+    "communication_data_type": "train.reduce_dtype",
     "optimizer": "optimizer",
     "scheduler": "optimizer.warmup and optimizer.min_lr_ratio",
     "tensorboard": "run.trackers",
@@ -24,9 +25,8 @@ OWNED_BY_RECIPE = {
 NOT_SUPPORTED = {
     "fp16": "the engine trains in BF16",
     "data_types": "gradients are accumulated in fp32",
-    "communication_data_type": "gradients are reduced in fp32",
-    "prescale_gradients": "gradients are reduced in fp32",
-    "gradient_predivide_factor": "gradients are reduced in fp32",
+    "prescale_gradients": "gradients are averaged in one way",
+    "gradient_predivide_factor": "gradients are averaged in one way",
     "timers": "they would wait for the device in each micro-batch; metrics.jsonl has the seconds of every step",
     "zero_allow_untested_optimizer": "the optimizer is an AdamW with its own step count for each parameter",
 }

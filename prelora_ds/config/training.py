@@ -91,6 +91,13 @@ class TrainConfig(Strict):
     label_smoothing: Share = 0.0
     """The share of each label that is spread evenly over all classes."""
 
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """
+    The type in which gradients are sent between ranks and summed over them: `bf16` halves the bytes,
+    and rounds each sum to 8 bits, as ZeRO stage 0 does in any case. The sum over micro-batches is fp32
+    either way. With one rank it has no effect.
+    """
+
     log_every: Positive = 1
     """The number of steps between two rows of metrics.jsonl."""
 

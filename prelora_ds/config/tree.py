@@ -84,11 +84,12 @@ class RunConfig(Strict):
 
 @dataclass(frozen=True)
 class ZeroSettings:
-    """The ``zero_optimization`` settings that affect memory and time; sizes are in elements.
+    """The settings of communication and ZeRO that affect memory and time; sizes are in elements.
 
     reduce_bucket_size: as the user has set it; None stands for several buckets (`cost.bytes.bucket_elements`).
     overlap_comm: whether gradients are reduced while the backward pass goes on; False at stages 0 and 1, which reduce
         after it.
+    reduce_bytes: the bytes of an element of a gradient that is sent to other ranks.
     """
 
     stage: int
@@ -96,6 +97,7 @@ class ZeroSettings:
     reduce_bucket_size: int | None = None
     persistence_threshold: int = 100_000
     overlap_comm: bool = False
+    reduce_bytes: int = 4
 
 
 class Config(Strict):
@@ -363,6 +365,7 @@ class Config(Strict):
             persistence_threshold=int(zero.get("stage3_param_persistence_threshold",
                                                ZeroSettings.persistence_threshold)),
             overlap_comm=stage >= 2 and bool(zero.get("overlap_comm", overlaps)),
+            reduce_bytes=2 if self.train.reduce_dtype == "bf16" else 4,
         )
 
     @field_validator("lora", mode="before")

@@ -75,7 +75,7 @@ def predict_bytes(plan: Plan, layout: Layout, zero: ZeroSettings, world_size: in
         # A single rank gathers nothing, because its partition of a parameter is the parameter.
         gathered = sum(sizes[name] for name in small) if w > 1 else 0
         weights = BF16 * n // w + BF16 * gathered
-        buffers = FP32 * bucket_elements(plan, layout, zero)
+        buffers = zero.reduce_bytes * bucket_elements(plan, layout, zero)
     weights += besides_leaves(plan, layout)
     if zero.offload_optimizer and stage == 2:
         buffers = BF16 * t // w + 2 * BF16 * max(trained)

@@ -250,7 +250,7 @@ class Communication:
 
 def communication(plan: Plan, layout: Layout, zero: ZeroSettings, accum: int, *,
                   reuse_distance: int = REUSE_DISTANCE) -> Communication:
-    """The collectives of an optimizer step of ``accum`` micro-batches. Gradients are sent in fp32, weights in BF16.
+    """The collectives of an optimizer step of ``accum`` micro-batches. Weights are sent in BF16.
 
     Source: ZeRO (Rajbhandari et al. 2020, section 7), and DeepSpeed 0.19 where it differs: stage 2 all-reduces its
     buckets in every micro-batch, where the paper has one reduce-scatter; and stage 3 keeps the weights gathered in the
@@ -263,17 +263,17 @@ def communication(plan: Plan, layout: Layout, zero: ZeroSettings, accum: int, *,
     t = _held(plan, layout)
     a = _training(plan, layout)
     if zero.stage == 0:
-        return Communication(FP32 * a, 0, 0, math.ceil(a / ENGINE_BUCKET))
+        return Communication(zero.reduce_bytes * a, 0, 0, math.ceil(a / ENGINE_BUCKET))
     if zero.stage == 1:
-        return Communication(FP32 * t, BF16 * t, 0, 2 * math.ceil(t / ENGINE_BUCKET))
+        return Communication(zero.reduce_bytes * t, BF16 * t, 0, 2 * math.ceil(t / ENGINE_BUCKET))
     buckets = accum * math.ceil(a / bucket_elements(plan, layout, zero))
     if zero.stage == 2:
-        return Communication(FP32 * a * accum, BF16 * t, 0, buckets + 1)
+        return Communication(zero.reduce_bytes * a * accum, BF16 * t, 0, buckets + 1)
     small = [size for size in sizes.values() if size <= zero.persistence_threshold]
     gathered = n - sum(small)
     again = max(0, gathered - reuse_distance // 2)
     gathers = math.ceil(gathered / PREFETCH_BUCKET) + math.ceil(again / PREFETCH_BUCKET)
-    return Communication(0, BF16 * (accum * (gathered + again) + sum(small)), FP32 * a * accum,
+    return Communication(0, BF16 * (accum * (gathered + again) + sum(small)), zero.reduce_bytes * a * accum,
                          accum * gathers + len(small) + buckets)
 
 
@@ -303,13 +303,18 @@ def host_traffic_bytes(plan: Plan, layout: Layout, zero: ZeroSettings, world_siz
 def buckets_bytes(plan: Plan, layout: Layout, zero: ZeroSettings) -> int:
     """The bytes of staging copies of a bucket while gradients are reduced, in addition to `predict_bytes`.
 
-    At stage 0 a bucket is flattened and converted to fp32 (6 bytes per element); at stage 1 it is flattened in fp32
-    (4); at stage 2 it is staged in BF16, flattened and converted to fp32 (8), and with `overlap_comm` the next one is
-    staged at the same time (10); at stage 3 it is ordered by ranks in fp32 (4).
+    At stage 0 a bucket is flattened in BF16 (2 bytes per element), at stage 1 in fp32 (4); at stage 2 it is staged and
+    flattened in BF16 (4), and with `overlap_comm` the next one is staged at the same time (6). It is then converted if
+    it is sent in another type. At stage 3 it is ordered by ranks in the type in which it is sent.
     """
     reduced = _held(plan, layout) if zero.stage == 1 else _training(plan, layout)
     bucket = min(reduced, bucket_elements(plan, layout, zero) if zero.stage > 1 else ENGINE_BUCKET)
-    return (6, 4, 10 if zero.overlap_comm else 8, 4)[zero.stage] * bucket
+    if zero.stage == 3:
+        return zero.reduce_bytes * bucket
+    flattened = FP32 if zero.stage == 1 else BF16
+    staged = 0 if zero.stage < 2 else BF16 * (2 if zero.overlap_comm else 1)
+    converted = 0 if zero.reduce_bytes == flattened else zero.reduce_bytes
+    return (staged + flattened + converted) * bucket
 
 
 def gathered_bytes(plan: Plan, layout: Layout, zero: ZeroSettings, *, reuse_distance: int = REUSE_DISTANCE) -> int:

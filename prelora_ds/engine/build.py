@@ -114,7 +114,7 @@ def deepspeed_config(config: Config, plan: Plan, layout: Layout, world_size: int
         "gradient_accumulation_steps": config.grad_accum_steps(world_size),
         "gradient_clipping": config.optimizer.clip_grad_norm,
         "bf16": {**ds.get("bf16", {}), "enabled": True},
-        "communication_data_type": "fp32",  # DeepSpeed's default is BF16, here and for accumulation
+        "communication_data_type": config.train.reduce_dtype,  # DeepSpeed's default is BF16, also for accumulation
         "steps_per_print": None,
         # They measure nothing that anybody reads, and wait for the device twice in each micro-batch.
         "timers": {"throughput": {"enabled": False}},

@@ -132,8 +132,8 @@ class Engine:
     def backward(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Run forward and backward over all micro-batches. Collective.
 
-        Gradients are accumulated and reduced in fp32 at stages 1 to 3. Raises ValueError if the
-        number of micro-batches is not the engine's gradient accumulation.
+        Gradients are accumulated in fp32 at stages 1 to 3, and reduced in `train.reduce_dtype`. Raises ValueError if
+        the number of micro-batches is not the engine's gradient accumulation.
         """
         self._begun = time.perf_counter()
         if len(micro_batches) != self.accumulation:

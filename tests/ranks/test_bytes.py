@@ -55,17 +55,19 @@ def check_bytes(t, parked=frozenset()):
         assert measured["state"] == 0 and set(measured) == set(OWNERS)
 
 
-@pytest.mark.parametrize(("zero", "keys", "bytes_per_element"), [
-    ("zero2", {}, 2 * 2), ("zero2", {"overlap_comm": False}, 2), ("zero3", {}, 4)])
-def test_gradients_are_reduced_in_several_buckets_of_the_predicted_size(ranks, zero, keys, bytes_per_element):
-    ranks.run(buckets_as_predicted, zero=zero, keys=keys, bytes_per_element=bytes_per_element)
+@pytest.mark.parametrize(("zero", "keys", "sent", "bytes_per_element"), [
+    ("zero2", {}, "fp32", 2 * 2), ("zero2", {"overlap_comm": False}, "fp32", 2), ("zero3", {}, "fp32", 4),
+    ("zero3", {}, "bf16", 2)])
+def test_gradients_are_reduced_in_several_buckets_of_the_predicted_size(ranks, zero, keys, sent, bytes_per_element):
+    ranks.run(buckets_as_predicted, zero=zero, keys=keys, sent=sent, bytes_per_element=bytes_per_element)
 
 
-def buckets_as_predicted(zero, keys, bytes_per_element):
+def buckets_as_predicted(zero, keys, sent, bytes_per_element):
     """Count the bytes of the buckets in the middle of a backward pass, and the gradients in each reduction."""
     from deepspeed.comm import comm
 
-    t = Trainer(config(zero, model=MEDIUM, deepspeed={"zero_optimization": ZEROS[zero] | keys}))
+    t = Trainer(config(zero, model=MEDIUM, deepspeed={"zero_optimization": ZEROS[zero] | keys},
+                       train={"reduce_dtype": sent}))
     collective = "reduce_scatter_tensor" if zero == "zero3" else "all_reduce"
     for plan in (t.full, t.lora):
         if plan is t.lora:

@@ -27,6 +27,30 @@ def test_payloads_are_as_predicted(ranks, zero, accum, keys):
     ranks.run(payloads_as_predicted, zero=zero, accum=accum, keys=keys)
 
 
+@pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2", "zero3"])
+def test_payloads_in_bf16_are_half_of_those_in_fp32_at_every_stage(ranks, zero):
+    ranks.run(half_payloads, zero=zero)
+
+
+def half_payloads(zero):
+    sent, norms = [], []
+    for dtype in ("fp32", "bf16"):
+        t = Trainer(config(zero, train={"reduce_dtype": dtype}))
+        assert t.engine.config.zero.reduce_bytes == (4 if dtype == "fp32" else 2)
+        stats = []
+        of_gradients = sent_by(lambda t=t, stats=stats: stats.append(t.engine.train_step(t.batches(), lr=0.0)))
+        gradients = "reduce_scatter" if zero == "zero3" else "all_reduce"
+        sent.append(of_gradients[SENT[gradients]])
+        predicted = communication(t.full, t.layout, t.engine.config.zero, 1)
+        assert sent[-1] == pytest.approx(getattr(predicted, gradients), rel=0.01, abs=200)
+        norms.append(stats[0].grad_norm)
+        t.close()
+    assert sent[1] == pytest.approx(sent[0] / 2, rel=0.01, abs=200)
+    assert norms[1] == pytest.approx(norms[0], rel=0.01)
+    # Stage 0 rounds each sum to BF16 in either case, and a sum of two is rounded alike.
+    assert (norms[0] == norms[1]) == (zero == "zero0")
+
+
 def payloads_as_predicted(zero, accum, keys):
     t = Trainer(config(zero, model=MEDIUM, batch=8 * accum, deepspeed={"zero_optimization": ZEROS[zero] | keys}))
     dyna = with_active(t.lora, t.layout, frozenset(sorted(t.lora.adapters)[::2]), cut_backward=False)

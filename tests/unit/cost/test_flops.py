@@ -241,6 +241,8 @@ def test_an_inactive_parameter_costs_its_norm_its_clipping_and_its_bf16_weight_o
         5 * buckets_bytes(PARTLY, TINY, ZeroSettings(2))
     assert [buckets_bytes(PARTLY, TINY, ZeroSettings(stage)) for stage in range(4)] == [
         6 * 296, 4 * 424, 8 * 256, 4 * 256]  # from stage 2 on a bucket is as large as the largest parameter
+    assert [buckets_bytes(PARTLY, TINY, ZeroSettings(stage, reduce_bytes=2)) for stage in range(4)] == [
+        2 * 296, 6 * 424, 4 * 256, 2 * 256]
 
 
 def test_the_peak_is_where_backward_begins_or_where_it_ends() -> None:
