@@ -101,7 +101,7 @@ def loop(run: Run, records: Records, saver: Saver, stop: StopRequest, guard: Gua
     meter = spectrum_meter(run)
     engine, state = begin(run, records, saver, resume_from)
     records.begun(state)
-    loader = run.loader(engine, state.step)
+    feed = run.feed(engine, state.step)
     due = Due(config, run.timeline, state.step)
     stop.begin_steps()
 
@@ -109,27 +109,27 @@ def loop(run: Run, records: Records, saver: Saver, stop: StopRequest, guard: Gua
         step = state.step + 1
 
         # One optimizer step: the same in every phase.
-        micro_batches = loader.next()
-        engine.backward(micro_batches)
+        micro_batches = feed.next()
+        flags = (stop.asked(saver.slowest_s), saver.writing)
+        engine.backward(micro_batches, flags=flags, data_s=feed.waited_s)
         if due.bytes(step, engine.plan):
             records.bytes(engine, step)
+        away_s = feed.look_ahead() if step < total else 0.0
         lr, own_lr = run.controller.rates(state.phase, step, config.optimizer)
-        flags = (stop.asked(saver.slowest_s), saver.writing)
         accept = partial(state.watch.accepts, step, limits=config.train.divergence)
-        stats = engine.finish_step(lr=lr, flags=flags, data_s=loader.waited_s, accept=accept,
-                                   adapter_lr=own_lr)
+        stats = engine.finish_step(lr=lr, accept=accept, adapter_lr=own_lr, away_s=away_s)
         records.stragglers(step, stats)
 
         # Stop, skip the update or roll back: too many unreadable samples, or a step that diverged.
         check_samples(run, records, engine, state, step, stats, micro_batches)
         checkpoint = recover(run, records, saver, engine, state, step, stats)
         if checkpoint is not None:
-            loader.close()
+            feed.close()
             engine, state = roll_back(run, records, saver, engine, checkpoint)
-            loader = run.loader(engine, state.step)
+            feed = run.feed(engine, state.step)
             due = Due(config, run.timeline, state.step)
             continue
-        measured: dict[str, Any] = state.count(stats, config.train, data_s=loader.waited_s)
+        measured: dict[str, Any] = state.count(stats, config.train, data_s=feed.waited_s)
 
         # Measure, and let the controller decide the next phase.
         improved = False
@@ -153,14 +153,14 @@ def loop(run: Run, records: Records, saver: Saver, stop: StopRequest, guard: Gua
         state.step = step
 
         # Follow a new plan: rebuild the engine, or change what trains on this one.
-        engine = follow_plan(run, records, saver, engine, loader, state.phase, step)
+        engine = follow_plan(run, records, saver, engine, feed, state.phase, step)
 
         # Save, and report progress to the guard.
         save = due.checkpoint(step, improved=improved)
         saver.after_step(engine, state, *stats.flags, due=save, why=stop.reason)
         guard.beat()
 
-    loader.close()
+    feed.close()
     saver.finish_pending()
     export_model(engine, run.folder.model, run.train_data.classes, card=partial(write_run_card, run, state))
     records.end(state.phase)

@@ -6,6 +6,7 @@ independent of world size and micro-batch as long as no pair is split.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +30,20 @@ class MicroBatch(NamedTuple):
     labels: Tensor
     mix: Tensor | None = None
     faults: tuple[str, ...] = ()
+
+
+def cut_again(micro_batches: Sequence[MicroBatch], size: int) -> list[MicroBatch]:
+    """Return the rows of ``micro_batches`` in micro-batches of ``size`` rows; the first has all faults.
+
+    ``size`` divides the number of rows, and is even if pairs are mixed.
+    """
+    images, labels = (torch.cat(parts) for parts in zip(*(batch[:2] for batch in micro_batches), strict=True))
+    mixes = [batch.mix for batch in micro_batches if batch.mix is not None]
+    mix = torch.cat(mixes) if mixes else None
+    faults = tuple(fault for batch in micro_batches for fault in batch.faults)
+    return [MicroBatch(images[i : i + size], labels[i : i + size],
+                       None if mix is None else mix[i // 2 : (i + size) // 2], () if i else faults)
+            for i in range(0, len(labels), size)]
 
 
 def draw_mix(

@@ -27,6 +27,7 @@ from prelora_ds.engine.runtime import synchronize
 from prelora_ds.engine.skip_update import skipping_update
 from prelora_ds.engine.state import Slice
 from prelora_ds.engine.stopwatch import Stopwatch
+from prelora_ds.engine.transfer import Arriving, to_device, values_on
 from prelora_ds.model.adapters import refresh_adapters
 from prelora_ds.model.families import MakeModule
 from prelora_ds.model.losses import classification_loss, count_right
@@ -57,9 +58,11 @@ class StepStats:
     top1, top5, judged: of the ``judged`` samples, how many had their label as the largest logit, and how many among
         the largest 5. Mixed images have no single label and are not judged.
     flags: for each flag, how many ranks raised it.
-    forward_s: per rank, the seconds spent in forward passes.
+    forward_s: per rank, the seconds spent in forward passes of the step before, because those of this step are not
+        over when they are sent; 0 in the first step of an engine.
     data_s: per rank, the seconds spent waiting for data.
-    step_s: this rank's seconds from the first forward pass to the end of the update.
+    step_s: this rank's seconds from the first forward pass to the end of the update, without what the caller did in
+        between.
     importance: adapter -> its importance in this step, if it is measured (`Engine.measure`).
     """
 
@@ -108,8 +111,7 @@ class Engine:
         self.make_module = make_module
 
         self._losses: list[torch.Tensor] = []  # of the micro-batches since the last update
-        self._corrupt = 0  # the number of unreadable samples in them
-        self._judged = torch.zeros(3)  # samples with the right label, with it among the first 5, and all of them
+        self._figures: Arriving | None = None  # of the step whose backward passes have begun
         self._forward = Stopwatch()
         self._begun = 0.0
         self._importance: Measured | None = None
@@ -129,8 +131,13 @@ class Engine:
         self.backward(micro_batches)
         return self.finish_step(lr=lr)
 
-    def backward(self, micro_batches: Sequence[MicroBatch]) -> None:
+    def backward(self, micro_batches: Sequence[MicroBatch], *, flags: Sequence[bool] = (),
+                 data_s: float = 0.0) -> None:
         """Run forward and backward over all micro-batches. Collective.
+
+        flags: this rank's flags. They are reduced together with the loss and so cost no extra
+            collective.
+        data_s: this rank's seconds of waiting for data, reduced likewise.
 
         Gradients are accumulated in fp32 at stages 1 to 3, and reduced in `train.reduce_dtype`. Raises ValueError if
         the number of micro-batches is not the engine's gradient accumulation.
@@ -141,24 +148,29 @@ class Engine:
                 f"got {len(micro_batches)} micro-batches, expected {self.accumulation} (gradient accumulation)"
             )
 
+        seconds = (self._forward.read(), data_s)
+        corrupt = sum(len(batch.faults) for batch in micro_batches)
+        judged = torch.zeros(3, device=self.ds.device)  # right labels, among the first 5, and all
         self.ds.train()
-        self._judged = torch.zeros(3, device=self.ds.device)
-        for batch in micro_batches:
+        for number, batch in enumerate(micro_batches, start=1):
+            targets = to_device(batch.labels, self.ds.device)
             with self._forward.running():
                 logits = logits_of(self.ds(self.prepare(batch.images, batch.mix))).float()
-            targets = batch.labels.to(self.ds.device)
             if batch.mix is None:
-                self._judged += count_right(logits.detach(), targets)
+                judged += count_right(logits.detach(), targets)
             else:
-                targets = mix_labels(targets, batch.mix, logits.shape[-1])
+                targets = mix_labels(targets, to_device(batch.mix, self.ds.device), logits.shape[-1])
             loss = classification_loss(
                 logits,
                 targets,
                 kind=self.config.train.loss,
                 label_smoothing=self.config.train.label_smoothing,
             )
+            if number == len(micro_batches):
+                # Before the last backward pass: when `finish_step` reads them they have long arrived.
+                losses = torch.stack([*self._losses, _detached(loss)])
+                self._figures = self._reduced([losses.mean(), judged], [corrupt, *flags], seconds)
             self.backward_of(loss)
-        self._corrupt = sum(len(batch.faults) for batch in micro_batches)
 
     @property
     def accumulation(self) -> int:
@@ -186,7 +198,7 @@ class Engine:
         self._count(loss)
 
     def _count(self, loss: torch.Tensor) -> None:
-        self._losses.append(loss.detach().float().view(()))
+        self._losses.append(_detached(loss))
         if len(self._losses) < self.accumulation:
             # Before the last micro-batch this only counts; `update` takes the real step.
             self.ds.step()
@@ -195,46 +207,52 @@ class Engine:
         """Return the mean loss of this rank's micro-batches since the last optimizer step, a scalar on the device."""
         return torch.stack(self._losses).mean()
 
+    def _reduced(self, on_device: Sequence[torch.Tensor], counts: Sequence[float],
+                 seconds: Sequence[float]) -> Arriving:
+        """Send the figures of a step, summed over ranks in one all-reduce. Collective.
+
+        Each rank fills its own column of the ``seconds``.
+        """
+        ranks = range(comm.get_world_size())
+        columns = [each if rank == comm.get_rank() else 0.0 for each in seconds for rank in ranks]
+        return Arriving(self.summed([*on_device, values_on(self.ds.device, [*counts, *columns])]))
+
     def finish_step(
         self,
         *,
         lr: float,
-        flags: Sequence[bool] = (),
-        data_s: float = 0.0,
         accept: Callable[[float], bool] = lambda loss: True,
         adapter_lr: Mapping[str, float] = MappingProxyType({}),
+        away_s: float = 0.0,
     ) -> StepStats:
         """Take the optimizer step that follows `backward`. Collective.
 
         lr: the learning rate; each optimizer group uses it times the group's own scale.
-        flags: this rank's flags. They are reduced together with the loss and so cost no extra
-            collective.
-        data_s: this rank's seconds of waiting for data, reduced likewise.
         accept: called with the loss; if it returns False, the update is skipped.
         adapter_lr: adapter -> the learning rate that it has in place of ``lr``.
-        """
-        # One all-reduce (a sum) for everything: each rank fills its own column of the seconds.
-        world = comm.get_world_size()
-        rank_seconds = torch.zeros(2, world)
-        rank_seconds[:, comm.get_rank()] = torch.tensor([self._forward.read(), data_s])
-        on_host = torch.cat([torch.tensor([self._corrupt, *flags]), rank_seconds.flatten()])
-        parts = parts_of_importance(self, self._importance)
-        reduced = self.summed([self.mean_loss(), self._judged, on_host, *parts.values()])
+        away_s: seconds since the step began that the caller has spent on something else.
 
-        # Loss, flags and seconds are rounded to fp32, in which they were measured; importance is not.
-        known = len(reduced) - len(parts)
-        total, top1, top5, judged, corrupt, *rest = reduced[:known].float().tolist()
-        raised = rest[: len(flags)]
-        seconds = tuple(rest[len(flags) :])
-        importance = dict(zip(parts, reduced[known:].tolist(), strict=True))
+        The host waits twice: for the loss, which decides whether the update is made, and for the gradient norm, which
+        decides whether the run goes on. At stage 3 it also waits for everything else: DeepSpeed 0.19 gathers the
+        weights of the next step on a stream that does not wait for the optimizer's.
+        """
+        assert self._figures is not None, "backward comes first"
+        world = comm.get_world_size()
+        # They were measured in fp32.
+        total, top1, top5, judged, corrupt, *rest = self._figures.read().float().tolist()
+        raised, seconds = rest[: len(rest) - 2 * world], tuple(rest[len(rest) - 2 * world :])
+        self._figures = None
         loss = total / world
+        importance = self.take_importance()
 
         skipped = self.update(lr=lr, adapter_lr=adapter_lr, accepted=accept(loss))
         norm = self.ds.get_global_grad_norm()
-        synchronize()
+        if self.config.zero.stage == 3:
+            synchronize()
+        grad_norm = float("nan") if norm is None else float(norm)
         return StepStats(
             loss=loss,
-            grad_norm=float("nan") if norm is None else float(norm),
+            grad_norm=grad_norm,
             skipped=skipped,
             corrupt=int(corrupt),
             top1=int(top1),
@@ -243,8 +261,8 @@ class Engine:
             flags=tuple(map(int, raised)),
             forward_s=seconds[:world],
             data_s=seconds[world:],
-            step_s=time.perf_counter() - self._begun,
-            importance=importance_of(self._importance, importance),
+            step_s=time.perf_counter() - self._begun - away_s,
+            importance=importance,
         )
 
     def update(self, *, lr: float, adapter_lr: Mapping[str, float] = MappingProxyType({}),
@@ -276,8 +294,8 @@ class Engine:
         return importance_of(self._importance, dict(zip(parts, sums, strict=True)))
 
     def summed(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the sums over ranks of ``values``, flattened and joined, in fp64. Collective."""
-        joined = torch.cat([value.to(self.ds.device, torch.float64).view(-1) for value in values])
+        """Return the sums over ranks of ``values`` on the device, flattened and joined, in fp64. Collective."""
+        joined = torch.cat([value.double().view(-1) for value in values])
         comm.all_reduce(joined)
         return joined
 
@@ -336,7 +354,12 @@ class Engine:
 
         With ``mix``, pairs of images are first mixed in fp32 (`prelora_ds.data.batch.mix_images`).
         """
-        images = images.to(self.ds.device)
+        images = to_device(images, self.ds.device)
         if mix is None:
             return to_float(images, torch.bfloat16)
-        return mix_images(to_float(images, torch.float32), mix).to(torch.bfloat16)
+        return mix_images(to_float(images, torch.float32), to_device(mix, self.ds.device)).to(torch.bfloat16)
+
+
+def _detached(loss: torch.Tensor) -> torch.Tensor:
+    """Return the value of ``loss`` as an fp32 scalar on the device."""
+    return loss.detach().float().view(())

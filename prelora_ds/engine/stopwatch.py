@@ -36,7 +36,7 @@ class Stopwatch:
     def read(self) -> float:
         """Return the seconds since the last call.
 
-        On a GPU this waits for the last forward pass, which has finished long before.
+        On a GPU this waits for the last forward pass.
         """
         for begin, end in self._events:
             end.synchronize()

@@ -14,10 +14,11 @@ from prelora_ds.core.controller import PhaseController
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.schedule import Timeline
 from prelora_ds.data.datasets import ImagePipeline
-from prelora_ds.data.loader import Loader, eval_batches
+from prelora_ds.data.loader import eval_batches
 from prelora_ds.data.manifest import Manifest
 from prelora_ds.data.setup import TrainData, make_loader
 from prelora_ds.engine.engine import Engine
+from prelora_ds.engine.feed import DeviceFeed
 from prelora_ds.run.folder import RunFolder
 
 
@@ -49,7 +50,7 @@ class Run:
         """Return the number of samples in ``step`` optimizer steps: the axis of all trackers."""
         return step * self.config.train.global_batch_size
 
-    def loader(self, engine: Engine, start_step: int) -> Loader:
+    def feed(self, engine: Engine, start_step: int) -> DeviceFeed:
         """Load the training batches after ``start_step``, in micro-batches of the engine's phase.
 
         The loader is closed at the end of the run at the latest.
@@ -63,7 +64,7 @@ class Run:
             start_step=start_step,
         )
         self.cleanup.callback(loader.close)
-        return loader
+        return DeviceFeed(loader, engine.ds.device)
 
     def val_batches(self) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
         """Load this rank's share of the validation data."""

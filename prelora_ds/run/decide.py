@@ -16,8 +16,8 @@ from prelora_ds.core.phases import needed_in_fp32
 from prelora_ds.core.plan import Plan
 from prelora_ds.core.spectra import Spectra
 from prelora_ds.core.switch_tests.prelora import Observation
-from prelora_ds.data.loader import Loader
 from prelora_ds.engine.engine import Engine
+from prelora_ds.engine.feed import DeviceFeed
 from prelora_ds.engine.from_update import start_from_updates
 from prelora_ds.engine.merge import MergeReport, fold_adapters, merge_adapters
 from prelora_ds.engine.resize import resize_adapters
@@ -131,12 +131,12 @@ def decide(run: Run, records: Records, state: RunState, step: int, norms: Mappin
     return to_follow(run.controller, before, after, step)
 
 
-def follow_plan(run: Run, records: Records, saver: Saver, engine: Engine, loader: Loader,
+def follow_plan(run: Run, records: Records, saver: Saver, engine: Engine, feed: DeviceFeed,
                 phase: PhaseState, step: int) -> Engine:
     """Return the engine for the plan of ``phase`` after ``step``, and record the change. Collective."""
     engine, change = engine_for(engine, phase, run.controller, saver.save_frozen)
     if change.switch is not None:
-        loader.rebatch(engine.config.train.micro_batch_size)
+        feed.rebatch(engine.config.train.micro_batch_size)
         records.plan(engine, phase, step, change.switch)
     if change.merge is not None:
         merge = run.controller.phases[phase.index].merge

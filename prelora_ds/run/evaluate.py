@@ -72,7 +72,7 @@ def evaluate(
     loss = torch.zeros(1, dtype=torch.float64, device=device)
     for images, labels, mask in batches:
         logits = logits_of(images)
-        labels, mask = labels.to(logits.device), mask.to(logits.device)
+        labels, mask = (each.to(logits.device, non_blocking=True) for each in (labels, mask))
         counted = mask & logits.isfinite().all(-1)
         place = _place_of(labels, logits)
         counts += torch.stack(
@@ -80,7 +80,7 @@ def evaluate(
         )
         classes = logits.shape[-1]
         losses = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
-        loss += losses[mask].double().sum()
+        loss += torch.where(mask, losses, 0.0).double().sum()  # to select by the mask would wait for its values
     if reduce is not None:
         reduce(counts)
         reduce(loss)
