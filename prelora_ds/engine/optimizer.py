@@ -25,6 +25,8 @@ from prelora_ds.config.tree import Config
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.plan import Plan
 from prelora_ds.engine.fragments import Fragment, fragments, trained_names
+from prelora_ds.engine.runtime import device
+from prelora_ds.engine.transfer import values_on
 from prelora_ds.model.families import named_parameters
 
 if TYPE_CHECKING:
@@ -57,8 +59,11 @@ def make_optimizer(config: Config, plan: Plan, layout: Layout, module: nn.Module
     on_cpu = config.zero.offload_optimizer and config.deepspeed.get(
         "zero_force_ds_cpu_optimizer", True
     )
-    adam = CPUAdamByName if on_cpu else TorchAdamByName
-    return adam(param_groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
+    common: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
+    if on_cpu:
+        return CPUAdamByName(param_groups, **common)
+    # On a GPU the fused kernel reads and writes everything once; torch's default there makes a pass for each operation.
+    return TorchAdamByName(param_groups, **common, fused=True if device().type == "cuda" else None)
 
 
 def _weight_decay(name: str, config: Config, layout: Layout) -> float:
@@ -254,7 +259,7 @@ class TorchAdamByName(AdamByName, torch.optim.AdamW):
             of_rate = [i for i, other in enumerate(ranges.rates) if other == rate]
             # The fused kernel reads the steps on the device of the weights, the others read them on the host.
             where = ranges.weights[0].device if group["fused"] else torch.device("cpu")
-            steps = torch.tensor([ranges.steps[i] for i in of_rate], dtype=torch.float32, device=where)
+            steps = values_on(where, [ranges.steps[i] for i in of_rate], torch.float32)
             adamw(
                 [ranges.weights[i] for i in of_rate],
                 [ranges.grads[i] for i in of_rate],
