@@ -54,8 +54,10 @@ class AdapterTraining(Strict):
     """
     How a linear with an adapter is computed: `branch` adds the adapter's two products, `merged`
     uses one product with the merged weight (and keeps the frozen weight in fp32), `peft` is peft's
-    own code. `auto` takes the one that was measured to be fastest: `merged` for ViTs of at most 384
-    features below ZeRO stage 3, otherwise `branch`. With dropout, `merged` is computed as `branch`.
+    own code. `auto` takes on a CPU the one that was measured to be fastest: `merged` for ViTs of at
+    most 384 features below ZeRO stage 3, otherwise `branch`; on a GPU the one of `branch` and
+    `merged` with the lower time by `machine.calibration`, or without it by the data sheet of the GPU.
+    With dropout, `merged` is computed as `branch`.
     """
 
 

@@ -13,7 +13,8 @@ MAY_DIFFER = (
     "run.name", "run.output_dir", "run.deterministic", "run.trackers", "run.project", "data.train", "data.val",
     "data.workers", "data.worker_start", "data.cache_dir", "data.cache_gib", "data.corrupt_budget",
     "train.micro_batch_size", "train.reduce_dtype", "train.log_every", "train.eval_every", "train.divergence",
-    "model.activation_checkpointing", "model.compile", "deepspeed", "phases.*.micro_batch_size", "phases.*.zero_stage",
+    "model.activation_checkpointing", "model.compile", "deepspeed", "lora.mode", "phases.*.adapters.mode",
+    "phases.*.micro_batch_size", "phases.*.zero_stage",
     "phases.*.deepspeed", "machine", "checkpoint", "guard", "launch")
 # These may differ as well in a fork, a new run that begins from the checkpoint of another. Its past phases must be the
 # same, which `prelora_ds.core.phases.difference` checks.

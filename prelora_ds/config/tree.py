@@ -283,6 +283,24 @@ class Config(Strict):
 
         return self.model_copy(update={"phases": tuple(map(changed, self.phases))})
 
+    def with_phase_kernel(self, name: str, mode: Mode) -> Config:
+        """A copy in which the adapters that train in phase ``name`` use the kernel ``mode``."""
+        if isinstance(self.phases, PresetConfig):
+            return self.with_kernel(mode)
+        names = [phase.name for phase in self.phases]
+        owner = max(i for i, phase in enumerate(self.phases[: names.index(name) + 1])
+                    if isinstance(phase.adapters, AdaptersConfig))
+        phases = list(self.phases)
+        adapters = phases[owner].adapters
+        assert isinstance(adapters, AdaptersConfig)
+        phases[owner] = phases[owner].model_copy(update={"adapters": adapters.model_copy(update={"mode": mode})})
+        return self.model_copy(update={"phases": tuple(phases)})
+
+    @property
+    def chooses_kernel(self) -> bool:
+        """Whether the kernel of this phase's adapters is `auto`, and their kind and dropout leave a choice."""
+        return self.adapters.mode == "auto" and not self.adapters.dropout and len(KINDS[self._kind()].can.kernels) > 1
+
     @property
     def adapters(self) -> AdaptersConfig:
         """How the adapters of this phase train. Only a config that `for_phase` returned has it."""
@@ -313,10 +331,10 @@ class Config(Strict):
     def kernel(self, stage: int | None = None) -> str:
         """The kernel of a linear with an adapter in this phase at ZeRO ``stage`` (default: the phase's stage).
 
-        ``auto`` follows a measurement (benchmarks/lora_step.py): narrow blocks are dominated by kernel
-        calls, of which ``merged`` has fewer; from a width of 768 on both take the same time, and
-        ``branch`` needs no fp32 copy of the weight. Only ``branch`` and ``peft`` support dropout, and only LoRA has
-        more than one kernel.
+        ``auto`` follows a measurement on a CPU (benchmarks/lora_step.py): narrow blocks are dominated by
+        kernel calls, of which ``merged`` has fewer; from a width of 768 on both take the same time, and
+        ``branch`` needs no fp32 copy of the weight. On a GPU a run replaces it before that (`run.autosize`). Only
+        ``branch`` and ``peft`` support dropout, and only LoRA has more than one kernel.
         """
         mode: str = self.adapters.mode
         kernels = KINDS[self._kind()].can.kernels

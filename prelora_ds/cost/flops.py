@@ -277,6 +277,18 @@ def communication(plan: Plan, layout: Layout, zero: ZeroSettings, accum: int, *,
                          accum * gathers + len(small) + buckets)
 
 
+def overlapped_bytes(plan: Plan, layout: Layout, zero: ZeroSettings, comm: Communication, world_size: int) -> float:
+    """The part of `Communication.wire_bytes` that is sent while the backward pass computes.
+
+    These are the gradients, but for the last bucket of each micro-batch, which is full when that pass is over.
+    """
+    if not zero.overlap_comm:
+        return 0.0
+    gradients = Communication(comm.all_reduce, 0, comm.reduce_scatter, 0)
+    buckets = math.ceil(_training(plan, layout) / bucket_elements(plan, layout, zero))
+    return gradients.wire_bytes(world_size) * (buckets - 1) / buckets
+
+
 def state_traffic_bytes(plan: Plan, layout: Layout, zero: ZeroSettings, world_size: int, accum: int) -> int:
     """The bytes that a rank reads and writes for gradients and optimizer in one step.
 

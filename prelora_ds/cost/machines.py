@@ -68,9 +68,13 @@ def rates_and_memory(cluster: Cluster, calibration: Path | None) -> tuple[Rates 
 
 
 def read_calibration(path: Path, key: str) -> tuple[Rates, float]:
-    """The rates, and the GiB of memory per rank, that `prelora calibrate` wrote to ``path``. Raises ConfigError."""
+    """The rates, and the GiB of memory per rank, that `prelora calibrate` wrote to ``path``. Raises ConfigError.
+
+    A kind of work that an older version did not know costs nothing in its files.
+    """
     try:
         content = read_json(path.read_text(encoding="utf-8"))
+        content["rates"]["seconds"] = {"tensors": 0.0} | content["rates"]["seconds"]
         rates = TypeAdapter(Rates).validate_json(json.dumps(content["rates"]), strict=True)
         memory_gib = TypeAdapter(float).validate_python(content["memory_gib"], strict=True)
         wrong = [kind for kind in KINDS if not 0 <= rates.seconds[kind] < math.inf]

@@ -1,7 +1,8 @@
 """A step-time model: the amount of each kind of work in a step, times the cost per unit on a machine.
 
-The times of computing, the optimizer and communication are added up. Where DeepSpeed overlaps them (`overlap_comm`,
-stage 3's prefetching), the sum is an upper bound.
+The times of computing, the optimizer and communication are added up, without the reductions of gradients that a GPU
+hides behind its backward pass (`overlap_comm`). Stage 3 prefetches weights as well, which is not counted: there the sum
+is an upper bound.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 from prelora_ds.config.model import ModelConfig
 from prelora_ds.config.tree import ZeroSettings
@@ -20,16 +21,19 @@ from prelora_ds.cost import flops as costs
 
 @dataclass(frozen=True)
 class Work:
-    """The work of one rank in an optimizer step. Except wire_gb and hops, it is local to the rank.
+    """The work of one rank in an optimizer step. Except wire_gb, overlapped_gb and hops, it is local to the rank.
 
     gemm_tflop: large matrix products, in 1e12 FLOPs.
     adapter_tflop: products with A and B, in 1e12 FLOPs.
     traffic_gb: memory traffic of elementwise operations, in 1e9 bytes.
     state_gb: memory traffic of gradients and optimizer, in 1e9 bytes.
     calls: modules run, in thousands.
+    tensors: operations that DeepSpeed does for each trained parameter on its own, in thousands.
     host_gb: traffic of optimizer offload, in 1e9 bytes.
     wire_gb: data sent to other ranks, in 1e9 bytes.
     hops: messages that wait for the one before, in thousands (log2 of the number of ranks per collective).
+    overlapped_gb: the part of wire_gb that is sent while the backward pass computes.
+    backward_share: the share of the computing (gemm_tflop, adapter_tflop and traffic_gb) that the backward pass has.
     """
 
     gemm_tflop: float = 0.0
@@ -37,12 +41,17 @@ class Work:
     traffic_gb: float = 0.0
     state_gb: float = 0.0
     calls: float = 0.0
+    tensors: float = 0.0
     host_gb: float = 0.0
     wire_gb: float = 0.0
     hops: float = 0.0
+    overlapped_gb: float = 0.0
+    backward_share: float = 0.0
 
 
-KINDS = tuple(f.name for f in fields(Work))
+COMPUTING = ("gemm_tflop", "adapter_tflop", "traffic_gb")
+# The kinds of work, each of which has a rate.
+KINDS = tuple(f.name for f in fields(Work) if f.name not in ("overlapped_gb", "backward_share"))
 SHARED = ("wire_gb", "hops")  # kinds of work that are not local to a rank
 
 
@@ -53,19 +62,25 @@ class Rates:
     sharing: the slowdown of local work when all ranks of the host are busy (1 on GPUs).
     source: where the figures come from, in words.
     measured: whether they were fitted to measurements.
+    overlaps: whether the device sends while it computes, as GPUs do.
     """
 
     seconds: Mapping[str, float]
     source: str
     measured: bool
     sharing: float = 1.0
+    overlaps: bool = False
 
     def step_seconds(self, work: Work, ranks_per_host: int = 1) -> float:
         """Predict the seconds of an optimizer step."""
-        seconds = {kind: self.seconds[kind] * amount for kind, amount in asdict(work).items()}
+        seconds = {kind: self.seconds[kind] * getattr(work, kind) for kind in KINDS}
         shared = math.fsum(seconds.pop(kind) for kind in SHARED)
         slowdown = self.sharing if ranks_per_host > 1 else 1.0
-        return math.fsum(seconds.values()) * slowdown + shared
+        hidden = 0.0
+        if self.overlaps:
+            backward = work.backward_share * math.fsum(seconds[kind] for kind in COMPUTING) * slowdown
+            hidden = min(self.seconds["wire_gb"] * work.overlapped_gb, backward)
+        return math.fsum(seconds.values()) * slowdown + shared - hidden
 
 
 @dataclass(frozen=True)
@@ -104,6 +119,12 @@ GPUS = {
 CARDS = ("PCIe", "NVL")  # other forms than SXM, as a key of `GPUS` and the driver's name state them
 INTER_GB_S = 25.0  # per host: one adapter of 200 Gbit/s
 LATENCY_S = 10e-6
+# What a kernel costs that does nearly nothing: the host needs about that long to launch it. An assumption.
+LAUNCH_S = 5e-6
+# The kernels that DeepSpeed 0.19 launches for each trained parameter in an optimizer step, by stage, counted in its
+# sources: at stage 0 the overflow check, the norm and the copies of each parameter (FP16_UnfusedOptimizer), and at
+# stage 1 the accumulation (BF16_Optimizer); stage 2 works on flat tensors, and stage 3 on partitions of each parameter.
+KERNELS_PER_TENSOR = (22, 5, 1, 12)
 # The shares of the data-sheet figures that training is assumed to reach. They are not measured.
 PRODUCT_EFFICIENCY = 0.45
 MEMORY_EFFICIENCY = 0.7
@@ -144,6 +165,7 @@ def data_sheet_rates(name: str, *, hosts: int, intra_gb_s: float | None = None,
         "traffic_gb": memory,
         "state_gb": memory,
         "calls": 0.0,
+        "tensors": 1e3 * LAUNCH_S,
         "host_gb": 1 / gpu.host_gb_s,
         "wire_gb": 1 / (link * LINK_EFFICIENCY),
         "hops": 1e3 * LATENCY_S,
@@ -151,7 +173,7 @@ def data_sheet_rates(name: str, *, hosts: int, intra_gb_s: float | None = None,
     source = (f"data sheet of {name}, not measured: {PRODUCT_EFFICIENCY:.0%} of {gpu.bf16_tflops:g} TFLOP/s in bf16, "
               f"{MEMORY_EFFICIENCY:.0%} of {gpu.memory_gb_s:g} GB/s of memory, {LINK_EFFICIENCY:.0%} of {link:g} GB/s "
               "between ranks (assumed shares)")
-    return Rates(seconds, source, measured=False)
+    return Rates(seconds, source, measured=False, overlaps=True)
 
 
 def step_work(model: ModelConfig, plan: Plan, layout: Layout, zero: ZeroSettings, *, micro_batch_size: int,
@@ -167,7 +189,10 @@ def step_work(model: ModelConfig, plan: Plan, layout: Layout, zero: ZeroSettings
         traffic_gb=accum * per_micro_batch.traffic_bytes / 1e9,
         state_gb=state / 1e9,
         calls=accum * per_micro_batch.calls / 1e3,
+        tensors=KERNELS_PER_TENSOR[zero.stage] * len(plan.trainable) / 1e3,
         host_gb=costs.host_traffic_bytes(plan, layout, zero, world_size) / 1e9,
         wire_gb=comm.wire_bytes(world_size) / 1e9,
         hops=comm.collectives * math.ceil(math.log2(world_size)) / 1e3,
+        overlapped_gb=costs.overlapped_bytes(plan, layout, zero, comm, world_size) / 1e9,
+        backward_share=1 - per_micro_batch.forward_flops / per_micro_batch.flops,
     )

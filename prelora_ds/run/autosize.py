@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from prelora_ds.accelerator import accelerator_name, gpu_total_gib
+from prelora_ds.config.adapters import Mode
 from prelora_ds.config.phases import PhaseConfig, PhaseSettings
 from prelora_ds.config.tree import Config, ZeroSettings
 from prelora_ds.console import stamped
@@ -30,9 +31,13 @@ from prelora_ds.engine.runtime import local_world_size, on_rank_0, rank_memory_g
 from prelora_ds.errors import ConfigError
 from prelora_ds.hosts.discovery import Ranks
 
+KERNELS: tuple[Mode, ...] = ("branch", "merged")  # those that `auto` chooses from
+
 
 def resolve_auto(config: Config, layout: Layout, ranks: Ranks) -> Config:
     """Return ``config`` with every `auto` of a phase resolved; rank 0 prints each choice.
+
+    On a GPU these include the kernel of adapters, for which the rule of `Config.kernel` was measured on a CPU.
 
     Adapters are assumed to have the largest rank that their rule can give, and where only some of
     them train at a time, memory is predicted for all of them. Raises ConfigError if
@@ -41,7 +46,8 @@ def resolve_auto(config: Config, layout: Layout, ranks: Ranks) -> Config:
     """
     world_size = ranks.world_size
     ranks_per_host = ranks.local_size or 1
-    if not any(phase.is_auto for phase in config.phase_list):
+    on_gpu = accelerator_name() is not None and config.model.factory is None
+    if not any(phase.is_auto for phase in config.phase_list) and not on_gpu:
         return config
     if config.model.factory is not None:
         raise ConfigError(
@@ -52,6 +58,10 @@ def resolve_auto(config: Config, layout: Layout, ranks: Ranks) -> Config:
         )
     memory_gib, rates = _machine(config, world_size, ranks_per_host)
     for plan in plans_at_rank(config.specs(), layout, seed=config.run.seed):
+        if on_gpu:
+            config, message = _with_kernel(config, plan, layout, world_size, ranks_per_host, memory_gib, rates)
+            if message and ranks.rank == 0:
+                print(stamped(message), flush=True)
         phase = config.phase(plan.phase)
         if not phase.is_auto:
             continue
@@ -98,6 +108,35 @@ def resolve_workers(
     return workers
 
 
+def _with_kernel(config: Config, plan: Plan, layout: Layout, world_size: int, ranks_per_host: int, memory_gib: float,
+                 rates: Rates | None) -> tuple[Config, str]:
+    """Return ``config`` with the kernel of the plan's adapters, if it is `auto` and open, and the reason in words."""
+    base = config.for_phase(plan.phase)
+    if not plan.frozen_targets() or not base.chooses_kernel:
+        return config, ""
+    phase = config.phase(plan.phase)
+    best: dict[Mode, Candidate] = {}
+    for mode in KERNELS:
+        own = config.with_phase_kernel(plan.phase, mode).for_phase(plan.phase)
+        candidates = _setting_candidates(own, phase, plan, layout, world_size)
+        fitting = [each for each in candidates if own.runs_at(each.zero.stage, plan) and each.fits(memory_gib)]
+        if fitting:
+            best[mode] = fastest(_largest_of_each_stage(fitting), rates, ranks_per_host)
+    key = config.adapters_key(plan.phase, "mode")
+    if rates is None or len(best) < len(KERNELS):
+        why = "there are no figures for this GPU" if rates is None else "merged does not fit, or cannot run at stage 3"
+        return config.with_phase_kernel(plan.phase, KERNELS[0]), f"auto: {key}: {KERNELS[0]} ({why})"
+    seconds = {mode: rates.step_seconds(each.work, ranks_per_host) for mode, each in best.items()}
+    chosen = min(KERNELS, key=lambda mode: seconds[mode])
+    compared = ", ".join(f"{1e3 * seconds[mode]:.3g} ms per step with {mode}" for mode in KERNELS)
+    return config.with_phase_kernel(plan.phase, chosen), (
+        f"auto: {key}: {chosen} ({compared} in phase {plan.phase}, {_kind_of_figures(rates)})")
+
+
+def _kind_of_figures(rates: Rates) -> str:
+    return f"{'measured rates' if rates.measured else 'modelled'}: {rates.source}"
+
+
 def _machine(config: Config, world_size: int, ranks_per_host: int) -> tuple[float, Rates | None]:
     """Return the memory of this rank in GiB, and the rates of its device if they are known."""
     memory_gib = rank_memory_gib(ranks_per_host)
@@ -106,6 +145,11 @@ def _machine(config: Config, world_size: int, ranks_per_host: int) -> tuple[floa
     rates = data_sheet_rates(gpu, hosts=hosts) if gpu else None
     if config.machine.calibration is not None:
         rates, _ = read_calibration(Path(config.machine.calibration), "machine.calibration")
+        if rates.overlaps != (accelerator_name() is not None):
+            measured, here = ("a GPU", "the CPU") if rates.overlaps else ("a CPU", "a GPU")
+            raise ConfigError("machine.calibration", config.machine.calibration,
+                              f"was measured on {measured}, but this run computes on {here}",
+                              "write one on this machine with `prelora calibrate`, or set machine.calibration=null")
     return config.machine.memory_gib or memory_gib, rates
 
 
@@ -162,7 +206,7 @@ def _message(
         why = "fewest bytes moved; no calibration for this machine"
     else:
         seconds = rates.step_seconds(chosen.work, ranks_per_host)
-        why = f"{seconds:.3g} s per step predicted, {rates.source}"
+        why = f"{seconds:.3g} s per step predicted, {_kind_of_figures(rates)}"
     offload = " offload" if chosen.zero.offload_optimizer else ""
     return (
         f"auto: {phase}: ZeRO {chosen.zero.stage}{offload}, micro-batch {chosen.micro_batch_size}: "

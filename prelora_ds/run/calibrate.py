@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from prelora_ds.accelerator import accelerator_name
 from prelora_ds.config.load import validate
 from prelora_ds.config.tree import Config
 from prelora_ds.core.layout import Layout
@@ -138,7 +139,7 @@ def fit_rates(
         f"calibration of {len(cases)} cases with {ranks} ranks per host on "
         f"{platform.node() or 'this machine'}"
     )
-    return Rates(seconds, source, measured=True, sharing=sharing)
+    return Rates(seconds, source, measured=True, sharing=sharing, overlaps=accelerator_name() is not None)
 
 
 def fit(samples: Sequence[tuple[Work, float]]) -> dict[str, float]:

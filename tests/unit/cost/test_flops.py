@@ -26,6 +26,7 @@ from prelora_ds.cost.flops import (
     gathered_bytes,
     host_traffic_bytes,
     micro_batch,
+    overlapped_bytes,
     peak_bytes,
     state_traffic_bytes,
     step_flops,
@@ -208,6 +209,16 @@ PARTLY = replace(LORA, active=frozenset({"a.lora_B.weight", "embed"}))  # 296 of
 ])
 def test_payloads(plan: Plan, zero: ZeroSettings, accum: int, expected: Communication) -> None:
     assert communication(plan, TINY, zero, accum) == expected
+
+
+def test_all_buckets_but_the_last_are_sent_during_the_backward_pass() -> None:
+    for zero, gradients in ((ZeroSettings(2, overlap_comm=True), 2 * 3 * 4 * 2152),
+                            (ZeroSettings(3, overlap_comm=True), 3 * 4 * 2152)):
+        comm = communication(FULL, TINY, zero, 3)
+        assert overlapped_bytes(FULL, TINY, zero, comm, 4) == gradients * 3 / 4 * 1 / 2  # there are two buckets
+        assert overlapped_bytes(FULL, TINY, replace(zero, overlap_comm=False), comm, 4) == 0
+        whole = replace(zero, reduce_bucket_size=10**6)
+        assert overlapped_bytes(FULL, TINY, whole, comm, 4) == 0
 
 
 def test_stage_3_gathers_again_what_lies_too_far_back() -> None:

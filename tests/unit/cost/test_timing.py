@@ -26,6 +26,20 @@ def test_neighbours_slow_a_rank_s_own_work_only(kind: str) -> None:
     assert rates.step_seconds(work, 2) == (20 if kind in SHARED else 30)
 
 
+@pytest.mark.parametrize(("overlaps", "overlapped_gb", "backward_share", "expected"), [
+    (False, 8.0, 0.5, 30 + 20),  # a CPU
+    (True, 8.0, 0.5, 30 + 20 - 15),  # no more than the backward pass can hide
+    (True, 2.0, 0.5, 30 + 20 - 4),
+    (True, 0.0, 0.5, 30 + 20),
+])
+def test_a_gpu_hides_what_it_sends_behind_the_backward_pass(overlaps: bool, overlapped_gb: float,
+                                                            backward_share: float, expected: float) -> None:
+    rates = Rates(dict.fromkeys(KINDS, 2.0), "test", True, overlaps=overlaps)
+    work = Work(gemm_tflop=10.0, adapter_tflop=2.0, traffic_gb=3.0, wire_gb=10.0, overlapped_gb=overlapped_gb,
+                backward_share=backward_share)
+    assert rates.step_seconds(work) == expected
+
+
 @pytest.mark.parametrize("name", GPUS)
 def test_a_data_sheet_is_labelled_as_not_measured(name: str) -> None:
     rates = data_sheet_rates(name, hosts=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,10 @@ def config(phases: dict[str, Any], zero: dict[str, Any] | None = None, **section
         "phases": phases, **sections}, "test")
 
 
-def calibration(folder: Path, **seconds: float) -> str:
+def calibration(folder: Path, *, overlaps: bool = False, **seconds: float) -> str:
     path = folder / "calibration.json"
     path.write_text(json.dumps({"rates": {"seconds": dict.fromkeys(KINDS, 0.0) | seconds, "source": "a test",
-                                          "measured": True}, "memory_gib": 1.0}))
+                                          "measured": True, "overlaps": overlaps}, "memory_gib": 1.0}))
     return str(path)
 
 
@@ -122,6 +123,72 @@ def test_micro_batches_are_even_if_pairs_are_mixed(layout: Layout) -> None:
 def test_merged_weights_are_never_split(layout: Layout) -> None:
     cfg = config({"lora": {"zero_stage": "auto"}, "memory_gib": 64}, lora={"mode": "merged"})
     assert resolve_auto(cfg, layout, FIRST).for_phase("lora").zero.stage != 3
+
+
+A100 = "NVIDIA A100-SXM4-40GB"
+
+
+def on_gpu(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Let this process see a GPU of this name."""
+    monkeypatch.setattr("prelora_ds.run.autosize.accelerator_name", lambda: name)
+    monkeypatch.setattr("prelora_ds.run.autosize.gpu_total_gib", lambda: 39.4)
+
+
+def test_on_a_gpu_the_kernel_is_the_one_with_the_lower_modelled_time(
+        layout: Layout, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = config({"memory_gib": 30}, {"stage": 2})
+    assert cfg.for_phase("lora").kernel() == "merged" and resolve_auto(cfg, layout, FIRST) is cfg
+    on_gpu(monkeypatch, A100)
+    resolved = resolve_auto(cfg, layout, FIRST)
+    said = re.search(r"auto: lora.mode: (\w+) \((\S+) ms per step with branch, (\S+) ms per step with merged in phase "
+                     r"lora, modelled: data sheet of A100-40, not measured", capsys.readouterr().out)
+    assert said is not None
+    branch, merged = float(said[2]), float(said[3])
+    assert said[1] == resolved.lora.mode == ("merged" if merged < branch else "branch")
+
+
+def test_on_a_gpu_a_calibration_decides_about_the_kernel(
+        layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    on_gpu(monkeypatch, A100)
+    for mode, costs in (("merged", {"adapter_tflop": 1.0}), ("branch", {"state_gb": 1.0})):
+        rates = calibration(tmp_path, overlaps=True, **costs)
+        assert resolve_auto(config({"memory_gib": 30, "calibration": rates}, {"stage": 2}), layout,
+                            FIRST).lora.mode == mode
+        assert "measured rates: a test" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="was measured on a CPU, but this run computes on a GPU"):
+        resolve_auto(config({"calibration": calibration(tmp_path)}, {"stage": 2}), layout, FIRST)
+
+
+@pytest.mark.parametrize(("zero", "name", "memory_gib", "why"), [
+    ({"stage": 2}, "NVIDIA GeForce GTX 1080", 30, "no figures for this GPU"),
+    ({"stage": 3}, A100, 30, "cannot run at stage 3"),
+])
+def test_on_a_gpu_the_kernel_is_branch_without_a_choice(
+        layout: Layout, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], zero: dict[str, Any],
+        name: str, memory_gib: float, why: str) -> None:
+    on_gpu(monkeypatch, name)
+    assert resolve_auto(config({"memory_gib": memory_gib}, zero), layout, FIRST).lora.mode == "branch"
+    assert why in capsys.readouterr().out
+    chosen = config({"memory_gib": memory_gib}, zero, lora={"mode": "peft"})
+    assert resolve_auto(chosen, layout, FIRST) is chosen
+
+
+def test_a_list_of_phases_gets_the_kernel_where_its_adapters_begin(layout: Layout, monkeypatch: pytest.MonkeyPatch
+                                                                   ) -> None:
+    on_gpu(monkeypatch, "an unknown GPU")
+    phases = [{"name": "full", "until": "3 steps"},
+              {"name": "warm", "adapters": {"rank": 4}, "until": "3 steps"},
+              {"name": "lora", "train": ["adapters", "rest"]}]
+    cfg = validate({**config({"memory_gib": 30}, {"stage": 2}).model_dump(mode="json"), "phases": phases,
+                    "convergence": None, "lora": None}, "test")
+    resolved = resolve_auto(cfg, layout, FIRST)
+    assert [resolved.for_phase(name).adapters.mode for name in ("warm", "lora")] == ["branch", "branch"]
+
+
+def test_on_a_gpu_stage_0_pays_for_each_of_its_tensors(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu(monkeypatch, A100)
+    cfg = config({"lora": {"zero_stage": "auto", "micro_batch_size": "auto"}, "memory_gib": 30})
+    assert resolve_auto(cfg, layout, FIRST).for_phase("lora").zero.stage == 2
 
 
 @pytest.mark.parametrize(("phases", "sections", "key"), [

@@ -31,7 +31,7 @@ def test_the_cases_separate_the_kinds_of_work() -> None:
     """Rates fitted to times of the cost model predict the times of other cases."""
     cfg = config("zero2", micro=8)
     made = Rates({"gemm_tflop": 3.0, "adapter_tflop": 1.0, "traffic_gb": 0.2, "state_gb": 0.4, "calls": 0.05,
-                  "host_gb": 0.0, "wire_gb": 0.0, "hops": 0.0}, "made up", measured=True)
+                  "tensors": 0.02, "host_gb": 0.0, "wire_gb": 0.0, "hops": 0.0}, "made up", measured=True)
     cases = calibration_cases(cfg)
     fitted = Rates(fit([(w, made.step_seconds(w)) for w in (case_work(cfg, case, 1) for case in cases)]), "", True)
     for case in (replace(cases[0], micro_batch_size=64, layers=4), replace(cases[3], lora_rank=32)):
