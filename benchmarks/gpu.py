@@ -47,12 +47,13 @@ class Case:
     mode: str = "branch"
     overlap: bool = False
     compiled: bool = False
+    reduce: str = "fp32"
 
     @property
     def name(self) -> str:
         words = [self.phase, f"ZeRO {self.stage}"]
         words += [self.mode] if self.phase != "full" else []
-        words += ["overlap"] * self.overlap + ["compile"] * self.compiled
+        words += ["overlap"] * self.overlap + ["compile"] * self.compiled + ["bf16 sums"] * (self.reduce == "bf16")
         return ", ".join(words)
 
 
@@ -62,7 +63,8 @@ def cases(world: int, *, tiny: bool = False) -> list[Case]:
     if tiny:
         return [*chosen, *([Case("full", 2, overlap=True)] if world > 1 else [])]
     if world > 1:
-        chosen += [Case("full", 2, overlap=True), Case("lora", 2, overlap=True)]
+        chosen += [Case("full", 2, overlap=True), Case("lora", 2, overlap=True),
+                   Case("full", 2, overlap=True, reduce="bf16")]
     chosen += [Case("lora", 0), Case("lora", 1), Case("full", 1), Case("full", 0), Case("lora", 0, "merged"),
                Case("full", 2, compiled=True), Case("lora", 2, compiled=True),
                Case("lora", 2, "merged", compiled=True)]
@@ -160,13 +162,14 @@ def decisions(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Return what the measurements would decide, and why."""
     ms = {Case(**row["case"]): row["step ms"] for row in rows}
     decided = {}
-    for setting, label, phase, usual, other in (
-            ("lora.mode", "merged", "lora", Case("lora", 2), Case("lora", 2, "merged")),
-            ("overlap_comm", "true", "full", Case("full", 2), Case("full", 2, overlap=True)),
-            ("model.compile, full", "true", "full", Case("full", 2), Case("full", 2, compiled=True)),
-            ("model.compile, lora", "true", "lora", Case("lora", 2), Case("lora", 2, compiled=True))):
+    for setting, kept, label, phase, usual, other in (
+            ("lora.mode", "branch", "merged", "lora", Case("lora", 2), Case("lora", 2, "merged")),
+            ("overlap_comm", "false", "true", "full", Case("full", 2), Case("full", 2, overlap=True)),
+            ("train.reduce_dtype", "fp32", "bf16", "full", Case("full", 2, overlap=True),
+             Case("full", 2, overlap=True, reduce="bf16")),
+            ("model.compile, full", "false", "true", "full", Case("full", 2), Case("full", 2, compiled=True)),
+            ("model.compile, lora", "false", "true", "lora", Case("lora", 2), Case("lora", 2, compiled=True))):
         if usual in ms and other in ms:
-            kept = "branch" if setting == "lora.mode" else "false"
             chosen = label if ms[other] < ms[usual] * (1 - WORTH_IT) else kept
             decided[setting] = (f"{chosen} (a {phase} step takes {ms[other]:.1f} ms with {label}, {ms[usual]:.1f} ms "
                                 f"with {kept})")

@@ -99,7 +99,8 @@ def config_of(model: Mapping[str, Any], case: Case, micro: int, world: int) -> C
         "run": {"name": "gpu", "output_dir": "-"},
         "model": {**model, "compile": case.compiled},
         "data": {"train": "-", "val": "-"},
-        "train": {"duration": "1 epoch", "global_batch_size": micro * world, "micro_batch_size": micro},
+        "train": {"duration": "1 epoch", "global_batch_size": micro * world, "micro_batch_size": micro,
+                  "reduce_dtype": case.reduce},
         "deepspeed": {"zero_optimization": zero},
         "convergence": {"tau": 1.0, "zeta": 5.0},  # selects PreLoRA's phases
         "lora": {"mode": case.mode},

@@ -65,6 +65,9 @@ def test_a_setting_is_chosen_only_if_it_is_clearly_faster():
     decided = gpu.decisions(rows)
     assert decided["lora.mode"].startswith("branch") and decided["overlap_comm"].startswith("true")
     assert decided["phases.lora.zero_stage"] == "0 (90.0 ms at 0, 100.0 ms at 2)"
+    assert "train.reduce_dtype" not in decided, "it was not measured"
+    rows.append(row(gpu.Case("full", 2, overlap=True, reduce="bf16"), 149.0))
+    assert gpu.decisions(rows)["train.reduce_dtype"].startswith("fp32 (a full step takes 149.0 ms with bf16")
     rows[1] = row(gpu.Case("lora", 2, "merged"), 90.0)
     assert gpu.decisions(rows)["lora.mode"].startswith("merged (a lora step takes 90.0 ms with merged, 100.0 ms with")
 
