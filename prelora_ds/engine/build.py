@@ -168,7 +168,10 @@ def empty_module(
         blocks = [module.get_submodule(prefix.removesuffix(".")) for prefix in layout.blocks]
         if config.zero.stage == 3:
             # Gather each block as a unit: DeepSpeed's hooks on its submodules would break the
-            # compiled graph of the block.
+            # compiled graph of the block. Without compilation that is not done, although it would save
+            # messages: DeepSpeed 0.19 then reduces all gradients of a block, also of adapters that do
+            # not train now, and fails when it drops them (stage3.py, zero_grad). Phases with `active`
+            # are not compiled.
             set_z3_leaf_modules(module, list({type(block) for block in blocks}))
         compile_blocks(blocks)
     return module
