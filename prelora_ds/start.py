@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -16,7 +17,13 @@ from prelora_ds.core.layout import Layout
 from prelora_ds.core.schedule import Timeline
 from prelora_ds.errors import ORPHAN_EXIT_CODE, ConfigError, LaunchError, Stopped
 from prelora_ds.hosts.ancestors import find_launcher
-from prelora_ds.hosts.check_in import announcing_failure, check_in, environment_fingerprint
+from prelora_ds.hosts.check_in import (
+    CheckIn,
+    announcing_failure,
+    environment_fingerprint,
+    examines_host,
+    installed_code,
+)
 from prelora_ds.hosts.discovery import Ranks
 from prelora_ds.hosts.heartbeat import AttemptRecord
 from prelora_ds.hosts.mpi import with_master_addr
@@ -29,6 +36,15 @@ if TYPE_CHECKING:
     from prelora_ds.data.manifest import Manifest
     from prelora_ds.data.setup import TrainData
     from prelora_ds.run.claim import Claim
+
+
+@dataclass(frozen=True)
+class HostFacts:
+    """What one rank of a host has read for all of them: the data sets, and which code is ``installed``."""
+
+    train_data: TrainData
+    val_data: Manifest
+    installed: Mapping[str, str]
 
 
 def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config: str | None,
@@ -44,20 +60,15 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
     Raises ConfigError before any process group or weight is created; Stopped after a checkpoint.
     """
     config = load_config(recipe, overrides, deepspeed_config)
+    check_world(config, ranks.world_size)
+    facts: HostFacts | None = None
     # Another host may have other data, devices and disks: only this rank may fail here.
     with announcing_failure(ranks, os.environ):
         if ranks.rank == 0:
             check_trackers(config.run.trackers)
-        config, train_data, val_data = check_run(config, ranks)
-
-        # DeepSpeed takes seconds to import: only now, after the cheap checks.
-        from prelora_ds.data.setup import fingerprints, samples_per_epoch
-        from prelora_ds.engine.runtime import check_zero_config, init_process_group
-
-        for phase in config.phase_list:
-            phase_config = config.for_phase(phase.name)
-            check_zero_config(phase_config.deepspeed.get("zero_optimization", {}))
-        from prelora_ds.run.claim import claim_output
+        if examines_host(ranks):
+            facts = examine_host(config)
+            config = check_run(config, ranks, facts)
 
     folder = RunFolder(Path(config.run.output_dir))
     stop = stop or StopRequest()
@@ -80,10 +91,14 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
         choose_interface(config.launch.interface, ranks.master_addr, os.environ)
         ranks.export(os.environ)
         if ranks.rank == 0:
-            timeline = Timeline(samples_per_epoch(config, len(train_data)),
+            from prelora_ds.data.setup import fingerprints, samples_per_epoch
+            from prelora_ds.run.claim import claim_output
+
+            assert facts is not None, "rank 0 examines its host"
+            timeline = Timeline(samples_per_epoch(config, len(facts.train_data)),
                                 config.train.global_batch_size, config.train.duration)
             claim = claim_output(folder, config, resume,
-                                 fingerprints(train_data, val_data), train_data.classes,
+                                 fingerprints(facts.train_data, facts.val_data), facts.train_data.classes,
                                  steps=timeline.total_steps)
             resume_candidates = claim.resume_candidates
             resumed_from = claim.resumed_from
@@ -96,15 +111,23 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
 
         # After the claim: if rank 0 cannot use the folder, the other ranks are still waiting and
         # its exit code is the job's.
-        fingerprint = environment_fingerprint(dump_yaml(config)) | accelerator_fingerprint()
-        hosts = check_in(ranks, fingerprint, os.environ, config.launch.timeout_s, give_up, find_launcher(),
-                         gpu_address())
+        check_in = CheckIn(ranks, os.environ, config.launch.timeout_s, give_up, find_launcher())
+        if facts is not None:
+            check_in.publish(facts)
+        else:
+            facts = check_in.facts_of_host()
+            with announcing_failure(ranks, os.environ):
+                config = check_run(config, ranks, facts)
+        fingerprint = environment_fingerprint(dump_yaml(config), facts.installed) | accelerator_fingerprint()
+        hosts = check_in.meet(fingerprint, gpu_address())
         guard.beat()
+        from prelora_ds.engine.runtime import init_process_group
+
         init_process_group(config.guard.hang_limit + AFTER_GUARD_S, deterministic=config.run.deterministic)
         from prelora_ds.train import train
 
         try:
-            train(config, train_data, val_data, hosts, resume_candidates=resume_candidates,
+            train(config, facts.train_data, facts.val_data, hosts, resume_candidates=resume_candidates,
                   resumed_from=resumed_from, stop=stop, guard=guard)
             if ranks.rank == 0:
                 report_if_possible(folder)
@@ -129,20 +152,31 @@ def start(ranks: Ranks, recipe: str, overrides: Sequence[str], deepspeed_config:
         guard.stop()
 
 
-def check_run(config: Config, ranks: Ranks) -> tuple[Config, TrainData, Manifest]:
-    """Check the config against the world size, the data and the model.
-
-    Returns the config with every "auto" resolved, and the two data sets. Raises ConfigError.
-    """
-    check_world(config, ranks.world_size)
+def examine_host(config: Config) -> HostFacts:
+    """Open the data of ``config`` and read which code is installed here. Raises ConfigError."""
     from prelora_ds.data.setup import open_data
+
+    return HostFacts(*open_data(config), installed_code())
+
+
+def check_run(config: Config, ranks: Ranks, facts: HostFacts) -> Config:
+    """Check the config against the model, DeepSpeed and the device of this rank; reads no file of the data or the code.
+
+    Returns the config with every "auto" resolved. Raises ConfigError.
+    """
     from prelora_ds.run.autosize import resolve_auto
 
-    train_data, val_data = open_data(config, sizes=ranks.local_rank == 0)
-    layout = check_phases(config, len(train_data.classes))
+    layout = check_phases(config, len(facts.train_data.classes))
     choose_accelerator()
     take_gpu(ranks.local_rank)  # `auto` asks for its memory
-    return resolve_auto(config, layout, ranks), train_data, val_data
+    config = resolve_auto(config, layout, ranks)
+
+    # DeepSpeed takes seconds to import: only now, after the cheap checks.
+    from prelora_ds.engine.runtime import check_zero_config
+
+    for phase in config.phase_list:
+        check_zero_config(config.for_phase(phase.name).deepspeed.get("zero_optimization", {}))
+    return config
 
 
 def check_trackers(trackers: Sequence[str]) -> None:

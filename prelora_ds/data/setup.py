@@ -24,20 +24,20 @@ _TIMED_IMAGES = 32
 _HEADROOM = 1.25
 
 
-def open_data(config: Config, *, sizes: bool = True) -> tuple[TrainData, Manifest]:
-    """Open training and validation data, and check them against each other. Raises ConfigError.
+def open_data(config: Config) -> tuple[TrainData, Manifest]:
+    """Open training and validation data, and check them against each other and their shards. Raises ConfigError.
 
-    sizes: whether to check the size of every shard, which one rank per host does for all.
+    Only one rank of each host does so: it stats every shard, and reads the whole index.
     """
     data = config.data
-    val = Manifest.load(data.val, key="data.val", sizes=sizes)
+    val = Manifest.load(data.val, key="data.val")
     if data.reader == "webdataset":
         assert data.samples_per_epoch is not None, "the config holds both or none"
         unindexed = Unindexed(data.train, data.samples_per_epoch, val.classes)
         unindexed.check()
         train: TrainData = unindexed
     else:
-        train = Manifest.load(data.train, key="data.train", sizes=sizes)
+        train = Manifest.load(data.train, key="data.train")
     if problem := difference(val.classes, train.classes, "data.train"):
         raise ConfigError(
             "data.val",

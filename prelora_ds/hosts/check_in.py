@@ -1,6 +1,7 @@
 """All ranks check in with rank 0 before the first collective.
 
 Ranks that are missing, started twice or have a different installation are named with their host.
+One rank of each host reads what is the same for all ranks of that host, and the others get it from that rank.
 The store of the check-in is the one that torch's process group then uses.
 """
 
@@ -9,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import pickle
 import platform
 import socket
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -54,60 +57,120 @@ class RankInfo:
     gpu: str = ""
 
 
-def check_in(ranks: Ranks, fingerprint: Mapping[str, str], environ: MutableMapping[str, str],
-             timeout_s: float, give_up: Callable[[LaunchError], None],
-             launcher: int | None = None, gpu: str = "") -> list[str]:
-    """Wait for every rank and compare them; returns the host of each rank. Collective.
+def examines_host(ranks: Ranks) -> bool:
+    """Whether this rank reads what is the same for all ranks of its host: data, code and installed packages.
+
+    Rank 0 reads it as well if it is not the first rank of its host, because it claims the output folder before it
+    serves the store.
+    """
+    return 0 in (ranks.rank, ranks.local_rank)
+
+
+class CheckIn:
+    """This rank's place in the store in which all ranks meet, and which rank 0 serves.
 
     launcher: the process that started this rank on its host, if known. Two ranks of one host with
     different launchers belong to different jobs; the one that is not rank 0 leaves.
 
-    gpu: see `RankInfo`.
-
     give_up: called to end this process when torch's store itself hangs, which happens when another
     program listens on the port.
 
-    All ranks raise the same error:
-
-    - LaunchError when ranks are missing after ``timeout_s``, the master is unreachable, or its port
-      is in use, perhaps by another job's rank 0.
-    - ConfigError when a rank was started twice, two ranks use one GPU, or a host has another accelerator, other
-      versions, code or config.
-    - RefusedError when a rank could not start (`announcing_failure`).
+    Raises LaunchError when the master is unreachable, or its port is in use, perhaps by another job's rank 0.
     """
-    global _store
-    from torch.distributed import DistError
 
-    here = socket.gethostname()
-    if _serves_store(ranks, environ):
-        check_master(ranks)
-    master = f"MASTER_ADDR:MASTER_PORT = {ranks.master_addr}:{ranks.master_port}"
-    problem = (f"{master}: host {here} (rank {ranks.rank}) could not reach rank 0 "
-               f"within {timeout_s:g} s")
-    remedy = ("set MASTER_ADDR (deepspeed: --master_addr) to rank 0's address on the network that "
-              "all hosts share")
-    unreachable = LaunchError(f"{problem}\n  remedy: {remedy}", blames=(0,))
-    info = RankInfo(ranks.rank, ranks.local_rank, here, fingerprint, gpu)
-    prefix = _prefix(environ)
-    try:
-        with _time_limit(timeout_s, give_up, unreachable):
-            _store = store = _open_store(ranks, environ, timeout_s)
+    def __init__(self, ranks: Ranks, environ: MutableMapping[str, str], timeout_s: float,
+                 give_up: Callable[[LaunchError], None], launcher: int | None = None) -> None:
+        global _store
+        self._ranks, self._environ, self._timeout_s = ranks, environ, timeout_s
+        self._prefix = _prefix(environ)
+        self._here = socket.gethostname()
+        self._give_up = give_up
+        self._master = f"MASTER_ADDR:MASTER_PORT = {ranks.master_addr}:{ranks.master_port}"
+        if _serves_store(ranks, environ):
+            check_master(ranks)
+        with self._reaching_rank_0():
+            _store = self._store = _open_store(ranks, environ, timeout_s)
         # A new limit: rank 0 may have started later, and its own time counts.
-        with _time_limit(timeout_s, give_up, unreachable):
-            _leave_other_job(store, ranks, here, launcher, timeout_s, prefix)
-            verdict = _exchange(store, ranks, info, timeout_s, prefix)
-    except (DistError, RuntimeError) as exc:
-        reason = str(exc).splitlines()[0]
-        raise LaunchError(f"{problem}: {reason}\n  remedy: {remedy}", blames=(0,)) from exc
+        with self._reaching_rank_0():
+            _leave_other_job(self._store, ranks, self._here, launcher, timeout_s, self._prefix)
+
+    def publish(self, facts: object) -> None:
+        """Give the other ranks of this host the ``facts`` that this rank has read. They are pickled."""
+        with self._reaching_rank_0():
+            self._store.set(self._facts_key, zlib.compress(pickle.dumps(facts)))
+
+    def facts_of_host(self) -> Any:
+        """Wait until a rank of this host has published what it has read, and return that.
+
+        Raises what `meet` raises when ranks are missing or one of them could not start.
+        """
+        with self._reaching_rank_0():
+            deadline = time.monotonic() + self._timeout_s
+            verdict = f"{self._prefix}/verdict"
+            while not self._store.check([self._facts_key]):
+                if self._store.check([verdict]):
+                    self._store.add(f"{self._prefix}/read", 1)
+                    _raise_verdict(json.loads(self._store.get(verdict)))
+                if time.monotonic() >= deadline:
+                    raise LaunchError(
+                        f"host {self._here}: its rank with LOCAL_RANK = 0 has not reported the data within "
+                        f"{self._timeout_s:g} s to rank {self._ranks.rank}\n"
+                        "  remedy: look for an error of that rank; let the launcher count LOCAL_RANK from 0")
+                time.sleep(POLL_S)
+            return pickle.loads(zlib.decompress(self._store.get(self._facts_key)))
+
+    def meet(self, fingerprint: Mapping[str, str], gpu: str = "") -> list[str]:
+        """Wait for every rank and compare them; returns the host of each rank. Collective.
+
+        gpu: see `RankInfo`.
+
+        All ranks raise the same error:
+
+        - LaunchError when ranks are missing after the timeout.
+        - ConfigError when a rank was started twice, two ranks use one GPU, or a host has another accelerator, other
+          versions, code or config.
+        - RefusedError when a rank could not start (`announcing_failure`).
+        """
+        info = RankInfo(self._ranks.rank, self._ranks.local_rank, self._here, fingerprint, gpu)
+        with self._reaching_rank_0():
+            verdict = _exchange(self._store, self._ranks, info, self._timeout_s, self._prefix)
+        _raise_verdict(verdict)
+        self._environ.setdefault("TORCHELASTIC_RESTART_COUNT", "0")
+        self._environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # torch's process group joins this store
+        return list(verdict["hosts"])
+
+    @property
+    def _facts_key(self) -> str:
+        return f"{self._prefix}/host/{self._here}"
+
+    @contextmanager
+    def _reaching_rank_0(self) -> Iterator[None]:
+        """Raise LaunchError if the store cannot be reached in the body, and give up if it hangs."""
+        from torch.distributed import DistError
+
+        problem = (f"{self._master}: host {self._here} (rank {self._ranks.rank}) could not reach rank 0 "
+                   f"within {self._timeout_s:g} s")
+        remedy = ("set MASTER_ADDR (deepspeed: --master_addr) to rank 0's address on the network that "
+                  "all hosts share")
+        unreachable = LaunchError(f"{problem}\n  remedy: {remedy}", blames=(0,))
+        try:
+            with _time_limit(self._timeout_s, self._give_up, unreachable):
+                yield
+        except ExpectedError:
+            raise
+        except (DistError, RuntimeError) as exc:
+            reason = str(exc).splitlines()[0]
+            raise LaunchError(f"{problem}: {reason}\n  remedy: {remedy}", blames=(0,)) from exc
+
+
+def _raise_verdict(verdict: Mapping[str, Any]) -> None:
+    """Raise the error of a verdict, if it is one."""
     if verdict["refused"]:
         raise RefusedError(*verdict["refused"])
     if verdict["missing"]:
         raise LaunchError(*verdict["missing"])
     if verdict["mistake"]:
         raise ConfigError(*verdict["mistake"])
-    environ.setdefault("TORCHELASTIC_RESTART_COUNT", "0")
-    environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # torch's process group joins this store
-    return list(verdict["hosts"])
 
 
 @contextmanager
@@ -314,17 +377,21 @@ def check_master(ranks: Ranks) -> None:
                               "  remedy: choose another port (deepspeed: --master_port)") from exc
 
 
-def environment_fingerprint(config_text: str) -> dict[str, str]:
-    """Return what must be the same on all hosts: versions, the code of prelora_ds, the config."""
-    fingerprint = {"python": platform.python_version(),
-                   "config": hashlib.sha256(config_text.encode()).hexdigest()[:12],
-                   "prelora_ds code": code_digest()}
+def environment_fingerprint(config_text: str, installed: Mapping[str, str]) -> dict[str, str]:
+    """Return what must be the same on all hosts: the version of Python, the config, and what is ``installed``."""
+    return {"python": platform.python_version(),
+            "config": hashlib.sha256(config_text.encode()).hexdigest()[:12]} | dict(installed)
+
+
+def installed_code() -> dict[str, str]:
+    """Return the hash of the code of prelora_ds and the versions of packages, which one rank of a host reads."""
+    installed = {"prelora_ds code": code_digest()}
     for package in PACKAGES:
         try:
-            fingerprint[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
-            fingerprint[package] = "none"
-    return fingerprint
+            installed[package] = "none"
+    return installed
 
 
 def code_digest() -> str:

@@ -150,13 +150,13 @@ def fail(error: ExpectedError, ranks: Ranks) -> NoReturn:
     print. If the ranks of a host are still alive after the grace period, the error is specific to
     that host, and its first rank prints it.
 
-    An error of a single rank is printed at once. A rank that learned of the error from another rank
-    exits at once, and only rank 0 repeats the message.
+    An error of a single rank is printed at once. Of the ranks that learned of the error from another rank only rank 0
+    repeats the message; the others wait a moment, because a launcher may end rank 0 as soon as they exit.
     """
     was_refused = isinstance(error, RefusedError)
     if ranks.rank != 0 and not error.of_one_rank and not was_refused:
         _wait_for_the_launcher(GRACE_S)
-    elif ranks.rank != 0 and error.others_may_meet_it:
+    elif ranks.rank != 0 and (was_refused or error.others_may_meet_it):
         _wait_for_the_launcher(ECHO_GRACE_S)
     is_first_of_host = ranks.local_rank == 0 and not was_refused
     if ranks.rank == 0 or is_first_of_host or error.of_one_rank:

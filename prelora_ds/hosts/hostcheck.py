@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from prelora_ds.accelerator import choose_accelerator, driver_version
-from prelora_ds.hosts.check_in import environment_fingerprint
+from prelora_ds.hosts.check_in import environment_fingerprint, installed_code
 
 DISK_BYTES = 8 << 20
 MESSAGE_BYTES = 8 << 20
@@ -61,7 +61,7 @@ def facts(question: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "name": name,
         "address": address,
-        "make": {**environment_fingerprint(""), "platform": platform.machine()},
+        "make": {**environment_fingerprint("", installed_code()), "platform": platform.machine()},
         "accelerators": devices,
         "driver": driver_version(),
         "cores": len(os.sched_getaffinity(0)),

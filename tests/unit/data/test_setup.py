@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from typing import Any
 
@@ -28,7 +29,7 @@ from prelora_ds.hosts.discovery import Ranks
 from prelora_ds.model.families import find_layout
 from prelora_ds.model.vit import build_model
 from prelora_ds.run.autosize import resolve_workers
-from prelora_ds.start import check_run
+from prelora_ds.start import check_run, examine_host
 
 
 def config(shards: Any, size: int = 16, **data: Any) -> Config:
@@ -56,18 +57,20 @@ def test_a_dropped_tail_shortens_the_epoch_and_may_not_leave_it_empty(shards):
         open_data(config(shards, tail="drop", size=2048))
 
 
-def test_ranks_that_are_not_the_first_of_their_host_do_not_check_the_shards(shards, tmp_path):
+def test_what_one_rank_of_a_host_has_found_is_enough_for_the_others(shards, tmp_path):
     copy = shutil.copytree(shards, tmp_path / "copy")
-    (copy / "train" / "shard-000001.tar").unlink()
-    assert len(open_data(config(copy), sizes=False)[0]) == 1437
-    with pytest.raises(ConfigError, match=r"data\.train = .*shard-000001\.tar.*missing"):
-        open_data(config(copy))
     tiny = load_config("launch/recipes/vit_tiny_debug.yaml",
                        [f"data.train={copy / 'train'}", f"data.val={copy / 'val'}"],
                        "ds_configs/zero2.json")
-    check_run(tiny, Ranks(rank=1, local_rank=1, world_size=2))
-    with pytest.raises(ConfigError, match=r"data\.train = .*shard-000001\.tar.*missing"):
-        check_run(tiny, Ranks(rank=2, local_rank=0, world_size=4))
+    facts = examine_host(tiny)
+    row = facts.train_data.rows[700]
+    received = pickle.loads(pickle.dumps(facts))
+    (copy / "train" / "manifest.json").unlink()
+    (copy / "train" / "shard-000001.tar").unlink()
+    check_run(tiny, Ranks(rank=1, local_rank=1, world_size=2), received)
+    assert received == facts and received.train_data.rows[700] == row, "the index is opened when it is read"
+    with pytest.raises(ConfigError, match=r"data\.train = .*holds no manifest\.json"):
+        examine_host(tiny)
 
 
 def test_other_classes_are_refused(shards, tmp_path):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -12,11 +14,13 @@ from support.pool import free_port
 
 from prelora_ds.errors import ConfigError, LaunchError, RefusedError
 from prelora_ds.hosts.check_in import (
+    CheckIn,
     RankInfo,
     announcing_failure,
-    check_in,
     check_master,
     environment_fingerprint,
+    examines_host,
+    installed_code,
     verdict_on,
 )
 from prelora_ds.hosts.discovery import Ranks
@@ -27,6 +31,11 @@ ALL = [RankInfo(rank, rank % 2, f"host{rank // 2}", FINGERPRINT) for rank in ran
 
 def never(error: LaunchError) -> None:
     pytest.fail(f"torch's store hung: {error}")
+
+
+def check_in(ranks: Ranks, fingerprint: Mapping[str, str], environ: dict[str, str], timeout_s: float,
+             give_up: Callable[[LaunchError], None], launcher: int | None = None) -> list[str]:
+    return CheckIn(ranks, environ, timeout_s, give_up, launcher).meet(fingerprint)
 
 
 def test_when_all_ranks_check_in_the_host_of_each_is_returned_whatever_their_order() -> None:
@@ -67,8 +76,9 @@ def test_a_host_with_another_installation_is_named(key: str) -> None:
 
 
 def test_the_fingerprint_of_a_process_contains_its_code_and_config() -> None:
-    fingerprint = environment_fingerprint("a: 1")
-    assert fingerprint == environment_fingerprint("a: 1") != environment_fingerprint("a: 2")
+    installed = installed_code()
+    fingerprint = environment_fingerprint("a: 1", installed)
+    assert fingerprint == environment_fingerprint("a: 1", installed) != environment_fingerprint("a: 2", installed)
     assert fingerprint["torch"].startswith("2.") and len(fingerprint["prelora_ds code"]) == 12
 
 
@@ -227,3 +237,80 @@ def test_a_port_of_another_program_does_not_block_a_rank_forever(monkeypatch: py
             check_in(ranks, FINGERPRINT, {}, 1.0, end)
     error, = given_up
     assert "could not reach rank 0" in str(error) and error.blames == (0,)
+
+
+# ---- what one rank of a host reads for all of them
+
+def test_the_first_rank_of_a_host_reads_for_the_others_and_rank_0_always_reads() -> None:
+    """Open MPI 5 may give rank 0 another local rank than 0."""
+    readers = [(rank, local) for rank, local in [(0, 0), (1, 1), (2, 0), (3, 1), (0, 3)]
+               if examines_host(Ranks(rank, local, 8))]
+    assert readers == [(0, 0), (2, 0), (0, 3)]
+
+
+def test_ranks_get_what_the_first_rank_of_their_own_host_has_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    port = free_port()
+    own = threading.local()
+    monkeypatch.setattr("prelora_ds.hosts.check_in.socket.gethostname", lambda: own.host)
+
+    def call(rank: int) -> tuple[object, list[str]]:
+        own.host = f"host{rank // 2}"
+        meeting = CheckIn(Ranks(rank, rank % 2, 4, 2, "127.0.0.1", port), {}, 20.0, never)
+        facts = [rank]
+        if rank % 2:
+            facts = meeting.facts_of_host()
+        else:
+            time.sleep(0.3)
+            meeting.publish(facts)
+        return facts, meeting.meet(FINGERPRINT)
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(call, range(4)))
+    assert [facts for facts, _ in found] == [[0], [0], [2], [2]]
+    assert all(hosts == ["host0", "host0", "host1", "host1"] for _, hosts in found)
+
+
+@pytest.mark.parametrize("refused", [0, 2])
+def test_ranks_that_wait_for_the_first_rank_of_their_host_learn_that_one_was_refused(
+        refused: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 2 is the first one of host1; rank 3 waits for it, and rank 1 for rank 0."""
+    port = free_port()
+    own = threading.local()
+    monkeypatch.setattr("prelora_ds.hosts.check_in.socket.gethostname", lambda: own.host)
+
+    def call(rank: int) -> BaseException:
+        own.host = f"host{rank // 2}"
+        ranks = Ranks(rank, rank % 2, 4, 2, "127.0.0.1", port)
+        with pytest.raises((ConfigError, RefusedError)) as caught:
+            if rank == refused:
+                with announcing_failure(ranks, {}):
+                    raise MISTAKE
+            meeting = CheckIn(ranks, {}, 60.0, never)
+            if rank % 2:
+                meeting.facts_of_host()
+            else:
+                meeting.publish(rank)
+            meeting.meet(FINGERPRINT)
+        return caught.value
+
+    begun = time.monotonic()
+    with ThreadPoolExecutor(4) as pool:
+        errors = list(pool.map(call, range(4)))
+    assert time.monotonic() - begun < 15
+    assert errors.pop(refused) is MISTAKE
+    assert {str(error) for error in errors} == {f"rank {refused} on host host{refused // 2} could not start: {MISTAKE}"}
+
+
+def test_a_rank_whose_host_has_no_first_rank_does_not_wait_forever() -> None:
+    port = free_port()
+
+    def call(rank: int) -> LaunchError:
+        with pytest.raises(LaunchError) as caught:
+            meeting = CheckIn(Ranks(rank, rank, 2, 2, "127.0.0.1", port), {}, 1.5, never)
+            meeting.meet(FINGERPRINT) if rank == 0 else meeting.facts_of_host()
+        return caught.value
+
+    with ThreadPoolExecutor(2) as pool:
+        errors = list(pool.map(call, range(2)))
+    assert "ranks 1 of 2 did not check in" in str(errors[0])
+    assert str(errors[1]) == str(errors[0]) or "let the launcher count LOCAL_RANK from 0" in str(errors[1])

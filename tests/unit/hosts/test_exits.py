@@ -57,7 +57,7 @@ def test_the_other_ranks_of_a_host_print_nothing(capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().err == ""
 
 
-def test_a_rank_refused_by_another_exits_at_once_and_only_rank_0_prints(
+def test_of_ranks_refused_by_another_only_rank_0_prints_and_the_others_let_it_exit_first(
     capsys: pytest.CaptureFixture[str], naps: list[float]
 ) -> None:
     said = {}
@@ -66,7 +66,8 @@ def test_a_rank_refused_by_another_exits_at_once_and_only_rank_0_prints(
             exits.fail(RefusedError(2, "b", 2, "no data"), Ranks(rank, rank % 4, 8))
         assert ended.value.code == 2
         said[rank] = capsys.readouterr().err
-    assert said == {0: "error: rank 2 on host b could not start: no data\n", 1: "", 4: ""} and naps == []
+    assert said == {0: "error: rank 2 on host b could not start: no data\n", 1: "", 4: ""}
+    assert naps == [exits.ECHO_GRACE_S] * 2
 
 
 @pytest.mark.parametrize("error", [CorruptSampleError("sample 3 of shard-000001.tar", "look"),
