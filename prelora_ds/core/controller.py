@@ -35,7 +35,7 @@ class PhaseState:
     first_window: the index of the first window that began in this phase.
     reason: the last decision in words.
     tests: how often a test was evaluated so far.
-    restarts: where the learning rate began to rise from 0 again, ascending.
+    restarts: where the learning rate began to rise from 0 again, ascending; only those that a later rate depends on.
     importance: adapter -> its importance, summed since the phase began.
     updates: adapter -> the optimizer steps of this phase that updated it.
     choices: how often adapters were chosen in this phase.
@@ -222,7 +222,8 @@ class PhaseController:
         if merge is None or step == self.timeline.total_steps or not self._ends_period(state.plan, merge.every, step):
             return state
         plan = replace(state.plan, cycle=state.plan.cycle + 1)
-        return replace(state, plan=plan, restarts=self._restarts(state, step, merge.rewarm))
+        restarts = self._restarts(state, step, merge.rewarm, self._earliest(state, step))
+        return replace(state, plan=plan, restarts=restarts)
 
     def _ends_period(self, plan: Plan, every: Duration, step: int) -> bool:
         """Whether a whole number of periods has passed after ``step``, counted from the start of the plan's phase."""
@@ -278,14 +279,32 @@ class PhaseController:
         shared = 0 if windowing is None else windowing.shared_by(len(state.open))
         return replace(state, plan=self._plan(index, state.plan, step, state.windows), index=index, reason=reason,
                        first_window=state.next_window + shared,
-                       restarts=self._restarts(state, step, self.phases[index].rewarm), importance={}, updates={},
+                       restarts=self._restarts(state, step, self.phases[index].rewarm, step + 1), importance={},
+                       updates={},
                        choices=1, ranked=step, flops=self._flops(state, step))
 
-    def _restarts(self, state: PhaseState, step: int, rewarm: Duration | None) -> tuple[Restart, ...]:
-        """The restarts of the learning rate so far, with one after ``step`` if it is to rise again there."""
+    def _restarts(self, state: PhaseState, step: int, rewarm: Duration | None, earliest: int) -> tuple[Restart, ...]:
+        """The restarts of the learning rate so far, with one after ``step`` if it is to rise again there.
+
+        A rate depends only on the last restart before its step, and no step before ``earliest`` will be asked for. The
+        restarts before that are left out, so that the state of a run with many merges stays small.
+        """
         if rewarm is None:
             return state.restarts
-        return (*state.restarts, Restart(step, self.timeline.step_after(step, rewarm) - step))
+        restarts = (*state.restarts, Restart(step, self.timeline.step_after(step, rewarm) - step))
+        superseded = sum(restart.step <= earliest for restart in restarts) - 1
+        return restarts[max(0, superseded):]
+
+    def _earliest(self, state: PhaseState, step: int) -> int:
+        """The earliest step of the schedule that gives a learning rate after ``step``, in the same phase.
+
+        With a local rate it is that of the adapter that was updated least.
+        """
+        selection = self.phases[state.index].selection
+        if selection is None or not selection.local_rate:
+            return step + 1
+        fewest = min(state.updates.get(path, 0) for path in state.plan.adapters)
+        return state.plan.since_step + fewest + 1
 
     def _plan(self, index: int, before: Plan | None, step: int, windows: Sequence[WindowStats]) -> Plan:
         spec = self.phases[index]

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from prelora_ds.core.plan import Plan
+from prelora_ds.core.stragglers import Change
 from prelora_ds.errors import ConfigError
 from prelora_ds.run.folder import RunFolder
 from prelora_ds.run.log import EventKind
@@ -85,7 +86,10 @@ class Active(Event):
 
 
 class Slow(Event):
-    """A rank that slows down the others at ``what``, with its seconds per step and those of the median rank."""
+    """A rank that slows down the others at ``what``, with its seconds per step and those of the median rank.
+
+    change: a `Change`; with ``ended`` it slows them down no longer. Earlier versions did not write it.
+    """
 
     rank: Count
     host: Text
@@ -93,6 +97,7 @@ class Slow(Event):
     seconds: Real
     usual: Real
     windows: Count = 1
+    change: Text = Change.BEGAN
 
 
 class Bytes(Event):

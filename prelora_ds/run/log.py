@@ -29,7 +29,7 @@ class EventKind(StrEnum):
     JOB = "job"  # a job takes over: its command, commit, versions, hosts and number of ranks
     RESUME = "resume"  # the run continues from a checkpoint
     FORK = "fork"  # the controller's state with which a fork begins
-    STRAGGLER = "straggler"  # a rank that slows down the others
+    STRAGGLER = "straggler"  # a rank slows down the others, or does so no longer
     MERGE = "merge"  # adapters were merged into the weights and began again
     ACTIVE = "active"  # other adapters train from this step on
     END = "end"  # the run has finished
@@ -54,7 +54,8 @@ class JsonLines:
     """A file with one JSON object per line.
 
     Each line is passed to the operating system before `write` returns. It is a side channel: what
-    cannot be written is lost, and training continues. `sync_logs` brings the rows to the disk.
+    cannot be written is lost, and training continues. A row survives the death of the process. `sync_logs` brings the
+    rows to the disk, where they survive a power loss too. That is not done for each row, because training would wait.
     """
 
     def __init__(self, path: Path) -> None:
@@ -213,7 +214,7 @@ def truncate_logs(folder: RunFolder, step: int) -> None:
 
 
 def sync_logs(folder: RunFolder) -> None:
-    """Sync a run's logs to disk, before the checkpoint of their steps is committed."""
+    """Sync a run's logs to disk: before the checkpoint of their steps is committed, and when a job ends."""
     for path in _logs_in(folder):
         # An error must not cost the checkpoint; the writer of the log has already warned of it.
         with contextlib.suppress(OSError):
@@ -286,8 +287,10 @@ class RunLog:
             self.monitor.rewind(samples)
 
     def close(self) -> None:
+        """Close the files and the trackers, and sync the rows after the last checkpoint to disk."""
         self._close_files()
         if self.monitor is not None:
+            sync_logs(self._folder)
             self.monitor.close()
 
     def _close_files(self) -> None:

@@ -15,7 +15,7 @@ from prelora_ds.core.controller import PhaseState
 from prelora_ds.core.merge import Reset
 from prelora_ds.core.plan import Plan
 from prelora_ds.core.selection import active_adapters
-from prelora_ds.core.stragglers import StragglerWatch
+from prelora_ds.core.stragglers import Change, StragglerWatch
 from prelora_ds.core.switch_tests.prelora import Observation
 from prelora_ds.cost.bytes import predict_bytes, worst_deviation
 from prelora_ds.cost.forecast import why_unfinished
@@ -104,10 +104,10 @@ class Records:
         }
 
     def stragglers(self, step: int, stats: StepStats) -> None:
-        """Report and log the ranks that slow down the others, if any do."""
+        """Report and log the ranks that begin or cease to slow down the others."""
         seconds = stats.step_s + stats.data_s[dist.get_rank()]
         for slow in self._stragglers.add(seconds, forward=stats.forward_s, data=stats.data_s):
-            self.say(f"warning: {slow}")
+            self.say(str(slow) if slow.change == Change.ENDED else f"warning: {slow}")
             self._log.event(EventKind.STRAGGLER, step, **to_json(slow))
 
     def bytes(self, engine: Engine, step: int) -> None:

@@ -261,7 +261,7 @@ def slow_host(site: Site) -> dict[str, Any]:
     events = folder / "out" / "events.jsonl"
 
     def named() -> list[dict[str, Any]]:
-        return [row for row in read_lines(events) if row["event"] == "straggler"]
+        return [row for row in read_lines(events) if row["event"] == "straggler" and row["change"] != "ended"]
 
     def steps_of(count: int) -> int:
         last = _steps(folder / "out") + count
@@ -277,7 +277,8 @@ def slow_host(site: Site) -> dict[str, Any]:
         steps_of(40)
         before, begun = [row for row in named() if row["step"] > equal], time.monotonic()
         with site.cluster.slow_processes(rank_pids(site, "host2", PRETRAIN), share=0.1):
-            took = _until(lambda: process.poll() is not None or "host2" in {row["host"] for row in named()}, 120)
+            took = _until(lambda: process.poll() is not None or any(
+                row["host"] == "host2" for row in named() if row["step"] > equal), 120)
     process.wait(200)
     said = (folder / "log").read_text(errors="replace")
     assert process.returncode == 0 and not before, (before, said[-3000:])

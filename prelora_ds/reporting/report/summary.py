@@ -7,6 +7,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from prelora_ds.config.changes import binding_differences
+from prelora_ds.core.stragglers import Change
 from prelora_ds.reporting.report.figure import Cell
 from prelora_ds.reporting.report.figures import epoch_minutes
 from prelora_ds.reporting.report.reading import Phase, Run
@@ -167,7 +168,8 @@ def _incidents(run: Run) -> Iterator[str]:
         source = f" from {resume.checkpoint}" if resume.checkpoint else ""
         yield f"Resumed after step {resume.step:,}{source}{ranks}{stage}."
     for slow in run.stragglers[:MOST_STRAGGLERS]:
-        yield (f"Rank {slow.rank} on host {slow.host} was slow at step {slow.step:,}: {slow.what} took "
+        state = "no longer slow" if slow.change == Change.ENDED else "slow"
+        yield (f"Rank {slow.rank} on host {slow.host} was {state} at step {slow.step:,}: {slow.what} took "
                f"{slow.seconds * 1e3:.1f} ms per step, {slow.usual * 1e3:.1f} ms on the median rank.")
     if len(run.stragglers) > MOST_STRAGGLERS:
         yield f"{len(run.stragglers) - MOST_STRAGGLERS} more reports of slow ranks are in {run.folder.events.name}."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -326,7 +326,51 @@ def test_cycles_are_counted_from_the_start_of_their_phase() -> None:
 
 def test_a_merge_is_a_restart_of_the_learning_rate_if_it_rewarms() -> None:
     _, state = cycles(relora("7 steps", rewarm="3 steps"))
-    assert state.restarts == (Restart(17, 3), Restart(24, 3), Restart(31, 3), Restart(38, 3))
+    assert state.restarts == (Restart(38, 3),), "earlier ones decide no later rate"
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A schedule without warm-up and decay, so that only restarts change the rate."""
+
+    lr: float = 1.0
+    warmup: Duration = field(default_factory=lambda: Duration("0 steps"))
+    min_lr_ratio: float = 1.0
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_rates_are_those_of_all_restarts_although_the_state_keeps_only_some(local: bool) -> None:
+    """With `optimizer: local` adapters look at earlier steps of the schedule, where earlier restarts count."""
+    selection = Selection("random", every=Duration("3 steps"), k=6, local_rate=local)
+    control = relora("7 steps", rewarm="3 steps", until="90 steps")
+    control = control.with_phases([control.phases[0], replace(control.phases[1], selection=selection)])
+    state, merges = control.initial(), [17, 24, 31, 38, 45, 52, 59]
+    for step in range(1, 61):
+        state = control.next(state, Observation(step, step * BATCH, 1.0, {}))
+        state = control.after_step(reloaded(state), step, importance=dict.fromkeys(state.plan.adapters, 1.0))
+        everything = replace(state, restarts=tuple(Restart(merge, 3) for merge in merges if merge <= step))
+        assert control.rates(state, step + 1, Constant()) == control.rates(everything, step + 1, Constant())
+    assert len(state.restarts) == (4 if local else 1) < len(merges)
+
+
+def test_the_state_of_a_long_run_with_merges_choices_and_windows_stays_below_a_bound() -> None:
+    """After 600 windows, 1,200 merges and 2,000 choices it is as large as after the windows that it keeps."""
+    selection = Selection("random", every=Duration("3 steps"), k=1)
+    merge = Merge(Duration("5 steps"), Reset(), Duration("2 steps"))
+    phases = [PhaseSpec("relora", Adapters("lora", ("q", "v"), UniformRank(4)), ("adapters",),
+                        PreloraTest(k=3, m=10, tau=1e-9, zeta=1e-9), merge=merge, selection=selection),
+              PhaseSpec("last", train=("adapters",))]
+    control = PhaseController(layout=LAYOUT, timeline=Timeline(SAMPLES, BATCH, Duration("6000 steps")), phases=phases,
+                              seed=0)
+    state, sizes = control.initial(), []
+    for step in range(1, 6_000):
+        state = control.next(state, observe(step, lambda family, layer, step=step: 10.0 + step % 7))
+        state = control.after_step(state, step, importance=dict.fromkeys(state.plan.adapters, 0.25))
+        if step % 500 == 499:
+            sizes.append(len(json.dumps(to_json(state))))
+    assert (state.plan.cycle, state.tests, len(state.windows)) == (1199, 597, KEPT_WINDOWS)
+    assert max(sizes) < 32 * 1024
+    assert max(sizes) - sizes[0] < 512, "numbers of steps and samples get more digits"
 
 
 def test_a_cycle_in_epochs_ends_with_an_epoch() -> None:

@@ -34,14 +34,27 @@ def test_one_slow_step_in_a_window_is_no_straggler_and_a_window_ends_where_the_n
         assert watch.add(1.0, forward=forward) == []
 
 
-def test_a_rank_that_stays_slow_is_reported_ever_more_rarely_and_another_one_at_once() -> None:
+def test_a_rank_is_reported_when_it_becomes_slow_or_much_slower_and_when_it_is_not_slow_any_more() -> None:
     watch, reported = StragglerWatch(["a", "b", "c", "d", "e"], over=2), []
     for number in range(1, 101):
-        slow_ranks = [0.9 if number >= 50 else 0.3, 0.3, 0.3, 0.9, 0.3]
-        reported += [(number, slow.rank, slow.windows) for slow in window(watch, slow_ranks, [0.0] * 5)]
-    assert [row[0] for row in reported if row[1] == 3] == [1, 2, 4, 8, 16, 32, 64]
-    assert [row[0] for row in reported if row[1] == 0] == [50, 51, 53, 57, 65, 81]
-    assert all(windows == number - (0 if rank == 3 else 49) for number, rank, windows in reported)
+        fourth = 0.9 if number < 30 else 1.7 if number < 40 else 1.9 if number < 80 else 0.3
+        ranks = [0.6 if 50 <= number < 55 else 0.3, 0.3, 0.3, fourth, 0.3]
+        reported += [(number, slow) for slow in window(watch, ranks, [0.0] * 5)]
+    assert [(number, slow.rank, slow.change, slow.windows) for number, slow in reported] == [
+        (1, 3, "began", 1), (40, 3, "grew", 40), (50, 0, "began", 1), (55, 0, "ended", 5), (80, 3, "ended", 79)]
+    assert [str(slow).partition(":")[0] for _, slow in reported] == [
+        "host d (rank 3) is slow", "host d (rank 3) is slower than before", "host a (rank 0) is slow",
+        "host a (rank 0) is no longer slow, after 5 windows", "host d (rank 3) is no longer slow, after 79 windows"]
+
+
+def test_a_rank_that_becomes_slow_again_and_again_is_reported_ever_more_rarely() -> None:
+    watch, reported = StragglerWatch(["a", "b", "c"], over=2), []
+    for number in range(200):
+        reported += window(watch, [0.9 if number % 2 else 0.3, 0.3, 0.3], [0.0] * 3)
+    assert [slow.times for slow in reported if slow.change == "began"] == [1, 2, 4, 8, 16, 32, 64]
+    assert [slow.times for slow in reported if slow.change == "ended"] == [1, 2, 4, 8, 16, 32, 64]
+    assert [str(slow).partition(":")[0] for slow in reported[:5:2]] == [
+        "host a (rank 0) is slow", "host a (rank 0) is slow (again)", "host a (rank 0) is slow (for the 4th time)"]
 
 
 @given(st.lists(st.floats(0.1, 10.0), min_size=2, max_size=16))

@@ -332,3 +332,24 @@ def test_a_damaged_log_is_truncated_correctly_or_refused(
     truncate_logs(RunFolder(tmp_path), until)
     wanted = [row for row in rows if row.get("step", row.get("last_step")) <= until]
     assert json_text(read_lines(path)) == json_text(wanted)
+
+
+def test_rows_reach_the_operating_system_one_by_one_and_the_disk_when_a_job_ends(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def counting(descriptor: int) -> None:
+        synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", counting)
+    folder = RunFolder(tmp_path)
+    log = RunLog(folder, Monitor())
+    for step in range(1, 101):
+        log.metrics({"step": step}, samples=step)
+        log.event(EventKind.WAIT, step)
+        assert len(read_lines(folder.metrics)) == len(read_lines(folder.events)) == step
+    assert synced == []
+    log.close()
+    assert sorted(synced) == sorted(path.name for path in folder.logs)
