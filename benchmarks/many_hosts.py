@@ -77,6 +77,7 @@ def scenarios_of(shards: Path, folder: Path) -> dict[str, Callable[[], Row]]:
         for launcher in ("pdsh", "mpirun")
     }
     result |= {"a Slurm chain": on(3, scenarios.slurm_chain, True)}
+    result |= {scenarios.SWEEP: on(3, scenarios.slurm_sweep, True)}
     result |= {
         SLURM_FAULTS[0]: on(3, scenarios.slurm_node_dies, True),
         SLURM_FAULTS[1]: on(5, scenarios.slurm_first_node_dies, True, apart=True),

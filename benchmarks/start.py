@@ -224,6 +224,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="start.") as name:
         shards = Path(name) / "shards"
         manifests = write_digits(shards, SAMPLES_PER_SHARD)
+        launch([1], shards, Path(name) / "warm-up", traced=False)  # Python compiles modules, git refreshes its index
         for ranks in RANKS:
             folder = Path(name) / f"{ranks}-ranks"
             each = traced_start([ranks], shards, folder)

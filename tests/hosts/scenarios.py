@@ -158,6 +158,7 @@ FAULTS = [
     Fault("the host is killed", lambda site: site.cluster.kill("host2")),
     Fault("the host is powered off", lambda site: site.cluster.power_off("host2")),
 ]
+SWEEP = "a sweep in a Slurm job array"
 NO_SPARE = Fault("no spare: fewer hosts", FAULTS[-1].strike)
 STEPS = ["train.duration=20 steps", "train.eval_every=20 steps", "checkpoint.every=5 steps"]
 
@@ -406,6 +407,39 @@ def slurm_first_node_dies(site: Site) -> dict[str, Any]:
             "result": f"requeued, resumed after steps {resumed}, bitwise"}
 
 
+def slurm_sweep(site: Site) -> dict[str, Any]:
+    """A job array of a real Slurm trains two forks of one checkpoint, each with another learning rate, on its own node.
+
+    Both forks come from the same weights, so their first losses are the same bits, and the later ones are not.
+    """
+    assert site.slurm is not None
+    source = site.cluster.state / f"runs/local-2-{len(STEPS)}/out"
+    if not source.exists():
+        local(site, 2, *STEPS)
+    checkpoint = source / "checkpoints" / "step-00000015"
+    folder, begun = site.new("sweep"), time.monotonic()
+    rates = ("0.001", "0.002")
+    job = _submit(site, folder, "10m", *STEPS, nodes=1, spares=0, options=[
+        "--sweep", f"optimizer.lr={','.join(rates)}", "--resume", checkpoint])
+    logs = [folder / f"vit_tiny_debug-{job}_{task}.log" for task in range(len(rates))]
+    _until(lambda: all(log.exists() and "the run exited with" in log.read_text() for log in logs), 200)
+    said = [log.read_text() for log in logs]
+    assert all("the run exited with 0" in text for text in said), said[0][-2000:] + said[1][-2000:]
+
+    outs = [folder / f"out-lr-{rate}" for rate in rates]
+    rows = [read_lines(out / "metrics.jsonl") for out in outs]
+    assert [[row["step"] for row in run] for run in rows] == [[16, 17, 18, 19, 20]] * 2
+    assert all((out / "model").is_dir() for out in outs)
+    assert all([event["step"] for event in read_lines(out / "events.jsonl") if event["event"] == "fork"] == [15]
+               for out in outs)
+    assert all(twice["lr"] == 2 * once["lr"] for once, twice in zip(*rows, strict=True))
+    first, second = ([row["train/loss"] for row in run] for run in rows)
+    assert first[0] == second[0] and all(a != b for a, b in zip(first[1:], second[1:], strict=True))
+    hosts = {event["hosts"][0] for out in outs for event in read_lines(out / "events.jsonl") if event["event"] == "job"}
+    return {"what": SWEEP, "hosts": len(hosts), "total_s": round(time.monotonic() - begun, 1),
+            "result": "both finished in their own folders, from one checkpoint"}
+
+
 def _steps_for(site: Site, seconds: float) -> int:
     """Return the number of steps that two ranks make in this time on this machine."""
     local(site, 2, *STEPS)
@@ -417,16 +451,18 @@ def _length(steps: int) -> list[str]:
     return [f"train.duration={steps} steps", f"train.eval_every={steps} steps", "checkpoint.every=20 steps"]
 
 
-def _submit(site: Site, folder: Path, walltime: str, *more: str) -> str:
-    """Submit the script that `prelora job` writes for 2 hosts and a spare; return the job id."""
+def _submit(site: Site, folder: Path, walltime: str, *more: str, nodes: int = 2, spares: int = 1,
+            options: Sequence[str | Path] = ()) -> str:
+    """Submit the script that `prelora job` writes, with one rank per node; return the job id."""
     assert site.slurm is not None
     profile = Path("prelora_ds/hosts/profiles/slurm.yaml").read_text()
     (folder / "mine.yaml").write_text(profile.replace("ranks_per_node: 4", "ranks_per_node: 1").replace(
         "--ntasks-per-node=4", "--ntasks-per-node=1"))
     arguments, script = site.arguments(folder / "out", "launch.interface=eth0", *more), folder / "job.sh"
     done = site.cluster.run("host1", ["prelora", "job", *arguments[1:2], "--profile", folder / "mine.yaml",
-                                      "--deepspeed-config", arguments[3], "--nodes", "2", "--spares", "1", "--walltime",
-                                      walltime, "--warn", "60", "--out", script, *arguments[4:]])
+                                      "--deepspeed-config", arguments[3], "--nodes", nodes, "--spares", spares,
+                                      "--walltime", walltime, "--warn", "60", "--out", script, *options,
+                                      *arguments[4:]])
     assert done.returncode == 0, done.stdout
     script.write_text(script.read_text().replace("#!/bin/bash -l", "#!/bin/bash").replace("sleep 300", "sleep 20"))
     return site.slurm.run(f"sbatch --parsable --chdir={folder} {script}").strip()

@@ -63,3 +63,9 @@ def test_the_host_of_a_killed_rank_is_named_and_the_run_resumes_bitwise_on_a_spa
     killed = next(fault for fault in scenarios.FAULTS if fault.name == "a rank is killed")
     row = scenarios.strike(site, killed, expected)
     assert row["named"] and row["result"] == "resumed, bitwise"
+
+
+def test_a_sweep_in_slurm_trains_each_value_in_its_own_folder_from_one_checkpoint(
+        site: Site, expected: list[float]) -> None:
+    assert len(expected) == 20  # of the run whose checkpoint is taken
+    assert scenarios.slurm_sweep(site)["hosts"] == 2
