@@ -52,6 +52,8 @@ ROWS = [
     Row("step time relative to a bare DeepSpeed loop: prelora_ds", "{overhead[loop_vs_bare]:.3f}", "1"),
     Row("the same: HF Trainer / accelerate",
         "{overhead[hf_trainer_vs_bare]:.3f} / {overhead[accelerate_vs_bare]:.3f}", "1"),
+    Row("our file-system operations at the start: a host with 16 ranks / a host with 1 rank",
+        "{start[fs_ops_growth]:.2f}", "1"),
     Row("a switch of ViT-L", "{switch[full_to_warmup_s]:.1f} s ({switch[switch_in_full_steps]:.2f} full steps of "
         "micro-batch 16)"),
     Row("growth of resident memory over 20 rebuilds", "{switch_mb[growth_bytes_20]:.1f} MB", "0"),

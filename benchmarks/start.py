@@ -234,7 +234,10 @@ def main() -> None:
             print(rows[-1], flush=True)
         other_host = traced_start([2, 2], shards, Path(name) / "two-hosts")[2:]
     rows.append(at_scale(rows[-1], other_host))
-    print_table(rows, "the start of a run")
+    columns = ("hosts", "ranks per host", "ours", "first rank", "each other rank", *OURS, "libraries", "import",
+               "seconds")
+    print_table([{name: each.get(name) for name in columns} for each in rows],
+                "the start of a run: file-system operations, of one host where they were measured")
     found = figures(rows)
     print(json.dumps(found, indent=2))
     count = sum(len(manifest.shards) for manifest in manifests.values())

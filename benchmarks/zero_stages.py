@@ -3,6 +3,9 @@
     python benchmarks/zero_stages.py                # ViT-L/16 at 224 px, 2 ranks; 15 minutes, 22 GiB
     python benchmarks/zero_stages.py --quick        # ViT-B
     python benchmarks/zero_stages.py --world 64     # bytes of one rank of 64, ViT-L and ViT-g
+    deepspeed --hostfile HOSTS benchmarks/zero_stages.py --recipe RECIPE [a.b=c ...]    # or any other launcher
+
+The last one measures the phases of a recipe on the ranks that are there (zero_stages_job.py).
 
 Adapters have rank 8, 16, 32 and 64 in turn (mean 30). Forward and backward are without their
 communication, which has its own column. "data" is reading, decoding and cropping photographs in the
@@ -15,17 +18,20 @@ but the bytes are those of a real rank.
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import print_table, record
+from harness import RESULTS, print_table, record
 from lora_step import ATTENTION
 from ranks import Ranks
+from zero_stages_job import on_the_ranks_of_a_launcher
 from zero_stages_ranks import OWNERS, PARTS, phases, states_at_world
 
 from prelora_ds.data.shards import writer
+from prelora_ds.errors import ExpectedError
 
 VIT_LARGE = {
     "hidden_size": 1024,
@@ -79,8 +85,20 @@ def main() -> None:
     parser.add_argument(
         "--world", type=int, nargs="+", help="only count the bytes of one rank of this many"
     )
-    args = parser.parse_args()
-    if args.world:
+    parser.add_argument("--recipe", help="measure the phases of this recipe on the ranks of the launcher")
+    parser.add_argument("--settings", nargs="+", choices=STAGES, default=list(STAGES),
+                        help="with --recipe: only these ZeRO stages")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="with --recipe: the folder of the result")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # some launchers pass it; LOCAL_RANK is used instead
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="with --recipe: overrides of the recipe")
+    args = parser.parse_intermixed_args()
+    if args.recipe:
+        settings = {name: STAGES[name] for name in args.settings}
+        try:
+            on_the_ranks_of_a_launcher(args.recipe, args.overrides, settings, args.steps or 3, args.out)
+        except ExpectedError as error:
+            sys.exit(f"error: {error}")
+    elif args.world:
         at_world(args.world)
     else:
         on_two_ranks(

@@ -190,10 +190,11 @@ def peak_bytes() -> int:
 def bytes_after_backward(
     engine: Engine, layout: Layout, world: int, *, size: int
 ) -> tuple[Any, dict[str, int]]:
-    """Take a step of ``size`` images; return predicted and measured bytes after its backward."""
+    """Take a step with micro-batches of ``size`` images; return predicted and measured bytes after its backward."""
     m = engine.config.model
-    images = torch.randint(0, 256, (size, 3, m.image_size, m.image_size), dtype=torch.uint8)
-    engine.backward([MicroBatch(images, torch.randint(0, LABELS, (size,)))])
+    images = torch.randint(0, 256, (size, m.num_channels, m.image_size, m.image_size), dtype=torch.uint8)
+    batch = MicroBatch(images, torch.randint(0, engine.num_labels, (size,)))
+    engine.backward([batch] * engine.accumulation)
     measured = wait_until(
         lambda: census(engine), lambda count: count["other"] <= 0.02 * sum(count.values())
     )

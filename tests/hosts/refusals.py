@@ -98,7 +98,23 @@ def full_disk(site: Site) -> dict[str, Any]:
         site.cluster.run("host2", ["rm", full])
 
 
-REFUSALS = {"the port is in use": port_in_use, "another version of a package": other_version,
+def data_of_one_host(site: Site) -> dict[str, Any]:
+    """A host does not have the shards. Its first rank finds out, and the message names the host, once."""
+    folder, data = site.new("no-data"), site.cluster.scratch / "digits"
+    site.cluster.run("host1", ["cp", "-r", site.shards, data])
+    command, environ = command_of("pdsh", site, ["host1", "host2"], folder)
+    site.cluster.hostfile(folder / "hosts", slots=2, names=["host1", "host2"])
+    try:
+        row = refused(site, "the data of one host is missing", [
+            *command, *_pretrain(site, folder, f"data.train={data}/train", f"data.val={data}/val")],
+            ["error: rank 2 on host host2 could not start: data.val"], environ)
+    finally:
+        site.cluster.run("host1", ["rm", "-r", data])
+    return row | {"ranks": 4}
+
+
+REFUSALS = {"the data of one host is missing": data_of_one_host, "the port is in use": port_in_use,
+            "another version of a package": other_version,
             "a wrong line in the hostfile": wrong_hostfile, "an unreachable host": unreachable_host,
             "the disk of one host is full": full_disk, "a host's name points to loopback": name_on_loopback,
             "a decoy is the first address": unreachable_master}
