@@ -68,7 +68,10 @@ class AdaptersConfig(AdapterTraining):
     """The kind of adapter; docs/methods.md has a table of them."""
 
     rank: Positive | None = None
-    """One rank for all adapters. New adapters need either this or `phases.*.adapters.ranks`."""
+    """
+    One rank for all adapters. New adapters need either this or `phases.*.adapters.ranks`, unless their
+    kind has no ranks. For `oft` it is the size of a block.
+    """
 
     ranks: AnyRankRule | None = None
     """
@@ -101,13 +104,15 @@ class AdaptersConfig(AdapterTraining):
         check_scaling(self)
         can = KINDS[self.kind].can
         check_computation(self, self.kind)
+        check_has_ranks(self)
+        check_has_scaling(self)
         if self.ranks is not None and not can.rank_per_module:
             raise FieldError("ranks", self.ranks.rule, f"gives each linear its own rank, but the kind {self.kind} "
                              "supports only one rank for all; set rank instead")
         check_families(self.families)
         _check_options(self.kind, self.options)
         given = [key for key in ("rank", "ranks") if getattr(self, key) is not None]
-        if len(given) != 1:
+        if can.ranked and len(given) != 1:
             raise FieldError("rank", self.rank, "set either rank (one rank for all) or ranks (a rule), not both")
         return self
 
@@ -129,7 +134,8 @@ class AdaptersConfig(AdapterTraining):
     def rank_rule(self) -> RankRule:
         if self.ranks is not None:
             return self.ranks.rank_rule()
-        return RANK_RULES["uniform"](rank=self.rank)
+        # A kind without ranks: any rank but 0 gives each linear its adapter.
+        return RANK_RULES["uniform"](rank=self.rank or 1)
 
 
 def check_families(families: Sequence[str] | None) -> None:
@@ -155,6 +161,28 @@ def check_scaling(adapters: AdapterTraining) -> None:
     if adapters.rs_alpha is not None and adapters.alpha_over_r != 1.0:
         raise FieldError("rs_alpha", adapters.rs_alpha, f"sets the scaling by the rank, but alpha_over_r sets it to "
                          f"{adapters.alpha_over_r}", "remove one of the two")
+
+
+def check_has_ranks(adapters: AdaptersConfig) -> None:
+    """Raise FieldError if ranks are given to adapters of a kind that has none."""
+    if KINDS[adapters.kind].can.ranked:
+        return
+    rule = None if adapters.ranks is None else adapters.ranks.rule
+    for key, value in (("rank", adapters.rank), ("ranks", rule)):
+        if value is not None:
+            raise FieldError(key, value, f"gives adapters ranks, but those of the kind {adapters.kind} have none",
+                             "remove it, or choose a kind with ranks")
+
+
+def check_has_scaling(adapters: AdaptersConfig) -> None:
+    """Raise FieldError if a scaling is given to adapters of a kind that has none."""
+    if KINDS[adapters.kind].can.scaled:
+        return
+    for key, default in (("alpha_over_r", 1.0), ("rs_alpha", None)):
+        value = getattr(adapters, key)
+        if value != default:
+            raise FieldError(key, value, f"scales what adapters add, but those of the kind {adapters.kind} have no "
+                             "such factor", "remove it")
 
 
 def check_computation(adapters: AdapterTraining, kind: str, prefix: str = "") -> None:

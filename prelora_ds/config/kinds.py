@@ -18,7 +18,8 @@ def with_kind(config: Config, kind: str, rank: int) -> Config:
 
     A preset becomes a list of phases. Settings that other kinds do not have are left out.
 
-    rank: the rank of all adapters where a rule would give each its own, if the kind cannot have that.
+    rank: the rank of all adapters where a rule would give each its own, if the kind cannot have that. A rank that is
+        the size of blocks becomes the next smaller power of two.
 
     Raises ConfigError if there is no such kind, or if its adapters cannot be what the recipe wants of them.
     """
@@ -49,5 +50,11 @@ def _change(phase: dict[str, Any], kind: str, rank: int) -> None:
     if adapters["from"] == "keep":
         return
     adapters |= {"kind": kind, "options": {}}
-    if adapters["ranks"] is not None and not can.rank_per_module:
+    if not can.scaled:
+        adapters |= {"alpha_over_r": 1.0, "rs_alpha": None}
+    if not can.ranked:
+        adapters |= {"ranks": None, "rank": None}
+    elif adapters["ranks"] is not None and not can.rank_per_module:
         adapters |= {"ranks": None, "rank": rank}
+    if can.blocks:  # of a size that divides the widths of most models
+        adapters["rank"] = max(2, 1 << adapters["rank"].bit_length() - 1)

@@ -12,8 +12,11 @@ from prelora_ds.core.adapters import KINDS, AdapterKind, AdapterSpec
 from prelora_ds.core.adapters.refused import REFUSED
 
 BEGIN, END = "<!-- begin: tables of kinds, written by `make docs` -->", "<!-- end: tables of kinds -->"
-OUTPUTS, INPUTS, RANK = 7919, 6007, 13  # different primes, which stand for the sizes in a shape
-_WORDS = {OUTPUTS: "out", INPUTS: "in", RANK: "rank"}
+RANK = 13
+OUT1, OUT2, IN1, IN2 = 79, 83, 89, 13 * 7  # whose products stand for the sizes in a shape
+OUTPUTS, INPUTS = OUT1 * OUT2, IN1 * IN2
+_WORDS = {OUTPUTS: "out", INPUTS: "in", RANK: "rank", OUT1: "out1", OUT2: "out2", IN1: "in1", IN2: "in2",
+          INPUTS // RANK: "in / rank", RANK * (RANK - 1) // 2: "rank (rank - 1) / 2"}
 
 
 def with_tables(page: str) -> str:
@@ -27,8 +30,8 @@ def _tables() -> str:
     return "\n\n".join([
         _table(("kind", "leaves of a linear, with the role of each", "options, with their defaults"),
                ((f"`{name}`", _leaves(kind), _options(kind)) for name, kind in KINDS.items())),
-        _table(("kind", "ZeRO stages", "merge", "rank per linear", "other ranks", "ReLoRA", "DynaLoRA", "dropout",
-                "kernels", "outputs when attached"),
+        _table(("kind", "ZeRO stages", "merge", "ranks", "rank per linear", "other ranks", "ReLoRA", "DynaLoRA",
+                "dropout", "kernels", "outputs when attached"),
                ((f"`{name}`", *_abilities(kind)) for name, kind in KINDS.items())),
         _table(("refused kinds", "why: the kind ...", "instead"), _refusals()),
     ])
@@ -60,8 +63,8 @@ def _abilities(kind: AdapterKind) -> tuple[str, ...]:
     stages = sorted(can.zero_stages)
     words = {"exact": "the same bits", "rounding": "change by rounding"}
     return (f"{stages[0]} to {stages[-1]}" if len(stages) > 1 else str(stages[0]), yes[can.merges],
-            yes[can.rank_per_module], yes[can.resizes], yes[can.restarts], yes[can.selects], yes[can.dropout],
-            ", ".join(can.kernels), words[can.at_attach])
+            yes[can.ranked], yes[can.rank_per_module], yes[can.resizes], yes[can.restarts], yes[can.selects],
+            yes[can.dropout], ", ".join(can.kernels), words[can.at_attach])
 
 
 def _refusals() -> list[tuple[str, ...]]:

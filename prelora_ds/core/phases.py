@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from prelora_ds.core.adapters import AdapterSpec, Option
+from prelora_ds.core.adapters import AdapterSpec, Option, kind_called
 from prelora_ds.core.duration import Duration
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.merge import Merge
@@ -88,7 +88,8 @@ def plan_of(spec: PhaseSpec, layout: Layout, *, seed: int, since_step: int = 0,
         new = spec.adapters
         rank_of = {layout.targets[family][layer]: rank for family, layers in ranks.items()
                    for layer, rank in layers.items()}
-        adapters = {path: AdapterSpec(new.kind, rank, new.scaling_at(rank), seed, new.options)
+        ranked = kind_called(new.kind).can.ranked
+        adapters = {path: AdapterSpec(new.kind, rank if ranked else None, new.scaling_at(rank), seed, new.options)
                     for path, rank in rank_of.items() if rank}
         unadapted = frozenset(path for path, rank in rank_of.items() if not rank)
 

@@ -27,7 +27,9 @@ def trainable_names(train: Sequence[str], layout: Layout, adapters: Mapping[str,
     A regular expression must match the whole name of a parameter. Raises ValueError for an invalid expression, and if
     an expression, or a set other than ``rest``, matches no parameter.
     """
-    leaves = {f"{path}.{leaf}" for path, spec in adapters.items() for leaf in kind_of(spec).trains(spec)}
+    leaves = {f"{path}.{leaf}" for path, spec in adapters.items()
+              for leaf in kind_of(spec).parameters(layout.parameters[f"{path}.weight"], spec)
+              if leaf in kind_of(spec).trains(spec)}
     names: set[str] = set()
     for name in train:
         matches = _names_of(name, layout, adapters.keys() | unadapted, leaves)

@@ -109,7 +109,8 @@ def predict_kinds(config: Config, cluster: Cluster, layout: Layout, images: int,
     """What each of ``kinds`` would cost in the last phase of a recipe with adapters, as JSON.
 
     The values are those of the configured ZeRO stage. In the row of a kind that is refused, ``refused`` says why and
-    ``remedy`` what to do instead, and the other values are None.
+    ``remedy`` what to do instead, and the other values are None. ``slower_than`` is the phase of full training if a
+    step with the kind is predicted to take longer than one of that phase, otherwise None.
 
     Raises ConfigError as `predict_run` does, and for a recipe without adapters.
     """
@@ -128,22 +129,26 @@ def _row_of_kind(config: Config, kind: str, phase: str, cluster: Cluster, layout
                  calibration: Path | None) -> dict[str, Any]:
     row: dict[str, Any] = dict.fromkeys((
         "refused", "remedy", "ranks", "adapter_parameters", "trainable_share", "weights_bytes", "states_bytes",
-        "activations_bytes", "peak_bytes", "step_s", "gflop_per_image"))
+        "activations_bytes", "peak_bytes", "step_s", "gflop_per_image", "slower_than"))
     row["kind"] = kind
     try:
         changed = with_kind(config, kind, mean_rank)
     except ConfigError as exc:
         key = "" if exc.key == "kind" else f"{exc.key}: "
         return {**row, "refused": f"{key}{exc.problem}", "remedy": exc.remedy}
-    plan = next(plan for plan in plans_at_rank(changed.specs(), layout, mean_rank, seed=config.run.seed)
-                if plan.phase == phase)
+    plans = plans_at_rank(changed.specs(), layout, mean_rank, seed=config.run.seed)
+    plan = next(plan for plan in plans if plan.phase == phase)
     sizes = {name: math.prod(shape) for name, shape in plan.parameters(layout).items()}
     leaves = plan.leaves(layout)
     zero = changed.for_phase(phase).zero
     forecast = predict_run(changed, cluster, layout, images, mean_rank=mean_rank, calibration=calibration)
-    found = next(each for each in forecast["rows"] if each["phase"] == phase
-                 and (each["stage"], each["offload_optimizer"]) == (zero.stage, zero.offload_optimizer))
+    by_phase = {each["phase"]: each for each in forecast["rows"]
+                if (each["stage"], each["offload_optimizer"]) == (zero.stage, zero.offload_optimizer)}
+    found = by_phase[phase]
+    full = next((each.phase for each in plans if each.trainable == layout.parameters.keys()), None)
+    slower = full in by_phase and found["step_s"] is not None and found["step_s"] > by_phase[full]["step_s"]
     return {**row, **{key: found[key] for key in row.keys() & found.keys()},
+            "slower_than": full if slower else None,
             "adapter_parameters": sum(sizes[name] for name in leaves),
             "trainable_share": sum(sizes[name] for name in plan.trainable) / sum(sizes.values()),
             "states_bytes": found["gradients_bytes"] + found["masters_bytes"] + found["moments_bytes"]}

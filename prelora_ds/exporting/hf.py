@@ -26,7 +26,7 @@ from prelora_ds.engine.release import release
 from prelora_ds.engine.state import export_state, gather_full
 from prelora_ds.errors import NotSavedError, is_disk_fault
 from prelora_ds.files import new_folder
-from prelora_ds.model.adapters import effective_weight
+from prelora_ds.model.adapters import effective_bias, effective_weight
 from prelora_ds.model.vit import build_model
 from prelora_ds.run.checkpoints.checkpoint_folder import list_checkpoints
 from prelora_ds.run.folder import RunFolder
@@ -106,8 +106,10 @@ def merge(
     for name, (path, leaf) in plan.leaves(layout).items():
         leaves_by_path.setdefault(path, {})[leaf] = values[name]
     for path, spec in plan.adapters.items():
-        weight = f"{path}.weight"
+        weight, bias = f"{path}.weight", f"{path}.bias"
         merged[weight] = effective_weight(values[weight], leaves_by_path[path], spec)
+        if bias in merged:
+            merged[bias] = effective_bias(values[bias], leaves_by_path[path], spec)
     return merged
 
 

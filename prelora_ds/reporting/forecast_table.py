@@ -82,6 +82,9 @@ def print_kinds(result: dict[str, Any], console: Console | None = None) -> None:
         labels = ["adapter rank", "parameters of adapters", "parameters that train",
                   *(f"{words}, {unit}" for words in KIND_BYTES.values()), "GFLOP per image", "step, ms"]
         print_columns(console, labels, [(row["kind"], _cells_of_kind(row, factor)) for row in offered])
+    for phase in dict.fromkeys(row["slower_than"] for row in offered if row["slower_than"] is not None):
+        slow = ", ".join(row["kind"] for row in offered if row["slower_than"] == phase)
+        print_line(console, f"slower than a step of full training (phase {phase}): {slow}. They save memory, not time.")
     names: dict[tuple[str, str], list[str]] = {}
     for row in result["kinds"]:
         if row["refused"] is not None:

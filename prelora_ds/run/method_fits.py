@@ -9,6 +9,7 @@ import torch
 from prelora_ds.config.phases import PhaseConfig, PresetConfig
 from prelora_ds.config.rank_rules import UniformRule
 from prelora_ds.config.tree import Config
+from prelora_ds.core.adapters import kind_of
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.phases import plans_at_rank
 from prelora_ds.core.plan import Plan
@@ -74,17 +75,22 @@ def _check_ranks(config: Config, phase: PhaseConfig, plan: Plan, layout: Layout)
     """Raise ConfigError if new adapters can get a rank that their linear cannot have."""
     if phase.new_adapters is None:
         return
+    rule = phase.new_adapters.ranks
+    key = "rank" if rule is None else f"ranks.{'rank' if isinstance(rule, UniformRule) else 'r_max'}"
+    if isinstance(config.phases, PresetConfig):
+        key = "r_max"
     for path, spec in plan.adapters.items():
         shape = layout.parameters[f"{path}.weight"]
-        if spec.rank is None or spec.rank <= min(shape):
-            continue
-        rule = phase.new_adapters.ranks
-        key = "rank" if rule is None else f"ranks.{'rank' if isinstance(rule, UniformRule) else 'r_max'}"
-        if isinstance(config.phases, PresetConfig):
-            key = "r_max"
-        raise ConfigError(config.adapters_key(phase.name, key), spec.rank,
-                          f"is larger than {path} ({shape[1]} to {shape[0]} features), in phase {phase.name}",
-                          f"choose at most {min(shape)}, or other families")
+        if spec.rank is not None and spec.rank > min(shape):
+            raise ConfigError(config.adapters_key(phase.name, key), spec.rank,
+                              f"is larger than {path} ({shape[1]} to {shape[0]} features), in phase {phase.name}",
+                              f"choose at most {min(shape)}, or other families")
+        if spec.rank is not None and kind_of(spec).can.blocks and (spec.rank == 1 or shape[1] % spec.rank):
+            sizes = [size for size in range(2, min(shape) + 1) if not shape[1] % size]
+            raise ConfigError(config.adapters_key(phase.name, key), spec.rank,
+                              f"is the size of blocks in the kind {spec.kind}, and the {shape[1]} inputs of {path} "
+                              f"cannot be divided into blocks of this size, in phase {phase.name}",
+                              f"choose among {', '.join(map(str, sizes))}, or other families")
 
 
 def _check_selection(phase: PhaseConfig, plan: Plan, layout: Layout) -> None:

@@ -17,9 +17,10 @@ class Dora:
     """
 
     A, B, M = Lora.A, Lora.B, "lora_magnitude_vector.weight"
-    can = Capabilities(merges=True, restarts=False, resizes=False, rank_per_module=True,
-                       selects=True, dropout=False, kernels=("branch",), needs_weight=True,
-                       zero_stages=frozenset({0, 1, 2, 3}), at_attach="exact")
+    can = Capabilities(merges=True, restarts=False, resizes=False, ranked=True, rank_per_module=True, blocks=False,
+                       scaled=True, selects=True, dropout=False, kernels=("branch",),
+                       needs_weight=True, changes_bias=False, zero_stages=frozenset({0, 1, 2, 3}),
+                       at_attach="exact")
     options: Mapping[str, Option] = Lora.options
     choices: Mapping[str, tuple[str, ...]] = Lora.choices
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal, Protocol
 
 Shape = tuple[int, ...]
@@ -36,11 +37,15 @@ class Capabilities:
         kind can be merged.
     restarts: whether it can start again from first values without changing the outputs.
     resizes: whether its rank can change while it trains, without changing the outputs.
+    ranked: whether its adapters have a rank.
     rank_per_module: whether each linear may have its own rank.
+    blocks: whether the rank is the size of blocks of the inputs: at least 2, and a divisor of their number.
+    scaled: whether what it adds has a factor (`AdapterSpec.scaling`); otherwise that is 1.
     selects: whether single adapters can stop training for some steps (DynaLoRA).
     dropout: whether its input can have dropout.
     kernels: the ways to compute it; the first one works always.
     needs_weight: whether its first values, and what it adds to the weight, are functions of the weight.
+    changes_bias: whether it also changes the bias of its linear, so that only an export can merge it.
     zero_stages: the ZeRO stages at which a test trains it.
     at_attach: whether attaching it keeps the outputs bitwise (exact) or changes them by rounding.
     """
@@ -48,11 +53,15 @@ class Capabilities:
     merges: bool
     restarts: bool
     resizes: bool
+    ranked: bool
     rank_per_module: bool
+    blocks: bool
+    scaled: bool
     selects: bool
     dropout: bool
     kernels: tuple[str, ...]
     needs_weight: bool
+    changes_bias: bool
     zero_stages: frozenset[int]
     at_attach: Literal["exact", "rounding"]
 
@@ -113,7 +122,7 @@ class AdapterKind(Protocol):
         ...
 
     def trains(self, spec: AdapterSpec) -> frozenset[str]:
-        """The leaves that train."""
+        """The leaves that train. Names of leaves that only other linears have may be among them."""
         ...
 
     def needs_update(self, spec: AdapterSpec) -> bool:
@@ -138,6 +147,29 @@ class AdapterKind(Protocol):
     def cost(self, spec: AdapterSpec, rows: int, inputs: int, outputs: int, needs: Needs) -> AdapterCost:
         """The cost for ``rows`` tokens of a linear from ``inputs`` to ``outputs`` features."""
         ...
+
+
+class SimpleKind:
+    """What kinds have in common that have no options, train all their leaves, and keep nothing besides them."""
+
+    options: Mapping[str, Option] = MappingProxyType({})
+    choices: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    roles_of_leaves: Mapping[str, str]
+
+    def trains(self, spec: AdapterSpec) -> frozenset[str]:
+        return frozenset(self.roles_of_leaves)
+
+    def needs_update(self, spec: AdapterSpec) -> bool:
+        return False
+
+    def role(self, leaf: str) -> str:
+        return self.roles_of_leaves[leaf]
+
+    def roles(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(self.roles_of_leaves.values()))
+
+    def bytes_besides_leaves(self, linears: Sequence[tuple[Shape, AdapterSpec]]) -> int:
+        return 0
 
 
 def rank_of(spec: AdapterSpec) -> int:

@@ -19,9 +19,10 @@ class Lora:
     """
 
     A, B = "lora_A.weight", "lora_B.weight"
-    can = Capabilities(merges=True, restarts=True, resizes=True, rank_per_module=True,
-                       selects=True, dropout=True, kernels=("branch", "merged", "peft"), needs_weight=False,
-                       zero_stages=frozenset({0, 1, 2, 3}), at_attach="exact")
+    can = Capabilities(merges=True, restarts=True, resizes=True, ranked=True, rank_per_module=True, blocks=False,
+                       scaled=True, selects=True, dropout=True, kernels=("branch", "merged", "peft"),
+                       needs_weight=False, changes_bias=False, zero_stages=frozenset({0, 1, 2, 3}),
+                       at_attach="exact")
     options: Mapping[str, Option] = MappingProxyType({"train_a": True, "init": "kaiming"})
     choices: Mapping[str, tuple[str, ...]] = MappingProxyType({"init": ("kaiming", "gaussian", "update")})
 

@@ -35,7 +35,8 @@ class Refused:
 def _table() -> dict[str, Refused]:
     lora = "choose lora"
     large = "choose lora or dora"
-    small = "choose vera, which trains as few parameters"
+    turns = "choose oft, which rotates the inputs, or dora"
+    small = "choose vera or ia3, which train as few parameters"
     groups: list[tuple[str, str, tuple[str, ...]]] = [
         # Variants of LoRA that are settings here.
         ("is a setting of the kind lora", "choose lora, and set rs_alpha instead of alpha_over_r", ("rslora",)),
@@ -56,22 +57,28 @@ def _table() -> dict[str, Refused]:
         ("draws random numbers in the forward pass, so ranks and resumed runs would differ", large,
          ("monteclora", "pvera")),
         # Kinds with a reason in the way that they train.
-        (_NO_GRADIENT, large, ("hra", "shira")),
-        ("keeps a matrix in x in per linear, 1.1 GB for a ViT-L, and takes three times as long as LoRA", large,
+        (_NO_GRADIENT, turns, ("hra",)),
+        (_NO_GRADIENT, large, ("shira",)),
+        ("keeps a matrix in x in per linear, 1.1 GB for a ViT-L, and takes three times as long as LoRA", turns,
          ("boft",)),
         (_NOT_ZERO, small, ("fourierft", "c3a", "vblora", "unilora", "frod")),
         (_NOT_ZERO, large, ("deft",)),
-        (_DENSE, large, ("loha", "lokr", "hira", "randlora")),
+        (_DENSE, "choose lokr, which multiplies with two small matrices", ("loha",)),
+        (_DENSE, large, ("hira", "randlora")),
+        ("rebuilds the weight in each forward pass, so its step costs as many FLOPs as one of full training", large,
+         ("glora",)),
         (_DENSE, small, ("waveft",)),
-        (_FROM_WEIGHTS, large, ("psoft", "osf", "supertuning")),
+        (_FROM_WEIGHTS, turns, ("psoft",)),
+        (_FROM_WEIGHTS, large, ("osf", "supertuning")),
         (_FROM_WEIGHTS, small, ("tinylora",)),
         (_MIXES, large, ("adamss",)),
         (_NOT_MERGEABLE, large, ("lily", "poly", "xlora")),
         ("prunes nothing in a DeepSpeed engine, because it masks copies of the fp32 values",
          "choose lora, and let a rule choose its ranks again (ranks.every)", ("adalora",)),
         # Kinds that could be built.
-        (_NOT_BUILT, large, ("oft", "miss", "bone", "delora", "glora", "gralora", "peanut", "bdlora")),
-        (_NOT_BUILT, small, ("ia3", "road")),
+        ("is the former name of the kind miss", "choose miss", ("bone",)),
+        (_NOT_BUILT, large, ("delora", "gralora", "peanut", "bdlora")),
+        (_NOT_BUILT, small, ("road",)),
         # Sets of parameters.
         ("is a set of parameters, not an adapter", "set train of the phase, for example [norms, head]",
          ("ln_tuning",)),

@@ -18,9 +18,10 @@ class Vera:
     """
 
     B, D = "vera_lambda_b", "vera_lambda_d"
-    can = Capabilities(merges=True, restarts=False, resizes=False, rank_per_module=False,
-                       selects=True, dropout=False, kernels=("branch",), needs_weight=False,
-                       zero_stages=frozenset({0, 1, 2, 3}), at_attach="exact")
+    can = Capabilities(merges=True, restarts=False, resizes=False, ranked=True, rank_per_module=False, blocks=False,
+                       scaled=True, selects=True, dropout=False, kernels=("branch",),
+                       needs_weight=False, changes_bias=False, zero_stages=frozenset({0, 1, 2, 3}),
+                       at_attach="exact")
     options: Mapping[str, Option] = MappingProxyType({"d_initial": 0.1})
     choices: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 

@@ -13,10 +13,10 @@ from typing import Any, Protocol, cast
 import torch
 from torch import nn
 
-from prelora_ds.core.adapters import AdapterSpec, Shape
+from prelora_ds.core.adapters import AdapterSpec, Shape, kind_of
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.plan import Plan
-from prelora_ds.model.adapters import dora, lora, vera
+from prelora_ds.model.adapters import dora, ia3, lokr, lora, miss, oft, vera
 from prelora_ds.model.adapters.linear import AdaptedLinear, adapted_linears
 from prelora_ds.model.families import canonical_name, named_parameters
 
@@ -25,7 +25,7 @@ class Half(Protocol):
     """The functions of a kind's file. lora.py documents each of them.
 
     A kind whose `Capabilities` say that it needs the weight has no `product`, and one that cannot change its rank
-    has no `shrunk`.
+    has no `shrunk`. Only a kind that changes the bias has `effective_bias`.
     """
 
     def attach(
@@ -53,12 +53,17 @@ class Half(Protocol):
         self, weight: torch.Tensor, values: Mapping[str, torch.Tensor], spec: AdapterSpec
     ) -> torch.Tensor: ...
 
+    def effective_bias(
+        self, bias: torch.Tensor, values: Mapping[str, torch.Tensor], spec: AdapterSpec
+    ) -> torch.Tensor: ...
+
     def in_peft(
         self, specs: Mapping[str, AdapterSpec], values: Mapping[str, torch.Tensor], dropout: float
     ) -> tuple[Any, dict[str, torch.Tensor]]: ...
 
 
-HALVES: dict[str, Half | ModuleType] = {"lora": lora, "dora": dora, "vera": vera}
+HALVES: dict[str, Half | ModuleType] = {"lora": lora, "dora": dora, "vera": vera, "lokr": lokr, "oft": oft,
+                                       "miss": miss, "ia3": ia3}
 
 
 def half_of(kind: str) -> Half:
@@ -179,6 +184,15 @@ def effective_weight(
     Norms, merges and exports all use this definition.
     """
     return weight if spec is None else half_of(spec.kind).effective(weight, values, spec)
+
+
+def effective_bias(
+    bias: torch.Tensor, values: Mapping[str, torch.Tensor], spec: AdapterSpec
+) -> torch.Tensor:
+    """Return the ``bias`` [out] of a linear with its adapter folded in, in fp32; most kinds leave it as it is."""
+    if not kind_of(spec).can.changes_bias:
+        return bias.float()
+    return half_of(spec.kind).effective_bias(bias, values, spec)
 
 
 def fp32_weights(module: nn.Module) -> dict[str, torch.Tensor]:

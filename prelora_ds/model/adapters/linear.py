@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -49,7 +50,9 @@ class OwnLinear(AdaptedLinear):
         self.base_layer = linear
         self.spec = spec
         weight = linear.weight
-        for leaf, shape in kind_of(spec).parameters(tuple(weight.shape), spec).items():
+        shapes = kind_of(spec).parameters(tuple(weight.shape), spec)
+        self.leaf_names = tuple(shapes)
+        for leaf, shape in shapes.items():
             holder, _, name = leaf.rpartition(".")
             if holder:
                 self.add_module(holder, nn.Module())
@@ -68,6 +71,16 @@ class OwnLinear(AdaptedLinear):
         """Return the leaves ``names``, without their gradients if the adapter is inactive."""
         leaves = [self.get_parameter(name) for name in names]
         return list(leaves) if self.active else [leaf.detach() for leaf in leaves]
+
+
+def generator_of(name: str, spec: AdapterSpec, cycle: int) -> torch.Generator:
+    """Return the generator of the first value of the parameter ``name``, the same on every rank.
+
+    cycle: `Plan.cycle`.
+    """
+    key = f"{spec.seed}/{name}" if cycle == 0 else f"{spec.seed}/{cycle}/{name}"
+    digest = hashlib.sha256(key.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def adapted_linears(module: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:

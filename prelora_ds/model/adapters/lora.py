@@ -21,7 +21,6 @@ If A does not train (LoRA-FA, Zhang et al. 2023), x A^T is kept for backward ins
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -34,7 +33,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from prelora_ds.core.adapters import AdapterSpec, Lora, Shape, rank_of
-from prelora_ds.model.adapters.linear import PEFT_PREFIX, AdaptedLinear
+from prelora_ds.model.adapters.linear import PEFT_PREFIX, AdaptedLinear, generator_of
 from prelora_ds.model.families import ADAPTER_NAME
 
 
@@ -230,9 +229,7 @@ def initial(name: str, leaf: str, shape: Shape, spec: AdapterSpec, cycle: int = 
     """
     value = torch.zeros(shape)
     if leaf == Lora.A:
-        key = f"{spec.seed}/{name}" if cycle == 0 else f"{spec.seed}/{cycle}/{name}"
-        digest = hashlib.sha256(key.encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        generator = generator_of(name, spec, cycle)
         if spec.options.get("init", Lora.options["init"]) == "gaussian":
             nn.init.normal_(value, std=1 / rank_of(spec), generator=generator)
         else:

@@ -307,6 +307,16 @@ def test_a_phase_that_trains_nothing_is_refused_by_its_name(
     assert "phases.none" in (said := capsys.readouterr().err) and "no parameter would train" in said
 
 
+def test_a_block_size_that_does_not_divide_a_linear_is_refused_by_its_key(
+        monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for rank, said in ((24, "choose among 2, 4, 8, 16, 32, 64"), (1, "cannot be divided into blocks of this size")):
+        recipe = with_phases(tmp_path, {"name": "full", "until": "2 steps"},
+                             {"name": "turned", "adapters": {"kind": "oft", "rank": rank}})
+        assert plan(monkeypatch, *SMALL, recipe=recipe) == 2
+        message = capsys.readouterr().err
+        assert f"phases.turned.adapters.rank = {rank}" in message and said in message
+
+
 # ---- kinds of adapters side by side
 
 def test_all_kinds_are_compared_and_the_others_refused_with_their_reason(
@@ -321,9 +331,11 @@ def test_all_kinds_are_compared_and_the_others_refused_with_their_reason(
     assert rows["vera"]["states_bytes"] < rows["lora"]["states_bytes"] < rows["dora"]["states_bytes"]
     assert rows["vera"]["activations_bytes"] < rows["lora"]["activations_bytes"] < rows["dora"]["activations_bytes"]
     assert rows["lora"]["step_s"] < rows["dora"]["step_s"]
+    assert {kind for kind, row in rows.items() if row["slower_than"] == "full"} == {"dora", "lokr"}
     print_kinds(result, Console(width=200))
     said = capsys.readouterr().out
-    assert "parameters of adapters" in said and "refused: hra, shira: gives the weight" in said
+    assert "parameters of adapters" in said and "refused: shira: gives the weight" in said
+    assert "slower than a step of full training (phase full): dora, lokr." in said
 
 
 def test_a_kind_that_a_recipe_cannot_have_is_refused_in_one_message(

@@ -19,8 +19,8 @@ def test_the_tables_of_kinds_in_the_docs_are_what_the_kinds_say() -> None:
 
 
 def test_an_unknown_kind_is_told_with_those_that_are_known() -> None:
-    with pytest.raises(ValueError, match="'oft' is not a kind of adapter; known are lora, dora, vera"):
-        kind_of(AdapterSpec("oft", 4, 1.0, 0))
+    with pytest.raises(ValueError, match="'boft' is not a kind of adapter; known are lora, dora, vera"):
+        kind_of(AdapterSpec("boft", 4, 1.0, 0))
 
 
 def test_lora_has_two_factors_and_may_leave_one_at_its_first_value() -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from prelora_ds.config.adapters import FAMILIES
 from prelora_ds.config.model import ModelConfig
 from prelora_ds.config.tree import ZeroSettings
+from prelora_ds.core.adapters import KINDS
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.plan import Plan
 from prelora_ds.core.selection import with_active
@@ -130,7 +131,7 @@ def test_activation_bytes_of_each_kernel(kernel: str, phase: str) -> None:
 
 
 @pytest.mark.parametrize("phase", ["warmup", "lora", "half", "dyna"])
-@pytest.mark.parametrize("kind", ["dora", "vera"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "lora"])
 def test_activation_bytes_of_each_kind(kind: str, phase: str) -> None:
     model = ModelConfig(**LONG)
     layout, by_phase = plans(model, kind=kind)

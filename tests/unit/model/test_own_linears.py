@@ -1,17 +1,19 @@
-"""The linears of DoRA and VeRA compared with peft's: values, gradients, first values, and the folded weight."""
+"""The linears of the kinds of adapters compared with peft's: values, gradients, first values, and the folded weight."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
-from support.kinds import NATIVE, of_kind
+from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model, set_peft_model_state_dict
+from peft.tuners.lokr.layer import factorization
+from support.kinds import of_kind
 from support.plans import warmup_plan
 from torch import nn
 
 from prelora_ds.config.adapters import FAMILIES
 from prelora_ds.config.model import ModelConfig
-from prelora_ds.core.adapters import KINDS, AdapterSpec, Dora, Vera
+from prelora_ds.core.adapters import IA3, KINDS, AdapterSpec, Dora, Vera
+from prelora_ds.core.adapters.lokr import nearest_factors
 from prelora_ds.core.adapters.refused import REFUSED
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.plan import Plan
@@ -20,6 +22,7 @@ from prelora_ds.model.adapters import (
     attach_adapters,
     check_adapters,
     check_names,
+    effective_bias,
     effective_weight,
     half_of,
     initial_adapter_value,
@@ -29,17 +32,18 @@ from prelora_ds.model.adapters.vera import _factor, drawn_pair
 from prelora_ds.model.families import find_layout, named_parameters
 from prelora_ds.model.vit import build_model, logits_of
 
-OWN = ("dora", "vera")
+OWN = tuple(kind for kind in KINDS if kind != "lora")  # test_lora_linear.py and test_adapters.py test lora
+LINEARS = [*((kind, 4) for kind in OWN), ("lokr", 2), ("miss", 5)]  # W2 as two factors; 5 does not divide 12 inputs
 SIZES = ModelConfig(image_size=16, patch_size=4, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
                     intermediate_size=64)
 
 
-def adapted(kind: str, *, bias: bool = True, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """Return a linear of 12 -> 20 with a random adapter of rank 4, scaled by 1.5."""
+def adapted(kind: str, rank: int = 4, *, bias: bool = True, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """Return a linear of 12 -> 20 with a random adapter, scaled by 1.5 if the kind has a scaling."""
     torch.manual_seed(0)
     holder = nn.Sequential(nn.Linear(12, 20, bias=bias))
     layout = find_layout(holder, ("x",), {"x": r"(?P<layer>0)"})
-    plan = one_adapter(layout, kind)
+    plan = one_adapter(layout, kind, rank)
     attach_adapters(holder, plan, layout, dropout=0.0)
     for name, p in holder.named_parameters():
         p.requires_grad_()
@@ -48,24 +52,28 @@ def adapted(kind: str, *, bias: bool = True, dtype: torch.dtype = torch.float64)
     return holder.to(dtype)[0]
 
 
-def one_adapter(layout: Layout, kind: str) -> Plan:
-    return of_kind(warmup_plan(layout, {"x": {0: 4}}, seed=3), layout, kind, scaling=1.5)
+def one_adapter(layout: Layout, kind: str, rank: int = 4) -> Plan:
+    return of_kind(warmup_plan(layout, {"x": {0: rank}}, seed=3), layout, kind, scaling=1.5)
 
 
 def peft_of(ours: nn.Module, kind: str) -> nn.Module:
-    """Return peft's linear with the same values."""
+    """Return peft's linear with the same values.
+
+    VeRA's factor k is in peft's B, and not in b as in an export, so that the gradients of b are the same.
+    """
     base = ours.base_layer
     linear = nn.Linear(12, 20, bias=base.bias is not None)
-    config = LoraConfig(r=4, lora_alpha=6, use_dora=True, target_modules=["0"]) if kind == "dora" else VeraConfig(
-        r=4, target_modules=["0"])
-    theirs = get_peft_model(nn.Sequential(linear), config).double().base_model.model[0]
+    values = {f"0.{leaf}": ours.get_parameter(leaf).detach() for leaf in ours.leaf_names} | {"0.weight": base.weight}
+    config, adapters = half_of(kind).in_peft({"0": ours.spec}, values, 0.0)
+    if kind == "vera":
+        config = VeraConfig(r=4, target_modules=["0"])
+    model = get_peft_model(nn.Sequential(linear), config).double()
+    theirs = model.base_model.model[0]
     theirs.get_base_layer().load_state_dict(base.state_dict())
-    with torch.no_grad():
-        if kind == "dora":
-            theirs.lora_A["default"].weight.copy_(ours.get_parameter(Dora.A))
-            theirs.lora_B["default"].weight.copy_(ours.get_parameter(Dora.B))
-            theirs.lora_magnitude_vector["default"].weight.copy_(ours.get_parameter(Dora.M))
-        else:
+    if kind != "vera":
+        assert not set_peft_model_state_dict(model, adapters).unexpected_keys
+    else:
+        with torch.no_grad():
             a, b = drawn_pair(3, 4, 12, 20)
             theirs.vera_A["default"].copy_(a.t().double())
             theirs.vera_B["default"].copy_(b.double() * _factor(ours.spec, 12))
@@ -80,17 +88,18 @@ def grads(layer: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor | None]:
     x = x.detach().clone().requires_grad_()
     y = layer(x)
     (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
-    of_parameters = {name.replace(".default", ""): p.grad for name, p in layer.named_parameters()}
+    of_parameters = {name.replace(".default", "").replace("ia3_l", IA3.GAIN): p.grad
+                     for name, p in layer.named_parameters()}
     return {"x": x.grad, "y": y.detach()} | of_parameters
 
 
-@pytest.mark.parametrize("kind", OWN)
+@pytest.mark.parametrize(("kind", "rank"), LINEARS)
 @pytest.mark.parametrize("shape", [(12,), (7, 12), (3, 5, 12)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("base_trains", [True, False])
-def test_outputs_and_gradients_are_peft_s_in_float64(kind: str, shape: tuple[int, ...], bias: bool,
+def test_outputs_and_gradients_are_peft_s_in_float64(kind: str, rank: int, shape: tuple[int, ...], bias: bool,
                                                      base_trains: bool) -> None:
-    ours = adapted(kind, bias=bias)
+    ours = adapted(kind, rank, bias=bias)
     theirs = peft_of(ours, kind)
     for layer in (ours.base_layer, theirs.get_base_layer()):
         layer.requires_grad_(base_trains)
@@ -116,19 +125,22 @@ def test_an_inactive_adapter_has_the_same_output_and_gets_no_gradient(kind: str)
     assert all(value is None for name, value in idle.items() if name not in ("x", "y"))
 
 
-@pytest.mark.parametrize("kind", OWN)
-def test_the_folded_weight_gives_the_forward_pass(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "rank"), LINEARS)
+def test_the_folded_weight_gives_the_forward_pass(kind: str, rank: int) -> None:
     """In float64, so that dora's norms are not rounded; vera folds in fp32. test_adapters.py has this test for lora."""
-    layer = adapted(kind)
+    layer = adapted(kind, rank)
     x = torch.randn(5, 12, dtype=torch.float64)
     values = {leaf: layer.get_parameter(leaf) for leaf in KINDS[kind].parameters((20, 12), layer.spec)}
     weight = effective_weight(layer.base_layer.weight, values, layer.spec).double()
-    expected = nn.functional.linear(x, weight, layer.base_layer.bias)
+    bias = effective_bias(layer.base_layer.bias, values, layer.spec).double()
+    unchanged = torch.allclose(bias, layer.base_layer.bias, rtol=1e-6)
+    assert unchanged != KINDS[kind].can.changes_bias
+    expected = nn.functional.linear(x, weight, bias)
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
     assert (weight - layer.base_layer.weight).norm() > 0.1
 
 
-@pytest.mark.parametrize("kind", NATIVE)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_new_adapter_leaves_the_outputs_bitwise(kind: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -150,7 +162,7 @@ def test_a_new_adapter_leaves_the_outputs_bitwise(kind: str, dtype: torch.dtype)
         expected, found = logits_of(base(images)), logits_of(module(images))
         assert torch.equal(found, expected)
         for name in leaves:
-            parameters[name].add_(0.3)
+            parameters[name].add_(torch.randn_like(parameters[name]), alpha=0.3)
         refresh_adapters(module)
         assert not torch.allclose(logits_of(module(images)), expected, atol=1e-3)  # the adapters are there
 
@@ -226,7 +238,7 @@ def test_another_spec_than_the_plan_s_is_found() -> None:
 
 
 def test_every_kind_has_both_halves() -> None:
-    assert KINDS.keys() == HALVES.keys() >= set(NATIVE)
+    assert KINDS.keys() == HALVES.keys()
 
 
 def test_every_kind_of_peft_is_offered_or_refused_by_name() -> None:
@@ -236,6 +248,10 @@ def test_every_kind_of_peft_is_offered_or_refused_by_name() -> None:
     registered = {kind.value.lower() for kind in PeftType}
     assert registered - KINDS.keys() - REFUSED.keys() == set()
     assert not KINDS.keys() & REFUSED.keys()
+
+
+def test_lokr_has_the_factors_of_peft_s() -> None:
+    assert all(nearest_factors(size) == factorization(size) for size in range(1, 4200))
 
 
 def test_a_gaussian_a_has_the_deviation_of_peft_s() -> None:
@@ -248,7 +264,7 @@ def test_a_gaussian_a_has_the_deviation_of_peft_s() -> None:
     assert found.abs().max() > 3 / 8  # no uniform distribution of this deviation has such values
 
 
-@pytest.mark.parametrize("kind", NATIVE)
+@pytest.mark.parametrize("kind", KINDS)
 def test_peft_computes_with_what_is_exported_for_it(kind: str, tmp_path: object) -> None:
     torch.manual_seed(0)
     base = build_model(SIZES, 10).eval()
@@ -259,8 +275,6 @@ def test_peft_computes_with_what_is_exported_for_it(kind: str, tmp_path: object)
     values |= {name: p.detach().clone() for name, p in base.named_parameters()}
     config, adapters = half_of(kind).in_peft(plan.adapters, values, 0.0)
     model = get_peft_model(base, config)
-    from peft import set_peft_model_state_dict
-
     loaded = set_peft_model_state_dict(model, adapters)
     assert not loaded.unexpected_keys
     model.save_pretrained(str(tmp_path), save_embedding_layers=False)
@@ -273,6 +287,8 @@ def test_peft_computes_with_what_is_exported_for_it(kind: str, tmp_path: object)
         by_path.setdefault(path, {})[leaf] = values[name]
     state = {name: values[name] for name in layout.parameters}
     state |= {f"{path}.weight": effective_weight(values[f"{path}.weight"], leaves, plan.adapters[path])
+              for path, leaves in by_path.items()}
+    state |= {f"{path}.bias": effective_bias(values[f"{path}.bias"], leaves, plan.adapters[path])
               for path, leaves in by_path.items()}
     plain.load_state_dict(state)
     images = torch.randn(4, 3, 16, 16)
