@@ -217,7 +217,8 @@ SETTINGS = (*NONE, "observe.every=2 steps", "train.duration=8 steps", "checkpoin
 
 def method(kind):
     return ("phases=[{name: full, until: 2 steps}, "
-            f"{{name: joint, adapters: {{kind: {kind}, rank: 4}}, until: 2 steps}}, "
+            f"{{name: joint, adapters: {{kind: {kind}, {'rank: 4' if KINDS[kind].can.ranked else ''}}}, "
+            "until: 2 steps}, "
             "{name: lora, train: [adapters, rest], active: {choose: discounted, k: 6, every: 2 steps}}]")
 
 
@@ -227,7 +228,7 @@ def start(forge, shards, out, kind, zero, **options):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", ["dora", "vera"])
+@pytest.mark.parametrize("kind", OWN)
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_a_run_that_was_killed_equals_the_one_that_was_not(forge, shards, tmp_path, kind, zero):
     whole = start(forge, shards, tmp_path / "whole", kind, zero)
