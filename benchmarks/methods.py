@@ -1,13 +1,15 @@
-"""What do DynaLoRA and ReLoRA save and cost, compared with the steps around them?
+"""What do DynaLoRA, ReLoRA and the kinds of adapters save and cost, compared with the steps around them?
 
     python benchmarks/methods.py
 
-2 ranks, ZeRO 2, BF16, micro-batch 16, in three parts:
+2 ranks, ZeRO 2, BF16, micro-batch 16, in four parts:
 
 - DynaLoRA on blocks of ViT-L: steps in which 2/3, 1/2 or 1/3 of the adapters train, compared with a
   LoRA step in which all do. They are scattered, or those of the last blocks with everything below
   frozen. All variants take turns on one live engine. The mean rank is 30. Head, norms and
   embeddings train as well, except below the lowest active block where the bottom is frozen.
+- Each kind of adapter on these blocks, with the kernel branch, compared with a step of LoRA and a full
+  one. Before each turn the engine is rebuilt for the kind.
 - Re-selections on ViT-L with 144 adapters, compared with its LoRA step.
 - Merges of adapters of rank 256 into ViT-L, part by part, compared with its full step.
 
@@ -25,17 +27,22 @@ from typing import Any
 
 from harness import interleaved, print_table, record
 from methods_ranks import (
+    FULL,
     MERGED_RANK,
     PARTS,
+    RANK_FOR_ALL,
     RESETS,
     STAGE,
     Variant,
     merges,
     reselections,
+    steps_of_kinds,
     steps_of_variants,
 )
 from ranks import Ranks
 from switch import VIT_LARGE, on_ranks
+
+from prelora_ds.core.adapters import KINDS
 
 LORA = "LoRA, all active"
 SCATTERED = "2/3 active, scattered"
@@ -77,6 +84,7 @@ def main() -> None:
         default=7,
         help="turns of each variant that are counted, after a first one that is not",
     )
+    parser.add_argument("--kind-rounds", type=int, default=5, help="the same for the kinds of adapters")
     parser.add_argument(
         "--steps", type=int, default=2, help="LoRA and full steps of ViT-L, after first ones"
     )
@@ -89,6 +97,8 @@ def main() -> None:
 
     variants, next_step = rows_of_variants(blocks, args.micro_batch, args.rounds)
     print_table(variants, f"{args.layers} blocks of ViT-L, micro-batch {args.micro_batch}")
+    kinds = rows_of_kinds(blocks, args.micro_batch, args.kind_rounds)
+    print_table(kinds, f"Kinds of adapters on {args.layers} blocks of ViT-L, micro-batch {args.micro_batch}")
     choice = row_of_reselections(
         on_ranks(reselections, whole, args.micro_batch, args.steps, args.choices)
     )
@@ -107,6 +117,8 @@ def main() -> None:
                 for row, (_, figure) in zip(variants, VARIANTS.values(), strict=True)
                 if figure is not None
             },
+            **{f"{row['kind']}_vs_lora": row["of LoRA"] for row in kinds if row["kind"] not in (FULL, "lora")},
+            "lora_vs_full": next(row["of full"] for row in kinds if row["kind"] == "lora"),
             "dyna_next_step_vs_first": next_step,
             "dyna_reselect_in_steps": choice["LoRA steps"],
             "dyna_reselect_s": choice["median s"],
@@ -117,7 +129,7 @@ def main() -> None:
             "full_step_s": full_step,
             "full_step_peak_gib": max(r["peak_rss"] for r in by_rank) / GIB,
         },
-        [*variants, choice, *parts],
+        [*variants, *kinds, choice, *parts],
         f"{WORLD} ranks with one core each, ZeRO {STAGE}, micro-batch {args.micro_batch}, images of "
         f"{args.image_size} pixels. Variants: {args.layers} blocks, eager attention, mean rank 30; head, norms and "
         "embeddings train, except below the lowest active block where the bottom is frozen. Each turn chooses adapters "
@@ -125,6 +137,9 @@ def main() -> None:
         "LoRA step of the same round. FLOPs are not a limit: they count neither memory traffic nor the smaller "
         "gradients that are communicated. Saved activations: predicted. Importance is measured only where "
         "the row says so. "
+        f"Kinds: the same blocks, kernel branch, mean rank 30, except {RANK_FOR_ALL}; each turn builds the engine and "
+        "takes two steps, of which the second counts. of full: to the full step of the same round. owned: by the "
+        "census of rank 0 between two steps. "
         "dyna_next_step_vs_first: the second step after a re-selection of 2/3, divided by the first. Re-selections and "
         f"merges: {args.whole_layers} blocks, sdpa attention, without activation checkpointing. Merges: the frozen "
         "weights are parked, kernel branch; parts on rank 0. Limits of parts: bytes written at the speed of a memory "
@@ -173,6 +188,41 @@ def rows_of_variants(
         )
     pairs = [answer["seconds"] for answer in answers[SCATTERED][1:]]
     return rows, median(second / first for first, second in pairs)
+
+
+def rows_of_kinds(model: Mapping[str, Any], micro: int, rounds: int) -> list[dict[str, Any]]:
+    """Return a row for full training and for each kind of adapter."""
+    ranks = Ranks(steps_of_kinds, model, micro, world=WORLD)
+    answers: dict[str, dict[str, Any]] = {}
+
+    def turn(name: str) -> float:
+        """Take a turn; return the seconds of its step on the slower rank."""
+        ranks.send(name)
+        by_rank = ranks.gather()
+        answers[name] = by_rank[0]
+        return max(r["seconds"] for r in by_rank)
+
+    seconds = interleaved({name: lambda n=name: turn(n) for name in (FULL, *KINDS)}, rounds)
+    ranks.send(None)
+    ranks.gather()
+    ranks.join()
+
+    def ratio(name: str, other: str) -> float:
+        return median(a / b for a, b in zip(seconds[name], seconds[other], strict=True))
+
+    return [
+        {
+            "kind": name,
+            "rank": "-" if name == FULL or not KINDS[name].can.ranked else RANK_FOR_ALL.get(name, "8-64"),
+            "parameters that train": answer["trains"],
+            "owned, GiB": answer["bytes"] / GIB,
+            "step s": median(seconds[name]),
+            "of LoRA": ratio(name, "lora"),
+            "of full": ratio(name, FULL),
+            "limit by FLOPs only, of full": answer["flops"] / answers[FULL]["flops"],
+        }
+        for name, answer in answers.items()
+    ]
 
 
 def row_of_reselections(by_rank: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

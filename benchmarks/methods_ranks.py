@@ -18,20 +18,25 @@ from lora_step import ranks_in_turn
 from support.plans import full_plan, lora_plan, warmup_plan
 from switch_ranks import copy_bytes_per_second, elements, new_engine, one_step
 
+from prelora_ds.core.adapters import KINDS
 from prelora_ds.core.allocators import select
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.merge import PROBES, Reset
+from prelora_ds.core.phases import Adapters, PhaseSpec, plan_of
 from prelora_ds.core.plan import Plan
+from prelora_ds.core.rank_rules.uniform import UniformRank
 from prelora_ds.core.selection import candidates, with_active
 from prelora_ds.cost.flops import micro_batch
 from prelora_ds.engine import merge as merge_module
-from prelora_ds.engine.census import peak_rss_bytes
+from prelora_ds.engine.census import census, peak_rss_bytes, wait_until
 from prelora_ds.engine.engine import Engine
 from prelora_ds.engine.merge import merge_adapters
+from prelora_ds.engine.state import EngineState
 from prelora_ds.engine.transition import transition
 
 STAGE = 2
 MERGED_RANK = 256
+FULL = "full"  # in the place of a kind of adapter: full training
 RESETS = {"zero": Reset(), "magnitude": Reset("magnitude", 0.75)}
 # Part of a merge -> the function of engine/merge.py that does it.
 PARTS = {
@@ -41,6 +46,10 @@ PARTS = {
     "begin again": "_restart_adapters",
     "outputs before and after": "_logits_of_probes",
 }
+
+
+# The rank of a kind that has the same one for all linears; the others have the mean rank 30.
+RANK_FOR_ALL = {"vera": 256, "oft": 32, "miss": 32}
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,44 @@ def steps_of_variants(pipe: Connection, model: Mapping[str, Any], micro: int) ->
             engine.config.model, engine.plan, engine.layout, micro, kernel=engine.config.kernel()
         )
         pipe.send({"seconds": seconds, "flops": cost.flops, "saved": cost.saved_bytes})
+
+
+def steps_of_kinds(pipe: Connection, model: Mapping[str, Any], micro: int) -> None:
+    """Take a step with each kind of adapter that the script names, until it sends None.
+
+    A message is a kind, or FULL for a step of full training. The answer has the seconds of the second step, the bytes
+    that the engine owns after it by the census, the FLOPs of one micro-batch, and how many parameters train.
+    """
+    engine = new_engine(model, micro, STAGE, full_plan)
+    while (kind := pipe.recv()) is not None:
+        engine, _ = transition(engine, full_plan(engine.layout), edit=drop_adapters(engine.layout))
+        if kind != FULL:
+            engine, _ = transition(engine, plan_with(kind, engine.layout))
+        one_step(engine)  # the first step creates the moments
+        seconds = one_step(engine)
+        owned = wait_until(lambda live=engine: census(live), lambda found: found["other"] == 0)  # type: ignore[misc]
+        cost = micro_batch(engine.config.model, engine.plan, engine.layout, micro, kernel="branch")
+        pipe.send({"seconds": seconds, "bytes": sum(owned.values()) - owned["other"] - owned["host"],
+                   "flops": cost.flops, "trains": elements(engine.plan, engine.layout)})
+
+
+def drop_adapters(layout: Layout) -> Callable[[EngineState, Plan, Plan], None]:
+    """Return an edit that removes all adapters from a state without merging them."""
+
+    def edit(state: EngineState, before: Plan, after: Plan) -> None:
+        for name in before.leaves(layout):
+            state.slices.pop(name, None)
+            state.adam_steps.pop(name, None)
+
+    return edit
+
+
+def plan_with(kind: str, layout: Layout) -> Plan:
+    """Return the plan of a phase in which adapters of ``kind``, head, norms and embeddings train."""
+    uniform = {family: dict.fromkeys(layers, RANK_FOR_ALL.get(kind, 1)) for family, layers in layout.targets.items()}
+    ranks = ranks_in_turn(layout) if KINDS[kind].can.rank_per_module else uniform
+    adapters = Adapters(kind, tuple(layout.targets), UniformRank(1))  # `ranks` are given instead of the rule
+    return plan_of(PhaseSpec("lora", adapters, ("adapters", "rest")), layout, seed=0, ranks=ranks)
 
 
 def choose(engine: Engine, variant: Variant, seed: int) -> Plan:
