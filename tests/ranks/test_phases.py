@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.plans import prelora
-from support.runs import MEDIUM, ZEROS, Trainer, config, same
+from support.runs import MEDIUM, ZEROS, Trainer, config, micro_batches, same
 from support.toy_kind import register
 
 from prelora_ds.core.adapters import AdapterSpec
@@ -116,6 +116,46 @@ def nothing_is_parked():
     assert [len(needed_in_fp32(phases[:3], t.layout, i) - t.lora.trainable) for i in range(3)] == [len(
         t.layout.parameters.keys() - t.lora.trainable), 0, 0]
     assert needed_in_fp32(phases, t.layout, 2) == t.lora.parameters(t.layout).keys()
+    t.close()
+
+
+# ---- sets of parameters without adapters
+
+SETS = ("biases", "norms", "head", "embeddings")
+
+
+@pytest.mark.parametrize("zero", ["zero2", "zero3", *(
+    pytest.param(zero, marks=pytest.mark.long) for zero in ("zero0", "zero1"))])
+def test_sets_of_parameters_train_together_without_adapters(ranks, zero):
+    ranks.run(trains_sets, zero=zero, sets=[SETS])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2", "zero3"])
+def test_each_set_of_parameters_trains_without_adapters(ranks, zero):
+    ranks.run(trains_sets, zero=zero, sets=[(name,) for name in SETS])
+
+
+def trains_sets(zero, sets):
+    t = Trainer(config(zero))
+    t.train(1)
+    for names in sets:
+        plan = plan_of(PhaseSpec("lora", train=names), t.layout, seed=0, since_step=t.step)
+        before = t.outputs()
+        t.switch(plan)
+        assert torch.equal(before, t.outputs()), names
+        first = t.whole_state()
+        losses = [t.engine.train_step(micro_batches(t.cfg, 0, t.rank, t.world), lr=5e-3).loss for _ in range(5)]
+        assert losses[-1] < losses[0], (names, losses)
+        state = t.whole_state()
+        assert {name for name, what in state if what == "master"} == plan.trainable
+        assert all(not torch.equal(first[name, "master"], state[name, "master"]) for name in plan.trainable), names
+
+        found = wait_until(lambda: census(t.engine), lambda measured: measured["other"] == 0)
+        predicted = predict_bytes(plan, t.layout, t.cfg.zero, t.world, after_backward=False)
+        padding = 4 * t.world * len(plan.trainable)  # bytes of one moment, at most
+        assert abs(found["masters"] - predicted.masters) <= 0.02 * predicted.masters + padding, (names, found)
+        assert abs(found["moments"] - predicted.moments) <= 0.02 * predicted.moments + 2 * padding, (names, found)
     t.close()
 
 
