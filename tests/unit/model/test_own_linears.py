@@ -9,10 +9,11 @@ from peft.tuners.lokr.layer import factorization
 from support.kinds import of_kind
 from support.plans import warmup_plan
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from prelora_ds.config.adapters import FAMILIES
 from prelora_ds.config.model import ModelConfig
-from prelora_ds.core.adapters import IA3, KINDS, AdapterSpec, Dora, Vera
+from prelora_ds.core.adapters import IA3, KINDS, AdapterSpec, Dora, Needs, Vera
 from prelora_ds.core.adapters.lokr import nearest_factors
 from prelora_ds.core.adapters.refused import REFUSED
 from prelora_ds.core.layout import Layout
@@ -110,6 +111,27 @@ def test_outputs_and_gradients_are_peft_s_in_float64(kind: str, rank: int, shape
         assert (value is None) == (got[name] is None), name
         if value is not None:
             torch.testing.assert_close(got[name].view_as(value), value, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", OWN)
+@pytest.mark.parametrize("needs_x", [True, False])
+@pytest.mark.parametrize("active", [True, False])
+def test_a_kind_costs_the_products_that_it_computes(kind: str, needs_x: bool, active: bool) -> None:
+    """With many rows, because what depends on the weights only is not counted."""
+    layer = adapted(kind, dtype=torch.float32)
+    layer.base_layer.requires_grad_(False)
+    layer.active = active
+    x = torch.randn(4000, 12, requires_grad=needs_x)
+    layer(x)  # dora computes its norms
+    in_place = {torch.ops.aten.addmm_: lambda _, a, b, out_shape=None, **__: 2 * a[0] * a[1] * b[1]}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counted:  # torch does not count addmm_ by itself
+        y = layer(x)
+        if y.requires_grad:
+            y.sum().backward()
+    own = 2 * 12 * 20 * len(x) * (1 + needs_x)  # of the linear itself
+    leaves = frozenset(layer.leaf_names) if active else frozenset()
+    cost = KINDS[kind].cost(layer.spec, len(x), 12, 20, Needs(needs_x, leaves, folded=False))
+    assert counted.get_total_flops() - own == pytest.approx(cost.forward_flops + cost.backward_flops, rel=0.02, abs=0)
 
 
 @pytest.mark.parametrize("kind", OWN)
