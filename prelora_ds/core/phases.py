@@ -11,6 +11,7 @@ from prelora_ds.core.duration import Duration
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.merge import Merge
 from prelora_ds.core.plan import Plan
+from prelora_ds.core.quantised import BF16
 from prelora_ds.core.rank_rules import RankRule
 from prelora_ds.core.rank_rules.uniform import UniformRank
 from prelora_ds.core.selection import Selection, first_choice, with_active
@@ -56,6 +57,7 @@ class PhaseSpec:
     merge: when the adapters are merged and begin again; None never merges them.
     selection: which adapters train at a time; None trains all of them.
     resets_moments: whether all Adam moments and steps begin at zero when the phase begins.
+    base_dtype: the type of the frozen weights that have adapters (`Plan.base_dtype`).
     """
 
     name: str
@@ -68,6 +70,7 @@ class PhaseSpec:
     merge: Merge | None = None
     selection: Selection | None = None
     resets_moments: bool = False
+    base_dtype: str = BF16
 
 
 def plan_of(spec: PhaseSpec, layout: Layout, *, seed: int, since_step: int = 0,
@@ -95,7 +98,7 @@ def plan_of(spec: PhaseSpec, layout: Layout, *, seed: int, since_step: int = 0,
 
     trainable = trainable_names(spec.train, layout, adapters, unadapted)
     plan = Plan(spec.name, trainable, adapters, lr_scale=dict(spec.lr_scale), since_step=since_step,
-                cycle=_cycle(spec, before), unadapted=unadapted)
+                cycle=_cycle(spec, before), unadapted=unadapted, base_dtype=spec.base_dtype)
     if spec.freeze_below is not None:
         plan = _frozen_below(plan, layout, spec.freeze_below)
     if not plan.trainable:
@@ -156,12 +159,13 @@ def plans_at_rank(phases: Sequence[PhaseSpec], layout: Layout, lora_rank: int | 
 def needed_in_fp32(phases: Sequence[PhaseSpec], layout: Layout, index: int) -> frozenset[str]:
     """The parameters of phase ``index``, adapters included, whose fp32 values are kept while they are frozen.
 
-    A later phase trains them, or adapters are merged into them in this phase or a later one. Leaves of adapters that a
-    rule for ranks will leave out are among them, because the ranks need not be known yet.
+    A later phase trains them, or in this phase or a later one they are quantised, or adapters are merged into them.
+    Leaves of adapters that a rule for ranks will leave out are among them, because the ranks need not be known yet.
     """
     plans = plans_at_rank(phases, layout)
     needed = {name for plan in plans[index + 1:] for name in plan.trainable}
     for i in range(index, len(plans)):
+        needed |= plans[i].quantised()
         here = phases[i].adapters
         then = phases[i + 1].adapters if i + 1 < len(plans) else None
         is_merged = phases[i].merge is not None or then is not None  # an adapter that shrinks is partly merged

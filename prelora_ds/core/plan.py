@@ -9,6 +9,7 @@ from typing import Any
 from prelora_ds.core.adapters import AdapterSpec, Lora, Shape, kind_of
 from prelora_ds.core.codec import fields_from_json, fields_to_json
 from prelora_ds.core.layout import Layout
+from prelora_ds.core.quantised import BF16, BYTES
 
 BASE = "base"  # the role of every parameter of the model itself
 ADAPTERS = "adapters"  # stands for all roles of adapters
@@ -28,6 +29,8 @@ class Plan:
         is not listed itself.
     active: the parameters of ``trainable`` that train now; None means all of them.
     unadapted: the linears that a rule for ranks has left without an adapter. They are frozen where those with one are.
+    base_dtype: the type in which the engine holds the frozen weights that have adapters: ``bf16``, or one of
+        `prelora_ds.core.quantised`.
     since_step: the optimizer step after which this plan began.
     cycle: how often the adapters were merged and restarted.
     """
@@ -40,13 +43,14 @@ class Plan:
     since_step: int = 0
     cycle: int = 0
     unadapted: frozenset[str] = frozenset()
+    base_dtype: str = BF16
 
     def structure(self) -> tuple[Any, ...]:
         """The part of the plan that requires a new engine when it changes; a live engine can adopt the rest."""
         adapters = tuple(sorted(
             (path, spec.kind, spec.rank, spec.scaling, tuple(sorted(spec.options.items())))
             for path, spec in self.adapters.items()))
-        return self.phase, self.trainable, adapters, tuple(sorted(self.lr_scale.items()))
+        return self.phase, self.trainable, adapters, tuple(sorted(self.lr_scale.items())), self.base_dtype
 
     def training(self) -> frozenset[str]:
         """The parameters that train now."""
@@ -64,6 +68,17 @@ class Plan:
             leaves = kind_of(spec).parameters(layout.parameters[f"{path}.weight"], spec)
             shapes |= {f"{path}.{leaf}": shape for leaf, shape in leaves.items()}
         return shapes
+
+    def quantised(self) -> frozenset[str]:
+        """The names of the weights that the engine holds in few bits."""
+        if self.base_dtype == BF16:
+            return frozenset()
+        return frozenset(f"{path}.weight" for path in self.frozen_targets())
+
+    def in_module(self, layout: Layout) -> dict[str, Shape]:
+        """Name -> shape of every parameter of the module: all but the weights that are quantised."""
+        quantised = self.quantised()
+        return {name: shape for name, shape in self.parameters(layout).items() if name not in quantised}
 
     def buffers(self, layout: Layout) -> dict[str, Shape]:
         """Name -> shape of every buffer that exists under this plan."""
@@ -84,12 +99,16 @@ class Plan:
     def __post_init__(self) -> None:
         for spec in self.adapters.values():
             kind_of(spec)
+        if self.base_dtype not in (BF16, *BYTES):
+            raise ValueError(f"{self.base_dtype!r} is not a type of weights; known are {', '.join((BF16, *BYTES))}")
 
     def to_json(self) -> dict[str, Any]:
-        """Most plans have an adapter wherever there can be one, and their JSON has no key for the other linears."""
+        """The JSON of a plan. It lacks keys that version 0.1.0 does not know where they have their defaults."""
         data = fields_to_json(self)
         if not self.unadapted:
             del data["unadapted"]
+        if self.base_dtype == BF16:
+            del data["base_dtype"]
         return data
 
     @classmethod

@@ -18,6 +18,7 @@ from prelora_ds.config.tree import ZeroSettings
 from prelora_ds.core.adapters import KINDS
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.plan import Plan
+from prelora_ds.core.quantised import BYTES
 
 BF16 = 2  # bytes
 FP32 = 4  # bytes
@@ -49,13 +50,14 @@ def predict_bytes(plan: Plan, layout: Layout, zero: ZeroSettings, world_size: in
     The terms are those of ZeRO (Rajbhandari et al. 2020, section 3), plus what the wrappers of DeepSpeed 0.19 keep in
     addition: at stage 1 with fp32 accumulation a complete fp32 gradient besides the BF16 one; at stage 3 complete small
     parameters, and the reduction bucket, which is allocated once; with offload a host copy of the gradients, and
-    staging buffers. What adapters keep besides their leaves counts as weights.
+    staging buffers. What adapters keep besides their leaves counts as weights. Quantised weights are complete on every
+    rank, also at stage 3, and their fp32 values stay on the host.
 
     kernel: "merged" keeps an fp32 copy of each frozen weight with an adapter.
     parked: the parameters whose fp32 values stay on the host while they are frozen, unless the kernel keeps them. Names
         that do not exist under the plan do not count.
     """
-    sizes = {name: math.prod(shape) for name, shape in plan.parameters(layout).items()}
+    sizes = {name: math.prod(shape) for name, shape in plan.in_module(layout).items()}
     small = [name for name, size in sizes.items() if size <= zero.persistence_threshold]
     if zero.stage == 3:
         sizes = {name: -(-size // world_size) * world_size for name, size in sizes.items()}
@@ -76,7 +78,7 @@ def predict_bytes(plan: Plan, layout: Layout, zero: ZeroSettings, world_size: in
         gathered = sum(sizes[name] for name in small) if w > 1 else 0
         weights = BF16 * n // w + BF16 * gathered
         buffers = zero.reduce_bytes * bucket_elements(plan, layout, zero)
-    weights += besides_leaves(plan, layout)
+    weights += besides_leaves(plan, layout) + quantised_bytes(plan, layout)
     if zero.offload_optimizer and stage == 2:
         buffers = BF16 * t // w + 2 * BF16 * max(trained)
 
@@ -86,7 +88,8 @@ def predict_bytes(plan: Plan, layout: Layout, zero: ZeroSettings, world_size: in
         masters=FP32 * t // sharded,
         moments=2 * FP32 * t // sharded,
         buffers=buffers,
-        host=FP32 * sum(sizes[name] for name in (parked & sizes.keys()) - plan.trainable - in_module) // w,
+        host=FP32 * (sum(sizes[name] for name in (parked & sizes.keys()) - plan.trainable - in_module)
+                     + sum(math.prod(layout.parameters[name]) for name in plan.quantised())) // w,
     )
 
 
@@ -102,6 +105,11 @@ def bucket_elements(plan: Plan, layout: Layout, zero: ZeroSettings) -> int:
     if zero.reduce_bucket_size is not None:
         return min(zero.reduce_bucket_size, sum(sizes))
     return max(*sizes, -(-sum(sizes) // BUCKETS))
+
+
+def quantised_bytes(plan: Plan, layout: Layout) -> int:
+    """The bytes of all quantised weights."""
+    return sum(BYTES[plan.base_dtype](layout.parameters[name]) for name in plan.quantised())
 
 
 def besides_leaves(plan: Plan, layout: Layout) -> int:

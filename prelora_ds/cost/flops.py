@@ -16,6 +16,7 @@ from prelora_ds.config.tree import Config, ZeroSettings
 from prelora_ds.core.adapters import Needs, kind_of
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.plan import Plan
+from prelora_ds.core.quantised import BYTES
 from prelora_ds.cost.bytes import BF16, FP32, Bytes, bucket_elements, predict_bytes
 
 REUSE_DISTANCE = 1_000_000_000  # DeepSpeed's default of stage3_max_reuse_distance, in elements
@@ -176,6 +177,7 @@ class _Walk:
         self.layout = layout
         self.kernel = kernel
         self.training = plan.training()
+        self.quantised = plan.quantised()
         self.input_needs_grad = False
         self.forward = 0
         self.gemm = 0
@@ -212,6 +214,9 @@ class _Walk:
         out, *rest = self.layout.parameters[f"{path}.weight"]
         flops = 2 * rows * math.prod(rest) * out
         weight_trains = f"{path}.weight" in self.training
+        if f"{path}.weight" in self.quantised:  # each product makes the BF16 weight from it
+            made = BYTES[self.plan.base_dtype]((out, *rest)) + BF16 * math.prod(rest) * out
+            self.traffic += made * (1 + self.input_needs_grad)
         self.product(flops, flops * (self.input_needs_grad + weight_trains))
         keeps = self._adapter(path, rows, output_is_kept) if path in self.plan.adapters else False
         self.input_needs_grad |= self.trains(path)
@@ -357,7 +362,7 @@ def peak_bytes(plan: Plan, layout: Layout, zero: ZeroSettings, world_size: int, 
 
 
 def _sizes(plan: Plan, layout: Layout) -> Mapping[str, int]:
-    return {name: math.prod(shape) for name, shape in plan.parameters(layout).items()}
+    return {name: math.prod(shape) for name, shape in plan.in_module(layout).items()}
 
 
 def _held(plan: Plan, layout: Layout) -> int:

@@ -47,7 +47,7 @@ def build_engine(
 
     counters: the step counters of the previous engine.
     parked: parameters whose fp32 values stay on the host if the plan freezes them
-        (`Engine.parked`).
+        (`Engine.parked`). Those of quantised weights always do.
     make_module: returns a new module of the model, on the meta device; None builds the model of
         ``run_config.model`` with ``num_labels`` labels.
 
@@ -68,7 +68,7 @@ def build_engine(
     share_timeout()
     check_adapters(ds.module, plan)
     bind_names(ds)
-    kept = restore_state(ds, plan, layout, state, parked=parked - plan.trainable)
+    kept = restore_state(ds, plan, layout, state, parked=(parked | plan.quantised()) - plan.trainable)
     apply_active(ds, plan, layout)
     for name, value in vars(counters).items():
         setattr(ds, name, value)

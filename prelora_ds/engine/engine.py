@@ -87,7 +87,7 @@ class Engine:
     config: the config in effect in the plan's phase (`Config.for_phase`).
     ds: the DeepSpeed engine; None after a release.
     parked: this rank's fp32 slices, on the host, of frozen parameters that a later phase trains
-        again.
+        again, that are merged into, or that the engine has quantised.
     make_module: see `build_engine`.
     """
 

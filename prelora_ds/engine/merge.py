@@ -24,6 +24,7 @@ from prelora_ds.core.layout import Layout
 from prelora_ds.core.merge import PROBES, Reset
 from prelora_ds.core.plan import Plan
 from prelora_ds.engine.fragments import Fragment, adam_state, fragments
+from prelora_ds.engine.measure import logits_of, relative_change
 from prelora_ds.engine.optimizer import MOMENTS, inner_optimizer
 from prelora_ds.engine.restore import write_bf16
 from prelora_ds.engine.runtime import device
@@ -72,8 +73,7 @@ def merge_adapters(engine: Engine, plan: Plan, reset: Reset) -> MergeReport:
 
     if before is None:
         return MergeReport(done, elements, math.nan)
-    change = _logits_of_probes(engine) - before
-    return MergeReport(done, elements, float(change.square().mean().sqrt() / before.square().mean().sqrt()))
+    return MergeReport(done, elements, relative_change(before, _logits_of_probes(engine)))
 
 
 def _merge_weights(engine: Engine) -> None:
@@ -282,5 +282,4 @@ def _logits_of_probes(engine: Engine) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (PROBES, model.num_channels, model.image_size, model.image_size),
                            dtype=torch.uint8, generator=generator)
-    with engine.evaluating() as logits:
-        return logits(images).clone()
+    return logits_of(engine, images)

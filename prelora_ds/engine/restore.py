@@ -17,7 +17,12 @@ from prelora_ds.core.plan import Plan
 from prelora_ds.engine.fragments import adam_state, fragments, trained_names, updated_weights
 from prelora_ds.engine.optimizer import MOMENTS, inner_optimizer
 from prelora_ds.engine.state import EngineState, Slice, gather_full, share_of
-from prelora_ds.model.adapters import fp32_weights, initial_adapter_value, refresh_adapters
+from prelora_ds.model.adapters import (
+    fp32_weights,
+    initial_adapter_value,
+    quantised_linears,
+    refresh_adapters,
+)
 from prelora_ds.model.families import named_parameters
 
 if TYPE_CHECKING:
@@ -36,8 +41,8 @@ def restore_state(
 ) -> dict[str, Slice]:
     """Write ``state`` into a newly built engine. Collective.
 
-    BF16 weights, fp32 masters, Adam moments and steps are written, and ``state`` is consumed.
-    Parameters of the plan that are not in the state are adapters and get their initial value.
+    BF16 and quantised weights, fp32 masters, Adam moments and steps are written, and ``state`` is
+    consumed. Parameters of the plan that are not in the state are adapters and get their initial value.
 
     Returns this rank's fp32 slices of the frozen parameters ``parked``, which the ranks share like
     exported frozen parameters. Weights that the module itself keeps in fp32 are not among them.
@@ -59,20 +64,25 @@ def restore_state(
             inner[flat] = {key: torch.zeros_like(flat.detach()) for key in MOMENTS}
 
     fp32 = fp32_weights(engine.module)
+    quantised = quantised_linears(engine.module)
     leaves = plan.leaves(layout)
     parked_slices: dict[str, Slice] = {}
     for name, shape in plan.parameters(layout).items():
         if name in in_state:
             full = gather_full(state, name, "value", shape, engine.device)
         else:
-            # A weight comes before the leaves of its adapter, so it is written already.
-            weight = parameters[f"{leaves[name][0]}.weight"]
+            # A weight comes before the leaves of its adapter, so it is written already. Kinds that
+            # need it have no quantised ones.
+            weight = parameters.get(f"{leaves[name][0]}.weight")
             with _whole(weight, plan.adapters[leaves[name][0]]) as written:
                 full = initial_adapter_value(name, shape, plan, leaves, written).to(engine.device)
-        write_bf16(parameters[name], full)
+        if name in quantised:
+            quantised[name].write_quantised(full)
+        else:
+            write_bf16(parameters[name], full)
         if name in parked and name not in fp32:
             parked_slices[name] = share_of(
-                parameters[name], full, comm.get_rank(), comm.get_world_size()
+                parameters.get(name, full), full, comm.get_rank(), comm.get_world_size()
             )
         if name in fp32:
             fp32[name].copy_(full)
@@ -96,9 +106,9 @@ def restore_state(
 
 
 @contextlib.contextmanager
-def _whole(weight: nn.Parameter, spec: AdapterSpec) -> Iterator[torch.Tensor | None]:
+def _whole(weight: nn.Parameter | None, spec: AdapterSpec) -> Iterator[torch.Tensor | None]:
     """Yield the whole BF16 weight of a linear if the first values of its adapter need it. Then it is collective."""
-    if not kind_of(spec).can.needs_weight:
+    if weight is None or not kind_of(spec).can.needs_weight:
         yield None
         return
     with deepspeed.zero.GatheredParameters([weight]):  # does nothing below stage 3

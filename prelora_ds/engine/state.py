@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,7 @@ from prelora_ds.engine.fragments import (
     trained_names,
 )
 from prelora_ds.engine.optimizer import MOMENTS, inner_optimizer
-from prelora_ds.model.adapters import fp32_weights
+from prelora_ds.model.adapters import dense_weights, fp32_weights
 from prelora_ds.model.families import named_parameters
 
 if TYPE_CHECKING:
@@ -172,12 +173,15 @@ def frozen_slices(
     """Copy this rank's part of each frozen parameter, in fp32 if the module has that, otherwise in BF16.
 
     without: parameters that are left out.
+
+    A quantised weight has the BF16 value with which the engine computes.
     """
     trained = inner_optimizer(engine).steps
     fp32 = fp32_weights(engine.module)
+    frozen = chain(named_parameters(engine.module).items(), dense_weights(engine.module))
     return {
         name: _frozen_slice(fp32.get(name, p), comm.get_rank(), comm.get_world_size())
-        for name, p in named_parameters(engine.module).items()
+        for name, p in frozen
         if name not in trained and name not in without
     }
 

@@ -48,6 +48,7 @@ class Capabilities:
     changes_bias: whether it also changes the bias of its linear, so that only an export can merge it.
     zero_stages: the ZeRO stages at which a test trains it.
     at_attach: whether attaching it keeps the outputs bitwise (exact) or changes them by rounding.
+    quantised: whether its linear can compute with a weight in few bits (`Plan.base_dtype`).
     """
 
     merges: bool
@@ -64,6 +65,7 @@ class Capabilities:
     changes_bias: bool
     zero_stages: frozenset[int]
     at_attach: Literal["exact", "rounding"]
+    quantised: bool = False
 
 
 @dataclass(frozen=True)

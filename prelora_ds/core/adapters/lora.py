@@ -22,7 +22,7 @@ class Lora:
     can = Capabilities(merges=True, restarts=True, resizes=True, ranked=True, rank_per_module=True, blocks=False,
                        scaled=True, selects=True, dropout=True, kernels=("branch", "merged", "peft"),
                        needs_weight=False, changes_bias=False, zero_stages=frozenset({0, 1, 2, 3}),
-                       at_attach="exact")
+                       at_attach="exact", quantised=True)
     options: Mapping[str, Option] = MappingProxyType({"train_a": True, "init": "kaiming"})
     choices: Mapping[str, tuple[str, ...]] = MappingProxyType({"init": ("kaiming", "gaussian", "update")})
 

@@ -6,7 +6,7 @@ without torch, is in `prelora_ds.core.adapters`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import Any, Protocol, cast
 
@@ -79,6 +79,8 @@ def attach_adapters(
     dropout: the dropout probability on an adapter's input.
     kernel: how a linear with an adapter is computed; see lora.py.
 
+    The linears whose weights the plan quantises lose these parameters (`LoraLinear.drop_weight`).
+
     Returns ``module``.
 
     Raises RuntimeError if the adapters do not match the plan afterwards.
@@ -86,6 +88,9 @@ def attach_adapters(
     for kind, specs in _by_kind(plan).items():
         half_of(kind).attach(module, specs, dropout=dropout, kernel=kernel)
     check_adapters(module, plan)
+    linears: Any = {name: module.get_submodule(name.removesuffix(".weight")) for name in plan.quantised()}
+    for linear in linears.values():
+        linear.drop_weight(plan.base_dtype)
     activate(module, plan, layout)
     return module
 
@@ -144,7 +149,7 @@ def check_names(module: nn.Module, plan: Plan, layout: Layout) -> None:
     """
     parameters = {name: _shape(p) for name, p in named_parameters(module).items()}
     buffers = {canonical_name(name): tuple(b.shape) for name, b in module.named_buffers()}
-    _check_shapes("parameter", parameters, plan.parameters(layout), plan.phase)
+    _check_shapes("parameter", parameters, plan.in_module(layout), plan.phase)
     _check_shapes("buffer", buffers, plan.buffers(layout), plan.phase)
 
 
@@ -202,6 +207,20 @@ def fp32_weights(module: nn.Module) -> dict[str, torch.Tensor]:
         for path, m in module.named_modules()
         if isinstance(m, lora.LoraLinear) and m.fp32_weight is not None
     }
+
+
+def quantised_linears(module: nn.Module) -> dict[str, lora.LoraLinear]:
+    """Return name of the weight -> linear, for each linear whose weight is quantised."""
+    return {
+        canonical_name(f"{path}.weight"): m
+        for path, m in module.named_modules()
+        if isinstance(m, lora.LoraLinear) and m.base_dtype is not None
+    }
+
+
+def dense_weights(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Return name and BF16 value of each quantised weight, one at a time."""
+    return ((name, linear.dense_weight()) for name, linear in quantised_linears(module).items())
 
 
 def _by_kind(plan: Plan) -> Mapping[str, Mapping[str, AdapterSpec]]:

@@ -16,6 +16,8 @@ merged: one GEMM with bf16(W + s B A), which is merged once per optimizer step f
     side no longer than the rank. It requires a frozen W that this rank holds in full.
 peft: peft's own forward pass.
 
+Of a quantised W, each product of `branch` makes the BF16 value and drops it; backward keeps the codes.
+
 If A does not train (LoRA-FA, Zhang et al. 2023), x A^T is kept for backward instead of x.
 """
 
@@ -35,6 +37,7 @@ from torch.autograd.function import once_differentiable
 from prelora_ds.core.adapters import AdapterSpec, Lora, Shape, rank_of
 from prelora_ds.model.adapters.linear import PEFT_PREFIX, AdaptedLinear, generator_of
 from prelora_ds.model.families import ADAPTER_NAME
+from prelora_ds.model.quantised import QUANTISERS, Quantised
 
 
 class LoraLinear(AdaptedLinear, PeftLinear):
@@ -44,9 +47,13 @@ class LoraLinear(AdaptedLinear, PeftLinear):
     the adapter.
 
     fp32_weight: the fp32 W while the linear's weight holds W + s B A, otherwise None.
+    base_dtype: the type of a quantised W; the linear then has no parameter for it.
+    quantised: the quantised W, once it is written.
     """
 
     fp32_weight: torch.Tensor | None = None
+    base_dtype: str | None = None
+    quantised: Quantised | None = None
 
     @property
     def lora_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,8 +73,9 @@ class LoraLinear(AdaptedLinear, PeftLinear):
             a, b = a.detach(), b.detach()
         linear = self.get_base_layer()
         merged = self.fp32_weight is not None
+        weight = linear.weight if self.base_dtype is None else self.quantised
         output: torch.Tensor = _LoraProduct.apply(
-            x, linear.weight, linear.bias, a, b, self.scaling[ADAPTER_NAME], merged
+            x, weight, linear.bias, a, b, self.scaling[ADAPTER_NAME], merged
         )
         self.count_importance(output)
         return output
@@ -78,7 +86,26 @@ class LoraLinear(AdaptedLinear, PeftLinear):
             self.refresh_merged_weight()
 
     def besides_leaves(self) -> list[torch.Tensor]:
-        return [] if self.fp32_weight is None else [self.fp32_weight]
+        quantised = [] if self.quantised is None else self.quantised.parts()
+        return quantised if self.fp32_weight is None else [self.fp32_weight]
+
+    def drop_weight(self, dtype: str) -> None:
+        """Remove the parameter W, of which the linear will hold a quantised value in its place.
+
+        The caller then calls `write_quantised`.
+        """
+        self.base_dtype = dtype
+        del self.get_base_layer().weight
+
+    def write_quantised(self, weight: torch.Tensor) -> None:
+        """Quantise the fp32 W [out, in]."""
+        assert self.base_dtype is not None
+        self.quantised = QUANTISERS[self.base_dtype](weight)
+
+    def dense_weight(self) -> torch.Tensor:
+        """Return the BF16 value of a quantised W."""
+        assert self.quantised is not None, "W is written when the engine is built"
+        return self.quantised.dense(torch.bfloat16)
 
     def keep_fp32_weight(self) -> None:
         """Switch to the merged kernel: `fp32_weight` holds W, and the weight W + s B A.
@@ -106,14 +133,14 @@ class LoraLinear(AdaptedLinear, PeftLinear):
 class _LoraProduct(torch.autograd.Function):
     """The output of a linear with its adapter, in the notation of the module's docstring.
 
-    h is x A^T. If ``merged``, ``weight`` is W + s B A already.
+    h is x A^T. If ``merged``, ``weight`` is W + s B A already. A quantised ``weight`` has no gradient.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        weight: torch.Tensor,
+        weight: torch.Tensor | Quantised,
         bias: torch.Tensor | None,
         a: torch.Tensor,
         b: torch.Tensor,
@@ -121,7 +148,9 @@ class _LoraProduct(torch.autograd.Function):
         merged: bool,
     ) -> torch.Tensor:
         _, needs_w, _, needs_a, needs_b, *_ = ctx.needs_input_grad
-        y = nn.functional.linear(x, weight, bias)
+        quantised = None if isinstance(weight, torch.Tensor) else weight
+        dense = weight if isinstance(weight, torch.Tensor) else weight.dense(x.dtype)
+        y = nn.functional.linear(x, dense, bias)
         h = None
         if not merged:
             h = nn.functional.linear(x, a)
@@ -133,7 +162,8 @@ class _LoraProduct(torch.autograd.Function):
 
         saved_x = x if needs_w or needs_a else None
         saved_h = h if needs_b else None
-        ctx.save_for_backward(saved_x, saved_h, weight, a, b)
+        ctx.save_for_backward(saved_x, saved_h, dense if quantised is None else None, a, b)
+        ctx.quantised = quantised
         ctx.scaling = scaling
         ctx.merged = merged
         return y
@@ -151,7 +181,7 @@ class _LoraProduct(torch.autograd.Function):
         if needs_a or (needs_x and not ctx.merged):
             gb = g @ b  # [tokens, rank]
         if needs_x:
-            grad_x = g @ weight
+            grad_x = g @ (weight if ctx.quantised is None else ctx.quantised.dense(g.dtype))
             if not ctx.merged:
                 grad_x.addmm_(gb, a, alpha=s)
             grad_x = grad_x.view(*grad.shape[:-1], -1)
