@@ -22,6 +22,7 @@ from prelora_ds.core.schedule import Timeline
 from prelora_ds.cost.flops import step_flops
 from prelora_ds.data.manifest import Manifest
 from prelora_ds.data.setup import TrainData, fingerprints, samples_per_epoch
+from prelora_ds.engine.fp32_base import on_fp32_base
 from prelora_ds.engine.measure import weight_norms
 from prelora_ds.engine.runtime import freeze_imports
 from prelora_ds.exporting.card import write_run_card
@@ -153,7 +154,7 @@ def loop(run: Run, records: Records, saver: Saver, stop: StopRequest, guard: Gua
         state.step = step
 
         # Follow a new plan: rebuild the engine, or change what trains on this one.
-        engine = follow_plan(run, records, saver, engine, feed, state.phase, step)
+        engine = follow_plan(run, records, saver, engine, feed, state.phase, step, micro_batches[0].images)
 
         # Save, and report progress to the guard.
         save = due.checkpoint(step, improved=improved)
@@ -162,7 +163,11 @@ def loop(run: Run, records: Records, saver: Saver, stop: StopRequest, guard: Gua
 
     feed.close()
     saver.finish_pending()
+    assert state.accuracy is not None, "the last step is a tick of every duration"
+    if engine.plan.quantised():
+        with on_fp32_base(engine):
+            fp32 = evaluate_engine(engine, run.val_batches(), len(run.val_data), beat=guard.beat)
+        records.accuracy(state.step, engine.plan, state.accuracy, fp32)
     export_model(engine, run.folder.model, run.train_data.classes, card=partial(write_run_card, run, state))
     records.end(state.phase)
-    assert state.accuracy is not None, "the last step is a tick of every duration"
     return state.accuracy

@@ -16,6 +16,8 @@ def export(
                                                       show_default=False)],
     out: Annotated[Path, typer.Argument(help="new folder to write", show_default=False)],
     export_format: Annotated[str, typer.Option("--format", help="hf, peft, timm or deepspeed")] = "hf",
+    base: Annotated[str, typer.Option("--base", help="frozen weights as training saw them (seen), or in fp32 (fp32)")
+                    ] = "seen",
 ) -> None:
     """Convert a checkpoint (default: the run's newest) to OUT for transformers, peft, timm or DeepSpeed.
 
@@ -29,5 +31,5 @@ def export(
     choose_accelerator()
     from prelora_ds.exporting.convert import export_checkpoint
 
-    folder = export_checkpoint(run_or_checkpoint, out, export_format)
+    folder = export_checkpoint(run_or_checkpoint, out, export_format, base)
     tell(f"{out}: {folder} as {export_format}")

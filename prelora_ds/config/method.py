@@ -96,6 +96,7 @@ def _check_adapters(phase: PhaseConfig, before: AdaptersConfig | None, *, first:
         raise FieldError(f"{phase.name}.train", list(phase.trained),
                          "contains adapters, but there are none in this phase")
     _check_merge(phase, adapters)
+    _check_base(phase, adapters)
     _check_active(phase, adapters, tests=tests)
     if adapters is not None and phase.zero_stage not in (None, "auto"):
         stages = KINDS[adapters.kind].can.zero_stages
@@ -160,6 +161,36 @@ def _check_merge(phase: PhaseConfig, adapters: AdaptersConfig | None) -> None:
     if "all" in phase.trained:
         raise FieldError(f"{phase.name}.train", list(phase.trained), "trains the weights themselves, so there is "
                          f"nothing to merge adapters into ({key})", "train [adapters, rest], or remove merge")
+
+
+def _check_base(phase: PhaseConfig, adapters: AdaptersConfig | None) -> None:
+    """Raise FieldError if the phase would quantise weights that train, or that its adapters need as they are."""
+    if phase.base is None:
+        return
+    key, dtype = f"{phase.name}.base.dtype", phase.base.dtype
+    if "all" in phase.trained:
+        raise FieldError(key, dtype, "quantises the weights below the adapters, but this phase trains them (train: "
+                         "all)", "train [adapters, rest], or remove base")
+    if adapters is None:
+        raise FieldError(key, dtype, "quantises the weights below adapters, but there are none in this phase",
+                         "attach adapters, or remove base")
+    if not KINDS[adapters.kind].can.quantised:
+        able = ", ".join(name for name, kind in KINDS.items() if kind.can.quantised)
+        raise FieldError(key, dtype, f"is not possible with adapters of the kind {adapters.kind}, whose linears "
+                         "compute with the weight itself", f"choose the kind {able}, or remove base")
+    if adapters.mode not in ("auto", "branch"):
+        raise FieldError(f"{phase.name}.adapters.mode", adapters.mode, f"computes with the weight itself, which {key} "
+                         f"{dtype} replaces by codes", "choose branch, or remove base")
+    if adapters.dropout:
+        raise FieldError(f"{phase.name}.adapters.dropout", adapters.dropout, "runs peft's code, which computes with "
+                         f"the weight itself, and {key} {dtype} replaces that by codes", "set it to 0, or remove base")
+    changes = "adds to the weights while the phase lasts, which a quantised weight cannot take up"
+    if phase.merge is not None:
+        raise FieldError(f"{phase.name}.merge", phase.merge.model_dump(mode="json"), f"{changes} ({key} {dtype})",
+                         "remove one of the two")
+    if adapters.ranks is not None and adapters.ranks.every is not None and phase.new_adapters is not None:
+        raise FieldError(f"{phase.name}.adapters.ranks.every", str(adapters.ranks.every), f"{changes} ({key} {dtype})",
+                         "remove one of the two")
 
 
 def _check_active(phase: PhaseConfig, adapters: AdaptersConfig | None, *, tests: bool) -> None:

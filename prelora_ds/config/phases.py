@@ -12,12 +12,14 @@ from prelora_ds.config.adapters import KEPT_MAY_CHANGE, LASTING, AdaptersConfig
 from prelora_ds.config.changes import RENAMED
 from prelora_ds.config.fields import DurationField, FieldError, Positive, Strict
 from prelora_ds.config.merging import MergeConfig
+from prelora_ds.config.quantising import BaseConfig
 from prelora_ds.config.selecting import ActiveConfig
 from prelora_ds.config.until import Until, UntilConfig
 from prelora_ds.core.adapters import KINDS
 from prelora_ds.core.duration import Duration
 from prelora_ds.core.phases import Adapters, PhaseSpec
 from prelora_ds.core.plan import ADAPTERS, BASE, without_defaults
+from prelora_ds.core.quantised import BF16
 from prelora_ds.core.switch_tests import SwitchTest
 from prelora_ds.core.trainable import SETS
 
@@ -121,6 +123,12 @@ class PhaseConfig(PhaseSettings):
     merges them.
     """
 
+    base: BaseConfig | None = None
+    """
+    The type of the frozen weights below the adapters; `null` keeps them in BF16. It is a setting of
+    this phase only.
+    """
+
     active: ActiveConfig | None = None
     """
     Which of the adapters train at a time (DynaLoRA); `null` trains all of them. It cannot be combined
@@ -209,7 +217,8 @@ class PhaseConfig(PhaseSettings):
                          without_defaults(scale), self.rewarm, self.freeze_below,
                          None if self.merge is None else self.merge.merge(),
                          None if self.active is None else self.active.selection(),
-                         self.moments == "reset")
+                         self.moments == "reset",
+                         BF16 if self.base is None else self.base.dtype)
 
 
 class PresetConfig(Strict):

@@ -210,6 +210,7 @@ class Config(Strict):
                 "rewarm": shown["rewarm"],
                 "freeze_below": spec.freeze_below,
                 "merge": shown["merge"],
+                "base": {"dtype": spec.base_dtype},
                 "active": shown["active"],
             })
         return normal
@@ -335,10 +336,12 @@ class Config(Strict):
         kernel calls, of which ``merged`` has fewer; from a width of 768 on both take the same time, and
         ``branch`` needs no fp32 copy of the weight. On a GPU a run replaces it before that (`run.autosize`). Only
         ``branch`` and ``peft`` support dropout, and only LoRA has more than one kernel.
+        Only the first kernel of a kind computes with quantised weights.
         """
         mode: str = self.adapters.mode
         kernels = KINDS[self._kind()].can.kernels
-        if len(kernels) == 1:
+        is_quantised = self._phase is not None and self._phase.base is not None
+        if len(kernels) == 1 or is_quantised:
             return kernels[0]
         if stage is None:
             stage = self.zero.stage
@@ -454,6 +457,10 @@ class Config(Strict):
             raise FieldError(f"phases.{phase.name}.until", "budget", "needs the FLOPs of a step, which are only known "
                              "for the built-in ViT", "end this phase in another way, or use a recipe without "
                              "model.factory")
+        if phase.base is not None and self.checkpoint.deepspeed_format:
+            raise FieldError(f"phases.{phase.name}.base.dtype", phase.base.dtype, "cannot be written in DeepSpeed's "
+                             "own format, which has no place for quantised weights (checkpoint.deepspeed_format)",
+                             "remove one of the two")
         if phase.active is not None and self.model.compile:
             raise FieldError(f"phases.{phase.name}.active", phase.active.choose, "would need other compiled code for "
                              "each choice of adapters, and beyond a limit torch runs uncompiled without a message",

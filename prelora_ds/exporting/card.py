@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
@@ -116,6 +116,7 @@ class Trained:
     forked_at: the step of the other run's checkpoint that the run began with, or None.
     complete: whether the run ended after ``step``.
     accuracy: the results on data.val that are known for these weights: how measured -> result.
+    base: a sentence about the frozen weights below the adapters, if they are not simply in BF16.
     """
 
     settings: Mapping[str, Any]
@@ -125,6 +126,13 @@ class Trained:
     forked_at: int | None
     complete: bool
     accuracy: Mapping[str, StoredAccuracy]
+    base: str | None = None
+
+    def on_fp32_base(self) -> Trained:
+        """The same for weights whose frozen part is in fp32, with which no accuracy was measured."""
+        sentence = ("The frozen weights have the fp32 values from before they were frozen, not the rounded ones that "
+                    "the adapters were trained on")
+        return replace(self, accuracy={}, base=sentence)
 
 
 def trained_by(
@@ -166,7 +174,15 @@ def trained_by(
         first["step"] if first.get("event") == EventKind.RESUME else None,
         complete,
         accuracy,
+        _quantised(state.phase.plan),
     )
+
+
+def _quantised(plan: Plan) -> str | None:
+    if not plan.quantised():
+        return None
+    return (f"The frozen weights below the adapters have the {plan.base_dtype} values that the adapters were trained "
+            "on, multiplied out")
 
 
 def _events(folder: RunFolder, step: int) -> list[dict[str, Any]]:

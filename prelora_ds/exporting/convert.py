@@ -26,6 +26,7 @@ from prelora_ds.exporting.peft import write_peft
 from prelora_ds.exporting.timm import write_timm
 from prelora_ds.model.adapters import initial_adapter_value
 from prelora_ds.model.families import find_layout
+from prelora_ds.model.quantised import QUANTISERS
 from prelora_ds.model.vit import build_model
 from prelora_ds.run.checkpoints.checkpoint_folder import (
     BrokenCheckpointError,
@@ -38,8 +39,10 @@ from prelora_ds.run.checkpoints.resume import Checkpoint, checkpoints_at, read_c
 from prelora_ds.run.folder import RunFolder
 
 FORMATS = ("hf", "peft", "timm", "deepspeed")
+SEEN, IN_FP32 = BASES = ("seen", "fp32")
 
-def export_checkpoint(source: Path, out: Path, export_format: str) -> Path:
+
+def export_checkpoint(source: Path, out: Path, export_format: str, base: str = SEEN) -> Path:
     """Convert a checkpoint to ``export_format`` and write it to the new folder ``out``.
 
     source: a checkpoint, or a run (its newest checkpoint).
@@ -49,9 +52,12 @@ def export_checkpoint(source: Path, out: Path, export_format: str) -> Path:
         timm: for ``timm.create_model("local-dir:OUT", pretrained=True)``, LoRA merged.
         deepspeed: DeepSpeed's folder for one rank at stage 2, including the moments.
 
-    All values are fp32; a frozen weight has the BF16 value that training saw. The class names are
-    included if the checkpoint has them. Each format has a model card, README.md, and no path of
-    this machine.
+    base: one of `BASES`.
+        seen: a frozen weight has the value that training saw, in BF16 or quantised.
+        fp32: it has the fp32 value that it had when it was frozen.
+
+    All values are fp32. The class names are included if the checkpoint has them. Each format has a
+    model card, README.md, and no path of this machine.
 
     Returns the folder of the checkpoint. Raises ConfigError, and NotSavedError if the disk fails
     while ``out`` is written; ``out`` does not exist then.
@@ -60,6 +66,8 @@ def export_checkpoint(source: Path, out: Path, export_format: str) -> Path:
         raise ConfigError(
             "--format", export_format, "is not a known format", f"choose among {', '.join(FORMATS)}"
         )
+    if base not in BASES:
+        raise ConfigError("--base", base, "is not a known value", f"choose among {', '.join(BASES)}")
     folder = checkpoints_at(str(source), "RUN")[0]
     _check_out(out, folder)
     try:
@@ -84,6 +92,8 @@ def export_checkpoint(source: Path, out: Path, export_format: str) -> Path:
         ) from exc
     plan = checkpoint.run.phase.plan
     _check_format_fits(export_format, config, checkpoint)
+    if base == IN_FP32:
+        _check_has_fp32(export_format, checkpoint, layout)
     run = RunFolder.of_checkpoints(root_of(folder))
     trained = trained_by(run, with_new_names(stored), checkpoint.run, checkpoint.data)
 
@@ -91,7 +101,7 @@ def export_checkpoint(source: Path, out: Path, export_format: str) -> Path:
         if export_format == "deepspeed":
             write_deepspeed(config, classes, layout, checkpoint, partial)
         else:
-            values = _full_values(checkpoint, plan, layout, config)
+            values = _full_values(checkpoint, plan, layout, config, in_fp32=base == IN_FP32)
             if export_format == "peft":
                 write_peft(values, plan, layout, config, classes, partial)
             else:
@@ -99,7 +109,7 @@ def export_checkpoint(source: Path, out: Path, export_format: str) -> Path:
                 buffers = {n: b for n, b in checkpoint.engine.buffers.items() if n in persistent}
                 write = write_model if export_format == "hf" else write_timm
                 write(merge(values, plan, layout) | buffers, config, classes, partial)
-        write_card(partial, export_format, trained, config, classes)
+        write_card(partial, export_format, trained if base == SEEN else trained.on_fp32_base(), config, classes)
     return folder
 
 
@@ -121,6 +131,14 @@ def _check_format_fits(export_format: str, config: Config, checkpoint: Checkpoin
             f"holds adapters of one kind, but the checkpoint has the kinds {', '.join(kinds)}",
             "choose hf",
         )
+    if export_format == "deepspeed" and plan.quantised():
+        raise ConfigError(
+            "--format",
+            export_format,
+            f"has no place for quantised weights, but those of phase {plan.phase} are in "
+            f"{plan.base_dtype}",
+            "choose another format, or a checkpoint of another phase",
+        )
     if export_format == "peft" and not plan.adapters:
         raise ConfigError(
             "--format",
@@ -128,6 +146,26 @@ def _check_format_fits(export_format: str, config: Config, checkpoint: Checkpoin
             f"the checkpoint at step {checkpoint.run.step} is in phase {plan.phase} and has no "
             "adapters",
             "choose hf, or a later checkpoint",
+        )
+
+
+def _check_has_fp32(export_format: str, checkpoint: Checkpoint, layout: Layout) -> None:
+    """Raise ConfigError unless frozen weights can be written in fp32."""
+    if export_format == "deepspeed":
+        raise ConfigError(
+            "--base",
+            IN_FP32,
+            "is not possible in DeepSpeed's format, whose weights are in BF16",
+            f"choose {SEEN}, or another format",
+        )
+    slices = checkpoint.engine.slices
+    rounded = [name for name in layout.parameters if slices[name].value.dtype != torch.float32]
+    if rounded:
+        raise ConfigError(
+            "--base",
+            IN_FP32,
+            f"the checkpoint has only BF16 values of {len(rounded)} frozen parameters, such as {rounded[0]}",
+            f"choose {SEEN}, which exports the values that training saw",
         )
 
 
@@ -213,12 +251,14 @@ def _check_out(out: Path, checkpoint: Path) -> None:
 
 
 def _full_values(
-    checkpoint: Checkpoint, plan: Plan, layout: Layout, config: Config
+    checkpoint: Checkpoint, plan: Plan, layout: Layout, config: Config, *, in_fp32: bool = False
 ) -> dict[str, torch.Tensor]:
     """Return full parameters in fp32, with the values that the model computes with.
 
-    Parameters that train are not rounded to BF16.
+    Parameters that train are not rounded to BF16. in_fp32: whether those of the model itself never are.
     """
+    quantised = plan.quantised()
+    exact = plan.trainable | (layout.parameters.keys() if in_fp32 else set())
     merged = config.for_phase(plan.phase).kernel() == "merged"
     kept_in_fp32 = {f"{path}.weight" for path in plan.frozen_targets()} if merged else set()
     values: dict[str, torch.Tensor] = {}
@@ -230,8 +270,10 @@ def _full_values(
             value = initial_adapter_value(name, shape, plan, leaves, weight.bfloat16())
         else:
             value = part.value.view(shape)
-        if name in plan.trainable or name in kept_in_fp32:
+        if name in exact or name in kept_in_fp32:
             values[name] = value.float()
+        elif name in quantised:
+            values[name] = QUANTISERS[plan.base_dtype](value.float()).dense(torch.float32)
         else:
             values[name] = value.bfloat16().float()
     return values

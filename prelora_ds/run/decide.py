@@ -9,19 +9,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
+import torch.distributed as dist
+
 from prelora_ds.core.codec import from_json, to_json
 from prelora_ds.core.controller import PhaseController, PhaseState
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.phases import needed_in_fp32
 from prelora_ds.core.plan import Plan
+from prelora_ds.core.quantised import BF16, PROBES
 from prelora_ds.core.spectra import Spectra
 from prelora_ds.core.switch_tests.prelora import Observation
 from prelora_ds.engine.engine import Engine
 from prelora_ds.engine.feed import DeviceFeed
 from prelora_ds.engine.from_update import start_from_updates
+from prelora_ds.engine.measure import logits_of, relative_change
 from prelora_ds.engine.merge import MergeReport, fold_adapters, merge_adapters
 from prelora_ds.engine.resize import resize_adapters
-from prelora_ds.engine.runtime import on_rank_0
+from prelora_ds.engine.runtime import device, on_rank_0
 from prelora_ds.engine.state import EngineState, frozen_slices, reset_moments
 from prelora_ds.engine.transition import KeepFrozen, Switch, transition
 from prelora_ds.run.checkpoints.saver import Saver
@@ -132,12 +137,24 @@ def decide(run: Run, records: Records, state: RunState, step: int, norms: Mappin
 
 
 def follow_plan(run: Run, records: Records, saver: Saver, engine: Engine, feed: DeviceFeed,
-                phase: PhaseState, step: int) -> Engine:
-    """Return the engine for the plan of ``phase`` after ``step``, and record the change. Collective."""
+                phase: PhaseState, step: int, images: torch.Tensor) -> Engine:
+    """Return the engine for the plan of ``phase`` after ``step``, and record the change. Collective.
+
+    images: uint8 images [B, C, H, W] of this step. If the type of the frozen weights changes, rank 0's show how much
+        the outputs do.
+    """
+    before = engine.plan
+    probes = logits = None
+    if {before.base_dtype, phase.plan.base_dtype} != {BF16} and phase.plan.structure() != before.structure():
+        probes = _same_on_all_ranks(images[:PROBES].contiguous())
+        logits = logits_of(engine, probes)
+
     engine, change = engine_for(engine, phase, run.controller, saver.save_frozen)
     if change.switch is not None:
         feed.rebatch(engine.config.train.micro_batch_size)
         records.plan(engine, phase, step, change.switch)
+    if probes is not None and logits is not None:
+        records.base(step, before, phase.plan, relative_change(logits, logits_of(engine, probes)))
     if change.merge is not None:
         merge = run.controller.phases[phase.index].merge
         assert merge is not None, "only such a phase merges"
@@ -145,3 +162,10 @@ def follow_plan(run: Run, records: Records, saver: Saver, engine: Engine, feed: 
     if change.chosen:
         records.active(step, phase)
     return engine
+
+
+def _same_on_all_ranks(images: torch.Tensor) -> torch.Tensor:
+    """Return rank 0's ``images``. Collective."""
+    on_device = images.to(device())
+    dist.broadcast(on_device, src=0)
+    return on_device

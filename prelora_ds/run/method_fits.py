@@ -24,7 +24,8 @@ def check_method_fits(config: Config, layout: Layout, make_module: MakeModule) -
 
     A phase does not fit if a set of parameters matches nothing, if nothing trains, if a rank is
     larger than a linear, if more adapters are to train at a time than there are, if its
-    kernel cannot run at its ZeRO stage, or if an adapter cannot be attached. This check runs
+    kernel cannot run at its ZeRO stage, if it would quantise or merge into a weight that trains,
+    or if an adapter cannot be attached. This check runs
     before training, not days into a run.
 
     make_module: returns a new module of the model; it is called on the meta device.
@@ -57,6 +58,10 @@ def check_method_fits(config: Config, layout: Layout, make_module: MakeModule) -
             raise ConfigError(f"phases.{phase.name}.train", list(phase.trained),
                               f"trains {trained[0]}, so no adapter can be merged into it",
                               "train [adapters, rest], or remove merge")
+        if phase.base is not None and trained:
+            raise ConfigError(f"phases.{phase.name}.base.dtype", phase.base.dtype,
+                              f"quantises the weights below the adapters, but this phase trains {trained[0]}",
+                              "train [adapters, rest], or remove base")
 
         if phase.new_adapters is None:
             continue

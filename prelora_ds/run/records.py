@@ -14,6 +14,7 @@ from prelora_ds.core.codec import to_json
 from prelora_ds.core.controller import PhaseState
 from prelora_ds.core.merge import Reset
 from prelora_ds.core.plan import Plan
+from prelora_ds.core.quantised import BF16
 from prelora_ds.core.selection import active_adapters
 from prelora_ds.core.stragglers import Change, StragglerWatch
 from prelora_ds.core.switch_tests.prelora import Observation
@@ -28,6 +29,7 @@ from prelora_ds.engine.trackers import make_trackers
 from prelora_ds.engine.transition import Switch
 from prelora_ds.run.checkpoints.resume import Checkpoint
 from prelora_ds.run.context import Run
+from prelora_ds.run.evaluate import Accuracy
 from prelora_ds.run.log import EventKind, RunLog
 from prelora_ds.run.run_state import RunState
 from prelora_ds.version import git_commit, versions
@@ -215,6 +217,43 @@ class Records:
             f"merged the adapters after step {step} (cycle {plan.cycle} begins): "
             f"{report.reset_share:.2%} of their moments reset, "
             f"outputs changed by {report.output_change:.2%}"
+        )
+
+    def base(self, step: int, before: Plan, after: Plan, output_change: float) -> None:
+        """Log how much the outputs changed at a switch to, from or between quantised weights, and warn if by much.
+
+        The limit is that of the phase with the quantised weights.
+        """
+        phase = (before if after.base_dtype == BF16 else after).phase
+        base = self.run.config.phase(phase).base
+        assert base is not None, "only such a phase quantises"
+        self._log.event(
+            EventKind.BASE,
+            step,
+            phase=after.phase,
+            dtype=after.base_dtype,
+            before=before.base_dtype,
+            output_change=output_change,
+            max_output_change=base.max_output_change,
+        )
+        self.say(
+            f"the frozen weights below the adapters are in {after.base_dtype} after step {step} (before: "
+            f"{before.base_dtype}): outputs changed by {output_change:.2%}"
+        )
+        if output_change > base.max_output_change:
+            self.say(
+                f"warning: that is more than phases.{phase}.base.max_output_change = {base.max_output_change:.2%}; to "
+                "repeat the phase with weights in more bits, resume from an earlier checkpoint in another "
+                "run.output_dir"
+            )
+
+    def accuracy(self, step: int, plan: Plan, quantised: Accuracy, fp32: Accuracy) -> None:
+        """Log the accuracies of the final model on its quantised weights and on the fp32 values of these."""
+        self._log.event(EventKind.ACCURACY, step, dtype=plan.base_dtype, quantised=to_json(quantised),
+                        fp32=to_json(fp32))
+        self.say(
+            f"top-1 accuracy {quantised.acc1:.2%} on the {plan.base_dtype} weights that the adapters were trained on, "
+            f"which are exported; {fp32.acc1:.2%} on the fp32 weights (prelora export --base fp32)"
         )
 
     def active(self, step: int, phase: PhaseState) -> None:
