@@ -17,6 +17,7 @@ from prelora_ds.core.layout import Layout
 from prelora_ds.core.merge import Merge
 from prelora_ds.core.phases import PhaseSpec, needed_in_fp32, plans_at_rank, switch_tests
 from prelora_ds.core.plan import Plan
+from prelora_ds.core.quantised import BF16
 from prelora_ds.core.rank_rules.uniform import UniformRank
 from prelora_ds.core.schedule import Timeline
 from prelora_ds.core.selection import active_adapters, candidates
@@ -36,8 +37,8 @@ NOTES = (
     "All values are predictions. Bytes are per rank: states at the end of backward, activations at its start.",
     "peak: the larger of these two sums, with staging copies and gathered weights; it fits if it takes at most "
     f"{USABLE:.0%} of the memory.",
-    "host: fp32 values, in host memory, of weights that a phase freezes, and that a later phase trains again or that "
-    "adapters are merged into.",
+    "host: fp32 values, in host memory, of weights that a phase freezes, and that a later phase trains again, that "
+    "adapters are merged into, or that are quantised.",
     "step: computation, optimizer and communication one after another, without loading, evaluation and checkpoints.",
     "jobs: of the given walltime, back to back; queueing, start-up and repeated steps are not included.",
 )
@@ -52,6 +53,12 @@ MERGE_NOTE = (
 )
 
 
+QUANTISED_NOTE = (
+    "weights below adapters: their type where a phase quantises them. They are complete on every rank at every stage, "
+    "and their fp32 values are in host memory."
+)
+
+
 def predict_run(config: Config, cluster: Cluster, layout: Layout, images: int, *, walltime_s: float | None = None,
                 mean_rank: int = 30, calibration: Path | None = None) -> dict[str, Any]:
     """Bytes and seconds per ZeRO stage and phase, and hours and jobs of the run, as JSON.
@@ -61,7 +68,8 @@ def predict_run(config: Config, cluster: Cluster, layout: Layout, images: int, *
     mean_rank: the rank of every adapter whose rank a rule chooses.
 
     Seconds, and whether a phase fits, are None if nothing is known about the machine. In the row of a phase, ``active``
-    is None unless only some adapters train at a time, and ``merge`` unless its adapters are merged again and again.
+    is None unless only some adapters train at a time, ``merge`` unless its adapters are merged again and again, and
+    ``base_dtype`` unless the weights below them are quantised.
 
     Raises ConfigError for a batch that cannot be divided, an unknown GPU, an invalid calibration, or a model that is
     not a ViT.
@@ -198,6 +206,8 @@ def _notes(phases: Sequence[PhaseSpec]) -> list[str]:
         notes.append(ACTIVE_NOTE)
     if any(spec.merge is not None for spec in phases):
         notes.append(MERGE_NOTE)
+    if any(spec.base_dtype != BF16 for spec in phases):
+        notes.append(QUANTISED_NOTE)
     return notes
 
 
@@ -230,6 +240,7 @@ def _row(config: Config, spec: PhaseSpec, plan: Plan, layout: Layout, zero: Zero
         "ranks": sorted({adapter.rank for adapter in plan.adapters.values() if adapter.rank is not None}),
         "active": _active(spec, plan, layout),
         "merge": _merge(config, spec.merge, plan, layout, zero, world, rates, timeline),
+        "base_dtype": None if spec.base_dtype == BF16 else spec.base_dtype,
         "weights_bytes": configured.states.weights,
         "gradients_bytes": configured.states.gradients,
         "masters_bytes": configured.states.masters,

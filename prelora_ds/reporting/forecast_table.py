@@ -34,6 +34,7 @@ DETAILS: dict[str, Callable[[dict[str, Any]], str]] = {
     "parameters training at a time": partial(_share, what="parameters"),
     "merges per epoch": partial(_merges, key="per_epoch"),
     "merge, s": partial(_merges, key="seconds"),
+    "weights below adapters": lambda row: row["base_dtype"] or "-",
 }
 FITS = {True: "yes", False: "no", None: "-"}
 

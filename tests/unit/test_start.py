@@ -103,6 +103,14 @@ LORA = {"name": "b", "adapters": {"rank": 4}, "train": ["adapters", "rest"]}
 TOP = {"choose": "top_k", "every": "5 steps"}
 
 
+def test_weights_that_a_regular_expression_lets_train_are_not_quantised() -> None:
+    phase = {**LORA, "base": {"dtype": "int8"}}
+    check_phases(method(FULL, phase), 10)
+    error = mistake(method(FULL, {**phase, "train": ["adapters", r".*\.0\..*q_proj\.weight"]}), 10, call=check_phases)
+    assert (error.key, error.value) == ("phases.b.base.dtype", "int8")
+    assert "but this phase trains vit.layers.0.attention.q_proj.weight" in error.problem
+
+
 def test_more_adapters_than_there_are_cannot_train_at_a_time() -> None:
     check_phases(method(FULL, {**LORA, "active": {**TOP, "k": 12}}), 10)
     error = mistake(method(FULL, {**LORA, "active": {**TOP, "k": 13}}), 10, call=check_phases)

@@ -576,7 +576,7 @@ def test_a_rule_that_needs_windows_needs_a_test_whatever_its_kind(monkeypatch: p
 
 
 @pytest.mark.parametrize("change", [{"merge": CYCLE}, {"active": {**TOP, "k": 2}}, {"rewarm": "2 steps"},
-                                    {"adapters": {"rank": 8}}])
+                                    {"adapters": {"rank": 8}}, {"base": {"dtype": "nf4"}}])
 def test_phases_that_train_otherwise_have_another_normal_form(change: dict[str, Any]) -> None:
     assert method(LIST[0], LORA).trained_phases() == method(LIST[0], {**LORA, "zero_stage": 1}).trained_phases()
     assert method(LIST[0], LORA).trained_phases() != method(LIST[0], {**LORA, **change}).trained_phases()
@@ -607,3 +607,42 @@ def test_ranks_that_cannot_be_chosen_again_are_refused(change: dict[str, Any], k
     low = {"name": "low", "adapters": {"ranks": {"rule": "prelora", "every": "9 steps"}}, "train": ["adapters", "rest"]}
     error = refused(first, {**low, **change})
     assert error.key == key and said in error.problem
+
+
+# ---- quantised weights
+
+NF4 = {"base": {"dtype": "nf4"}}
+
+
+@pytest.mark.parametrize(("change", "key", "said", "remedy"), [
+    ({"train": "all"}, "base.dtype", "this phase trains them (train: all)", "train [adapters, rest]"),
+    ({"adapters": None, "train": "rest"}, "base.dtype", "there are none in this phase", "attach adapters"),
+    ({"adapters": {"rank": 4, "kind": "dora"}}, "base.dtype", "not possible with adapters of the kind dora",
+     "choose the kind lora"),
+    ({"adapters": {"rank": 4, "mode": "merged"}}, "adapters.mode", "which b.base.dtype nf4 replaces", "choose branch"),
+    ({"adapters": {"rank": 4, "mode": "peft"}}, "adapters.mode", "computes with the weight itself", "choose branch"),
+    ({"adapters": {"rank": 4, "dropout": 0.1}}, "adapters.dropout", "runs peft's code", "set it to 0"),
+    ({"merge": CYCLE}, "merge", "adds to the weights while the phase lasts", "remove one of the two"),
+    ({"adapters": {"ranks": {"rule": "prelora", "every": "5 steps"}}}, "adapters.ranks.every", "adds to the weights",
+     "remove one of the two"),
+    ({"base": {}}, "base.dtype", "is required", ""),
+    ({"base": {"dtype": "int4"}}, "base.dtype", "must be 'int8' or 'nf4'", "did you mean int8?"),
+    ({"base": {"dtype": "nf4", "max_output_change": 0}}, "base.max_output_change", "greater than 0", ""),
+])
+def test_weights_that_cannot_be_quantised_are_refused_with_phase_key_value_and_remedy(
+        change: dict[str, Any], key: str, said: str, remedy: str) -> None:
+    first = {**LIST[0], "until": TEST}
+    error = refused(first, {**LORA, **NF4, **change})
+    assert error.key == f"phases.b.{key}"
+    assert said in error.problem and remedy in str(error.remedy)
+
+
+def test_a_phase_with_quantised_weights_computes_in_branches() -> None:
+    config = method(LIST[0], {**LORA, **NF4, "until": "1 step"}, {"name": "c", "train": ["adapters", "rest"]})
+    assert [spec.base_dtype for spec in config.specs()] == ["bf16", "nf4", "bf16"]  # it is a setting of one phase
+    assert [config.for_phase(name).kernel() for name in ("b", "c")] == ["branch", "merged"]
+
+
+def test_quantised_weights_have_no_place_in_deepspeed_s_format() -> None:
+    error = refused(LIST[0], {**LORA, **NF4}, checkpoint={"deepspeed_format": True})
+    assert error.key == "phases.b.base.dtype" and "DeepSpeed's own format" in error.problem

@@ -169,6 +169,16 @@ def test_adapters_that_are_frozen_and_trained_again_are_thawed_later_once_they_e
     assert needed_in_fp32([phases[0], attach], LAYOUT, 0) == set(LAYOUT.parameters)
 
 
+def test_weights_that_are_quantised_now_or_later_are_needed_in_fp32() -> None:
+    attach = PhaseSpec("attach", Adapters("lora", ("q", "fc"), UniformRank(2)))
+    lora = PhaseSpec("lora", train=("adapters", "rest"))
+    weights = set(LAYOUT.parameters) - REST
+    assert needed_in_fp32([attach, lora], LAYOUT, 1) == set()
+    phases = [attach, lora, replace(lora, name="qlora", base_dtype="int8"), replace(lora, name="again")]
+    quantised = {name for name in weights if name.endswith(".weight")}
+    assert [needed_in_fp32(phases, LAYOUT, i) & quantised for i in range(4)] == [quantised] * 3 + [set()]
+
+
 @pytest.mark.parametrize("train", ["rest", "x"])
 def test_a_phase_that_trains_nothing_is_refused(train: str) -> None:
     layout = Layout({"x": (2, 2), "0.q.weight": (2, 2), "1.q.weight": (2, 2)}, {"q": {0: "0.q", 1: "1.q"}},
