@@ -1,4 +1,4 @@
-"""What do DynaLoRA, ReLoRA and the kinds of adapters save and cost, compared with the steps around them?
+"""What do DynaLoRA, ReLoRA, the kinds of adapters and quantised weights save and cost, compared with other steps?
 
     python benchmarks/methods.py
 
@@ -10,6 +10,8 @@
   embeddings train as well, except below the lowest active block where the bottom is frozen.
 - Each kind of adapter on these blocks, with the kernel branch, compared with a step of LoRA and a full
   one. Before each turn the engine is rebuilt for the kind.
+- LoRA steps of the same blocks on frozen weights in int8 and in NF4, compared with those on BF16 weights, which take
+  turns with them on one live engine.
 - Re-selections on ViT-L with 144 adapters, compared with its LoRA step.
 - Merges of adapters of rank 256 into ViT-L, part by part, compared with its full step.
 
@@ -38,11 +40,13 @@ from methods_ranks import (
     reselections,
     steps_of_kinds,
     steps_of_variants,
+    steps_on_bases,
 )
 from ranks import Ranks
 from switch import VIT_LARGE, on_ranks
 
 from prelora_ds.core.adapters import KINDS
+from prelora_ds.core.quantised import BF16, BYTES
 
 LORA = "LoRA, all active"
 SCATTERED = "2/3 active, scattered"
@@ -99,6 +103,8 @@ def main() -> None:
     print_table(variants, f"{args.layers} blocks of ViT-L, micro-batch {args.micro_batch}")
     kinds = rows_of_kinds(blocks, args.micro_batch, args.kind_rounds)
     print_table(kinds, f"Kinds of adapters on {args.layers} blocks of ViT-L, micro-batch {args.micro_batch}")
+    bases = [row_of_base(blocks, args.micro_batch, args.rounds, dtype) for dtype in BYTES]
+    print_table(bases, "LoRA steps on quantised weights")
     choice = row_of_reselections(
         on_ranks(reselections, whole, args.micro_batch, args.steps, args.choices)
     )
@@ -120,6 +126,7 @@ def main() -> None:
             **{f"{row['kind']}_vs_lora": row["of LoRA"] for row in kinds if row["kind"] not in (FULL, "lora")},
             "lora_vs_full": next(row["of full"] for row in kinds if row["kind"] == "lora"),
             "dyna_next_step_vs_first": next_step,
+            **{f"{row['base']}_base_vs_lora": row["of LoRA"] for row in bases},
             "dyna_reselect_in_steps": choice["LoRA steps"],
             "dyna_reselect_s": choice["median s"],
             "merge_in_full_steps": by_rule["zero"][-1]["full steps"],
@@ -129,7 +136,7 @@ def main() -> None:
             "full_step_s": full_step,
             "full_step_peak_gib": max(r["peak_rss"] for r in by_rank) / GIB,
         },
-        [*variants, *kinds, choice, *parts],
+        [*variants, *kinds, *bases, choice, *parts],
         f"{WORLD} ranks with one core each, ZeRO {STAGE}, micro-batch {args.micro_batch}, images of "
         f"{args.image_size} pixels. Variants: {args.layers} blocks, eager attention, mean rank 30; head, norms and "
         "embeddings train, except below the lowest active block where the bottom is frozen. Each turn chooses adapters "
@@ -140,6 +147,8 @@ def main() -> None:
         f"Kinds: the same blocks, kernel branch, mean rank 30, except {RANK_FOR_ALL}; each turn builds the engine and "
         "takes two steps, of which the second counts. of full: to the full step of the same round. owned: by the "
         "census of rank 0 between two steps. "
+        "int8_base_vs_lora, nf4_base_vs_lora: median over rounds of the ratio of a LoRA step on quantised weights to "
+        "one on BF16 weights; each product makes the BF16 weights from the codes. "
         "dyna_next_step_vs_first: the second step after a re-selection of 2/3, divided by the first. Re-selections and "
         f"merges: {args.whole_layers} blocks, sdpa attention, without activation checkpointing. Merges: the frozen "
         "weights are parked, kernel branch; parts on rank 0. Limits of parts: bytes written at the speed of a memory "
@@ -223,6 +232,28 @@ def rows_of_kinds(model: Mapping[str, Any], micro: int, rounds: int) -> list[dic
         }
         for name, answer in answers.items()
     ]
+
+
+def row_of_base(model: Mapping[str, Any], micro: int, rounds: int, dtype: str) -> dict[str, Any]:
+    """Return the row of LoRA steps on weights in ``dtype``."""
+    ranks = Ranks(steps_on_bases, model, micro, dtype, world=WORLD)
+
+    def turn(base: str) -> float:
+        ranks.send(base)
+        return max(ranks.gather())
+
+    seconds = interleaved({base: lambda b=base: turn(b) for base in (BF16, dtype)}, rounds)
+    ranks.send(None)
+    ranks.gather()
+    ranks.join()
+    low, middle, high = quantiles([a / b for a, b in zip(seconds[dtype], seconds[BF16], strict=True)], n=4)
+    return {
+        "base": dtype,
+        "step s": median(seconds[dtype]),
+        "on BF16, s": median(seconds[BF16]),
+        "of LoRA": middle,
+        "quartiles": f"{low:.3f}-{high:.3f}",
+    }
 
 
 def row_of_reselections(by_rank: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -24,12 +24,14 @@ from prelora_ds.core.layout import Layout
 from prelora_ds.core.merge import PROBES, Reset
 from prelora_ds.core.phases import Adapters, PhaseSpec, plan_of
 from prelora_ds.core.plan import Plan
+from prelora_ds.core.quantised import BF16
 from prelora_ds.core.rank_rules.uniform import UniformRank
 from prelora_ds.core.selection import candidates, with_active
 from prelora_ds.cost.flops import micro_batch
 from prelora_ds.engine import merge as merge_module
 from prelora_ds.engine.census import census, peak_rss_bytes, wait_until
 from prelora_ds.engine.engine import Engine
+from prelora_ds.engine.fp32_base import on_fp32_base
 from prelora_ds.engine.merge import merge_adapters
 from prelora_ds.engine.state import EngineState
 from prelora_ds.engine.transition import transition
@@ -126,6 +128,17 @@ def plan_with(kind: str, layout: Layout) -> Plan:
     ranks = ranks_in_turn(layout) if KINDS[kind].can.rank_per_module else uniform
     adapters = Adapters(kind, tuple(layout.targets), UniformRank(1))  # `ranks` are given instead of the rule
     return plan_of(PhaseSpec("lora", adapters, ("adapters", "rest")), layout, seed=0, ranks=ranks)
+
+
+def steps_on_bases(pipe: Connection, model: Mapping[str, Any], micro: int, dtype: str) -> None:
+    """Take a step for each message, until it is None, on weights in ``dtype`` (the message) or on BF16 ones ("bf16").
+
+    One engine takes both steps, so that they differ in nothing but the weights below the adapters.
+    """
+    engine = new_engine(model, micro, STAGE, lambda layout: replace(lora(layout), base_dtype=dtype))
+    while (message := pipe.recv()) is not None:
+        with on_fp32_base(engine) if message == BF16 else contextlib.nullcontext():
+            pipe.send(one_step(engine))
 
 
 def choose(engine: Engine, variant: Variant, seed: int) -> Plan:

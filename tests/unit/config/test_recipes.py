@@ -15,7 +15,7 @@ from prelora_ds.core.switch_tests.prelora import PreloraTest
 
 RECIPES = Path(__file__).resolve().parents[3] / "launch" / "recipes"
 METHODS = ["static_lora", "relora", "prelora_relora", "dynalora", "prelora_w5", "prelora_w15", "prelora_authors",
-           "dora", "dynavera"]
+           "dora", "dynavera", "qlora"]
 PAIRS = {"digits_full": "vit_large_in1k"} | {f"digits_{name}": f"vit_large_in1k_{name}" for name in METHODS}
 WIDTH = 16  # ViT-L's width / that of the digits recipes
 
@@ -32,7 +32,7 @@ def shape(spec: PhaseSpec) -> tuple[object, ...]:
     adapters = spec.adapters and (spec.adapters.kind, type(spec.adapters.ranks))
     active = spec.selection and (spec.selection.choose, spec.selection.every, spec.selection.importance)
     return (spec.name, spec.train, until, adapters, spec.merge and spec.merge.reset, spec.lr_scale, active,
-            spec.rewarm is None, spec.merge is None or spec.merge.rewarm is None)
+            spec.base_dtype, spec.rewarm is None, spec.merge is None or spec.merge.rewarm is None)
 
 
 @pytest.mark.parametrize("name", PAIRS)
