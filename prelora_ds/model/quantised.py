@@ -55,12 +55,14 @@ class Nf4:
     scales: int8 [blocks]. A block's magnitude is scales * group_scales + offset.
     group_scales: fp32 [groups], one per 256 blocks.
     offset: fp32 scalar.
+    pairs: the levels of each byte of codes (`_pairs`), one tensor for all weights.
     """
 
     codes: torch.Tensor
     scales: torch.Tensor
     group_scales: torch.Tensor
     offset: torch.Tensor
+    pairs: torch.Tensor
     shape: tuple[int, int]
 
     def magnitudes(self) -> torch.Tensor:
@@ -70,8 +72,9 @@ class Nf4:
         return (self.scales * scales + self.offset).clamp_min(0)
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        pairs = _pairs(self.codes.device).index_select(0, self.codes.to(torch.int32))
-        values = pairs.view(torch.bfloat16).view(-1, BLOCK) * self.magnitudes().bfloat16()[:, None]
+        levels = self.pairs.index_select(0, self.codes.to(torch.int32)).view(torch.float32).view(-1, BLOCK)
+        # Round once: compiled code would leave out a second rounding, and have other bits than an export.
+        values = levels.mul_(self.magnitudes()[:, None]).bfloat16()
         outputs, inputs = self.shape
         return values.view(-1)[: outputs * inputs].view(outputs, inputs).to(dtype)
 
@@ -105,7 +108,7 @@ def to_nf4(weight: torch.Tensor) -> Nf4:
     group_scales = groups.abs().amax(1) / 127
     scales = (groups / group_scales.where(group_scales > 0, 1)[:, None]).round().clamp(-127, 127).to(torch.int8)
     return Nf4(codes[::2] << 4 | codes[1::2], scales.view(-1)[: len(magnitudes)].clone(), group_scales, offset,
-               (outputs, inputs))
+               _pairs(weight.device), (outputs, inputs))
 
 
 QUANTISERS: Mapping[str, Callable[[torch.Tensor], Quantised]] = {"int8": to_int8, "nf4": to_nf4}
@@ -118,6 +121,6 @@ def _padded(flat: torch.Tensor, length: int) -> torch.Tensor:
 
 @functools.cache
 def _pairs(device: torch.device) -> torch.Tensor:
-    """Return for each byte of codes its two BF16 levels as one int32 [256], so that one look-up yields both."""
-    levels = torch.tensor(LEVELS, dtype=torch.bfloat16, device=device)
-    return torch.stack([levels.repeat_interleave(16), levels.repeat(16)], 1).view(torch.int32).view(-1)
+    """Return for each byte of codes its two fp32 levels as one int64 [256], so that one look-up yields both."""
+    levels = torch.tensor(LEVELS, device=device)
+    return torch.stack([levels.repeat_interleave(16), levels.repeat(16)], 1).view(torch.int64).view(-1)

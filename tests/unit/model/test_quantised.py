@@ -67,8 +67,8 @@ def test_the_second_quantisation_of_nf4_errs_by_half_a_step_of_its_group(shape):
 def test_nf4_stands_for_levels_times_magnitudes(shape):
     weight = random_weight(shape)
     quantised = to_nf4(weight)
-    levels = torch.tensor(LEVELS).bfloat16()[codes_of(quantised)]
-    expected = levels.view(-1, BLOCK) * quantised.magnitudes().bfloat16()[:, None]
+    levels = torch.tensor(LEVELS)[codes_of(quantised)]
+    expected = (levels.view(-1, BLOCK) * quantised.magnitudes()[:, None]).bfloat16()
     expected = expected.flatten()[: weight.numel()].view(shape)
     assert torch.equal(quantised.dense(torch.bfloat16), expected)
     assert torch.equal(quantised.dense(torch.float32), expected.float())
