@@ -130,9 +130,9 @@ def check_fp32(checkpoint: Checkpoint, names: frozenset[str]) -> None:
         raise ConfigError(
             "--resume",
             str(checkpoint.folder),
-            f"contains only BF16 copies of {len(found)} frozen parameters that a later phase "
-            f"trains, such as {found[0]}",
-            "begin from a checkpoint of a phase that trains them, or leave them frozen",
+            f"contains only BF16 copies of {len(found)} frozen parameters that a phase trains or "
+            f"quantises, such as {found[0]}",
+            "begin from a checkpoint of a phase that trains them, or leave them frozen in BF16",
         )
 
 
