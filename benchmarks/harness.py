@@ -90,7 +90,7 @@ def machine() -> dict[str, Any]:
     """Return the CPU model, its BF16 products, the cores for this process, the memory, and the accelerator if any."""
     import torch
 
-    from prelora_ds.engine.products import lacks_bf16_products
+    from prelora_ds.model.products import lacks_bf16_products
 
     pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None

@@ -31,10 +31,10 @@ from prelora_ds.config.adapters import FAMILIES
 from prelora_ds.config.model import ModelConfig
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.plan import Plan
-from prelora_ds.engine.products import lacks_bf16_products, multiply_in_fp32
 from prelora_ds.model.adapters import attach_adapters, refresh_adapters
 from prelora_ds.model.adapters.lora import lora_linears
 from prelora_ds.model.families import find_layout, named_parameters
+from prelora_ds.model.products import lacks_bf16_products, multiply_in_fp32
 from prelora_ds.model.vit import build_model
 
 RANKS = (8, 16, 32, 64)

@@ -13,8 +13,8 @@ import torch
 
 from prelora_ds.accelerator import choose_accelerator, gpu_free_gib, take_gpu
 from prelora_ds.cost.machines import GPU_RESERVED_GIB
-from prelora_ds.engine.products import lacks_bf16_products, multiply_in_fp32
 from prelora_ds.errors import ConfigError
+from prelora_ds.model.products import lacks_bf16_products, multiply_in_fp32
 
 T = TypeVar("T")
 
@@ -42,7 +42,7 @@ def init_process_group(timeout_s: float = 1800.0, *, deterministic: bool = False
     These are RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Does nothing if the group
     exists. On a CPU the backend is gloo, and the JIT build of DeepSpeed 0.19's shared-memory
     collectives (over 90 s on every node at first use) is skipped, because gloo does the same work.
-    A CPU without instructions for BF16 multiplies in fp32 from here on (see `engine.products`).
+    A CPU without instructions for BF16 multiplies in fp32 from here on (see `model.products`).
 
     deterministic: see `compute_deterministically`, which applies to a group that exists as well.
 

@@ -28,6 +28,7 @@ from prelora_ds.model.adapters.linear import (
     exact_type,
     wrap,
 )
+from prelora_ds.model.products import widened
 
 
 class DoraLinear(OwnLinear):
@@ -96,9 +97,13 @@ class _DoraProduct(torch.autograd.Function):
         _, needs_w, _, needs_a, needs_b, needs_m, *_ = ctx.needs_input_grad
         c = _ratio(m, norm)
         # The bias is divided by c before all is multiplied by it. Where c is 1, y stays bitwise.
-        y = nn.functional.linear(x, weight, None if bias is None else (bias / c).to(bias.dtype)).mul_(c)
-        h = nn.functional.linear(x, a)
-        y.view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), (b * c[:, None]).to(b.dtype).t(), alpha=scaling)
+        wide_x, wide_w, wide_bias, wide_a, wide_b = widened(
+            x, weight, None if bias is None else (bias / c).to(bias.dtype), a, (b * c[:, None]).to(b.dtype)
+        )
+        y = nn.functional.linear(wide_x, wide_w, wide_bias).mul_(c)
+        h = nn.functional.linear(wide_x, wide_a)
+        y.view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), wide_b.t(), alpha=scaling)
+        y, h = y.to(x.dtype), h.to(x.dtype)
 
         # The output is kept for the gradient of m. Attention and GELU keep the outputs of q, k, v and fc1 anyway.
         ctx.save_for_backward(x if needs_w or needs_a else None, h if needs_b else None, y if needs_m else None,
@@ -112,28 +117,31 @@ class _DoraProduct(torch.autograd.Function):
         x, h, y, weight, bias, a, b, m, norm = ctx.saved_tensors
         needs_x, needs_w, needs_bias, needs_a, needs_b, needs_m, *_ = ctx.needs_input_grad
         s = ctx.scaling
-        g = grad.reshape(-1, grad.shape[-1])
+        flat = grad.reshape(-1, grad.shape[-1])
         flat_x: Any = None if x is None else x.reshape(-1, x.shape[-1])  # kept whenever it is used
+        g, flat_x, h, wide_a = widened(flat, flat_x, h, a)
         grad_x = grad_w = grad_a = grad_b = grad_m = None
         grad_bias: Any = None
 
         # Scale the matrices by c, and not the gradient, which has a row for each token.
         c = _ratio(m, norm)[:, None]
         if needs_x or needs_a:
-            gb = g @ (b * c).to(b.dtype)  # [tokens, rank]
+            (scaled_b,) = widened((b * c).to(b.dtype))
+            gb = g @ scaled_b  # [tokens, rank]
         if needs_x:
-            scaled = torch.mul(weight, c, out=torch.empty_like(weight))
-            grad_x = (g @ scaled).addmm_(gb, a, alpha=s).view(*grad.shape[:-1], -1)
+            (wide_w,) = widened(weight)
+            scaled = torch.mul(wide_w, c, out=torch.empty_like(wide_w))
+            grad_x = (g @ scaled).addmm_(gb, wide_a, alpha=s).to(grad.dtype).view(*grad.shape[:-1], -1)
         if needs_w:
-            grad_w = (g.t() @ flat_x).mul_(c)
+            grad_w = (g.t() @ flat_x).mul_(c).to(grad.dtype)
         if needs_bias or (needs_m and bias is not None):
-            grad_bias = g.sum(0, dtype=norm.dtype)
+            grad_bias = flat.sum(0, dtype=norm.dtype)
         if needs_a:
-            grad_a = (gb.t() @ flat_x).mul_(s)
+            grad_a = (gb.t() @ flat_x).mul_(s).to(grad.dtype)
         if needs_b:
-            grad_b = (g.t() @ h.view(-1, h.shape[-1])).mul_(s * c)
+            grad_b = (g.t() @ h.view(-1, h.shape[-1])).mul_(s * c).to(grad.dtype)
         if needs_m:  # the output without the bias is proportional to m
-            sums = (g * y.view(-1, y.shape[-1])).sum(0, dtype=norm.dtype)
+            sums = (flat * y.view(-1, y.shape[-1])).sum(0, dtype=norm.dtype)
             if bias is not None:
                 sums -= bias * grad_bias
             grad_m = (sums / m.to(norm.dtype).where(m != 0, 1)).to(m.dtype)

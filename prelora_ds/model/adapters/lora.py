@@ -37,6 +37,7 @@ from torch.autograd.function import once_differentiable
 from prelora_ds.core.adapters import AdapterSpec, Lora, Shape, rank_of
 from prelora_ds.model.adapters.linear import PEFT_PREFIX, AdaptedLinear, generator_of
 from prelora_ds.model.families import ADAPTER_NAME
+from prelora_ds.model.products import widened
 from prelora_ds.model.quantised import QUANTISERS, Quantised
 
 
@@ -150,23 +151,24 @@ class _LoraProduct(torch.autograd.Function):
         _, needs_w, _, needs_a, needs_b, *_ = ctx.needs_input_grad
         quantised = None if isinstance(weight, torch.Tensor) else weight
         dense = weight if isinstance(weight, torch.Tensor) else weight.dense(x.dtype)
-        y = nn.functional.linear(x, dense, bias)
+        wide_x, wide_w, wide_bias, wide_a, wide_b = widened(x, dense, bias, a, b)
+        y = nn.functional.linear(wide_x, wide_w, wide_bias)
         h = None
         if not merged:
-            h = nn.functional.linear(x, a)
-            y.view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), b.t(), alpha=scaling)
+            h = nn.functional.linear(wide_x, wide_a)
+            y.view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), wide_b.t(), alpha=scaling)
         elif needs_b and not needs_a:
             # In the merged kernel only the gradient of B needs x A^T. If x is kept for A anyway,
             # backward computes it.
-            h = nn.functional.linear(x, a)
+            h = nn.functional.linear(wide_x, wide_a)
 
         saved_x = x if needs_w or needs_a else None
-        saved_h = h if needs_b else None
+        saved_h = h.to(x.dtype) if needs_b and h is not None else None
         ctx.save_for_backward(saved_x, saved_h, dense if quantised is None else None, a, b)
         ctx.quantised = quantised
         ctx.scaling = scaling
         ctx.merged = merged
-        return y
+        return y.to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -174,26 +176,28 @@ class _LoraProduct(torch.autograd.Function):
         x, h, weight, a, b = ctx.saved_tensors
         needs_x, needs_w, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
         s = ctx.scaling
-        g = grad.reshape(-1, grad.shape[-1])
+        flat = grad.reshape(-1, grad.shape[-1])
         flat_x: Any = None if x is None else x.reshape(-1, x.shape[-1])  # kept whenever it is used
+        g, flat_x, h, a, b = widened(flat, flat_x, h, a, b)
         grad_x = grad_w = grad_bias = grad_a = grad_b = None
 
         if needs_a or (needs_x and not ctx.merged):
             gb = g @ b  # [tokens, rank]
         if needs_x:
-            grad_x = g @ (weight if ctx.quantised is None else ctx.quantised.dense(g.dtype))
+            (weight,) = widened(weight if ctx.quantised is None else ctx.quantised.dense(grad.dtype))
+            grad_x = g @ weight
             if not ctx.merged:
                 grad_x.addmm_(gb, a, alpha=s)
-            grad_x = grad_x.view(*grad.shape[:-1], -1)
+            grad_x = grad_x.to(grad.dtype).view(*grad.shape[:-1], -1)
         if needs_w:
-            grad_w = g.t() @ flat_x
+            grad_w = (g.t() @ flat_x).to(grad.dtype)
         if needs_bias:
-            grad_bias = g.sum(0)
+            grad_bias = flat.sum(0)
         if needs_a:
-            grad_a = (gb.t() @ flat_x).mul_(s)
+            grad_a = (gb.t() @ flat_x).mul_(s).to(grad.dtype)
         if needs_b:
             h = flat_x @ a.t() if h is None else h.view(-1, h.shape[-1])
-            grad_b = (g.t() @ h).mul_(s)
+            grad_b = (g.t() @ h).mul_(s).to(grad.dtype)
         return grad_x, grad_w, grad_bias, grad_a, grad_b, None, None
 
 

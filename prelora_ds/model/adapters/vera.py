@@ -31,6 +31,7 @@ from prelora_ds.model.adapters.linear import (
     exact_type,
     wrap,
 )
+from prelora_ds.model.products import widened
 
 
 class SharedPair:
@@ -114,9 +115,11 @@ class _VeraProduct(torch.autograd.Function):
         factor: float,
     ) -> torch.Tensor:
         _, needs_w, _, needs_b, needs_d, *_ = ctx.needs_input_grad
-        y = nn.functional.linear(x, weight, bias)
-        h = x.reshape(-1, x.shape[-1]) @ shared_a
-        y.view(-1, y.shape[-1]).addmm_(h * d, (shared_b * b[:, None]).t(), alpha=factor)
+        wide_x, wide_w, wide_bias, wide_a, wide_b = widened(x, weight, bias, shared_a, shared_b * b[:, None])
+        y = nn.functional.linear(wide_x, wide_w, wide_bias)
+        h = wide_x.reshape(-1, x.shape[-1]) @ wide_a
+        y.view(-1, y.shape[-1]).addmm_(h * d, wide_b.t(), alpha=factor)
+        y, h = y.to(x.dtype), h.to(x.dtype)
         ctx.save_for_backward(x if needs_w else None, h if needs_b or needs_d else None, weight, b, d, shared_a,
                               shared_b)
         ctx.factor = factor
@@ -128,18 +131,20 @@ class _VeraProduct(torch.autograd.Function):
         x, h, weight, b, d, shared_a, shared_b = ctx.saved_tensors
         needs_x, needs_w, needs_bias, needs_b, needs_d, *_ = ctx.needs_input_grad
         k = ctx.factor
-        g = grad.reshape(-1, grad.shape[-1])
+        flat = grad.reshape(-1, grad.shape[-1])
+        g, h, wide_a, scaled_b = widened(flat, h, shared_a, shared_b * b[:, None])
         exact = exact_type(g.dtype)
         grad_x = grad_w = grad_bias = grad_b = grad_d = None
 
         if needs_x or needs_d:
-            into_d = g @ (shared_b * b[:, None])  # [tokens, rank]
+            into_d = g @ scaled_b  # [tokens, rank]
         if needs_x:
-            grad_x = (g @ weight).addmm_(into_d * d, shared_a.t(), alpha=k).view(*grad.shape[:-1], -1)
+            (wide_w,) = widened(weight)
+            grad_x = (g @ wide_w).addmm_(into_d * d, wide_a.t(), alpha=k).to(grad.dtype).view(*grad.shape[:-1], -1)
         if needs_w:
-            grad_w = g.t() @ x.reshape(-1, x.shape[-1])
+            grad_w = flat.t() @ x.reshape(-1, x.shape[-1])
         if needs_bias:
-            grad_bias = g.sum(0)
+            grad_bias = flat.sum(0)
         if needs_b:
             grad_b = ((g.t() @ (h * d)) * shared_b).sum(1, dtype=exact).mul_(k).to(b.dtype)
         if needs_d:

@@ -25,6 +25,9 @@ OPERATORS = {
 }
 
 
+_in_fp32 = False  # whether this process multiplies BF16 in fp32
+
+
 def lacks_bf16_products() -> bool:
     """Whether torch multiplies BF16 on this CPU without oneDNN."""
     return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -46,11 +49,21 @@ def multiply_in_fp32() -> torch.library.Library:
             with_keyset=True,
             allow_override=True,
         )
+    global _in_fp32
+    _in_fp32 = True
     in_place = torch.library.get_kernel("aten::addmm_", "CPU")
     library.impl(
         "addmm_", functools.partial(_multiply_in_place, in_place), "CPU", with_keyset=True, allow_override=True
     )
     return library
+
+
+def widened(*tensors: Any) -> tuple[Any, ...]:
+    """Return BF16 tensors in fp32 if products of BF16 are computed in fp32 here, and otherwise all as they are.
+
+    Code with several products of a tensor converts it only once with this, and rounds only what it returns.
+    """
+    return tuple(map(_widen, tensors)) if _in_fp32 else tensors
 
 
 def _multiply(kernel: Any, narrow_all: bool, keys: Any, *args: Any, **kwargs: Any) -> Any:
