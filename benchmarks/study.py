@@ -375,7 +375,7 @@ def figures_of(by_name: Mapping[str, Mapping[str, Any]], results: Sequence[Mappi
         pairs = paired(accuracies(other, results), exp1)
         figures[figure] = round(sign * mean(pairs), 2)
     figures["most_steps_between_replay_and_run"] = max(
-        abs(r["replayed_switch"] - r["first_switch"]) for r in results if r["replayed_switch"] is not None)
+        abs(r["replayed_switch"] - r["first_switch"]) for r in results if r.get("replayed_switch") is not None)
     return {name: value for name, value in figures.items() if value is not None}
 
 
