@@ -271,7 +271,7 @@ class Phases:
 
     def _begin(self, engine: Engine) -> LoopEngine:
         self._engine = LoopEngine(engine)
-        self._set_rates()
+        self._set_next()
         problem = why_unfinished(self.config, self._controller.layout, self.timeline, self.state, self.step)
         if problem is not None:
             _say(f"warning: {problem}")
@@ -286,12 +286,12 @@ class Phases:
             self._saver.close()
         return engine
 
-    def _set_rates(self) -> None:
+    def _set_next(self) -> None:
         if self.done:
             self._loop().over = f"the run is over: it has {self.total_steps} steps (train.duration)"
             return
         rates = self._controller.rates(self.state, self.step + 1, self.config.optimizer)
-        self._loop().set_rates(*rates)
+        self._loop().set_next(*rates, self._controller.cut(self.state, self.step + 1))
 
     def _decide(self, engine: Engine, state: RunState, step: int) -> PhaseState:
         norms = weight_norms(engine).effective
@@ -306,7 +306,7 @@ class Phases:
         followed, _ = engine_for(engine, self.state, self._controller, keep_frozen)
         if followed is not engine:
             self._engine = LoopEngine(followed)
-        self._set_rates()
+        self._set_next()
         return self._loop()
 
     def _reduce_losses(self, engine: Engine, step: int) -> None:

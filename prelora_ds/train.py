@@ -118,7 +118,8 @@ def loop(run: Run, records: Records, saver: Saver, stop: StopRequest, guard: Gua
         away_s = feed.look_ahead() if step < total else 0.0
         lr, own_lr = run.controller.rates(state.phase, step, config.optimizer)
         accept = partial(state.watch.accepts, step, limits=config.train.divergence)
-        stats = engine.finish_step(lr=lr, accept=accept, adapter_lr=own_lr, away_s=away_s)
+        cut = run.controller.cut(state.phase, step)
+        stats = engine.finish_step(lr=lr, accept=accept, adapter_lr=own_lr, cut=cut, away_s=away_s)
         records.stragglers(step, stats)
 
         # Stop, skip the update or roll back: too many unreadable samples, or a step that diverged.

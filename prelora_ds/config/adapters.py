@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from prelora_ds.config.fields import FieldError, Positive, Share, Strict, Text
 from prelora_ds.config.rank_rules import AnyRankRule
-from prelora_ds.core.adapters import KINDS, AdapterSpec, Option
+from prelora_ds.core.adapters import KINDS, AdapterSpec, Option, OptionError
 from prelora_ds.core.adapters.refused import REFUSED
 from prelora_ds.core.rank_rules import RANK_RULES, RankRule
 
@@ -214,7 +214,7 @@ def check_resizes(adapters: AdaptersConfig, key: str, value: object) -> None:
 
 
 def _check_options(kind: str, options: Mapping[str, Option]) -> None:
-    """Raise FieldError for an option that ``kind`` does not have, or with another type."""
+    """Raise FieldError for an option that ``kind`` does not have, or with a value that is not possible."""
     defaults = KINDS[kind].options
     for name, value in options.items():
         if name not in defaults:
@@ -240,3 +240,8 @@ def _check_options(kind: str, options: Mapping[str, Option]) -> None:
             near = difflib.get_close_matches(str(value), choices, n=1)
             raise FieldError(f"options.{name}", value, f"is not one of {', '.join(choices)}",
                              f"did you mean {near[0]}?" if near else None)
+    try:
+        KINDS[kind].pruning(options)
+    except OptionError as exc:
+        value = options.get(exc.option, defaults[exc.option])
+        raise FieldError(f"options.{exc.option}", value, exc.problem) from exc

@@ -16,7 +16,7 @@ RANK = 13
 OUT1, OUT2, IN1, IN2 = 79, 83, 89, 13 * 7  # whose products stand for the sizes in a shape
 OUTPUTS, INPUTS = OUT1 * OUT2, IN1 * IN2
 _WORDS = {OUTPUTS: "out", INPUTS: "in", RANK: "rank", OUT1: "out1", OUT2: "out2", IN1: "in1", IN2: "in2",
-          INPUTS // RANK: "in / rank", RANK * (RANK - 1) // 2: "rank (rank - 1) / 2"}
+          1: "1", INPUTS // RANK: "in / rank", RANK * (RANK - 1) // 2: "rank (rank - 1) / 2"}
 
 
 def with_tables(page: str) -> str:

@@ -11,6 +11,7 @@ from prelora_ds.core.duration import Duration
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.phases import PhaseSpec, layers_of, plan_of, switch_tests, windowing_of, with_ranks
 from prelora_ds.core.plan import Plan
+from prelora_ds.core.pruning import Cut
 from prelora_ds.core.schedule import Restart, Schedule, Timeline, lr_at
 from prelora_ds.core.selection import Selection, active_adapters, next_choice, with_active
 from prelora_ds.core.switch_tests.combined import single_tests
@@ -40,6 +41,8 @@ class PhaseState:
     updates: adapter -> the optimizer steps of this phase that updated it.
     choices: how often adapters were chosen in this phase.
     ranked: the step after which the ranks of the adapters were chosen last.
+    attached: the step after which the adapters were attached.
+    pruned: the last step that pruned components of the adapters, or 0.
     flops: what all steps until ``ranked`` have cost; 0 where the costs are not known.
     """
 
@@ -56,6 +59,8 @@ class PhaseState:
     choices: int = 0
     ranked: int = 0
     flops: int = 0
+    attached: int = 0
+    pruned: int = 0
 
     @property
     def next_window(self) -> int:
@@ -159,6 +164,9 @@ class PhaseController:
         updated: whether the step's update was taken. Otherwise its importance is not counted, because it may not be
             finite.
         """
+        cut = self.cut(state, step)
+        if updated and cut is not None and cut.keep is not None:
+            state = replace(state, pruned=step)
         return self._chosen(self._merged(state, step), step, importance or {}, updated=updated)
 
     def _chosen(self, state: PhaseState, step: int, importance: Mapping[str, float], *, updated: bool) -> PhaseState:
@@ -210,6 +218,14 @@ class PhaseController:
             return lr_at(at, state.restarts, timeline=self.timeline, schedule=schedule)
 
         return rate(step), {adapter: rate(own_step) for adapter, own_step in self.own_steps(state).items()}
+
+    def cut(self, state: PhaseState, step: int) -> Cut | None:
+        """What optimizer step ``step`` prunes of the adapters; None if they are not of a kind that is pruned."""
+        pruning = state.plan.pruning()
+        components = sum(state.plan.pruned().values())
+        if pruning is None or not components:
+            return None
+        return pruning.cut(self.timeline, components, since=state.attached, last=state.pruned, step=step)
 
     def _chooses(self, selection: Selection, plan: Plan, step: int) -> bool:
         if selection.once_at is not None:
@@ -275,13 +291,15 @@ class PhaseController:
             waits = (f"{reason}; phase {self.phases[index].name} waits until {adapters.ranks.windows} windows have "
                      "closed, because its ranks depend on them")
             return replace(state, reason=waits)
+        attaches = adapters is not None and not adapters.resized
         windowing = windowing_of(self.phases, index)
         shared = 0 if windowing is None else windowing.shared_by(len(state.open))
         return replace(state, plan=self._plan(index, state.plan, step, state.windows), index=index, reason=reason,
                        first_window=state.next_window + shared,
                        restarts=self._restarts(state, step, self.phases[index].rewarm, step + 1), importance={},
                        updates={},
-                       choices=1, ranked=step, flops=self._flops(state, step))
+                       choices=1, ranked=step, flops=self._flops(state, step),
+                       attached=step if attaches else state.attached, pruned=0 if attaches else state.pruned)
 
     def _restarts(self, state: PhaseState, step: int, rewarm: Duration | None, earliest: int) -> tuple[Restart, ...]:
         """The restarts of the learning rate so far, with one after ``step`` if it is to rise again there.

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from prelora_ds.core.adapters import AdapterSpec, Lora, Shape, kind_of
+from prelora_ds.core.adapters import AdapterSpec, Lora, Shape, kind_of, rank_of
 from prelora_ds.core.codec import fields_from_json, fields_to_json
 from prelora_ds.core.layout import Layout
+from prelora_ds.core.pruning import Pruning
 from prelora_ds.core.quantised import BF16, BYTES
 
 BASE = "base"  # the role of every parameter of the model itself
@@ -95,6 +96,27 @@ class Plan:
     def frozen_targets(self) -> frozenset[str]:
         """The paths of the linears with an adapter whose own weight does not train."""
         return frozenset(path for path in self.adapters if f"{path}.weight" not in self.trainable)
+
+    def pruning(self) -> Pruning | None:
+        """How components of the adapters are pruned; None if they are not."""
+        of_kinds = {spec.kind: spec for spec in self.adapters.values()}.values()
+        found = (kind_of(spec).pruning(spec.options) for spec in of_kinds)
+        return next((pruning for pruning in found if pruning is not None), None)
+
+    def pruned(self) -> dict[str, int]:
+        """Path -> number of components, for each adapter whose components are pruned because it trains."""
+        pruning = self.pruning()
+        if pruning is None:
+            return {}
+        return {path: rank_of(spec) for path, spec in self.adapters.items()
+                if f"{path}.{pruning.gate}" in self.trainable}
+
+    def measured(self, layout: Layout) -> frozenset[str]:
+        """The leaves of adapters whose components are pruned, so that the sensitivity of their elements is kept."""
+        pruning = self.pruning()
+        if pruning is None:
+            return frozenset()
+        return frozenset(name for name, (_, leaf) in self.leaves(layout).items() if leaf in pruning.axes)
 
     def __post_init__(self) -> None:
         for spec in self.adapters.values():

@@ -4,8 +4,9 @@ This module shares no code with engine/census.py, which measures them.
 
 n is the number of elements of all parameters, t of those that the optimizer holds, a of those that train now
 (`Plan.training`), and w the number of ranks. Weights are BF16 (2 bytes); gradients, masters and Adam moments are fp32
-(4 bytes each). Stage 3 pads each parameter to a multiple of w, so a bias of 1,408 elements occupies 2,048 on 1,024
-ranks. The padding of stages 1 and 2 (at most 2w elements per group) is not counted.
+(4 bytes each). Adapters that are pruned have two more fp32 values per element, which count as moments. Stage 3 pads
+each parameter to a multiple of w, so a bias of 1,408 elements occupies 2,048 on 1,024 ranks. The padding of stages 1
+and 2 (at most 2w elements per group) is not counted.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def predict_bytes(plan: Plan, layout: Layout, zero: ZeroSettings, world_size: in
         weights=weights,
         gradients=_gradients(t, a, w, zero, after_backward),
         masters=FP32 * t // sharded,
-        moments=2 * FP32 * t // sharded,
+        moments=2 * FP32 * (t + sum(sizes[name] for name in plan.trainable & plan.measured(layout))) // sharded,
         buffers=buffers,
         host=FP32 * (sum(sizes[name] for name in (parked & sizes.keys()) - plan.trainable - in_module)
                      + sum(math.prod(layout.parameters[name]) for name in plan.quantised())) // w,

@@ -27,6 +27,7 @@ from prelora_ds.engine.restore import restore_state
 from prelora_ds.engine.runtime import device, share_timeout
 from prelora_ds.engine.state import EngineState
 from prelora_ds.model.adapters import attach_adapters, check_adapters, check_names
+from prelora_ds.model.adapters.linear import adapted_linears
 from prelora_ds.model.adapters.lora import lora_linears
 from prelora_ds.model.families import MakeModule, named_parameters
 from prelora_ds.model.vit import build_model, compile_blocks
@@ -67,9 +68,11 @@ def build_engine(
         )
     share_timeout()
     check_adapters(ds.module, plan)
-    bind_names(ds)
+    bind_names(ds, plan.measured(layout))
     kept = restore_state(ds, plan, layout, state, parked=(parked | plan.quantised()) - plan.trainable)
     apply_active(ds, plan, layout)
+    for _, linear in adapted_linears(ds.module):
+        linear.micro_batches = ds.gradient_accumulation_steps()
     for name, value in vars(counters).items():
         setattr(ds, name, value)
     # DeepSpeed ends a step when micro_steps is a multiple of the accumulation. Realign it: the

@@ -16,6 +16,7 @@ from torch import nn
 from prelora_ds.config.tree import Config
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.plan import Plan
+from prelora_ds.core.pruning import Cut
 from prelora_ds.core.selection import Measured
 from prelora_ds.data.batch import MicroBatch, mix_images, mix_labels
 from prelora_ds.data.transforms import to_float
@@ -23,6 +24,7 @@ from prelora_ds.engine.active import apply_active, check_active
 from prelora_ds.engine.boundary import seeded
 from prelora_ds.engine.importance import importance_of, measure_outputs, parts_of_importance
 from prelora_ds.engine.optimizer import inner_optimizer
+from prelora_ds.engine.pruning import prepare, prune
 from prelora_ds.engine.runtime import synchronize
 from prelora_ds.engine.skip_update import skipping_update
 from prelora_ds.engine.state import Slice
@@ -223,6 +225,7 @@ class Engine:
         lr: float,
         accept: Callable[[float], bool] = lambda loss: True,
         adapter_lr: Mapping[str, float] = MappingProxyType({}),
+        cut: Cut | None = None,
         away_s: float = 0.0,
     ) -> StepStats:
         """Take the optimizer step that follows `backward`. Collective.
@@ -230,6 +233,7 @@ class Engine:
         lr: the learning rate; each optimizer group uses it times the group's own scale.
         accept: called with the loss; if it returns False, the update is skipped.
         adapter_lr: adapter -> the learning rate that it has in place of ``lr``.
+        cut: what the update does to the components of adapters that are pruned.
         away_s: seconds since the step began that the caller has spent on something else.
 
         The host waits twice: for the loss, which decides whether the update is made, and for the gradient norm, which
@@ -245,7 +249,7 @@ class Engine:
         loss = total / world
         importance = self.take_importance()
 
-        skipped = self.update(lr=lr, adapter_lr=adapter_lr, accepted=accept(loss))
+        skipped = self.update(lr=lr, adapter_lr=adapter_lr, cut=cut, accepted=accept(loss))
         norm = self.ds.get_global_grad_norm()
         if self.config.zero.stage == 3:
             synchronize()
@@ -265,24 +269,28 @@ class Engine:
             importance=importance,
         )
 
-    def update(self, *, lr: float, adapter_lr: Mapping[str, float] = MappingProxyType({}),
+    def update(self, *, lr: float, adapter_lr: Mapping[str, float] = MappingProxyType({}), cut: Cut | None = None,
                accepted: bool = True) -> bool:
         """Take the optimizer step that follows the backward passes, or skip it, and reduce nothing else. Collective.
 
-        lr, adapter_lr: as in `finish_step`.
+        lr, adapter_lr, cut: as in `finish_step`.
 
         Returns whether the update was skipped.
         """
         for group in self.ds.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         inner_optimizer(self.ds).own_lr = self._by_name(adapter_lr)
+        prepare(self, cut)
 
         skipped_before = self.ds.skipped_steps
         with contextlib.nullcontext() if accepted else skipping_update(self.ds.optimizer):
             self.ds.step()
+        skipped = bool(self.ds.skipped_steps > skipped_before)
+        if cut is not None and cut.keep is not None and not skipped:
+            prune(self, cut.keep)
         refresh_adapters(self.module)
         self._losses = []
-        return bool(self.ds.skipped_steps > skipped_before)
+        return skipped
 
     def take_importance(self) -> dict[str, float]:
         """Return the importance of each adapter in this step; {} if none is measured. Collective if it is.

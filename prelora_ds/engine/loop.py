@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from prelora_ds.core.pruning import Cut
 from prelora_ds.engine.boundary import Passed
 from prelora_ds.engine.engine import Engine
 
@@ -46,6 +47,7 @@ class LoopEngine:
         self._ended = ""
         self._passed = Passed()
         self._adapter_lr: Mapping[str, float] = MappingProxyType({})
+        self._cut: Cut | None = None
         self.lr = 0.0
         self.taken: Taken | None = None
         self.over = ""
@@ -92,7 +94,7 @@ class LoopEngine:
             )
         loss = engine.mean_loss()
         importance = engine.take_importance()
-        skipped = engine.update(lr=self.lr, adapter_lr=self._adapter_lr)
+        skipped = engine.update(lr=self.lr, adapter_lr=self._adapter_lr, cut=self._cut)
         self._passed.drop()
         self.taken = Taken(loss, skipped, importance)
 
@@ -131,10 +133,11 @@ class LoopEngine:
             raise StaleEngineError(self._ended)
         return self._engine
 
-    def set_rates(self, lr: float, adapter_lr: Mapping[str, float]) -> None:
-        """Set the learning rates of the next step, as in `Engine.finish_step`."""
+    def set_next(self, lr: float, adapter_lr: Mapping[str, float], cut: Cut | None) -> None:
+        """Set what the next step needs, as in `Engine.finish_step`."""
         self.lr = lr
         self._adapter_lr = adapter_lr
+        self._cut = cut
 
     def end(self, why: str) -> None:
         """Let every further use raise StaleEngineError with the text ``why``."""

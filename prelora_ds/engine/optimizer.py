@@ -12,7 +12,7 @@ one or two collectives per group and step at stages 1 to 3, and padding.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# What else a step keeps of parameters whose components are pruned (AdaLoRA).
+SENSITIVITY = ("sensitivity", "uncertainty")
+KEPT = (*MOMENTS, *SENSITIVITY)
 
 
 def make_optimizer(config: Config, plan: Plan, layout: Layout, module: nn.Module) -> AdamByName:
@@ -87,9 +90,14 @@ def inner_optimizer(engine: DeepSpeedEngine) -> AdamByName:
     return inner
 
 
-def bind_names(engine: DeepSpeedEngine) -> None:
-    """Bind the names of a new engine's parameters to ranges, with all Adam steps at 0."""
-    inner_optimizer(engine).bind(trained_names(engine), fragments(engine))
+def bind_names(engine: DeepSpeedEngine, measured: frozenset[str]) -> None:
+    """Bind the names of a new engine's parameters to ranges, with all Adam steps at 0.
+
+    measured: as in `AdamByName`.
+    """
+    inner = inner_optimizer(engine)
+    inner.bind(trained_names(engine), fragments(engine))
+    inner.measured = measured
 
 
 @dataclass
@@ -137,6 +145,10 @@ class AdamByName(torch.optim.Optimizer):
     active: the names to update, or None for all.
     own_lr: name -> the learning rate, before the scale of its group, of names that do not have the
         group's.
+    measured: the names whose state also has the `SENSITIVITY` of each element (AdaLoRA). They do
+        not share a flat tensor with others.
+    sensitivity_betas: the decay of these averages in the next steps, or None to leave them.
+    stay_zero: the names of which those elements of the masters stay zero that are zero.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -144,6 +156,9 @@ class AdamByName(torch.optim.Optimizer):
         self.steps: dict[str, int] = {}
         self.active: frozenset[str] | None = None
         self.own_lr: Mapping[str, float] = {}
+        self.measured: frozenset[str] = frozenset()
+        self.sensitivity_betas: tuple[float, float] | None = None
+        self.stay_zero: frozenset[str] = frozenset()
         self._flats: dict[torch.Tensor, _Flat] = {}
 
     def bind(
@@ -183,8 +198,37 @@ class AdamByName(torch.optim.Optimizer):
             ranges = StepRanges()
             for tensor in group["params"]:
                 self._add_ranges(ranges, tensor, group)
+                self._measure(tensor)
+            zeros = [zero for tensor in group["params"] for zero in self._zeros(tensor)]
             if ranges.steps:
                 self.update(group, ranges)
+            for part, is_zero in zeros:
+                part.masked_fill_(is_zero, 0.0)
+
+    def keys_of(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Return the keys of the state of a flat tensor with these names, or of one of the names."""
+        return KEPT if self.measured and not self.measured.isdisjoint(names) else MOMENTS
+
+    def _measure(self, tensor: torch.Tensor) -> None:
+        """Average the sensitivity of each element and its uncertainty (Zhang et al. 2023, equations 8 to 10).
+
+        The gradient is that of the update, which may have been clipped.
+        """
+        if self.sensitivity_betas is None or self.measured.isdisjoint(self._flats[tensor].names):
+            return
+        assert tensor.grad is not None
+        beta1, beta2 = self.sensitivity_betas
+        sensitivity, uncertainty = (self.state[tensor][key] for key in SENSITIVITY)
+        now = (tensor.detach() * tensor.grad).abs_()
+        sensitivity.mul_(beta1).add_(now, alpha=1 - beta1)
+        uncertainty.mul_(beta2).add_(now.sub_(sensitivity).abs_(), alpha=1 - beta2)
+
+    def _zeros(self, tensor: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield each part of ``tensor`` in which zeros stay, with where they are."""
+        for name, start, stop in self._flats[tensor].ranges if self.stay_zero else ():
+            if name in self.stay_zero:
+                part = tensor.detach().view(-1)[start:stop]
+                yield part, part == 0
 
     def _add_ranges(
         self, ranges: StepRanges, tensor: torch.Tensor, group: Mapping[str, Any]
@@ -214,7 +258,7 @@ class AdamByName(torch.optim.Optimizer):
         state = self.state[tensor]
         # Every rank creates the moments, whether or not it holds an active name, because an export
         # states which names have moments.
-        for key in MOMENTS:
+        for key in self.keys_of(flat.names):
             if key not in state:
                 state[key] = torch.zeros_like(tensor.detach())
         stepped = (tensor.detach(), *(state[key] for key in MOMENTS))

@@ -15,7 +15,7 @@ from prelora_ds.core.adapters import AdapterSpec, kind_of
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.plan import Plan
 from prelora_ds.engine.fragments import adam_state, fragments, trained_names, updated_weights
-from prelora_ds.engine.optimizer import MOMENTS, inner_optimizer
+from prelora_ds.engine.optimizer import inner_optimizer
 from prelora_ds.engine.state import EngineState, Slice, gather_full, share_of
 from prelora_ds.model.adapters import (
     fp32_weights,
@@ -50,18 +50,19 @@ def restore_state(
     Raises RuntimeError on every rank if the state does not fit the plan, or if DeepSpeed's masters
     do not match the weights afterwards.
     """
-    in_state = _check_fits(engine.module, plan, layout, state)
+    in_state = _check_fits(engine, plan, layout, state)
     parameters = named_parameters(engine.module)
     inner = adam_state(engine)
     inner.clear()  # DeepSpeed 0.19 took one step on zero gradients at stage 0
     fragment_of: dict[str, Any] = {f.name: f for f in fragments(engine)}
-    steps = inner_optimizer(engine).steps
+    optimizer = inner_optimizer(engine)
+    steps = optimizer.steps
     for flat, names in trained_names(engine):
         flat.detach().zero_()  # padding included
         steps |= {name: state.adam_steps.get(name, 0) for name in names}
         # Moments can exist at step 0: the name was not active yet, or its steps were reset.
         if any(name in state.adam_steps for name in names):
-            inner[flat] = {key: torch.zeros_like(flat.detach()) for key in MOMENTS}
+            inner[flat] = {key: torch.zeros_like(flat.detach()) for key in optimizer.keys_of(names)}
 
     fp32 = fp32_weights(engine.module)
     quantised = quantised_linears(engine.module)
@@ -91,7 +92,7 @@ def restore_state(
         if fragment is not None:
             fragment.of(fragment.flat).copy_(full.view(-1)[fragment.start : fragment.stop])
         if name in plan.trainable and name in state.adam_steps:
-            for key in MOMENTS:
+            for key in optimizer.keys_of([name]):
                 full = gather_full(state, name, key, shape, engine.device)
                 if fragment is not None:
                     moment = fragment.of(inner[fragment.flat][key])
@@ -115,7 +116,7 @@ def _whole(weight: nn.Parameter | None, spec: AdapterSpec) -> Iterator[torch.Ten
         yield weight.data
 
 
-def _check_fits(module: nn.Module, plan: Plan, layout: Layout, state: EngineState) -> set[str]:
+def _check_fits(engine: DeepSpeedEngine, plan: Plan, layout: Layout, state: EngineState) -> set[str]:
     """Check that ``state`` fits ``plan``. Collective.
 
     Returns the names of which any rank holds a slice.
@@ -128,7 +129,7 @@ def _check_fits(module: nn.Module, plan: Plan, layout: Layout, state: EngineStat
         name: (
             s.start,
             s.value.numel(),
-            *(len(s.moments[key]) for key in MOMENTS if key in s.moments),
+            *map(len, s.moments.values()),
         )
         for name, s in state.slices.items()
         if s.value.numel()
@@ -145,13 +146,11 @@ def _check_fits(module: nn.Module, plan: Plan, layout: Layout, state: EngineStat
     problems += [f"{name} is missing" for name in layout.parameters if name not in in_state]
     for name in (name for name in shapes if name in in_state):  # in the same order on all ranks
         spans_of_name = [spans[name] for spans, _, _ in ranks if name in spans]
-        has_moments = name in state.adam_steps
-        problems += _span_problems(
-            name, math.prod(shapes[name]), spans_of_name, has_moments=has_moments
-        )
+        keys = inner_optimizer(engine).keys_of([name]) if name in state.adam_steps else ()
+        problems += _span_problems(name, math.prod(shapes[name]), spans_of_name, moments=len(keys))
     if any(steps != ranks[0][1] for _, steps, _ in ranks):
         problems.append("the ranks hold different Adam steps")
-    expected = {name: tuple(b.shape) for name, b in module.named_buffers()}
+    expected = {name: tuple(b.shape) for name, b in engine.module.named_buffers()}
     problems += [
         f"rank {rank} holds the buffers {exported}, but the module has {expected}"
         for rank, (_, _, exported) in enumerate(ranks)
@@ -168,11 +167,12 @@ def _check_fits(module: nn.Module, plan: Plan, layout: Layout, state: EngineStat
 
 
 def _span_problems(
-    name: str, numel: int, spans: list[tuple[int, ...]], *, has_moments: bool
+    name: str, numel: int, spans: list[tuple[int, ...]], *, moments: int
 ) -> list[str]:
     """Return what is wrong with the slices that the ranks hold of one parameter.
 
     spans: per rank that holds a slice, (start, elements, elements of each moment).
+    moments: how many moments there have to be.
     """
     reached = 0
     for start, length, *_ in sorted(spans):
@@ -182,8 +182,7 @@ def _span_problems(
         reached += length
     if reached != numel:
         return [f"{name} has {reached:,} elements in the state but {numel:,} in the plan"]
-    expected = len(MOMENTS) if has_moments else 0
-    if any(moments != [length] * expected for _, length, *moments in spans):
+    if any(found != [length] * moments for _, length, *found in spans):
         return [f"the Adam moments of {name} do not match its Adam step"]
     return []
 

@@ -20,7 +20,7 @@ from prelora_ds.engine.fragments import (
     fragments,
     trained_names,
 )
-from prelora_ds.engine.optimizer import MOMENTS, inner_optimizer
+from prelora_ds.engine.optimizer import KEPT, inner_optimizer
 from prelora_ds.model.adapters import dense_weights, fp32_weights
 from prelora_ds.model.families import named_parameters
 
@@ -35,7 +35,8 @@ class Slice:
 
     value: of a trainable parameter its fp32 master; of a frozen one its value, in BF16, or in fp32
         if a merged LoRA linear or `Engine.parked` keeps it so.
-    moments: the Adam moments by name, fp32; empty for a frozen parameter.
+    moments: the Adam moments by name, and with them what else `KEPT` contains, fp32; empty for a
+        frozen parameter.
     """
 
     start: int
@@ -139,7 +140,7 @@ def _collect(
     adam_steps: dict[str, int] = {}
     replicated = engine.zero_optimization_stage() == 0
     for flat, names in trained_names(engine):
-        moments = {key: inner[flat][key] for key in MOMENTS if key in inner.get(flat, {})}
+        moments = {key: inner[flat][key] for key in KEPT if key in inner.get(flat, {})}
         tensors = {"value": flat} | moments
         if "exp_avg" in tensors:
             adam_steps |= {name: adam_steps_of[name] for name in names}

@@ -27,16 +27,15 @@ OWN = [kind for kind in KINDS if kind != "lora"]  # most other tests of ranks ha
 WITHOUT_OFFLOAD = [zero for zero in ZEROS if not zero.endswith("offload")]
 
 
-def settings(*quick, zeros=tuple(ZEROS)):
-    """Return every kind at every stage; all but those of ``quick`` are long tests."""
+def settings(*quick, zeros=tuple(ZEROS), kinds=OWN):
+    """Return every one of ``kinds`` at every stage; all but those of ``quick`` are long tests."""
     return [(kind, zero) if (kind, zero) in quick else pytest.param(kind, zero, marks=pytest.mark.long)
-            for kind in OWN for zero in zeros]
-
+            for kind in kinds for zero in zeros]
 
 
 @pytest.mark.parametrize(("kind", "zero"), settings(
     ("dora", "zero0"), ("dora", "zero2"), ("dora", "zero3"), ("vera", "zero3"), ("lokr", "zero2"), ("oft", "zero3"),
-    ("miss", "zero0"), ("ia3", "zero3")))
+    ("miss", "zero0"), ("ia3", "zero3"), ("adalora", "zero2")))
 def test_a_kind_is_attached_trained_frozen_and_merged(ranks, kind, zero):
     ranks.run(walk, kind=kind, zero=zero)
 
@@ -134,7 +133,8 @@ def bytes_as_predicted(kind, zero):
 
 
 @pytest.mark.parametrize(("kind", "zero"), settings(
-    ("dora", "zero2"), ("lokr", "zero3"), ("ia3", "zero1"), zeros=WITHOUT_OFFLOAD))
+    ("dora", "zero2"), ("lokr", "zero3"), ("ia3", "zero1"), zeros=WITHOUT_OFFLOAD,
+    kinds=[kind for kind in OWN if KINDS[kind].can.selects]))
 def test_inactive_adapters_stay_bitwise(ranks, kind, zero):
     ranks.run(selected, kind=kind, zero=zero)
 
@@ -216,10 +216,11 @@ SETTINGS = (*NONE, "observe.every=2 steps", "train.duration=8 steps", "checkpoin
 
 
 def method(kind):
-    return ("phases=[{name: full, until: 2 steps}, "
-            f"{{name: joint, adapters: {{kind: {kind}, {'rank: 4' if KINDS[kind].can.ranked else ''}}}, "
-            "until: 2 steps}, "
-            "{name: lora, train: [adapters, rest], active: {choose: discounted, k: 6, every: 2 steps}}]")
+    rank = "rank: 4" if KINDS[kind].can.ranked else ""
+    pruned = "options: {begin: 1 steps, end: 4 steps, every: 1 steps}" if kind == "adalora" else ""
+    active = "active: {choose: discounted, k: 6, every: 2 steps}" if KINDS[kind].can.selects else ""
+    return (f"phases=[{{name: full, until: 2 steps}}, {{name: joint, adapters: {{kind: {kind}, {rank}, {pruned}}}, "
+            f"until: 2 steps}}, {{name: lora, train: [adapters, rest], {active}}}]")
 
 
 def start(forge, shards, out, kind, zero, **options):

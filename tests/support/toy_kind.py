@@ -57,6 +57,9 @@ class ToyKind:
     def needs_update(self, spec: AdapterSpec) -> bool:
         return False
 
+    def pruning(self, options: Mapping[str, Option]) -> None:
+        return None
+
     def role(self, leaf: str) -> str:
         return "gain"
 

@@ -6,6 +6,7 @@ refusals and the table of docs/methods.md come; `prelora_ds.model.adapters` cont
 
 from __future__ import annotations
 
+from prelora_ds.core.adapters.adalora import AdaLora
 from prelora_ds.core.adapters.dora import Dora
 from prelora_ds.core.adapters.ia3 import IA3
 from prelora_ds.core.adapters.kind import (
@@ -15,6 +16,7 @@ from prelora_ds.core.adapters.kind import (
     Capabilities,
     Needs,
     Option,
+    OptionError,
     Shape,
     rank_of,
 )
@@ -24,12 +26,12 @@ from prelora_ds.core.adapters.miss import Miss
 from prelora_ds.core.adapters.oft import Oft
 from prelora_ds.core.adapters.vera import Vera
 
-__all__ = ["IA3", "KINDS", "AdapterCost", "AdapterKind", "AdapterSpec", "Capabilities", "Dora", "LoKr", "Lora", "Miss",
-           "Needs", "Oft", "Option", "Shape", "Vera", "kind_called",
-           "kind_of", "rank_of"]
+__all__ = ["IA3", "KINDS", "AdaLora", "AdapterCost", "AdapterKind", "AdapterSpec", "Capabilities", "Dora", "LoKr",
+           "Lora", "Miss", "Needs", "Oft", "Option", "OptionError", "Shape", "Vera", "kind_called", "kind_of",
+           "rank_of"]
 
 KINDS: dict[str, AdapterKind] = {"lora": Lora(), "dora": Dora(), "vera": Vera(), "lokr": LoKr(), "oft": Oft(),
-                                 "miss": Miss(), "ia3": IA3()}
+                                 "miss": Miss(), "ia3": IA3(), "adalora": AdaLora()}
 
 
 def kind_called(name: str) -> AdapterKind:

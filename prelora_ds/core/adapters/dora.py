@@ -34,6 +34,9 @@ class Dora:
     def needs_update(self, spec: AdapterSpec) -> bool:
         return Lora().needs_update(spec)
 
+    def pruning(self, options: Mapping[str, Option]) -> None:
+        return None
+
     def role(self, leaf: str) -> str:
         return {self.A: "a", self.B: "b", self.M: "m"}[leaf]
 

@@ -7,8 +7,22 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, Protocol
 
+from prelora_ds.core.pruning import Pruning
+
 Shape = tuple[int, ...]
 Option = bool | int | float | str
+
+
+class OptionError(ValueError):
+    """An option of a kind has a value that is not possible.
+
+    problem: completes a sentence that begins with the value.
+    """
+
+    def __init__(self, option: str, problem: str) -> None:
+        super().__init__(f"{option} {problem}")
+        self.option = option
+        self.problem = problem
 
 
 @dataclass(frozen=True)
@@ -131,6 +145,10 @@ class AdapterKind(Protocol):
         """Whether its first values are made from the update that the optimizer gives the weight at the switch."""
         ...
 
+    def pruning(self, options: Mapping[str, Option]) -> Pruning | None:
+        """How components of its adapters are pruned; None if they are not. Raises OptionError."""
+        ...
+
     def role(self, leaf: str) -> str:
         """The role of a leaf. The learning rate can be scaled per role."""
         ...
@@ -163,6 +181,9 @@ class SimpleKind:
 
     def needs_update(self, spec: AdapterSpec) -> bool:
         return False
+
+    def pruning(self, options: Mapping[str, Option]) -> Pruning | None:
+        return None
 
     def role(self, leaf: str) -> str:
         return self.roles_of_leaves[leaf]

@@ -37,6 +37,9 @@ class Lora:
     def needs_update(self, spec: AdapterSpec) -> bool:
         return spec.options.get("init", self.options["init"]) == "update"
 
+    def pruning(self, options: Mapping[str, Option]) -> None:
+        return None
+
     def role(self, leaf: str) -> str:
         return {self.A: "a", self.B: "b"}[leaf]
 

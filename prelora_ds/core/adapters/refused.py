@@ -74,9 +74,6 @@ def _table() -> dict[str, Refused]:
         (_FROM_WEIGHTS, small, ("tinylora",)),
         (_MIXES, large, ("adamss",)),
         (_NOT_MERGEABLE, large, ("lily", "poly", "xlora")),
-        ("prunes nothing in a DeepSpeed engine, because peft masks copies of the fp32 values, and no other pruning is "
-         "built into this version",
-         "choose lora, and let a rule choose its ranks again (ranks.every)", ("adalora",)),
         # Kinds that could be built.
         ("is the former name of the kind miss", "choose miss", ("bone",)),
         (_NOT_BUILT, large, ("delora", "gralora", "peanut", "bdlora")),

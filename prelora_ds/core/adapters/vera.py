@@ -34,6 +34,9 @@ class Vera:
     def needs_update(self, spec: AdapterSpec) -> bool:
         return False
 
+    def pruning(self, options: Mapping[str, Option]) -> None:
+        return None
+
     def role(self, leaf: str) -> str:
         return {self.B: "b", self.D: "d"}[leaf]
 

@@ -16,7 +16,7 @@ from torch import nn
 from prelora_ds.core.adapters import AdapterSpec, Shape, kind_of
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.plan import Plan
-from prelora_ds.model.adapters import dora, ia3, lokr, lora, miss, oft, vera
+from prelora_ds.model.adapters import adalora, dora, ia3, lokr, lora, miss, oft, vera
 from prelora_ds.model.adapters.linear import AdaptedLinear, adapted_linears
 from prelora_ds.model.families import canonical_name, named_parameters
 
@@ -63,7 +63,7 @@ class Half(Protocol):
 
 
 HALVES: dict[str, Half | ModuleType] = {"lora": lora, "dora": dora, "vera": vera, "lokr": lokr, "oft": oft,
-                                       "miss": miss, "ia3": ia3}
+                                       "miss": miss, "ia3": ia3, "adalora": adalora}
 
 
 def half_of(kind: str) -> Half:

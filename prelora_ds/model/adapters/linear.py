@@ -18,9 +18,11 @@ class AdaptedLinear(nn.Module):
 
     active: whether the adapter trains now; an inactive one still adds its part to the output.
     importance: while it is measured, the sum over samples of the L2 norm of the output, fp64, otherwise None.
+    micro_batches: how many backward passes make an optimizer step.
     """
 
     active: bool = True
+    micro_batches: int = 1
     importance: torch.Tensor | None = None
 
     def refresh(self, *, inactive: bool = False) -> None:

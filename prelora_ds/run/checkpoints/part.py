@@ -1,8 +1,8 @@
 """Write one rank's part of a state to a safetensors file, and read back any part of such files.
 
-The keys are ``value/NAME``, ``exp_avg/NAME``, ``exp_avg_sq/NAME`` and ``buffer/NAME``; values and
-moments are flat tensors. ``starts`` in the metadata maps each name to the offset at which its slice
-begins in the parameter.
+The keys are ``value/NAME``, ``exp_avg/NAME``, ``exp_avg_sq/NAME`` and ``buffer/NAME``, and for adapters
+that are pruned ``sensitivity/NAME`` and ``uncertainty/NAME``. All but buffers are flat tensors.
+``starts`` in the metadata maps each name to the offset at which its slice begins in the parameter.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from prelora_ds.engine.optimizer import MOMENTS
+from prelora_ds.engine.optimizer import KEPT
 from prelora_ds.engine.state import EngineState, Slice, even_share
 
 
@@ -111,7 +111,7 @@ def _read_rank_file(path: Path) -> dict[str, Slice]:
         for name, start in starts.items():
             value = file.get_tensor(f"value/{name}")
             moments = {
-                key: file.get_tensor(f"{key}/{name}") for key in MOMENTS if f"{key}/{name}" in keys
+                key: file.get_tensor(f"{key}/{name}") for key in KEPT if f"{key}/{name}" in keys
             }
             slices[name] = Slice(start, value, moments)
         return slices
@@ -141,7 +141,7 @@ def _read_share(
                 if low < high:
                     tensors = {
                         key: file.get_slice(f"{key}/{name}")[low - start : high - start]
-                        for key in ("value", *MOMENTS)
+                        for key in ("value", *KEPT)
                         if f"{key}/{name}" in keys
                     }
                     parts_by_name.setdefault(name, []).append((low, tensors))

@@ -52,6 +52,7 @@ LIST: list[dict[str, Any]] = [
 ]
 
 CYCLE = {"every": "5 steps"}
+ADALORA = {"kind": "adalora", "rank": 4}
 UPDATE = {"init": "update"}
 TOP = {"choose": "top_k", "every": "5 steps"}
 LORA = {"name": "b", "adapters": {"rank": 4}, "train": ["adapters", "rest"]}
@@ -196,6 +197,19 @@ def test_an_override_of_a_phase_that_is_not_there_names_those_that_are(tmp_path:
      "known are lora, dora, vera"),
     ([LIST[0], {"name": "b", "adapters": {"rank": 4, "kind": "boft"}}], "phases.b.adapters.kind",
      "keeps a matrix in x in per linear"),
+    ([LIST[0], {"name": "b", "adapters": ADALORA, "active": {**TOP, "k": 2}}], "phases.b.active",
+     "all train all the time"),
+    ([LIST[0], {"name": "b", "adapters": ADALORA, "train": "adapters", "merge": CYCLE}], "phases.b.merge",
+     "cannot be merged and begin again"),
+    ([LIST[0], {"name": "b", "adapters": ADALORA, "until": "1 step"},
+      {"name": "c", "adapters": {"rank": 2, "from": "resize"}}], "phases.c.adapters.from",
+     "cannot change theirs"),
+    ([LIST[0], {"name": "b", "adapters": {"kind": "adalora", "ranks": {"rule": "uniform", "rank": 4}}}],
+     "phases.b.adapters.ranks", "supports only one rank for all"),
+    ([LIST[0], {"name": "b", "adapters": {**ADALORA, "options": {"begin": "5 %", "end": "4 %"}}}],
+     "phases.b.adapters.options.end", "must be later than begin (5 %)"),
+    ([LIST[0], {"name": "b", "adapters": {**ADALORA, "options": {"every": "10 stepps"}}}],
+     "phases.b.adapters.options.every", "is not a duration"),
     ([LIST[0], {"name": "b", "adapters": {"rank": 4, "options": {"init": "gausian"}}}],
      "phases.b.adapters.options.init", "is not one of kaiming, gaussian, update"),
     ([{"name": "b", "adapters": {"rank": 4, "options": UPDATE}}], "phases.b.adapters.options.init",

@@ -510,6 +510,28 @@ def test_adapters_that_no_longer_change_leave_and_do_not_return() -> None:
     assert found[25] == {"3.v"}, "nothing changes any longer, and the lower adapters do not return"
 
 
+# ---- components that are pruned
+
+def test_components_are_pruned_from_when_the_adapters_were_attached_into_later_phases() -> None:
+    options = {"begin": "5 steps", "end": "20 steps", "every": "4 steps"}
+    new = Adapters("adalora", ("q", "v"), UniformRank(4), options=options)
+    phases = [PhaseSpec("full", until=Duration("10 steps")), PhaseSpec("joint", new, until=Duration("8 steps")),
+              PhaseSpec("lora", train=("adapters",), until=Duration("20 steps")),
+              PhaseSpec("again", new, ("adapters",), until=Duration("6 steps")),
+              PhaseSpec("head", train=("hea.",))]
+    control = PhaseController(layout=LAYOUT, timeline=Timeline(SAMPLES, BATCH, Duration("60 steps")), phases=phases,
+                              seed=0)
+    state, found = control.initial(), {}
+    for step in range(1, 61):
+        found[step] = control.cut(state, step)
+        state = control.next(state, Observation(step, step * BATCH, 1.0, {}))
+        state = control.after_step(reloaded(state), step, updated=step != 30)
+    assert all(found[step] is None for step in (*range(1, 11), *range(45, 61))), "no such adapters train"
+    pruned = {step: cut.keep for step, cut in found.items() if cut is not None and cut.keep is not None}
+    assert pruned == {19: 22, 23: 17, 27: 16, 30: 16, 31: 16}, "32 components"
+    assert [step for step, cut in found.items() if cut is not None and cut.final] == list(range(32, 39))
+
+
 # ---- ranks that change during a phase
 
 def test_ranks_are_chosen_again_by_the_windows_that_have_closed() -> None:

@@ -61,7 +61,10 @@ def peft_of(ours: nn.Module, kind: str) -> nn.Module:
     """Return peft's linear with the same values.
 
     VeRA's factor k is in peft's B, and not in b as in an export, so that the gradients of b are the same.
+    peft's linears know nothing of AdaLoRA's regulariser.
     """
+    if kind == "adalora":
+        ours.pull = 0.0
     base = ours.base_layer
     linear = nn.Linear(12, 20, bias=base.bias is not None)
     values = {f"0.{leaf}": ours.get_parameter(leaf).detach() for leaf in ours.leaf_names} | {"0.weight": base.weight}
@@ -90,7 +93,7 @@ def grads(layer: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor | None]:
     y = layer(x)
     (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
     of_parameters = {name.replace(".default", "").replace("ia3_l", IA3.GAIN): p.grad
-                     for name, p in layer.named_parameters()}
+                     for name, p in layer.named_parameters() if "ranknum" not in name}
     return {"x": x.grad, "y": y.detach()} | of_parameters
 
 
@@ -226,6 +229,25 @@ def test_in_bf16_they_are_the_fp32_product_up_to_rounding() -> None:
             if value is not None:
                 assert got[name].dtype is torch.bfloat16, (kind, name)
                 assert float((got[name].float() - value).norm() / value.norm()) < 2**-6, (kind, name)
+
+
+def test_adalora_adds_the_gradient_of_the_regulariser_that_peft_adds_to_the_loss() -> None:
+    layer = adapted("adalora")
+    x = torch.randn(7, 12, dtype=torch.float64)
+    assert layer.pull == 0.5 / 2  # the default, over one A and one B
+    layer.micro_batches = 4
+    found = grads(layer, x)
+    layer.zero_grad()
+    layer.pull = 0.0
+    expected = grads(layer, x)
+    layer.zero_grad()
+    a, b = layer.lora_A, layer.lora_B
+    excesses = [m - torch.eye(4, dtype=m.dtype) for m in (a @ a.T, b.T @ b)]
+    (0.5 / 2 / 4 * sum(torch.norm(excess, p="fro") for excess in excesses)).backward()
+    for name, factor in (("lora_A", a), ("lora_B", b)):
+        torch.testing.assert_close(found[name], expected.pop(name) + factor.grad, rtol=1e-10, atol=1e-12)
+        assert factor.grad.norm() > 0.01
+    assert all(torch.equal(found[name], value) for name, value in expected.items() if value is not None)
 
 
 def test_vera_shares_one_pair_whose_first_rows_do_not_depend_on_their_number() -> None:
