@@ -91,7 +91,7 @@ test-long: setup  ## run the additional settings of long tests (about 10 minutes
 
 test-methods: setup  ## train each method on the digits and compare the accuracies, and test each kind of adapter at each ZeRO stage (about an hour)
 	python benchmarks/methods_digits.py
-	pytest tests/ranks/test_kinds.py -m 'long or not long' -rA --durations=0 | tee benchmarks/results/kinds.log
+	pytest tests/ranks/test_kinds.py tests/ranks/test_adalora.py -m 'long or not long' -rA --durations=0 | tee benchmarks/results/kinds.log
 
 test-faults: setup  ## kill ranks 44 times at random (seeded) moments, and compare with undisturbed runs (about 8 minutes)
 	python benchmarks/faults.py
