@@ -312,29 +312,34 @@ def test_a_run_with_other_settings_is_refused_with_key_and_both_values(stopped, 
 
 # ---- diverged
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"])
 def test_a_skipped_update_changes_nothing(ranks, zero):
-    ranks.run(skip_one_update, zero=f"zero{zero}")
+    ranks.run(skip_one_update, zero=zero)
 
 
 def skip_one_update(zero):
     """Masters, moments and Adam steps stay; then training continues as without that step."""
     import torch
-    from support.runs import Trainer, config, same
+    from support.runs import Trainer, config, micro_batches, same
+
+    def norms():
+        return [float(p.detach().float().norm()) for p in t.engine.module.parameters() if not zero.startswith("zero3")]
 
     t = Trainer(config(zero))
     t.train(2)
-    before, norms = t.whole_state(), [float(p.float().norm()) for p in t.engine.module.parameters() if zero != "zero3"]
-    t.engine.backward(t.batches())
+    before, norms_before = t.whole_state(), norms()
+    # Other images than in the next step: clipping would hide a gradient that is the same twice.
+    t.engine.backward(micro_batches(t.cfg, 99, t.rank, t.world))
     stats = t.engine.finish_step(lr=1e-3, accept=lambda loss: False)
     assert stats.skipped and stats.loss > 0
     assert same(before, t.whole_state()) == []
-    assert norms == [float(p.float().norm()) for p in t.engine.module.parameters() if zero != "zero3"]
-    losses = t.train(2)
+    assert norms() == norms_before
+    losses, after = t.train(2), t.whole_state()
     t.close()
     t = Trainer(config(zero))
     t.train(2)
     assert losses == t.train(2) and torch.isfinite(torch.tensor(losses)).all()
+    assert same(after, t.whole_state()) == []
     t.close()
 
 
