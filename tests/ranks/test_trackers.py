@@ -105,7 +105,7 @@ def check_figures(out: Path, service: Service, steps: int) -> None:
 
 def test_a_run_that_is_killed_and_resumed_is_one_run_at_all_trackers(forge, shards, tmp_path, service):
     out = tmp_path / "out"
-    stop = {0: {"place": "step", "call": 8, "delay": 0, "signal": int(signal.SIGSTOP)}}
+    stop = {0: {"place": "step", "call": 10, "delay": 0, "signal": int(signal.SIGSTOP)}}
     killed = Job(forge, out, shards, ALL, "checkpoint.every=3 steps", env=OFFLINE, faults=stop)
     killed.wait_until_stopped()
     time.sleep(3 * FLUSH_S)
