@@ -14,6 +14,7 @@ from prelora_ds.config.named_tests import changed_test, make_test, name_of, para
 from prelora_ds.config.phases import PresetConfig
 from prelora_ds.config.preset import ConvergenceConfig, expanded
 from prelora_ds.config.tree import Config
+from prelora_ds.core.adapters import kind_called
 from prelora_ds.core.codec import CodecError, from_json
 from prelora_ds.core.controller import PhaseController, PhaseState
 from prelora_ds.core.duration import Duration
@@ -270,6 +271,11 @@ def _with_ranks(logged: Logged, phases: Sequence[PhaseSpec], rule: RankRule | No
     for spec in phases:
         adapters = spec.adapters
         if adapters is not None:
+            can = kind_called(adapters.kind).can
+            if not can.ranked or (name != "uniform" and not can.rank_per_module):
+                have = "one rank for all linears" if can.ranked else "no ranks"
+                raise ConfigError("--ranks", name, f"the adapters of phase {spec.name} are of the kind "
+                                  f"{adapters.kind}, which has {have}", "replay a run with adapters of another kind")
             if getattr(rule, "settled", None) is not None and (adapters.resized or adapters.rechosen):
                 raise ConfigError("--ranks", name, f"would remove adapters that train in phase {spec.name}",
                                   "set r_min to at least 1 and remove settled")

@@ -180,6 +180,18 @@ def test_another_rule_for_ranks_takes_the_place_of_the_run_s_own(exp1: Path) -> 
     assert [row["extrapolated"] for row in dealt] == [False, True], "the warm-up would have had other adapters"
 
 
+@pytest.mark.parametrize(("adapters", "ranks", "said"), [
+    ("{kind: vera, rank: 64}", "{rule: random}", "of the kind vera, which has one rank for all linears"),
+    ("{kind: ia3}", "{rule: uniform, rank: 4}", "of the kind ia3, which has no ranks"),
+])
+def test_ranks_that_a_kind_cannot_have_are_refused(tmp_path: Path, adapters: str, ranks: str, said: str) -> None:
+    out = tmp_path / "run"
+    full = "{name: full, until: {test: prelora, tau: 1.0, zeta: 5.0}}"
+    write_history(RunFolder(out), "vit_large_in1k",
+                  f"phases=[{full}, {{name: lora, adapters: {adapters}, train: [adapters, rest]}}]")
+    assert said in prelora(out, "--ranks", ranks, code=2)
+
+
 def test_a_measure_that_was_not_logged_is_named_with_the_key_that_logs_it() -> None:
     @dataclass(frozen=True)
     class Spectral:
