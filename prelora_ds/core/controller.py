@@ -222,7 +222,7 @@ class PhaseController:
     def cut(self, state: PhaseState, step: int) -> Cut | None:
         """What optimizer step ``step`` prunes of the adapters; None if they are not of a kind that is pruned."""
         pruning = state.plan.pruning()
-        components = sum(state.plan.pruned().values())
+        components = 0 if pruning is None else sum(state.plan.pruned().values())
         if pruning is None or not components:
             return None
         return pruning.cut(self.timeline, components, since=state.attached, last=state.pruned, step=step)

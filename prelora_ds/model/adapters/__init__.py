@@ -7,8 +7,7 @@ without torch, is in `prelora_ds.core.adapters`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from types import ModuleType
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -16,13 +15,20 @@ from torch import nn
 from prelora_ds.core.adapters import AdapterSpec, Shape, kind_of
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.plan import Plan
-from prelora_ds.model.adapters import adalora, dora, ia3, lokr, lora, miss, oft, vera
+from prelora_ds.model.adapters import lora
+from prelora_ds.model.adapters.adalora import AdaLoraHalf
+from prelora_ds.model.adapters.dora import DoraHalf
+from prelora_ds.model.adapters.ia3 import IA3Half
 from prelora_ds.model.adapters.linear import AdaptedLinear, adapted_linears
+from prelora_ds.model.adapters.lokr import LoKrHalf
+from prelora_ds.model.adapters.miss import MissHalf
+from prelora_ds.model.adapters.oft import OftHalf
+from prelora_ds.model.adapters.vera import VeraHalf
 from prelora_ds.model.families import canonical_name, named_parameters
 
 
 class Half(Protocol):
-    """The functions of a kind's file. lora.py documents each of them.
+    """The computing half of a kind: the file of LoRA, or an object. lora.py documents each function.
 
     A kind whose `Capabilities` say that it needs the weight has no `product`, and one that cannot change its rank
     has no `shrunk`. Only a kind that changes the bias has `effective_bias`.
@@ -62,13 +68,14 @@ class Half(Protocol):
     ) -> tuple[Any, dict[str, torch.Tensor]]: ...
 
 
-HALVES: dict[str, Half | ModuleType] = {"lora": lora, "dora": dora, "vera": vera, "lokr": lokr, "oft": oft,
-                                       "miss": miss, "ia3": ia3, "adalora": adalora}
+HALVES: dict[str, Any] = {"lora": lora, "dora": DoraHalf(), "vera": VeraHalf(), "lokr": LoKrHalf(), "oft": OftHalf(),
+                          "miss": MissHalf(), "ia3": IA3Half(), "adalora": AdaLoraHalf()}
 
 
 def half_of(kind: str) -> Half:
     """Return the computing half of ``kind``."""
-    return cast(Half, HALVES[kind])
+    half: Half = HALVES[kind]
+    return half
 
 
 def attach_adapters(

@@ -21,15 +21,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from prelora_ds.core.adapters import AdaLora, AdapterSpec, Shape, rank_of
-from prelora_ds.model.adapters.linear import (
-    PEFT_PREFIX,
-    OwnLinear,
-    adapted_linears,
-    check_own,
-    exact_type,
-    generator_of,
-    wrap,
-)
+from prelora_ds.model.adapters.half import AddingHalf, Maker, for_peft
+from prelora_ds.model.adapters.linear import OwnLinear, exact_type, generator_of
 
 DEVIATION = 0.02  # of the first values of A and B, as in peft
 
@@ -118,61 +111,42 @@ def _add_pull(grad: torch.Tensor, rows: torch.Tensor, pull: float) -> None:
     grad.add_((excess @ exact).mul_(2 * pull / norm))
 
 
-def attach(
-    module: nn.Module, specs: Mapping[str, AdapterSpec], *, dropout: float, kernel: str
-) -> None:
-    """Wrap the linears of ``specs`` in `AdaLoraLinear`, which has neither dropout nor another kernel."""
+class AdaLoraHalf(AddingHalf):
+    """The computing half of AdaLoRA. Its linears have neither dropout nor another kernel."""
 
-    def pull_of(spec: AdapterSpec) -> float:
-        weight = float(spec.options.get("orthogonality", AdaLora.options["orthogonality"]))
-        return weight / (2 * len(specs))  # one A and one B per linear
+    linear = AdaLoraLinear
 
-    wrap(module, specs, lambda linear, spec: AdaLoraLinear(linear, spec, pull_of(spec)))
+    def maker(self, module: nn.Module, specs: Mapping[str, AdapterSpec]) -> Maker:
+        def pull_of(spec: AdapterSpec) -> float:
+            weight = float(spec.options.get("orthogonality", AdaLora.options["orthogonality"]))
+            return weight / (2 * len(specs))  # one A and one B per linear
 
+        return lambda linear, spec: AdaLoraLinear(linear, spec, pull_of(spec))
 
-def attached(module: nn.Module) -> dict[str, nn.Module]:
-    """Return path -> linear, for all linears of ``module`` with an adapter of this kind."""
-    return {path: linear for path, linear in adapted_linears(module) if isinstance(linear, AdaLoraLinear)}
+    def initial(self, name: str, leaf: str, shape: Shape, spec: AdapterSpec, cycle: int,
+                weight: torch.Tensor | None) -> torch.Tensor:
+        """Return the fp32 first value of ``name``: E is zero, and A and B are normal with a deviation of 0.02."""
+        if leaf == AdaLora.E:
+            return torch.zeros(shape)
+        return torch.randn(shape, generator=generator_of(name, spec, cycle)).mul_(DEVIATION)
 
+    def product(
+        self, values: Mapping[str, torch.Tensor], spec: AdapterSpec, weight: Shape, rows: slice
+    ) -> torch.Tensor:
+        """Return ``rows`` of s B (E * A), in the dtype of ``values``. weight: the shape of the weight."""
+        return (values[AdaLora.B][rows] @ (values[AdaLora.E] * values[AdaLora.A])).mul_(spec.scaling)
 
-check = check_own
+    def in_peft(self, specs: Mapping[str, AdapterSpec], values: Mapping[str, torch.Tensor],
+                dropout: float) -> tuple[PeftAdaLoraConfig, dict[str, torch.Tensor]]:
+        """Return peft's config of the adapters, and their parameters by peft's names; see lora.py.
 
-
-def initial(name: str, leaf: str, shape: Shape, spec: AdapterSpec, cycle: int,
-            weight: torch.Tensor | None) -> torch.Tensor:
-    """Return the fp32 first value of ``name``: E is zero, and A and B are normal with a deviation of 0.02."""
-    if leaf == AdaLora.E:
-        return torch.zeros(shape)
-    return torch.randn(shape, generator=generator_of(name, spec, cycle)).mul_(DEVIATION)
-
-
-def product(
-    values: Mapping[str, torch.Tensor], spec: AdapterSpec, weight: Shape, rows: slice
-) -> torch.Tensor:
-    """Return ``rows`` of s B (E * A), in the dtype of ``values``. weight: the shape of the weight."""
-    return (values[AdaLora.B][rows] @ (values[AdaLora.E] * values[AdaLora.A])).mul_(spec.scaling)
-
-
-def effective(
-    weight: torch.Tensor, values: Mapping[str, torch.Tensor], spec: AdapterSpec
-) -> torch.Tensor:
-    """Return W + s B (E * A) in fp32, for inputs of any dtype. weight: W [out, in]."""
-    exact = {leaf: value.float() for leaf, value in values.items()}
-    return weight.float() + product(exact, spec, tuple(weight.shape), slice(None))
-
-
-def in_peft(specs: Mapping[str, AdapterSpec], values: Mapping[str, torch.Tensor],
-            dropout: float) -> tuple[PeftAdaLoraConfig, dict[str, torch.Tensor]]:
-    """Return peft's config of the adapters, and their parameters by peft's names; see lora.py.
-
-    peft divides its alpha by the rank + 1e-5 (peft 0.21, adalora/layer.py).
-    """
-    first = next(iter(specs.values()))
-    config = PeftAdaLoraConfig(
-        target_modules=sorted(specs),
-        init_r=rank_of(first),
-        lora_alpha=first.scaling * (rank_of(first) + 1e-5),  # type: ignore[arg-type]  # any number works
-        total_step=1,  # required, but only training with peft uses it
-    )
-    names = [f"{path}.{leaf}" for path in specs for leaf in AdaLora.roles_of_leaves]
-    return config, {f"{PEFT_PREFIX}{name}": values[name] for name in names}
+        peft divides its alpha by the rank + 1e-5 (peft 0.21, adalora/layer.py).
+        """
+        first = next(iter(specs.values()))
+        config = PeftAdaLoraConfig(
+            target_modules=sorted(specs),
+            init_r=rank_of(first),
+            lora_alpha=first.scaling * (rank_of(first) + 1e-5),  # type: ignore[arg-type]  # any number works
+            total_step=1,  # required, but only training with peft uses it
+        )
+        return config, for_peft(values, (f"{path}.{leaf}" for path in specs for leaf in AdaLora.roles_of_leaves))

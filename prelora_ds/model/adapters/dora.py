@@ -20,14 +20,8 @@ from torch.autograd.function import once_differentiable
 
 from prelora_ds.core.adapters import AdapterSpec, Dora, Shape
 from prelora_ds.model.adapters import lora
-from prelora_ds.model.adapters.linear import (
-    PEFT_PREFIX,
-    OwnLinear,
-    adapted_linears,
-    check_own,
-    exact_type,
-    wrap,
-)
+from prelora_ds.model.adapters.half import OwnHalf, for_peft
+from prelora_ds.model.adapters.linear import OwnLinear, exact_type
 from prelora_ds.model.products import widened
 
 
@@ -149,49 +143,36 @@ class _DoraProduct(torch.autograd.Function):
         return grad_x, grad_w, grad_bias, grad_a, grad_b, grad_m, None, None
 
 
-def attach(
-    module: nn.Module, specs: Mapping[str, AdapterSpec], *, dropout: float, kernel: str
-) -> None:
-    """Wrap the linears of ``specs`` in `DoraLinear`, which has neither dropout nor another kernel."""
-    wrap(module, specs, DoraLinear)
+class DoraHalf(OwnHalf):
+    """The computing half of DoRA. Its linears have neither dropout nor another kernel."""
 
+    linear = DoraLinear
 
-def attached(module: nn.Module) -> dict[str, nn.Module]:
-    """Return path -> linear, for all linears of ``module`` with an adapter of this kind."""
-    return {path: linear for path, linear in adapted_linears(module) if isinstance(linear, DoraLinear)}
+    def initial(self, name: str, leaf: str, shape: Shape, spec: AdapterSpec, cycle: int,
+                weight: torch.Tensor | None) -> torch.Tensor:
+        """Return the fp32 first value of ``name``: A and B as in LoRA, m the norms of the rows of ``weight``."""
+        if leaf != Dora.M:
+            return lora.initial(name, leaf, shape, spec, cycle)
+        assert weight is not None
+        nothing = weight.new_zeros(weight.shape[0], 1), weight.new_zeros(1, weight.shape[1])
+        return _row_norms(weight, nothing[1], nothing[0], spec.scaling, torch.float32)
 
+    def effective(
+        self, weight: torch.Tensor, values: Mapping[str, torch.Tensor], spec: AdapterSpec
+    ) -> torch.Tensor:
+        """Return m / n (W + s B A), in fp32, or in float64 for a weight [out, in] in float64.
 
-check = check_own
+        As in the forward pass, n is rounded to the type of m.
+        """
+        exact = exact_type(weight.dtype)
+        a, b, m = (values[leaf] for leaf in (Dora.A, Dora.B, Dora.M))
+        whole = torch.addmm(weight.to(exact), b.to(exact), a.to(exact), alpha=spec.scaling)
+        norm = torch.linalg.vector_norm(whole, dim=1).to(m.dtype).to(exact)
+        return whole.mul_(_ratio(m, norm)[:, None])
 
-
-def initial(name: str, leaf: str, shape: Shape, spec: AdapterSpec, cycle: int,
-            weight: torch.Tensor | None) -> torch.Tensor:
-    """Return the fp32 first value of ``name``: A and B as in LoRA, m the norms of the rows of ``weight``."""
-    if leaf != Dora.M:
-        return lora.initial(name, leaf, shape, spec, cycle)
-    assert weight is not None
-    nothing = weight.new_zeros(weight.shape[0], 1), weight.new_zeros(1, weight.shape[1])
-    return _row_norms(weight, nothing[1], nothing[0], spec.scaling, torch.float32)
-
-
-def effective(
-    weight: torch.Tensor, values: Mapping[str, torch.Tensor], spec: AdapterSpec
-) -> torch.Tensor:
-    """Return m / n (W + s B A), in fp32, or in float64 for a weight [out, in] in float64.
-
-    As in the forward pass, n is rounded to the type of m.
-    """
-    exact = exact_type(weight.dtype)
-    a, b, m = (values[leaf] for leaf in (Dora.A, Dora.B, Dora.M))
-    whole = torch.addmm(weight.to(exact), b.to(exact), a.to(exact), alpha=spec.scaling)
-    norm = torch.linalg.vector_norm(whole, dim=1).to(m.dtype).to(exact)
-    return whole.mul_(_ratio(m, norm)[:, None])
-
-
-def in_peft(specs: Mapping[str, AdapterSpec], values: Mapping[str, torch.Tensor],
-            dropout: float) -> tuple[PeftLoraConfig, dict[str, torch.Tensor]]:
-    """Return peft's config of the adapters, and their parameters by name; see lora.py."""
-    config, adapters = lora.in_peft(specs, values, dropout)
-    config.use_dora = True
-    lengths = {f"{PEFT_PREFIX}{path}.{Dora.M}": values[f"{path}.{Dora.M}"] for path in specs}
-    return config, adapters | lengths
+    def in_peft(self, specs: Mapping[str, AdapterSpec], values: Mapping[str, torch.Tensor],
+                dropout: float) -> tuple[PeftLoraConfig, dict[str, torch.Tensor]]:
+        """Return peft's config of the adapters, and their parameters by name; see lora.py."""
+        config, adapters = lora.in_peft(specs, values, dropout)
+        config.use_dora = True
+        return config, adapters | for_peft(values, (f"{path}.{Dora.M}" for path in specs))

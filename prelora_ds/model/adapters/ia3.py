@@ -13,15 +13,9 @@ from peft import IA3Config as PeftIA3Config
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from prelora_ds.core.adapters import IA3, AdapterSpec, Shape
-from prelora_ds.model.adapters.linear import (
-    PEFT_PREFIX,
-    OwnLinear,
-    adapted_linears,
-    check_own,
-    exact_type,
-    wrap,
-)
+from prelora_ds.core.adapters import IA3, AdapterSpec
+from prelora_ds.model.adapters.half import PEFT_PREFIX, OwnHalf
+from prelora_ds.model.adapters.linear import OwnLinear, exact_type
 
 
 class IA3Linear(OwnLinear):
@@ -73,45 +67,27 @@ class _IA3Product(torch.autograd.Function):
         return grad_x, grad_w, grad_bias, grad_gain
 
 
-def attach(
-    module: nn.Module, specs: Mapping[str, AdapterSpec], *, dropout: float, kernel: str
-) -> None:
-    """Wrap the linears of ``specs`` in `IA3Linear`, which has neither dropout nor another kernel."""
-    wrap(module, specs, IA3Linear)
+class IA3Half(OwnHalf):
+    """The computing half of IA3. Its linears have neither dropout nor another kernel."""
 
+    linear = IA3Linear
 
-def attached(module: nn.Module) -> dict[str, nn.Module]:
-    """Return path -> linear, for all linears of ``module`` with an adapter of this kind."""
-    return {path: linear for path, linear in adapted_linears(module) if isinstance(linear, IA3Linear)}
+    def effective(
+        self, weight: torch.Tensor, values: Mapping[str, torch.Tensor], spec: AdapterSpec
+    ) -> torch.Tensor:
+        """Return (1 + g) W in fp32, or in float64 for a weight [out, in] in float64."""
+        exact = exact_type(weight.dtype)
+        return weight.to(exact) * (1 + values[IA3.GAIN].to(exact))[:, None]
 
+    def effective_bias(
+        self, bias: torch.Tensor, values: Mapping[str, torch.Tensor], spec: AdapterSpec
+    ) -> torch.Tensor:
+        """Return (1 + g) bias in fp32."""
+        return bias.float() * (1 + values[IA3.GAIN].float())
 
-check = check_own
-
-
-def initial(name: str, leaf: str, shape: Shape, spec: AdapterSpec, cycle: int,
-            weight: torch.Tensor | None) -> torch.Tensor:
-    """Return the fp32 first value of the gains, zero."""
-    return torch.zeros(shape)
-
-
-def effective(
-    weight: torch.Tensor, values: Mapping[str, torch.Tensor], spec: AdapterSpec
-) -> torch.Tensor:
-    """Return (1 + g) W in fp32, or in float64 for a weight [out, in] in float64."""
-    exact = exact_type(weight.dtype)
-    return weight.to(exact) * (1 + values[IA3.GAIN].to(exact))[:, None]
-
-
-def effective_bias(
-    bias: torch.Tensor, values: Mapping[str, torch.Tensor], spec: AdapterSpec
-) -> torch.Tensor:
-    """Return (1 + g) bias in fp32."""
-    return bias.float() * (1 + values[IA3.GAIN].float())
-
-
-def in_peft(specs: Mapping[str, AdapterSpec], values: Mapping[str, torch.Tensor],
-            dropout: float) -> tuple[PeftIA3Config, dict[str, torch.Tensor]]:
-    """Return peft's config of the adapters, and their parameters by peft's names; see lora.py."""
-    config = PeftIA3Config(target_modules=sorted(specs), feedforward_modules=[])
-    factors = {path: 1 + values[f"{path}.{IA3.GAIN}"] for path in specs}
-    return config, {f"{PEFT_PREFIX}{path}.ia3_l": each[:, None] for path, each in factors.items()}
+    def in_peft(self, specs: Mapping[str, AdapterSpec], values: Mapping[str, torch.Tensor],
+                dropout: float) -> tuple[PeftIA3Config, dict[str, torch.Tensor]]:
+        """Return peft's config of the adapters, and their parameters by peft's names; see lora.py."""
+        config = PeftIA3Config(target_modules=sorted(specs), feedforward_modules=[])
+        factors = {path: 1 + values[f"{path}.{IA3.GAIN}"] for path in specs}
+        return config, {f"{PEFT_PREFIX}{path}.ia3_l": each[:, None] for path, each in factors.items()}

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 from prelora_ds.core.adapters import AdapterSpec, kind_of
-
-PEFT_PREFIX = "base_model.model."  # before the names of a model's parameters in peft's files
 
 
 class AdaptedLinear(nn.Module):
@@ -88,30 +86,6 @@ def generator_of(name: str, spec: AdapterSpec, cycle: int) -> torch.Generator:
 def adapted_linears(module: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
     """Return path and linear for each linear of ``module`` that is an `AdaptedLinear`."""
     return ((path, m) for path, m in module.named_modules() if isinstance(m, AdaptedLinear))
-
-
-def wrap(module: nn.Module, specs: Mapping[str, AdapterSpec],
-         make: Callable[[nn.Linear, AdapterSpec], OwnLinear]) -> None:
-    """Replace each linear of ``module`` that ``specs`` names by what ``make`` makes of it.
-
-    Raises ValueError for a path that is not that of a linear.
-    """
-    for path, spec in specs.items():
-        holder, _, name = path.rpartition(".")
-        try:
-            linear = module.get_submodule(path)
-        except AttributeError as exc:
-            raise ValueError(f"{path} is not found in the model") from exc
-        if not isinstance(linear, nn.Linear):
-            raise ValueError(f"{path} is not a linear")
-        setattr(module.get_submodule(holder), name, make(linear, spec))
-
-
-def check_own(path: str, linear: nn.Module, spec: AdapterSpec) -> None:
-    """Raise RuntimeError if ``linear`` was not made for ``spec``."""
-    assert isinstance(linear, OwnLinear)
-    if linear.spec != spec:
-        raise RuntimeError(f"{path}: {linear.spec} realised, {spec} planned")
 
 
 def exact_type(dtype: torch.dtype) -> torch.dtype:

@@ -19,14 +19,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from prelora_ds.core.adapters import AdapterSpec, LoKr, Shape, rank_of
-from prelora_ds.model.adapters.linear import (
-    PEFT_PREFIX,
-    OwnLinear,
-    adapted_linears,
-    check_own,
-    generator_of,
-    wrap,
-)
+from prelora_ds.model.adapters.half import AddingHalf, for_peft
+from prelora_ds.model.adapters.linear import OwnLinear, generator_of
 
 
 class LoKrLinear(OwnLinear):
@@ -104,57 +98,37 @@ def _rows_first(matrices: torch.Tensor) -> torch.Tensor:
     return matrices.transpose(0, 1).reshape(matrices.shape[1], -1)
 
 
-def attach(
-    module: nn.Module, specs: Mapping[str, AdapterSpec], *, dropout: float, kernel: str
-) -> None:
-    """Wrap the linears of ``specs`` in `LoKrLinear`, which has neither dropout nor another kernel."""
-    wrap(module, specs, LoKrLinear)
+class LoKrHalf(AddingHalf):
+    """The computing half of LoKr. Its linears have neither dropout nor another kernel."""
 
+    linear = LoKrLinear
 
-def attached(module: nn.Module) -> dict[str, nn.Module]:
-    """Return path -> linear, for all linears of ``module`` with an adapter of this kind."""
-    return {path: linear for path, linear in adapted_linears(module) if isinstance(linear, LoKrLinear)}
+    def initial(self, name: str, leaf: str, shape: Shape, spec: AdapterSpec, cycle: int,
+                weight: torch.Tensor | None) -> torch.Tensor:
+        """Return the fp32 first value of ``name``: W1 is zero, the others are uniform as A in LoRA."""
+        value = torch.zeros(shape)
+        if leaf != LoKr.W1:
+            nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator_of(name, spec, cycle))
+        return value
 
+    def product(
+        self, values: Mapping[str, torch.Tensor], spec: AdapterSpec, weight: Shape, rows: slice
+    ) -> torch.Tensor:
+        """Return ``rows`` of s W1 x W2, in the dtype of ``values``. weight: the shape of the weight."""
+        factors = [values[leaf] for leaf in (LoKr.W2, LoKr.W2_A, LoKr.W2_B) if leaf in values]
+        return torch.kron(values[LoKr.W1], _w2(factors))[rows].mul_(spec.scaling)
 
-check = check_own
-
-
-def initial(name: str, leaf: str, shape: Shape, spec: AdapterSpec, cycle: int,
-            weight: torch.Tensor | None) -> torch.Tensor:
-    """Return the fp32 first value of ``name``: W1 is zero, the others are uniform as A in LoRA."""
-    value = torch.zeros(shape)
-    if leaf != LoKr.W1:
-        nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator_of(name, spec, cycle))
-    return value
-
-
-def product(
-    values: Mapping[str, torch.Tensor], spec: AdapterSpec, weight: Shape, rows: slice
-) -> torch.Tensor:
-    """Return ``rows`` of s W1 x W2, in the dtype of ``values``. weight: the shape of the weight."""
-    factors = [values[leaf] for leaf in (LoKr.W2, LoKr.W2_A, LoKr.W2_B) if leaf in values]
-    return torch.kron(values[LoKr.W1], _w2(factors))[rows].mul_(spec.scaling)
-
-
-def effective(
-    weight: torch.Tensor, values: Mapping[str, torch.Tensor], spec: AdapterSpec
-) -> torch.Tensor:
-    """Return W + s W1 x W2 in fp32, for inputs of any dtype. weight: W [out, in]."""
-    exact = {leaf: value.float() for leaf, value in values.items()}
-    return weight.float() + product(exact, spec, tuple(weight.shape), slice(None))
-
-
-def in_peft(specs: Mapping[str, AdapterSpec], values: Mapping[str, torch.Tensor],
-            dropout: float) -> tuple[PeftLoKrConfig, dict[str, torch.Tensor]]:
-    """Return peft's config of the adapters, and their parameters by peft's names; see lora.py."""
-    alphas = {path: spec.scaling * rank_of(spec) for path, spec in specs.items()}
-    first = next(iter(specs))
-    config = PeftLoKrConfig(
-        target_modules=sorted(specs),
-        r=rank_of(specs[first]),
-        alpha=alphas[first],  # type: ignore[arg-type]  # any number works
-        rank_pattern={path: rank_of(spec) for path, spec in specs.items()},
-        alpha_pattern=alphas,
-    )
-    names = [f"{path}.{leaf}" for path in specs for leaf in LoKr.roles_of_leaves]
-    return config, {f"{PEFT_PREFIX}{name}": values[name] for name in names if name in values}
+    def in_peft(self, specs: Mapping[str, AdapterSpec], values: Mapping[str, torch.Tensor],
+                dropout: float) -> tuple[PeftLoKrConfig, dict[str, torch.Tensor]]:
+        """Return peft's config of the adapters, and their parameters by peft's names; see lora.py."""
+        alphas = {path: spec.scaling * rank_of(spec) for path, spec in specs.items()}
+        first = next(iter(specs))
+        config = PeftLoKrConfig(
+            target_modules=sorted(specs),
+            r=rank_of(specs[first]),
+            alpha=alphas[first],  # type: ignore[arg-type]  # any number works
+            rank_pattern={path: rank_of(spec) for path, spec in specs.items()},
+            alpha_pattern=alphas,
+        )
+        names = (f"{path}.{leaf}" for path in specs for leaf in LoKr.roles_of_leaves)
+        return config, for_peft(values, (name for name in names if name in values))

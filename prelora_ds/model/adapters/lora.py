@@ -35,7 +35,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from prelora_ds.core.adapters import AdapterSpec, Lora, Shape, rank_of
-from prelora_ds.model.adapters.linear import PEFT_PREFIX, AdaptedLinear, generator_of
+from prelora_ds.model.adapters.half import for_peft
+from prelora_ds.model.adapters.linear import AdaptedLinear, generator_of
 from prelora_ds.model.families import ADAPTER_NAME
 from prelora_ds.model.products import widened
 from prelora_ds.model.quantised import QUANTISERS, Quantised
@@ -316,5 +317,5 @@ def in_peft(specs: Mapping[str, AdapterSpec], values: Mapping[str, torch.Tensor]
 
     values: the fp32 parameters of the model and of its adapters.
     """
-    names = [f"{path}.{leaf}" for path in specs for leaf in (Lora.A, Lora.B)]
-    return peft_config(specs, dropout), {f"{PEFT_PREFIX}{name}": values[name] for name in names}
+    names = (f"{path}.{leaf}" for path in specs for leaf in (Lora.A, Lora.B))
+    return peft_config(specs, dropout), for_peft(values, names)

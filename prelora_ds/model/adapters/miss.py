@@ -15,14 +15,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from prelora_ds.core.adapters import AdapterSpec, Miss, Shape, rank_of
-from prelora_ds.model.adapters.linear import (
-    PEFT_PREFIX,
-    OwnLinear,
-    adapted_linears,
-    check_own,
-    exact_type,
-    wrap,
-)
+from prelora_ds.model.adapters.half import AddingHalf, for_peft
+from prelora_ds.model.adapters.linear import OwnLinear, exact_type
 
 
 class MissLinear(OwnLinear):
@@ -88,48 +82,22 @@ def _add_unfolded(into: torch.Tensor, h: torch.Tensor) -> None:
     into[:, whole:].add_(h[:, : into.shape[1] - whole])
 
 
-def attach(
-    module: nn.Module, specs: Mapping[str, AdapterSpec], *, dropout: float, kernel: str
-) -> None:
-    """Wrap the linears of ``specs`` in `MissLinear`, which has neither dropout nor another kernel."""
-    wrap(module, specs, MissLinear)
+class MissHalf(AddingHalf):
+    """The computing half of MiSS. Its linears have neither dropout nor another kernel."""
 
+    linear = MissLinear
 
-def attached(module: nn.Module) -> dict[str, nn.Module]:
-    """Return path -> linear, for all linears of ``module`` with an adapter of this kind."""
-    return {path: linear for path, linear in adapted_linears(module) if isinstance(linear, MissLinear)}
+    def product(
+        self, values: Mapping[str, torch.Tensor], spec: AdapterSpec, weight: Shape, rows: slice
+    ) -> torch.Tensor:
+        """Return ``rows`` of what D adds to the weight, in the dtype of ``values``. weight: the shape of the weight."""
+        of_rows = values[Miss.BLOCK].t()[rows]
+        added = of_rows.new_zeros(len(of_rows), weight[1])
+        _add_unfolded(added, of_rows)
+        return added
 
-
-check = check_own
-
-
-def initial(name: str, leaf: str, shape: Shape, spec: AdapterSpec, cycle: int,
-            weight: torch.Tensor | None) -> torch.Tensor:
-    """Return the fp32 first value of D, zero."""
-    return torch.zeros(shape)
-
-
-def product(
-    values: Mapping[str, torch.Tensor], spec: AdapterSpec, weight: Shape, rows: slice
-) -> torch.Tensor:
-    """Return ``rows`` of what D adds to the weight, in the dtype of ``values``. weight: the shape of the weight."""
-    of_rows = values[Miss.BLOCK].t()[rows]
-    added = of_rows.new_zeros(len(of_rows), weight[1])
-    _add_unfolded(added, of_rows)
-    return added
-
-
-def effective(
-    weight: torch.Tensor, values: Mapping[str, torch.Tensor], spec: AdapterSpec
-) -> torch.Tensor:
-    """Return W with D^T added to each group of its columns in fp32, for inputs of any dtype. weight: W [out, in]."""
-    exact = {leaf: value.float() for leaf, value in values.items()}
-    return weight.float() + product(exact, spec, tuple(weight.shape), slice(None))
-
-
-def in_peft(specs: Mapping[str, AdapterSpec], values: Mapping[str, torch.Tensor],
-            dropout: float) -> tuple[PeftMissConfig, dict[str, torch.Tensor]]:
-    """Return peft's config of the adapters, and their parameters by name; see lora.py."""
-    config = PeftMissConfig(target_modules=sorted(specs), r=rank_of(next(iter(specs.values()))))
-    names = [f"{path}.{Miss.BLOCK}" for path in specs]
-    return config, {f"{PEFT_PREFIX}{name}": values[name] for name in names}
+    def in_peft(self, specs: Mapping[str, AdapterSpec], values: Mapping[str, torch.Tensor],
+                dropout: float) -> tuple[PeftMissConfig, dict[str, torch.Tensor]]:
+        """Return peft's config of the adapters, and their parameters by name; see lora.py."""
+        config = PeftMissConfig(target_modules=sorted(specs), r=rank_of(next(iter(specs.values()))))
+        return config, for_peft(values, (f"{path}.{Miss.BLOCK}" for path in specs))

@@ -17,15 +17,9 @@ from peft import OFTConfig as PeftOftConfig
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from prelora_ds.core.adapters import AdapterSpec, Oft, Shape, rank_of
-from prelora_ds.model.adapters.linear import (
-    PEFT_PREFIX,
-    OwnLinear,
-    adapted_linears,
-    check_own,
-    exact_type,
-    wrap,
-)
+from prelora_ds.core.adapters import AdapterSpec, Oft, rank_of
+from prelora_ds.model.adapters.half import OwnHalf, for_peft
+from prelora_ds.model.adapters.linear import OwnLinear, exact_type
 
 
 class OftLinear(OwnLinear):
@@ -110,39 +104,21 @@ def _turned(x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
     return (_by_block(x, blocks.shape[1]) @ blocks).transpose(0, 1).reshape(-1, x.shape[-1])
 
 
-def attach(
-    module: nn.Module, specs: Mapping[str, AdapterSpec], *, dropout: float, kernel: str
-) -> None:
-    """Wrap the linears of ``specs`` in `OftLinear`, which has neither dropout nor another kernel."""
-    wrap(module, specs, OftLinear)
+class OftHalf(OwnHalf):
+    """The computing half of OFT. Its linears have neither dropout nor another kernel."""
 
+    linear = OftLinear
 
-def attached(module: nn.Module) -> dict[str, nn.Module]:
-    """Return path -> linear, for all linears of ``module`` with an adapter of this kind."""
-    return {path: linear for path, linear in adapted_linears(module) if isinstance(linear, OftLinear)}
+    def effective(
+        self, weight: torch.Tensor, values: Mapping[str, torch.Tensor], spec: AdapterSpec
+    ) -> torch.Tensor:
+        """Return W R^T in fp32, or in float64 for a weight [out, in] in float64."""
+        exact = exact_type(weight.dtype)
+        blocks = rotations(values[Oft.Q].to(exact), rank_of(spec))
+        return _turned(weight.to(exact), blocks.transpose(1, 2))
 
-
-check = check_own
-
-
-def initial(name: str, leaf: str, shape: Shape, spec: AdapterSpec, cycle: int,
-            weight: torch.Tensor | None) -> torch.Tensor:
-    """Return the fp32 first value of Q, zero, so that R is the identity."""
-    return torch.zeros(shape)
-
-
-def effective(
-    weight: torch.Tensor, values: Mapping[str, torch.Tensor], spec: AdapterSpec
-) -> torch.Tensor:
-    """Return W R^T in fp32, or in float64 for a weight [out, in] in float64."""
-    exact = exact_type(weight.dtype)
-    blocks = rotations(values[Oft.Q].to(exact), rank_of(spec))
-    return _turned(weight.to(exact), blocks.transpose(1, 2))
-
-
-def in_peft(specs: Mapping[str, AdapterSpec], values: Mapping[str, torch.Tensor],
-            dropout: float) -> tuple[PeftOftConfig, dict[str, torch.Tensor]]:
-    """Return peft's config of the adapters, and their parameters by name; see lora.py."""
-    config = PeftOftConfig(target_modules=sorted(specs), r=0, oft_block_size=rank_of(next(iter(specs.values()))))
-    names = [f"{path}.{Oft.Q}" for path in specs]
-    return config, {f"{PEFT_PREFIX}{name}": values[name] for name in names}
+    def in_peft(self, specs: Mapping[str, AdapterSpec], values: Mapping[str, torch.Tensor],
+                dropout: float) -> tuple[PeftOftConfig, dict[str, torch.Tensor]]:
+        """Return peft's config of the adapters, and their parameters by name; see lora.py."""
+        config = PeftOftConfig(target_modules=sorted(specs), r=0, oft_block_size=rank_of(next(iter(specs.values()))))
+        return config, for_peft(values, (f"{path}.{Oft.Q}" for path in specs))

@@ -23,14 +23,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from prelora_ds.core.adapters import AdapterSpec, Shape, Vera, rank_of
-from prelora_ds.model.adapters.linear import (
-    PEFT_PREFIX,
-    OwnLinear,
-    adapted_linears,
-    check_own,
-    exact_type,
-    wrap,
-)
+from prelora_ds.model.adapters.half import PEFT_PREFIX, AddingHalf, Maker
+from prelora_ds.model.adapters.linear import OwnLinear, exact_type
 from prelora_ds.model.products import widened
 
 
@@ -152,68 +146,51 @@ class _VeraProduct(torch.autograd.Function):
         return grad_x, grad_w, grad_bias, grad_b, grad_d, None, None, None
 
 
-def attach(
-    module: nn.Module, specs: Mapping[str, AdapterSpec], *, dropout: float, kernel: str
-) -> None:
-    """Wrap the linears of ``specs`` in `VeraLinear`, which has neither dropout nor another kernel."""
-    pairs = {(spec.seed, rank_of(spec)): SharedPair(spec.seed, rank_of(spec), *_largest(module, specs))
-             for spec in specs.values()}
-    wrap(module, specs, lambda linear, spec: VeraLinear(linear, spec, pairs[spec.seed, rank_of(spec)]))
-
-
 def _largest(module: nn.Module, specs: Mapping[str, AdapterSpec]) -> tuple[int, int]:
     """Return the largest number of inputs and of outputs of the linears that ``specs`` names."""
     linears: Any = [module.get_submodule(path) for path in specs]
     return max(linear.in_features for linear in linears), max(linear.out_features for linear in linears)
 
 
-def attached(module: nn.Module) -> dict[str, nn.Module]:
-    """Return path -> linear, for all linears of ``module`` with an adapter of this kind."""
-    return {path: linear for path, linear in adapted_linears(module) if isinstance(linear, VeraLinear)}
+class VeraHalf(AddingHalf):
+    """The computing half of VeRA. Its linears have neither dropout nor another kernel."""
 
+    linear = VeraLinear
 
-check = check_own
+    def maker(self, module: nn.Module, specs: Mapping[str, AdapterSpec]) -> Maker:
+        pairs = {(spec.seed, rank_of(spec)): SharedPair(spec.seed, rank_of(spec), *_largest(module, specs))
+                 for spec in specs.values()}
+        return lambda linear, spec: VeraLinear(linear, spec, pairs[spec.seed, rank_of(spec)])
 
+    def initial(self, name: str, leaf: str, shape: Shape, spec: AdapterSpec, cycle: int,
+                weight: torch.Tensor | None) -> torch.Tensor:
+        """Return the fp32 first value of ``name``: b zero, and each element of d the option ``d_initial``."""
+        if leaf == Vera.B:
+            return torch.zeros(shape)
+        return torch.full(shape, float(spec.options.get("d_initial", Vera.options["d_initial"])))
 
-def initial(name: str, leaf: str, shape: Shape, spec: AdapterSpec, cycle: int,
-            weight: torch.Tensor | None) -> torch.Tensor:
-    """Return the fp32 first value of ``name``: b zero, and each element of d the option ``d_initial``."""
-    if leaf == Vera.B:
-        return torch.zeros(shape)
-    return torch.full(shape, float(spec.options.get("d_initial", Vera.options["d_initial"])))
+    def product(
+        self, values: Mapping[str, torch.Tensor], spec: AdapterSpec, weight: Shape, rows: slice
+    ) -> torch.Tensor:
+        """Return ``rows`` of k b * (B (d * A)), in the dtype of ``values``. weight: the shape of the weight."""
+        outputs, inputs = weight
+        b, d = values[Vera.B], values[Vera.D]
+        shared_a, shared_b = (t.to(b) for t in drawn_pair(spec.seed, rank_of(spec), inputs, outputs))
+        return ((shared_b * b[:, None])[rows] @ (shared_a * d).t()).mul_(_factor(spec, inputs))
 
+    def in_peft(self, specs: Mapping[str, AdapterSpec], values: Mapping[str, torch.Tensor],
+                dropout: float) -> tuple[PeftVeraConfig, dict[str, torch.Tensor]]:
+        """Return peft's config of the adapters, and their parameters by peft's names; see lora.py.
 
-def product(
-    values: Mapping[str, torch.Tensor], spec: AdapterSpec, weight: Shape, rows: slice
-) -> torch.Tensor:
-    """Return ``rows`` of k b * (B (d * A)), in the dtype of ``values``. weight: the shape of the weight."""
-    outputs, inputs = weight
-    b, d = values[Vera.B], values[Vera.D]
-    shared_a, shared_b = (t.to(b) for t in drawn_pair(spec.seed, rank_of(spec), inputs, outputs))
-    return ((shared_b * b[:, None])[rows] @ (shared_a * d).t()).mul_(_factor(spec, inputs))
-
-
-def effective(
-    weight: torch.Tensor, values: Mapping[str, torch.Tensor], spec: AdapterSpec
-) -> torch.Tensor:
-    """Return W + k b * (B (d * A)) in fp32, for inputs of any dtype. weight: W [out, in]."""
-    exact = {leaf: value.float() for leaf, value in values.items()}
-    return weight.float() + product(exact, spec, tuple(weight.shape), slice(None))
-
-
-def in_peft(specs: Mapping[str, AdapterSpec], values: Mapping[str, torch.Tensor],
-            dropout: float) -> tuple[PeftVeraConfig, dict[str, torch.Tensor]]:
-    """Return peft's config of the adapters, and their parameters by peft's names; see lora.py.
-
-    peft has no factor k, so b contains it. The pair is stored too, because peft would draw another one.
-    """
-    first = next(iter(specs.values()))
-    shapes = {path: values[f"{path}.weight"].shape for path in specs}
-    outputs, inputs = (max(shape[axis] for shape in shapes.values()) for axis in (0, 1))
-    shared_a, shared_b = drawn_pair(first.seed, rank_of(first), inputs, outputs)
-    config = PeftVeraConfig(r=rank_of(first), target_modules=sorted(specs), save_projection=True)
-    adapters = {"base_model.vera_A": shared_a.t().float().contiguous(), "base_model.vera_B": shared_b.float()}
-    for path, spec in specs.items():
-        adapters[f"{PEFT_PREFIX}{path}.{Vera.B}"] = values[f"{path}.{Vera.B}"] * _factor(spec, shapes[path][1])
-        adapters[f"{PEFT_PREFIX}{path}.{Vera.D}"] = values[f"{path}.{Vera.D}"]
-    return config, adapters
+        peft has no factor k, so b contains it. The pair is stored too, because peft would draw another one.
+        """
+        first = next(iter(specs.values()))
+        shapes = {path: values[f"{path}.weight"].shape for path in specs}
+        outputs, inputs = (max(shape[axis] for shape in shapes.values()) for axis in (0, 1))
+        shared_a, shared_b = drawn_pair(first.seed, rank_of(first), inputs, outputs)
+        config = PeftVeraConfig(r=rank_of(first), target_modules=sorted(specs), save_projection=True)
+        adapters = {"base_model.vera_A": shared_a.t().float().contiguous(), "base_model.vera_B": shared_b.float()}
+        for path, spec in specs.items():
+            adapters[f"{PEFT_PREFIX}{path}.{Vera.B}"] = values[f"{path}.{Vera.B}"] * _factor(spec, shapes[path][1])
+            adapters[f"{PEFT_PREFIX}{path}.{Vera.D}"] = values[f"{path}.{Vera.D}"]
+        return config, adapters
