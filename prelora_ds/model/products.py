@@ -61,7 +61,9 @@ def multiply_in_fp32() -> torch.library.Library:
 def widened(*tensors: Any) -> tuple[Any, ...]:
     """Return BF16 tensors in fp32 if products of BF16 are computed in fp32 here, and otherwise all as they are.
 
-    Code with several products of a tensor converts it only once with this, and rounds only what it returns.
+    Code with several products of a tensor converts it only once with this, and rounds only what it returns. The
+    linears with adapters do so in their backward passes. In the forward pass the output of a new adapter has to keep
+    the bits of the linear, which DeepSpeed's linear of ZeRO stage 3 rounds before it adds the bias.
     """
     return tuple(map(_widen, tensors)) if _in_fp32 else tensors
 

@@ -8,19 +8,17 @@ from functools import partial
 
 import pytest
 import torch
+from support.engines import check_bytes, check_export
 from support.kinds import frozen, of_kind
 from support.launches import Job, differences, traces
-from support.runs import LABELS, MEDIUM, ZEROS, Trainer, config, micro_batches, only_owned, same
+from support.runs import MEDIUM, ZEROS, Trainer, config, micro_batches, same
 
 from prelora_ds.core.adapters import KINDS
-from prelora_ds.cost.bytes import predict_bytes
-from prelora_ds.engine.census import census, wait_until
 from prelora_ds.engine.measure import weight_norms
 from prelora_ds.engine.merge import fold_adapters
 from prelora_ds.engine.state import copy_state, gather_full
 from prelora_ds.engine.transition import transition
 from prelora_ds.exporting.hf import merge
-from prelora_ds.model.vit import build_model, logits_of
 from prelora_ds.run.decide import change_adapters
 
 OWN = [kind for kind in KINDS if kind != "lora"]  # most other tests of ranks have adapters of the kind lora
@@ -74,20 +72,6 @@ def walk(kind, zero):
     t.close()
 
 
-def check_export(t):
-    """Compare the engine with the plain ViT that has the adapters folded in."""
-    state, plan = copy_state(t.engine.ds), t.engine.plan
-    values = {name: gather_full(state, name, "value", shape, torch.device("cpu"))
-              for name, shape in plan.parameters(t.layout).items()}
-    plain = build_model(t.cfg.model, LABELS).eval()
-    plain.load_state_dict(merge(values, plan, t.layout))
-    images = t.engine.prepare(t.batches_of(10_000))
-    with torch.no_grad():
-        expected = logits_of(plain(images.float()))
-    difference = (t.outputs() - expected).norm() / expected.norm()
-    assert difference < 0.02, difference  # BF16 in the engine, fp32 in the plain ViT
-
-
 def check_fold(t, kind):
     """Merge the adapters into the weights in a transition, and compare the weights with those of an export."""
     state, plan = copy_state(t.engine.ds), t.engine.plan
@@ -114,21 +98,8 @@ def test_bytes_of_a_kind_are_as_predicted(ranks, kind, zero):
 def bytes_as_predicted(kind, zero):
     t = Trainer(config(zero, model=MEDIUM))
     warmup = of_kind(t.warmup, t.layout, kind)
-    for plan in (warmup, frozen(warmup, t.layout)):
-        t.switch(plan)
-        t.train(2)
-        batches = t.batches()
-        t.engine.backward(batches)
-        at_backward = wait_until(lambda: census(t.engine), only_owned)
-        t.engine.finish_step(lr=1e-3)
-        del batches
-        at_rest = wait_until(lambda: census(t.engine), only_owned)
-        for measured, after_backward in ((at_backward, True), (at_rest, False)):
-            predicted = vars(predict_bytes(plan, t.layout, t.engine.config.zero, t.world,
-                                           after_backward=after_backward, kernel="branch"))
-            for owner, expected in predicted.items():
-                assert abs(measured[owner] - expected) <= 0.02 * expected, (owner, predicted, measured)
-            assert only_owned(measured), measured
+    check_bytes(t, warmup)
+    check_bytes(t, frozen(warmup, t.layout))
     t.close()
 
 

@@ -91,13 +91,9 @@ class _DoraProduct(torch.autograd.Function):
         _, needs_w, _, needs_a, needs_b, needs_m, *_ = ctx.needs_input_grad
         c = _ratio(m, norm)
         # The bias is divided by c before all is multiplied by it. Where c is 1, y stays bitwise.
-        wide_x, wide_w, wide_bias, wide_a, wide_b = widened(
-            x, weight, None if bias is None else (bias / c).to(bias.dtype), a, (b * c[:, None]).to(b.dtype)
-        )
-        y = nn.functional.linear(wide_x, wide_w, wide_bias).mul_(c)
-        h = nn.functional.linear(wide_x, wide_a)
-        y.view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), wide_b.t(), alpha=scaling)
-        y, h = y.to(x.dtype), h.to(x.dtype)
+        y = nn.functional.linear(x, weight, None if bias is None else (bias / c).to(bias.dtype)).mul_(c)
+        h = nn.functional.linear(x, a)
+        y.view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), (b * c[:, None]).to(b.dtype).t(), alpha=scaling)
 
         # The output is kept for the gradient of m. Attention and GELU keep the outputs of q, k, v and fc1 anyway.
         ctx.save_for_backward(x if needs_w or needs_a else None, h if needs_b else None, y if needs_m else None,

@@ -152,24 +152,23 @@ class _LoraProduct(torch.autograd.Function):
         _, needs_w, _, needs_a, needs_b, *_ = ctx.needs_input_grad
         quantised = None if isinstance(weight, torch.Tensor) else weight
         dense = weight if isinstance(weight, torch.Tensor) else weight.dense(x.dtype)
-        wide_x, wide_w, wide_bias, wide_a, wide_b = widened(x, dense, bias, a, b)
-        y = nn.functional.linear(wide_x, wide_w, wide_bias)
+        y = nn.functional.linear(x, dense, bias)
         h = None
         if not merged:
-            h = nn.functional.linear(wide_x, wide_a)
-            y.view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), wide_b.t(), alpha=scaling)
+            h = nn.functional.linear(x, a)
+            y.view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), b.t(), alpha=scaling)
         elif needs_b and not needs_a:
             # In the merged kernel only the gradient of B needs x A^T. If x is kept for A anyway,
             # backward computes it.
-            h = nn.functional.linear(wide_x, wide_a)
+            h = nn.functional.linear(x, a)
 
         saved_x = x if needs_w or needs_a else None
-        saved_h = h.to(x.dtype) if needs_b and h is not None else None
+        saved_h = h if needs_b else None
         ctx.save_for_backward(saved_x, saved_h, dense if quantised is None else None, a, b)
         ctx.quantised = quantised
         ctx.scaling = scaling
         ctx.merged = merged
-        return y.to(x.dtype)
+        return y
 
     @staticmethod
     @once_differentiable

@@ -109,11 +109,9 @@ class _VeraProduct(torch.autograd.Function):
         factor: float,
     ) -> torch.Tensor:
         _, needs_w, _, needs_b, needs_d, *_ = ctx.needs_input_grad
-        wide_x, wide_w, wide_bias, wide_a, wide_b = widened(x, weight, bias, shared_a, shared_b * b[:, None])
-        y = nn.functional.linear(wide_x, wide_w, wide_bias)
-        h = wide_x.reshape(-1, x.shape[-1]) @ wide_a
-        y.view(-1, y.shape[-1]).addmm_(h * d, wide_b.t(), alpha=factor)
-        y, h = y.to(x.dtype), h.to(x.dtype)
+        y = nn.functional.linear(x, weight, bias)
+        h = x.reshape(-1, x.shape[-1]) @ shared_a
+        y.view(-1, y.shape[-1]).addmm_(h * d, (shared_b * b[:, None]).t(), alpha=factor)
         ctx.save_for_backward(x if needs_w else None, h if needs_b or needs_d else None, weight, b, d, shared_a,
                               shared_b)
         ctx.factor = factor
