@@ -29,8 +29,9 @@ from prelora_ds.config.phases import PhaseSettings
 from prelora_ds.config.tree import Config
 from prelora_ds.errors import ConfigError, LaunchError
 from prelora_ds.hosts.ancestors import find_launcher
-from prelora_ds.hosts.check_in import CheckIn, environment_fingerprint, installed_code
+from prelora_ds.hosts.check_in import CheckIn
 from prelora_ds.hosts.exits import LOST_PEER
+from prelora_ds.hosts.installed import environment_fingerprint, installed_code
 from prelora_ds.hosts.mpi import discover_ranks, with_master_addr
 from prelora_ds.hosts.network import choose_interface
 

@@ -17,15 +17,10 @@ from prelora_ds.core.layout import Layout
 from prelora_ds.core.schedule import Timeline
 from prelora_ds.errors import ORPHAN_EXIT_CODE, ConfigError, LaunchError, Stopped
 from prelora_ds.hosts.ancestors import find_launcher
-from prelora_ds.hosts.check_in import (
-    CheckIn,
-    announcing_failure,
-    environment_fingerprint,
-    examines_host,
-    installed_code,
-)
+from prelora_ds.hosts.check_in import CheckIn, announcing_failure, examines_host
 from prelora_ds.hosts.discovery import Ranks
 from prelora_ds.hosts.heartbeat import AttemptRecord
+from prelora_ds.hosts.installed import environment_fingerprint, installed_code
 from prelora_ds.hosts.mpi import with_master_addr
 from prelora_ds.hosts.network import choose_interface
 from prelora_ds.run.folder import RunFolder

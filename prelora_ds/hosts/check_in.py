@@ -8,10 +8,8 @@ The store of the check-in is the one that torch's process group then uses.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import pickle
-import platform
 import socket
 import threading
 import time
@@ -20,8 +18,6 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequenc
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from prelora_ds.errors import (
@@ -34,9 +30,6 @@ from prelora_ds.errors import (
 from prelora_ds.hosts.discovery import Ranks
 from prelora_ds.hosts.network import is_mine
 
-# Packages that compute or that decode images: their versions must be the same on all hosts.
-PACKAGES = ("torch", "deepspeed", "transformers", "peft", "prelora_ds", "torchvision", "numpy",
-            "pillow", "simplejpeg")
 POLL_S = 0.1
 READ_S = 5.0  # how long rank 0 keeps the store open for the others to read a failed verdict
 DECLINE_S = 20.0  # how long a rank that cannot start tries to tell the others
@@ -375,32 +368,6 @@ def check_master(ranks: Ranks) -> None:
             raise LaunchError(f"MASTER_PORT = {ranks.master_port}: is in use on host {here} "
                               f"({exc.strerror})\n"
                               "  remedy: choose another port (deepspeed: --master_port)") from exc
-
-
-def environment_fingerprint(config_text: str, installed: Mapping[str, str]) -> dict[str, str]:
-    """Return what must be the same on all hosts: the version of Python, the config, and what is ``installed``."""
-    return {"python": platform.python_version(),
-            "config": hashlib.sha256(config_text.encode()).hexdigest()[:12]} | dict(installed)
-
-
-def installed_code() -> dict[str, str]:
-    """Return the hash of the code of prelora_ds and the versions of packages, which one rank of a host reads."""
-    installed = {"prelora_ds code": code_digest()}
-    for package in PACKAGES:
-        try:
-            installed[package] = version(package)
-        except PackageNotFoundError:
-            installed[package] = "none"
-    return installed
-
-
-def code_digest() -> str:
-    """Hash all Python files of the package, which detects another commit or a local edit."""
-    digest = hashlib.sha256()
-    root = Path(__file__).parents[1]
-    for path in sorted(root.rglob("*.py")):
-        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def _spans(numbers: Sequence[int]) -> str:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from prelora_ds.accelerator import choose_accelerator, driver_version
-from prelora_ds.hosts.check_in import environment_fingerprint, installed_code
+from prelora_ds.hosts.installed import environment_fingerprint, installed_code
 
 DISK_BYTES = 8 << 20
 MESSAGE_BYTES = 8 << 20

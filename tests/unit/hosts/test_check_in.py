@@ -18,12 +18,11 @@ from prelora_ds.hosts.check_in import (
     RankInfo,
     announcing_failure,
     check_master,
-    environment_fingerprint,
     examines_host,
-    installed_code,
     verdict_on,
 )
 from prelora_ds.hosts.discovery import Ranks
+from prelora_ds.hosts.installed import environment_fingerprint, installed_code
 
 FINGERPRINT = {"torch": "2.14.1", "config": "abc"}
 ALL = [RankInfo(rank, rank % 2, f"host{rank // 2}", FINGERPRINT) for rank in range(6)]
