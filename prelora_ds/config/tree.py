@@ -29,15 +29,13 @@ from prelora_ds.config.phases import (
     PhasesField,
     PresetConfig,
 )
-from prelora_ds.config.preset import ConvergenceConfig, LoraConfig, check_authors, expanded
+from prelora_ds.config.preset import ConvergenceConfig, LoraConfig, expanded
+from prelora_ds.config.sections import check_preset, check_sections
 from prelora_ds.config.training import ObserveConfig, OptimizerConfig, TrainConfig
-from prelora_ds.config.until import UntilConfig
 from prelora_ds.core.adapters import KINDS
 from prelora_ds.core.phases import PhaseSpec
 from prelora_ds.core.plan import Plan
 from prelora_ds.core.selection import Measured
-from prelora_ds.core.switch_tests.combined import single_tests
-from prelora_ds.core.switch_tests.prelora import PreloraTest
 
 MERGED_MAX_WIDTH = 384  # of model.hidden_size, for the kernel `auto`
 
@@ -398,7 +396,7 @@ class Config(Strict):
     @model_validator(mode="after")
     def _method_can_be_run(self) -> Config:
         if isinstance(self.phases, PresetConfig):
-            self._check_preset(self.phases)
+            check_preset(self, self.phases)
         else:
             for section, default in (("convergence", None), ("lora", LoraConfig())):
                 if getattr(self, section) != default:
@@ -411,9 +409,7 @@ class Config(Strict):
         except FieldError as exc:
             field = f"phases.{exc.field}".rstrip(".")
             raise FieldError(field, exc.value, str(exc), exc.remedy) from exc
-        self._check_families()
-        for phase in self.phase_list:
-            self._check_phase(phase)
+        check_sections(self)
         return self
 
     def adapters_key(self, phase: str, key: str) -> str:
@@ -421,81 +417,6 @@ class Config(Strict):
         if isinstance(self.phases, PresetConfig):
             return f"lora.{key}"
         return f"phases.{phase}.adapters.{key}"
-
-    def _check_families(self) -> None:
-        known = FAMILIES if self.model.families is None else tuple(self.model.families)
-        wanted = [(phase.name, phase.new_adapters.families or ())
-                  for phase in self.phase_list if phase.new_adapters is not None]
-        for phase_name, families in wanted or [("full", self.families())]:
-            for family in families:
-                if family not in known:
-                    raise FieldError(
-                        self.adapters_key(phase_name, "families"),
-                        family,
-                        "is not a family of this model",
-                        f"choose among {', '.join(known)}, or add it to model.families",
-                    )
-
-    def _check_preset(self, phases: PresetConfig) -> None:
-        if phases.preset in ("prelora", "authors") and self.convergence is None:
-            raise FieldError("convergence", None, f"is required by phases.preset {phases.preset}: set convergence.tau "
-                             "and convergence.zeta")
-        if phases.preset == "authors" and self.convergence is not None:
-            check_authors(self.convergence, self.lora)
-        if phases.preset == "full" and self.convergence is not None:
-            raise FieldError("convergence", "...", "is not used by phases.preset full; set convergence=null, or choose "
-                             "the preset prelora")
-
-    def _check_phase(self, phase: PhaseConfig) -> None:
-        self._check_spectra(phase)
-        self._check_joined(phase)
-        if phase.freeze_below is not None and self.model.factory is None \
-                and phase.freeze_below >= self.model.num_hidden_layers:
-            raise FieldError(f"phases.{phase.name}.freeze_below", phase.freeze_below,
-                             f"is not a layer: the model has layers 0 to {self.model.num_hidden_layers - 1}")
-        if self.model.factory is not None and phase.switch_test is not None and "flops" in phase.switch_test.needs:
-            raise FieldError(f"phases.{phase.name}.until", "budget", "needs the FLOPs of a step, which are only known "
-                             "for the built-in ViT", "end this phase in another way, or use a recipe without "
-                             "model.factory")
-        if phase.base is not None and self.checkpoint.deepspeed_format:
-            raise FieldError(f"phases.{phase.name}.base.dtype", phase.base.dtype, "cannot be written in DeepSpeed's "
-                             "own format, which has no place for quantised weights (checkpoint.deepspeed_format)",
-                             "remove one of the two")
-        if phase.active is not None and self.model.compile:
-            raise FieldError(f"phases.{phase.name}.active", phase.active.choose, "would need other compiled code for "
-                             "each choice of adapters, and beyond a limit torch runs uncompiled without a message",
-                             "set model.compile=false, or remove active")
-
-    def _check_spectra(self, phase: PhaseConfig) -> None:
-        """Raise FieldError if the phase needs singular values that the run does not observe."""
-        if self.observe.spectra:
-            return
-        new = phase.new_adapters
-        if new is not None and new.ranks is not None and "spectra" in new.rank_rule.needs:
-            raise FieldError(f"phases.{phase.name}.adapters.ranks.rule", new.ranks.rule,
-                             "needs the singular values of the weights, which this run does not observe",
-                             "set observe.spectra=true")
-        if isinstance(phase.until, UntilConfig) and "spectra" in phase.until.switch_test().needs:
-            raise FieldError(f"phases.{phase.name}.until", phase.until.model_dump(mode="json", exclude_unset=True),
-                             "needs the singular values of the weights, which this run does not observe",
-                             "set observe.spectra=true")
-
-    def _check_joined(self, phase: PhaseConfig) -> None:
-        """Raise FieldError if a test of the phase joins families that it cannot join."""
-        is_preset = isinstance(self.phases, PresetConfig)
-        key = "convergence.joined" if is_preset else f"phases.{phase.name}.until.joined"
-        tests = () if phase.switch_test is None else single_tests(phase.switch_test)
-        for joined in (test.joined for test in tests if isinstance(test, PreloraTest)):
-            measured = self.families()
-            families = [family for each in joined.values() for family in each]
-            for name, each in joined.items():
-                if not each or name in measured:
-                    raise FieldError(f"{key}.{name}", list(each), "is the name of a single family" if each else
-                                     "joins no families", "choose another name, and at least two families")
-            for family in families:
-                if family not in measured or families.count(family) > 1:
-                    raise FieldError(key, family, "is joined twice" if family in measured else "is not a family whose "
-                                     "norms are measured", f"choose among {', '.join(measured)}, each once")
 
     def grad_accum_steps(self, world_size: int) -> int:
         """Micro-batches per rank and optimizer step.
