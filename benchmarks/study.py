@@ -159,12 +159,18 @@ def main() -> None:
 # ---- runs
 
 def run_all(names: Sequence[str], seeds: int, minutes: float) -> None:
-    """Run what has not finished: full training first, then Exp1, then the rest, the core before what is optional."""
+    """Run what has not finished: the core first, and in it two seeds at a time from full training on."""
     needed = {"full", "exp1"} if set(names) - {"full"} else {"full"}
-    waves = [["full"], ["exp1"], [name for name in SETTINGS if SETTINGS[name].core], list(SETTINGS)]
-    keys = dict.fromkeys((name, seed) for wave in waves for seed in range(seeds) for name in wave
-                         if name in names or name in needed)
+    core = [name for name in SETTINGS if SETTINGS[name].core]
+    order = [(name, seed) for first in range(0, seeds, SIDE_BY_SIDE) for wave in (["full"], ["exp1"], core)
+             for seed in range(first, min(first + SIDE_BY_SIDE, seeds)) for name in wave]
+    order += [(name, seed) for seed in range(seeds) for name in SETTINGS]
+    keys = [key for key in dict.fromkeys(order) if key[0] in names or key[0] in needed]
     todo = [key for key in keys if not result_file(*key).exists()]
+    # Forks begin with the checkpoints of the full run, which another machine may have written.
+    forked = {seed for name, seed in todo if SETTINGS[name].forks}
+    todo = [key for key in keys if key in todo
+            or (key[0] == "full" and key[1] in forked and not RunFolder(OUT / f"full-{key[1]}").model.exists())]
     begun = time.monotonic()
     running: dict[tuple[str, int], Future[float | None]] = {}
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
