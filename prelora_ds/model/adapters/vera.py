@@ -3,9 +3,9 @@
 y = x W^T + bias + k b * ((d * (x A^T)) B^T), with A [rank, in], B [out, rank], b [out], d [rank] and k a number.
 
 All linears share A and B: those of a linear are the first columns of A and the first rows of B. They are neither
-parameters nor buffers. They are drawn again from the seed whenever an engine is built, so no state and no checkpoint contains
-them. Their elements are uniform in [-1, 1], rounded to BF16. k brings them to the bounds of Kaiming's initialisation
-for this linear, sqrt(6 / in) and sqrt(6 / rank), and contains the adapter's scaling.
+parameters nor buffers. They are drawn again from the seed whenever an engine is built, so no state and no checkpoint
+contains them. Their elements are uniform in [-1, 1], rounded to BF16. k brings them to the bounds of Kaiming's
+initialisation for this linear, sqrt(6 / in) and sqrt(6 / rank), and contains the adapter's scaling.
 
 The backward pass needs no x, only x A^T, because A does not train.
 """
