@@ -121,6 +121,8 @@ def loop(run: Run, records: Records, saver: Saver, stop: StopRequest, guard: Gua
         cut = run.controller.cut(state.phase, step)
         stats = engine.finish_step(lr=lr, accept=accept, adapter_lr=own_lr, cut=cut, away_s=away_s)
         records.stragglers(step, stats)
+        if stats.remaining:
+            records.pruned(step, stats.remaining)
 
         # Stop, skip the update or roll back: too many unreadable samples, or a step that diverged.
         check_samples(run, records, engine, state, step, stats, micro_batches)

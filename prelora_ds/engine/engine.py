@@ -66,6 +66,7 @@ class StepStats:
     step_s: this rank's seconds from the first forward pass to the end of the update, without what the caller did in
         between.
     importance: adapter -> its importance in this step, if it is measured (`Engine.measure`).
+    remaining: adapter -> how many of its components remain, if the update pruned them.
     """
 
     loss: float
@@ -80,6 +81,7 @@ class StepStats:
     data_s: tuple[float, ...] = ()
     step_s: float = 0.0
     importance: Mapping[str, float] = field(default_factory=dict)
+    remaining: Mapping[str, int] = field(default_factory=dict)
 
 
 class Engine:
@@ -117,6 +119,7 @@ class Engine:
         self._forward = Stopwatch()
         self._begun = 0.0
         self._importance: Measured | None = None
+        self._remaining: dict[str, int] = {}  # after the last update, if it pruned components
 
     @property
     def module(self) -> nn.Module:
@@ -267,6 +270,7 @@ class Engine:
             data_s=seconds[world:],
             step_s=time.perf_counter() - self._begun - away_s,
             importance=importance,
+            remaining=self._remaining,
         )
 
     def update(self, *, lr: float, adapter_lr: Mapping[str, float] = MappingProxyType({}), cut: Cut | None = None,
@@ -286,8 +290,9 @@ class Engine:
         with contextlib.nullcontext() if accepted else skipping_update(self.ds.optimizer):
             self.ds.step()
         skipped = bool(self.ds.skipped_steps > skipped_before)
+        self._remaining = {}
         if cut is not None and cut.keep is not None and not skipped:
-            prune(self, cut.keep)
+            self._remaining = prune(self, cut.keep)
         refresh_adapters(self.module)
         self._losses = []
         return skipped

@@ -39,8 +39,10 @@ def prepare(engine: Engine, cut: Cut | None) -> None:
 
 
 @torch.no_grad()
-def prune(engine: Engine, keep: int) -> None:
+def prune(engine: Engine, keep: int) -> dict[str, int]:
     """Set the singular values of all but the ``keep`` most important components to zero. Collective.
+
+    Returns adapter -> how many of its components remain.
 
     Adam moments stay, as in the algorithm of the paper: until pruning is over, a singular value may grow again.
     """
@@ -49,8 +51,8 @@ def prune(engine: Engine, keep: int) -> None:
     scores = engine.summed(list(_scores(engine, pruning, components).values())).tolist()
     kept = largest(scores, keep)
     flags = torch.tensor([i not in kept for i in range(len(scores))])
-    by_path = zip(components, flags.split(list(components.values())), strict=True)
-    dropped = {f"{path}.{pruning.gate}": of_path for path, of_path in by_path}
+    by_path = dict(zip(components, flags.split(list(components.values())), strict=True))
+    dropped = {f"{path}.{pruning.gate}": of_path for path, of_path in by_path.items()}
 
     for fragment in fragments(engine.ds):
         if fragment.name in dropped:
@@ -59,6 +61,7 @@ def prune(engine: Engine, keep: int) -> None:
     parameters = named_parameters(engine.module)
     for name, of_name in dropped.items():
         _zero_weight(parameters[name], of_name)
+    return {path: len(of_path) - int(of_path.sum()) for path, of_path in by_path.items()}
 
 
 def _scores(engine: Engine, pruning: Pruning, components: Mapping[str, int]) -> dict[str, torch.Tensor]:

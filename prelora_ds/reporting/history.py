@@ -85,6 +85,12 @@ class Active(Event):
     updates: dict[Text, Count] = Field(default_factory=dict)
 
 
+class Pruned(Event):
+    """How many components of each adapter remain after ``step`` (AdaLoRA)."""
+
+    remaining: dict[Text, Count]
+
+
 class Slow(Event):
     """A rank that slows down the others at ``what``, with its seconds per step and those of the median rank.
 
@@ -126,7 +132,8 @@ class End(Event):
 
 _KINDS: Mapping[str, type[Event]] = {
     EventKind.RESUME: Resume, EventKind.PLAN: Started, EventKind.BYTES: Bytes, EventKind.END: End,
-    EventKind.MERGE: Merged, EventKind.ACTIVE: Active, EventKind.STRAGGLER: Slow}
+    EventKind.MERGE: Merged, EventKind.ACTIVE: Active, EventKind.STRAGGLER: Slow,
+    EventKind.PRUNED: Pruned}
 
 
 def finite(value: Any) -> float | None:

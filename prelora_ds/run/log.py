@@ -32,6 +32,7 @@ class EventKind(StrEnum):
     STRAGGLER = "straggler"  # a rank slows down the others, or does so no longer
     MERGE = "merge"  # adapters were merged into the weights and began again
     ACTIVE = "active"  # other adapters train from this step on
+    PRUNED = "pruned"  # how many components of each adapter remain (AdaLoRA)
     BASE = "base"  # how much the outputs changed when the type of the frozen weights did
     ACCURACY = "accuracy"  # the accuracy of the model on quantised weights, and on their fp32 values
     END = "end"  # the run has finished

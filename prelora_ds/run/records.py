@@ -261,6 +261,10 @@ class Records:
         chosen = active_adapters(phase.plan, self.run.layout)
         self._log.event(EventKind.ACTIVE, step, adapters=sorted(chosen), updates=dict(phase.updates))
 
+    def pruned(self, step: int, remaining: Mapping[str, int]) -> None:
+        """Log how many components of each adapter remain after ``step``."""
+        self._log.event(EventKind.PRUNED, step, remaining=dict(remaining))
+
     # ---- start and end
 
     def begun(self, state: RunState) -> None:

@@ -119,7 +119,7 @@ def pruned(zero, folder):
     for keep in (None, components - 5, None, components // 2):
         t.engine.backward(t.batches())
         peft.measure(masters(t), whole(t, gradients(t.engine.ds)))
-        t.engine.finish_step(lr=RATE, cut=Cut(keep))
+        stats = t.engine.finish_step(lr=RATE, cut=Cut(keep))
         t.step += 1
         for key in SENSITIVITY:
             ours = sensitivities(t, key)
@@ -129,6 +129,9 @@ def pruned(zero, folder):
             expected = peft.dropped(keep)
             assert sum(int(flags.sum()) for flags in expected.values()) == components - keep
             check_zeros(t, expected)
+        remaining = {} if keep is None else {name.removesuffix(".lora_E"): 8 - int(flags.sum())
+                                            for name, flags in expected.items()}
+        assert stats.remaining == remaining
 
     saved = copy_state(t.engine.ds)
     write_part(saved, folder / f"rank-{t.rank:05d}-of-{t.world:05d}.safetensors")

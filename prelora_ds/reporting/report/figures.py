@@ -294,8 +294,10 @@ def ranks(run: Run, name: str, _: int) -> Made:
         for (family, layer), rank in ranks.items()])
     alt = "; ".join(f"{phase.name}, from step {step}: {len(ranks)} adapters of ranks {min(ranks.values())} to "
                     f"{max(ranks.values())}, {mean(ranks.values()):.3g} on average" for phase, step, ranks in shown)
-    caption = "The rank of the adapter of each linear; rows are layers, columns are families." + (
-        f" Of {len(distinct)} changes, the first and the last are shown." if len(shown) < len(distinct) else "")
+    caption = ("The rank of the adapter of each linear, with AdaLoRA the components that remain; rows are layers, "
+               "columns are families.")
+    if len(shown) < len(distinct):
+        caption += f" Of {len(distinct)} changes, the first and the last are shown."
     return Figure(f"ranks{name}", title, caption, panels, table, _pivot(distinct[-1][2]), f"{alt}.")
 
 

@@ -30,6 +30,7 @@ from prelora_ds.reporting.history import (
     End,
     Event,
     Merged,
+    Pruned,
     Resume,
     Slow,
     Started,
@@ -56,7 +57,8 @@ class Phase:
 
     begins: the phase began after this step.
     ends: its last logged step so far.
-    ranks: (first step, (family, layer) -> rank of the adapter), from its beginning on and for each change of ranks.
+    ranks: (first step, (family, layer) -> rank of the adapter), for each change in this phase; the rank is the number
+        of components that remain (AdaLoRA).
     step_s, data_s, img_s: one value per logged step.
     peaks: column -> the highest value, for columns such as ``peak_gib``.
     """
@@ -92,6 +94,7 @@ class Run:
         ``change/q`` and ``change/loss`` are the changes between successive windows, in per cent, ``data wait`` is the
         share of the time, in per cent, and ``merge ...`` are what merges moved.
     last: column -> its last value. best: (top-1, step).
+    planned_ranks: path of a linear -> rank of its adapter, by the last plan.
     not_a_number: column -> the step from which on its values are not numbers, to the end of the log.
     world_size: the ranks of the last job, if its record is there.
     facts: what was logged about the job, for keys of `FACTS`.
@@ -117,6 +120,7 @@ class Run:
     stragglers: list[Slow] = field(default_factory=list)
     merges: list[Merged] = field(default_factory=list)
     active: list[Active] = field(default_factory=list)
+    planned_ranks: Mapping[str, int] = field(default_factory=dict)
     end: End | None = None
     accuracy: StoredAccuracy | None = None
     world_size: int | None = None
@@ -279,6 +283,10 @@ def _add_event(run: Run, event: Event) -> None:
             run.merges.append(event)
         case Active():
             run.active.append(event)
+        case Pruned():
+            if run.phases:
+                remaining = {linear_of(run, path): count for path, count in event.remaining.items()}
+                _add_ranks(run.phases[-1], event.step, remaining)
         case Slow():
             run.stragglers.append(event)
         case End():
@@ -288,15 +296,23 @@ def _add_event(run: Run, event: Event) -> None:
 def _add_plan(run: Run, event: Started) -> None:
     """Begin a phase, or note that the plan has changed within a phase, for example the ranks of its adapters."""
     seconds = None if event.switch is None else event.switch.seconds
-    ranks = {linear_of(run, path): rank for path, rank in event.ranks.items()}
     last = run.phases[-1] if run.phases else None
+    ranks = {linear_of(run, path): rank for path, rank in event.ranks.items()}
+    if last is not None and last.ranks and event.ranks == run.planned_ranks:
+        ranks = dict(last.ranks[-1][1])  # a plan does not say which components AdaLoRA has pruned
+    run.planned_ranks = event.ranks
     if last is None or last.name != event.phase:
         run.phases.append(last := Phase(event.phase, event.step, event.reason, event.trainable_parameters,
                                         event.all_parameters, seconds, []))
     elif seconds is not None:
         last.switch_s = (last.switch_s or 0.0) + seconds
-    if ranks and (not last.ranks or last.ranks[-1][1] != ranks):
-        last.ranks.append((event.step + 1, ranks))
+    _add_ranks(last, event.step, ranks)
+
+
+def _add_ranks(phase: Phase, step: int, ranks: Mapping[tuple[str, int], int]) -> None:
+    """Note the ranks of the adapters after ``step`` if they have changed in this phase."""
+    if ranks and (not phase.ranks or phase.ranks[-1][1] != ranks):
+        phase.ranks.append((step + 1, ranks))
 
 
 def linear_of(run: Run, path: str) -> tuple[str, int]:

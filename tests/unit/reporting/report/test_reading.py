@@ -70,6 +70,19 @@ def test_a_plan_with_other_ranks_belongs_to_its_phase(folder: RunFolder) -> None
     assert [(step, ranks[("q", 0)]) for step, ranks in phase.ranks] == [(25, 4), (29, 2)]
 
 
+def test_pruned_components_are_not_part_of_a_rank(folder: RunFolder) -> None:
+    events = read_lines(folder.events)
+    warmup = next(row for row in events if row.get("phase") == "warmup")
+    remaining = {path: 1 for path in warmup["plan"]["adapters"]}
+    events.append({"event": "pruned", "step": warmup["step"] + 2, "remaining": remaining})
+    events.sort(key=lambda row: row["step"])
+    folder.events.write_text("".join(json.dumps(row) + "\n" for row in events))
+    _, warmup, lora = read(folder).phases
+    begins = warmup.begins + 1
+    assert [(step, ranks[("q", 0)]) for step, ranks in warmup.ranks] == [(begins, 4), (begins + 2, 1)]
+    assert [set(ranks.values()) for _, ranks in lora.ranks] == [{1}]  # its plan has the same adapters
+
+
 def test_changes_are_those_of_algorithm_1(folder: RunFolder) -> None:
     run = read(folder)
     windows = [WindowStats(row["index"], row["last_step"], row["loss"],
