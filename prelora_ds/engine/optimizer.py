@@ -46,13 +46,14 @@ def make_optimizer(config: Config, plan: Plan, layout: Layout, module: nn.Module
     parameters only matrices decay; adapters have their own weight decay.
     """
     settings = config.optimizer
+    adapters_decay = config.adapters.weight_decay
     scales = plan.rate_scales(layout)
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, p in named_parameters(module).items():
         if name not in plan.trainable:
             continue
         is_adapter = name not in layout.parameters
-        decay = _weight_decay(name, config, layout)
+        decay = adapters_decay if is_adapter else settings.weight_decay * _is_matrix(name, layout)
         groups.setdefault((decay, scales[name], is_adapter), []).append(p)
     param_groups = [
         {"params": params, "weight_decay": decay, "lr_scale": scale}
@@ -67,13 +68,6 @@ def make_optimizer(config: Config, plan: Plan, layout: Layout, module: nn.Module
         return CPUAdamByName(param_groups, **common)
     # On a GPU the fused kernel reads and writes everything once; torch's default there makes a pass for each operation.
     return TorchAdamByName(param_groups, **common, fused=True if device().type == "cuda" else None)
-
-
-def _weight_decay(name: str, config: Config, layout: Layout) -> float:
-    """Return the weight decay of the parameter ``name``."""
-    if name not in layout.parameters:
-        return config.adapters.weight_decay
-    return config.optimizer.weight_decay * _is_matrix(name, layout)
 
 
 def _is_matrix(name: str, layout: Layout) -> bool:
