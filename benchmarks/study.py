@@ -55,6 +55,9 @@ SIDE_BY_SIDE = 2
 # glibc would return every freed activation to the system and fault its pages in again, which takes 8 % of a step.
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
 CHECKPOINT_EVERY = 105  # steps, a whole number of windows
+# Full training closes no windows, so a fork begins this many steps before it can leave full training: Algorithm 1 needs 3
+# windows of 21 steps, and Algorithm 2 two.
+BEFORE_PARTING = 63
 # The thresholds of the paper's experiments, in per cent.
 EXPERIMENTS = {"exp1": (1.0, 5.0), "exp2": (0.5, 2.5), "exp3": (0.25, 1.0)}
 
@@ -74,13 +77,14 @@ def until(experiment: str) -> dict[str, Any]:
 
 
 def prelora(experiment: str, *, warmup: float = 10, adapters: Mapping[str, Any] = ALGORITHM_2,
-            lora: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-    """Full training, the warm-up, and the LoRA phase with ``lora`` added."""
-    last = {"name": "lora", "train": TRAINED, **(lora or {})}
+            lora: Mapping[str, Any] | None = None, rate: float = 1) -> list[dict[str, Any]]:
+    """Full training, the warm-up, and the LoRA phase with ``lora`` added; adapters have ``rate`` times the rate."""
+    scale = {} if rate == 1 else {"lr_scale": {"adapters": rate}}
+    last = {"name": "lora", "train": TRAINED, **scale, **(lora or {})}
     if warmup == 0:
         return [{"name": "full", "until": until(experiment)}, {**last, "adapters": dict(adapters)}]
     return [{"name": "full", "until": until(experiment)},
-            {"name": "warmup", "adapters": dict(adapters), "until": share(warmup)}, last]
+            {"name": "warmup", "adapters": dict(adapters), "until": share(warmup), **scale}, last]
 
 
 def dropped(phases: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -134,6 +138,9 @@ SETTINGS: dict[str, Setting] = {
                         core=False),
     "update_no_warmup": Setting(prelora("exp1", warmup=0, adapters={
         **ALGORITHM_2, "options": {"init": "update"}}), core=False),
+    "rate_4": Setting(prelora("exp1", rate=4), core=False),
+    "rate_10": Setting(prelora("exp1", rate=10), core=False),
+    "rate_10_exp3": Setting(prelora("exp3", rate=10), core=False),
     "dora": Setting(prelora("exp1", adapters={"kind": "dora", **ALGORITHM_2}), core=False),
     "dynavera": Setting(prelora("exp1", warmup=0, adapters={"kind": "vera", "rank": 24}, lora={
         "lr_scale": {"adapters": 10}, "active": {"choose": "discounted", "importance": "forward", **ACTIVE}}),
@@ -253,7 +260,7 @@ def start_of(name: str, seed: int, out: Path) -> str:
     """The checkpoint to begin with, if the run has none of its own."""
     if not SETTINGS[name].forks or RunFolder(out).config.exists():
         return "auto"
-    last = (parts_at(name, seed) - 1) // CHECKPOINT_EVERY * CHECKPOINT_EVERY
+    last = max(0, parts_at(name, seed) - BEFORE_PARTING) // CHECKPOINT_EVERY * CHECKPOINT_EVERY
     return str(RunFolder(OUT / f"full-{seed}").checkpoints / f"step-{last:08d}") if last else "auto"
 
 
