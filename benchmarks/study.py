@@ -55,8 +55,8 @@ SIDE_BY_SIDE = 2
 # glibc would return every freed activation to the system and fault its pages in again, which takes 8 % of a step.
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
 CHECKPOINT_EVERY = 105  # steps, a whole number of windows
-# Full training closes no windows, so a fork begins this many steps before it can leave full training: Algorithm 1 needs 3
-# windows of 21 steps, and Algorithm 2 two.
+# Full training closes no windows, so a fork begins this many steps before it can leave full training: Algorithm 1 needs
+# three windows of 21 steps, and Algorithm 2 two.
 BEFORE_PARTING = 63
 # The thresholds of the paper's experiments, in per cent.
 EXPERIMENTS = {"exp1": (1.0, 5.0), "exp2": (0.5, 2.5), "exp3": (0.25, 1.0)}
