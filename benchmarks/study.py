@@ -196,7 +196,8 @@ def needs_of(name: str, seed: int) -> list[tuple[str, int]]:
     """Return the runs that have to finish before this one."""
     if name == "full":
         return []
-    return [("full", seed)] if name == "exp1" else [("full", seed), ("exp1", seed)]
+    needs_exp1 = SETTINGS[name].phases is None or name == "equal_compute"
+    return [("full", seed), ("exp1", seed)] if needs_exp1 else [("full", seed)]
 
 
 def result_file(name: str, seed: int) -> Path:
