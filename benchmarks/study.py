@@ -40,6 +40,7 @@ from prelora_ds.config.tree import Config
 from prelora_ds.core.codec import from_json
 from prelora_ds.core.layout import Layout
 from prelora_ds.core.plan import Plan
+from prelora_ds.core.selection import with_active
 from prelora_ds.cost.flops import micro_batch
 from prelora_ds.reporting.replay import Settings, read_logged, replayed
 from prelora_ds.run.folder import RunFolder
@@ -101,51 +102,67 @@ ACTIVE = {"k": 24, "every": "4 steps"}  # of 36 adapters; with backward importan
 class Setting:
     """A variant.
 
+    about: how it differs from the others, for the table.
     phases: its method; None for one that needs the results of Exp1 (`phases_of`).
     forks: whether it begins like full training.
     core: whether it is part of the core, which comes first.
     """
 
+    about: str
     phases: list[dict[str, Any]] | None
     forks: bool = True
     core: bool = True
 
 
 SETTINGS: dict[str, Setting] = {
-    "full": Setting([{"name": "full"}], forks=False),
-    **{name: Setting(prelora(name)) for name in EXPERIMENTS},
-    "equal_compute": Setting([{"name": "full"}], forks=False),
-    "static_lora": Setting(None, forks=False),
-    "uniform": Setting(None),
-    "no_warmup": Setting(prelora("exp1", warmup=0)),
-    "moments_dropped": Setting(dropped(prelora("exp1"))),
-    "relora": Setting([{"name": "full", "until": share(48)}, RELORA]),
-    "hybrid": Setting([{"name": "full", "until": share(48)}, {**RELORA, "until": until("exp1")},
-                       {"name": "warmup", "adapters": {"from": "merge", **ALGORITHM_2}, "until": share(10)},
-                       {"name": "lora", "train": TRAINED}]),
-    "dynalora_random": Setting(prelora("exp1", lora={"active": {"choose": "random", **ACTIVE}})),
-    "dynalora_forward": Setting(prelora("exp1", lora={"active": {
+    "full": Setting("all parameters train to the end", [{"name": "full"}], forks=False),
+    **{name: Setting(f"PreLoRA: tau {tau:g} %, zeta {zeta:g} %, w = 10 epochs, ranks by Algorithm 2", prelora(name))
+       for name, (tau, zeta) in EXPERIMENTS.items()},
+    "equal_compute": Setting("full training of as many steps as cost the FLOPs of exp1", [{"name": "full"}],
+                             forks=False),
+    "static_lora": Setting("LoRA from the first step on, with the mean rank of exp1", None, forks=False),
+    "uniform": Setting("exp1 with its mean rank in each linear", None),
+    "no_warmup": Setting("exp1 with w = 0", prelora("exp1", warmup=0)),
+    "moments_dropped": Setting("exp1 with new Adam moments after each switch", dropped(prelora("exp1"))),
+    "relora": Setting("full training for 48 epochs, then ReLoRA of rank 24 with a merge every 4.8 epochs",
+                      [{"name": "full", "until": share(48)}, RELORA]),
+    "hybrid": Setting("relora until the test of exp1 passes, then its warm-up and LoRA phase", [
+        {"name": "full", "until": share(48)}, {**RELORA, "until": until("exp1")},
+        {"name": "warmup", "adapters": {"from": "merge", **ALGORITHM_2}, "until": share(10)},
+        {"name": "lora", "train": TRAINED}]),
+    "dynalora_random": Setting("exp1 with 24 of 36 adapters active, drawn anew every 4 steps",
+                               prelora("exp1", lora={"active": {"choose": "random", **ACTIVE}})),
+    "dynalora_forward": Setting("the same, chosen by forward importance", prelora("exp1", lora={"active": {
         "choose": "discounted", "importance": "forward", **ACTIVE}})),
-    "freezing": Setting(prelora("exp1", lora={"active": {
-        "choose": "unconverged", "tau": 0.1, "every": share(3), "cut_backward": True}})),
-    "w5": Setting(prelora("exp1", warmup=5), core=False),
-    "w15": Setting(prelora("exp1", warmup=15), core=False),
-    "random_ranks": Setting(prelora("exp1", adapters={"ranks": {
-        "rule": "random", "draw": "permuted", "r_min": 1, "r_max": 8}}), core=False),
-    "fixed_25": Setting([{"name": "full", "until": {"test": "fixed", "at": 0.25, "m": 3}}, *prelora("exp1")[1:]],
-                        core=False),
-    "fixed_50": Setting([{"name": "full", "until": {"test": "fixed", "at": 0.5, "m": 3}}, *prelora("exp1")[1:]],
-                        core=False),
-    "update_no_warmup": Setting(prelora("exp1", warmup=0, adapters={
-        **ALGORITHM_2, "options": {"init": "update"}}), core=False),
-    "rate_4": Setting(prelora("exp1", rate=4), core=False),
-    "rate_10": Setting(prelora("exp1", rate=10), core=False),
-    "rate_10_exp3": Setting(prelora("exp3", rate=10), core=False),
-    "dora": Setting(prelora("exp1", adapters={"kind": "dora", **ALGORITHM_2}), core=False),
-    "dynavera": Setting(prelora("exp1", warmup=0, adapters={"kind": "vera", "rank": 24}, lora={
-        "lr_scale": {"adapters": 10}, "active": {"choose": "discounted", "importance": "forward", **ACTIVE}}),
-        core=False),
-    "dynalora_backward": Setting(prelora("exp1", lora={"active": {
+    "freezing": Setting("exp1 with adapters frozen once they have settled, and no backward pass below the others",
+                        prelora("exp1", lora={"active": {
+                            "choose": "unconverged", "tau": 0.1, "every": share(3), "cut_backward": True}})),
+    "w5": Setting("exp1 with w = 5", prelora("exp1", warmup=5), core=False),
+    "w15": Setting("exp1 with w = 15", prelora("exp1", warmup=15), core=False),
+    "random_ranks": Setting("exp1 with the ranks of Algorithm 2 in a random order",
+                            prelora("exp1", adapters={"ranks": {
+                                "rule": "random", "draw": "permuted", "r_min": 1, "r_max": 8}}), core=False),
+    "fixed_25": Setting("exp1 with a switch at 25 % of the run", [
+        {"name": "full", "until": {"test": "fixed", "at": 0.25, "m": 3}}, *prelora("exp1")[1:]], core=False),
+    "fixed_50": Setting("exp1 with a switch at 50 % of the run", [
+        {"name": "full", "until": {"test": "fixed", "at": 0.5, "m": 3}}, *prelora("exp1")[1:]], core=False),
+    "update_no_warmup": Setting("exp1 with w = 0, and A from the singular directions of the recent update",
+                                prelora("exp1", warmup=0, adapters={**ALGORITHM_2, "options": {"init": "update"}}),
+                                core=False),
+    "rate_4": Setting("exp1 with 4 times the learning rate for adapters", prelora("exp1", rate=4), core=False),
+    "rate_10": Setting("exp1 with 10 times the learning rate for adapters", prelora("exp1", rate=10), core=False),
+    "rate_10_exp3": Setting("exp3 with 10 times the learning rate for adapters", prelora("exp3", rate=10),
+                            core=False),
+    "merging": Setting("exp1 that merges its adapters every 4.8 epochs, as relora does",
+                       prelora("exp1", lora={"merge": MERGE}), core=False),
+    "merging_rate_4": Setting("merging with 4 times the learning rate for adapters",
+                              prelora("exp1", lora={"merge": MERGE}, rate=4), core=False),
+    "dora": Setting("exp1 with DoRA", prelora("exp1", adapters={"kind": "dora", **ALGORITHM_2}), core=False),
+    "dynavera": Setting("exp1 with w = 0 and VeRA of rank 24, 24 of 36 adapters active by forward importance",
+                        prelora("exp1", warmup=0, adapters={"kind": "vera", "rank": 24}, lora={
+                            "lr_scale": {"adapters": 10},
+                            "active": {"choose": "discounted", "importance": "forward", **ACTIVE}}), core=False),
+    "dynalora_backward": Setting("dynalora_forward by backward importance", prelora("exp1", lora={"active": {
         "choose": "discounted", "importance": "backward", **ACTIVE}}), core=False),
 }
 
@@ -266,16 +283,24 @@ def start_of(name: str, seed: int, out: Path) -> str:
 
 
 def parts_at(name: str, seed: int) -> int:
-    """Return the step after which a setting leaves full training: by a replay of the full run if a test ends it."""
+    """Return a step until which a setting does not leave full training."""
     until: str | Mapping[str, Any] = phases_of(name, seed)[0]["until"]
     if isinstance(until, str):
         return int(until.split()[0])
     if until["test"] == "fixed":
         return math.ceil(until["at"] * STEPS)
+    return replayed_switch(name, seed) or STEPS
+
+
+def replayed_switch(name: str, seed: int) -> int | None:
+    """Return the step after which Algorithm 1 ends full training by a replay of the full run; None if it does not."""
+    until = phases_of(name, seed)[0]["until"]
+    if isinstance(until, str) or until["test"] != "prelora":
+        return None
     parameters = {key: (value,) for key, value in until.items() if key != "test"}
-    found = replayed(read_logged(RunFolder(OUT / f"full-{seed}")), Settings(until["test"], parameters))
-    step = found["grid"][0]["step"]
-    return STEPS if step is None else int(step)
+    found = replayed(read_logged(RunFolder(OUT / f"full-{seed}")), Settings("prelora", parameters))
+    step: int | None = found["grid"][0]["step"]
+    return step
 
 
 # ---- results
@@ -310,7 +335,7 @@ def result_of(name: str, seed: int, out: Path, tested: Mapping[str, Any]) -> dic
         "train_loss": mean(row["train/loss"] for row in rows[-10:]),
         "steps_by_phase": steps_by_phase(plans, steps),
         "first_switch": switches[0] if switches else None,
-        "replayed_switch": parts_at(name, seed) if SETTINGS[name].forks else None,
+        "replayed_switch": replayed_switch(name, seed) if SETTINGS[name].forks else None,
         "ranks": sorted(spec.rank or 0 for spec in plans[-1][1].adapters.values()),
         "trainable_share": last["trainable_parameters"] / last["all_parameters"],
         "flops_over_full": flops(config, setup.layout, plans, steps) / flops(config, setup.layout, plans[:1], STEPS),
@@ -322,11 +347,17 @@ def result_of(name: str, seed: int, out: Path, tested: Mapping[str, Any]) -> dic
 
 def plans_of(config: Config, layout: Layout, events: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, Plan]]:
     """Yield (step, plan) wherever the plan changes, with that of full training at step 0 for a fork."""
-    full = Plan(phase="full", trainable=frozenset(layout.parameters), adapters={})
-    yield 0, full
+    plan = Plan(phase="full", trainable=frozenset(layout.parameters), adapters={})
+    yield 0, plan
     for event in events:
         if event["event"] == "plan":
-            yield event["step"], from_json(Plan, event["plan"])
+            plan = from_json(Plan, event["plan"])
+            yield event["step"], plan
+        elif event["event"] == "active":
+            active = config.phase(plan.phase).active
+            assert active is not None, "only such a phase chooses adapters"
+            cut = active.selection().cut_backward
+            yield event["step"], with_active(plan, layout, frozenset(event["adapters"]), cut_backward=cut)
 
 
 def steps_by_phase(plans: Sequence[tuple[int, Plan]], steps: int) -> dict[str, int]:
@@ -356,14 +387,14 @@ def step_seconds(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def summarize() -> None:
-    """Print, and record if all core settings have a run, the aggregates of what has finished."""
+    """Print and record the aggregates of what has finished."""
     results = [read(path) for path in sorted(RESULTS.glob("*.json"))]
     rows = [aggregate(name, results) for name in SETTINGS if any(r["setting"] == name for r in results)]
-    print_table(rows, "Fashion-MNIST, test top-1 in per cent; differences to full training of the same seed")
+    shown = [{key: value for key, value in row.items() if key != "about"} for row in rows]
+    print_table(shown, "Fashion-MNIST, test top-1 in per cent; differences to full training of the same seed")
     by_name = {row["setting"]: row for row in rows}
-    if all(name in by_name for name, setting in SETTINGS.items() if setting.core):
-        seeds = min(row["seeds"] for name, row in by_name.items() if SETTINGS[name].core)
-        record("study", figures_of(by_name, results) | {"runs": len(results), "seeds": seeds}, rows, NOTES)
+    seeds = min(by_name[name]["seeds"] if name in by_name else 0 for name in SETTINGS if SETTINGS[name].core)
+    record("study", figures_of(by_name, results) | {"runs": len(results), "seeds": seeds}, rows, NOTES)
 
 
 NOTES = (
@@ -386,10 +417,11 @@ def figures_of(by_name: Mapping[str, Mapping[str, Any]], results: Sequence[Mappi
     for figure, other, sign in (("uniform_minus_algorithm2_pt", "uniform", 1),
                                 ("no_warmup_minus_w10_pt", "no_warmup", 1),
                                 ("carried_minus_dropped_pt", "moments_dropped", -1)):
-        pairs = paired(accuracies(other, results), exp1)
-        figures[figure] = round(sign * mean(pairs), 2)
-    figures["most_steps_between_replay_and_run"] = max(
-        abs(r["replayed_switch"] - r["first_switch"]) for r in results if r.get("replayed_switch") is not None)
+        if pairs := paired(accuracies(other, results), exp1):
+            figures[figure] = round(sign * mean(pairs), 2)
+    apart = [abs(r["replayed_switch"] - r["first_switch"]) for r in results if r["replayed_switch"] is not None]
+    if apart:
+        figures["most_steps_between_replay_and_run"] = max(apart)
     return {name: value for name, value in figures.items() if value is not None}
 
 
@@ -405,6 +437,7 @@ def aggregate(name: str, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]
     ranks = [mean(r["ranks"]) for r in runs if r["ranks"]]
     return {
         "setting": name,
+        "about": SETTINGS[name].about,
         "seeds": len(runs),
         "test top-1": round(mean(reached.values()), 2),
         "sd": round(stdev(reached.values()), 2) if len(reached) > 1 else None,
