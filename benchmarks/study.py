@@ -96,6 +96,7 @@ def dropped(phases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 MERGE = {"every": share(4.8), "reset": {"rule": "magnitude", "share": 0.25}, "rewarm": share(0.64)}
 RELORA = {"name": "relora", "adapters": {"rank": 24}, "train": TRAINED, "rewarm": share(1), "merge": MERGE}
 ACTIVE = {"k": 24, "every": "4 steps"}  # of 36 adapters; with backward importance all train in one of these steps
+FREEZING = {"choose": "unconverged", "tau": 0.1, "every": share(3), "cut_backward": True}
 
 
 @dataclass(frozen=True)
@@ -135,8 +136,7 @@ SETTINGS: dict[str, Setting] = {
     "dynalora_forward": Setting("the same, chosen by forward importance", prelora("exp1", lora={"active": {
         "choose": "discounted", "importance": "forward", **ACTIVE}})),
     "freezing": Setting("exp1 with adapters frozen once they have settled, and no backward pass below the others",
-                        prelora("exp1", lora={"active": {
-                            "choose": "unconverged", "tau": 0.1, "every": share(3), "cut_backward": True}})),
+                        prelora("exp1", lora={"active": FREEZING})),
     "w5": Setting("exp1 with w = 5", prelora("exp1", warmup=5), core=False),
     "w15": Setting("exp1 with w = 15", prelora("exp1", warmup=15), core=False),
     "random_ranks": Setting("exp1 with the ranks of Algorithm 2 in a random order",
@@ -151,12 +151,13 @@ SETTINGS: dict[str, Setting] = {
                                 core=False),
     "rate_4": Setting("exp1 with 4 times the learning rate for adapters", prelora("exp1", rate=4), core=False),
     "rate_10": Setting("exp1 with 10 times the learning rate for adapters", prelora("exp1", rate=10), core=False),
+    "rate_30": Setting("exp1 with 30 times the learning rate for adapters", prelora("exp1", rate=30), core=False),
     "rate_10_exp3": Setting("exp3 with 10 times the learning rate for adapters", prelora("exp3", rate=10),
                             core=False),
-    "merging": Setting("exp1 that merges its adapters every 4.8 epochs, as relora does",
-                       prelora("exp1", lora={"merge": MERGE}), core=False),
-    "merging_rate_4": Setting("merging with 4 times the learning rate for adapters",
-                              prelora("exp1", lora={"merge": MERGE}, rate=4), core=False),
+    "rate_10_merging": Setting("rate_10 that merges its adapters every 4.8 epochs, as relora does",
+                               prelora("exp1", lora={"merge": MERGE}, rate=10), core=False),
+    "rate_10_freezing": Setting("freezing with 10 times the learning rate for adapters",
+                                prelora("exp1", rate=10, lora={"active": FREEZING}), core=False),
     "dora": Setting("exp1 with DoRA", prelora("exp1", adapters={"kind": "dora", **ALGORITHM_2}), core=False),
     "dynavera": Setting("exp1 with w = 0 and VeRA of rank 24, 24 of 36 adapters active by forward importance",
                         prelora("exp1", warmup=0, adapters={"kind": "vera", "rank": 24}, lora={
