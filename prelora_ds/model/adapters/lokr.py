@@ -54,8 +54,7 @@ class _LoKrProduct(torch.autograd.Function):
     ) -> torch.Tensor:
         _, needs_w, _, needs_w1, needs_w2, _ = ctx.needs_input_grad
         y = nn.functional.linear(x, weight, bias)
-        h = _matrices(x, w1, w2) @ w2.t()
-        y.view(-1, w1.shape[0], w2.shape[0]).add_(w1 @ h, alpha=scaling)
+        y.view(-1, w1.shape[0], w2.shape[0]).add_(_on_columns(w1, _h(x, w1, w2)), alpha=scaling)
         ctx.save_for_backward(x if needs_w or needs_w1 or needs_w2 else None, weight, w1, w2)
         ctx.scaling = scaling
         return y
@@ -71,26 +70,35 @@ class _LoKrProduct(torch.autograd.Function):
         grad_x = grad_w = grad_bias = grad_w1 = grad_w2 = None
 
         if needs_x or needs_w2:
-            into_h = w1.t() @ matrices  # [tokens, in1, out2]
+            into_h = _on_columns(w1.t(), matrices).reshape(-1, w2.shape[0])  # [tokens * in1, out2]
         if needs_x:
             grad_x = g @ weight
-            grad_x.view(-1, w1.shape[1], w2.shape[1]).add_(into_h @ w2, alpha=s)
+            grad_x.view(-1, w2.shape[1]).add_(into_h @ w2, alpha=s)
             grad_x = grad_x.view(*grad.shape[:-1], -1)
         if needs_w:
             grad_w = g.t() @ x.reshape(-1, x.shape[-1])
         if needs_bias:
             grad_bias = g.sum(0)
         if needs_w2:
-            grad_w2 = (into_h.reshape(-1, w2.shape[0]).t() @ x.reshape(-1, w2.shape[1])).mul_(s)
+            grad_w2 = (into_h.t() @ x.reshape(-1, w2.shape[1])).mul_(s)
         if needs_w1:
-            h = _matrices(x, w1, w2) @ w2.t()
-            grad_w1 = (_rows_first(matrices) @ _rows_first(h).t()).mul_(s)
+            grad_w1 = (_rows_first(matrices) @ _rows_first(_h(x, w1, w2)).t()).mul_(s)
         return grad_x, grad_w, grad_bias, grad_w1, grad_w2, None
 
 
-def _matrices(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
-    """Return the tokens of ``x`` as matrices [tokens, in1, in2]."""
-    return x.reshape(-1, w1.shape[1], w2.shape[1])
+# torch.matmul joins the rows of a stack of matrices only if the other factor requires a gradient (torch 2.14,
+# should_fold), so that an adapter that does not train now would round otherwise. Here the rows are always joined.
+
+def _h(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
+    """Return X W2^T of each token [tokens, in1, out2]."""
+    return (x.reshape(-1, w2.shape[1]) @ w2.t()).view(-1, w1.shape[1], w2.shape[0])
+
+
+def _on_columns(factor: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+    """Return ``factor`` [n, rows] times each of ``matrices`` [tokens, rows, columns]: [tokens, n, columns]."""
+    tokens, rows, columns = matrices.shape
+    product = matrices.transpose(1, 2).reshape(-1, rows) @ factor.t()
+    return product.view(tokens, columns, -1).transpose(1, 2)
 
 
 def _rows_first(matrices: torch.Tensor) -> torch.Tensor:
