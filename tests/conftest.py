@@ -10,10 +10,13 @@ if os.environ.get("PRELORA_GPU") != "1":
 
 import hypothesis
 import pytest
+import torch
 from support.pool import RankPool
 
 from prelora_ds.data.shards.writer import write_digits
 
+# The tensors of tests are small: threads would wait for each other for longer than they work.
+torch.set_num_threads(1)
 hypothesis.settings.register_profile("no deadline", deadline=None)  # a busy machine is not a failure
 hypothesis.settings.load_profile("no deadline")
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(os.getcwd(), ".venv", "torch_extensions"))
