@@ -137,6 +137,8 @@ SETTINGS: dict[str, Setting] = {
         "choose": "discounted", "importance": "forward", **ACTIVE}})),
     "freezing": Setting("exp1 with adapters frozen once they have settled, and no backward pass below the others",
                         prelora("exp1", lora={"active": FREEZING})),
+    "equal_time": Setting("full training of as many steps as take the time of exp1 at ViT-L's rates",
+                          [{"name": "full"}], forks=False, core=False),
     "w5": Setting("exp1 with w = 5", prelora("exp1", warmup=5), core=False),
     "w15": Setting("exp1 with w = 15", prelora("exp1", warmup=15), core=False),
     "random_ranks": Setting("exp1 with the ranks of Algorithm 2 in a random order",
@@ -214,7 +216,7 @@ def needs_of(name: str, seed: int) -> list[tuple[str, int]]:
     """Return the runs that have to finish before this one."""
     if name == "full":
         return []
-    needs_exp1 = SETTINGS[name].phases is None or name == "equal_compute"
+    needs_exp1 = SETTINGS[name].phases is None or name in ("equal_compute", "equal_time")
     return [("full", seed), ("exp1", seed)] if needs_exp1 else [("full", seed)]
 
 
@@ -270,9 +272,11 @@ def phases_of(name: str, seed: int) -> list[dict[str, Any]]:
 
 
 def duration_of(name: str, seed: int) -> str:
-    if name != "equal_compute":
-        return f"{STEPS} steps"
-    return f"{round(read(result_file('exp1', seed))['flops_over_full'] * STEPS)} steps"
+    if name == "equal_compute":
+        return f"{round(read(result_file('exp1', seed))['flops_over_full'] * STEPS)} steps"
+    if name == "equal_time":
+        return f"{round(weighted_steps(read(result_file('exp1', seed)), zero_stages_rates()))} steps"
+    return f"{STEPS} steps"
 
 
 def start_of(name: str, seed: int, out: Path) -> str:
