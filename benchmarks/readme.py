@@ -1,8 +1,8 @@
-"""Write the table of results in README.md from the files in benchmarks/results.
+"""Write the tables of results in README.md and docs/results.md from the files in benchmarks/results.
 
     python benchmarks/readme.py
 
-tests/unit/test_docs.py compares the table with the files.
+tests/unit/test_docs.py compares the tables with the files.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADER = "| what | result | limit | better |\n|---|---:|---:|---|\n"
+STUDY_HEADER = ("| setting | what it is | seeds | top-1, % | minus full, points | switch after step | mean rank "
+                "| FLOPs / full | time at ViT-L's rates |\n|---|---|---:|---:|---:|---:|---:|---:|---:|\n")
 
 
 @dataclass(frozen=True)
@@ -82,10 +84,21 @@ ROWS = [
 ]
 
 
-def table() -> str:
-    """Return the table in Markdown."""
-    values = figures()
-    return HEADER + "".join(f"{line}\n" for line in lines(values))
+def tables() -> dict[Path, tuple[str, str]]:
+    """Return page -> (header, whole table) in Markdown."""
+    return {ROOT / "README.md": (HEADER, HEADER + "".join(f"{line}\n" for line in lines(figures()))),
+            ROOT / "docs/results.md": (STUDY_HEADER, STUDY_HEADER + "".join(f"{line}\n" for line in study_lines()))}
+
+
+def study_lines() -> Iterator[str]:
+    for row in json.loads((ROOT / "benchmarks/results/study.json").read_text())["rows"]:
+        spread = "" if row["sd"] is None else f" ± {row['sd']:.2f}"
+        interval = "" if row["+-"] is None else f" ± {row['+-']:.2f}"
+        difference = "" if row["setting"] == "full" else f"{row['minus full']:+.2f}{interval}".replace("-", "−")
+        numbers = {"first switch": ",", "mean rank": ".1f", "FLOPs / full": ".3f", "time at ViT-L's rates": ".3f"}
+        cells = [row["setting"], row["about"], row["seeds"], f"{row['test top-1']:.2f}{spread}", difference,
+                 *("" if row[column] is None else format(row[column], how) for column, how in numbers.items())]
+        yield " ".join(["|", *(f"{cell} |" if cell else "|" for cell in map(str, cells))])
 
 
 def lines(values: dict[str, Any]) -> Iterator[str]:
@@ -114,11 +127,11 @@ def _column(result: dict[str, Any], column: str) -> dict[str, float]:
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    before, _, rest = text.partition(HEADER)
-    after = rest[rest.index("\n\n") + 1:]
-    readme.write_text(before + table() + after, encoding="utf-8")
+    for page, (header, table) in tables().items():
+        text = page.read_text(encoding="utf-8")
+        before, _, rest = text.partition(header)
+        after = rest[rest.index("\n\n") + 1:]
+        page.write_text(before + table + after, encoding="utf-8")
 
 
 if __name__ == "__main__":

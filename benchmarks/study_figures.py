@@ -22,10 +22,10 @@ TARGET = ROOT / "docs/results"
 REPORTS: dict[tuple[str, ...], dict[str, str]] = {
     ("full", "exp1", "exp2", "exp3"): {
         "weight_norms": "figure_1a", "loss_over_step": "figure_1b", "accuracy_over_step": "figure_4",
-        "changes": "changes", "phases": "figure_7"},
+        "phases": "figure_7"},
     ("full", "w5", "exp1", "w15"): {"accuracy_over_step": "figure_5", "norms_apart": "figure_6"},
-    ("exp1",): {"norms_by_layer": "figure_3", "ranks": "ranks"},
-    ("hybrid",): {"relora_cycles": "figure_8"},
+    ("exp1",): {"norms_by_layer": "figure_3"},
+    ("relora",): {"relora_cycles": "figure_8"},
 }
 
 

@@ -22,7 +22,7 @@ PAGES = {
             "docs/checkpoints", "docs/reports", "docs/trackers", "docs/export", "docs/troubleshooting",
             "docs/glossary"],
     "Program": ["docs/library", "docs/site/api"],
-    "Results": ["docs/papers", "benchmarks/README"],
+    "Results": ["docs/results", "docs/papers", "benchmarks/README"],
     "Develop": ["docs/architecture", "CONTRIBUTING", "CHANGELOG"],
 }
 
