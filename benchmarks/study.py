@@ -407,7 +407,7 @@ NOTES = (
     "interval by Student's t. FLOPs / full: of this model, by cost/. steps at ViT-L's rates: the steps of each phase "
     "times the ratio of its step to a full step on blocks of ViT-L (lora_step.json); time at ViT-L's rates: the same "
     "with the seconds per step of ViT-L at ZeRO 2 and 4 images per rank (zero_stages.json). Both are empty where only "
-    "some adapters train at a time."
+    "some adapters train at a time, and for ReLoRA, whose rank has not been measured there."
 )
 
 
@@ -483,13 +483,14 @@ def zero_stages_rates() -> dict[str, float]:
 
 def at_rates(name: str, runs: Sequence[Mapping[str, Any]], rates: Mapping[str, float]) -> float | None:
     """Return the time of ``runs`` over that of full training, if each step of a phase takes its rate."""
-    if any("active" in phase for phase in SETTINGS[name].phases or ()):
+    phases = SETTINGS[name].phases or ()
+    if any("active" in phase for phase in phases) or any(phase["name"] not in rates for phase in phases):
         return None
     return round(mean(weighted_steps(run, rates) / STEPS for run in runs), 3)
 
 
 def weighted_steps(run: Mapping[str, Any], rates: Mapping[str, float]) -> float:
-    return sum(steps * rates.get(phase, rates["lora"]) for phase, steps in run["steps_by_phase"].items())
+    return sum(steps * rates[phase] for phase, steps in run["steps_by_phase"].items())
 
 
 if __name__ == "__main__":
