@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from prelora_ds.config.tree import Config
 
 
-
 def check_sections(config: Config) -> None:
     """Raise FieldError if a phase does not fit the model, what is observed, or how checkpoints are written."""
     _check_families(config)

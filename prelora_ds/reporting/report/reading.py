@@ -285,8 +285,7 @@ def _add_event(run: Run, event: Event) -> None:
             run.active.append(event)
         case Pruned():
             if run.phases:
-                remaining = {linear_of(run, path): count for path, count in event.remaining.items()}
-                _add_ranks(run.phases[-1], event.step, remaining)
+                _add_ranks(run.phases[-1], event.step, _by_linear(run, event.remaining))
         case Slow():
             run.stragglers.append(event)
         case End():
@@ -297,9 +296,9 @@ def _add_plan(run: Run, event: Started) -> None:
     """Begin a phase, or note that the plan has changed within a phase, for example the ranks of its adapters."""
     seconds = None if event.switch is None else event.switch.seconds
     last = run.phases[-1] if run.phases else None
-    ranks = {linear_of(run, path): rank for path, rank in event.ranks.items()}
+    ranks = _by_linear(run, event.ranks)
     if last is not None and last.ranks and event.ranks == run.planned_ranks:
-        ranks = dict(last.ranks[-1][1])  # a plan does not say which components AdaLoRA has pruned
+        ranks = last.ranks[-1][1]  # a plan does not say which components AdaLoRA has pruned
     run.planned_ranks = event.ranks
     if last is None or last.name != event.phase:
         run.phases.append(last := Phase(event.phase, event.step, event.reason, event.trainable_parameters,
@@ -313,6 +312,10 @@ def _add_ranks(phase: Phase, step: int, ranks: Mapping[tuple[str, int], int]) ->
     """Note the ranks of the adapters after ``step`` if they have changed in this phase."""
     if ranks and (not phase.ranks or phase.ranks[-1][1] != ranks):
         phase.ranks.append((step + 1, ranks))
+
+
+def _by_linear(run: Run, ranks: Mapping[str, int]) -> Mapping[tuple[str, int], int]:
+    return {linear_of(run, path): rank for path, rank in ranks.items()}
 
 
 def linear_of(run: Run, path: str) -> tuple[str, int]:
