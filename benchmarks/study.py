@@ -64,7 +64,7 @@ EXPERIMENTS = {"exp1": (1.0, 5.0), "exp2": (0.5, 2.5), "exp3": (0.25, 1.0)}
 
 
 def share(of_300_epochs: float) -> str:
-    """The steps that are the same part of this run as so many epochs are of the paper's 300."""
+    """Return the duration that is the same share of this run as ``of_300_epochs`` is of the paper's 300 epochs."""
     return f"{max(1, round(of_300_epochs / 300 * STEPS))} steps"
 
 
@@ -105,12 +105,14 @@ class Setting:
 
     about: how it differs from the others, for the table.
     phases: its method; None for one that needs the results of Exp1 (`phases_of`).
+    exp1: whether it takes something from the results of Exp1, its rank or its duration.
     forks: whether it begins like full training.
     core: whether it is part of the core, which comes first.
     """
 
     about: str
     phases: list[dict[str, Any]] | None
+    exp1: bool = False
     forks: bool = True
     core: bool = True
 
@@ -120,9 +122,9 @@ SETTINGS: dict[str, Setting] = {
     **{name: Setting(f"PreLoRA: tau {tau:g} %, zeta {zeta:g} %, w = 10 epochs, ranks by Algorithm 2", prelora(name))
        for name, (tau, zeta) in EXPERIMENTS.items()},
     "equal_compute": Setting("full training of as many steps as cost the FLOPs of exp1", [{"name": "full"}],
-                             forks=False),
-    "static_lora": Setting("LoRA from the first step on, with the mean rank of exp1", None, forks=False),
-    "uniform": Setting("exp1 with its mean rank in each linear", None),
+                             exp1=True, forks=False),
+    "static_lora": Setting("LoRA from the first step on, with the mean rank of exp1", None, exp1=True, forks=False),
+    "uniform": Setting("exp1 with its mean rank in each linear", None, exp1=True),
     "no_warmup": Setting("exp1 with w = 0", prelora("exp1", warmup=0)),
     "moments_dropped": Setting("exp1 with new Adam moments after each switch", dropped(prelora("exp1"))),
     "relora": Setting("full training for 48 epochs, then ReLoRA of rank 24 with a merge every 4.8 epochs",
@@ -133,12 +135,13 @@ SETTINGS: dict[str, Setting] = {
         {"name": "lora", "train": TRAINED}]),
     "dynalora_random": Setting("exp1 with 24 of 36 adapters active, drawn anew every 4 steps",
                                prelora("exp1", lora={"active": {"choose": "random", **ACTIVE}})),
-    "dynalora_forward": Setting("the same, chosen by forward importance", prelora("exp1", lora={"active": {
-        "choose": "discounted", "importance": "forward", **ACTIVE}})),
+    "dynalora_forward": Setting("exp1 with 24 of 36 adapters active, chosen by forward importance",
+                                prelora("exp1", lora={"active": {
+                                    "choose": "discounted", "importance": "forward", **ACTIVE}})),
     "freezing": Setting("exp1 with adapters frozen once they have settled, and no backward pass below the others",
                         prelora("exp1", lora={"active": FREEZING})),
     "equal_time": Setting("full training of as many steps as take the time of exp1 at ViT-L's rates",
-                          [{"name": "full"}], forks=False, core=False),
+                          [{"name": "full"}], exp1=True, forks=False, core=False),
     "w5": Setting("exp1 with w = 5", prelora("exp1", warmup=5), core=False),
     "w15": Setting("exp1 with w = 15", prelora("exp1", warmup=15), core=False),
     "random_ranks": Setting("exp1 with the ranks of Algorithm 2 in a random order",
@@ -151,9 +154,8 @@ SETTINGS: dict[str, Setting] = {
     "update_no_warmup": Setting("exp1 with w = 0, and A from the singular directions of the recent update",
                                 prelora("exp1", warmup=0, adapters={**ALGORITHM_2, "options": {"init": "update"}}),
                                 core=False),
-    "rate_4": Setting("exp1 with 4 times the learning rate for adapters", prelora("exp1", rate=4), core=False),
-    "rate_10": Setting("exp1 with 10 times the learning rate for adapters", prelora("exp1", rate=10), core=False),
-    "rate_30": Setting("exp1 with 30 times the learning rate for adapters", prelora("exp1", rate=30), core=False),
+    **{f"rate_{rate}": Setting(f"exp1 with {rate} times the learning rate for adapters", prelora("exp1", rate=rate),
+                               core=False) for rate in (4, 10, 30)},
     "rate_10_exp3": Setting("exp3 with 10 times the learning rate for adapters", prelora("exp3", rate=10),
                             core=False),
     "rate_10_merging": Setting("rate_10 that merges its adapters every 4.8 epochs, as relora does",
@@ -193,31 +195,30 @@ def run_all(names: Sequence[str], seeds: int, minutes: float) -> None:
              for seed in range(first, min(first + SIDE_BY_SIDE, seeds)) for name in wave]
     order += [(name, seed) for seed in range(seeds) for name in SETTINGS]
     keys = [key for key in dict.fromkeys(order) if key[0] in names or key[0] in needed]
-    todo = [key for key in keys if not result_file(*key).exists()]
+    missing = {key for key in keys if not result_file(*key).exists()}
     # Forks begin with the checkpoints of the full run, which another machine may have written.
-    forked = {seed for name, seed in todo if SETTINGS[name].forks}
-    todo = [key for key in keys if key in todo
-            or (key[0] == "full" and key[1] in forked and not RunFolder(OUT / f"full-{key[1]}").model.exists())]
+    missing |= {("full", seed) for name, seed in missing
+                if SETTINGS[name].forks and not RunFolder(OUT / f"full-{seed}").model.exists()}
+    queue = [key for key in keys if key in missing]
     begun = time.monotonic()
     running: dict[tuple[str, int], Future[float | None]] = {}
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
-        for name, seed in todo:  # what a run waits for is earlier in the queue
+        for name, seed in queue:  # what a run waits for is earlier in the queue
             before = [run for key in needs_of(name, seed) if (run := running.get(key)) is not None]
             running[name, seed] = pool.submit(one_run, name, seed, before, begun + 60 * minutes)
         seconds: list[float] = []
         for run in as_completed(running.values()):
             if (taken := run.result()) is not None:
                 seconds.append(taken)
-                left = (len(todo) - len(seconds)) * mean(seconds) / SIDE_BY_SIDE
-                print(f"{len(seconds)} of {len(todo)} runs; about {left / 60:.0f} min left", flush=True)
+                left = (len(queue) - len(seconds)) * mean(seconds) / SIDE_BY_SIDE
+                print(f"{len(seconds)} of {len(queue)} runs; about {left / 60:.0f} min left", flush=True)
 
 
 def needs_of(name: str, seed: int) -> list[tuple[str, int]]:
     """Return the runs that have to finish before this one."""
     if name == "full":
         return []
-    needs_exp1 = SETTINGS[name].phases is None or name in ("equal_compute", "equal_time")
-    return [("full", seed), ("exp1", seed)] if needs_exp1 else [("full", seed)]
+    return [("full", seed), ("exp1", seed)] if SETTINGS[name].exp1 else [("full", seed)]
 
 
 def result_file(name: str, seed: int) -> Path:
