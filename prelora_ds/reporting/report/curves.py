@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from prelora_ds.reporting.report.curve import MOST_POINTS, Point
 from prelora_ds.reporting.report.figure import COLORS, CURVES, DASHES, INK, SEQUENTIAL, Cell, Spec, Table, inline
-from prelora_ds.reporting.report.reading import Run
+from prelora_ds.reporting.report.run import Run
 
 Axis = Literal["step", "hours"]
 TITLES: Mapping[Axis, str] = {"step": "step", "hours": "hours of training"}

@@ -22,7 +22,7 @@ from prelora_ds.reporting.report.curves import (
 )
 from prelora_ds.reporting.report.figure import Cell, Figure, Panel, Table
 from prelora_ds.reporting.report.maps import bars, grouped_bars, layer_map, time_map
-from prelora_ds.reporting.report.reading import Phase, Run, linear_of, tests_of
+from prelora_ds.reporting.report.run import Phase, Run, linear_of, tests_of
 
 Linear = tuple[str, int]  # family, layer
 MOST_MAPS = 6  # of ranks

@@ -10,7 +10,7 @@ from prelora_ds.config.changes import binding_differences
 from prelora_ds.core.stragglers import Change
 from prelora_ds.reporting.report.figure import Cell
 from prelora_ds.reporting.report.figures import epoch_minutes
-from prelora_ds.reporting.report.reading import Phase, Run
+from prelora_ds.reporting.report.run import Phase, Run
 from prelora_ds.version import __version__
 
 SCHEMA_VERSION = 1

@@ -16,7 +16,8 @@ from prelora_ds.reporting.report.figure import Figure
 from prelora_ds.reporting.report.figures import LeftOut, all_figures
 from prelora_ds.reporting.report.markdown import markdown
 from prelora_ds.reporting.report.page import MOST_BYTES, page
-from prelora_ds.reporting.report.reading import Run, read_run
+from prelora_ds.reporting.report.reading import read_run
+from prelora_ds.reporting.report.run import Run
 from prelora_ds.reporting.report.summary import summary
 from prelora_ds.run.folder import RunFolder
 from prelora_ds.run.log import json_text

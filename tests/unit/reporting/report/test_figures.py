@@ -11,7 +11,8 @@ from support.run_logs import Logs, events_of_methods, write_logs
 
 from prelora_ds.reporting.report.figure import COLORS, Figure, Table
 from prelora_ds.reporting.report.figures import LeftOut, active_adapters, all_figures
-from prelora_ds.reporting.report.reading import Run, read_run
+from prelora_ds.reporting.report.reading import read_run
+from prelora_ds.reporting.report.run import Run
 from prelora_ds.run.log import read_lines
 
 LOGS = Logs()

@@ -9,7 +9,8 @@ from support.run_logs import Logs, write_logs
 
 from prelora_ds.core.switch_tests.prelora import WindowStats, partially_converged
 from prelora_ds.errors import ConfigError
-from prelora_ds.reporting.report.reading import Run, read_run
+from prelora_ds.reporting.report.reading import read_run
+from prelora_ds.reporting.report.run import Run
 from prelora_ds.run.folder import RunFolder
 from prelora_ds.run.log import read_lines
 
