@@ -404,11 +404,11 @@ def summarize() -> None:
 
 
 NOTES = (
-    "minus full: mean over seeds of the difference to the full run of the same seed; +-: half the width of its 95 % "
-    "interval by Student's t. FLOPs / full: of this model, by cost/. steps at ViT-L's rates: the steps of each phase "
-    "times the ratio of its step to a full step on blocks of ViT-L (lora_step.json); time at ViT-L's rates: the same "
-    "with the seconds per step of ViT-L at ZeRO 2 and 4 images per rank (zero_stages.json). Both are empty where only "
-    "some adapters train at a time, and for ReLoRA, whose rank has not been measured there."
+    "minus full, minus exp1: mean over seeds of the difference to that run of the same seed; +-: half the width of "
+    "its 95 % interval by Student's t. FLOPs / full: of this model, by cost/. steps at ViT-L's rates: the steps of "
+    "each phase times the ratio of its step to a full step on blocks of ViT-L (lora_step.json); time at ViT-L's rates: "
+    "the same with the seconds per step of ViT-L at ZeRO 2 and 4 images per rank (zero_stages.json). Both are empty "
+    "where only some adapters train at a time."
 )
 
 
@@ -419,12 +419,11 @@ def figures_of(by_name: Mapping[str, Mapping[str, Any]], results: Sequence[Mappi
             figures[f"{name}_acc_minus_full_pt"] = row["minus full"]
             figures[f"{name}_cost_vs_full"] = row["FLOPs / full"]
             figures[f"{name}_time_vs_full"] = row["time at ViT-L's rates"]
-    exp1 = accuracies("exp1", results)
     for figure, other, sign in (("uniform_minus_algorithm2_pt", "uniform", 1),
                                 ("no_warmup_minus_w10_pt", "no_warmup", 1),
                                 ("carried_minus_dropped_pt", "moments_dropped", -1)):
-        if pairs := paired(accuracies(other, results), exp1):
-            figures[figure] = round(sign * mean(pairs), 2)
+        if other in by_name:
+            figures[figure] = sign * by_name[other]["minus exp1"]
     apart = [abs(r["replayed_switch"] - r["first_switch"]) for r in results if r["replayed_switch"] is not None]
     if apart:
         figures["most_steps_between_replay_and_run"] = max(apart)
@@ -437,8 +436,8 @@ T_95 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776}  # Student's t by degrees of fre
 def aggregate(name: str, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     runs = [r for r in results if r["setting"] == name]
     reached = accuracies(name, results)
-    differences = paired(reached, accuracies("full", results))
-    freedom = len(differences) - 1
+    minus_full, interval = difference(reached, accuracies("full", results))
+    minus_exp1, interval_exp1 = difference(reached, accuracies("exp1", results))
     switches = [r["first_switch"] for r in runs]
     ranks = [mean(r["ranks"]) for r in runs if r["ranks"]]
     return {
@@ -447,8 +446,10 @@ def aggregate(name: str, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]
         "seeds": len(runs),
         "test top-1": round(mean(reached.values()), 2),
         "sd": round(stdev(reached.values()), 2) if len(reached) > 1 else None,
-        "minus full": round(mean(differences), 2) if differences else None,
-        "+-": round(T_95[freedom] * stdev(differences) / math.sqrt(freedom + 1), 2) if freedom > 0 else None,
+        "minus full": minus_full,
+        "+-": interval,
+        "minus exp1": minus_exp1,
+        "+- (exp1)": interval_exp1,
         "val top-1": round(100 * mean(r["val_acc1"] for r in runs), 2),
         "first switch": None if None in switches else round(mean(switches)),
         "mean rank": round(mean(ranks), 2) if ranks else None,
@@ -464,9 +465,14 @@ def accuracies(name: str, results: Sequence[Mapping[str, Any]]) -> dict[int, flo
     return {r["seed"]: 100 * r["test_acc1"] for r in results if r["setting"] == name}
 
 
-def paired(some: Mapping[int, float], others: Mapping[int, float]) -> list[float]:
-    """Return the differences of the seeds that both have."""
-    return [value - others[seed] for seed, value in some.items() if seed in others]
+def difference(some: Mapping[int, float], others: Mapping[int, float]) -> tuple[float | None, float | None]:
+    """Return the mean difference over the seeds that both have, and half the width of its 95 % interval."""
+    pairs = [value - others[seed] for seed, value in some.items() if seed in others]
+    if not pairs:
+        return None, None
+    freedom = len(pairs) - 1
+    half = T_95[freedom] * stdev(pairs) / math.sqrt(len(pairs)) if freedom else None
+    return round(mean(pairs), 2), None if half is None else round(half, 2)
 
 
 def lora_step_rates() -> dict[str, float]:
