@@ -8,7 +8,7 @@ tests/unit/test_docs.py compares the tables with the files.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,13 @@ ROOT = Path(__file__).resolve().parent.parent
 HEADER = "| what | result | limit | better |\n|---|---:|---:|---|\n"
 STUDY_HEADER = ("| setting | what it is | seeds | top-1, % | minus full, points | switch after step | mean rank "
                 "| FLOPs / full | time at ViT-L's rates |\n|---|---|---:|---:|---:|---:|---:|---:|---:|\n")
+CONTROLS_HEADER = "| setting | top-1, points relative to Exp1 |\n|---|---:|\n"
+CONTROLS = ("equal_compute", "static_lora", "uniform", "random_ranks", "no_warmup", "update_no_warmup",
+            "moments_dropped", "fixed_25", "fixed_50", "dora", "dynavera", "dynalora_random", "dynalora_forward",
+            "dynalora_backward", "freezing")
+CLOSER_HEADER = ("| setting | validation top-1, % | test top-1, % | test, minus full | FLOPs / full |\n"
+                 "|---|---:|---:|---:|---:|\n")
+CLOSER = ("exp1", "rate_4", "rate_10", "rate_30", "rate_10_merging", "rate_10_freezing", "exp3", "rate_10_exp3")
 
 
 @dataclass(frozen=True)
@@ -84,27 +91,51 @@ ROWS = [
 ]
 
 
-def tables() -> dict[Path, tuple[str, str]]:
-    """Return page -> (header, whole table) in Markdown."""
-    return {ROOT / "README.md": (HEADER, HEADER + "".join(f"{line}\n" for line in lines(figures()))),
-            ROOT / "docs/results.md": (STUDY_HEADER, STUDY_HEADER + "".join(f"{line}\n" for line in study_lines()))}
+def tables() -> list[tuple[Path, str, str]]:
+    """Return (page, header, whole table) in Markdown."""
+    study = {row["setting"]: row for row in json.loads((ROOT / "benchmarks/results/study.json").read_text())["rows"]}
+    results = ROOT / "docs/results.md"
+    found = [(ROOT / "README.md", HEADER, lines(figures())), (results, STUDY_HEADER, map(study_line, study.values())),
+             (results, CONTROLS_HEADER, (control_line(study[name]) for name in CONTROLS if name in study)),
+             (results, CLOSER_HEADER, closer_lines())]
+    return [(page, header, header + "".join(f"{line}\n" for line in body)) for page, header, body in found]
 
 
-def study_lines() -> Iterator[str]:
-    for row in json.loads((ROOT / "benchmarks/results/study.json").read_text())["rows"]:
-        spread = "" if row["sd"] is None else f" ± {row['sd']:.2f}"
-        interval = "" if row["+-"] is None else f" ± {row['+-']:.2f}"
-        difference = "" if row["setting"] == "full" else f"{row['minus full']:+.2f}{interval}".replace("-", "−")
-        numbers = {"first switch": ",", "mean rank": ".1f", "FLOPs / full": ".3f", "time at ViT-L's rates": ".3f"}
-        cells = [row["setting"], row["about"], row["seeds"], f"{row['test top-1']:.2f}{spread}", difference,
-                 *("" if row[column] is None else format(row[column], how) for column, how in numbers.items())]
-        yield " ".join(["|", *(f"{cell} |" if cell else "|" for cell in map(str, cells))])
+def study_line(row: Mapping[str, Any]) -> str:
+    spread = "" if row["sd"] is None else f" ± {row['sd']:.2f}"
+    relative = "" if row["setting"] == "full" else difference(row["minus full"], row["+-"])
+    numbers = {"first switch": ",", "mean rank": ".1f", "FLOPs / full": ".3f", "time at ViT-L's rates": ".3f"}
+    return line_of(row["setting"], row["about"], row["seeds"], f"{row['test top-1']:.2f}{spread}", relative,
+                   *("" if row[column] is None else format(row[column], how) for column, how in numbers.items()))
+
+
+def control_line(row: Mapping[str, Any]) -> str:
+    return line_of(f"`{row['setting']}`", difference(row["minus exp1"], row["+- (exp1)"]))
+
+
+def closer_lines() -> Iterator[str]:
+    """The runs of seed 0, with which all of these settings have been tried."""
+    files = {name: ROOT / f"benchmarks/results/study/{name}-0.json" for name in ("full", *CLOSER)}
+    runs = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+    full = runs.pop("full")
+    for name, run in runs.items():
+        yield line_of(f"`{name}`", f"{100 * run['val_acc1']:.2f}", f"{100 * run['test_acc1']:.2f}",
+                      difference(100 * (run["test_acc1"] - full["test_acc1"])), f"{run['flops_over_full']:.3f}")
+
+
+def difference(value: float, interval: float | None = None) -> str:
+    """Points with their sign, and half the width of the interval if it is known."""
+    return f"{value:+.2f}".replace("-", "−") + ("" if interval is None else f" ± {interval:.2f}")
+
+
+def line_of(*cells: object) -> str:
+    return " ".join(["|", *(f"{cell} |" if cell else "|" for cell in map(str, cells))])
 
 
 def lines(values: dict[str, Any]) -> Iterator[str]:
     for row in ROWS:
         cells = [text.format_map(values).replace("%", " %") for text in (row.what, row.result, row.limit)]
-        yield " ".join(["|", *(f"{cell} |" if cell else "|" for cell in (*cells, row.better))])
+        yield line_of(*cells, row.better)
 
 
 def figures() -> dict[str, Any]:
@@ -127,11 +158,11 @@ def _column(result: dict[str, Any], column: str) -> dict[str, float]:
 
 
 def main() -> None:
-    for page, (header, table) in tables().items():
+    for page, header, table in tables():
         text = page.read_text(encoding="utf-8")
         before, _, rest = text.partition(header)
-        after = rest[rest.index("\n\n") + 1:]
-        page.write_text(before + table + after, encoding="utf-8")
+        _, _, after = f"\n{rest}".partition("\n\n")
+        page.write_text(f"{before}{table}\n{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 
 def test_the_tables_of_results_are_those_of_the_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    for page, (_, table) in importlib.import_module("readme").tables().items():
+    for page, _, table in importlib.import_module("readme").tables():
         assert table in page.read_text(), f"{page.name}: run python benchmarks/readme.py"
 
 
