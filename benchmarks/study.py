@@ -408,7 +408,7 @@ NOTES = (
     "its 95 % interval by Student's t. FLOPs / full: of this model, by cost/. steps at ViT-L's rates: the steps of "
     "each phase times the ratio of its step to a full step on blocks of ViT-L (lora_step.json); time at ViT-L's rates: "
     "the same with the seconds per step of ViT-L at ZeRO 2 and 4 images per rank (zero_stages.json). Both are empty "
-    "where only some adapters train at a time."
+    "where only some adapters train at a time, and for ReLoRA, whose rank has not been measured there."
 )
 
 
