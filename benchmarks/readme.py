@@ -114,7 +114,7 @@ def control_line(row: Mapping[str, Any]) -> str:
 
 
 def closer_lines() -> Iterator[str]:
-    """The runs of seed 0, with which all of these settings have been tried."""
+    """Yield a line per run of seed 0: all of these settings have been tried with it."""
     files = {name: ROOT / f"benchmarks/results/study/{name}-0.json" for name in ("full", *CLOSER)}
     runs = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
     full = runs.pop("full")
@@ -124,7 +124,7 @@ def closer_lines() -> Iterator[str]:
 
 
 def difference(value: float, interval: float | None = None) -> str:
-    """Points with their sign, and half the width of the interval if it is known."""
+    """Return the points with their sign, and half the width of the interval if it is known."""
     return f"{value:+.2f}".replace("-", "−") + ("" if interval is None else f" ± {interval:.2f}")
 
 
