@@ -14,7 +14,7 @@ CHUNK = 1 << 20  # bytes that are read at once
 class LogFollower:
     """A JSON-lines file that another process writes.
 
-    damaged: the numbers of the lines that are not JSON objects, which are passed over.
+    damaged: the numbers of the lines that are not JSON objects, which are skipped.
     problem: why the file could not be read the last time, or None.
     """
 

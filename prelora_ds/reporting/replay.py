@@ -350,7 +350,7 @@ def _ranks(plan: Plan, layout: Layout) -> dict[str, dict[int, int]]:
 
 
 def _seconds(logged: Logged, plan: Plan) -> tuple[float | None, str | None]:
-    """The seconds of a step under ``plan``: measured in the phase of its name, else by FLOPs from the first phase."""
+    """The seconds of a step under ``plan``: measured in the phase of its name, otherwise by FLOPs from the first."""
     first = logged.controller(logged.config.specs()).initial().plan
     if plan.phase in logged.step_s:
         return logged.step_s[plan.phase], "measured"

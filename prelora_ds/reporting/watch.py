@@ -64,7 +64,7 @@ class Status:
 
     state: "running", "silent" (its heartbeat has stopped), "stopped", "finished", or "missing" (there is no run).
     heartbeat_s: the age of the heartbeat. seconds are those of this machine's clock.
-    verdict: what the test of the current phase has said last.
+    verdict: the last verdict of the test of the current phase.
     ends_at: the step after which a phase of fixed length ends.
     img_s, full_img_s: images per second, recently and in the first phase.
     data_share: the share of the time spent waiting for data.

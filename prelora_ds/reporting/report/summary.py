@@ -15,7 +15,7 @@ from prelora_ds.version import __version__
 
 SCHEMA_VERSION = 1
 NOT_LOGGED = "not logged"
-# Runs whose configs differ in these alone are repetitions of one experiment.
+# Runs whose configs differ only in these are repetitions of one experiment.
 SEED = "run.seed"
 MOST_STRAGGLERS = 10
 # What the table of finals compares: key -> (title, factor, digits after the point, unit).
@@ -194,7 +194,7 @@ def _value(value: Any) -> str:
 
 
 def _seeds(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
-    """Yield, for each group of runs that differ by their seed alone, the mean and the standard deviation of finals.
+    """Yield, for each group of runs that differ only by their seed, the mean and the standard deviation of finals.
 
     The deviation is that of a sample (n - 1).
     """
