@@ -18,9 +18,9 @@ HEADER = "| what | result | limit | better |\n|---|---:|---:|---|\n"
 STUDY_HEADER = ("| setting | what it is | seeds | top-1, % | minus full, points | switch after step | mean rank "
                 "| FLOPs / full | time at ViT-L's rates |\n|---|---|---:|---:|---:|---:|---:|---:|---:|\n")
 CONTROLS_HEADER = "| setting | top-1, points relative to Exp1 |\n|---|---:|\n"
-CONTROLS = ("equal_compute", "static_lora", "uniform", "random_ranks", "no_warmup", "update_no_warmup",
-            "moments_dropped", "fixed_25", "fixed_50", "dora", "dynavera", "dynalora_random", "dynalora_forward",
-            "dynalora_backward", "freezing")
+CONTROLS = ("equal_compute", "equal_time", "static_lora", "uniform", "random_ranks", "no_warmup",
+            "update_no_warmup", "moments_dropped", "fixed_25", "fixed_50", "dora", "dynavera",
+            "dynalora_random", "dynalora_forward", "dynalora_backward", "freezing")
 CLOSER_HEADER = ("| setting | validation top-1, % | test top-1, % | test, minus full | FLOPs / full |\n"
                  "|---|---:|---:|---:|---:|\n")
 CLOSER = ("exp1", "rate_4", "rate_10", "rate_30", "rate_10_merging", "rate_10_freezing", "exp3", "rate_10_exp3")
