@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from prelora_ds.core.adapters import AdapterSpec, Dora, Shape
 from prelora_ds.model.adapters import lora
 from prelora_ds.model.adapters.half import OwnHalf, for_peft
-from prelora_ds.model.adapters.linear import OwnLinear, exact_type
+from prelora_ds.model.adapters.linear import OwnLinear, blocks_of_rows, exact_type
 from prelora_ds.model.products import widened
 
 
@@ -91,9 +91,12 @@ class _DoraProduct(torch.autograd.Function):
         _, needs_w, _, needs_a, needs_b, needs_m, *_ = ctx.needs_input_grad
         c = _ratio(m, norm)
         # The bias is divided by c before all is multiplied by it. Where c is 1, y stays bitwise.
-        y = nn.functional.linear(x, weight, None if bias is None else (bias / c).to(bias.dtype)).mul_(c)
+        y = nn.functional.linear(x, weight, None if bias is None else (bias / c).to(bias.dtype))
+        flat_y = y.view(-1, y.shape[-1])
+        for (part,) in blocks_of_rows(flat_y):
+            part.mul_(c)
         h = nn.functional.linear(x, a)
-        y.view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), (b * c[:, None]).to(b.dtype).t(), alpha=scaling)
+        flat_y.addmm_(h.view(-1, h.shape[-1]), (b * c[:, None]).to(b.dtype).t(), alpha=scaling)
 
         # The output is kept for the gradient of m. Attention and GELU keep the outputs of q, k, v and fc1 anyway.
         ctx.save_for_backward(x if needs_w or needs_a else None, h if needs_b else None, y if needs_m else None,
@@ -120,18 +123,24 @@ class _DoraProduct(torch.autograd.Function):
             gb = g @ scaled_b  # [tokens, rank]
         if needs_x:
             (wide_w,) = widened(weight)
-            scaled = torch.mul(wide_w, c, out=torch.empty_like(wide_w))
+            scaled = torch.empty_like(wide_w)
+            for part, rows, factors in blocks_of_rows(scaled, wide_w, c):
+                torch.mul(rows, factors, out=part)
             grad_x = (g @ scaled).addmm_(gb, wide_a, alpha=s).to(grad.dtype).view(*grad.shape[:-1], -1)
         if needs_w:
             grad_w = (g.t() @ flat_x).mul_(c).to(grad.dtype)
-        if needs_bias or (needs_m and bias is not None):
-            grad_bias = flat.sum(0, dtype=norm.dtype)
         if needs_a:
             grad_a = (gb.t() @ flat_x).mul_(s).to(grad.dtype)
         if needs_b:
             grad_b = (g.t() @ h.view(-1, h.shape[-1])).mul_(s * c).to(grad.dtype)
+        if needs_bias or needs_m:
+            grad_bias, sums = torch.zeros_like(norm), torch.zeros_like(norm)
+            for part, outputs in blocks_of_rows(flat, flat if y is None else y.view(-1, y.shape[-1])):
+                part = part.to(norm.dtype)
+                grad_bias += part.sum(0)
+                if needs_m:
+                    sums += (part * outputs).sum(0)
         if needs_m:  # the output without the bias is proportional to m
-            sums = (flat * y.view(-1, y.shape[-1])).sum(0, dtype=norm.dtype)
             if bias is not None:
                 sums -= bias * grad_bias
             grad_m = (sums / m.to(norm.dtype).where(m != 0, 1)).to(m.dtype)

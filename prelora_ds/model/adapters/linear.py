@@ -10,6 +10,8 @@ from torch import nn
 
 from prelora_ds.core.adapters import AdapterSpec, kind_of
 
+BLOCK = 1 << 16  # elements of a block of rows, whose fp32 copy of 256 KiB is in the second-level cache
+
 
 class AdaptedLinear(nn.Module):
     """A linear with an adapter, computed by our own code.
@@ -91,6 +93,18 @@ def adapted_linears(module: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
 def exact_type(dtype: torch.dtype) -> torch.dtype:
     """Return the type in which sums of values of ``dtype`` are computed: fp32, or fp64 for fp64."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def blocks_of_rows(*matrices: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Yield views of the same rows of ``matrices`` [rows, ...], which together are all rows.
+
+    On a CPU, torch 2.14 makes an fp32 copy of a BF16 matrix that is combined with an fp32 one or summed in fp32. The
+    copy of a block stays in the cache; that of the whole matrix would be written to memory and read again. Elsewhere
+    there is one block.
+    """
+    first = matrices[0]
+    rows = first.shape[0] if first.device.type != "cpu" else max(1, BLOCK // max(1, first.shape[1]))
+    return zip(*(matrix.split(max(1, rows)) for matrix in matrices), strict=True)
 
 
 def norms_of_samples(output: torch.Tensor) -> torch.Tensor:
