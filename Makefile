@@ -37,6 +37,10 @@ data/digits/val/manifest.json: | setup
 	rm -rf data/digits
 	prelora shards digits data/digits
 
+# Date, machine, commit and versions, which begin a log of results.
+ORIGIN = { date -u +%F; lscpu | grep -E '^(Model name|CPU\(s\))'; grep MemTotal /proc/meminfo; git rev-parse HEAD; \
+	pip list | grep -E '^(torch|deepspeed|transformers|peft) '; }
+
 # What lets each recipe go through all its phases in 18 steps.
 RECIPE ?= prelora_exp1
 SHORT_prelora_exp1 := lora.warmup='3 steps'
@@ -51,8 +55,7 @@ SMOKED = benchmarks/results/smoke_vitl_$(RECIPE)
 smoke-vitl: setup data/photographs  ## train ViT-L/16 at 224 px through all phases of RECIPE on 2 CPU ranks (5 to 10 minutes, 24 GiB)
 	$(if $(SHORT_$(RECIPE)),,$(error RECIPE=$(RECIPE) is not one of $(patsubst SHORT_%,%,$(filter SHORT_%,$(.VARIABLES)))))
 	rm -rf $(SMOKE) && mkdir -p benchmarks/results
-	@{ date -u +%F; lscpu | grep -E '^(Model name|CPU\(s\))'; grep MemTotal /proc/meminfo; git rev-parse HEAD; \
-		pip list | grep -E '^(torch|deepspeed|transformers|peft) '; } | tee $(SMOKED).log
+	@$(ORIGIN) | tee $(SMOKED).log
 	$(DEEPSPEED) --recipe launch/recipes/vit_large_in1k_$(RECIPE).yaml --deepspeed_config ds_configs/zero2.json \
 		run.output_dir=$(SMOKE) data.train=data/photographs/train data.val=data/photographs/val data.workers=0 \
 		train.global_batch_size=8 train.micro_batch_size=4 train.log_every=1 \
@@ -90,9 +93,10 @@ test-gpu: setup  ## on a machine with GPUs: run what only they can show, and mea
 test-long: setup  ## run the additional settings of long tests (about 10 minutes)
 	pytest -m long --durations=0
 
-test-methods: setup  ## train each method on the digits and compare the accuracies, and test each kind of adapter at each ZeRO stage (about an hour)
+test-methods: setup  ## train each method on the digits and compare the accuracies, and test each kind of adapter at each ZeRO stage (20 minutes to an hour)
 	python benchmarks/methods_digits.py
-	pytest tests/ranks/test_kinds.py tests/ranks/test_adalora.py -m 'long or not long' -rA --durations=0 | tee benchmarks/results/kinds.log
+	@$(ORIGIN) | tee benchmarks/results/kinds.log
+	pytest -n 2 tests/ranks/test_kinds.py tests/ranks/test_adalora.py -m 'long or not long' -rA | tee -a benchmarks/results/kinds.log
 
 test-faults: setup  ## kill ranks 44 times at random (seeded) moments, and compare with undisturbed runs (about 8 minutes)
 	python benchmarks/faults.py

@@ -187,10 +187,10 @@ SETTINGS = (*NONE, "observe.every=2 steps", "train.duration=8 steps", "checkpoin
 
 
 def method(kind):
-    rank = "rank: 4" if KINDS[kind].can.ranked else ""
-    pruned = "options: {begin: 1 steps, end: 4 steps, every: 1 steps}" if kind == "adalora" else ""
+    rank = ", rank: 4" if KINDS[kind].can.ranked else ""
+    pruned = ", options: {begin: 1 steps, end: 4 steps, every: 1 steps}" if kind == "adalora" else ""
     active = "active: {choose: discounted, k: 6, every: 2 steps}" if KINDS[kind].can.selects else ""
-    return (f"phases=[{{name: full, until: 2 steps}}, {{name: joint, adapters: {{kind: {kind}, {rank}, {pruned}}}, "
+    return (f"phases=[{{name: full, until: 2 steps}}, {{name: joint, adapters: {{kind: {kind}{rank}{pruned}}}, "
             f"until: 2 steps}}, {{name: lora, train: [adapters, rest], {active}}}]")
 
 
