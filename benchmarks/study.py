@@ -491,7 +491,8 @@ def zero_stages_rates() -> dict[str, float]:
 def at_rates(name: str, runs: Sequence[Mapping[str, Any]], rates: Mapping[str, float]) -> float | None:
     """Return the time of ``runs`` over that of full training, if each step of a phase takes its rate."""
     phases = SETTINGS[name].phases or ()
-    if any("active" in phase for phase in phases) or any(phase["name"] not in rates for phase in phases):
+    others = any("active" in phase or "kind" in phase.get("adapters", {}) for phase in phases)
+    if others or any(phase["name"] not in rates for phase in phases):
         return None
     return round(mean(weighted_steps(run, rates) / STEPS for run in runs), 3)
 
