@@ -24,6 +24,8 @@ CONTROLS = ("equal_compute", "equal_time", "static_lora", "uniform", "random_ran
 CLOSER_HEADER = ("| setting | validation top-1, % | test top-1, % | test, minus full | FLOPs / full |\n"
                  "|---|---:|---:|---:|---:|\n")
 CLOSER = ("exp1", "rate_4", "rate_10", "rate_30", "rate_10_merging", "rate_10_freezing", "exp3", "rate_10_exp3")
+DIGITS_HEADER = ("| recipe | first step of each phase | merges | choices | top-1 | below full | training loss |\n"
+                 "|---|---|---:|---:|---:|---:|---:|\n")
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def tables() -> list[tuple[Path, str, str]]:
     results = ROOT / "docs/results.md"
     found = [(ROOT / "README.md", HEADER, lines(figures())), (results, STUDY_HEADER, map(study_line, study.values())),
              (results, CONTROLS_HEADER, (control_line(study[name]) for name in CONTROLS if name in study)),
-             (results, CLOSER_HEADER, closer_lines())]
+             (results, CLOSER_HEADER, closer_lines()), (ROOT / "docs/methods.md", DIGITS_HEADER, digits_lines())]
     return [(page, header, header + "".join(f"{line}\n" for line in body)) for page, header, body in found]
 
 
@@ -121,6 +123,15 @@ def closer_lines() -> Iterator[str]:
     for name, run in runs.items():
         yield line_of(f"`{name}`", f"{100 * run['val_acc1']:.2f}", f"{100 * run['test_acc1']:.2f}",
                       difference(100 * (run["test_acc1"] - full["test_acc1"])), f"{run['flops_over_full']:.3f}")
+
+
+def digits_lines() -> Iterator[str]:
+    """Yield a line per method on the digits; the first one is full training."""
+    runs = json.loads((ROOT / "benchmarks/results/methods_digits.json").read_text())["rows"]
+    for run in runs:
+        below = runs[0]["accuracy, %"] - run["accuracy, %"]
+        yield line_of(f"`{run['recipe']}`", run["phases"], run["merges"] or "", run["choices"] or "",
+                      f"{run['accuracy, %']:.2f} %", f"{below:.2f}".replace("-", "−"), f"{run['loss']:.3f}")
 
 
 def difference(value: float, interval: float | None = None) -> str:
