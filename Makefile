@@ -82,9 +82,8 @@ data/fashion/val/manifest.json: | setup
 	prelora shards index 'data/fashion/all/shard-{000000..000010}.tar' --out data/fashion/train --like data/fashion/all
 	prelora shards index data/fashion/all/shard-000011.tar --out data/fashion/val --like data/fashion/all
 
-test: setup  ## run all tests: those of single processes two at a time, then those of ranks and hosts
-	pytest -n 2 --dist loadfile tests/unit
-	pytest tests/ranks tests/gpu tests/hosts
+test: setup  ## run all tests, two files at a time, fast ones first
+	pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-gpu: setup  ## on a machine with GPUs: run what only they can show, and measure them (about 10 minutes)
 	PRELORA_GPU=1 pytest tests/gpu -rs -p no:cacheprovider
