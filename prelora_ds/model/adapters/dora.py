@@ -73,6 +73,20 @@ def _ratio(m: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
     return c.where(c.abs() > 2**-20, 2**-20)
 
 
+def _column_sums(grad: torch.Tensor, y: torch.Tensor | None, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the sums over the rows of ``grad`` and of ``grad * y``, in ``dtype``; the latter is 0 without ``y``."""
+    sums, products = grad.new_zeros(2, grad.shape[1], dtype=dtype)
+    if grad.device.type != "cpu":  # a sum converts as it reads there, with no copy
+        sums = grad.sum(0, dtype=dtype)
+        return sums, products if y is None else (grad * y).sum(0, dtype=dtype)
+    for part, outputs in blocks_of_rows(grad, grad if y is None else y):
+        part = part.to(dtype)
+        sums += part.sum(0)
+        if y is not None:
+            products += (part * outputs).sum(0)
+    return sums, products
+
+
 class _DoraProduct(torch.autograd.Function):
     """The output of a linear with DoRA, in the notation of the module's docstring. h is x A^T."""
 
@@ -134,12 +148,7 @@ class _DoraProduct(torch.autograd.Function):
         if needs_b:
             grad_b = (g.t() @ h.view(-1, h.shape[-1])).mul_(s * c).to(grad.dtype)
         if needs_bias or needs_m:
-            grad_bias, sums = torch.zeros_like(norm), torch.zeros_like(norm)
-            for part, outputs in blocks_of_rows(flat, flat if y is None else y.view(-1, y.shape[-1])):
-                part = part.to(norm.dtype)
-                grad_bias += part.sum(0)
-                if needs_m:
-                    sums += (part * outputs).sum(0)
+            grad_bias, sums = _column_sums(flat, y.view(-1, y.shape[-1]) if needs_m else None, norm.dtype)
         if needs_m:  # the output without the bias is proportional to m
             if bias is not None:
                 sums -= bias * grad_bias

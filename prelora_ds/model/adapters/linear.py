@@ -103,7 +103,7 @@ def blocks_of_rows(*matrices: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]
     there is one block.
     """
     first = matrices[0]
-    rows = first.shape[0] if first.device.type != "cpu" else max(1, BLOCK // max(1, first.shape[1]))
+    rows = BLOCK // max(1, first.shape[1]) if first.device.type == "cpu" else first.shape[0]
     return zip(*(matrix.split(max(1, rows)) for matrix in matrices), strict=True)
 
 

@@ -27,6 +27,7 @@ from prelora_ds.model.adapters import (
     effective_weight,
     half_of,
     initial_adapter_value,
+    linear,
     refresh_adapters,
 )
 from prelora_ds.model.adapters.vera import _factor, drawn_pair
@@ -204,6 +205,21 @@ def test_dora_computes_its_norms_once_until_the_weights_change() -> None:
         layer.get_parameter(Dora.B).mul_(2)
     layer.refresh()
     assert layer.norm is None and not torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dora_in_blocks_of_rows_is_dora_in_one(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    x = torch.randn(3, 5, 12, dtype=dtype)
+    whole = grads(adapted("dora", dtype=dtype), x)
+    monkeypatch.setattr(linear, "BLOCK", 60)  # 3 rows of 20 outputs, or 5 of 12 inputs
+    assert [len(part) for (part,) in linear.blocks_of_rows(torch.zeros(20, 17))] == [3, 3, 3, 3, 3, 3, 2]
+    got = grads(adapted("dora", dtype=dtype), x)
+    assert got.keys() == whole.keys()
+    for name, value in whole.items():
+        if name.endswith(("bias", Dora.M)):  # sums over rows, in another order
+            torch.testing.assert_close(got[name], value)
+        else:
+            assert torch.equal(got[name], value), name
 
 
 def test_dora_keeps_a_row_of_zeros_finite() -> None:
