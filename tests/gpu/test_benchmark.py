@@ -47,7 +47,7 @@ def test_the_result_has_every_case_and_figures_that_agree(rehearsed):
 def test_the_calibration_is_one_that_auto_and_plan_read(rehearsed):
     rates, memory_gib = read_calibration(rehearsed[0] / "gpu_cpu_rates.json", "machine.calibration")
     assert rates.measured and set(rates.seconds) == set(KINDS) and memory_gib > 0
-    # Steps of a tiny model on a busy machine are mostly noise: the fit may then explain them without any one kind of work.
+    # On a busy machine the steps of a tiny model are mostly noise, and the fit may leave out any one kind of work.
     assert min(rates.seconds.values()) >= 0 < max(rates.seconds.values())
 
 

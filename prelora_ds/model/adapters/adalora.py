@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from prelora_ds.core.adapters import AdaLora, AdapterSpec, Shape, rank_of
 from prelora_ds.model.adapters.half import AddingHalf, Maker, for_peft
 from prelora_ds.model.adapters.linear import OwnLinear, exact_type, generator_of
+from prelora_ds.model.products import over_tokens
 
 DEVIATION = 0.02  # of the first values of A and B, as in peft
 
@@ -90,10 +91,10 @@ class _AdaLoraProduct(torch.autograd.Function):
         if needs_bias:
             grad_bias = g.sum(0)
         if needs_a:
-            grad_a = (scaled.t() @ x.reshape(-1, x.shape[-1])).mul_(s)
+            grad_a = over_tokens(scaled, x.reshape(-1, x.shape[-1])).mul_(s)
             _add_pull(grad_a, a, ctx.pull)
         if needs_b:
-            grad_b = (g.t() @ (h * e.t())).mul_(s)
+            grad_b = over_tokens(g, h * e.t()).mul_(s)
             _add_pull(grad_b.t(), b.t(), ctx.pull)
         if needs_e:
             grad_e = (into_h * h).sum(0, dtype=exact_type(g.dtype)).mul_(s).to(e.dtype)[:, None]

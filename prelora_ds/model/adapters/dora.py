@@ -22,7 +22,7 @@ from prelora_ds.core.adapters import AdapterSpec, Dora, Shape
 from prelora_ds.model.adapters import lora
 from prelora_ds.model.adapters.half import OwnHalf, for_peft
 from prelora_ds.model.adapters.linear import OwnLinear, blocks_of_rows, exact_type
-from prelora_ds.model.products import widened
+from prelora_ds.model.products import over_tokens, widened
 
 
 class DoraLinear(OwnLinear):
@@ -144,9 +144,9 @@ class _DoraProduct(torch.autograd.Function):
         if needs_w:
             grad_w = (g.t() @ flat_x).mul_(c).to(grad.dtype)
         if needs_a:
-            grad_a = (gb.t() @ flat_x).mul_(s).to(grad.dtype)
+            grad_a = over_tokens(gb, flat_x).mul_(s).to(grad.dtype)
         if needs_b:
-            grad_b = (g.t() @ h.view(-1, h.shape[-1])).mul_(s * c).to(grad.dtype)
+            grad_b = over_tokens(g, h.view(-1, h.shape[-1])).mul_(s * c).to(grad.dtype)
         if needs_bias or needs_m:
             grad_bias, sums = _column_sums(flat, y.view(-1, y.shape[-1]) if needs_m else None, norm.dtype)
         if needs_m:  # the output without the bias is proportional to m

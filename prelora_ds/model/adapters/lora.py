@@ -38,7 +38,7 @@ from prelora_ds.core.adapters import AdapterSpec, Lora, Shape, rank_of
 from prelora_ds.model.adapters.half import for_peft
 from prelora_ds.model.adapters.linear import AdaptedLinear, generator_of
 from prelora_ds.model.families import ADAPTER_NAME
-from prelora_ds.model.products import widened
+from prelora_ds.model.products import over_tokens, widened
 from prelora_ds.model.quantised import QUANTISERS, Quantised
 
 
@@ -194,10 +194,10 @@ class _LoraProduct(torch.autograd.Function):
         if needs_bias:
             grad_bias = flat.sum(0)
         if needs_a:
-            grad_a = (gb.t() @ flat_x).mul_(s).to(grad.dtype)
+            grad_a = over_tokens(gb, flat_x).mul_(s).to(grad.dtype)
         if needs_b:
             h = flat_x @ a.t() if h is None else h.view(-1, h.shape[-1])
-            grad_b = (g.t() @ h).mul_(s).to(grad.dtype)
+            grad_b = over_tokens(g, h).mul_(s).to(grad.dtype)
         return grad_x, grad_w, grad_bias, grad_a, grad_b, None, None
 
 

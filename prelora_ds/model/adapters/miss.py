@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from prelora_ds.core.adapters import AdapterSpec, Miss, Shape, rank_of
 from prelora_ds.model.adapters.half import AddingHalf, for_peft
 from prelora_ds.model.adapters.linear import OwnLinear, exact_type
+from prelora_ds.model.products import over_tokens
 
 
 class MissLinear(OwnLinear):
@@ -61,7 +62,7 @@ class _MissProduct(torch.autograd.Function):
         if needs_bias:
             grad_bias = g.sum(0)
         if needs_block:
-            grad_block = h.t() @ g
+            grad_block = over_tokens(h, g)
         return grad_x, grad_w, grad_bias, grad_block
 
 

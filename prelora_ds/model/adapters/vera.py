@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from prelora_ds.core.adapters import AdapterSpec, Shape, Vera, rank_of
 from prelora_ds.model.adapters.half import PEFT_PREFIX, AddingHalf, Maker
 from prelora_ds.model.adapters.linear import OwnLinear, exact_type
-from prelora_ds.model.products import widened
+from prelora_ds.model.products import over_tokens, widened
 
 
 class SharedPair:
@@ -138,7 +138,7 @@ class _VeraProduct(torch.autograd.Function):
         if needs_bias:
             grad_bias = flat.sum(0)
         if needs_b:
-            grad_b = ((g.t() @ (h * d)) * shared_b).sum(1, dtype=exact).mul_(k).to(b.dtype)
+            grad_b = (over_tokens(g, h * d) * shared_b).sum(1, dtype=exact).mul_(k).to(b.dtype)
         if needs_d:
             grad_d = (into_d * h).sum(0, dtype=exact).mul_(k).to(d.dtype)
         return grad_x, grad_w, grad_bias, grad_b, grad_d, None, None, None

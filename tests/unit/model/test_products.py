@@ -7,7 +7,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from support.pool import free_port
+
+from prelora_ds.model.products import WIDE, over_tokens
 
 # For each product: how to call it, in terms of BF16 tensors, so that it can be called with fp32 ones too.
 PROGRAM = """
@@ -137,3 +140,16 @@ assert products.multiply_in_fp32.cache_info().currsize == {int(lacks)}
         env=os.environ | group | {"MASTER_PORT": str(free_port()), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
     )
     assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.parametrize(("m", "n"), [(8, WIDE), (WIDE, 8), (8, WIDE - 1), (WIDE - 1, 8)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_product_over_tokens_is_rounded_once_and_in_one_piece_whichever_factor_is_narrow(m, n, dtype):
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(64, size, generator=generator).to(dtype) for size in (m, n))
+    exact = left.double().t() @ right.double()
+    ours = over_tokens(left, right)
+    assert ours.dtype is dtype and ours.is_contiguous()
+    # Half a unit in the last place, and the rounding of the 64 fp32 sums.
+    unit = torch.finfo(dtype).eps / 2 * exact.abs() + 64 * torch.finfo(torch.float32).eps * exact.abs().max()
+    assert ((ours.double() - exact).abs() <= unit).all()
