@@ -181,10 +181,11 @@ def top_half(layout: Layout) -> Plan:
 
 
 def profile(variant: Variant) -> dict[str, float]:
-    """Return the seconds of a step by kind of operator, and the TFLOP/s of its matrix products.
+    """Return the seconds of a step by kind of operator, and the TFLOP/s and GB/s of its matrix products.
 
     The products are those with weights and adapters. A product is skinny if one of its sides is at
-    most the largest rank.
+    most the largest rank. GB are what it reads and writes at least, if caches keep nothing between
+    operators.
     """
     variant()
     # The operators of the CPU have the shapes, also where kernels of a GPU take the time.
@@ -193,12 +194,15 @@ def profile(variant: Variant) -> dict[str, float]:
         variant()
     seconds = Counter[str]()
     work = Counter[str]()
+    moved = Counter[str]()
     for event in profiler.key_averages(group_by_input_shape=True):
         kind = "everything else"
         if event.key in ("aten::mm", "aten::addmm", "aten::addmm_"):
             (m, k), (_, n) = [shape for shape in event.input_shapes if len(shape) == 2][-2:]
             kind = "skinny products" if min(m, k, n) <= max(RANKS) else "large products"
             work[kind] += 2 * m * k * n * event.count
+            sums = event.key == "aten::addmm_"  # it reads what it adds to
+            moved[kind] += 2 * (m * k + k * n + m * n * (2 if sums else 1)) * event.count
         elif event.key in ("aten::bmm", "aten::baddbmm"):
             kind = "attention products"
         spent = (
@@ -206,7 +210,23 @@ def profile(variant: Variant) -> dict[str, float]:
         )
         seconds[kind] += spent / 1e6
     rates = {f"{kind}, TFLOP/s": flops / seconds[kind] / 1e12 for kind, flops in work.items()}
+    rates |= {f"{kind}, GB/s": size / seconds[kind] / 1e9 for kind, size in moved.items()}
     return {**{f"{kind} s": s for kind, s in sorted(seconds.items())}, **rates}
+
+
+def copy_rate(tokens: int, width: int) -> float:
+    """Return the GB/s of a copy of a BF16 [tokens, width], of which a read and a write count.
+
+    It is the limit of what skinny products can read and write.
+    """
+    source = torch.randn(tokens, width, device=DEVICE).bfloat16()
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(20):
+        begun = now()
+        target.copy_(source)
+        seconds.append(now() - begun)
+    return 2 * source.nbytes / median(seconds) / 1e9
 
 
 def widths(batch: int, rounds: int) -> list[dict[str, float]]:
@@ -321,6 +341,8 @@ def main() -> None:
         {"variant": name, **profile(variants[name][0])}
         for name in ("frozen backbone", "LoRA, branch")
     ]
+    tokens = args.batch * ((config.image_size // config.patch_size) ** 2 + 1)
+    copied = {f"copy of [{tokens:,}, {width:,}], GB/s": copy_rate(tokens, width) for width in (1024, 4096)}
     variants.clear()  # frees memory for the complete model
     swept = widths(args.batch // 2, args.rounds)
     both = medians(interleaved({"full": whole(full), "half": whole(top_half)}, args.whole_rounds))
@@ -344,6 +366,7 @@ def main() -> None:
         f"{args.layers} blocks of ViT-L width, batch {args.batch}, mean rank {sum(RANKS) / len(RANKS):g}",
     )
     print_table(profiles, "Where the time of a step goes, by operator")
+    print_table([copied], "The limit of what skinny products read and write")
     print_table(swept, f"2 blocks of other widths, batch {args.batch // 2}")
     record(
         "lora_step",
@@ -359,11 +382,11 @@ def main() -> None:
             "peft_default_vs_full": ratio["peft, as it comes"],
             "peft_same_dtype_vs_full": ratio["peft, adapters in BF16"],
         },
-        [*rows, *profiles, *swept],
+        [*rows, *profiles, copied, *swept],
         notes="Medians over rounds; all variants of the blocks are interleaved in one run. The limit counts matrix "
         "products only, without LayerNorm, GELU, softmax and the optimizer. The branch takes longer than the "
         "frozen backbone because of its skinny products, whose FLOPs cannot be reduced; the profile shows "
-        "their TFLOP/s.",
+        "their TFLOP/s, and their GB/s beside those of a copy.",
     )
 
 
