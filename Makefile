@@ -19,11 +19,13 @@ FASHION := /usr/share/datasets/fashion-mnist
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(READY)  ## create .venv with the pinned packages
+setup: $(READY)  ## create .venv with the pinned packages, and compile DeepSpeed's CPU Adam
 
 $(READY): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	pip install -q -c constraints.txt -e '.[dev,docs]'
+	@DS_ACCELERATOR=cpu python -c 'from deepspeed.ops.adam import DeepSpeedCPUAdam as A; import torch; A([torch.zeros(1)])' \
+		> $(VENV)/cpu_adam.log 2>&1 || echo "ZeRO-Offload will not work: CPU Adam cannot be compiled, see $(VENV)/cpu_adam.log"
 	@touch $@
 
 demo: setup data/digits  ## train the digits demo through all three phases on 2 CPU ranks (2 to 3 minutes)

@@ -8,6 +8,7 @@ It reads and writes lines of JSON:
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -53,9 +54,20 @@ def main() -> None:
         "prelora_ds.run.claim",
         "prelora_ds.train",
         "prelora_ds.reporting.table",
+        # What a run imports later, when it first needs it.
+        "deepspeed.module_inject.auto_ep_layer",
+        "deepspeed.ops.op_builder.all_ops",
         "deepspeed.runtime.zero.muon.muon_optimizer",
+        "peft.utils.transformers_weight_conversion",
+        "prelora_ds.hosts.arguments",
+        "prelora_ds.hosts.exits",
+        "prelora_ds.run.method_fits",
+        "torch.utils.tensorboard",
     ):
         importlib.import_module(name)
+    # A rank collects garbage before its first step. It would look at all that was imported, and copy its pages.
+    gc.collect()
+    gc.freeze()
     answer(ready=len(os.listdir("/proc/self/task")))
     buffer = b""
     while True:
