@@ -7,7 +7,7 @@ ImageNet's mean size in pixels. It runs in one process with one thread, alternat
 seconds. Crops are 224 pixels, of 5-100 % of the area. In the ideal, libjpeg-turbo decodes only the box and torch
 resizes it; nothing is read, checked or drawn. DALI on the CPU takes part if it is installed. Goals:
 
-- crop + flip: 1.85 times `webdataset` with Pillow and torchvision, and 0.75 of the ideal;
+- crop + flip: 1.85 times `webdataset` with Pillow and torchvision, and 0.82 of the ideal;
 - RandAugment: 1.6 times `webdataset` with Pillow and torchvision.
 
 The second part opens a manifest of ImageNet's 1,281,167 samples. It measures the seconds from a cold start to the rows

@@ -90,7 +90,7 @@ def main() -> None:
         rows,
         "The goal is 10 % on each held-out case. One core per rank, gloo on loopback. "
         "Calibration and held-out cases took turns. With the held-out cases in separate processes, a minute later, "
-        "the worst error of two runs on this machine was 14 to 15 % (mean 5 to 6 %).",
+        "the worst error of two runs on an AMD EPYC was 14 to 15 % (mean 5 to 6 %).",
     )
 
 
