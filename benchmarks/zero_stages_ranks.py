@@ -119,7 +119,7 @@ def states_at_world(
 ) -> list[dict[str, Any]]:
     """Return a row per phase for rank 0 of ``world`` ranks, the others of which are fake.
 
-    So nobody can compare what all ranks hold with the plan, as a restore does.
+    A restore compares what all ranks hold with the plan. That is left out, because the fake ranks hold nothing.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 

@@ -24,7 +24,6 @@ OPERATORS = {
     "_scaled_dot_product_flash_attention_for_cpu_backward": True,
 }
 
-
 # From this width on, `over_tokens` copies the narrow factor. Copies cost more than they save for narrower outputs.
 WIDE = 1024
 
@@ -74,8 +73,8 @@ def widened(*tensors: Any) -> tuple[Any, ...]:
 def over_tokens(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Return left^T right, for ``left`` [tokens, m] and ``right`` [tokens, n] of which one is narrow.
 
-    On a CPU, oneDNN and MKL (torch 2.14) are fastest if the narrow factor comes first with its rows in one piece: up
-    to twice as fast in BF16 at a width of 4,096 and ranks of 8 to 64. So the narrow factor is copied into that form.
+    On a CPU (torch 2.14) the narrow factor is copied so that its rows are in one piece, and comes first. In BF16 at a
+    width of 4,096 and ranks of 8 to 64, oneDNN is then up to twice as fast.
     """
     narrow, wide = (left, right) if left.shape[1] <= right.shape[1] else (right, left)
     if left.device.type != "cpu" or wide.shape[1] < WIDE:

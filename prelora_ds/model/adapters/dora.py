@@ -74,11 +74,13 @@ def _ratio(m: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
 
 
 def _column_sums(grad: torch.Tensor, y: torch.Tensor | None, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the sums over the rows of ``grad`` and of ``grad * y``, in ``dtype``; the latter is 0 without ``y``."""
+    """Return the sums over the rows of ``grad`` and of ``grad * y``, in ``dtype``; the latter is 0 without ``y``.
+
+    A GPU converts what it sums as it reads, without a copy; each product is rounded to the type of ``grad`` there.
+    """
     sums, products = grad.new_zeros(2, grad.shape[1], dtype=dtype)
-    if grad.device.type != "cpu":  # a sum converts as it reads there, with no copy
-        sums = grad.sum(0, dtype=dtype)
-        return sums, products if y is None else (grad * y).sum(0, dtype=dtype)
+    if grad.device.type != "cpu":
+        return grad.sum(0, dtype=dtype), products if y is None else (grad * y).sum(0, dtype=dtype)
     for part, outputs in blocks_of_rows(grad, grad if y is None else y):
         part = part.to(dtype)
         sums += part.sum(0)
