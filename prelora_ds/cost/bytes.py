@@ -26,6 +26,8 @@ FP32 = 4  # bytes
 # How many buckets the gradients are reduced in at stages 2 and 3. One bucket would be full only at the end of the
 # backward pass, so that nothing could overlap with it; many small ones would not use the bandwidth of the network.
 BUCKETS = 8
+# The elements of the smallest bucket. Below about 4 MB the latency of a collective counts, not its bytes.
+LEAST_BUCKET = 2**20
 
 
 @dataclass(frozen=True)
@@ -97,15 +99,17 @@ def predict_bytes(plan: Plan, layout: Layout, zero: ZeroSettings, world_size: in
 def bucket_elements(plan: Plan, layout: Layout, zero: ZeroSettings) -> int:
     """The elements of a bucket in which gradients are reduced at stages 2 and 3.
 
-    A size that the user has set is only limited to what trains. Otherwise there are about `BUCKETS` of them, and none
-    is smaller than the largest parameter: DeepSpeed 0.19 reduces a parameter that is larger than its bucket in another
-    way.
+    This is the size that the user has set. Otherwise there are about `BUCKETS` of them, but none has less than
+    `LEAST_BUCKET` elements, and none is smaller than the largest parameter: DeepSpeed 0.19 reduces a parameter that is
+    larger than its bucket in another way. No bucket is larger than what trains.
     """
     shapes = plan.parameters(layout)
     sizes = [math.prod(shapes[name]) for name in plan.trainable]
-    if zero.reduce_bucket_size is not None:
-        return min(zero.reduce_bucket_size, sum(sizes))
-    return max(*sizes, -(-sum(sizes) // BUCKETS))
+    total = sum(sizes)
+    wanted = zero.reduce_bucket_size
+    if wanted is None:
+        wanted = max(*sizes, LEAST_BUCKET, -(-total // BUCKETS))
+    return min(wanted, total)
 
 
 def quantised_bytes(plan: Plan, layout: Layout) -> int:

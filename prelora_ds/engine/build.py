@@ -80,6 +80,7 @@ def build_engine(
     ds.micro_steps -= ds.micro_steps % ds.gradient_accumulation_steps()
     engine = Engine(run_config, plan, layout, num_labels, ds, kept, make_module)
     engine.measure(config.importance)
+    ds.train()  # `make_module` may return a module in evaluation mode
     return engine
 
 

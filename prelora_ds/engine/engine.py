@@ -156,7 +156,6 @@ class Engine:
         seconds = (self._forward.read(), data_s)
         corrupt = sum(len(batch.faults) for batch in micro_batches)
         judged = torch.zeros(3, device=self.ds.device)  # right labels, among the first 5, and all
-        self.ds.train()
         for number, batch in enumerate(micro_batches, start=1):
             targets = to_device(batch.labels, self.ds.device)
             with self._forward.running():
@@ -220,7 +219,8 @@ class Engine:
         """
         ranks = range(comm.get_world_size())
         columns = [each if rank == comm.get_rank() else 0.0 for each in seconds for rank in ranks]
-        return Arriving(self.summed([*on_device, values_on(self.ds.device, [*counts, *columns])]))
+        joined = _joined([*on_device, values_on(self.ds.device, [*counts, *columns])])
+        return Arriving(joined, comm.all_reduce(joined, async_op=True))
 
     def finish_step(
         self,
@@ -308,7 +308,7 @@ class Engine:
 
     def summed(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the sums over ranks of ``values`` on the device, flattened and joined, in fp64. Collective."""
-        joined = torch.cat([value.double().view(-1) for value in values])
+        joined = _joined(values)
         comm.all_reduce(joined)
         return joined
 
@@ -371,6 +371,11 @@ class Engine:
         if mix is None:
             return to_float(images, torch.bfloat16)
         return mix_images(to_float(images, torch.float32), to_device(mix, self.ds.device)).to(torch.bfloat16)
+
+
+def _joined(values: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return ``values``, flattened and joined, in fp64."""
+    return torch.cat([value.double().view(-1) for value in values])
 
 
 def _detached(loss: torch.Tensor) -> torch.Tensor:

@@ -51,7 +51,6 @@ class LoopEngine:
         self.lr = 0.0
         self.taken: Taken | None = None
         self.over = ""
-        engine.ds.train()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the outputs of the model, from which the loss is to be computed. Collective at ZeRO stage 3."""

@@ -28,7 +28,7 @@ class EnduringMonitor:
         return bool(self._working)
 
     def write_events(self, events: Sequence[Event]) -> None:
-        """Write the events of a step, before its row."""
+        """Write events of a step. They reach their files with the next row."""
         self._each(lambda tracker: tracker.write(events))
 
     def write_row(self, events: Sequence[Event]) -> None:

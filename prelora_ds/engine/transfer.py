@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,19 +24,24 @@ def values_on(device: torch.device, values: Sequence[float], dtype: torch.dtype 
 
 
 class Arriving:
-    """Values on their way to the host; `read` waits for what was queued before them, and for nothing else."""
+    """Values on their way to the host; `read` waits for what was queued before them, and for nothing else.
 
-    def __init__(self, values: torch.Tensor) -> None:
+    sent: the collective that computes ``values``.
+    """
+
+    def __init__(self, values: torch.Tensor, sent: Any) -> None:
         from deepspeed.accelerator import get_accelerator
 
-        self._values = values.to("cpu", non_blocking=True)  # torch places it in pinned memory
-        self._copied: Any = None
+        self._wait: Callable[[], object] = sent.wait
         if values.device.type != "cpu":
-            self._copied = get_accelerator().Event()
-            self._copied.record()
+            sent.wait()  # only the stream waits
+            values = values.to("cpu", non_blocking=True)  # torch places it in pinned memory
+            copied = get_accelerator().Event()
+            copied.record()
+            self._wait = copied.synchronize
+        self._values = values
 
     def read(self) -> torch.Tensor:
         """Return the values on the host."""
-        if self._copied is not None:
-            self._copied.synchronize()
+        self._wait()
         return self._values

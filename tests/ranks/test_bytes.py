@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 from support.runs import MEDIUM, ZEROS, Trainer, config, only_owned
 
+import prelora_ds.cost.bytes
 from prelora_ds.core.phases import needed_in_fp32, plans_at_rank
 from prelora_ds.core.selection import first_choice, with_active
 from prelora_ds.cost.bytes import bucket_elements, predict_bytes
@@ -62,7 +63,13 @@ def test_gradients_are_reduced_in_several_buckets_of_the_predicted_size(ranks, z
     ranks.run(buckets_as_predicted, zero=zero, keys=keys, sent=sent, bytes_per_element=bytes_per_element)
 
 
-def buckets_as_predicted(zero, keys, sent, bytes_per_element):
+def buckets_as_predicted(**case):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prelora_ds.cost.bytes, "LEAST_BUCKET", 1)  # so that a small model has several
+        count_buckets(**case)
+
+
+def count_buckets(zero, keys, sent, bytes_per_element):
     """Count the bytes of the buckets in the middle of a backward pass, and the gradients in each reduction."""
     from deepspeed.comm import comm
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ class TensorBoard(Tracker):
     def open(self, after_samples: int) -> None:
         resumed = self._folder.is_dir()
         place = {"output_path": str(self._folder.parent), "job_name": self._folder.name}
-        self._monitor = deepspeed_monitor(tensorboard=place)
+        self._writer = deepspeed_monitor(tensorboard=place).tb_monitor.summary_writer
         if resumed:
             self.rewind(after_samples)
 
@@ -34,13 +36,21 @@ class TensorBoard(Tracker):
         from tensorboard.compat.proto.event_pb2 import SessionLog
 
         start = Record(step=after_samples + 1, session_log=SessionLog(status=SessionLog.START))
-        self._monitor.tb_monitor.summary_writer.file_writer.add_event(start)
+        self._writer.file_writer.add_event(start)
 
     def write(self, events: Sequence[Event]) -> None:
-        self._monitor.write_events(events)
+        # As one record: DeepSpeed 0.19 makes one of each value, and waits when the writer's queue has ten.
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        for samples, of_step in groupby(events, key=itemgetter(2)):
+            values = [Summary.Value(tag=name, simple_value=value) for name, value, _ in of_step]
+            self._writer.file_writer.add_summary(Summary(value=values), samples)
+
+    def end_step(self) -> None:
+        self._writer.flush()
 
     def close(self) -> None:
-        self._monitor.tb_monitor.summary_writer.close()
+        self._writer.close()
 
 
 def _silence_the_writer() -> None:

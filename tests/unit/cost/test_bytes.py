@@ -11,7 +11,7 @@ from support.plans import full_plan, lora_plan, warmup_plan
 from prelora_ds.config.tree import ZeroSettings
 from prelora_ds.core.codec import to_json
 from prelora_ds.core.layout import Layout
-from prelora_ds.cost.bytes import Bytes, predict_bytes, worst_deviation
+from prelora_ds.cost.bytes import Bytes, bucket_elements, predict_bytes, worst_deviation
 
 # 2048 + 64 + 40 = 2152 elements; an adapter of rank 4 adds 4 * 32 + 64 * 4 = 384.
 LAYOUT = Layout({"a.weight": (64, 32), "a.bias": (64,), "embed": (10, 4)}, {"x": {0: "a"}})
@@ -43,11 +43,27 @@ def predicted(plan, zero: ZeroSettings, world: int = 2, after: bool = True) -> B
     (ZeroSettings(3, **ZERO3), True, Bytes(2152 + 208, 4304, 4304, 8608, 4000)),
     (ZeroSettings(3, offload_optimizer=True, **ZERO3), False, Bytes(2152 + 208, 8608, 4304, 8608, 4000)),
     (ZeroSettings(3, offload_optimizer=True, **ZERO3), True, Bytes(2152 + 208, 8608, 4304, 8608, 4000)),
-    # By default every one of these small parameters is kept whole, and the bucket is as large as the largest (2048).
-    (ZeroSettings(3), True, Bytes(2152 + 4304, 4304, 4304, 8608, 8192)),
+    # By default every one of these small parameters is kept whole, and one bucket holds all gradients.
+    (ZeroSettings(3), True, Bytes(2152 + 4304, 4304, 4304, 8608, 8608)),
 ])
 def test_bytes_of_the_full_phase_on_two_ranks(zero: ZeroSettings, after: bool, expected: Bytes) -> None:
     assert predicted(FULL, zero, 2, after) == expected
+
+
+@pytest.mark.parametrize(("shapes", "expected"), [
+    ([(1000, 1000), (40,)], 1000040),  # all of less than the smallest bucket
+    ([(1024, 1024), (40,)], 1024 * 1024),
+    ([(1000, 1000)] * 24, 3000000),
+    ([(1000, 1000)] * 24 + [(1,)], 3000001),
+    ([(1000, 1000)] * 8 + [(4000, 1000)], 4000000),  # the largest parameter
+])
+def test_gradients_have_eight_buckets_that_are_neither_small_nor_smaller_than_a_parameter(
+        shapes: list[tuple[int, ...]], expected: int) -> None:
+    layout = Layout({f"{number}.weight": shape for number, shape in enumerate(shapes)}, {})
+    plan, total = full_plan(layout), sum(map(math.prod, shapes))
+    assert bucket_elements(plan, layout, ZeroSettings(2)) == expected
+    assert bucket_elements(plan, layout, ZeroSettings(3, reduce_bucket_size=7)) == 7
+    assert bucket_elements(plan, layout, ZeroSettings(3, reduce_bucket_size=10**9)) == total
 
 
 @pytest.mark.parametrize(("zero", "expected"), [

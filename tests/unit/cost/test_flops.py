@@ -196,29 +196,31 @@ PARTLY = replace(LORA, active=frozenset({"a.lora_B.weight", "embed"}))  # 296 of
 @pytest.mark.parametrize(("plan", "zero", "accum", "expected"), [
     (FULL, ZeroSettings(0), 1, Communication(8608, 0, 0, 1)),
     (FULL, ZeroSettings(1), 4, Communication(8608, 4304, 0, 2)),
-    (FULL, ZeroSettings(2), 4, Communication(4 * 8608, 4304, 0, 9)),  # two buckets: the linear, and the rest
+    (FULL, ZeroSettings(2), 4, Communication(4 * 8608, 4304, 0, 5)),
+    (FULL, ZeroSettings(2, reduce_bucket_size=2048), 4, Communication(4 * 8608, 4304, 0, 9)),
     (FULL, ZeroSettings(2, reduce_bucket_size=1000), 1, Communication(8608, 4304, 0, 4)),
-    (LORA, ZeroSettings(2), 1, Communication(4 * 424, 2 * 424, 0, 3)),
+    (LORA, ZeroSettings(2), 1, Communication(4 * 424, 2 * 424, 0, 2)),
     # Small parameters are gathered once per step, large ones once per micro-batch; frozen ones too.
     (LORA, ZeroSettings(3, persistence_threshold=64), 2,
-     Communication(0, 2 * (2 * 2432 + 104), 2 * 4 * 424, 2 + 2 + 2 * 2)),
+     Communication(0, 2 * (2 * 2432 + 104), 2 * 4 * 424, 2 + 2 + 2)),
     # Stage 1 reduces its whole buffer, and weights are gathered whether or not they train now.
     (PARTLY, ZeroSettings(0), 1, Communication(4 * 296, 0, 0, 1)),
     (PARTLY, ZeroSettings(1), 2, Communication(4 * 424, 2 * 424, 0, 2)),
-    (PARTLY, ZeroSettings(2), 3, Communication(3 * 4 * 296, 2 * 424, 0, 3 * 2 + 1)),
-    (PARTLY, ZeroSettings(3, persistence_threshold=64), 1, Communication(0, 2 * 2536, 4 * 296, 1 + 2 + 2)),
+    (PARTLY, ZeroSettings(2, reduce_bucket_size=256), 3, Communication(3 * 4 * 296, 2 * 424, 0, 3 * 2 + 1)),
+    (PARTLY, ZeroSettings(3, persistence_threshold=64, reduce_bucket_size=256), 1,
+     Communication(0, 2 * 2536, 4 * 296, 1 + 2 + 2)),
 ])
 def test_payloads(plan: Plan, zero: ZeroSettings, accum: int, expected: Communication) -> None:
     assert communication(plan, TINY, zero, accum) == expected
 
 
 def test_all_buckets_but_the_last_are_sent_during_the_backward_pass() -> None:
-    for zero, gradients in ((ZeroSettings(2, overlap_comm=True), 2 * 3 * 4 * 2152),
-                            (ZeroSettings(3, overlap_comm=True), 3 * 4 * 2152)):
+    overlap = ZeroSettings(2, overlap_comm=True, reduce_bucket_size=2048)
+    for zero, gradients in ((overlap, 2 * 3 * 4 * 2152), (replace(overlap, stage=3), 3 * 4 * 2152)):
         comm = communication(FULL, TINY, zero, 3)
         assert overlapped_bytes(FULL, TINY, zero, comm, 4) == gradients * 3 / 4 * 1 / 2  # there are two buckets
         assert overlapped_bytes(FULL, TINY, replace(zero, overlap_comm=False), comm, 4) == 0
-        whole = replace(zero, reduce_bucket_size=10**6)
+        whole = replace(zero, reduce_bucket_size=None)
         assert overlapped_bytes(FULL, TINY, whole, comm, 4) == 0
 
 
@@ -252,9 +254,9 @@ def test_an_inactive_parameter_costs_its_norm_its_clipping_and_its_bf16_weight_o
     assert 4 * buckets_bytes(PARTLY, TINY, ZeroSettings(2, overlap_comm=True)) == \
         5 * buckets_bytes(PARTLY, TINY, ZeroSettings(2))
     assert [buckets_bytes(PARTLY, TINY, ZeroSettings(stage)) for stage in range(4)] == [
-        6 * 296, 4 * 424, 8 * 256, 4 * 256]  # from stage 2 on a bucket is as large as the largest parameter
+        6 * 296, 4 * 424, 8 * 296, 4 * 296]
     assert [buckets_bytes(PARTLY, TINY, ZeroSettings(stage, reduce_bytes=2)) for stage in range(4)] == [
-        2 * 296, 6 * 424, 4 * 256, 2 * 256]
+        2 * 296, 6 * 424, 4 * 296, 2 * 296]
 
 
 def test_the_peak_is_where_backward_begins_or_where_it_ends() -> None:
