@@ -1,6 +1,7 @@
-"""Real rank processes that stay alive between tests, so that torch and deepspeed are imported once.
+"""Real rank processes that stay alive between tests.
 
-Each rank is a separate process, with gloo between them. A function that fails or hangs ends the
+Each rank is a separate process, with gloo between them. On a CPU all are forked from one process, so that torch and
+deepspeed are imported once. A function that fails or hangs ends the
 pool, and the next test gets a new one.
 """
 
@@ -18,6 +19,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from support.zygote import IMPORTS
+
 TIMEOUT_S = 240.0
 
 
@@ -34,6 +37,9 @@ class RankPool:
     def __init__(self, world_size: int, environ: Mapping[str, str] = MappingProxyType({})) -> None:
         self.world_size = world_size
         context = multiprocessing.get_context("spawn")
+        if os.environ.get("DS_ACCELERATOR") == "cpu":  # DeepSpeed chooses its accelerator when it is imported
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(list(IMPORTS))
         port = free_port()
         self._ranks = []
         for rank in range(world_size):

@@ -25,6 +25,22 @@ ROOT = Path(__file__).parents[2]
 DEAD_PIPE = "a pipe that nobody reads"
 # A variable of the environment of ranks that use torch's own BF16 products on any CPU, as version 0.1.0 did.
 NATIVE_PRODUCTS = "NATIVE_PRODUCTS"
+# Everything that a run imports.
+IMPORTS = (
+    "prelora_ds.start",
+    "prelora_ds.run.claim",
+    "prelora_ds.train",
+    "prelora_ds.reporting.table",
+    # What a run imports later, when it first needs it.
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "peft.utils.transformers_weight_conversion",
+    "prelora_ds.hosts.arguments",
+    "prelora_ds.hosts.exits",
+    "prelora_ds.run.method_fits",
+    "torch.utils.tensorboard",
+)
 # Place where a rank may be killed -> the module and the function, as the caller of it looks it up.
 PLACES = {
     "step": ("prelora_ds.engine.engine", "Engine.finish_step"),
@@ -49,21 +65,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    for name in (
-        "prelora_ds.start",
-        "prelora_ds.run.claim",
-        "prelora_ds.train",
-        "prelora_ds.reporting.table",
-        # What a run imports later, when it first needs it.
-        "deepspeed.module_inject.auto_ep_layer",
-        "deepspeed.ops.op_builder.all_ops",
-        "deepspeed.runtime.zero.muon.muon_optimizer",
-        "peft.utils.transformers_weight_conversion",
-        "prelora_ds.hosts.arguments",
-        "prelora_ds.hosts.exits",
-        "prelora_ds.run.method_fits",
-        "torch.utils.tensorboard",
-    ):
+    for name in IMPORTS:
         importlib.import_module(name)
     # A rank collects garbage before its first step. It would look at all that was imported, and copy its pages.
     gc.collect()
