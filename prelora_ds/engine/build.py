@@ -30,6 +30,7 @@ from prelora_ds.model.adapters import attach_adapters, check_adapters, check_nam
 from prelora_ds.model.adapters.linear import adapted_linears
 from prelora_ds.model.adapters.lora import lora_linears
 from prelora_ds.model.families import MakeModule, named_parameters
+from prelora_ds.model.patches import patches_as_products
 from prelora_ds.model.vit import build_model, compile_blocks
 
 
@@ -144,6 +145,8 @@ def empty_module(
     )
     check_names(module, plan, layout)
     module.to(torch.bfloat16)
+    if device().type != "cpu":
+        patches_as_products(module)
 
     partitioner: Init | None = None
     if config.zero.stage == 3:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from support.plans import warmup_plan
@@ -16,6 +18,7 @@ from prelora_ds.engine.runtime import device
 from prelora_ds.hosts.discovery import Ranks
 from prelora_ds.model.adapters import attach_adapters
 from prelora_ds.model.families import find_layout
+from prelora_ds.model.patches import PatchProduct
 from prelora_ds.run.autosize import resolve_auto
 from prelora_ds.run.evaluate import evaluate
 
@@ -182,3 +185,28 @@ def pinned(train):
     batches = loader.next()
     assert all(batch.images.is_pinned() and batch.labels.is_pinned() for batch in batches)
     loader.close()
+
+
+# ---- G19: the patch embedding
+
+
+def test_g19_the_patch_embedding_of_a_gpu_is_one_product(one):
+    one.run(patch_embedding)
+
+
+def patch_embedding():
+    """The oracle is torch's convolution in fp64."""
+    t = Trainer(config("zero2"))
+    projection = t.engine.module.vit.embeddings.patch_embeddings.projection
+    assert (type(projection) is PatchProduct) == (device().type != "cpu")
+    t.close()
+
+    conv = nn.Conv2d(3, 64, 16, 16).to(device(), torch.bfloat16)
+    exact = copy.deepcopy(conv).double()
+    images = torch.rand(4, 3, 64, 64, device=device()).bfloat16()
+    results = [PatchProduct(conv)(images), exact(images.double())]
+    direction = torch.randn_like(results[0])
+    gradients = [torch.autograd.grad(result, [*of.parameters()], direction.to(result.dtype))
+                 for result, of in zip(results, (conv, exact), strict=True)]
+    for ours, wanted in [results, *zip(*gradients, strict=True)]:
+        assert (ours.double() - wanted).norm() <= 0.02 * wanted.norm()
