@@ -63,6 +63,8 @@ ROWS = [
     Row("step time relative to a bare DeepSpeed loop: prelora_ds", "{overhead[loop_vs_bare]:.3f}", "1"),
     Row("the same: HF Trainer / accelerate",
         "{overhead[hf_trainer_vs_bare]:.3f} / {overhead[accelerate_vs_bare]:.3f}", "1"),
+    Row("milliseconds more than the bare loop at steps of {small_step_ms:.0f} ms: prelora_ds / HF Trainer",
+        "{overhead_small[loop_own_ms]:.1f} / {overhead_small[hf_trainer_own_ms]:.1f}", "0"),
     Row("our file-system operations at the start: a host with 16 ranks / a host with 1 rank",
         "{start[fs_ops_growth]:.2f}", "1"),
     Row("a switch of ViT-L", "{switch[full_to_warmup_s]:.1f} s ({switch[switch_in_full_steps]:.2f} full steps of "
@@ -158,6 +160,7 @@ def figures() -> dict[str, Any]:
         "lora_limit": _column(results["lora_step"], "limit by FLOPs"),
         "methods_limit": _column(results["methods"], "limit by FLOPs only"),
         "merge_limit_s": methods["merge_limit_in_full_steps"] * methods["full_step_s"],
+        "small_step_ms": 1e3 * values["overhead_small"]["bare_step_s"],
         "loader_limit": loader["crop_vs_webdataset_pil"] / loader["crop_vs_ideal"],
         "switch_mb": {name: value / 1e6 for name, value in values["switch"].items()},
         "methods_of_digits": values["methods_digits"]["runs"] - 1,
