@@ -13,11 +13,6 @@ class PatchProduct(nn.Conv2d):
     no fast kernel for the gradient of such a convolution in BF16, and changes the layout of the images before it.
     """
 
-    def __init__(self, conv: nn.Conv2d) -> None:
-        with torch.device("meta"):
-            super().__init__(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride)  # type: ignore[arg-type]
-        self.weight, self.bias = conv.weight, conv.bias
-
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return [B, D, H // P, W // Q] from images [B, C, H, W] and patches of P x Q."""
         batch, channels, height, width = images.shape
@@ -30,17 +25,16 @@ class PatchProduct(nn.Conv2d):
 
 
 def patches_as_products(module: nn.Module) -> nn.Module:
-    """Put a `PatchProduct` in the place of each convolution in ``module`` that can be one, and return ``module``."""
-    for parent in list(module.modules()):
-        for name, child in parent.named_children():
-            if type(child) is nn.Conv2d and _is_over_patches(child):
-                setattr(parent, name, PatchProduct(child))
+    """Make each convolution over patches in ``module`` a `PatchProduct`, and return ``module``."""
+    for conv in module.modules():
+        if type(conv) is nn.Conv2d and _is_over_patches(conv):
+            conv.__class__ = PatchProduct  # parameters, hooks and names stay as they are
     return module
 
 
 def _is_over_patches(conv: nn.Conv2d) -> bool:
     return (
-        conv.stride == conv.kernel_size
+        conv.stride == conv.kernel_size != (1, 1)
         and conv.padding in ((0, 0), "valid")
         and conv.dilation == (1, 1)
         and conv.groups == 1

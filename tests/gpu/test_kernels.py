@@ -18,7 +18,7 @@ from prelora_ds.engine.runtime import device
 from prelora_ds.hosts.discovery import Ranks
 from prelora_ds.model.adapters import attach_adapters
 from prelora_ds.model.families import find_layout
-from prelora_ds.model.patches import PatchProduct
+from prelora_ds.model.patches import PatchProduct, patches_as_products
 from prelora_ds.run.autosize import resolve_auto
 from prelora_ds.run.evaluate import evaluate
 
@@ -204,7 +204,8 @@ def patch_embedding():
     conv = nn.Conv2d(3, 64, 16, 16).to(device(), torch.bfloat16)
     exact = copy.deepcopy(conv).double()
     images = torch.rand(4, 3, 64, 64, device=device()).bfloat16()
-    results = [PatchProduct(conv)(images), exact(images.double())]
+    patches_as_products(conv)
+    results = [conv(images), exact(images.double())]
     direction = torch.randn_like(results[0])
     gradients = [torch.autograd.grad(result, [*of.parameters()], direction.to(result.dtype))
                  for result, of in zip(results, (conv, exact), strict=True)]

@@ -1,8 +1,7 @@
 """Real rank processes that stay alive between tests.
 
 Each rank is a separate process, with gloo between them. On a CPU all are forked from one process, so that torch and
-deepspeed are imported once. A function that fails or hangs ends the
-pool, and the next test gets a new one.
+deepspeed are imported once. A function that fails or hangs ends the pool, and the next test gets a new one.
 """
 
 from __future__ import annotations

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +37,12 @@ class TensorBoard(Tracker):
         self._writer.file_writer.add_event(start)
 
     def write(self, events: Sequence[Event]) -> None:
-        # As one record: DeepSpeed 0.19 makes one of each value, and waits when the writer's queue has ten.
+        # As one record. DeepSpeed 0.19 writes one for each value, and waits because the writer's queue holds only ten.
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        for samples, of_step in groupby(events, key=itemgetter(2)):
-            values = [Summary.Value(tag=name, simple_value=value) for name, value, _ in of_step]
-            self._writer.file_writer.add_summary(Summary(value=values), samples)
+        values = [Summary.Value(tag=name, simple_value=value) for name, value, _ in events]
+        *_, (_, _, samples) = events
+        self._writer.file_writer.add_summary(Summary(value=values), samples)
 
     def end_step(self) -> None:
         self._writer.flush()
