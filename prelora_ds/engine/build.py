@@ -13,7 +13,8 @@ import deepspeed
 import torch
 from deepspeed import comm
 from deepspeed.runtime.zero.partition_parameters import Init
-from deepspeed.utils import logger, set_z3_leaf_modules
+from deepspeed.utils import logger
+from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 from torch import nn
 
 from prelora_ds.config.tree import Config
@@ -22,6 +23,7 @@ from prelora_ds.core.plan import Plan
 from prelora_ds.cost.bytes import bucket_elements
 from prelora_ds.engine.active import apply_active
 from prelora_ds.engine.engine import NO_STEPS, Counters, Engine
+from prelora_ds.engine.norms import read_norms_once
 from prelora_ds.engine.optimizer import bind_names, make_optimizer
 from prelora_ds.engine.restore import restore_state
 from prelora_ds.engine.runtime import device, share_timeout
@@ -68,6 +70,7 @@ def build_engine(
             model=module, optimizer=optimizer, config=ds_config, dist_init_required=False
         )
     share_timeout()
+    read_norms_once(ds.optimizer)
     check_adapters(ds.module, plan)
     bind_names(ds, plan.measured(layout))
     kept = restore_state(ds, plan, layout, state, parked=(parked | plan.quantised()) - plan.trainable)
@@ -171,14 +174,32 @@ def empty_module(
             if not linear.get_base_layer().weight.requires_grad:
                 linear.keep_fp32_weight()
 
+    units = units_of(plan, layout, config)
+    for prefix in units:
+        set_z3_leaf_module(module.get_submodule(prefix), True)
     if config.model.compile:
-        blocks = [module.get_submodule(prefix.removesuffix(".")) for prefix in layout.blocks]
-        if config.zero.stage == 3:
-            # Gather each block as a unit: DeepSpeed's hooks on its submodules would break the
-            # compiled graph of the block. Without compilation that is not done, although it would save
-            # messages: DeepSpeed 0.19 then reduces all gradients of a block, also of adapters that do
-            # not train now, and fails when it drops them (stage3.py, zero_grad). Phases with `active`
-            # are not compiled.
-            set_z3_leaf_modules(module, list({type(block) for block in blocks}))
-        compile_blocks(blocks)
+        # DeepSpeed's hooks on the submodules of a block would break its graph.
+        compiled = units if config.zero.stage == 3 else [prefix.removesuffix(".") for prefix in layout.blocks]
+        compile_blocks([module.get_submodule(path) for path in compiled])
     return module
+
+
+def units_of(plan: Plan, layout: Layout, config: Config) -> list[str]:
+    """Return the paths of the blocks that stage 3 gathers and reduces as units, which takes fewer messages and hooks.
+
+    DeepSpeed 0.19 calls them leaf modules (runtime/zero/stage3.py, create_reduce_and_remove_grad_hooks), and reduces
+    the gradients of all parameters of such a block when its backward pass ends. That excludes
+
+    - phases that choose which adapters train: it would reduce zeros for the others, and fail when it drops them;
+    - a block before which nothing trains: torch ends the backward pass of a module whose inputs need no gradient
+      before it begins.
+    """
+    if config.zero.stage < 3 or config.phase(plan.phase).active is not None or plan.training() != plan.trainable:
+        return []
+    units = []
+    before = layout.before_blocks()
+    for prefix in layout.blocks:
+        if not plan.trainable.isdisjoint(before):
+            units.append(prefix.removesuffix("."))
+        before |= {name for name in plan.parameters(layout) if name.startswith(prefix)}
+    return units

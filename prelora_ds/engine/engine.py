@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from deepspeed import comm
+from deepspeed.utils import get_z3_leaf_modules
 from torch import nn
 
 from prelora_ds.config.tree import Config
@@ -332,10 +333,13 @@ class Engine:
         adapter still adds its branch.
 
         Raises ValueError on every rank, before anything is changed, for a name that the plan does
-        not train, for an empty set, and for sets that differ between ranks.
+        not train, for an empty set, for sets that differ between ranks, and at stage 3 in a phase
+        without `active`, whose blocks are gathered as units (`build.units_of`).
         """
         chosen = frozenset(names)
         check_active(self.plan, chosen)
+        if chosen != self.plan.trainable and get_z3_leaf_modules(self.ds.module):
+            raise ValueError(f"phase {self.plan.phase} has no `active` in the recipe, so all of its parameters train")
         self.plan = replace(self.plan, active=None if chosen == self.plan.trainable else chosen)
         apply_active(self.ds, self.plan, self.layout)
 

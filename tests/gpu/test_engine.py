@@ -31,9 +31,9 @@ MIB = 2**20
 # Large enough that a step takes memory beside the states.
 WIDE = {**MEDIUM, "image_size": 64, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
 # What a host may wait for in a step of one micro-batch at stage 2. Counted on the CPU (tests/ranks/test_waits.py) it is
-# 2 in our code, and 2 + 2 per optimizer group in DeepSpeed; on a GPU it has not been counted (docs/first-gpu.md asks
-# for the number).
-MOST_SYNCHRONISATIONS = 10
+# 2 in our code, and 1 per optimizer group in DeepSpeed; on a GPU it has not been counted (docs/first-gpu.md asks for
+# the number).
+MOST_SYNCHRONISATIONS = 6
 
 
 @contextlib.contextmanager

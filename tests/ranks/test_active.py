@@ -32,7 +32,7 @@ def trainer(zero, **sections):
     """
     sections = {"optimizer": {"clip_grad_norm": CLIP}, "micro": 4 if zero == "zero0" else 2,
                 "model": MODEL, **sections}
-    return Trainer(config(zero, **sections), begin="lora")
+    return Trainer(config(zero, chooses=True, **sections), begin="lora")
 
 
 def without(plan, modules, *others):
@@ -344,7 +344,7 @@ def test_peft_s_forward_pass_does_not_change_inactive_adapters(ranks, lora):
 
 
 def selection_by_peft(lora):
-    t = trainer("zero2", lora=lora)
+    t = Trainer(config("zero2", model=MODEL, micro=2, lora=lora), begin="lora")
     t.train(1)
     names = selections(t.lora)[0]
     t.engine.set_active(names)

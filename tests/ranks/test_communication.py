@@ -52,19 +52,21 @@ def half_payloads(zero):
 
 
 def payloads_as_predicted(zero, accum, keys):
-    t = Trainer(config(zero, model=MEDIUM, batch=8 * accum, deepspeed={"zero_optimization": ZEROS[zero] | keys}))
-    dyna = with_active(t.lora, t.layout, frozenset(sorted(t.lora.adapters)[::2]), cut_backward=False)
-    for plan in (t.full, t.lora, dyna):
-        if plan is t.lora:
-            t.switch(plan)
-        t.engine.set_active(plan.training())
-        t.train(3)  # ZeRO-3 records its trace first
-        bytes_sent = sent_by(lambda: t.train(1))
-        predicted = communication(plan, t.layout, t.cfg.zero, accum,
-                                  reuse_distance=keys.get("stage3_max_reuse_distance", 10**9))
-        for term, name in SENT.items():
-            assert bytes_sent[name] == pytest.approx(getattr(predicted, term), rel=0.01, abs=100), (plan, term)
-    t.close()
+    for chooses in (False, True):
+        t = Trainer(config(zero, model=MEDIUM, batch=8 * accum, chooses=chooses,
+                           deepspeed={"zero_optimization": ZEROS[zero] | keys}), begin="lora" if chooses else "full")
+        dyna = with_active(t.lora, t.layout, frozenset(sorted(t.lora.adapters)[::2]), cut_backward=False)
+        for plan in (t.lora, dyna) if chooses else (t.full, t.lora):
+            if plan is t.lora and not chooses:
+                t.switch(plan)
+            t.engine.set_active(plan.training())
+            t.train(3)  # ZeRO-3 records its trace first
+            bytes_sent = sent_by(lambda t=t: t.train(1))
+            predicted = communication(plan, t.layout, t.cfg.zero, accum,
+                                      reuse_distance=keys.get("stage3_max_reuse_distance", 10**9))
+            for term, name in SENT.items():
+                assert bytes_sent[name] == pytest.approx(getattr(predicted, term), rel=0.01, abs=100), (plan, term)
+        t.close()
 
 
 @pytest.mark.parametrize(("zero", "rule"), [("zero0", "zero"), ("zero2", "zero"), ("zero2", "magnitude"),

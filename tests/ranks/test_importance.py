@@ -13,7 +13,7 @@ CLIP = {"clip_grad_norm": 0.05}  # far below every gradient norm here
 
 def trainer(zero):
     """Return a trainer in the LoRA phase whose steps have two micro-batches if the stage accumulates."""
-    return Trainer(config(zero, optimizer=CLIP, micro=4 if zero == "zero0" else 2), begin="lora")
+    return Trainer(config(zero, chooses=True, optimizer=CLIP, micro=4 if zero == "zero0" else 2), begin="lora")
 
 
 def leaves(plan, paths):

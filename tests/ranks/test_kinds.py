@@ -111,7 +111,7 @@ def test_inactive_adapters_stay_bitwise(ranks, kind, zero):
 
 
 def selected(kind, zero):
-    t = Trainer(config(zero))
+    t = Trainer(config(zero, chooses=True))
     lora = frozen(of_kind(t.warmup, t.layout, kind), t.layout)
     t.switch(lora)
     t.train(2)

@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from support.plans import lora_plan
 from support.runs import MEDIUM, SMALL, ZEROS, Trainer, config, only_owned, same
 
 from prelora_ds.core.adapters import Lora
@@ -89,7 +90,7 @@ def compiled_run(zero):
         torch._dynamo.utils.counters.clear()
         t = Trainer(config(zero, model={**SMALL, "num_hidden_layers": 2, "compile": compiled}))
         losses = t.train(2)
-        for plan in (t.warmup, t.lora):
+        for plan in (t.warmup, t.lora, lora_plan(t.layout, t.warmup, train_rest=False)):
             t.switch(plan)
             losses += t.train(2)
         counters = torch._dynamo.utils.counters

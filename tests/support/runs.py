@@ -46,11 +46,13 @@ def config(
     deepspeed: dict[str, Any] | None = None,
     micro: int = 4,
     batch: int = 8,
+    chooses: bool = False,
     **sections: dict[str, Any] | list[Any] | None,
 ) -> Config:
     """Return the config of a small ViT.
 
     A mapping among ``sections`` replaces keys of that section, anything else the whole section.
+    chooses: whether the LoRA phase may choose which parameters train (`Engine.set_active`).
     """
     values: dict[str, Any] = {
         "run": {"name": "test", "output_dir": "out/test"},
@@ -66,6 +68,13 @@ def config(
     for name, section in sections.items():
         is_mapping = isinstance(section, dict)
         values[name] = {**values.get(name, {}), **section} if is_mapping else section
+    if chooses:
+        del values["convergence"]
+        adapters = {"rank": 8, **values.pop("lora")}
+        active = {"choose": "random", "share": 0.5, "every": "4 steps"}
+        values["phases"] = [{"name": "full", "until": "3 steps"},
+                            {"name": "warmup", "adapters": adapters, "until": "3 steps"},
+                            {"name": "lora", "train": ["adapters", "rest"], "active": active}]
     return validate(values, "test")
 
 

@@ -2,8 +2,9 @@
 
 What counts is a call that waits if its tensor is on a GPU: reading a value (`item`, `bool`, `tolist`, `cpu`, `numpy`),
 asking how many elements a mask selects, a new tensor on a device from values of the host, and waiting for the
-accelerator. Of our own code a copy to a device counts too, unless it is asked to be non-blocking; DeepSpeed makes many
-of tensors that are there already. That is an upper bound: some tensors are on the host also where there is a GPU.
+accelerator. What is computed from the result of `cpu` is on the host, and its values are read without a wait. Of our
+own code a copy to a device counts too, unless it is asked to be non-blocking; DeepSpeed makes many of tensors that are
+there already. That is an upper bound: some tensors are on the host also where there is a GPU.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import prelora_ds
 
@@ -41,19 +43,33 @@ def counting_waits() -> Iterator[Waits]:
     from deepspeed.accelerator import get_accelerator
 
     waits = Waits()
+    on_host: set[int] = set()  # the ids of tensors that have been read to the host, and of what is computed from them
+    kept = []  # so that no id is used again
 
     class Reads(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func.overloadpacket.__name__ in READS:
+            result = func(*args, **(kwargs or {}))
+            tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
+            if tensors and all(id(each) in on_host for each in tensors):
+                host(result)
+            elif func.overloadpacket.__name__ in READS:
                 waits[_caller()] += 1
-            return func(*args, **(kwargs or {}))
+            return result
+
+    def host(result: Any) -> None:
+        tensors = [each for each in tree_leaves(result) if isinstance(each, torch.Tensor)]
+        on_host.update(map(id, tensors))
+        kept.extend(tensors)
 
     def counted(function: Callable[..., Any], blocks: Callable[..., bool]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             caller = _caller()
             if blocks(*args, **kwargs) and (blocks is not copies or caller[0] == "ours"):
                 waits[caller] += 1
-            return function(*args, **kwargs)
+            result = function(*args, **kwargs)
+            if function.__name__ == "cpu":
+                host(result)
+            return result
 
         return call
 
