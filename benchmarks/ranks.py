@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
-import socket
+import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from harness import ROOT
+
+sys.path.insert(0, str(ROOT / "tests"))
+from support.pool import free_port
 
 
 class Ranks:
@@ -96,10 +100,3 @@ def _serve(
     pipes[rank].send(function(pipes[rank], *args))
     if torch.distributed.is_initialized():  # one of our runs has already left it
         torch.distributed.destroy_process_group()
-
-
-def free_port() -> int:
-    """Return a free TCP port of the loopback interface."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])

@@ -6,9 +6,11 @@ deepspeed are imported once. A function that fails or hangs ends the pool, and t
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import multiprocessing
 import os
+import random
 import socket
 import sys
 import traceback
@@ -91,10 +93,16 @@ class RankPool:
 
 
 def free_port() -> int:
-    """Return a free TCP port of the loopback interface."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """Return a free TCP port of the loopback interface.
+
+    It is below those that the kernel gives to sockets without a port (from 32768 on in Linux), because a process group
+    takes many of these, also in the seconds until another one uses its port.
+    """
+    while True:
+        port = random.SystemRandom().randrange(15000, 32768)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def _serve(pipe: Connection, rank: int, world_size: int, port: int, environ: dict[str, str]) -> None:
