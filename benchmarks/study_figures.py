@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from harness import ROOT
-from study import OUT
+from study_settings import FASHION
 
 TARGET = ROOT / "docs/results"
 # The settings of a report -> the name of each figure that is taken from it -> its name here.
@@ -32,7 +32,7 @@ REPORTS: dict[tuple[str, ...], dict[str, str]] = {
 def main() -> None:
     TARGET.mkdir(exist_ok=True)
     for names, wanted in REPORTS.items():
-        runs = [OUT / f"{name}-0" for name in names if (OUT / f"{name}-0/model").exists()]
+        runs = [FASHION.out / f"{name}-0" for name in names if (FASHION.out / f"{name}-0/model").exists()]
         if len(runs) < len(names):
             print(f"not all of {', '.join(names)} have finished: {', '.join(wanted.values())} left out")
             continue

@@ -12,7 +12,7 @@ from itertools import product
 from statistics import mean
 
 from harness import print_table, record
-from study import OUT, STEPS
+from study_settings import FASHION
 
 from prelora_ds.reporting.replay import Settings, read_logged, replayed
 from prelora_ds.run.folder import RunFolder
@@ -23,9 +23,9 @@ M = (1, 3, 9)
 
 
 def main() -> None:
-    runs = sorted(path for path in OUT.glob("full-*") if (path / "model").exists())
+    runs = sorted(path for path in FASHION.out.glob("full-*") if (path / "model").exists())
     if not runs:
-        sys.exit(f"{OUT} has no full run that has finished; make study begins with them")
+        sys.exit(f"{FASHION.out} has no full run that has finished; make study begins with them")
     logs = [read_logged(RunFolder(path)) for path in runs]
     steps: dict[tuple[int, float, float], list[int]] = {key: [] for key in product(M, TAU, ZETA)}
     for log, m in product(logs, M):
@@ -34,9 +34,9 @@ def main() -> None:
             if row["step"] is not None:
                 steps[m, row["tau"], row["zeta"]].append(row["step"])
     rows = [{"m": m, "tau, %": tau, "zeta, %": zeta, "runs that switch": len(at),
-             "switch, share of the run": round(mean(at) / STEPS, 3) if at else None,
+             "switch, share of the run": round(mean(at) / FASHION.steps, 3) if at else None,
              "first": min(at, default=None), "last": max(at, default=None)} for (m, tau, zeta), at in steps.items()]
-    print_table(rows, f"Algorithm 1 with k = 3 on {len(runs)} full runs of {STEPS} steps")
+    print_table(rows, f"Algorithm 1 with k = 3 on {len(runs)} full runs of {FASHION.steps} steps")
     record("study_thresholds", {"runs": len(runs)}, rows, "first, last: the step of the first and of the last switch.")
 
 
