@@ -27,6 +27,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from pathlib import Path
 from statistics import mean
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from harness import ROOT, git_state, machine, versions
@@ -39,7 +40,7 @@ from study_results import (
     run_folder,
     summarize,
 )
-from study_settings import FASHION, Study, digits
+from study_settings import FASHION, KEEP_FREED_MEMORY, Study, digits
 
 sys.path.insert(0, str(ROOT / "tests"))
 from support.launch import launch_command
@@ -49,8 +50,6 @@ from prelora_ds.files import replace_file
 from prelora_ds.run.folder import RunFolder
 
 SIDE_BY_SIDE = 2
-# glibc would return every freed activation to the system and fault its pages in again, which takes 8 % of a step.
-KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
 
 
 def main() -> None:
@@ -66,7 +65,9 @@ def main() -> None:
     study.results.mkdir(parents=True, exist_ok=True)
     if not args.summary:
         if args.digits and not (args.digits / "digits").exists():
-            write_digits(args.digits / "digits")
+            with TemporaryDirectory(dir=args.digits) as partial:
+                write_digits(Path(partial) / "digits")
+                (Path(partial) / "digits").rename(args.digits / "digits")
         run_all(study, args.only or list(study.settings), args.seeds, args.minutes)
     summarize(study)
 

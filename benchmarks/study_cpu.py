@@ -3,9 +3,9 @@
     python benchmarks/study_cpu.py     # after `make study`, alone on the machine; about 15 minutes
 
 The runs of the study shared the machine. So each phase of the first seed is measured once more, alone: a fork from the
-last checkpoint before a step of the phase takes STEPS steps, and the CPU time of all its processes is read before and
-after them. Where fewer and fewer adapters train, the phase is measured at PLACES steps. `study.py --summary` then has
-the CPU-seconds of each phase.
+last checkpoint before the middle of the phase takes STEPS steps, or a whole cycle if it merges, and the CPU time of all
+its processes is read before and after them. Where fewer and fewer adapters train, this is done at PLACES points of the
+phase. `study.py --summary` then has the CPU-seconds of each phase.
 """
 
 from __future__ import annotations
@@ -13,20 +13,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import psutil
 from harness import ROOT, print_table, record
 from study import launch_command, settings_of
 from study_results import phases_of, read, result_file, run_folder
-from study_settings import FASHION, Study
+from study_settings import FASHION, KEEP_FREED_MEMORY, Study
 
 from prelora_ds.run.folder import RunFolder
 from prelora_ds.run.log import read_lines
@@ -34,23 +35,37 @@ from prelora_ds.run.log import read_lines
 SEED = 0
 WARM = 4  # steps that are not measured, at the beginning of a job or of a phase
 STEPS = 24
-PLACES = 4
+PLACES = 4  # points of a phase in which fewer and fewer adapters train
 SECONDS = 300
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is measured of a phase: ``length`` steps after each step of ``after``, under the method until its end."""
+
+    setting: str
+    phase: str
+    method: list[dict[str, Any]]
+    after: list[int]
+    length: int
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     study = FASHION
-    phases = list(phases_to_measure(study))
+    parts = list(parts_of(study))
+    if not {("full", "full"), ("exp1", "lora")} <= {(part.setting, part.phase) for part in parts}:
+        sys.exit("full and exp1 of the first seed have not finished; make study begins with them")
     measured: dict[str, list[float]] = {}
-    rows = []
-    for name, phase, method, steps in phases:
+    rows: list[dict[str, Any]] = []
+    for part in parts:
+        method = json.dumps(part.method)
         if method not in measured:
-            measured[method] = [cpu_of_a_step(study, name, step) for step in steps]
-        row = {"setting": name, "phase": phase, "CPU-seconds of a step": round(mean(measured[method]), 4),
-               "each": [round(seconds, 4) for seconds in measured[method]], "at": steps}
-        rows.append(row)
-        print(f"{len(rows)} of {len(phases)}: {name}, {phase}: {row['CPU-seconds of a step']} s", flush=True)
+            measured[method] = [cpu_of_a_step(study, part, step) for step in part.after]
+        each = [round(seconds, 4) for seconds in measured[method]]
+        rows.append({"setting": part.setting, "phase": part.phase, "CPU-seconds of a step": round(mean(each), 4),
+                     "each": each, "after step": part.after, "steps": part.length})
+        print(f"{len(rows)} of {len(parts)}: {part.setting}, {part.phase}: {mean(each):.4f} s", flush=True)
     print_table(rows, "CPU-seconds of a step of the study")
     seconds = {(row["setting"], row["phase"]): row["CPU-seconds of a step"] for row in rows}
     full = seconds["full", "full"]
@@ -58,13 +73,12 @@ def main() -> None:
         "full_cpu_s": full,
         "exp1_warmup_vs_full": round(seconds["exp1", "warmup"] / full, 3),
         "exp1_lora_vs_full": round(seconds["exp1", "lora"] / full, 3),
-    }, rows, f"each: the mean of {STEPS} steps; at: the step before them. One rank with one thread, batches of "
-             f"{study.batch}; the loader works in the process of the rank. What several settings have in common, such "
-             "as the warm-up of exp1, was measured once.")
+    }, rows, f"One rank with one thread, batches of {study.batch}; the loader works in the process of the rank. What "
+             "several settings have in common, such as the warm-up of exp1, was measured once.")
 
 
-def phases_to_measure(study: Study) -> Iterator[tuple[str, str, str, list[int]]]:
-    """Yield (setting, phase, the method until its end, steps after which to measure) of all that has finished.
+def parts_of(study: Study) -> Iterator[Part]:
+    """Yield what is to be measured of the settings that have finished.
 
     Full training is the same in all settings, and is measured in the first.
     """
@@ -73,43 +87,49 @@ def phases_to_measure(study: Study) -> Iterator[tuple[str, str, str, list[int]]]
             continue
         method, begins = phases_of(study, name, SEED), 0
         for i, (phase, steps) in enumerate(read(result_file(study, name, SEED))["steps_by_phase"].items()):
-            first, last = begins + WARM, begins + steps - STEPS
-            begins += steps
+            length = int(method[i]["merge"]["every"].split()[0]) if "merge" in method[i] else STEPS
             shrinks = method[i].get("active", {}).get("choose") == "unconverged"
+            places = PLACES if shrinks else 1
+            first, last = begins + WARM, begins + steps - length
+            begins += steps
             if phase != "full" or name == "full":
-                yield name, phase, json.dumps(method[: i + 1]), [
-                    first + (last - first) * part // PLACES for part in range(PLACES if shrinks else 1)]
+                yield Part(name, phase, method[: i + 1], [first + (last - first) * (2 * place + 1) // (2 * places)
+                                                          for place in range(places)], length)
 
 
-def cpu_of_a_step(study: Study, name: str, at: int) -> float:
-    """Return the CPU-seconds of a step, as a mean of STEPS steps after step ``at`` of a setting."""
-    folder = RunFolder(run_folder(study, name, SEED))
-    before = [path for path in folder.checkpoints.glob("step-*") if int(path.name[5:]) <= at - WARM]
-    start = str(max(before)) if before else "auto"
+def cpu_of_a_step(study: Study, part: Part, after: int) -> float:
+    """Return the CPU-seconds of a step, as a mean of those that follow step ``after``."""
+    folder = RunFolder(run_folder(study, part.setting, SEED))
+    before = [path for path in folder.checkpoints.glob("step-*") if int(path.name[5:]) <= after - WARM]
+    if not before:
+        sys.exit(f"{folder.checkpoints} has no checkpoint to begin with before step {after}")
     with tempfile.TemporaryDirectory() as out:
         command, environ = launch_command(
-            "--recipe", study.recipe, "--deepspeed_config", "ds_configs/zero2.json", "--resume", start,
-            f"run.name={name}", f"run.seed={SEED}", f"run.output_dir={out}/run", *settings_of(study, name, SEED),
-            "train.log_every=1", "train.eval_every=100000 steps", ranks=1)
-        with subprocess.Popen(command, cwd=ROOT, env=environ, stdout=subprocess.DEVNULL,
+            "--recipe", study.recipe, "--deepspeed_config", "ds_configs/zero2.json", "--resume", str(max(before)),
+            f"run.name={part.setting}", f"run.seed={SEED}", f"run.output_dir={out}/run",
+            *settings_of(study, part.setting, SEED), "train.log_every=1", "train.eval_every=100000 steps",
+            "checkpoint.every=100000 steps", "checkpoint.keep_every=100000 steps", ranks=1)
+        with subprocess.Popen(command, cwd=ROOT, env=environ | KEEP_FREED_MEMORY, stdout=subprocess.DEVNULL,
                               stderr=subprocess.DEVNULL) as run:
             try:
-                process = psutil.Process(run.pid)
                 metrics = RunFolder(Path(out) / "run").metrics
-                first, used = at_step(process, metrics, at)
-                last, used_then = at_step(process, metrics, at + STEPS)
+                first, used = at_step(run, metrics, after, part.phase)
+                last, used_then = at_step(run, metrics, after + part.length, part.phase)
             finally:
                 end(run)
     return (used_then - used) / (last - first)
 
 
-def at_step(process: psutil.Process, metrics: Path, step: int) -> tuple[int, float]:
+def at_step(run: subprocess.Popen[bytes], metrics: Path, step: int, phase: str) -> tuple[int, float]:
     """Wait until a run has taken ``step``; return the step that it has taken then, and its CPU-seconds so far."""
     until = time.monotonic() + SECONDS
-    while time.monotonic() < until and process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+    while time.monotonic() < until and run.poll() is None:
         rows = read_lines(metrics) if metrics.exists() else []
         if rows and rows[-1]["step"] >= step:
-            return rows[-1]["step"], cpu_seconds(process)
+            if rows[-1]["phase"] != phase:
+                sys.exit(f"step {rows[-1]['step']} is in phase {rows[-1]['phase']} and not in {phase}: the run does "
+                         "not repeat that of the study")
+            return rows[-1]["step"], cpu_seconds(psutil.Process(run.pid))
         time.sleep(0.02)
     sys.exit(f"a run has not reached step {step} in {SECONDS} s, or has failed before")
 
@@ -125,10 +145,11 @@ def cpu_seconds(process: psutil.Process) -> float:
 
 def end(run: subprocess.Popen[bytes]) -> None:
     """End a run and all processes that it has started."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for each in [*psutil.Process(run.pid).children(recursive=True), psutil.Process(run.pid)]:
+    if run.poll() is None:
+        processes = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
+        for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
-                each.send_signal(signal.SIGKILL)
+                process.kill()
 
 
 if __name__ == "__main__":

@@ -167,7 +167,7 @@ NOTES = (
     "the same with the seconds per step of ViT-L at ZeRO 2 and 4 images per rank (zero_stages.json). Both are empty "
     "where only some adapters train at a time, and for ReLoRA, whose rank has not been measured there. CPU-seconds by "
     "phase: the steps of each phase times the CPU-seconds of such a step of the first seed, measured alone on "
-    "the machine (study_cpu.json); evaluations and checkpoints are not in them."
+    "the machine (study_cpu.json); evaluations and checkpoints are not in them, and one merge per cycle is."
 )
 
 

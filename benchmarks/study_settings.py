@@ -11,6 +11,8 @@ from typing import Any
 from harness import ROOT
 
 TRAINED = ["adapters", "rest"]
+# glibc would return every freed activation to the system and fault its pages in again, which takes 8 % of a step.
+KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
 # The thresholds of the paper's experiments, in per cent.
 EXPERIMENTS = {"exp1": (1.0, 5.0), "exp2": (0.5, 2.5), "exp3": (0.25, 1.0)}
 
@@ -38,10 +40,10 @@ class Study:
     """The data and the length of the runs, and what depends on them.
 
     data: the folder of the shards, of which `train` and `val` are used, and ``test`` once per finished run.
-    steps, batch: of full training.
+    steps, batch: the length of full training, and its batch size.
     window: the steps of a window of 3 observations.
     checkpoint_every: in steps, a whole number of windows.
-    r_max, relora_rank: of PreLoRA and of ReLoRA, in the paper's share of the model's width.
+    r_max: the largest rank of PreLoRA. relora_rank: the rank of ReLoRA. Both are the paper's share of the width.
     adapters: the linears that can have one.
     experiments: name -> tau and zeta, in per cent.
     """
@@ -62,9 +64,9 @@ class Study:
 
     @property
     def before_parting(self) -> int:
-        """How many steps before it can leave full training a fork begins, since full training closes no windows.
+        """A fork begins this many steps before it can leave full training.
 
-        Algorithm 1 needs three of them, and Algorithm 2 two.
+        Full training closes no windows. Algorithm 1 needs three of them, and Algorithm 2 two.
         """
         return 3 * self.window
 

@@ -58,7 +58,7 @@ REFUSED_ZERO_KEYS: dict[str, tuple[Any, str]] = {
     "zero_quantized_nontrainable_weights": (False, _ACROSS_A_SWITCH),
     "compute_grad_norm": (True, "would hide divergence, which is detected by the gradient norm"),
     "ignore_unused_parameters": (True, "would abort a step in which an adapter has no gradient"),
-    "leaf_module": (None, "is set for each block where it can be"),
+    "leaf_module": (None, "is set by prelora_ds for whole blocks"),
     "stage3_module_granularity_threshold": (0, "does not see the parameters of a model that is built in parts"),
     "save_muon_momentum_buffer_in_memory": (False, "has no effect: the optimizer is AdamW"),
     "legacy_stage1": (False, _DEPRECATED), "elastic_checkpoint": (False, _DEPRECATED),

@@ -55,7 +55,10 @@ class ModelConfig(Strict):
     """
 
     compile: bool = False
-    """Whether to compile each block with torch.compile (again after each switch)."""
+    """
+    Whether to compile each block with torch.compile (again after each switch). At ZeRO stage 3 a
+    block before which nothing trains is not compiled.
+    """
 
     factory: str | None = None
     """

@@ -16,6 +16,7 @@ from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.utils import logger
 from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 from torch import nn
+from transformers import ViTForImageClassification
 
 from prelora_ds.config.tree import Config
 from prelora_ds.core.layout import Layout
@@ -174,7 +175,7 @@ def empty_module(
             if not linear.get_base_layer().weight.requires_grad:
                 linear.keep_fp32_weight()
 
-    units = units_of(plan, layout, config)
+    units = units_of(module, plan, layout, config)
     for prefix in units:
         set_z3_leaf_module(module.get_submodule(prefix), True)
     if config.model.compile:
@@ -184,17 +185,22 @@ def empty_module(
     return module
 
 
-def units_of(plan: Plan, layout: Layout, config: Config) -> list[str]:
+def units_of(module: nn.Module, plan: Plan, layout: Layout, config: Config) -> list[str]:
     """Return the paths of the blocks that stage 3 gathers and reduces as units, which takes fewer messages and hooks.
 
-    DeepSpeed 0.19 calls them leaf modules (runtime/zero/stage3.py, create_reduce_and_remove_grad_hooks), and reduces
-    the gradients of all parameters of such a block when its backward pass ends. That excludes
+    DeepSpeed 0.19 calls them leaf modules, and reduces all gradients of such a block in its backward hook
+    (runtime/zero/stage3.py, create_reduce_and_remove_grad_hooks). These are not units:
 
-    - phases that choose which adapters train: it would reduce zeros for the others, and fail when it drops them;
-    - a block before which nothing trains: torch ends the backward pass of a module whose inputs need no gradient
-      before it begins.
+    - the blocks of a phase that chooses which adapters train, because DeepSpeed would reduce zeros for the others and
+      then fail in `zero_grad`;
+    - a block before which nothing trains. If no input of a block needs a gradient, torch calls its backward hook before
+      its parameters have gradients;
+    - the blocks of another model than our ViT, unless they are compiled: the same happens if their inputs are keywords,
+      and DeepSpeed fails if a block runs twice in a step.
     """
     if config.zero.stage < 3 or config.phase(plan.phase).active is not None or plan.training() != plan.trainable:
+        return []
+    if type(module) is not ViTForImageClassification and not config.model.compile:
         return []
     units = []
     before = layout.before_blocks()

@@ -333,13 +333,14 @@ class Engine:
         adapter still adds its branch.
 
         Raises ValueError on every rank, before anything is changed, for a name that the plan does
-        not train, for an empty set, for sets that differ between ranks, and at stage 3 in a phase
-        without `active`, whose blocks are gathered as units (`build.units_of`).
+        not train, for an empty set, for sets that differ between ranks, and if stage 3 gathers
+        blocks as units (`build.units_of`), as in a phase without `active`.
         """
         chosen = frozenset(names)
         check_active(self.plan, chosen)
         if chosen != self.plan.trainable and get_z3_leaf_modules(self.ds.module):
-            raise ValueError(f"phase {self.plan.phase} has no `active` in the recipe, so all of its parameters train")
+            raise ValueError(f"phase {self.plan.phase}: at ZeRO stage 3 only a phase with `active` can choose what "
+                             "trains; add `active` to it in the recipe")
         self.plan = replace(self.plan, active=None if chosen == self.plan.trainable else chosen)
         apply_active(self.ds, self.plan, self.layout)
 

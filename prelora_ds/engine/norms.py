@@ -1,12 +1,14 @@
-"""Read the norm of a step's gradients once, and let it alone decide whether they are finite.
+"""Read the norm of a step's gradients once, and skip the update if that norm is not finite.
 
-Each read makes the host wait for its device, and DeepSpeed 0.19 reads more than it needs:
+Each read makes the host wait for its device, and DeepSpeed 0.19 reads more:
 
-- at stage 0 whether each single gradient is finite (runtime/utils.py, CheckOverflow.has_overflow_serial);
-- at stage 2 the same once for all, and the norm once more for each optimizer group (runtime/zero/stage_1_and_2.py,
-  has_overflow and unscale_and_clip_grads).
+- At stage 0 it asks of each gradient whether it is finite (runtime/utils.py, CheckOverflow.has_overflow_serial).
+- At stage 2 it asks this once of all gradients, and reads the norm again for each optimizer group
+  (runtime/zero/stage_1_and_2.py, has_overflow and unscale_and_clip_grads).
+- At stages 2 and 3 it reads the norm to check it, and our engine reads it again for the log.
 
-Every stage also skips an update whose norm is not finite, which is so on all ranks if one gradient is not.
+These reads are not needed. Every stage skips an update whose norm is not finite (stage 2 unless
+`bf16.check_grad_overflow` is false), and one such gradient on one rank makes the norm of all ranks so.
 """
 
 from __future__ import annotations
@@ -21,14 +23,14 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 
 class _ByNorm(CheckOverflow):  # type: ignore[misc]
-    """That of stage 0, whose gradients are already the same on all ranks."""
+    """The overflow check of stage 0. It finds none, because the norm decides."""
 
     def check(self, param_groups: Any = None) -> bool:
         return False
 
 
 class _Stage2(DeepSpeedZeroOptimizer):  # type: ignore[misc]
-    """Also stage 1 with offload."""
+    """The optimizer of stage 2, and of stage 1 with offload, with the norm on the host."""
 
     def scaled_global_norm(self, norm_type: int = 2) -> torch.Tensor:
         norm: torch.Tensor = super().scaled_global_norm(norm_type)
@@ -38,14 +40,27 @@ class _Stage2(DeepSpeedZeroOptimizer):  # type: ignore[misc]
         if self.cpu_offload:
             super().check_overflow(partition_gradients)
 
+    def step(self, closure: Any = None) -> None:
+        """Take a step, and drop all that has been reduced if its update is skipped.
+
+        With offload DeepSpeed 0.19 keeps it and adds the next gradients to it (stage_1_and_2.py, `step`), so that every
+        later update is skipped as well.
+        """
+        super().step(closure)
+        if self.overflow and self.cpu_offload:
+            for group in self.averaged_gradients:
+                self.averaged_gradients[group] = None
+
 
 class _Stage3(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]
+    """The optimizer of stage 3, with the norms of its groups on the host."""
+
     def _get_norm_groups(self) -> list[torch.Tensor]:
         return list(torch.stack(super()._get_norm_groups()).cpu())
 
 
 def read_norms_once(optimizer: Any) -> None:
-    """Let ``optimizer``, one of DeepSpeed's, decide by the norm of a step's gradients, and read it once."""
+    """Let ``optimizer``, one of DeepSpeed's, read the norm of a step once, and decide by it alone."""
     if type(optimizer) is FP16_UnfusedOptimizer:
         optimizer.overflow_checker.__class__ = _ByNorm
     for ours in (_Stage2, _Stage3):

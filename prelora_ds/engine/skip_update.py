@@ -40,18 +40,7 @@ def skipping_update(optimizer: Any) -> Iterator[None]:
             # Stage 2, and stage 1 with offload, DeepSpeedZeroOptimizer.
             stack.enter_context(_replaced(optimizer, "check_grad_overflow", True))
             stack.enter_context(_replaced(optimizer, "check_overflow", overflow))
-            if optimizer.cpu_offload:
-                stack.callback(_drop_reduced_gradients, optimizer)
         yield
-
-
-def _drop_reduced_gradients(optimizer: Any) -> None:
-    """Drop what DeepSpeedZeroOptimizer has reduced.
-
-    With offload DeepSpeed 0.19 keeps it after an overflow (stage_1_and_2.py, `step`) and adds the next gradients to it.
-    """
-    for group in optimizer.averaged_gradients:
-        optimizer.averaged_gradients[group] = None
 
 
 @contextlib.contextmanager

@@ -238,6 +238,29 @@ def nan_in_one_adapter(zero):
     t.close()
 
 
+@ALL
+def test_a_gradient_of_one_rank_that_is_not_finite_skips_the_update_of_all(ranks, zero):
+    ranks.run(nan_on_one_rank, zero=zero)
+
+
+def nan_on_one_rank(zero):
+    t = Trainer(config(zero, model=MODEL), begin="lora")
+    t.train(1)
+    before = everything(t)
+    hook = None
+    if t.rank == 1:
+        p = named_parameters(t.engine.module)["classifier.bias"]
+        hook = p.register_hook(lambda grad: grad * float("nan"))
+        del p
+    assert t.engine.train_step(t.batches(), lr=1e-3).skipped
+    assert same(before, everything(t)) == []
+    if hook is not None:
+        hook.remove()
+    stats = t.engine.train_step(t.batches(), lr=1e-3)
+    assert not stats.skipped and isfinite(stats.grad_norm)
+    t.close()
+
+
 # ---- in other settings
 
 @pytest.mark.parametrize("zero", [

@@ -95,8 +95,8 @@ class RankPool:
 def free_port() -> int:
     """Return a free TCP port of the loopback interface.
 
-    It is below those that the kernel gives to sockets without a port (from 32768 on in Linux), because a process group
-    takes many of these, also in the seconds until another one uses its port.
+    It is below 32768, where Linux begins to give ports to sockets that ask for none. A process group takes many of
+    those, and could take this one before it is used.
     """
     while True:
         port = random.SystemRandom().randrange(15000, 32768)

@@ -24,6 +24,7 @@ import prelora_ds
 
 READS = ("_local_scalar_dense", "nonzero", "masked_select")  # operators whose result depends on values
 METHODS = ("tolist", "cpu", "numpy")
+CONSTRUCTORS = ("ByteTensor", "FloatTensor")  # of DeepSpeed's accelerator, from values of the host
 OURS = str(Path(prelora_ds.__file__).parent)
 
 
@@ -43,6 +44,7 @@ def counting_waits() -> Iterator[Waits]:
     from deepspeed.accelerator import get_accelerator
 
     waits = Waits()
+    accelerator = type(get_accelerator())
     on_host: set[int] = set()  # the ids of tensors that have been read to the host, and of what is computed from them
     kept = []  # so that no id is used again
 
@@ -68,6 +70,7 @@ def counting_waits() -> Iterator[Waits]:
                 waits[caller] += 1
             result = function(*args, **kwargs)
             if function.__name__ == "cpu":
+                result = result.clone() if result is args[0] else result  # as on a GPU
                 host(result)
             return result
 
@@ -86,10 +89,15 @@ def counting_waits() -> Iterator[Waits]:
     with contextlib.ExitStack() as stack:
         for owner, name, blocks in [*((torch.Tensor, method, always) for method in METHODS),
                                     (torch.Tensor, "to", copies), (torch, "tensor", placed),
-                                    (type(get_accelerator()), "synchronize", always)]:
+                                    (accelerator, "synchronize", always)]:
             real = getattr(owner, name)
             setattr(owner, name, counted(real, blocks))
             stack.callback(setattr, owner, name, real)
+        for name in CONSTRUCTORS:
+            constructor = counted(getattr(torch, name), always)
+            real = vars(accelerator)[name]
+            setattr(accelerator, name, property(lambda _, constructor=constructor: constructor))
+            stack.callback(setattr, accelerator, name, real)
         stack.enter_context(Reads())
         yield waits
 
