@@ -24,6 +24,7 @@ CONTROLS = ("equal_compute", "equal_time", "static_lora", "uniform", "random_ran
 CLOSER_HEADER = ("| setting | validation top-1, % | test top-1, % | test, minus full | FLOPs / full |\n"
                  "|---|---:|---:|---:|---:|\n")
 CLOSER = ("exp1", "rate_4", "rate_10", "rate_30", "rate_10_merging", "rate_10_freezing", "exp3", "rate_10_exp3")
+CPU_HEADER = ("| setting | CPU-seconds of its phases | together | of full training |\n|---|---|---:|---:|\n")
 DIGITS_HEADER = ("| recipe | first step of each phase | merges | choices | top-1 | below full | training loss |\n"
                  "|---|---|---:|---:|---:|---:|---:|\n")
 
@@ -101,7 +102,8 @@ def tables() -> list[tuple[Path, str, str]]:
     results = ROOT / "docs/results.md"
     found = [(ROOT / "README.md", HEADER, lines(figures())), (results, STUDY_HEADER, map(study_line, study.values())),
              (results, CONTROLS_HEADER, (control_line(study[name]) for name in CONTROLS if name in study)),
-             (results, CLOSER_HEADER, closer_lines()), (ROOT / "docs/methods.md", DIGITS_HEADER, digits_lines())]
+             (results, CLOSER_HEADER, closer_lines()), (results, CPU_HEADER, cpu_lines(study)),
+             (ROOT / "docs/methods.md", DIGITS_HEADER, digits_lines())]
     return [(page, header, header + "".join(f"{line}\n" for line in body)) for page, header, body in found]
 
 
@@ -125,6 +127,15 @@ def closer_lines() -> Iterator[str]:
     for name, run in runs.items():
         yield line_of(f"`{name}`", f"{100 * run['val_acc1']:.2f}", f"{100 * run['test_acc1']:.2f}",
                       difference(100 * (run["test_acc1"] - full["test_acc1"])), f"{run['flops_over_full']:.3f}")
+
+
+def cpu_lines(study: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Yield a line per setting whose steps have been measured alone on the machine."""
+    measured = {name: row["CPU-seconds by phase"] for name, row in study.items() if row["CPU-seconds by phase"]}
+    for name, seconds in measured.items():
+        total = sum(seconds.values())
+        yield line_of(f"`{name}`", ", ".join(f"{phase} {value}" for phase, value in seconds.items()), total,
+                      f"{total / sum(measured['full'].values()):.2f}")
 
 
 def digits_lines() -> Iterator[str]:
