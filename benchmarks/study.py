@@ -40,7 +40,7 @@ from study_results import (
     run_folder,
     summarize,
 )
-from study_settings import FASHION, KEEP_FREED_MEMORY, Study, digits
+from study_settings import FASHION, Study, digits
 
 sys.path.insert(0, str(ROOT / "tests"))
 from support.launch import launch_command
@@ -50,16 +50,18 @@ from prelora_ds.files import replace_file
 from prelora_ds.run.folder import RunFolder
 
 SIDE_BY_SIDE = 2
+# glibc would return every freed activation to the system and fault its pages in again, which takes 8 % of a step.
+KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=FASHION.settings, metavar="NAME", help=", ".join(FASHION.settings))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so many minutes")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="do not begin a run after so many minutes")
     parser.add_argument("--digits", type=Path, metavar="FOLDER",
                         help="the same settings in short runs on scikit-learn's digits, with all files in FOLDER")
-    parser.add_argument("--summary", action="store_true", help="run nothing")
+    parser.add_argument("--summary", action="store_true", help="only print and record the aggregates")
     args = parser.parse_args()
     study = digits(args.digits.resolve()) if args.digits else FASHION
     study.results.mkdir(parents=True, exist_ok=True)
@@ -119,14 +121,11 @@ def one_run(study: Study, name: str, seed: int, before: Sequence[Future[float | 
         return None
     out = run_folder(study, name, seed)
     started, load = time.monotonic(), os.getloadavg()[0]
-    command, environ = launch_command(
-        "--recipe", study.recipe, "--deepspeed_config", "ds_configs/zero2.json",
-        "--resume", start_of(study, name, seed), f"run.name={name}", f"run.seed={seed}", f"run.output_dir={out}",
-        *settings_of(study, name, seed), ranks=1)
+    command, environ = command_of(study, name, seed, out, start_of(study, name, seed))
     study.out.mkdir(parents=True, exist_ok=True)
     print(f"{name}, seed {seed}: running", flush=True)
     with (study.out / f"{name}-{seed}.log").open("a") as log:
-        run = subprocess.Popen(command, cwd=ROOT, env=environ | KEEP_FREED_MEMORY, stdout=log, stderr=subprocess.STDOUT)
+        run = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=log, stderr=subprocess.STDOUT)
         _, status, used = os.wait4(run.pid, 0)
     if status:
         raise RuntimeError(f"{name}, seed {seed}: exit code {os.waitstatus_to_exitcode(status)}; see {log.name}")
@@ -145,13 +144,20 @@ def one_run(study: Study, name: str, seed: int, before: Sequence[Future[float | 
     return seconds
 
 
-def settings_of(study: Study, name: str, seed: int) -> list[str]:
-    """Return the overrides of the recipe that make a setting, without its name, its seed and its folder."""
+def command_of(
+    study: Study, name: str, seed: int, out: Path, start: str, *overrides: str
+) -> tuple[list[str], dict[str, str]]:
+    """Return the command and the environment of a run into ``out`` that begins with the checkpoint ``start``."""
     every = f"{study.checkpoint_every} steps"
-    return [f"phases={json.dumps(phases_of(study, name, seed))}", f"train.duration={duration_of(study, name, seed)}",
-            f"data.train={study.data}/train", f"data.val={study.data}/val",
-            f"train.global_batch_size={study.batch}", f"train.micro_batch_size={study.batch}",
-            f"observe.every={study.window // 3} steps", f"checkpoint.every={every}", f"checkpoint.keep_every={every}"]
+    command, environ = launch_command(
+        "--recipe", study.recipe, "--deepspeed_config", "ds_configs/zero2.json", "--resume", start,
+        f"run.name={name}", f"run.seed={seed}", f"run.output_dir={out}",
+        f"phases={json.dumps(phases_of(study, name, seed))}", f"train.duration={duration_of(study, name, seed)}",
+        f"data.train={study.data}/train", f"data.val={study.data}/val",
+        f"train.global_batch_size={study.batch}", f"train.micro_batch_size={study.batch}",
+        f"observe.every={study.window // 3} steps", f"checkpoint.every={every}", f"checkpoint.keep_every={every}",
+        *overrides, ranks=1)
+    return command, environ | KEEP_FREED_MEMORY
 
 
 def start_of(study: Study, name: str, seed: int) -> str:

@@ -1,6 +1,6 @@
 """How many CPU-seconds does a step of each phase of the study take?
 
-    python benchmarks/study_cpu.py     # after `make study`, alone on the machine; about 15 minutes
+    python benchmarks/study_cpu.py     # after `make study`, alone on the machine; about 25 minutes
 
 The runs of the study shared the machine. So each phase of the first seed is measured once more, alone: a fork from the
 last checkpoint before the middle of the phase takes STEPS steps, or a whole cycle if it merges, and the CPU time of all
@@ -25,9 +25,10 @@ from typing import Any
 
 import psutil
 from harness import ROOT, print_table, record
-from study import launch_command, settings_of
+from study import command_of
 from study_results import phases_of, read, result_file, run_folder
-from study_settings import FASHION, KEEP_FREED_MEMORY, Study
+from study_settings import FASHION, Study
+from support.launch import kill_tree
 
 from prelora_ds.run.folder import RunFolder
 from prelora_ds.run.log import read_lines
@@ -104,19 +105,17 @@ def cpu_of_a_step(study: Study, part: Part, after: int) -> float:
     if not before:
         sys.exit(f"{folder.checkpoints} has no checkpoint to begin with before step {after}")
     with tempfile.TemporaryDirectory() as out:
-        command, environ = launch_command(
-            "--recipe", study.recipe, "--deepspeed_config", "ds_configs/zero2.json", "--resume", str(max(before)),
-            f"run.name={part.setting}", f"run.seed={SEED}", f"run.output_dir={out}/run",
-            *settings_of(study, part.setting, SEED), "train.log_every=1", "train.eval_every=100000 steps",
-            "checkpoint.every=100000 steps", "checkpoint.keep_every=100000 steps", ranks=1)
-        with subprocess.Popen(command, cwd=ROOT, env=environ | KEEP_FREED_MEMORY, stdout=subprocess.DEVNULL,
+        command, environ = command_of(
+            study, part.setting, SEED, Path(out) / "run", str(max(before)), "train.log_every=1",
+            "train.eval_every=100000 steps", "checkpoint.every=100000 steps", "checkpoint.keep_every=100000 steps")
+        with subprocess.Popen(command, cwd=ROOT, env=environ, stdout=subprocess.DEVNULL,
                               stderr=subprocess.DEVNULL) as run:
             try:
                 metrics = RunFolder(Path(out) / "run").metrics
                 first, used = at_step(run, metrics, after, part.phase)
                 last, used_then = at_step(run, metrics, after + part.length, part.phase)
             finally:
-                end(run)
+                kill_tree(run)
     return (used_then - used) / (last - first)
 
 
@@ -141,15 +140,6 @@ def cpu_seconds(process: psutil.Process) -> float:
         with contextlib.suppress(psutil.NoSuchProcess):
             total += sum(each.cpu_times()[:2])
     return total
-
-
-def end(run: subprocess.Popen[bytes]) -> None:
-    """End a run and all processes that it has started."""
-    if run.poll() is None:
-        processes = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
-        for process in processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
 
 
 if __name__ == "__main__":

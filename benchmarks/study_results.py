@@ -139,7 +139,7 @@ def flops(config: Config, layout: Layout, plans: Sequence[tuple[int, Plan]], ste
 
 
 def step_seconds(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the median seconds of a step of each phase; a rank has one thread, so they are CPU-seconds if alone."""
+    """Return the median seconds of a step of each phase, beside what else ran and without the time of the loader."""
     found: dict[str, list[float]] = {}
     for row in rows:
         if row.get("step_s") is not None:

@@ -11,8 +11,6 @@ from typing import Any
 from harness import ROOT
 
 TRAINED = ["adapters", "rest"]
-# glibc would return every freed activation to the system and fault its pages in again, which takes 8 % of a step.
-KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
 # The thresholds of the paper's experiments, in per cent.
 EXPERIMENTS = {"exp1": (1.0, 5.0), "exp2": (0.5, 2.5), "exp3": (0.25, 1.0)}
 

@@ -203,9 +203,9 @@ def units_of(module: nn.Module, plan: Plan, layout: Layout, config: Config) -> l
     if type(module) is not ViTForImageClassification and not config.model.compile:
         return []
     units = []
-    before = layout.before_blocks()
+    trains = not plan.trainable.isdisjoint(layout.before_blocks())
     for prefix in layout.blocks:
-        if not plan.trainable.isdisjoint(before):
+        if trains:
             units.append(prefix.removesuffix("."))
-        before |= {name for name in plan.parameters(layout) if name.startswith(prefix)}
+        trains = trains or any(name.startswith(prefix) for name in plan.trainable)
     return units

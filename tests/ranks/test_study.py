@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import time
 from pathlib import Path
 from statistics import mean
 
-import psutil
+from support.launch import kill_tree
 
 from prelora_ds.run.log import read_lines
 
@@ -56,15 +55,7 @@ def kill_in_exp1(out):
                 assert run.poll() is None and time.monotonic() < until
                 time.sleep(0.05)
         finally:
-            kill_with_children(run)
-
-
-def kill_with_children(run):
-    """Kill the study before its runs, so that it begins no other."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for process in [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+            kill_tree(run)
 
 
 def finished(out, seconds):
@@ -73,7 +64,7 @@ def finished(out, seconds):
         try:
             said, _ = run.communicate(timeout=seconds)
         finally:
-            kill_with_children(run)
+            kill_tree(run)
     assert run.returncode == 0, said
     return said
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import psutil
 
 from support.pool import free_port
 
@@ -41,3 +44,11 @@ def launch_command(*arguments, runner="deepspeed.launcher.runner", ranks=2, scri
         "DS_ACCELERATOR": "cpu",
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
     }
+
+
+def kill_tree(run):
+    """Kill the process ``run``, and then all that it has started, so that it starts no other meanwhile."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
