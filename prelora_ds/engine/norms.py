@@ -2,7 +2,8 @@
 
 Each read makes the host wait for its device, and DeepSpeed 0.19 reads more:
 
-- At stage 0 it asks of each gradient whether it is finite (runtime/utils.py, CheckOverflow.has_overflow_serial).
+- At stage 0 it asks of each gradient whether it is finite (runtime/utils.py, CheckOverflow.has_overflow_serial), and
+  takes the norm of each optimizer group to the host, to the device and back (get_weight_norm).
 - At stage 2 it asks this once of all gradients, and reads the norm again for each optimizer group
   (runtime/zero/stage_1_and_2.py, has_overflow and unscale_and_clip_grads).
 - At stages 2 and 3 it reads the norm to check it, and our engine reads it again for the log.
@@ -13,9 +14,11 @@ These reads are not needed. Every stage skips an update whose norm is not finite
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
+from deepspeed.runtime.fp16 import unfused_optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.utils import CheckOverflow
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
@@ -27,6 +30,13 @@ class _ByNorm(CheckOverflow):  # type: ignore[misc]
 
     def check(self, param_groups: Any = None) -> bool:
         return False
+
+
+def _norm_of_group(gradients: list[torch.Tensor], mpu: None = None) -> float:
+    """Return the norm of an optimizer group's ``gradients``, or -1, as stage 0 expects, if it is not finite."""
+    squares = sum(gradient.float().norm() ** 2.0 for gradient in gradients)
+    norm = float(squares) ** 0.5
+    return norm if math.isfinite(norm) else -1.0
 
 
 class _Stage2(DeepSpeedZeroOptimizer):  # type: ignore[misc]
@@ -63,6 +73,7 @@ def read_norms_once(optimizer: Any) -> None:
     """Let ``optimizer``, one of DeepSpeed's, read the norm of a step once, and decide by it alone."""
     if type(optimizer) is FP16_UnfusedOptimizer:
         optimizer.overflow_checker.__class__ = _ByNorm
+        unfused_optimizer.get_weight_norm = _norm_of_group
     for ours in (_Stage2, _Stage3):
         if type(optimizer) is ours.__bases__[0]:
             optimizer.__class__ = ours
