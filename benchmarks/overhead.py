@@ -73,7 +73,7 @@ def main() -> None:
     (ROOT / "out").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(
         dir=ROOT / "out"
-    ) as temporary:  # on a real disk: logs are synced, as in a run
+    ) as temporary:  # on a real disk, as the logs of a run
         folder = Path(temporary)
         write_recipe(
             folder, size, steps=(args.rounds + 1) * turn_steps + 1
@@ -109,7 +109,7 @@ def main() -> None:
         "over bare: median over turns of the ratio to the bare loop's turn of the same round, with its quartiles. "
         "own_ms: the median of the difference, per step. means over bare: includes rare work (norms of all weights "
         "once per epoch of 1,437 images). Ours "
-        "and the Trainer log every step to TensorBoard, ours also to metrics.jsonl, synced to disk; the bare loop "
+        "and the Trainer log every step to TensorBoard, ours also to metrics.jsonl; the bare loop "
         "and accelerate's keep the loss. Largest loss difference: to the bare loop, over all steps.",
     )
 
