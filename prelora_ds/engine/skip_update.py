@@ -24,27 +24,27 @@ def skipping_update(optimizer: Any) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if hasattr(optimizer, "overflow_checker"):
             # Stage 0, FP16_UnfusedOptimizer.
-            stack.enter_context(_replaced(optimizer.overflow_checker, "check", overflow))
+            stack.enter_context(replaced(optimizer.overflow_checker, "check", overflow))
         elif hasattr(optimizer, "_overflow_check_and_loss_scale_update"):
             # Stage 3. In BF16 it does not call its check_overflow.
             stack.enter_context(
-                _replaced(optimizer, "_overflow_check_and_loss_scale_update", overflow)
+                replaced(optimizer, "_overflow_check_and_loss_scale_update", overflow)
             )
         elif hasattr(optimizer, "get_grads_for_norm"):
             # Stage 1 with fp32 accumulation, BF16_Optimizer: it skips a step whose norm is not
             # finite.
             device = optimizer.fp32_groups_flat_partition[0].device
             nan = torch.full((1,), float("nan"), device=device)
-            stack.enter_context(_replaced(optimizer, "get_grads_for_norm", lambda **_: ([nan], {})))
+            stack.enter_context(replaced(optimizer, "get_grads_for_norm", lambda **_: ([nan], {})))
         else:
             # Stage 2, and stage 1 with offload, DeepSpeedZeroOptimizer.
-            stack.enter_context(_replaced(optimizer, "check_grad_overflow", True))
-            stack.enter_context(_replaced(optimizer, "check_overflow", overflow))
+            stack.enter_context(replaced(optimizer, "check_grad_overflow", True))
+            stack.enter_context(replaced(optimizer, "check_overflow", overflow))
         yield
 
 
 @contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Set an attribute of ``owner``, and restore the former state of its instance at the end."""
     instance_attributes = dict(vars(owner))
     setattr(owner, name, value)
