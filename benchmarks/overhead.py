@@ -9,7 +9,7 @@ takes at most 1.01 of it at steps of half a second, and at most 2 ms more at sma
 about 8 minutes on 2 cores.
 
 With --small the model is a ViT of width 32 with 2 blocks, whose steps take about 15 ms, and a turn
-has 20 steps. Takes about a minute. The result is overhead_small.json.
+has 20 steps. Takes about two minutes. The result is overhead_small.json.
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+_ABSENT = object()  # an attribute that the instance itself does not have
+
 
 @contextlib.contextmanager
 def skipping_update(optimizer: Any) -> Iterator[None]:
@@ -46,12 +48,12 @@ def skipping_update(optimizer: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Set an attribute of ``owner``, and restore the former state of its instance at the end."""
-    instance_attributes = dict(vars(owner))
+    before = vars(owner).get(name, _ABSENT)
     setattr(owner, name, value)
     try:
         yield
     finally:
-        if name in instance_attributes:
-            setattr(owner, name, instance_attributes[name])
-        else:
+        if before is _ABSENT:
             delattr(owner, name)
+        else:
+            setattr(owner, name, before)
